@@ -1,0 +1,177 @@
+"""Checks of what a user hands over: every message names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    return float(value)
+
+
+def group(values: Mapping[str, Any]) -> None:
+    """ebu_alpha, ebu_delta, ebu_gamma, as far as they are there."""
+    if "ebu_alpha" in values:
+        alpha = _number("alpha", values["ebu_alpha"])
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1]; got {alpha}")
+    if "ebu_delta" in values:
+        delta = values["ebu_delta"]
+        pair = delta if isinstance(delta, (tuple, list)) else (delta, delta)
+        if len(pair) != 2:
+            raise ValueError(f"delta must be a number or a pair (forget, remember); got {delta!r}")
+        for d in pair:
+            if not 0 < _number("delta", d) <= 1:
+                raise ValueError(f"delta must be in (0, 1], a share of the parameters; got {d}")
+    if "ebu_gamma" in values:
+        gamma = _number("gamma", values["ebu_gamma"])
+        if not (gamma >= 0 and math.isfinite(gamma)):
+            raise ValueError(f"gamma must be finite and >= 0; got {gamma}")
+
+
+def terms(value: Sequence[str], update: str) -> tuple[str, ...]:
+    names = ("forget", "remember", "modulated")
+    value = (value,) if isinstance(value, str) else tuple(value)
+    if not value or len(set(value)) != len(value) or any(t not in names for t in value):
+        raise ValueError(f"terms must name at least one of {names}, each once; got {value!r}")
+    if update == "routed" and len(value) != 3:
+        raise ValueError(
+            f'terms={value!r} with update="routed": the routed update is no sum of three terms; '
+            'use update="added" or "replaced" for the ablations'
+        )
+    return value
+
+
+def max_grad_norm(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = _number("max_grad_norm", value)
+    if not number > 0:
+        raise ValueError(f"max_grad_norm must be > 0 or None; got {number}")
+    return number
+
+
+def base(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"base must be a torch.optim.Optimizer, such as Adam(params); got {type(optimizer)!r}"
+        )
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (
+        closure is not None and closure.default is inspect.Parameter.empty
+        and closure.kind is not inspect.Parameter.VAR_KEYWORD
+    ):  # fmt: skip
+        raise TypeError(
+            f"base {name} needs a closure, which would overwrite the combined gradient; "
+            "use an optimizer whose step() takes none"
+        )
+    for g, param_group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(param_group["params"]):
+            _real(p, f"parameter {i} of group {g}")
+
+
+def _real(p: Tensor, name: str) -> None:
+    if p.is_complex() or not p.is_floating_point():
+        raise TypeError(f"{name} has dtype {p.dtype}; parameters must be real floating tensors")
+    if p.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}; parameters must be dense")
+    if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor (fully_shard or tensor parallelism), which this version does not "
+            "support: a threshold over one shard is not the threshold of the model"
+        )
+
+
+def real(slots: Iterable[Any]) -> None:
+    for slot in slots:
+        _real(slot.param, slot.name)
+
+
+def gradient(slot: Any) -> None:
+    grad = slot.param.grad
+    if grad is None:
+        return
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {slot.name} has layout {grad.layout}; gradients must be dense "
+            "(nn.Embedding: sparse=False)"
+        )
+    if grad.is_complex():
+        raise TypeError(f"the gradient of {slot.name} is complex; gradients must be real")
+
+
+def foreign_gradient(slot: Any, phase: str) -> None:
+    """A gradient at a first phase that belongs to none; zeros left by zero_grad are no harm."""
+    grad = slot.param.grad
+    if grad.layout is torch.strided and not grad.count_nonzero():
+        return
+    raise RuntimeError(
+        f"{slot.name} has a gradient from before {phase}(), which belongs to no phase: call "
+        "zero_grad() first, and run every backward pass inside forget() or remember()"
+    )
+
+
+def tensor_map(
+    argument: str, mapping: Any, slots: Sequence[Any], nonnegative: bool = False
+) -> dict[Any, Tensor]:
+    """The mapping's tensors by slot, checked; float32 at least where they must be non-negative."""
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"{argument} must be a mapping from parameter or name to tensor; got {type(mapping)!r}"
+        )
+    named = any(isinstance(k, str) for k in mapping)
+    if named and any("param_names" not in s.group for s in slots):
+        raise ValueError(
+            f"{argument} is keyed by name, but the base optimizer does not know its parameters' "
+            "names: build it with model.named_parameters() (torch >= 2.6), or key the mapping by "
+            "parameter: {p: tensors[name] for name, p in model.named_parameters()}"
+        )
+    found = {}
+    missing = []
+    for slot in slots:
+        if not slot.param.requires_grad:
+            continue
+        k = slot.name if named else slot.param
+        if k not in mapping:
+            missing.append(slot.name)
+            continue
+        value = mapping[k]
+        if value.shape != slot.param.shape:
+            raise ValueError(
+                f"{argument}[{slot.name}] has shape {tuple(value.shape)} but the parameter has "
+                f"{tuple(slot.param.shape)}: it was made for another model"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"{argument}[{slot.name}] holds NaN or Inf; make it again")
+        if nonnegative:
+            if (value < 0).any():
+                raise ValueError(
+                    f"{argument}[{slot.name}] holds negative values; a diagonal of squared "
+                    'gradients is >= 0 (an estimate by method="cross" needs .clamp(min=0))'
+                )
+            wide = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
+            value = value.to(slot.param.device, wide)
+        found[slot.key] = value.detach().to(slot.param.device)
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+        raise ValueError(
+            f"{argument} has no tensor for {shown}; it has {len(mapping)} entries: "
+            f"{', '.join(str(k) for k in list(mapping)[:3] if isinstance(k, str)) or 'no names'}"
+        )
+    return found

@@ -1,0 +1,58 @@
+"""Writing so that nothing half-written is ever taken for a result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ._extras import require
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file; `meta` goes into its metadata as JSON under the key "meta"."""
+    safetensors = require("safetensors.torch", "diffusion")
+    with replacing(path) as temporary:
+        safetensors.save_file(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()},
+            temporary,
+            metadata={"meta": json.dumps(meta, sort_keys=True)},
+        )
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote: the tensors and `meta`."""
+    safetensors = require("safetensors", "diffusion")
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            meta = (f.metadata() or {}).get("meta", "{}")
+            names = list(f.keys())
+            return {k: f.get_tensor(k) for k in names}, json.loads(meta)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no whole safetensors file ({error}): delete it and make it again"
+        ) from error

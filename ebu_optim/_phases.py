@@ -1,0 +1,189 @@
+"""Which gradient belongs to which loss: the two phases of a step, and who owns a buffer when.
+
+Outside a phase the remember gradient lies on the parameters, where GradScaler and gradient hooks
+expect one, and the forget gradient is kept here. Nothing is copied: buffers change owner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
+
+
+class Slot(NamedTuple):
+    """A parameter and its place in the optimizer."""
+
+    key: Key
+    group: dict[str, Any]
+    param: Tensor
+    name: str
+
+
+class Phases:
+    """The gradients of the step under way.
+
+    Args:
+        slots: returns the optimizer's parameters as they are now.
+        first: called with them when a step's first phase begins.
+    """
+
+    def __init__(
+        self, slots: Callable[[], Iterable[Slot]], first: Callable[[Sequence[Slot]], None]
+    ) -> None:
+        self._slots = slots
+        self._first = first
+        # G of the last step, still on the parameters: the next phase discards it
+        self.update: dict[Key, Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.active: str | None = None
+        self.done: frozenset[str] = frozenset()
+        self.forget: dict[Key, Tensor] = {}
+        self.remember: dict[Key, tuple[Tensor, int]] = {}  # gradient and its version
+        self._poison: tuple[Tensor, Tensor] | None = None
+        self.probe: Tensor | None = None  # NaN where the forget gradient is not finite
+
+    def discard(self) -> None:
+        """Drop the step under way, gradients included."""
+        for slot in self._slots():
+            slot.param.grad = None
+        self.reset()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._leave(name)
+
+    def _enter(self, name: str) -> None:
+        if self.active is not None:
+            raise RuntimeError(f"{name}() inside {self.active}(): phases do not nest")
+        slots = list(self._slots())
+        if not self.done:
+            for slot in slots:
+                grad = slot.param.grad
+                if grad is not None and grad is not self.update.get(slot.key):
+                    _checks.foreign_gradient(slot, name)
+            self._first(slots)
+            self.update = {}
+            for slot in slots:
+                slot.param.grad = None
+        self.check_untouched(slots)
+        self.unpoison()
+        if name == "forget":
+            for slot in slots:
+                slot.param.grad = self.forget.pop(slot.key, None)
+        self.active = name
+
+    def _leave(self, name: str) -> None:
+        self.active = None
+        self.done |= {name}
+        slots = list(self._slots())
+        try:
+            for slot in slots:
+                _checks.gradient(slot)
+        except TypeError:
+            self.discard()
+            raise
+        if name == "forget":
+            for slot in slots:
+                grad = slot.param.grad
+                if grad is not None:
+                    self.forget[slot.key] = grad.clone() if _shares_storage(grad) else grad
+                slot.param.grad = self.remember.get(slot.key, (None, 0))[0]
+        self.remember = {
+            s.key: (s.param.grad, s.param.grad._version) for s in slots if s.param.grad is not None
+        }
+        if len(self.done) == 2:
+            self._carry_nonfinite()
+
+    @torch.no_grad()
+    def _carry_nonfinite(self) -> None:
+        """Let GradScaler see a non-finite forget gradient.
+
+        Before `step` it looks into param.grad alone, where g_f no longer is. 0 * max|g_f| is 0, or
+        NaN where g_f is not finite (0 * sum(g_f) would overflow in float16); it is added to one
+        element of param.grad on the device and taken back before that gradient is used.
+        """
+        self.probe = finite_probe(list(self.forget.values()))
+        grad = next((g for g, _ in self.remember.values() if g.numel()), None)
+        if self.probe is None or grad is None:
+            return
+        element = grad.as_strided((), ())
+        self._poison = (element, element.clone())
+        element += self.probe.to(element.device, element.dtype)
+        self._remark()
+
+    def unpoison(self) -> None:
+        if self._poison is not None:
+            element, saved = self._poison
+            with torch.no_grad():
+                element.copy_(saved)
+            self._poison = None
+            self._remark()
+
+    def _remark(self) -> None:
+        self.remember = {k: (g, g._version) for k, (g, _) in self.remember.items()}
+
+    def check_untouched(self, slots: Iterable[Slot], scaler: bool = False) -> None:
+        """Between the phases and step nobody may clip, unscale, clear or add to the gradients."""
+        for slot in slots:
+            grad, version = self.remember.get(slot.key, (None, 0))
+            same = slot.param.grad is grad
+            # GradScaler's own search for Inf counts as a write
+            if same and (grad is None or scaler or grad._version == version):
+                continue
+            self.discard()
+            raise RuntimeError(
+                f"the gradient of {slot.name} was changed outside the phases: clipping, unscaling, "
+                "zero_grad or a backward pass there touches one of the two gradients only. Clip "
+                "with EBUOptimizer(max_grad_norm=...), leave unscaling to scaler.step(), and run "
+                "every backward pass inside forget() or remember()"
+            )
+
+    def require_both(self, slots: Sequence[Slot]) -> None:
+        """Raise unless both phases ran and each made a gradient."""
+        if self.active is not None:
+            raise RuntimeError(f"step inside {self.active}(): leave the phase first")
+        made = {
+            "forget": any(s.key in self.forget for s in slots),
+            "remember": any(s.param.grad is not None for s in slots),
+        }
+        for name, some in made.items():
+            if name in self.done and some:
+                continue
+            what = "made no gradient" if name in self.done else "is missing"
+            ran = ", ".join(sorted(self.done)) or "none"
+            if self.done:
+                self.discard()
+            raise RuntimeError(
+                f"the {name} phase {what} (phases run: {ran}): a step needs a backward pass inside "
+                "forget() and one inside remember(), or two closures that each call backward() on "
+                "a loss of these parameters"
+            )
+
+
+def _shares_storage(grad: Tensor) -> bool:
+    """Part of a larger buffer, such as DDP's bucket, which will be overwritten."""
+    return grad.untyped_storage().nbytes() != grad.numel() * grad.element_size()
+
+
+def finite_probe(grads: Sequence[Tensor]) -> Tensor | None:
+    """0 if every element is finite, else NaN: 0-d float32 on the device of the first gradient."""
+    grads = [g for g in grads if g.numel()]
+    if not grads:
+        return None
+    largest = torch._foreach_norm(grads, math.inf)
+    return torch.stack([n.to(grads[0].device, torch.float32) for n in largest]).max() * 0

@@ -1,0 +1,25 @@
+"""All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
+
+from .losses import (
+    anchored,
+    antithetic_timesteps,
+    denoising_loss,
+    distillation_loss,
+    gaussian_forget_loss,
+    noisy_condition,
+    surrogate_noise,
+)
+from .sampling import model_hash, sample, sample_set
+
+__all__ = [
+    "anchored",
+    "antithetic_timesteps",
+    "denoising_loss",
+    "distillation_loss",
+    "gaussian_forget_loss",
+    "model_hash",
+    "noisy_condition",
+    "sample",
+    "sample_set",
+    "surrogate_noise",
+]

@@ -1,0 +1,196 @@
+"""Sampling by a diffusers scheduler with classifier-free guidance, and sets cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._extras import require
+from .._files import load_tensors, save_tensors
+from .losses import Condition, Model, predict
+
+
+def _rows(condition: Condition, a: int, b: int, device: Any) -> Condition:
+    if isinstance(condition, Mapping):
+        return {k: v[a:b].to(device) if isinstance(v, Tensor) else v for k, v in condition.items()}
+    return condition[a:b].to(device)
+
+
+def _both(null: Condition, condition: Condition) -> Condition:
+    """The two conditions behind one another, for one pass of guidance."""
+    if isinstance(condition, Mapping):
+        if not isinstance(null, Mapping):
+            raise ValueError("null_condition must be a mapping like the condition")
+        return {k: torch.cat([null[k], v]) for k, v in condition.items()}
+    return torch.cat([torch.as_tensor(null).to(condition), condition])
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    scheduler: Any,
+    condition: Condition,
+    shape: tuple[int, ...],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    null_condition: Condition | int | None = None,
+    clip: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Tensor:
+    """Draw one image per condition.
+
+    Args:
+        model: as in :func:`denoising_loss`; put it in eval mode first.
+        scheduler: a diffusers scheduler that samples (DDIMScheduler, DDPMScheduler, ...); it is
+            given its timesteps here.
+        condition: labels (n,) or keyword arguments with n rows.
+        shape: (C, H, W) of one image.
+        guidance_scale: w of eps_null + w (eps_c - eps_null), diffusers' convention; 1 runs the
+            conditional model alone.
+        null_condition: what the null branch is given: a label, or rows like `condition`.
+        clip: clamp the result to [-1, 1].
+        generator: of the starting noise and of the sampler's own.
+
+    Returns:
+        (n, C, H, W) float32 images on `device`.
+    """
+    first = next(iter(condition.values())) if isinstance(condition, Mapping) else condition
+    n = len(first)
+    condition = _rows(condition, 0, n, device)
+    guided = guidance_scale != 1.0
+    if guided:
+        if null_condition is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs null_condition, the condition of the "
+                "unconditional branch (the label of the null class)"
+            )
+        if isinstance(null_condition, int):
+            null_condition = torch.full((n,), null_condition, device=device)
+        both = _both(_rows(null_condition, 0, n, device), condition)
+    source = generator.device if generator is not None else device
+    x = torch.randn((n, *shape), generator=generator, device=source).to(device)
+    scheduler.set_timesteps(num_inference_steps)
+    x = x * scheduler.init_noise_sigma
+    steps = scheduler.timesteps
+    if progress:
+        steps = require("tqdm.auto", "diffusion").tqdm(steps, desc="sampling", leave=False)
+    for t in steps:
+        x_in = scheduler.scale_model_input(x, t)
+        if guided:
+            batch = torch.full((2 * n,), int(t), device=device)
+            null, cond = predict(model, torch.cat([x_in, x_in]), batch, both).chunk(2)
+            out = null + guidance_scale * (cond - null)
+        else:
+            out = predict(model, x_in, torch.full((n,), int(t), device=device), condition)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    return x.clamp(-1, 1) if clip else x
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def sample_set(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    scheduler: Any,
+    labels: Tensor,
+    shape: tuple[int, ...],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    null_condition: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """A replay set (the kept labels) or a surrogate set (the null label), cached on disk.
+
+    The file is a safetensors with "images" and "labels" and the protocol in its metadata: a hash
+    of the weights, the sampler and its settings, the seed. Finished batches are kept beside it, so
+    that an interrupted call goes on where it was; every batch has a seed of its own, so that the
+    result is the same. A file that fits the call is loaded and not made again.
+
+    Args:
+        path: of the .safetensors file.
+        labels: (n,) class label of every image to draw.
+
+    Returns:
+        images (n, C, H, W) float32 and labels (n,) int64, on the CPU.
+
+    Raises:
+        ValueError: `path` holds a set of another model or protocol, or is no whole file.
+    """
+    path = Path(path)
+    labels = labels.cpu().long()
+    meta = {
+        "kind": "ebu_optim sample set",
+        "model": model_hash(model),
+        "sampler": type(scheduler).__name__,
+        "scheduler": {
+            k: v for k, v in scheduler.config.items()
+            if isinstance(v, (int, float, str, bool)) and not k.startswith("_")
+        },
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "null_condition": null_condition,
+        "batch_size": batch_size,
+        "seed": seed,
+        "shape": list(shape),
+        "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
+    }  # fmt: skip
+
+    def load(file: Path) -> dict[str, Tensor]:
+        tensors, found = load_tensors(file)
+        different = [k for k in meta if found.get(k) != meta[k]]
+        if different:
+            k = different[0]
+            raise ValueError(
+                f"{file} is a set of another {k} ({found.get(k)!r}, this call has {meta[k]!r}): "
+                "give another path, or delete it to sample anew"
+            )
+        return tensors
+
+    if path.exists():
+        tensors = load(path)
+        return tensors["images"], tensors["labels"]
+
+    parts = path.with_name(path.name + ".parts")
+    tqdm = require("tqdm.auto", "diffusion").tqdm
+    images = []
+    training = model.training
+    model.eval()
+    try:
+        for i in tqdm(range(0, len(labels), batch_size), desc=f"sampling {path.name}"):
+            part = parts / f"{i:08d}.safetensors"
+            if not part.exists():
+                batch = sample(
+                    model, scheduler, labels[i : i + batch_size], shape,
+                    num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                    null_condition=null_condition, device=device,
+                    generator=torch.Generator().manual_seed((seed << 32) + i),
+                )  # fmt: skip
+                save_tensors(part, {"images": batch}, meta)
+            images.append(load(part)["images"])
+    finally:
+        model.train(training)
+    tensors = {"images": torch.cat(images), "labels": labels}
+    save_tensors(path, tensors, meta)
+    for part in parts.glob("*.safetensors"):
+        part.unlink()
+    parts.rmdir()
+    return tensors["images"], tensors["labels"]

@@ -1,0 +1,432 @@
+"""The plain-torch kernels: exact selection and combination, in chunks of fixed size.
+
+These two functions are the specification of every faster backend: same names, same signatures,
+masks equal bit for bit. They run on any device and any floating dtype. Temporaries are bounded
+by a constant, never by the number of parameters. On an accelerator they wait for the device.
+
+Magnitudes are compared as integer *keys*: the bits of |x| in the working dtype (float32, or
+float64 where one of the tensors is float64; the conversion is exact). Keys order like |x|, are
+immune to flush-to-zero, and rank NaN above Inf, so that "propagate" does propagate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# One chunk's buffers stay in the L2 cache of a CPU core; an accelerator wants few launches.
+CHUNK_CPU = 1 << 16
+CHUNK_DEVICE = 1 << 24
+# Candidates kept of one bracket, at the most (16 MiB of float32 keys).
+CAPACITY = 1 << 22
+SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 20
+
+_INT = {torch.float32: torch.int32, torch.float64: torch.int64}
+_MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
+_INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
+
+#: What `combine` adds up, in this order, as one float64 vector.
+STATS = (
+    "forget_selected",
+    "remember_selected",
+    "overlap",
+    "overlap_opposed",
+    "dot",
+    "forget_sq",
+    "remember_sq",
+    "update_sq",
+    "moved_forget_only_sq",
+    "moved_remember_only_sq",
+    "moved_overlap_sq",
+    "moved_unrelated_sq",
+    "fisher_sum",
+)
+
+
+def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: holds every value of `tensors` exactly."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def keys(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitude keys of `x` in the working dtype: int32 or int64, same shape."""
+    return x.to(dtype).view(_INT[dtype]).bitwise_and(_MAGNITUDE[dtype])
+
+
+def key_to_value(key: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitude that a 0-d int64 key stands for, as a 0-d tensor of `dtype`."""
+    return key.to(_INT[dtype]).view(dtype)
+
+
+def count_nonfinite(grads: Sequence[Tensor]) -> int:
+    """How many elements are NaN or Inf."""
+    dtype = working_dtype(grads)
+    counts = [(keys(c, dtype) >= _INF[dtype]).sum() for g in grads for (c,) in pieces([g])]
+    return sum(int(c) for c in counts)
+
+
+# -- walking over tensors in bounded pieces -----------------------------------------------------
+
+
+def _dense(t: Tensor) -> bool:
+    """Non-overlapping and dense: the elements fill one stretch of memory in some order."""
+    expected = 1
+    for stride, size in sorted((st, s) for st, s in zip(t.stride(), t.shape) if s > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _flat(columns: Sequence[Tensor]) -> list[Tensor] | None:
+    """The columns as 1-d views in memory order, or None where their layouts differ.
+
+    A column whose strides are all 0 (one value, expanded) goes with any layout.
+    """
+    lead = columns[0]
+    contiguous = lead.is_contiguous()
+    if not contiguous and not _dense(lead):
+        return None
+    flat = []
+    for c in columns:
+        if contiguous and c.is_contiguous():
+            flat.append(c.view(-1))
+        elif c.stride() == lead.stride():
+            flat.append(c.as_strided((c.numel(),), (1,)))
+        elif all(st == 0 for st, s in zip(c.stride(), c.shape) if s > 1):
+            flat.append(c.as_strided((c.numel(),), (0,)))
+        else:
+            return None
+    return flat
+
+
+def pieces(columns: Sequence[Tensor], chunk: int | None = None) -> Iterator[Sequence[Tensor]]:
+    """Views of the same elements of every column, at most `chunk` of them at a time.
+
+    Columns share one shape; the pieces cover each element once, in an order of no importance.
+    """
+    lead = columns[0]
+    n = lead.numel()
+    if chunk is None:
+        chunk = CHUNK_CPU if lead.device.type == "cpu" else CHUNK_DEVICE
+    if n <= chunk:
+        if n:
+            yield columns
+        return
+    flat = _flat(columns)
+    if flat is not None:
+        yield from zip(*(c.split(chunk) for c in flat), strict=True)
+    else:
+        axis = max(range(lead.dim()), key=lambda d: lead.shape[d])
+        for part in zip(*(c.tensor_split(2, axis) for c in columns), strict=True):
+            yield from pieces(part, chunk)
+
+
+def _packs(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]:
+    """Pieces gathered into packs of at most one chunk, so that tiny tensors share their calls."""
+    pack: list[Sequence[Tensor]] = []
+    room, kind = 0, None
+    for row in rows:
+        row_kind = [(t.dtype, t.device) for t in row]
+        for piece in pieces(row):
+            n = piece[0].numel()
+            if pack and (n > room or kind != row_kind):
+                yield pack
+                pack = []
+            if not pack:
+                room = CHUNK_CPU if piece[0].device.type == "cpu" else CHUNK_DEVICE
+                kind = row_kind
+            pack.append(piece)
+            room -= n
+    if pack:
+        yield pack
+
+
+def _column(pack: Sequence[Sequence[Tensor]], j: int) -> Tensor:
+    if len(pack) == 1:
+        return pack[0][j].reshape(-1)
+    return torch.cat([piece[j].reshape(-1) for piece in pack])
+
+
+# -- selection ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _sample_plan(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, Tensor], ...]:
+    """`count` positions drawn iid over the concatenated index space, split by tensor.
+
+    The generator is seeded anew: the draw only guesses a bracket, the result is exact whatever
+    it is, so there is no random state to save and the user's stream is untouched.
+    """
+    offsets = torch.tensor((0, *sizes)).cumsum(0)
+    draw = torch.randint(
+        int(offsets[-1]), (count,), generator=torch.Generator().manual_seed(0x0EB0)
+    )
+    draw = draw.sort().values
+    cuts = torch.searchsorted(draw, offsets).tolist()
+    return tuple((i, draw[a:b] - offsets[i]) for i, (a, b) in enumerate(pairwise(cuts)) if b > a)
+
+
+def _sample(grads: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
+    """Sorted keys of about `count` elements."""
+    parts = []
+    for i, index in _sample_plan(tuple(g.numel() for g in grads), count):
+        g = grads[i]
+        flat = _flat([g])
+        source = flat[0] if flat is not None else g.reshape(-1)
+        parts.append(keys(source[index.to(g.device)], dtype).to(grads[0].device))
+    return torch.cat(parts).sort().values
+
+
+def _scan(
+    grads: Sequence[Tensor], lo: int, hi: int, dtype: torch.dtype, collect: bool
+) -> tuple[int, int, Tensor | None]:
+    """Count keys > hi and keys in [lo, hi]; collect the latter unless they are too many."""
+    above, inside, kept = 0, 0, []
+    for pack in _packs([[g] for g in grads]):
+        u = keys(_column(pack, 0), dtype)
+        at_least = u >= lo
+        over = u > hi
+        n_over = int(over.count_nonzero())
+        n_inside = int(at_least.count_nonzero()) - n_over
+        above += n_over
+        inside += n_inside
+        if collect and n_inside and inside <= CAPACITY:
+            kept.append(u[at_least.logical_xor_(over)])
+    if not collect or inside > CAPACITY:
+        return above, inside, None
+    device = grads[0].device
+    empty = torch.empty(0, dtype=_INT[dtype], device=device)
+    return above, inside, torch.cat([empty, *(x.to(device) for x in kept)])
+
+
+def _guess(grads: Sequence[Tensor], k: int, n: int, dtype: torch.dtype) -> tuple[int, int]:
+    """A bracket around the k-th largest key: its rank in a sample, 6 standard deviations wide."""
+    size = min(max(SAMPLE_MIN, math.ceil((12 * n / CAPACITY) ** 2)), SAMPLE_MAX)
+    drawn = _sample(grads, size, dtype)
+    share = k / n
+    rank, margin = (1 - share) * size, 6 * math.sqrt(share * (1 - share) * size) + 2
+    first, last = int(rank - margin), math.ceil(rank + margin)
+    return (
+        int(drawn[first]) if first > 0 else 0,
+        int(drawn[last]) if last < size else _MAGNITUDE[dtype],
+    )
+
+
+def threshold(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
+    """The key of the exact k-th largest |g| over all tensors together (method.md, step 1).
+
+    A sample guesses a bracket that holds about 6/sqrt(sample) of the elements; one pass counts
+    what lies above it and keeps what lies inside, which proves the guess or refutes it. A refuted
+    or overfull bracket is narrowed by bisection over the keys: at most 63 further passes.
+
+    Args:
+        grads: dense real tensors, any shapes, layouts and floating dtypes; n elements in all.
+        k: rank, 1 <= k <= n.
+        dtype: `working_dtype` of the tensors (or wider).
+
+    Returns:
+        0-d int64 key on the device of the first tensor.
+    """
+    grads = [g for g in grads if g.numel()]
+    n = sum(g.numel() for g in grads)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
+    if n <= CAPACITY and len(grads) > 1:
+        device = grads[0].device
+        grads = [torch.cat([g.reshape(-1).to(device, dtype) for g in grads])]
+    # The answer lies in [low, high]; `over` keys lie above that range, `count` inside it.
+    low, high, over, count = 0, _MAGNITUDE[dtype], 0, n
+    lo, hi = _guess(grads, k, n, dtype) if n > SAMPLE_MIN * 4 else (low, high)
+    while low < high:
+        above, inside, kept = _scan(grads, lo, hi, dtype, collect=lo < hi)
+        if above >= k:
+            low, count = hi + 1, above - over
+        elif above + inside < k:
+            high, over, count = lo - 1, above + inside, over + count - above - inside
+        elif kept is not None:
+            return kept.kthvalue(inside - (k - above) + 1).values.to(torch.int64)
+        else:
+            low, high, over, count = lo, hi, above, inside
+        lo, hi = low, high if count <= CAPACITY else (low + high) // 2
+    return torch.tensor(low, dtype=torch.int64, device=grads[0].device)
+
+
+# -- combination --------------------------------------------------------------------------------
+
+
+def _combine_chunk(
+    theta: Tensor,
+    g_f: Tensor,
+    g_r: Tensor,
+    anchor: Tensor | None,
+    fisher: Tensor | None,
+    tau_f: Tensor,
+    tau_r: Tensor,
+    *,
+    alpha: float,
+    gamma: float | Tensor,
+    penalty: str,
+    update: str,
+    terms: tuple[bool, bool, bool],
+    online: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """One 1-d chunk: G = c_f g_f + c_r g_r + c_p p, M_f or M_r, the new F, and the `STATS`.
+
+    Masks are multiplied as 0 and 1: on a CPU torch.where costs ten times as much.
+    """
+    g_f, g_r = g_f.to(dtype), g_r.to(dtype)
+    m_f = (keys(g_f, dtype) >= tau_f).to(dtype)
+    m_r = (keys(g_r, dtype) >= tau_r).to(dtype)
+    both = m_f * m_r
+    only_r = m_r - both
+
+    shared = both * (1 - alpha)  # weight of g_r in the blend on the overlap (eq. 11)
+    modulated_f = m_f - shared  # weight of g_f in m: alpha on the overlap, 1 on forget-only
+    if update == "routed":
+        c_f, c_r = modulated_f, only_r + shared
+    else:
+        first, second, third = (float(on) for on in terms)
+        c_f = first + third * modulated_f
+        c_r = second + third * shared
+        if update == "replaced":
+            c_f, c_r = c_f - first * shared, c_r + first * shared
+    out = (c_f * g_f).addcmul_(c_r, g_r)
+
+    moved_sq = None
+    if anchor is not None:
+        moved = theta.to(dtype) - anchor.to(dtype)
+        moved_sq = moved.square()
+        if fisher is not None and penalty != "none" and terms[1]:
+            p = moved.mul_(fisher.to(dtype)).mul_(gamma)  # eqs. 8, 9
+            out += p.mul_(only_r) if penalty == "partial" else p
+
+    product = g_f * g_r
+    sums = [
+        m_f.sum(),
+        m_r.sum(),
+        both.sum(),
+        torch.dot(both, (product < 0).to(dtype)),
+        product.sum(),
+        torch.dot(g_f, g_f),
+        torch.dot(g_r, g_r),
+        torch.dot(out, out),
+    ]
+    if moved_sq is None:
+        sums += [out.new_zeros(())] * 4
+    else:
+        on_f, on_r, on_both = (torch.dot(moved_sq, m) for m in (m_f, m_r, both))
+        rest = moved_sq.sum() - on_f - on_r + on_both
+        sums += [on_f - on_both, on_r - on_both, on_both, rest.clamp_(min=0)]
+    new_fisher = None
+    if online is not None and fisher is not None:
+        new_fisher = torch.lerp(fisher, g_r.square().to(fisher.dtype), online)
+        sums.append(new_fisher.sum())
+    else:
+        sums.append(out.new_zeros(()))
+    return out, (m_f + m_r) > 0, new_fisher, sums
+
+
+def combine(
+    params: Sequence[Tensor],
+    g_f: Sequence[Tensor],
+    g_r: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    fishers: Sequence[Tensor | None],
+    out: Sequence[Tensor],
+    held: Sequence[Tensor | None],
+    tau_f: Tensor,
+    tau_r: Tensor,
+    *,
+    alpha: float,
+    gamma: float | Tensor,
+    penalty: str,
+    update: str,
+    terms: tuple[bool, bool, bool],
+    online: float | None,
+    dtype: torch.dtype,
+    stats: Tensor,
+) -> None:
+    """Steps 2 to 5 of method.md: regions, penalty, modulation and combination.
+
+    Args:
+        params, g_f, g_r: theta and the two gradients, shapes equal tensor by tensor.
+        anchors, fishers: theta0 and F, or None in all places (then no penalty).
+        out: receives G; may be g_r[i] or g_f[i] itself.
+        held: where not None, receives theta on the unrelated scalars and NaN elsewhere
+            (`unrelated="freeze"`); may be g_f[i] itself where out[i] is not.
+        tau_f, tau_r: 0-d int64 keys from `threshold`; a key of 0 selects every non-zero scalar.
+        alpha: weight of g_f on the overlap.
+        gamma: penalty strength times the scale of F; a float or a 0-d tensor on the device.
+        penalty: "partial", "full" or "none".
+        update: "added", "replaced" or "routed".
+        terms: which of g_f, g_r + p and m are summed (not for "routed").
+        online: where not None, F += online * (g_r^2 - F) in place, after F was used; with
+            online = 1 / (n + 1) after n updates F is the mean of the squares.
+        dtype: working dtype of the selection; the arithmetic runs in it too.
+        stats: float64 vector of len(STATS), added to.
+    """
+    tau_f, tau_r = tau_f.clamp(min=1), tau_r.clamp(min=1)  # zeros are never selected
+    rows = []
+    for i, theta in enumerate(params):
+        row = [out[i], theta, g_f[i], g_r[i]]
+        row += [t for t in (anchors[i], fishers[i], held[i]) if t is not None]
+        rows.append(row)
+    has_anchor, has_fisher, has_held = (
+        bool(params) and column[0] is not None for column in (anchors, fishers, held)
+    )
+    for pack in _packs(rows):
+        device = pack[0][0].device
+        result, related, new_fisher, sums = _combine_chunk(
+            _column(pack, 1),
+            _column(pack, 2),
+            _column(pack, 3),
+            _column(pack, 4) if has_anchor else None,
+            _column(pack, 5) if has_fisher else None,
+            tau_f.to(device),
+            tau_r.to(device),
+            alpha=alpha,
+            gamma=gamma.to(device) if isinstance(gamma, Tensor) else gamma,
+            penalty=penalty,
+            update=update,
+            terms=terms,
+            online=online,
+            dtype=dtype,
+        )
+        stats += torch.stack([s.to(torch.float64) for s in sums]).to(stats.device)
+        targets = [(0, result)]
+        if new_fisher is not None:
+            targets.append((5, new_fisher))
+        if has_held:
+            kept = _column(pack, 1).masked_fill(related, math.nan)
+            targets.append((-1, kept))
+        for j, values in targets:
+            destinations = [piece[j] for piece in pack]
+            parts = values.split([d.numel() for d in destinations])
+            for d, part in zip(destinations, parts, strict=True):
+                d.copy_(part.view(d.shape))
+
+
+def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply in place by a 0-d tensor."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        by_device.setdefault(t.device, []).append(t)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, factor.to(device))
+
+
+def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
+    """Put back the scalars that `combine` kept in `held` (those that are not NaN)."""
+    for theta, kept in zip(params, held, strict=True):
+        if kept is None:
+            continue
+        for p, h in pieces([theta, kept]):
+            p.copy_(torch.where(h.isnan(), p, h))

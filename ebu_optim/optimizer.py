@@ -1,0 +1,681 @@
+"""EBUOptimizer: two gradients, one step of any torch optimizer. Moves tensors, does no maths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _checkpoint, _checks, kernels
+from ._phases import Key, Phases, Slot, finite_probe
+from ._stats import read_stats
+from .kernels import reference
+
+Closure = Callable[[], Any]
+TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
+
+_OPTIONS = ("penalty", "update", "unrelated", "terms", "granularity", "nonfinite", "fisher_scale")
+
+
+class EBUOptimizer(Optimizer):
+    r"""Unlearning as a wrapper round any torch optimizer (EBU; docs/method.md has the equations).
+
+    Each step takes two gradients at the same weights, :math:`g_f` of the forget loss and
+    :math:`g_r` of the remember loss. The top ``delta`` share of each by magnitude is selected over
+    all parameters together; where the two selections overlap the gradients are blended with weight
+    ``alpha``; a Fisher penalty holds what only the remember loss selects near the pretrained
+    values; the base optimizer steps on the result.
+
+    .. code-block:: python
+
+        opt = EBUOptimizer(Adam(model.parameters(), lr=1e-4), alpha=0.6, delta=0.5)
+        opt.step(forget=lambda: backward(loss_f()), remember=lambda: backward(loss_r()))
+
+        with opt.forget():            # the same, spelled out (accelerate, GradScaler, Lightning)
+            loss_f().backward()
+        with opt.remember():
+            loss_r().backward()
+        opt.step()
+        opt.zero_grad()
+
+    Args:
+        base: a built optimizer over dense real floating parameters. One whose ``step`` needs a
+            closure (LBFGS) is refused: a closure would overwrite the combined gradient.
+        alpha: weight of :math:`g_f` on the overlap, in [0, 1] (eq. 11 as in Algorithm 1, line 7).
+        delta: share of the scalars selected for each task, in (0, 1]; or a pair (forget, remember).
+            Groups with the same delta are ranked together, a group with another one by itself.
+        gamma: strength of the Fisher penalty, >= 0 (eq. 9).
+        fisher: ``"online"`` (a cumulative mean of :math:`g_r^2`, no extra pass), None (no penalty),
+            or a mapping from parameter, or from name where the base was given named parameters, to
+            a non-negative tensor of the parameter's shape; a :class:`~ebu_optim.DiagonalFisher` is
+            one.
+        fisher_scale: ``"unit"`` uses F / sqrt(mean F), which makes gamma independent of the
+            scale of the loss; ``"raw"`` uses F as it is.
+        anchor: theta0, a mapping like ``fisher``; None takes the values at the first phase.
+        penalty: ``"partial"`` (on remember-only scalars, the paper), ``"full"`` (on all, as in
+            Selective Amnesia) or ``"none"``.
+        update: ``"added"``, ``"replaced"`` or ``"routed"``, three readings of the paper's update.
+        unrelated: ``"update"`` lets the base move scalars that neither task selects; ``"freeze"``
+            keeps them bit-identical through its step, momentum and weight decay included.
+        terms: which of the three summed terms take part (Table 4): of ``"forget"``, ``"remember"``,
+            ``"modulated"``; all three for ``update="routed"``.
+        granularity: rank over the whole ``"model"`` or inside each ``"tensor"``.
+        max_grad_norm: clip the combined gradient to this 2-norm; None does not clip.
+        nonfinite: on NaN or Inf in a gradient ``"raise"``, ``"skip"`` the step (counted in
+            ``skipped_steps``) or ``"propagate"`` (no host synchronisation).
+        fused: as in torch.optim: None takes the best kernels there are, True insists on fused
+            ones, False takes plain torch.
+
+    Raises:
+        TypeError: ``base`` is not a torch optimizer or needs a closure; sparse or complex tensors.
+        ValueError: an option out of range; a mapping with missing names, wrong shapes, negative
+            or non-finite values.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base's own at all times. ``ebu_alpha``,
+    ``ebu_delta`` and ``ebu_gamma`` live in the groups, where they can be scheduled.
+    """
+
+    base: Optimizer
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        alpha: float = 0.6,
+        delta: float | tuple[float, float] = 0.5,
+        gamma: float = 1.0,
+        fisher: str | TensorMap | None = "online",
+        fisher_scale: str = "unit",
+        anchor: TensorMap | None = None,
+        penalty: str = "partial",
+        update: str = "added",
+        unrelated: str = "update",
+        terms: Sequence[str] = ("forget", "remember", "modulated"),
+        granularity: str = "model",
+        max_grad_norm: float | None = None,
+        nonfinite: str = "raise",
+        fused: bool | None = None,
+    ) -> None:
+        _checks.base(base)
+        self.base = base
+        self.penalty = _checks.choice("penalty", penalty, ("partial", "full", "none"))
+        self.update = _checks.choice("update", update, ("added", "replaced", "routed"))
+        self.unrelated = _checks.choice("unrelated", unrelated, ("update", "freeze"))
+        self.granularity = _checks.choice("granularity", granularity, ("model", "tensor"))
+        self.nonfinite = _checks.choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
+        self.fisher_scale = _checks.choice("fisher_scale", fisher_scale, ("unit", "raw"))
+        self.terms = _checks.terms(terms, update)
+        self.max_grad_norm = _checks.max_grad_norm(max_grad_norm)
+        self.fused = fused
+        self.skipped_steps = 0
+        self.last_step_skipped = False
+        self._defaults = {"ebu_alpha": alpha, "ebu_delta": delta, "ebu_gamma": gamma}
+        _checks.group(self._defaults)
+        for group in base.param_groups:
+            for name, value in self._defaults.items():
+                group.setdefault(name, value)
+            _checks.group(group)
+
+        self._step_count = 0
+        self._anchor: dict[Key, Tensor] = {}
+        self._fisher: dict[Key, Tensor] = {}
+        self._fisher_count = 0
+        self._fisher_mean: Tensor | None = None
+        self._last: tuple[Tensor, list[Any], int] | None = None
+        self._phases = Phases(self._slots, self._take_anchor)
+        # What torch.optim itself does for an unpickled optimizer: hooks and the patched step. Its
+        # __init__ would give us groups of our own.
+        self.__setstate__({})
+
+        slots = list(self._slots())
+        kernels.backend([s.param for s in slots], fused)
+        if isinstance(fisher, str):
+            _checks.choice("fisher", fisher, ("online",))
+            self._fisher_mode = "online"
+        elif fisher is None:
+            self._fisher_mode = "none"
+        else:
+            self._fisher_mode = "fixed"
+            self._fisher = _checks.tensor_map("fisher", fisher, slots, nonnegative=True)
+        if anchor is not None:
+            found = _checks.tensor_map("anchor", anchor, slots)
+            self._anchor = {s.key: found[s.key].to(s.param.dtype, copy=True) for s in slots
+                            if s.key in found}  # fmt: skip
+
+    # -- the face of torch.optim.Optimizer ------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        # The base's own: Adam and torch.distributed.checkpoint look at whether it is empty.
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # train() and eval() exist where the base has them (schedule-free optimizers)
+        if name in ("train", "eval") and "base" in self.__dict__:
+            return getattr(self.base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # like torch.optim without hooks and patched methods; an unfinished phase is not copied
+        return {
+            k: v for k, v in self.__dict__.items() if k != "_phases" and not _is_hook_or_patch(k)
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._phases = Phases(self._slots, self._take_anchor)
+
+    def __repr__(self) -> str:
+        groups = self.param_groups
+        shown = [f"{n}={_common(groups, 'ebu_' + n)!r}" for n in ("alpha", "delta", "gamma")]
+        shown += [f"fisher={self._fisher_mode!r}"]
+        shown += [f"{n}={getattr(self, n)!r}" for n in (*_OPTIONS, "max_grad_norm", "fused")]
+        return f"{type(self).__name__}({', '.join(shown)})\nbase: {self.base!r}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base. Its anchor is taken at the next first phase."""
+        values = {n: param_group.get(n, default) for n, default in self._defaults.items()}
+        _checks.group(values)
+        if self._fisher_mode == "fixed":
+            raise ValueError(
+                "add_param_group: fisher is a fixed mapping, which has no values for the new "
+                "parameters; build a new EBUOptimizer with a Fisher that covers them"
+            )
+        self.base.add_param_group(param_group)
+        self.base.param_groups[-1].update(values)
+        _checks.real(self._slots())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Inside a phase clear that phase's gradients, outside the gradients of both."""
+        self.base.zero_grad(set_to_none)
+        if self._phases.active is None:
+            self._phases.reset()
+
+    # -- alpha, delta, gamma: attributes over the groups ----------------------------------------
+
+    @property
+    def alpha(self) -> Any:
+        """ebu_alpha of the groups: one value, or a tuple where they differ."""
+        return _common(self.param_groups, "ebu_alpha")
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._set("ebu_alpha", value)
+
+    @property
+    def delta(self) -> Any:
+        """ebu_delta of the groups: one value, or a tuple of them where they differ."""
+        return _common(self.param_groups, "ebu_delta")
+
+    @delta.setter
+    def delta(self, value: float | tuple[float, float]) -> None:
+        self._set("ebu_delta", value)
+
+    @property
+    def gamma(self) -> Any:
+        """ebu_gamma of the groups: one value, or a tuple where they differ."""
+        return _common(self.param_groups, "ebu_gamma")
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        self._set("ebu_gamma", value)
+
+    def _set(self, name: str, value: Any) -> None:
+        _checks.group({name: value})
+        for group in self.param_groups:
+            group[name] = value
+
+    # -- phases ---------------------------------------------------------------------------------
+
+    def forget(self) -> AbstractContextManager[None]:
+        """Run the forward and backward passes of the forget loss in here, once per micro-batch.
+
+        Leaving takes the gradients off the parameters, entering again puts them back first.
+
+        Raises:
+            RuntimeError: phases nest; a gradient lies there that belongs to no phase.
+            TypeError: a sparse or complex gradient.
+        """
+        return self._phases.phase("forget")
+
+    def remember(self) -> AbstractContextManager[None]:
+        """Run the forward and backward passes of the remember loss in here; see `forget`."""
+        return self._phases.phase("remember")
+
+    # -- step -----------------------------------------------------------------------------------
+
+    def step(  # type: ignore[override]
+        self,
+        forget: Closure | None = None,
+        remember: Closure | None = None,
+        *,
+        closure: Closure | None = None,
+    ) -> tuple[Any, Any] | None:
+        """One step, from two closures or from the phases that ran before.
+
+        Args:
+            forget, remember: run forward and backward of their loss and return it. One that calls
+                zero_grad itself is harmless.
+            closure: always None; torch's checkpoint tools and Lightning pass it by name.
+
+        Returns:
+            The two values that the closures returned; None after phases.
+
+        Raises:
+            TypeError: a single closure.
+            RuntimeError: a phase is missing or made no gradient; gradients were touched between
+                the phases and the step; NaN or Inf with ``nonfinite="raise"``.
+        """
+        losses = None
+        if closure is not None or (forget is None) != (remember is None):
+            raise TypeError(
+                "EBUOptimizer.step takes two closures, step(forget=..., remember=...), or none "
+                "after the phases forget() and remember(); it got one. In Lightning use manual "
+                "optimization; through a prepared accelerate optimizer use the phases"
+            )
+        if forget is not None and remember is not None:
+            try:
+                with torch.enable_grad():
+                    with self.forget():
+                        loss_f = forget()
+                    with self.remember():
+                        loss_r = remember()
+            except BaseException:
+                self._phases.discard()
+                raise
+            losses = (loss_f, loss_r)
+        elif not self._phases.done and all(_is_zero(g.get("lr", 1)) for g in self.param_groups):
+            # torch.distributed.checkpoint initialises the base's state by such a call
+            self.base.step()
+            return None
+        self._apply()
+        return losses
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        phases = self._phases
+        scaler = getattr(self, "found_inf", None) is not None
+        slots = list(self._slots())
+        phases.require_both(slots)
+        phases.check_untouched(slots, scaler)
+        for group in self.param_groups:
+            _checks.group(group)
+        phases.unpoison()
+
+        slots = [s for s in slots if s.key in phases.forget or s.key in phases.remember]
+        g_f = [phases.forget.get(s.key) for s in slots]
+        g_r = [s.param.grad for s in slots]
+        phases.update = {k: g for k, (g, _) in phases.remember.items()}
+        skip = False
+        if scaler:
+            skip = self._unscale([g for g in (*g_f, *g_r) if g is not None])
+        elif self.nonfinite != "propagate":
+            skip = self._nonfinite(g_f, g_r)
+        self.last_step_skipped = skip
+        if skip:
+            self.skipped_steps += 1
+        else:
+            held = self._combine(slots, g_f, g_r)
+            self.base.step()
+            if held is not None:
+                reference.restore([s.param for s in slots], held)
+            self._step_count += 1
+        phases.reset()
+
+    def _unscale(self, grads: Sequence[Tensor]) -> bool:
+        """Undo GradScaler's loss scale in both gradients; True where it found an overflow."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            self._phases.discard()
+            raise RuntimeError(
+                "scaler.unscale_() was called between the phases and step (accelerate's "
+                "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
+                "EBUOptimizer(max_grad_norm=...) and leave unscaling to scaler.step()"
+            )
+        if self.found_inf.item():  # type: ignore[attr-defined]
+            return True
+        reference.scale(grads, scale.double().reciprocal().float())
+        return False
+
+    def _nonfinite(self, g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]) -> bool:
+        """True where a gradient holds NaN or Inf and the step is to be skipped."""
+        probe_r = finite_probe([g for g in g_r if g is not None])
+        probes = [p for p in (self._phases.probe, probe_r) if p is not None]
+        if not probes or not torch.stack([p.to(probes[0].device) for p in probes]).isnan().any():
+            return False
+        if self.nonfinite == "skip":
+            return True
+        f, r = (
+            reference.count_nonfinite([g for g in grads if g is not None]) for grads in (g_f, g_r)
+        )
+        self._phases.discard()
+        raise RuntimeError(
+            f"non-finite gradients: {f} elements of the forget gradient, {r} of the remember "
+            'gradient are NaN or Inf; nothing was changed. Use nonfinite="skip" to drop such steps'
+        )
+
+    def _combine(
+        self, slots: Sequence[Slot], g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]
+    ) -> list[Tensor] | None:
+        """Write G into param.grad; return what `unrelated="freeze"` has to put back."""
+        full_f = [_or_zero(g, s.param) for g, s in zip(g_f, slots, strict=True)]
+        full_r = [_or_zero(g, s.param) for g, s in zip(g_r, slots, strict=True)]
+        out: list[Tensor] = [
+            r if r is not None else f  # type: ignore[misc]
+            for f, r in zip(g_f, g_r, strict=True)
+        ]
+        held: list[Tensor] | None = None
+        if self.unrelated == "freeze":
+            # the spent forget gradient holds the old values
+            held = [
+                f if f is not None and f is not o and f.dtype == s.param.dtype
+                else torch.empty_like(s.param)
+                for f, o, s in zip(g_f, out, slots, strict=True)
+            ]  # fmt: skip
+        backend = kernels.backend([s.param for s in slots], self.fused)
+        dtype = reference.working_dtype([*full_f, *full_r])
+        tau_f = self._thresholds(slots, full_f, 0, dtype)
+        tau_r = self._thresholds(slots, full_r, 1, dtype)
+
+        stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
+        use_fisher = self._penalised
+        online = 1 / (self._fisher_count + 1) if self._fisher_mode == "online" else None
+        scale = self._penalty_scale()
+        for rows in self._buckets(slots, tau_f, tau_r):
+            first = rows[0]
+            group = slots[first].group
+            backend.combine(
+                [slots[i].param for i in rows],
+                [full_f[i] for i in rows],
+                [full_r[i] for i in rows],
+                [self._anchor.get(slots[i].key) for i in rows],
+                [self._fisher.get(slots[i].key) if use_fisher else None for i in rows],
+                [out[i] for i in rows],
+                [held[i] if held is not None else None for i in rows],
+                tau_f[first],
+                tau_r[first],
+                alpha=float(group["ebu_alpha"]),
+                gamma=scale * float(group["ebu_gamma"]),
+                penalty=self.penalty,
+                update=self.update,
+                terms=tuple(t in self.terms for t in ("forget", "remember", "modulated")),
+                online=online if use_fisher else None,
+                dtype=dtype,
+                stats=stats,
+            )
+        if online is not None and use_fisher:
+            self._fisher_count += 1
+            self._fisher_mean = stats[-1] / sum(s.param.numel() for s in slots)
+        if self.max_grad_norm is not None:
+            norm = stats[reference.STATS.index("update_sq")].sqrt()
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            reference.scale(out, clip)
+        for slot, o in zip(slots, out, strict=True):
+            slot.param.grad = o
+        self._phases.update = {s.key: o for s, o in zip(slots, out, strict=True)}  # type: ignore[misc]
+        keys = [
+            reference.key_to_value(t, dtype)
+            for taus in (tau_f, tau_r)
+            for t in {id(t): t for t in taus}.values()
+        ]
+        self._last = (stats, keys, sum(s.param.numel() for s in slots))
+        return held
+
+    def _thresholds(
+        self, slots: Sequence[Slot], grads: Sequence[Tensor], which: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """The threshold key of every slot: one for all slots that are ranked together."""
+        pools: dict[Any, list[int]] = {}
+        deltas = [s.group["ebu_delta"] for s in slots]
+        deltas = [d[which] if isinstance(d, (tuple, list)) else d for d in deltas]
+        for i, d in enumerate(deltas):
+            if grads[i].numel():
+                pools.setdefault(i if self.granularity == "tensor" else float(d), []).append(i)
+        taus = [torch.ones((), dtype=torch.int64, device=g.device) for g in grads]
+        backend = kernels.backend([s.param for s in slots], self.fused)
+        for members in pools.values():
+            n = sum(grads[i].numel() for i in members)
+            k = max(1, math.floor(deltas[members[0]] * n + 0.5))
+            tau = backend.threshold([grads[i] for i in members], k, dtype)
+            for i in members:
+                taus[i] = tau
+        return taus
+
+    def _buckets(
+        self, slots: Sequence[Slot], tau_f: Sequence[Tensor], tau_r: Sequence[Tensor]
+    ) -> list[list[int]]:
+        """Slots that share their group and their thresholds go through one call."""
+        buckets: dict[Any, list[int]] = {}
+        for i, s in enumerate(slots):
+            if s.param.numel():
+                anchored = s.key in self._anchor
+                buckets.setdefault((s.key[0], anchored, id(tau_f[i]), id(tau_r[i])), []).append(i)
+        return list(buckets.values())
+
+    # -- anchor and Fisher ----------------------------------------------------------------------
+
+    @property
+    def _penalised(self) -> bool:
+        return self._fisher_mode != "none" and self.penalty != "none"
+
+    def _penalty_scale(self) -> Tensor | float:
+        if self.fisher_scale == "raw" or not self._fisher:
+            return 1.0
+        if self._fisher_mean is None:
+            fishers = list(self._fisher.values())
+            device = fishers[0].device
+            sums = torch.stack([f.sum(dtype=torch.float64).to(device) for f in fishers])
+            self._fisher_mean = sums.sum() / sum(f.numel() for f in fishers)
+        return torch.where(self._fisher_mean > 0, self._fisher_mean.rsqrt(), 0.0)
+
+    @torch.no_grad()
+    def _take_anchor(self, slots: Sequence[Slot]) -> None:
+        """At a first phase: theta0 and an empty F for every parameter that has none yet."""
+        for slot in slots:
+            p = slot.param
+            for name, own in (("anchor", self._anchor), ("Fisher", self._fisher)):
+                if slot.key in own and own[slot.key].shape != p.shape:
+                    raise ValueError(
+                        f"{slot.name} has shape {tuple(p.shape)} but its {name} has shape "
+                        f"{tuple(own[slot.key].shape)}: the parameter changed shape; build a new "
+                        "EBUOptimizer for the new model"
+                    )
+        if not self._penalised and not self._anchor:
+            return
+        for slot in slots:
+            p = slot.param
+            if not p.requires_grad:
+                continue
+            if slot.key not in self._anchor:
+                self._anchor[slot.key] = _compact(p.detach().clone())
+            if self._fisher_mode in ("online", "warm") and slot.key not in self._fisher:
+                self._fisher[slot.key] = torch.zeros_like(p, dtype=_fisher_dtype(p))
+
+    def warmup_fisher(self, closures: Sequence[Closure], *, freeze: bool = True) -> None:
+        """Estimate the online F from remember batches before the first step, at theta0.
+
+        F becomes the mean over the closures of the squared batch gradient.
+
+        Args:
+            closures: each runs forward and backward of the remember loss on one batch.
+            freeze: keep F fixed from then on; False goes on averaging at every step.
+
+        Raises:
+            RuntimeError: a phase is under way, steps were taken, or ``fisher`` is not "online".
+        """
+        if (
+            self._phases.done
+            or self._phases.active
+            or self._step_count
+            or self._fisher_mode != "online"
+        ):
+            raise RuntimeError(
+                "warmup_fisher: call it before the first phase of an EBUOptimizer with "
+                f'fisher="online" (fisher: {self._fisher_mode}, steps: {self._step_count})'
+            )
+        for closure in closures:
+            with torch.enable_grad(), self.remember():
+                closure()
+            with torch.no_grad():
+                for slot in self._slots():
+                    if slot.key in self._fisher:
+                        f = self._fisher[slot.key]
+                        g = slot.param.grad
+                        square = torch.zeros_like(f) if g is None else g.to(f.dtype).square()
+                        f.lerp_(square, 1 / (self._fisher_count + 1))
+            self._fisher_count += 1
+            self._phases.discard()
+        self._fisher_mean = None
+        if freeze:
+            self._fisher_mode = "warm"
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The standard layout: the base's keys and ours (``ebu_*``) together.
+
+        Tensors of ours that are not made yet stand as what they would be made of now, so that a
+        tool which only fills the keys it finds fills ours; ``ebu_started`` is False then.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        own: dict[Key, dict[str, Tensor]] = {}
+        for key, _, p, _ in self._slots():
+            mine = own.setdefault(key, {})
+            penalised = self._penalised and p.requires_grad
+            if key in self._anchor:
+                mine["ebu_anchor"] = self._anchor[key].contiguous()
+            elif penalised:
+                mine["ebu_anchor"] = p.detach().clone()
+            if key in self._fisher:
+                mine["ebu_fisher"] = self._fisher[key]
+            elif penalised and self._fisher_mode == "online":
+                mine["ebu_fisher"] = torch.zeros_like(p, dtype=_fisher_dtype(p))
+        counters = {
+            "ebu_step": self._step_count,
+            "ebu_skipped": self.skipped_steps,
+            "ebu_fisher_count": self._fisher_count,
+            "ebu_fisher_frozen": self._fisher_mode == "warm",
+            "ebu_started": bool(self._anchor),
+        }
+        packed = _checkpoint.join(self.base.state_dict(), self.param_groups, own, counters)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or a state of the base alone.
+
+        States are matched by position, as torch does. The dtypes of theta0 and F are kept.
+
+        Raises:
+            ValueError: the state is one of another model; nothing has been changed then.
+        """
+        state_dict = dict(state_dict)
+        for before_load in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before_load(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        slots = list(self._slots())
+        base, own, counters = _checkpoint.split(state_dict, self.param_groups, slots)
+        values = [{n: group[n] for n in self._defaults} for group in self.param_groups]
+        self.base.load_state_dict(base)
+        for group, missing in zip(self.param_groups, values, strict=True):
+            group.update({n: v for n, v in missing.items() if n not in group})
+            if isinstance(group["ebu_delta"], list):  # some formats have no tuples
+                group["ebu_delta"] = tuple(group["ebu_delta"])
+        self._phases.reset()
+        self._step_count = int(counters["ebu_step"])
+        self.skipped_steps = int(counters["ebu_skipped"])
+        if counters["ebu_started"]:
+            for slot in slots:
+                mine = own.get(slot.key, {})
+                device = slot.param.device
+                if "ebu_anchor" in mine:
+                    self._anchor[slot.key] = _compact(mine["ebu_anchor"].to(device, copy=True))
+                if "ebu_fisher" in mine:
+                    self._fisher[slot.key] = mine["ebu_fisher"].to(device, copy=True)
+        if counters["ebu_fisher_count"]:
+            self._fisher_count = int(counters["ebu_fisher_count"])
+            self._fisher_mode = "warm" if counters["ebu_fisher_frozen"] else self._fisher_mode
+        self._fisher_mean = None
+        for after_load in self._optimizer_load_state_dict_post_hooks.values():
+            after_load(self)
+
+    # -- reading --------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Figures of the last accepted step; reading them waits for the device (see `_stats`)."""
+        return read_stats(self._last)
+
+    def anchor_of(self, param: Tensor) -> Tensor:
+        """theta0 of a parameter: the frozen model's weight, same shape and dtype (do not write)."""
+        for slot in self._slots():
+            if slot.param is param and slot.key in self._anchor:
+                return self._anchor[slot.key]
+        raise KeyError(
+            "anchor_of: no anchor is held for this parameter; anchors are taken at the first "
+            "phase, of the optimizer's trainable parameters, where a penalty uses them"
+        )
+
+    def _slots(self) -> Iterator[Slot]:
+        """Every parameter of the base, a tied one once."""
+        seen: set[int] = set()
+        index = 0
+        for g, group in enumerate(self.base.param_groups):
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    name = names[i] if names else f"parameter {index} (group {g})"
+                    yield Slot((g, i), group, p, name)
+                index += 1
+
+
+def _is_hook_or_patch(name: str) -> bool:
+    return name.startswith("_optimizer_") or name in (
+        "step", "_opt_called", "_zero_grad_profile_name", "grad_scale", "found_inf",
+        "_warned_capturable_if_run_uncaptured",
+    )  # fmt: skip
+
+
+def _common(groups: Sequence[Mapping[str, Any]], name: str) -> Any:
+    values = [group[name] for group in groups]
+    return values[0] if all(v == values[0] for v in values) else tuple(values)
+
+
+def _is_zero(lr: Any) -> bool:
+    return float(lr) == 0
+
+
+def _fisher_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _compact(t: Tensor) -> Tensor:
+    """One expanded zero where theta0 is zero (LoRA's B): nothing is stored for it."""
+    if t.numel() and not t.count_nonzero():
+        return t.new_zeros(()).expand(t.shape)
+    return t
+
+
+def _or_zero(grad: Tensor | None, p: Tensor) -> Tensor:
+    return p.detach().new_zeros(()).expand(p.shape) if grad is None else grad
