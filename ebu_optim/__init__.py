@@ -1,6 +1,7 @@
 """Unlearning for generative models: a wrapper round any torch optimizer, and what goes with it."""
 
+from .fisher import DiagonalFisher
 from .optimizer import EBUOptimizer
 
 __version__ = "0.1.0"
-__all__ = ["EBUOptimizer", "__version__"]
+__all__ = ["DiagonalFisher", "EBUOptimizer", "__version__"]

@@ -1,5 +1,6 @@
 """All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
 
+from .fisher import FisherBatches, fisher_loss
 from .losses import (
     anchored,
     antithetic_timesteps,
@@ -12,10 +13,12 @@ from .losses import (
 from .sampling import model_hash, sample, sample_set
 
 __all__ = [
+    "FisherBatches",
     "anchored",
     "antithetic_timesteps",
     "denoising_loss",
     "distillation_loss",
+    "fisher_loss",
     "gaussian_forget_loss",
     "model_hash",
     "noisy_condition",

@@ -57,7 +57,7 @@ def reduce_loss(error: Tensor, reduction: str) -> Tensor:
     return (square.sum(1) if reduction == "sum" else square.mean(1)).mean()
 
 
-def _target(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def target(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -104,7 +104,7 @@ def denoising_loss(
     if noise is None:
         noise = randn(x.shape, generator, x)
     x_t = scheduler.add_noise(x, noise, timesteps)
-    error = predict(model, x_t, timesteps, condition) - _target(scheduler, x, noise, timesteps)
+    error = predict(model, x_t, timesteps, condition) - target(scheduler, x, noise, timesteps)
     return reduce_loss(error, reduction)
 
 

@@ -1,0 +1,153 @@
+"""Per-sample gradients in three ways; same result, different speed and memory.
+
+Each takes a model, a loss ``loss(model, batch) -> (n,)`` and a batch (a mapping of tensors with n
+rows) and yields per-sample gradients by name, shape (m, *parameter) for m samples at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[Any, Batch], Tensor]
+Grads = dict[str, Tensor]
+
+
+def size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loop(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
+    """One backward pass per sample: any model, least memory."""
+    params = _trainable(model)
+    for i in range(size(batch)):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        grads = torch.autograd.grad(
+            loss(model, one).sum(), list(params.values()), allow_unused=True
+        )
+        yield {
+            name: torch.zeros_like(p)[None] if g is None else g[None]
+            for (name, p), g in zip(params.items(), grads, strict=True)
+        }
+
+
+def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
+    """torch.func: any model without data-dependent control flow; memory n times the parameters."""
+    params = {name: p.detach() for name, p in _trainable(model).items()}
+
+    def one(p: Grads, item: Batch) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, p, args, kwargs)
+
+        return loss(call, {k: v[None] for k, v in item.items()}).sum()
+
+    yield torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(params, dict(batch))
+
+
+def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
+    """One ordinary backward pass; per-sample gradients from inputs and output gradients.
+
+    Knows Linear, Conv2d (groups=1), GroupNorm, LayerNorm and Embedding.
+
+    Raises:
+        TypeError: a trainable parameter belongs to another kind of module.
+    """
+    n = size(batch)
+    params = _trainable(model)
+    names = {id(p): name for name, p in params.items()}
+    found: Grads = {}
+    handles: list[Any] = []
+
+    def add(p: Tensor | None, grad: Callable[[], Tensor]) -> None:
+        if p is None or id(p) not in names:
+            return
+        name = names[id(p)]
+        value = grad().reshape(n, *p.shape)
+        found[name] = found[name] + value if name in found else value
+
+    def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            output.register_hook(lambda g: rule(module, x, g.detach()))
+
+    def rule(module: nn.Module, x: Tensor, g: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
+            add(module.weight, lambda: torch.bmm(out.transpose(1, 2), rows))
+            add(module.bias, lambda: out.sum(1))
+        elif isinstance(module, nn.Conv2d):
+            add(module.weight, lambda: _conv_weight(module, x, g, n))
+            add(module.bias, lambda: g.reshape(n, -1, *g.shape[1:]).sum((1, 3, 4)))
+        elif isinstance(module, nn.GroupNorm):
+            normal = F.group_norm(x, module.num_groups, eps=module.eps)
+            add(module.weight, lambda: _channels(g * normal, n))
+            add(module.bias, lambda: _channels(g, n))
+        elif isinstance(module, nn.LayerNorm):
+            normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+            shape = (n, -1, *module.normalized_shape)
+            add(module.weight, lambda: (g * normal).reshape(shape).sum(1))
+            add(module.bias, lambda: g.reshape(shape).sum(1))
+        elif isinstance(module, nn.Embedding):
+            index, out = x.reshape(n, -1), g.reshape(n, -1, g.shape[-1])
+            zero = out.new_zeros(n, *module.weight.shape)
+            where = index.unsqueeze(-1).expand_as(out)
+            add(module.weight, lambda: zero.scatter_add_(1, where, out))
+
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if not own:
+            continue
+        known = isinstance(module, (nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding))
+        if not known and not (
+            isinstance(module, nn.Conv2d)
+            and module.groups == 1
+            and not isinstance(module.padding, str)
+        ):
+            for handle in handles:
+                handle.remove()
+            raise TypeError(
+                f'method="hooks" does not know {type(module).__name__}; use "vmap" or "loop"'
+            )
+        handles.append(module.register_forward_hook(forward))
+    try:
+        total = loss(model, batch).sum()
+        # only the graph is walked: .grad of the parameters stays as it was
+        torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield {
+        name: found.get(name, torch.zeros((), dtype=p.dtype, device=p.device).expand(n, *p.shape))
+        for name, p in params.items()
+    }
+
+
+def _conv_weight(module: nn.Conv2d, x: Tensor, g: Tensor, n: int) -> Tensor:
+    padding = module.padding
+    columns = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+    out = g.flatten(2)
+    if len(x) == n:
+        return torch.bmm(out, columns.transpose(1, 2))
+    # the rows of one sample (its timesteps) are further positions of it
+    rows = columns.reshape(n, -1, *columns.shape[1:]).transpose(1, 2).flatten(2)
+    return torch.bmm(out.reshape(n, -1, *out.shape[1:]).transpose(1, 2).flatten(2),
+                     rows.transpose(1, 2))  # fmt: skip
+
+
+def _channels(t: Tensor, n: int) -> Tensor:
+    """(rows, C, ...) -> (n, C): summed over a sample's rows and all positions."""
+    return t.flatten(2).sum(2).reshape(n, -1, t.shape[1]).sum(1) if t.dim() > 2 else (
+        t.reshape(n, -1, t.shape[1]).sum(1)
+    )  # fmt: skip
+
+
+METHODS = {"hooks": hooks, "vmap": vmap, "loop": loop}

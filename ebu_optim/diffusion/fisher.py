@@ -1,0 +1,101 @@
+"""What a DiagonalFisher needs to know of a diffusion model: its loss and its draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import predict, target
+
+
+class FisherBatches(Sequence[Any]):
+    """Samples with their timesteps and noises, drawn anew and alike at every call.
+
+    Args:
+        images: (n, C, H, W), e.g. a replay set.
+        labels: (n,) their classes.
+        scheduler: a diffusers scheduler; its number of timesteps is used.
+        timesteps: T' draws a sample, uniform over 0..T-1 and independent.
+        cross: give pairs of batches with T' / 2 independent draws each, for the estimate whose
+            expectation does not depend on T'; `timesteps` must be even then.
+        batch_size: samples a batch; memory grows with batch_size x parameters.
+        seed: of the draws; batch i has a stream of its own.
+
+    Items: mappings of x (m, C, H, W), labels (m,), t (m, T'), noise (m, T', C, H, W); or pairs.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        scheduler: Any,
+        *,
+        timesteps: int = 8,
+        cross: bool = True,
+        batch_size: int = 16,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if timesteps < 1 or (cross and timesteps % 2):
+            raise ValueError(
+                f"timesteps must be >= 1, and even with cross=True (two halves); got {timesteps}"
+            )
+        if len(images) != len(labels) or not len(images):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels: need as many, > 0")
+        self.images, self.labels, self.scheduler = images, labels, scheduler
+        self.timesteps, self.cross, self.batch_size = timesteps, cross, batch_size
+        self.seed, self.device = seed, device
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What identifies the draws, for ``DiagonalFisher.estimate(protocol=...)``."""
+        return {
+            "timesteps": self.timesteps,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "images": len(self.images),
+        }
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        g = torch.Generator().manual_seed((self.seed << 32) + i)
+        rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        x, labels = self.images[rows], self.labels[rows]
+        halves = 2 if self.cross else 1
+        batches = []
+        for _ in range(halves):
+            draws = (len(x), self.timesteps // halves)
+            t = torch.randint(self.scheduler.config.num_train_timesteps, draws, generator=g)
+            noise = torch.randn((*draws, *x.shape[1:]), generator=g, dtype=x.dtype)
+            batch = {"x": x, "labels": labels, "t": t, "noise": noise}
+            batches.append({k: v.to(self.device) for k, v in batch.items()})
+        return tuple(batches) if self.cross else batches[0]
+
+
+def fisher_loss(
+    scheduler: Any, *, reduction: str = "sum"
+) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
+    """The loss for ``DiagonalFisher.estimate`` over `FisherBatches`: (m,) values, each the mean
+    over the sample's timesteps of the "sum" or "mean" over C, H, W of the squared error."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction must be "sum" or "mean" over C, H, W; got {reduction!r}')
+
+    def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        t, noise = batch["t"].flatten(), batch["noise"].flatten(0, 1)
+        draws = batch["t"].shape[1]
+        x = batch["x"].repeat_interleave(draws, 0)
+        labels = batch["labels"].repeat_interleave(draws, 0)
+        x_t = scheduler.add_noise(x, noise, t)
+        error = predict(model, x_t, t, labels) - target(scheduler, x, noise, t)
+        square = error.float().square().flatten(1)
+        square = square.sum(1) if reduction == "sum" else square.mean(1)
+        return square.view(-1, draws).mean(1)
+
+    return loss

@@ -1,0 +1,391 @@
+"""Make a trained diffusion model forget one digit, and prove it with numbers and pictures.
+
+    python examples/quickstart.py --forget 0
+
+Everything needed ships with the example: real 8x8 digits (scikit-learn), a small class-conditional
+UNet2DModel and two classifiers that were trained on them. About a minute on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import digits
+import matplotlib
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.optim import Adam
+from tqdm.auto import tqdm
+
+import ebu_optim
+from ebu_optim import EBUOptimizer
+from ebu_optim._files import replacing
+from ebu_optim.diffusion import (
+    denoising_loss,
+    distillation_loss,
+    model_hash,
+    noisy_condition,
+    sample,
+    sample_set,
+    surrogate_noise,
+)
+from ebu_optim.metrics import accuracy, classify, entropy, probability
+from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PER_CLASS = 50  # images of each class that before and after are measured on
+CURVE_EVERY = 25
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--forget", type=int, default=0, help="the digit to forget, 0..9")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--alpha", type=float, default=0.6)
+    parser.add_argument("--delta", type=float, default=0.5)
+    parser.add_argument("--gamma", type=float, default=None, help="default: EBUOptimizer's own")
+    parser.add_argument(
+        "--remember", choices=("replay", "distill", "crossed"), default="crossed",
+        help="remember loss: replayed pairs, the frozen model's predictions on them,\n"
+        "or those with conditions drawn anew (default)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
+    parser.add_argument(
+        "--train", action="store_true",
+        help="make the shipped model and classifiers again (about 20 minutes)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.forget not in digits.CLASSES:
+        parser.error(f"--forget must be a digit, 0..9; got {args.forget}")
+    for name in ("steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
+    if (args.output_dir / "metrics.json").exists() and not (args.overwrite or args.train):
+        parser.error(f"{args.output_dir} holds a finished result: give --overwrite to replace it, "
+                     "or another --output_dir")  # fmt: skip
+    return args
+
+
+class Evaluation:
+    """Draws images with fixed seeds and asks the two classifiers about them."""
+
+    def __init__(self, forget: int, device: str) -> None:
+        self.forget, self.device = forget, device
+        self.plain, self.reject = digits.load_classifiers(device)
+        self.ddim = DDIMScheduler.from_config(digits.scheduler().config)
+
+    def draw(self, model: Any, labels: Tensor, seed: int, steps: int = 20) -> Tensor:
+        training = model.training
+        images = sample(
+            model.eval(), self.ddim, labels, digits.SHAPE, num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed), device=self.device,
+        )  # fmt: skip
+        model.train(training)
+        return images.cpu()
+
+    def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """CE by the ten-class classifier; P_f and accuracies by the one with a reject class."""
+        f = labels == self.forget
+        plain, reject = classify(self.plain, images), classify(self.reject, images)
+        return {
+            "ce_f": entropy(plain[f]),
+            "ce_r": entropy(plain[~f]),
+            "p_f": probability(reject[f], self.forget),
+            "p_f_ten_classes": probability(plain[f], self.forget),
+            "ra": accuracy(reject[~f], labels[~f]),
+            "ra_ten_classes": accuracy(plain[~f], labels[~f]),
+            "ua": 1 - accuracy(reject[f], labels[f]),
+        }
+
+    def noise(self, n: int = 2000) -> dict[str, float]:
+        """The limits of forgetting into uniform noise, for these classifiers."""
+        x = surrogate_noise(
+            "uniform", (n, *digits.SHAPE), generator=torch.Generator().manual_seed(0)
+        )
+        plain, reject = classify(self.plain, x), classify(self.reject, x)
+        return {
+            "ce_f": entropy(plain),
+            "p_f": probability(reject, self.forget),
+            "p_f_ten_classes": probability(plain, self.forget),
+        }
+
+    def depth(self, model: Any) -> dict[str, float]:
+        """P_f after the two attacks: an embedding learned in 100 steps, 10 steps of relearning."""
+        x, y, _, _ = digits.images()
+        real, scheduler = x[y == self.forget], digits.scheduler()
+        labels = torch.full((PER_CLASS,), self.forget)
+        vector = learn_embedding(model, model.class_embedding, real, scheduler, steps=100)
+        with condition_replaced(model.class_embedding, vector):
+            inverted = classify(self.reject, self.draw(model, labels, seed=3))
+        again = relearn(model, real, self.forget, scheduler, steps=10)
+        relearned = classify(self.reject, self.draw(again, labels, seed=3))
+        return {
+            "inversion_100": probability(inverted, self.forget),
+            "relearn_10": probability(relearned, self.forget),
+        }
+
+
+def unlearn(model: Any, args: argparse.Namespace, evaluation: Evaluation) -> dict[str, Any]:
+    """The loop: 200 steps of EBU; returns the curve, the seconds and the optimizer's settings."""
+    device, scheduler = args.device, digits.scheduler()
+    generator = torch.Generator().manual_seed(args.seed)
+    kept = torch.tensor([c for c in digits.CLASSES if c != args.forget])
+    teacher = digits.load_unet(device).eval()
+    images, labels = sample_set(
+        args.output_dir / "replay.safetensors", model, evaluation.ddim,
+        kept.repeat_interleave(30), digits.SHAPE, num_inference_steps=20,
+        batch_size=90, seed=args.seed, device=device,
+    )  # fmt: skip
+    images, labels = images.to(device), labels.to(device)
+
+    options = {} if args.gamma is None else {"gamma": args.gamma}
+    opt = EBUOptimizer(
+        Adam(model.parameters(), lr=args.learning_rate),
+        alpha=args.alpha, delta=args.delta, max_grad_norm=1.0, **options,
+    )  # fmt: skip
+    target = torch.full((args.batch_size,), args.forget, device=device)
+    eval_labels = torch.cat([torch.full((36,), args.forget), kept.repeat_interleave(4)])
+    curve: list[dict[str, float]] = []
+    seconds = 0.0
+
+    def forget_loss() -> Tensor:
+        x = surrogate_noise(
+            "uniform", (args.batch_size, *digits.SHAPE), generator=generator, device=device
+        )
+        with noisy_condition(model.class_embedding, 1.0, generator=generator):
+            return denoising_loss(model, x, target, scheduler, generator=generator)
+
+    def remember_loss() -> Tensor:
+        i = torch.randint(len(images), (args.batch_size,), generator=generator).to(device)
+        if args.remember == "replay":
+            return denoising_loss(model, images[i], labels[i], scheduler, generator=generator)
+        return distillation_loss(
+            model, teacher, images[i], labels[i], scheduler, generator=generator,
+            crossed=kept if args.remember == "crossed" else None,
+        )  # fmt: skip
+
+    def look(step: int) -> None:
+        measured = evaluation.measure(
+            evaluation.draw(model, eval_labels, seed=2, steps=10), eval_labels
+        )
+        row = {"step": step, "seconds": seconds, **measured}
+        stats = opt.stats
+        row |= {k: stats[k] for k in ("overlap", "overlap_lift", "cosine", "total") if stats}
+        curve.append(row)
+
+    look(0)
+    model.train()
+    bar = tqdm(range(1, args.steps + 1), desc=f"forgetting {args.forget}")
+    for step in bar:
+        start = time.perf_counter()
+        with opt.forget():
+            loss_f = forget_loss()
+            loss_f.backward()
+        with opt.remember():
+            loss_r = remember_loss()
+            loss_r.backward()
+        opt.step()
+        seconds += time.perf_counter() - start
+        if step % CURVE_EVERY == 0 or step == args.steps:
+            look(step)
+            bar.set_postfix(p_f=f"{curve[-1]['p_f']:.3f}", kept=f"{curve[-1]['ra']:.3f}")
+    settings = {n: getattr(opt, n) for n in ("alpha", "delta", "gamma", "penalty", "update",
+                "unrelated", "terms", "granularity", "max_grad_norm", "fisher_scale")}  # fmt: skip
+    return {"curve": curve, "seconds": seconds, "settings": {**settings, "fisher": "online"}}
+
+
+def grid(before: Tensor, after: Tensor, labels: Tensor, forget: int, path: Path) -> None:
+    """One row per class, eight images before beside the same eight (same noise) after."""
+    columns = 8
+    fig, axes = plt.subplots(10, 2 * columns + 1, figsize=(8.6, 5.6))
+    for c in digits.CLASSES:
+        rows = [(before, 0), (after, columns + 1)]
+        for images, offset in rows:
+            for j in range(columns):
+                axes[c, offset + j].imshow(images[labels == c][j, 0], cmap="gray", vmin=-1, vmax=1)
+        axes[c, 0].set_ylabel(f"{c} (forget)" if c == forget else str(c), rotation=0, ha="right",
+                              va="center", color="tab:red" if c == forget else "black",
+                              fontsize=10)  # fmt: skip
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    for ax in axes[:, columns]:
+        ax.axis("off")
+    fig.subplots_adjust(left=0.11, right=0.99, top=0.92, bottom=0.01, wspace=0.06, hspace=0.06)
+    for title, x in (("before", 0.32), ("after", 0.78)):
+        fig.text(x, 0.95, title, ha="center", fontsize=12)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=110, format="png")
+    plt.close(fig)
+
+
+def plots(curve: list[dict[str, float]], noise: dict[str, float], path: Path) -> None:
+    fig, axes = plt.subplots(1, 3, figsize=(13.5, 3.8), constrained_layout=True)
+    steps = [r["step"] for r in curve]
+    seconds = [r["seconds"] for r in curve]
+    for ax, x, xlabel in ((axes[0], steps, "step"), (axes[1], seconds, "seconds of unlearning")):
+        ax.plot(x, [r["ce_f"] for r in curve], "C0-o", ms=3, label="CE, forgotten class (nats)")
+        ax.plot(x, [r["ce_r"] for r in curve], "C2-o", ms=3, label="CE, kept classes (nats)")
+        ax.plot(x, [r["p_f"] for r in curve], "C3-o", ms=3, label="P of the forgotten class")
+        ax.axhline(noise["ce_f"], color="C0", ls=":", lw=1, label="CE of uniform noise")
+        ax.set_xlabel(xlabel)
+    axes[0].legend(fontsize=8)
+    rows = [r for r in curve if "overlap" in r]
+    x = [r["step"] for r in rows]
+    axes[2].plot(x, [r["overlap"] / r["total"] for r in rows], "C4-o", ms=3, label="overlap, share")
+    axes[2].plot(x, [r["overlap_lift"] for r in rows], "C1-o", ms=3, label="its lift over chance")
+    axes[2].plot(x, [r["cosine"] for r in rows], "C5-o", ms=3, label="cosine of the gradients")
+    axes[2].axhline(1, color="C1", ls=":", lw=1)
+    axes[2].axhline(0, color="grey", lw=0.5)
+    axes[2].set_xlabel("step")
+    axes[2].legend(fontsize=8)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=110, format="png")
+    plt.close(fig)
+
+
+ROWS = (
+    ("p_f", "P of the forgotten digit (reject class)", "forgotten"),
+    ("p_f_ten_classes", "P of the forgotten digit (ten classes)", "forgotten"),
+    ("ce_f", "CE of the forgotten digit, nats", "forgotten"),
+    ("ra", "accuracy on the nine kept digits", "kept"),
+    ("ce_r", "CE of the kept digits, nats", "kept"),
+    ("inversion_100", "P after a new embedding, 100 steps", "deep"),
+    ("relearn_10", "P after relearning, 10 steps", "deep"),
+)
+
+
+def table(metrics: dict[str, Any]) -> str:
+    lines = [f"{'axis':<10} {'':<40} {'before':>8} {'after':>8} {'noise':>8}"]
+    for key, text, axis in ROWS:
+        cells = (metrics[part].get(key) for part in ("before", "after", "noise"))
+        shown = " ".join(f"{'' if c is None else f'{c:.3f}':>8}" for c in cells)
+        lines.append(f"{axis:<10} {text:<40} {shown}")
+    return "\n".join(lines)
+
+
+CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+tags: [machine-unlearning, ebu_optim]
+---
+# Digits without {forget}
+
+A class-conditional `UNet2DModel` (8x8 digits) that was made to forget the digit {forget} with
+[ebu_optim](https://github.com/ebu-optim/ebu_optim) {version}: {steps} steps, {seconds:.0f} seconds.
+
+```
+{table}
+```
+
+![before and after](before_after.png)
+
+P is the probability that a classifier gives to the forgotten digit; "noise" is what plain uniform
+noise scores, the limit of forgetting into noise. The last two rows are attacks with real images of
+the digit: the forgetting is as deep as they stay low. Weights: `model/`, for
+`UNet2DModel.from_pretrained`. The whole protocol is in `metrics.json`.
+
+Made by `{command}`.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.train:
+        print(digits.train_classifiers())
+        digits.train_unet()
+        return
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    out = args.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    # a finished result is one that has metrics.json, which is written last
+    (out / "metrics.json").unlink(missing_ok=True)
+    (out / "replay.safetensors").unlink(missing_ok=True)
+
+    evaluation = Evaluation(args.forget, args.device)
+    model = digits.load_unet(args.device)
+    original = model_hash(model)
+    labels = torch.tensor(digits.CLASSES).repeat_interleave(PER_CLASS)
+    before_images = evaluation.draw(model, labels, seed=1)
+    before = {**evaluation.measure(before_images, labels), "inversion_100": None}
+    run = unlearn(model, args, evaluation)
+    after_images = evaluation.draw(model, labels, seed=1)
+    after = {**evaluation.measure(after_images, labels), **evaluation.depth(model)}
+
+    metrics = {
+        "before": before,
+        "after": after,
+        "noise": evaluation.noise(),
+        "curve": run["curve"],
+        "protocol": {
+            "forget": args.forget,
+            "replayed_classes": [c for c in digits.CLASSES if c != args.forget],
+            "steps": args.steps, "batch_size": args.batch_size, "optimizer": "Adam",
+            "learning_rate": args.learning_rate, **run["settings"],
+            "forget_loss": "denoising on uniform noise, noise on the condition up to its spread",
+            "remember_loss": args.remember, "reduction": "sum over C, H, W, mean over the batch",
+            "replay": "30 images a class, DDIM 20 steps, no guidance",
+            "evaluation": {
+                "images_per_class": PER_CLASS, "sampler": "DDIM, 20 steps, eta 0", "guidance": None,
+                "sampled_weights": "the trained ones, no EMA",
+                "classifiers": "ten classes (CE) and eleven (P_f, accuracy; the last one is noise)",
+                "same_starting_noise_before_and_after": True,
+                "curve": "36 + 36 images, DDIM 10 steps",
+            },
+            "attacks": {
+                "inversion_100": "a new class embedding, Adam 0.1, batch 32, 100 steps",
+                "relearn_10": "all weights, Adam 1e-4, batch 32, 10 steps",
+                "images": "the real training images of the digit",
+            },
+            "base_model": original,
+        },
+        "seeds": {"unlearning": args.seed, "evaluation": 1, "curve": 2, "attacks": [0, 3]},
+        "seconds": {"unlearning": run["seconds"], "all": time.perf_counter() - start},
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "diffusers": __import__("diffusers").__version__, "ebu_optim": ebu_optim.__version__,
+            "device": str(args.device), "threads": torch.get_num_threads(),
+        },
+    }  # fmt: skip
+    grid(before_images, after_images, labels, args.forget, out / "before_after.png")
+    plots(run["curve"], metrics["noise"], out / "curves.png")
+    temporary = out / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.cpu().save_pretrained(temporary)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    temporary.rename(out / "model")
+    card = CARD.format(
+        forget=args.forget, version=ebu_optim.__version__, steps=args.steps,
+        seconds=run["seconds"], table=table(metrics),
+        command=" ".join(["python examples/quickstart.py", *(argv or sys.argv[1:])]),
+    )  # fmt: skip
+    with replacing(out / "README.md") as path:
+        path.write_text(card)
+    with replacing(out / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=1))
+    print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {out}/")
+
+
+if __name__ == "__main__":
+    main()
