@@ -158,12 +158,12 @@ class EBUOptimizer(Optimizer):
         self.base.param_groups = value
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         # The base's own: Adam and torch.distributed.checkpoint look at whether it is empty.
         return self.base.state
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.base.defaults
 
     def __getattr__(self, name: str) -> Any:
@@ -349,7 +349,7 @@ class EBUOptimizer(Optimizer):
                 "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
                 "EBUOptimizer(max_grad_norm=...) and leave unscaling to scaler.step()"
             )
-        if self.found_inf.item():  # type: ignore[attr-defined]
+        if self.found_inf.item():
             return True
         reference.scale(grads, scale.double().reciprocal().float())
         return False
@@ -429,7 +429,7 @@ class EBUOptimizer(Optimizer):
             reference.scale(out, clip)
         for slot, o in zip(slots, out, strict=True):
             slot.param.grad = o
-        self._phases.update = {s.key: o for s, o in zip(slots, out, strict=True)}  # type: ignore[misc]
+        self._phases.update = {s.key: o for s, o in zip(slots, out, strict=True)}
         keys = [
             reference.key_to_value(t, dtype)
             for taus in (tau_f, tau_r)

@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 
 import ebu_optim
 from ebu_optim import EBUOptimizer
-from ebu_optim._files import replacing
 from ebu_optim.diffusion import (
     denoising_loss,
     distillation_loss,
@@ -77,9 +76,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
-    if (args.output_dir / "metrics.json").exists() and not (args.overwrite or args.train):
-        parser.error(f"{args.output_dir} holds a finished result: give --overwrite to replace it, "
-                     "or another --output_dir")  # fmt: skip
+    out = args.output_dir
+    if out.exists() and not args.train:
+        finished = (out / "metrics.json").exists()
+        if finished and not args.overwrite:
+            parser.error(
+                f"{out} holds a finished result: give --overwrite to replace it, or another "
+                "--output_dir"
+            )
+        if not finished and (not out.is_dir() or any(out.iterdir())):
+            parser.error(
+                f"{out} is in use by something else (no metrics.json in it): give another "
+                "--output_dir"
+            )
     return args
 
 
@@ -142,14 +151,16 @@ class Evaluation:
         }
 
 
-def unlearn(model: Any, args: argparse.Namespace, evaluation: Evaluation) -> dict[str, Any]:
+def unlearn(
+    model: Any, args: argparse.Namespace, evaluation: Evaluation, work: Path
+) -> dict[str, Any]:
     """The loop: 200 steps of EBU; returns the curve, the seconds and the optimizer's settings."""
     device, scheduler = args.device, digits.scheduler()
     generator = torch.Generator().manual_seed(args.seed)
     kept = torch.tensor([c for c in digits.CLASSES if c != args.forget])
     teacher = digits.load_unet(device).eval()
     images, labels = sample_set(
-        args.output_dir / "replay.safetensors", model, evaluation.ddim,
+        work / "replay.safetensors", model, evaluation.ddim,
         kept.repeat_interleave(30), digits.SHAPE, num_inference_steps=20,
         batch_size=90, seed=args.seed, device=device,
     )  # fmt: skip
@@ -233,8 +244,7 @@ def grid(before: Tensor, after: Tensor, labels: Tensor, forget: int, path: Path)
     fig.subplots_adjust(left=0.11, right=0.99, top=0.92, bottom=0.01, wspace=0.06, hspace=0.06)
     for title, x in (("before", 0.32), ("after", 0.78)):
         fig.text(x, 0.95, title, ha="center", fontsize=12)
-    with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=110, format="png")
+    fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
@@ -258,8 +268,7 @@ def plots(curve: list[dict[str, float]], noise: dict[str, float], path: Path) ->
     axes[2].axhline(0, color="grey", lw=0.5)
     axes[2].set_xlabel("step")
     axes[2].legend(fontsize=8)
-    with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=110, format="png")
+    fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
@@ -317,11 +326,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    out = args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
-    # a finished result is one that has metrics.json, which is written last
-    (out / "metrics.json").unlink(missing_ok=True)
-    (out / "replay.safetensors").unlink(missing_ok=True)
+    # everything is written here and renamed at the end: a folder is a whole result or none
+    work = args.output_dir.with_name(f".{args.output_dir.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
 
     evaluation = Evaluation(args.forget, args.device)
     model = digits.load_unet(args.device)
@@ -329,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = torch.tensor(digits.CLASSES).repeat_interleave(PER_CLASS)
     before_images = evaluation.draw(model, labels, seed=1)
     before = {**evaluation.measure(before_images, labels), "inversion_100": None}
-    run = unlearn(model, args, evaluation)
+    run = unlearn(model, args, evaluation, work)
     after_images = evaluation.draw(model, labels, seed=1)
     after = {**evaluation.measure(after_images, labels), **evaluation.depth(model)}
 
@@ -368,23 +376,23 @@ def main(argv: list[str] | None = None) -> None:
             "device": str(args.device), "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
-    grid(before_images, after_images, labels, args.forget, out / "before_after.png")
-    plots(run["curve"], metrics["noise"], out / "curves.png")
-    temporary = out / ".model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.cpu().save_pretrained(temporary)
-    shutil.rmtree(out / "model", ignore_errors=True)
-    temporary.rename(out / "model")
+    grid(before_images, after_images, labels, args.forget, work / "before_after.png")
+    plots(run["curve"], metrics["noise"], work / "curves.png")
+    model.cpu().save_pretrained(work / "model")
     card = CARD.format(
         forget=args.forget, version=ebu_optim.__version__, steps=args.steps,
         seconds=run["seconds"], table=table(metrics),
         command=" ".join(["python examples/quickstart.py", *(argv or sys.argv[1:])]),
     )  # fmt: skip
-    with replacing(out / "README.md") as path:
-        path.write_text(card)
-    with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=1))
-    print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {out}/")
+    (work / "README.md").write_text(card)
+    (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    old = work.with_name(f".{args.output_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if args.output_dir.exists():
+        args.output_dir.rename(old)
+    work.rename(args.output_dir)
+    shutil.rmtree(old, ignore_errors=True)
+    print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {args.output_dir}/")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,268 @@
+"""Losses against their formulas, sampling, cached sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from ebu_optim import EBUOptimizer
+from ebu_optim import diffusion as D
+
+from .models import schedule, tiny_unet
+
+SHAPE = (1, 8, 8)
+
+
+class Recorder:
+    """A model that keeps what it was called with and predicts a constant."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value, self.calls = value, []
+
+    def __call__(self, x, t, class_labels=None, **kwargs):
+        self.calls.append((x, t, class_labels, kwargs))
+        return torch.full_like(x, self.value)
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def data(n: int = 4):
+    return torch.rand(n, *SHAPE, generator=gen(1)) * 2 - 1, torch.arange(n) % 5
+
+
+def test_timesteps_are_antithetic_cut_to_n_and_uniform():
+    for n in (1, 2, 5, 8):
+        t = D.antithetic_timesteps(n, 1000, generator=gen())
+        half = n // 2 + 1
+        assert t.shape == (n,)
+        assert t.dtype == torch.int64
+        assert torch.equal(t[half:], 999 - t[: n - half])
+    many = D.antithetic_timesteps(20000, 10, generator=gen())
+    counts = torch.bincount(many, minlength=10)
+    assert counts.min() > 1800
+    assert len(counts) == 10
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_denoising_loss_is_its_formula(reduction, kind):
+    x, y = data()
+    scheduler, model = schedule(kind), Recorder(0.3)
+    t, noise = torch.tensor([0, 10, 500, 999]), torch.randn(x.shape, generator=gen(2))
+    got = D.denoising_loss(model, x, y, scheduler, reduction=reduction, timesteps=t, noise=noise)
+    a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x + (1 - a).sqrt() * noise
+    target = noise if kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * x
+    square = (0.3 - target).square().flatten(1)
+    expected = (square.sum(1) if reduction == "sum" else square.mean(1)).mean()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(model.calls[0][0], x_t)
+    assert torch.equal(model.calls[0][2], y)
+
+
+def test_condition_may_be_keyword_arguments_and_output_an_object():
+    x, _ = data()
+    model = Recorder()
+    D.denoising_loss(model, x, {"encoder_hidden_states": x}, schedule(), generator=gen())
+    assert model.calls[0][3]["encoder_hidden_states"] is x
+    assert D.denoising_loss(tiny_unet(), x, data()[1], schedule(), generator=gen()) > 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_analytic_gaussian_loss_has_the_gradient_of_the_sampled_one(kind):
+    """Both are quadratic in a model w * x_t; its gradient is known and both must estimate it."""
+    w = torch.tensor(0.4, requires_grad=True)
+
+    def model(x, t, class_labels=None):
+        return w * x
+
+    scheduler, n = schedule(kind), 100_000
+    t = torch.full((n,), 300)
+    label = torch.zeros(n, dtype=torch.long)
+    shape = (n, 1, 2, 2)
+    x = torch.randn(shape, generator=gen(1))
+    sampled = D.denoising_loss(model, x, label, scheduler, timesteps=t, generator=gen(2))
+    analytic = D.gaussian_forget_loss(model, shape, label, scheduler, timesteps=t, generator=gen(3))
+    a, b = (torch.autograd.grad(loss, w)[0] for loss in (sampled, analytic))
+    scale = float((1 - scheduler.alphas_cumprod[300]).sqrt())
+    expected = 2 * 4 * (0.4 - (scale if kind == "epsilon" else 0.0))
+    assert float(b) == pytest.approx(expected, abs=0.05)
+    assert float(a) == pytest.approx(expected, abs=0.05)
+    assert analytic < sampled  # without the noise of a sampled eps
+
+
+def test_surrogates():
+    u = D.surrogate_noise("uniform", (500, *SHAPE), generator=gen())
+    n = D.surrogate_noise("gaussian", (500, *SHAPE), generator=gen())
+    assert u.min() >= -1
+    assert u.max() <= 1
+    assert float(u.var()) == pytest.approx(1 / 3, abs=0.02)
+    assert float(n.var()) == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="surrogate must be"):
+        D.surrogate_noise("zeros", (1, *SHAPE))
+
+
+def test_distillation_matches_the_teacher_on_the_same_noised_image():
+    x, y = data()
+    model, teacher = Recorder(1.0), Recorder(0.5)
+    got = D.distillation_loss(model, teacher, x, y, schedule(), reduction="mean", generator=gen())
+    assert float(got) == pytest.approx(0.25)
+    for a, b in zip(model.calls[0][:3], teacher.calls[0][:3], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_crossed_distillation_draws_conditions_from_all_kept_classes():
+    x, y = data(64)
+    model, teacher, kept = Recorder(), Recorder(), torch.tensor([1, 2, 7])
+    D.distillation_loss(model, teacher, x, y, schedule(), crossed=kept, generator=gen())
+    labels = model.calls[0][2]
+    assert set(labels.tolist()) == {1, 2, 7}
+    assert torch.equal(labels, teacher.calls[0][2])
+
+
+def test_teacher_gets_no_gradient():
+    x, y = data()
+    model, teacher = tiny_unet(), tiny_unet()
+    D.distillation_loss(model, teacher, x + 0.1, y, schedule(), generator=gen()).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_anchored_is_the_pretrained_model_without_a_copy():
+    model, frozen = tiny_unet(), tiny_unet()
+    opt = EBUOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = data()
+    t = torch.tensor([1, 2, 3, 4])
+    for _ in range(2):
+        opt.step(
+            forget=lambda: D.denoising_loss(model, x, y, schedule(), generator=gen()).backward(),
+            remember=lambda: D.denoising_loss(model, -x, y, schedule()).backward(),
+        )
+    expected = frozen(x, t, class_labels=y).sample
+    teacher = D.anchored(model, opt)
+    torch.testing.assert_close(teacher(x, t, class_labels=y).sample, expected)
+    assert not torch.allclose(model(x, t, class_labels=y).sample, expected)
+
+
+def test_noisy_condition_is_bounded_by_the_spread_and_leaves_nothing_behind():
+    embedding = nn.Embedding(3, 4000)
+    label = torch.zeros(200, dtype=torch.long)
+    clean = embedding(label)
+    spread = float(embedding.weight.detach().std())
+    with D.noisy_condition(embedding, 0.5, generator=gen()):
+        widths = (embedding(label) - clean).std(1)
+    assert widths.max() < 0.5 * spread * 1.1
+    assert float(widths.mean().detach()) == pytest.approx(0.25 * spread, rel=0.15)
+    assert torch.equal(embedding(label), clean)
+    with pytest.raises(ValueError, match="scale must be"), D.noisy_condition(embedding, -1.0):
+        pass
+
+
+def test_draws_come_from_the_given_generator_alone():
+    x, y = data()
+    state = torch.get_rng_state()
+    losses = [
+        float(D.denoising_loss(tiny_unet(), x, y, schedule(), generator=gen(5))) for _ in range(2)
+    ]
+    assert losses[0] == losses[1]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    D.denoising_loss(Recorder(), x, y, schedule(), generator=gen(5))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def ddim() -> DDIMScheduler:
+    return DDIMScheduler.from_config(schedule().config)
+
+
+def test_guidance_is_null_plus_w_times_the_difference():
+    class Linear:
+        def __call__(self, x, t, class_labels=None):
+            return x * 0 + class_labels.view(-1, 1, 1, 1) / 10
+
+    y = torch.tensor([1, 2])
+    args = {"shape": SHAPE, "num_inference_steps": 3, "clip": False}
+    guided = D.sample(
+        Linear(), ddim(), y, guidance_scale=3.0, null_condition=4, generator=gen(), **args
+    )
+    # eps_null + 3 (eps_c - eps_null) with eps = label / 10 is a label of 4 + 3 (c - 4)
+    plain = D.sample(Linear(), ddim(), 4 + 3 * (y - 4), generator=gen(), **args)
+    torch.testing.assert_close(guided, plain)
+    with pytest.raises(ValueError, match="needs null_condition"):
+        D.sample(Linear(), ddim(), y, guidance_scale=2.0, **args)
+
+
+def test_sampling_is_in_range_and_repeats_with_its_seed():
+    y = torch.tensor([0, 1, 2])
+    a, b = (
+        D.sample(tiny_unet(), ddim(), y, SHAPE, num_inference_steps=2, generator=gen(4))
+        for _ in range(2)
+    )
+    assert a.shape == (3, *SHAPE)
+    assert torch.equal(a, b)
+    assert a.abs().max() <= 1
+
+
+def make_set(path, model=None, **kwargs):
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    return D.sample_set(
+        path, model or tiny_unet(), ddim(), labels, SHAPE,
+        **{"num_inference_steps": 2, "batch_size": 2, **kwargs},
+    )  # fmt: skip
+
+
+def test_set_is_cached_and_an_interrupted_one_goes_on_to_the_same_result(tmp_path):
+    whole, labels = make_set(tmp_path / "a.safetensors")
+    assert labels.tolist() == [0, 1, 2, 3, 0]
+
+    calls = {"n": 0}
+    model = tiny_unet()
+    forward = model.forward
+
+    def stopping(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == 4:  # in the second batch
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    model.forward = stopping
+    path = tmp_path / "b.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        make_set(path, model)
+    assert not path.exists()
+    calls["n"] = 10
+    resumed, _ = make_set(path, model)
+    assert torch.equal(whole, resumed)
+    assert calls["n"] == 10 + 4  # two of three batches, two steps each
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    cached, _ = make_set(path, model)
+    assert calls["n"] == 14
+    assert torch.equal(cached, whole)
+
+
+def test_set_of_another_model_or_protocol_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    make_set(path)
+    other = tiny_unet()
+    with torch.no_grad():
+        other.conv_in.weight += 1
+    with pytest.raises(ValueError, match="another model"):
+        make_set(path, other)
+    with pytest.raises(ValueError, match="another seed"):
+        make_set(path, seed=1)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        make_set(path)
+
+
+def test_unknown_prediction_type_and_reduction_are_named():
+    x, y = data()
+    with pytest.raises(ValueError, match="'sample'"):
+        D.denoising_loss(Recorder(), x, y, schedule("sample"), generator=gen())
+    with pytest.raises(ValueError, match="'sample'"):
+        D.gaussian_forget_loss(Recorder(), x.shape, y, schedule("sample"))
+    with pytest.raises(ValueError, match="reduction"):
+        D.denoising_loss(Recorder(), x, y, schedule(), reduction="none", generator=gen())

@@ -1,0 +1,249 @@
+"""DiagonalFisher: the three ways agree, no bias, resume, files, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ebu_optim import DiagonalFisher, EBUOptimizer
+from ebu_optim._per_sample import METHODS
+from ebu_optim.diffusion import FisherBatches, fisher_loss
+
+from .models import schedule, tiny_unet
+
+METHOD = pytest.mark.parametrize("method", sorted(METHODS))
+
+
+def images(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return torch.rand(n, 1, 8, 8, generator=g) * 2 - 1, torch.arange(n) % 5
+
+
+def batches(n: int = 6, **kwargs) -> FisherBatches:
+    return FisherBatches(*images(n), schedule(), **{"batch_size": 2, "timesteps": 4, **kwargs})
+
+
+def linear_case() -> tuple[nn.Module, list, torch.Tensor]:
+    """y = w x with loss y: the gradient of a sample is its x."""
+    model = nn.Linear(3, 1, bias=False)
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.0, -2.0, 1.0], [2.0, 0.0, 0.5]])
+    return model, [{"x": x[:2]}, {"x": x[2:]}], x.square().mean(0, keepdim=True)
+
+
+def linear_loss(model, batch):
+    return model(batch["x"]).squeeze(1)
+
+
+@METHOD
+def test_mean_of_squared_per_sample_gradients(method):
+    model, data, expected = linear_case()
+    fisher = DiagonalFisher.estimate(model, linear_loss, data, method=method, progress=False)
+    torch.testing.assert_close(fisher["weight"], expected)
+    assert fisher.protocol["samples"] == 3
+
+
+@METHOD
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_methods_agree_with_one_autograd_call_per_sample(method, timesteps):
+    model, loss = tiny_unet(), fisher_loss(schedule())
+    data = batches(4, cross=False, timesteps=timesteps)
+    got = DiagonalFisher.estimate(model, loss, data, method=method, progress=False)
+    params = dict(model.named_parameters())
+    expected = {n: torch.zeros_like(p) for n, p in params.items()}
+    for batch in data:
+        for i in range(2):
+            one = {k: v[i : i + 1] for k, v in batch.items()}
+            grads = torch.autograd.grad(loss(model, one).sum(), list(params.values()))
+            for (name, e), g in zip(expected.items(), grads, strict=True):
+                expected[name] = e + g.square() / 4
+    a = torch.cat([got[n].flatten() for n in params])
+    b = torch.cat([expected[n].flatten() for n in params])
+    assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_hooks_know_linear_conv_norms_embedding_and_shared_modules():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e = nn.Embedding(4, 6)
+            self.c = nn.Conv2d(1, 4, 3, stride=2, padding=1, dilation=1)
+            self.g = nn.GroupNorm(2, 4)
+            self.n = nn.LayerNorm(6)
+            self.l = nn.Linear(6, 6)
+            self.o = nn.Linear(16, 6, bias=False)
+
+        def forward(self, x, y):
+            h = self.o(torch.relu(self.g(self.c(x))).flatten(1))
+            return self.n(self.l(self.l(h) + self.e(y))).square().sum(1)
+
+    torch.manual_seed(0)
+    model = Net()
+    data = [{"x": torch.randn(3, 1, 4, 4), "y": torch.tensor([0, 3, 3])}]
+
+    def loss(m, b):
+        return m(b["x"], b["y"])
+
+    results = [
+        DiagonalFisher.estimate(model, loss, data, method=m, progress=False) for m in METHODS
+    ]
+    for name in results[0]:
+        for other in results[1:]:
+            torch.testing.assert_close(results[0][name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_hooks_refuse_unknown_modules_by_name_and_auto_goes_on():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 1))
+    data = [{"x": torch.randn(2, 1, 4)}]
+
+    def loss(m, b):
+        return m(b["x"]).squeeze(1)
+
+    with pytest.raises(TypeError, match=r"Conv1d.*vmap"):
+        DiagonalFisher.estimate(model, loss, data, method="hooks", progress=False)
+    fisher = DiagonalFisher.estimate(model, loss, data, progress=False)
+    assert fisher.protocol["method"] in ("vmap", "loop")
+
+
+def test_cross_estimate_has_no_bias_from_the_number_of_timesteps():
+    """Gradients a + noise: squares are too large by var / T', cross products are not."""
+    model = nn.Linear(1, 1, bias=False)
+    g = torch.Generator().manual_seed(0)
+    signal, n = 0.7, 4000
+
+    def data(draws: int, cross: bool):
+        half = [signal + torch.randn(n, draws, generator=g) for _ in range(2 if cross else 1)]
+        items = [{"x": h} for h in half]
+        return [tuple(items) if cross else items[0]]
+
+    def loss(m, b):
+        return m(b["x"].reshape(-1, 1)).reshape(b["x"].shape).mean(1)
+
+    def run(draws, cross):
+        return float(
+            DiagonalFisher.estimate(
+                model, loss, data(draws, cross), method="hooks", progress=False
+            )["weight"]
+        )
+
+    for draws in (1, 4):
+        assert run(draws, True) == pytest.approx(signal**2, abs=0.06)
+        assert run(draws, False) == pytest.approx(signal**2 + 1 / draws, abs=0.1)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after):
+    model, loss = tiny_unet(), fisher_loss(schedule())
+    whole = DiagonalFisher.estimate(
+        model, loss, batches(), method="vmap", path=tmp_path / "a", progress=False
+    )
+
+    class Stops(FisherBatches):
+        def __getitem__(self, i):
+            if i == stop_after:
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    stopping = Stops(*images(6), schedule(), batch_size=2, timesteps=4)
+    path = tmp_path / "b"
+    with pytest.raises(KeyboardInterrupt):
+        DiagonalFisher.estimate(model, loss, stopping, method="vmap", path=path, progress=False)
+    assert not path.exists()
+    resumed = DiagonalFisher.estimate(model, loss, batches(), path=path, progress=False)
+    assert resumed.protocol == whole.protocol
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_finished_file_is_loaded_and_another_protocol_is_refused(tmp_path):
+    model, data, _ = linear_case()
+    path = tmp_path / "fisher.safetensors"
+    first = DiagonalFisher.estimate(
+        model, linear_loss, data, path=path, protocol={"data": "x"}, progress=False
+    )
+
+    def never(*_):
+        raise AssertionError("must not be computed again")
+
+    again = DiagonalFisher.estimate(
+        model, never, data, path=path, protocol={"data": "x"}, progress=False
+    )
+    assert torch.equal(first["weight"], again["weight"])
+    assert again.protocol == first.protocol
+    with pytest.raises(ValueError, match=r"another data .'x'"):
+        DiagonalFisher.estimate(model, never, data, path=path, protocol={"data": "y"})
+    with pytest.raises(ValueError, match="another model"):
+        DiagonalFisher.estimate(nn.Linear(2, 2), never, data, path=path, protocol={"data": "x"})
+
+
+def test_convergence_is_the_relative_standard_error_over_batches():
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.tensor([1.0, 2.0, 3.0])
+    fisher = DiagonalFisher.estimate(
+        model, linear_loss, [{"x": v.view(1, 1)} for v in x], method="loop", progress=False
+    )
+    squares = x.square()
+    expected = float(squares.std() / math.sqrt(3) / squares.mean())
+    assert fisher.protocol["convergence"]["trace_relative_error"] == pytest.approx(expected)
+    assert fisher.protocol["convergence"]["entry_relative_error"] == pytest.approx(expected)
+
+
+def test_model_is_left_as_it_was_and_frozen_parameters_are_left_out():
+    model = tiny_unet().train()
+    model.conv_in.weight.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fisher = DiagonalFisher.estimate(model, fisher_loss(schedule()), batches(2), progress=False)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert "conv_in.weight" not in fisher
+
+
+def test_goes_into_the_optimizer_by_name_or_by_parameter():
+    model, data, _ = linear_case()
+    fisher = DiagonalFisher.estimate(model, linear_loss, data, progress=False)
+    opt = EBUOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), fisher=fisher.for_model(model))
+    x = data[0]["x"]
+    opt.step(forget=lambda: model(x).sum().backward(), remember=lambda: model(-x).sum().backward())
+    with pytest.raises(ValueError, match="no entry 'bias'"):
+        fisher.for_model(nn.Linear(3, 1))
+    with pytest.raises(ValueError, match=r"shape \(1, 3\).*\(1, 4\)"):
+        fisher.for_model(nn.Linear(4, 1, bias=False))
+
+
+def test_damaged_and_foreign_files(tmp_path):
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        DiagonalFisher.load(path)
+    from ebu_optim._files import save_tensors
+
+    save_tensors(path, {"a": torch.zeros(1)}, {"kind": "other"})
+    with pytest.raises(ValueError, match="no Fisher"):
+        DiagonalFisher.load(path)
+    with pytest.raises(FileNotFoundError):
+        DiagonalFisher.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"timesteps": 3}, "even"), ({"timesteps": 0}, "timesteps"), ({"labels": 1}, "labels")],
+)
+def test_batches_reject_bad_arguments(kwargs, message):
+    x, y = images(4)
+    y = y[: kwargs.pop("labels", 4)]
+    with pytest.raises(ValueError, match=message):
+        FisherBatches(x, y, schedule(), **kwargs)
+
+
+def test_estimate_rejects_bad_arguments():
+    model, data, _ = linear_case()
+    with pytest.raises(ValueError, match="method must be"):
+        DiagonalFisher.estimate(model, linear_loss, data, method="fast")
+    with pytest.raises(ValueError, match="batches is empty"):
+        DiagonalFisher.estimate(model, linear_loss, [])
+    with pytest.raises(ValueError, match="reduction"):
+        fisher_loss(schedule(), reduction="max")
