@@ -53,7 +53,8 @@ def join(
 def split(
     saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], slots: Sequence[Slot]
 ) -> tuple[dict[str, Any], dict[Key, dict[str, Tensor]], dict[str, Any]]:
-    """Undo `join`: the base's state_dict, our tensors by position, our counters.
+    """Undo `join`: the base's state_dict, our tensors by position, our counters ({} in a state of
+    the base alone).
 
     Raises:
         ValueError: groups or shapes are those of another model; nothing has been changed then.
@@ -79,6 +80,6 @@ def split(
         if rest:  # an empty entry would stop Adam from initialising
             state[saved_id] = rest
     first = saved["param_groups"][0] if saved["param_groups"] else {}
-    counters = {name: first.get(name, 0) for name in COUNTERS}
+    counters = {name: first[name] for name in COUNTERS if name in first}
     stripped = [{k: v for k, v in g.items() if k not in COUNTERS} for g in saved["param_groups"]]
     return {"state": state, "param_groups": stripped}, own, counters

@@ -41,8 +41,8 @@ class Phases:
     ) -> None:
         self._slots = slots
         self._first = first
-        # G of the last step, still on the parameters: the next phase discards it
-        self.update: dict[Key, Tensor] = {}
+        # G of the last step and its version, still on the parameters: the next phase discards it
+        self.update: dict[Key, tuple[Tensor, int]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -52,6 +52,12 @@ class Phases:
         self.remember: dict[Key, tuple[Tensor, int]] = {}  # gradient and its version
         self._poison: tuple[Tensor, Tensor] | None = None
         self.probe: Tensor | None = None  # NaN where the forget gradient is not finite
+
+    def close(self, slots: Iterable[Slot]) -> None:
+        """After a step: what lies on the parameters now is spent."""
+        grads = {s.key: s.param.grad for s in slots}
+        self.update = {k: (g, g._version) for k, g in grads.items() if g is not None}
+        self.reset()
 
     def discard(self) -> None:
         """Drop the step under way, gradients included."""
@@ -74,7 +80,10 @@ class Phases:
         if not self.done:
             for slot in slots:
                 grad = slot.param.grad
-                if grad is not None and grad is not self.update.get(slot.key):
+                if grad is None:
+                    continue
+                spent, version = self.update.get(slot.key, (None, 0))
+                if grad is not spent or grad._version != version:
                     _checks.foreign_gradient(slot, name)
             self._first(slots)
             self.update = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _checkpoint, _checks, kernels
-from ._phases import Key, Phases, Slot, finite_probe
+from ._combine import combine
+from ._penalty import Penalty
+from ._phases import Phases, Slot, finite_probe
 from ._stats import read_stats
 from .kernels import reference
 
@@ -81,6 +82,9 @@ class EBUOptimizer(Optimizer):
     """
 
     base: Optimizer
+    # GradScaler then calls step with the scale and its findings instead of unscaling param.grad
+    # itself, which is one of the two gradients only.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -122,30 +126,13 @@ class EBUOptimizer(Optimizer):
             _checks.group(group)
 
         self._step_count = 0
-        self._anchor: dict[Key, Tensor] = {}
-        self._fisher: dict[Key, Tensor] = {}
-        self._fisher_count = 0
-        self._fisher_mean: Tensor | None = None
-        self._last: tuple[Tensor, list[Any], int] | None = None
-        self._phases = Phases(self._slots, self._take_anchor)
+        self._last: tuple[Tensor, list[Tensor], int] | None = None
+        slots = list(self._slots())
+        kernels.backend([s.param for s in slots], fused)
+        self._penalty = Penalty(slots, fisher, anchor, self.penalty, self.fisher_scale == "unit")
         # What torch.optim itself does for an unpickled optimizer: hooks and the patched step. Its
         # __init__ would give us groups of our own.
         self.__setstate__({})
-
-        slots = list(self._slots())
-        kernels.backend([s.param for s in slots], fused)
-        if isinstance(fisher, str):
-            _checks.choice("fisher", fisher, ("online",))
-            self._fisher_mode = "online"
-        elif fisher is None:
-            self._fisher_mode = "none"
-        else:
-            self._fisher_mode = "fixed"
-            self._fisher = _checks.tensor_map("fisher", fisher, slots, nonnegative=True)
-        if anchor is not None:
-            found = _checks.tensor_map("anchor", anchor, slots)
-            self._anchor = {s.key: found[s.key].to(s.param.dtype, copy=True) for s in slots
-                            if s.key in found}  # fmt: skip
 
     # -- the face of torch.optim.Optimizer ------------------------------------------------------
 
@@ -180,12 +167,12 @@ class EBUOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._phases = Phases(self._slots, self._take_anchor)
+        self._phases = Phases(self._slots, self._penalty.take)
 
     def __repr__(self) -> str:
         groups = self.param_groups
         shown = [f"{n}={_common(groups, 'ebu_' + n)!r}" for n in ("alpha", "delta", "gamma")]
-        shown += [f"fisher={self._fisher_mode!r}"]
+        shown += [f"fisher={self._penalty.mode!r}"]
         shown += [f"{n}={getattr(self, n)!r}" for n in (*_OPTIONS, "max_grad_norm", "fused")]
         return f"{type(self).__name__}({', '.join(shown)})\nbase: {self.base!r}"
 
@@ -193,7 +180,7 @@ class EBUOptimizer(Optimizer):
         """Add a group to the base. Its anchor is taken at the next first phase."""
         values = {n: param_group.get(n, default) for n, default in self._defaults.items()}
         _checks.group(values)
-        if self._fisher_mode == "fixed":
+        if self._penalty.mode == "fixed":
             raise ValueError(
                 "add_param_group: fisher is a fixed mapping, which has no values for the new "
                 "parameters; build a new EBUOptimizer with a Fisher that covers them"
@@ -322,7 +309,6 @@ class EBUOptimizer(Optimizer):
         slots = [s for s in slots if s.key in phases.forget or s.key in phases.remember]
         g_f = [phases.forget.get(s.key) for s in slots]
         g_r = [s.param.grad for s in slots]
-        phases.update = {k: g for k, (g, _) in phases.remember.items()}
         skip = False
         if scaler:
             skip = self._unscale([g for g in (*g_f, *g_r) if g is not None])
@@ -337,13 +323,14 @@ class EBUOptimizer(Optimizer):
             if held is not None:
                 reference.restore([s.param for s in slots], held)
             self._step_count += 1
-        phases.reset()
+        phases.close(slots)
 
     def _unscale(self, grads: Sequence[Tensor]) -> bool:
         """Undo GradScaler's loss scale in both gradients; True where it found an overflow."""
         scale = getattr(self, "grad_scale", None)
         if scale is None:
             self._phases.discard()
+            del self.grad_scale, self.found_inf  # the scaler would have after a step
             raise RuntimeError(
                 "scaler.unscale_() was called between the phases and step (accelerate's "
                 "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
@@ -375,138 +362,14 @@ class EBUOptimizer(Optimizer):
         self, slots: Sequence[Slot], g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]
     ) -> list[Tensor] | None:
         """Write G into param.grad; return what `unrelated="freeze"` has to put back."""
-        full_f = [_or_zero(g, s.param) for g, s in zip(g_f, slots, strict=True)]
-        full_r = [_or_zero(g, s.param) for g, s in zip(g_r, slots, strict=True)]
-        out: list[Tensor] = [
-            r if r is not None else f  # type: ignore[misc]
-            for f, r in zip(g_f, g_r, strict=True)
-        ]
-        held: list[Tensor] | None = None
-        if self.unrelated == "freeze":
-            # the spent forget gradient holds the old values
-            held = [
-                f if f is not None and f is not o and f.dtype == s.param.dtype
-                else torch.empty_like(s.param)
-                for f, o, s in zip(g_f, out, slots, strict=True)
-            ]  # fmt: skip
-        backend = kernels.backend([s.param for s in slots], self.fused)
-        dtype = reference.working_dtype([*full_f, *full_r])
-        tau_f = self._thresholds(slots, full_f, 0, dtype)
-        tau_r = self._thresholds(slots, full_r, 1, dtype)
-
-        stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
-        use_fisher = self._penalised
-        online = 1 / (self._fisher_count + 1) if self._fisher_mode == "online" else None
-        scale = self._penalty_scale()
-        for rows in self._buckets(slots, tau_f, tau_r):
-            first = rows[0]
-            group = slots[first].group
-            backend.combine(
-                [slots[i].param for i in rows],
-                [full_f[i] for i in rows],
-                [full_r[i] for i in rows],
-                [self._anchor.get(slots[i].key) for i in rows],
-                [self._fisher.get(slots[i].key) if use_fisher else None for i in rows],
-                [out[i] for i in rows],
-                [held[i] if held is not None else None for i in rows],
-                tau_f[first],
-                tau_r[first],
-                alpha=float(group["ebu_alpha"]),
-                gamma=scale * float(group["ebu_gamma"]),
-                penalty=self.penalty,
-                update=self.update,
-                terms=tuple(t in self.terms for t in ("forget", "remember", "modulated")),
-                online=online if use_fisher else None,
-                dtype=dtype,
-                stats=stats,
-            )
-        if online is not None and use_fisher:
-            self._fisher_count += 1
-            self._fisher_mean = stats[-1] / sum(s.param.numel() for s in slots)
-        if self.max_grad_norm is not None:
-            norm = stats[reference.STATS.index("update_sq")].sqrt()
-            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            reference.scale(out, clip)
-        for slot, o in zip(slots, out, strict=True):
-            slot.param.grad = o
-        self._phases.update = {s.key: o for s, o in zip(slots, out, strict=True)}
-        keys = [
-            reference.key_to_value(t, dtype)
-            for taus in (tau_f, tau_r)
-            for t in {id(t): t for t in taus}.values()
-        ]
-        self._last = (stats, keys, sum(s.param.numel() for s in slots))
+        grads, held, self._last = combine(
+            slots, g_f, g_r, self._penalty,
+            update=self.update, unrelated=self.unrelated, terms=self.terms,
+            granularity=self.granularity, max_grad_norm=self.max_grad_norm, fused=self.fused,
+        )  # fmt: skip
+        for slot, grad in zip(slots, grads, strict=True):
+            slot.param.grad = grad
         return held
-
-    def _thresholds(
-        self, slots: Sequence[Slot], grads: Sequence[Tensor], which: int, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """The threshold key of every slot: one for all slots that are ranked together."""
-        pools: dict[Any, list[int]] = {}
-        deltas = [s.group["ebu_delta"] for s in slots]
-        deltas = [d[which] if isinstance(d, (tuple, list)) else d for d in deltas]
-        for i, d in enumerate(deltas):
-            if grads[i].numel():
-                pools.setdefault(i if self.granularity == "tensor" else float(d), []).append(i)
-        taus = [torch.ones((), dtype=torch.int64, device=g.device) for g in grads]
-        backend = kernels.backend([s.param for s in slots], self.fused)
-        for members in pools.values():
-            n = sum(grads[i].numel() for i in members)
-            k = max(1, math.floor(deltas[members[0]] * n + 0.5))
-            tau = backend.threshold([grads[i] for i in members], k, dtype)
-            for i in members:
-                taus[i] = tau
-        return taus
-
-    def _buckets(
-        self, slots: Sequence[Slot], tau_f: Sequence[Tensor], tau_r: Sequence[Tensor]
-    ) -> list[list[int]]:
-        """Slots that share their group and their thresholds go through one call."""
-        buckets: dict[Any, list[int]] = {}
-        for i, s in enumerate(slots):
-            if s.param.numel():
-                anchored = s.key in self._anchor
-                buckets.setdefault((s.key[0], anchored, id(tau_f[i]), id(tau_r[i])), []).append(i)
-        return list(buckets.values())
-
-    # -- anchor and Fisher ----------------------------------------------------------------------
-
-    @property
-    def _penalised(self) -> bool:
-        return self._fisher_mode != "none" and self.penalty != "none"
-
-    def _penalty_scale(self) -> Tensor | float:
-        if self.fisher_scale == "raw" or not self._fisher:
-            return 1.0
-        if self._fisher_mean is None:
-            fishers = list(self._fisher.values())
-            device = fishers[0].device
-            sums = torch.stack([f.sum(dtype=torch.float64).to(device) for f in fishers])
-            self._fisher_mean = sums.sum() / sum(f.numel() for f in fishers)
-        return torch.where(self._fisher_mean > 0, self._fisher_mean.rsqrt(), 0.0)
-
-    @torch.no_grad()
-    def _take_anchor(self, slots: Sequence[Slot]) -> None:
-        """At a first phase: theta0 and an empty F for every parameter that has none yet."""
-        for slot in slots:
-            p = slot.param
-            for name, own in (("anchor", self._anchor), ("Fisher", self._fisher)):
-                if slot.key in own and own[slot.key].shape != p.shape:
-                    raise ValueError(
-                        f"{slot.name} has shape {tuple(p.shape)} but its {name} has shape "
-                        f"{tuple(own[slot.key].shape)}: the parameter changed shape; build a new "
-                        "EBUOptimizer for the new model"
-                    )
-        if not self._penalised and not self._anchor:
-            return
-        for slot in slots:
-            p = slot.param
-            if not p.requires_grad:
-                continue
-            if slot.key not in self._anchor:
-                self._anchor[slot.key] = _compact(p.detach().clone())
-            if self._fisher_mode in ("online", "warm") and slot.key not in self._fisher:
-                self._fisher[slot.key] = torch.zeros_like(p, dtype=_fisher_dtype(p))
 
     def warmup_fisher(self, closures: Sequence[Closure], *, freeze: bool = True) -> None:
         """Estimate the online F from remember batches before the first step, at theta0.
@@ -520,31 +383,19 @@ class EBUOptimizer(Optimizer):
         Raises:
             RuntimeError: a phase is under way, steps were taken, or ``fisher`` is not "online".
         """
-        if (
-            self._phases.done
-            or self._phases.active
-            or self._step_count
-            or self._fisher_mode != "online"
-        ):
+        started = self._phases.done or self._phases.active or self._step_count
+        if started or self._penalty.mode != "online":
             raise RuntimeError(
                 "warmup_fisher: call it before the first phase of an EBUOptimizer with "
-                f'fisher="online" (fisher: {self._fisher_mode}, steps: {self._step_count})'
+                f'fisher="online" (fisher: {self._penalty.mode}, steps: {self._step_count})'
             )
         for closure in closures:
             with torch.enable_grad(), self.remember():
                 closure()
-            with torch.no_grad():
-                for slot in self._slots():
-                    if slot.key in self._fisher:
-                        f = self._fisher[slot.key]
-                        g = slot.param.grad
-                        square = torch.zeros_like(f) if g is None else g.to(f.dtype).square()
-                        f.lerp_(square, 1 / (self._fisher_count + 1))
-            self._fisher_count += 1
+            self._penalty.warm(self._slots())
             self._phases.discard()
-        self._fisher_mean = None
         if freeze:
-            self._fisher_mode = "warm"
+            self._penalty.mode = "warm"
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -556,24 +407,13 @@ class EBUOptimizer(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        own: dict[Key, dict[str, Tensor]] = {}
-        for key, _, p, _ in self._slots():
-            mine = own.setdefault(key, {})
-            penalised = self._penalised and p.requires_grad
-            if key in self._anchor:
-                mine["ebu_anchor"] = self._anchor[key].contiguous()
-            elif penalised:
-                mine["ebu_anchor"] = p.detach().clone()
-            if key in self._fisher:
-                mine["ebu_fisher"] = self._fisher[key]
-            elif penalised and self._fisher_mode == "online":
-                mine["ebu_fisher"] = torch.zeros_like(p, dtype=_fisher_dtype(p))
+        own = self._penalty.state(self._slots())
         counters = {
             "ebu_step": self._step_count,
             "ebu_skipped": self.skipped_steps,
-            "ebu_fisher_count": self._fisher_count,
-            "ebu_fisher_frozen": self._fisher_mode == "warm",
-            "ebu_started": bool(self._anchor),
+            "ebu_fisher_count": self._penalty.count,
+            "ebu_fisher_frozen": self._penalty.mode == "warm",
+            "ebu_started": bool(self._penalty.anchor),
         }
         packed = _checkpoint.join(self.base.state_dict(), self.param_groups, own, counters)
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -602,20 +442,13 @@ class EBUOptimizer(Optimizer):
             if isinstance(group["ebu_delta"], list):  # some formats have no tuples
                 group["ebu_delta"] = tuple(group["ebu_delta"])
         self._phases.reset()
-        self._step_count = int(counters["ebu_step"])
-        self.skipped_steps = int(counters["ebu_skipped"])
-        if counters["ebu_started"]:
-            for slot in slots:
-                mine = own.get(slot.key, {})
-                device = slot.param.device
-                if "ebu_anchor" in mine:
-                    self._anchor[slot.key] = _compact(mine["ebu_anchor"].to(device, copy=True))
-                if "ebu_fisher" in mine:
-                    self._fisher[slot.key] = mine["ebu_fisher"].to(device, copy=True)
-        if counters["ebu_fisher_count"]:
-            self._fisher_count = int(counters["ebu_fisher_count"])
-            self._fisher_mode = "warm" if counters["ebu_fisher_frozen"] else self._fisher_mode
-        self._fisher_mean = None
+        if counters:  # else it is a state of the base alone
+            self._step_count = int(counters["ebu_step"])
+            self.skipped_steps = int(counters["ebu_skipped"])
+            self._penalty.load(own, slots, bool(counters["ebu_started"]))
+            self._penalty.count = int(counters["ebu_fisher_count"])
+            if self._penalty.mode in ("online", "warm"):
+                self._penalty.mode = "warm" if counters["ebu_fisher_frozen"] else "online"
         for after_load in self._optimizer_load_state_dict_post_hooks.values():
             after_load(self)
 
@@ -629,11 +462,21 @@ class EBUOptimizer(Optimizer):
     def anchor_of(self, param: Tensor) -> Tensor:
         """theta0 of a parameter: the frozen model's weight, same shape and dtype (do not write)."""
         for slot in self._slots():
-            if slot.param is param and slot.key in self._anchor:
-                return self._anchor[slot.key]
+            if slot.param is param and slot.key in self._penalty.anchor:
+                return self._penalty.anchor[slot.key]
         raise KeyError(
             "anchor_of: no anchor is held for this parameter; anchors are taken at the first "
             "phase, of the optimizer's trainable parameters, where a penalty uses them"
+        )
+
+    def fisher_of(self, param: Tensor) -> Tensor:
+        """F of a parameter as it is now, before `fisher_scale` (do not write)."""
+        for slot in self._slots():
+            if slot.param is param and slot.key in self._penalty.fisher:
+                return self._penalty.fisher[slot.key]
+        raise KeyError(
+            "fisher_of: no Fisher is held for this parameter; the online one starts at the first "
+            "phase, for the optimizer's trainable parameters"
         )
 
     def _slots(self) -> Iterator[Slot]:
@@ -664,18 +507,3 @@ def _common(groups: Sequence[Mapping[str, Any]], name: str) -> Any:
 
 def _is_zero(lr: Any) -> bool:
     return float(lr) == 0
-
-
-def _fisher_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _compact(t: Tensor) -> Tensor:
-    """One expanded zero where theta0 is zero (LoRA's B): nothing is stored for it."""
-    if t.numel() and not t.count_nonzero():
-        return t.new_zeros(()).expand(t.shape)
-    return t
-
-
-def _or_zero(grad: Tensor | None, p: Tensor) -> Tensor:
-    return p.detach().new_zeros(()).expand(p.shape) if grad is None else grad

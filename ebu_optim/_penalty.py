@@ -1,0 +1,160 @@
+"""theta0 and F: what the penalty needs, kept by position and never in the base's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._phases import Key, Slot
+
+
+class Penalty:
+    """The anchor theta0 and the Fisher F of every trainable parameter.
+
+    Args:
+        slots: the optimizer's parameters.
+        fisher: "online", None or a mapping; see EBUOptimizer.
+        anchor: a mapping, or None to take theta0 at the first phase.
+        kind: "partial", "full" or "none".
+        unit: scale F by 1 / sqrt(mean F).
+
+    Attributes:
+        mode: "online", "warm" (an online F, frozen), "fixed" (a mapping) or "none".
+        anchor, fisher: by position.
+        count: batches that the online F is the mean of.
+        mean: 0-d float64 mean of F where it is known; None makes it be computed anew.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        fisher: str | Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None,
+        anchor: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None,
+        kind: str,
+        unit: bool,
+    ) -> None:
+        self.kind, self.unit = kind, unit
+        self.anchor: dict[Key, Tensor] = {}
+        self.fisher: dict[Key, Tensor] = {}
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.anchor_given = anchor is not None
+        if isinstance(fisher, str):
+            self.mode = _checks.choice("fisher", fisher, ("online",))
+        elif fisher is None:
+            self.mode = "none"
+        else:
+            self.mode = "fixed"
+            self.fisher = _checks.tensor_map("fisher", fisher, slots, nonnegative=True)
+        if anchor is not None:
+            found = _checks.tensor_map("anchor", anchor, slots)
+            self.anchor = {
+                s.key: found[s.key].to(s.param.dtype, copy=True) for s in slots if s.key in found
+            }
+
+    @property
+    def active(self) -> bool:
+        return self.mode != "none" and self.kind != "none"
+
+    @torch.no_grad()
+    def take(self, slots: Sequence[Slot]) -> None:
+        """At a first phase: theta0 and an empty F for every parameter that has none yet."""
+        for slot in slots:
+            p = slot.param
+            for name, own in (("anchor", self.anchor), ("Fisher", self.fisher)):
+                if slot.key in own and own[slot.key].shape != p.shape:
+                    raise ValueError(
+                        f"{slot.name} has shape {tuple(p.shape)} but its {name} has shape "
+                        f"{tuple(own[slot.key].shape)}: the parameter changed shape; build a new "
+                        "EBUOptimizer for the new model"
+                    )
+        if not self.active and not self.anchor:
+            return
+        for slot in slots:
+            p = slot.param
+            if not p.requires_grad:
+                continue
+            if slot.key not in self.anchor:
+                self.anchor[slot.key] = _compact(p.detach().clone())
+            if self.mode in ("online", "warm") and slot.key not in self.fisher:
+                self.fisher[slot.key] = _empty_fisher(p)
+
+    def scale(self) -> Tensor | float:
+        """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
+        if not self.unit or not self.fisher:
+            return 1.0
+        if self.mean is None:
+            fishers = list(self.fisher.values())
+            device = fishers[0].device
+            sums = torch.stack([f.sum(dtype=torch.float64).to(device) for f in fishers])
+            self.mean = sums.sum() / sum(f.numel() for f in fishers)
+        return torch.where(self.mean > 0, self.mean.rsqrt(), 0.0)
+
+    @property
+    def online_weight(self) -> float | None:
+        """Weight of the next squared gradient in the cumulative mean; None where F is fixed."""
+        return 1 / (self.count + 1) if self.mode == "online" and self.active else None
+
+    @torch.no_grad()
+    def warm(self, slots: Iterable[Slot]) -> None:
+        """Average the squares of the gradients that lie on the parameters into F."""
+        for slot in slots:
+            if slot.key in self.fisher:
+                f, g = self.fisher[slot.key], slot.param.grad
+                square = torch.zeros_like(f) if g is None else g.to(f.dtype).square()
+                f.lerp_(square, 1 / (self.count + 1))
+        self.count += 1
+        self.mean = None
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
+        """What a checkpoint holds. A tensor that is not made yet stands as what it would be made
+        of now, so that a tool which only fills the keys it finds fills ours."""
+        own: dict[Key, dict[str, Tensor]] = {}
+        for key, _, p, _ in slots:
+            mine = own.setdefault(key, {})
+            wanted = self.active and p.requires_grad
+            if key in self.anchor:
+                mine["ebu_anchor"] = self.anchor[key].contiguous()
+            elif wanted:
+                mine["ebu_anchor"] = p.detach().clone()
+            if key in self.fisher:
+                mine["ebu_fisher"] = self.fisher[key]
+            elif wanted and self.mode == "online":
+                mine["ebu_fisher"] = _empty_fisher(p)
+        return own
+
+    def load(
+        self, own: Mapping[Key, Mapping[str, Tensor]], slots: Iterable[Slot], started: bool
+    ) -> None:
+        """Take a checkpoint's tensors; one from before the first phase undoes what was taken."""
+        self.mean = None
+        if not started:
+            if not self.anchor_given:
+                self.anchor = {}
+            if self.mode != "fixed":
+                self.fisher = {}
+            return
+        for slot in slots:
+            mine = own.get(slot.key, {})
+            device = slot.param.device
+            if "ebu_anchor" in mine:
+                self.anchor[slot.key] = _compact(mine["ebu_anchor"].to(device, copy=True))
+            if "ebu_fisher" in mine:
+                self.fisher[slot.key] = mine["ebu_fisher"].to(device, copy=True)
+
+
+def _empty_fisher(p: Tensor) -> Tensor:
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(p, dtype=wide)
+
+
+def _compact(t: Tensor) -> Tensor:
+    """One expanded zero where theta0 is zero (LoRA's B): nothing is stored for it."""
+    if t.numel() and not t.count_nonzero():
+        return t.new_zeros(()).expand(t.shape)
+    return t
