@@ -6,7 +6,6 @@ expect one, and the forget gradient is kept here. Nothing is copied: buffers cha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .kernels import reference
 
 Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
 
@@ -122,11 +122,11 @@ class Phases:
     def _carry_nonfinite(self) -> None:
         """Let GradScaler see a non-finite forget gradient.
 
-        Before `step` it looks into param.grad alone, where g_f no longer is. 0 * max|g_f| is 0, or
-        NaN where g_f is not finite (0 * sum(g_f) would overflow in float16); it is added to one
-        element of param.grad on the device and taken back before that gradient is used.
+        Before `step` it looks into param.grad alone, where g_f no longer is. A probe that is NaN
+        where g_f is not finite is added to one element of param.grad on the device, and taken back
+        before that gradient is used.
         """
-        self.probe = finite_probe(list(self.forget.values()))
+        self.probe = reference.finite_probe(list(self.forget.values()))
         grad = next((g for g, _ in self.remember.values() if g.numel()), None)
         if self.probe is None or grad is None:
             return
@@ -187,12 +187,3 @@ class Phases:
 def _shares_storage(grad: Tensor) -> bool:
     """Part of a larger buffer, such as DDP's bucket, which will be overwritten."""
     return grad.untyped_storage().nbytes() != grad.numel() * grad.element_size()
-
-
-def finite_probe(grads: Sequence[Tensor]) -> Tensor | None:
-    """0 if every element is finite, else NaN: 0-d float32 on the device of the first gradient."""
-    grads = [g for g in grads if g.numel()]
-    if not grads:
-        return None
-    largest = torch._foreach_norm(grads, math.inf)
-    return torch.stack([n.to(grads[0].device, torch.float32) for n in largest]).max() * 0

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import _checkpoint, _checks, kernels
 from ._combine import combine
 from ._penalty import Penalty
-from ._phases import Phases, Slot, finite_probe
+from ._phases import Phases, Slot
 from ._stats import read_stats
 from .kernels import reference
 
@@ -343,7 +343,7 @@ class EBUOptimizer(Optimizer):
 
     def _nonfinite(self, g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]) -> bool:
         """True where a gradient holds NaN or Inf and the step is to be skipped."""
-        probe_r = finite_probe([g for g in g_r if g is not None])
+        probe_r = reference.finite_probe([g for g in g_r if g is not None])
         probes = [p for p in (self._phases.probe, probe_r) if p is not None]
         if not probes or not torch.stack([p.to(probes[0].device) for p in probes]).isnan().any():
             return False

@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import digits
+import evidence_report as report
 import torch
 from diffusers import DDIMScheduler
+from evidence_report import GAMMAS, LOSSES, REGIMES, SEEDS, TUNE_SEED, TUNED
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
@@ -43,10 +44,6 @@ from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
 
 FORGET, REPLAYED, NEVER = 0, (1, 2, 3), (4, 5, 6, 7, 8, 9)
 STEPS, BATCH, LR, CLIP, SAMPLER_STEPS = 200, 16, 1e-4, 1.0, 10
-GAMMAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
-REGIMES, LOSSES = ("partial", "full"), ("replay", "distill", "crossed")
-TUNED = ("added", "replaced", "routed", "full", "random")
-TUNE_SEED, SEEDS = 0, (1, 2, 3)
 JOINT = {"terms": ["forget", "remember"], "penalty": "none", "fisher": None}
 FULL = {"terms": ["forget", "remember"], "penalty": "full"}
 
@@ -83,6 +80,7 @@ def build(spec: dict[str, Any], model: Any, images: Any, labels: Any) -> EBUOpti
     kind = {
         "joint": JOINT,
         "embedding": JOINT,
+        "base": JOINT,
         "full": FULL,
         "added": {"update": "added"},
         "replaced": {"update": "replaced"},
@@ -139,7 +137,7 @@ def run(spec: dict[str, Any], folder: Path) -> None:
         return result
 
     curve, seconds = {}, 0.0
-    for step in range(STEPS):
+    for step in range(0 if spec["method"] == "base" else STEPS):
         start = time.perf_counter()
         x = surrogate_noise("uniform", (BATCH, *digits.SHAPE), generator=g)
         with optimizer.forget():
@@ -158,7 +156,7 @@ def run(spec: dict[str, Any], folder: Path) -> None:
             loss.backward()
         optimizer.step()
         seconds += time.perf_counter() - start
-        if step + 1 in (STEPS // 2, STEPS):
+        if step + 1 == STEPS // 2:
             curve[step + 1] = measure()
             model.train()
 
@@ -172,7 +170,7 @@ def run(spec: dict[str, Any], folder: Path) -> None:
     result = {
         "spec": spec,
         "curve": curve,
-        **curve[STEPS],
+        **measure(),
         "inversion_100": probability(inverted, FORGET),
         "relearn_10": probability(relearned, FORGET),
         "seconds": seconds,
@@ -217,53 +215,25 @@ def tuning() -> list[dict[str, Any]]:
     return runs
 
 
-def score(result: dict[str, Any]) -> float:
-    """What is tuned, fixed beforehand: forgotten + kept + deep, equal weights."""
-    never = "acc_never" if result["spec"]["regime"] == "partial" else "acc_kept"
-    return (1 - result["p_f"]) + result[never] + (1 - result["inversion_100"])
-
-
-def tuned(results: list[dict[str, Any]], regime: str, loss: str, method: str) -> dict[str, Any]:
-    """The tuning run with the best score."""
-    return max(
-        (r for r in results
-         if r["spec"] in [spec(regime, loss, method, TUNE_SEED, gamma=g) for g in GAMMAS]),
-        key=score,
-    )  # fmt: skip
-
-
-def shared_gamma(results: list[dict[str, Any]], method: str) -> float:
-    """One gamma for all regimes and losses: the best mean score on the tuning seed."""
-    by_gamma = {
-        g: statistics.fmean(
-            score(r) for r in results
-            if r["spec"]["method"] == method and r["spec"]["seed"] == TUNE_SEED
-            and r["spec"]["options"] == {"gamma": g}
-        )
-        for g in GAMMAS
-    }  # fmt: skip
-    return max(by_gamma, key=by_gamma.__getitem__)
-
-
 def reporting(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seeds 1 to 3 at the tuned strengths."""
-    runs = []
+    runs = [spec("partial", "replay", "base", SEEDS[0])]
     for seed in SEEDS:
         for regime in REGIMES:
             for loss in LOSSES:
                 runs.append(spec(regime, loss, "joint", seed))
                 runs.append(spec(regime, loss, "added", seed, gamma=0.0))
                 for method in TUNED:
-                    gamma = tuned(results, regime, loss, method)["spec"]["options"]["gamma"]
+                    gamma = report.tuned(results, regime, loss, method)["spec"]["options"]["gamma"]
                     runs.append(spec(regime, loss, method, seed, gamma=gamma))
         runs.append(spec("partial", "replay", "embedding", seed))
         for loss in LOSSES:
-            gamma = tuned(results, "partial", loss, "added")["spec"]["options"]["gamma"]
+            gamma = report.tuned(results, "partial", loss, "added")["spec"]["options"]["gamma"]
             for alpha in (0.0, 1.0):
                 runs.append(spec("partial", loss, "added", seed, gamma=gamma, alpha=alpha))
         # the scale of F: the same gamma under another reduction, for "unit" and for a "raw" that
         # equals it under the sum; and F from per-sample gradients at theta0
-        best = tuned(results, "partial", "replay", "added")
+        best = report.tuned(results, "partial", "replay", "added")
         gamma = best["spec"]["options"]["gamma"]
         raw = float(f"{gamma / best['fisher_mean'] ** 0.5:.3g}")
         here = ("partial", "replay", "added", seed)
@@ -288,99 +258,10 @@ def execute(specs: list[dict[str, Any]], folder: Path, workers: int, desc: str) 
             job.get()
 
 
-COLUMNS = ("p_f", "acc_kept", "acc_replayed", "acc_never", "inversion_100", "relearn_10", "ce_f")
-
-
-def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the reported seeds, one row a setting."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for r in results:
-        if r["spec"]["seed"] in SEEDS:
-            key = json.dumps({k: v for k, v in r["spec"].items() if k != "seed"}, sort_keys=True)
-            groups.setdefault(key, []).append(r)
-    rows = []
-    for key, members in groups.items():
-        row = {**json.loads(key), "seeds": len(members)}
-        for column in (*COLUMNS, "seconds"):
-            values = [m[column] for m in members]
-            row[column] = statistics.fmean(values)
-            row[f"{column}_sd"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
-    return sorted(rows, key=lambda r: (r["regime"], r["loss"], r["method"], str(r["options"])))
-
-
-def label(row: dict[str, Any]) -> str:
-    names = {"joint": "plain sum", "full": "full alignment", "random": "random masks"}
-    text = names.get(row["method"], f"EBU {row['method']}")
-    return text + "".join(f", {k} {v:g}" for k, v in row["options"].items())
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    head = ["replay", "remember loss", "method", "seeds", "P_f", "kept", "never replayed",
-            "inversion", "relearned"]  # fmt: skip
-    lines = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
-    for r in rows:
-        cells = [r["regime"], r["loss"], label(r), str(r["seeds"])]
-        for c in ("p_f", "acc_kept", "acc_never", "inversion_100", "relearn_10"):
-            sd = r[f"{c}_sd"]
-            cells.append(f"{r[c]:.3f}" + (f" ± {sd:.3f}" if sd is not None else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
-    tune = [r for r in results if r["spec"]["seed"] == TUNE_SEED and r["spec"]["loss"] == "replay"]
-    for column, ax in (("acc_never", axes[0]), ("inversion_100", axes[1])):
-        for method in ("added", "replaced", "routed", "full", "random"):
-            points = sorted(
-                (r["spec"]["options"]["gamma"], r[column])
-                for r in tune
-                if r["spec"]["method"] == method and r["spec"]["options"].get("gamma", 0) > 0
-            )
-            if points:
-                ax.plot(*zip(*points, strict=True), "o-", ms=4, label=label(
-                    {"method": method, "options": {}}))  # fmt: skip
-        for r in tune:
-            if r["spec"]["method"] == "joint":
-                ax.axhline(r[column], color="k", ls=":", label="plain sum")
-        ax.set_xscale("log")
-        ax.set_xlabel("gamma (unit Fisher scale)")
-    axes[0].set_ylabel("accuracy on classes never replayed")
-    axes[0].set_title("Tuning seed, partial replay: kept")
-    axes[1].set_ylabel("P_f after inversion (100 steps)")
-    axes[1].set_title("Tuning seed, partial replay: deep")
-    axes[0].legend(fontsize=8)
-    colours = {"replay": "C0", "distill": "C2", "crossed": "C1"}
-    marks = {"joint": "s", "added": "o", "full": "^", "routed": "D", "replaced": "v", "random": "x"}
-    for r in rows:
-        if r["regime"] == "partial" and "alpha" not in r["options"]:
-            hollow = r["method"] == "added" and r["options"].get("gamma") == 0
-            axes[2].errorbar(
-                r["acc_never"], r["inversion_100"], xerr=r["acc_never_sd"],
-                yerr=r["inversion_100_sd"], fmt=marks[r["method"]], color=colours[r["loss"]],
-                mfc="none" if hollow else None, lw=0.7, ms=7,
-            )  # fmt: skip
-    for loss, colour in colours.items():
-        axes[2].plot([], [], "s", color=colour, label=f"remember by {loss}")
-    for method, mark in marks.items():
-        axes[2].plot([], [], mark, color="grey", label=label({"method": method, "options": {}}))
-    axes[2].plot([], [], "o", color="grey", mfc="none", label="EBU added, gamma 0")
-    axes[2].legend(fontsize=7)
-    axes[2].set_xlabel("accuracy on classes never replayed (right is better)")
-    axes[2].set_ylabel("P_f after inversion (low is better)")
-    axes[2].set_title("Seeds 1 to 3, partial replay")
-    with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=110, format="png")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evidence"))
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--summary", action="store_true", help="run nothing")
@@ -392,31 +273,13 @@ def main() -> None:
         replay(folder)
         execute(tuning()[: args.limit], folder, args.workers, "tuning")
         execute(reporting(load(folder))[: args.limit], folder, args.workers, "reporting")
-    results = load(folder)
-    rows = summary(results)
-    chosen = {
-        f"{loss}/{method}": tuned(results, loss, method)
-        for loss in ("replay", "crossed", "distill") for method in ("added", "full")
+    protocol = {
+        "command": "python examples/evidence.py", "forget": FORGET, "replayed": REPLAYED,
+        "never": NEVER, "steps": STEPS, "batch": BATCH, "lr": LR, "max_grad_norm": CLIP,
+        "surrogate": "uniform", "reduction": "sum", "fisher": "online", "fisher_scale": "unit",
+        "sampler": f"DDIM, {SAMPLER_STEPS} steps", "samples_per_class": 40, "threads": 1,
     }  # fmt: skip
-    document = {
-        "protocol": {
-            "forget": FORGET, "replayed": REPLAYED, "never": NEVER, "steps": STEPS, "batch": BATCH,
-            "lr": LR, "max_grad_norm": CLIP, "surrogate": "uniform", "reduction": "sum",
-            "fisher": "online", "fisher_scale": "unit", "sampler": f"DDIM, {SAMPLER_STEPS} steps",
-            "samples_per_class": 40, "tuning_seed": TUNE_SEED, "seeds": SEEDS,
-            "score": "(1 - P_f) + accuracy never replayed + (1 - P_f after inversion)",
-            "torch": torch.__version__, "threads": 1,
-        },
-        "tuned": chosen,
-        "rows": rows,
-        "runs": [{k: v for k, v in r.items() if k != "curve"} for r in results],
-    }  # fmt: skip
-    with replacing(folder / "evidence.json") as path:
-        path.write_text(json.dumps(document, indent=1))
-    with replacing(folder / "evidence.md") as path:
-        path.write_text(markdown(rows))
-    plot(results, rows, folder / "evidence.png")
-    print(markdown(rows))
+    report.write(load(folder), folder, protocol)
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     original = model_hash(model)
     labels = torch.tensor(digits.CLASSES).repeat_interleave(PER_CLASS)
     before_images = evaluation.draw(model, labels, seed=1)
-    before = {**evaluation.measure(before_images, labels), "inversion_100": None}
+    before = {**evaluation.measure(before_images, labels), **evaluation.depth(model)}
     run = unlearn(model, args, evaluation, work)
     after_images = evaluation.draw(model, labels, seed=1)
     after = {**evaluation.measure(after_images, labels), **evaluation.depth(model)}

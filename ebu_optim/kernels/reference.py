@@ -4,6 +4,9 @@ These two functions are the specification of every faster backend: same names, s
 masks equal bit for bit. They run on any device and any floating dtype. Temporaries are bounded
 by a constant, never by the number of parameters. On an accelerator they wait for the device.
 
+On a CPU what counts is that a chunk's buffers stay in the cache and that no operation makes or
+reads a bool tensor: torch does not vectorise those, and they cost four times what a float costs.
+
 Magnitudes are compared as integer *keys*: the bits of |x| in the working dtype (float32, or
 float64 where one of the tensors is float64; the conversion is exact). Keys order like |x|, are
 immune to flush-to-zero, and rank NaN above Inf, so that "propagate" does propagate.
@@ -15,13 +18,15 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# One chunk's buffers stay in the L2 cache of a CPU core; an accelerator wants few launches.
-CHUNK_CPU = 1 << 16
-CHUNK_DEVICE = 1 << 24
+# One chunk's buffers stay in the caches of a CPU core; an accelerator wants few launches.
+CHUNK_CPU = 1 << 17
+CHUNK_DEVICE = 1 << 22
 # Candidates kept of one bracket, at the most (16 MiB of float32 keys).
 CAPACITY = 1 << 22
 SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 20
@@ -62,6 +67,30 @@ def keys(x: Tensor, dtype: torch.dtype) -> Tensor:
 def key_to_value(key: Tensor, dtype: torch.dtype) -> Tensor:
     """The magnitude that a 0-d int64 key stands for, as a 0-d tensor of `dtype`."""
     return key.to(_INT[dtype]).view(dtype)
+
+
+def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
+    """0 where every element of every tensor is finite, else NaN: 0-d float32 on the device of the
+    first; None where there is no element. Waits for no device.
+
+    It is sum(0 * x): 0 * sum(x) would overflow in float16.
+    """
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return None
+    device = tensors[0].device
+    if any(t.device.type != "cpu" for t in tensors):
+        # one launch for many tensors; 0 * max|x|
+        largest = torch._foreach_norm(tensors, math.inf)
+        return torch.stack([x.to(device, torch.float32) for x in largest]).max() * 0
+    zeros: dict[torch.dtype, Tensor] = {}
+    found = []
+    for t in tensors:
+        if t.dtype not in zeros:
+            zeros[t.dtype] = t.new_zeros(CHUNK_CPU)
+        for (x,) in pieces([t]):
+            found.append(torch.dot(x.reshape(-1), zeros[t.dtype][: x.numel()]).float())
+    return torch.stack(found).sum()
 
 
 def count_nonfinite(grads: Sequence[Tensor]) -> int:
@@ -148,10 +177,37 @@ def _packs(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]
         yield pack
 
 
-def _column(pack: Sequence[Sequence[Tensor]], j: int) -> Tensor:
+def _parts(
+    pack: Sequence[Sequence[Tensor]], row: Tensor
+) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+    """Each piece of a pack with its part of a 1-d row."""
+    return zip(pack, row.split([piece[0].numel() for piece in pack]), strict=True)
+
+
+class _Rows:
+    """Buffers by name, made once and used again for every chunk: fresh memory costs page faults."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Any, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, n: int | None = None) -> Tensor:
+        """A 1-d buffer of n elements (as many as `like`) of the device and dtype of `like`; what it
+        held before is lost."""
+        n = like.numel() if n is None else n
+        key = (name, like.device, like.dtype)
+        row = self._rows.get(key)
+        if row is None or row.numel() < n:
+            row = self._rows[key] = torch.empty(n, dtype=like.dtype, device=like.device)
+        return row if row.numel() == n else row[:n]
+
+
+def _column(pack: Sequence[Sequence[Tensor]], j: int, rows: _Rows) -> Tensor:
+    """Column j of a pack as one 1-d tensor: a view where the pack is one contiguous piece."""
     if len(pack) == 1:
         return pack[0][j].reshape(-1)
-    return torch.cat([piece[j].reshape(-1) for piece in pack])
+    pieces = [piece[j].reshape(-1) for piece in pack]
+    row = rows(f"column {j}", pieces[0], sum(p.numel() for p in pieces))
+    return torch.cat(pieces, out=row)
 
 
 # -- selection ----------------------------------------------------------------------------------
@@ -188,22 +244,44 @@ def _scan(
     grads: Sequence[Tensor], lo: int, hi: int, dtype: torch.dtype, collect: bool
 ) -> tuple[int, int, Tensor | None]:
     """Count keys > hi and keys in [lo, hi]; collect the latter unless they are too many."""
-    above, inside, kept = 0, 0, []
+    above, inside = 0, 0
+    kept: list[Tensor] = []
+    rows = _Rows()
     for pack in _packs([[g] for g in grads]):
-        u = keys(_column(pack, 0), dtype)
-        at_least = u >= lo
-        over = u > hi
-        n_over = int(over.count_nonzero())
-        n_inside = int(at_least.count_nonzero()) - n_over
+        bits = _column(pack, 0, rows).to(dtype).view(_INT[dtype])
+        u = torch.bitwise_and(bits, _MAGNITUDE[dtype], out=rows("keys", bits))
+        # on a CPU NumPy compares and picks several times faster than torch
+        v: Any = u.numpy() if u.device.type == "cpu" else u
+        at_least, over = v >= lo, v > hi
+        n_over = _count(over)
+        n_inside = _count(at_least) - n_over
         above += n_over
         inside += n_inside
         if collect and n_inside and inside <= CAPACITY:
-            kept.append(u[at_least.logical_xor_(over)])
+            kept.append(_pick(v, at_least ^ over))
     if not collect or inside > CAPACITY:
         return above, inside, None
     device = grads[0].device
     empty = torch.empty(0, dtype=_INT[dtype], device=device)
     return above, inside, torch.cat([empty, *(x.to(device) for x in kept)])
+
+
+def _count(mask: Any) -> int:
+    return int(mask.count_nonzero() if isinstance(mask, Tensor) else np.count_nonzero(mask))
+
+
+def _pick(values: Any, mask: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values[mask]
+    return torch.from_numpy(values.take(np.flatnonzero(mask)))
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of 1-d keys, 0-d int64."""
+    i = values.numel() - k
+    if values.device.type == "cpu":
+        return torch.tensor(int(np.partition(values.numpy(), i)[i]))
+    return values.kthvalue(i + 1).values.to(torch.int64)
 
 
 def _guess(grads: Sequence[Tensor], k: int, n: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -251,7 +329,7 @@ def threshold(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
         elif above + inside < k:
             high, over, count = lo - 1, above + inside, over + count - above - inside
         elif kept is not None:
-            return kept.kthvalue(inside - (k - above) + 1).values.to(torch.int64)
+            return _kth_largest(kept, k - above)
         else:
             low, high, over, count = lo, hi, above, inside
         lo, hi = low, high if count <= CAPACITY else (low + high) // 2
@@ -261,14 +339,21 @@ def threshold(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
 # -- combination --------------------------------------------------------------------------------
 
 
-def _combine_chunk(
-    theta: Tensor,
-    g_f: Tensor,
-    g_r: Tensor,
-    anchor: Tensor | None,
-    fisher: Tensor | None,
-    tau_f: Tensor,
-    tau_r: Tensor,
+def _masks(
+    g: Tensor, tau: Tensor | int, rows: _Rows, name: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The bits of g, and its mask as 0.0 and 1.0."""
+    bits = g.view(_INT[dtype])
+    u = torch.bitwise_and(bits, _MAGNITUDE[dtype], out=rows("keys", bits))
+    return bits, torch.ge(u, tau, out=rows(name, g))
+
+
+def _combine_pack(
+    pack: Sequence[Sequence[Tensor]],
+    has_anchor: bool,
+    has_fisher: bool,
+    tau_f: Tensor | int,
+    tau_r: Tensor | int,
     *,
     alpha: float,
     gamma: float | Tensor,
@@ -277,44 +362,59 @@ def _combine_chunk(
     terms: tuple[bool, bool, bool],
     online: float | None,
     dtype: torch.dtype,
+    rows: _Rows,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """One 1-d chunk: G = c_f g_f + c_r g_r + c_p p, M_f or M_r, the new F, and the `STATS`.
+    """One pack of (out, theta, g_f, g_r, anchor, F, ...) pieces, as 1-d tensors: G, a mask (> 0 on
+    M_f or M_r), the new F, and the `STATS`.
 
-    Masks are multiplied as 0 and 1: on a CPU torch.where costs ten times as much.
+    On the overlap the blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that every reading is
+    a sum of g_f, g_r + p, M_f g_f and O (1 - alpha) (g_r - g_f) with constant weights. Masks are
+    multiplied, not used to choose: where a gradient is not finite, neither is G.
     """
-    g_f, g_r = g_f.to(dtype), g_r.to(dtype)
-    m_f = (keys(g_f, dtype) >= tau_f).to(dtype)
-    m_r = (keys(g_r, dtype) >= tau_r).to(dtype)
-    both = m_f * m_r
-    only_r = m_r - both
+    g_f, g_r = _column(pack, 2, rows).to(dtype), _column(pack, 3, rows).to(dtype)
+    bits_f, m_f = _masks(g_f, tau_f, rows, "m_f", dtype)
+    bits_r, m_r = _masks(g_r, tau_r, rows, "m_r", dtype)
+    both = torch.mul(m_f, m_r, out=rows("both", g_f))
+    only_r = torch.sub(m_r, both, out=rows("only_r", g_f))
+    out, spare = rows("out", g_f), rows("spare", g_f)
 
-    shared = both * (1 - alpha)  # weight of g_r in the blend on the overlap (eq. 11)
-    modulated_f = m_f - shared  # weight of g_f in m: alpha on the overlap, 1 on forget-only
     if update == "routed":
-        c_f, c_r = modulated_f, only_r + shared
+        torch.mul(m_f, g_f, out=out)
+        out.addcmul_(only_r, g_r)
+        blended = 1.0
     else:
         first, second, third = (float(on) for on in terms)
-        c_f = first + third * modulated_f
-        c_r = second + third * shared
-        if update == "replaced":
-            c_f, c_r = c_f - first * shared, c_r + first * shared
-    out = (c_f * g_f).addcmul_(c_r, g_r)
+        if first:
+            torch.add(g_f, g_r, alpha=second, out=out)
+        else:
+            torch.mul(g_r, second, out=out)
+        out.addcmul_(m_f, g_f, value=third)
+        blended = third + (first if update == "replaced" else 0.0)
+    out.addcmul_(both, g_r, value=blended * (1 - alpha))
+    out.addcmul_(both, g_f, value=-blended * (1 - alpha))
 
     moved_sq = None
-    if anchor is not None:
-        moved = theta.to(dtype) - anchor.to(dtype)
-        moved_sq = moved.square()
-        if fisher is not None and penalty != "none" and terms[1]:
-            p = moved.mul_(fisher.to(dtype)).mul_(gamma)  # eqs. 8, 9
-            out += p.mul_(only_r) if penalty == "partial" else p
+    if has_anchor:
+        moved = spare
+        for (_, theta, _, _, anchor, *_), part in _parts(pack, moved):
+            torch.sub(theta.reshape(-1).to(dtype), anchor.reshape(-1).to(dtype), out=part)
+        moved_sq = torch.mul(moved, moved, out=rows("moved_sq", g_f))
+        if has_fisher and penalty != "none" and terms[1]:
+            for piece, part in _parts(pack, moved):
+                part.mul_(piece[5].reshape(-1).to(dtype))
+            moved.mul_(gamma)  # p of eqs. 8 and 9
+            if penalty == "partial":
+                out.addcmul_(only_r, moved)
+            else:
+                out += moved
 
-    product = g_f * g_r
+    opposed = torch.bitwise_xor(bits_f, bits_r, out=rows("keys", bits_f))  # the sign bits differ
     sums = [
         m_f.sum(),
         m_r.sum(),
         both.sum(),
-        torch.dot(both, (product < 0).to(dtype)),
-        product.sum(),
+        torch.dot(both, torch.lt(opposed, 0, out=spare)),
+        torch.dot(g_f, g_r),
         torch.dot(g_f, g_f),
         torch.dot(g_r, g_r),
         torch.dot(out, out),
@@ -326,12 +426,14 @@ def _combine_chunk(
         rest = moved_sq.sum() - on_f - on_r + on_both
         sums += [on_f - on_both, on_r - on_both, on_both, rest.clamp_(min=0)]
     new_fisher = None
-    if online is not None and fisher is not None:
-        new_fisher = torch.lerp(fisher, g_r.square().to(fisher.dtype), online)
-        sums.append(new_fisher.sum())
+    if online is not None and has_fisher:
+        fisher = _column(pack, 5, rows)
+        square = torch.mul(g_r, g_r, out=spare).to(fisher.dtype)
+        new_fisher = torch.lerp(fisher, square, online)
+        sums.append(new_fisher.sum().to(dtype))
     else:
         sums.append(out.new_zeros(()))
-    return out, (m_f + m_r) > 0, new_fisher, sums
+    return out, m_f.add_(m_r), new_fisher, sums
 
 
 def combine(
@@ -374,6 +476,7 @@ def combine(
         stats: float64 vector of len(STATS), added to.
     """
     tau_f, tau_r = tau_f.clamp(min=1), tau_r.clamp(min=1)  # zeros are never selected
+    buffers = _Rows()
     rows = []
     for i, theta in enumerate(params):
         row = [out[i], theta, g_f[i], g_r[i]]
@@ -384,34 +487,38 @@ def combine(
     )
     for pack in _packs(rows):
         device = pack[0][0].device
-        result, related, new_fisher, sums = _combine_chunk(
-            _column(pack, 1),
-            _column(pack, 2),
-            _column(pack, 3),
-            _column(pack, 4) if has_anchor else None,
-            _column(pack, 5) if has_fisher else None,
-            tau_f.to(device),
-            tau_r.to(device),
+        result, related, new_fisher, sums = _combine_pack(
+            pack,
+            has_anchor,
+            has_fisher,
+            _scalar(tau_f, device),
+            _scalar(tau_r, device),
             alpha=alpha,
-            gamma=gamma.to(device) if isinstance(gamma, Tensor) else gamma,
+            gamma=_scalar(gamma, device),
             penalty=penalty,
             update=update,
             terms=terms,
             online=online,
             dtype=dtype,
+            rows=buffers,
         )
-        stats += torch.stack([s.to(torch.float64) for s in sums]).to(stats.device)
+        stats += torch.stack(sums).to(stats)
         targets = [(0, result)]
         if new_fisher is not None:
             targets.append((5, new_fisher))
         if has_held:
-            kept = _column(pack, 1).masked_fill(related, math.nan)
+            kept = _column(pack, 1, buffers).masked_fill(related > 0, math.nan)
             targets.append((-1, kept))
         for j, values in targets:
-            destinations = [piece[j] for piece in pack]
-            parts = values.split([d.numel() for d in destinations])
-            for d, part in zip(destinations, parts, strict=True):
-                d.copy_(part.view(d.shape))
+            for piece, part in _parts(pack, values):
+                piece[j].copy_(part.view(piece[j].shape))
+
+
+def _scalar(value: Any, device: torch.device) -> Any:
+    """On the CPU a number (reading it waits for nothing), elsewhere a 0-d tensor there."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if device.type == value.device.type == "cpu" else value.to(device)
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:

@@ -1,0 +1,114 @@
+"""Every python block of README.md and docs/ runs; what the texts name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from ebu_optim.diffusion import denoising_loss, surrogate_noise
+
+from .models import schedule, tiny_unet
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def world(folder: Path) -> dict[str, object]:
+    """What the pages call model, forget_loader, ...: a small class-conditional UNet."""
+    model, scheduler = tiny_unet(), schedule()
+    forgotten = torch.zeros(4, dtype=torch.long)
+
+    def forget_loss(model, batch):
+        return denoising_loss(model, batch, forgotten[: len(batch)], scheduler)
+
+    def remember_loss(model, batch):
+        return denoising_loss(model, batch, torch.ones(len(batch), dtype=torch.long), scheduler)
+
+    return {
+        "model": model,
+        "scheduler": scheduler,
+        "sampler": DDIMScheduler.from_config(scheduler.config),
+        "forget_loss": forget_loss,
+        "remember_loss": remember_loss,
+        "forget_closure": lambda: forget_loss(model, torch.randn(2, 1, 8, 8)).backward(),
+        "remember_closure": lambda: remember_loss(model, torch.randn(2, 1, 8, 8)).backward(),
+        "forget_loader": [surrogate_noise("uniform", (4, 1, 8, 8)) for _ in range(2)],
+        "remember_loader": torch.utils.data.DataLoader(
+            surrogate_noise("uniform", (8, 1, 8, 8)), batch_size=4
+        ),
+        "images": surrogate_noise("uniform", (8, 1, 8, 8)),
+        "labels": torch.arange(8) % 4 + 1,
+        "kept": torch.arange(1, 5),
+        "device": "cpu",
+        "folder": folder,
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page, tmp_path):
+    namespace = world(tmp_path)
+    for code in blocks(page, "python"):
+        exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
+
+
+def test_both_sides_of_the_diff_train(tmp_path):
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    for dropped in "+-":
+        lines = [line[1:] for line in diff.splitlines() if not line.startswith(dropped)]
+        namespace = world(tmp_path)
+        before = [p.detach().clone() for p in namespace["model"].parameters()]
+        code = "from torch.optim import Adam\nfrom ebu_optim import EBUOptimizer\n"
+        exec(compile(code + "\n".join(lines), "README diff", "exec"), namespace)  # noqa: S102
+        pairs = zip(before, namespace["model"].parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs)
+    added = [line for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) == 5  # the README says so
+
+
+def test_quickstart_page_and_readme_name_real_options_and_targets():
+    script = (ROOT / "examples" / "quickstart.py").read_text()
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    for option in re.findall(r"`(--\w+)`", page):
+        assert f'"{option}"' in script or f"'{option}'" in script, option
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page in PAGES + [ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\bmake (\w+)", "\n".join(blocks(page, "bash"))):
+            assert target in targets, (page.name, target)
+
+
+def test_relative_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" not in link and not link.startswith("#"):
+                assert (page.parent / link.split("#")[0]).exists(), f"{page.name}: {link}"
+
+
+def test_readme_lists_every_option_of_the_signature():
+    import inspect
+
+    from ebu_optim import EBUOptimizer
+
+    text = (ROOT / "README.md").read_text()
+    for name, parameter in inspect.signature(EBUOptimizer).parameters.items():
+        if name != "base":
+            assert f"`{name}`" in text, name
+            default = parameter.default
+            if isinstance(default, (int, float, str)) and not isinstance(default, bool):
+                row = next(r for r in text.splitlines() if r.startswith(f"| `{name}`"))
+                shown = f'"{default}"' if isinstance(default, str) else f"{default:g}"
+                assert shown in row, f"README says another default of {name}: {row}"
+
+
+def test_shipped_unet_is_what_the_texts_say():
+    model = UNet2DModel.from_pretrained(ROOT / "examples/assets/digits/unet")
+    assert model.config.num_class_embeds == 11
