@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._phases import Key, Slot
 
-COUNTERS = ("ebu_step", "ebu_skipped", "ebu_fisher_count", "ebu_fisher_frozen", "ebu_started")
+COUNTERS = ("ebu_step", "ebu_skipped", "ebu_fisher_mean", "ebu_fisher_frozen", "ebu_started")
+TENSORS = ("ebu_anchor", "ebu_fisher", "ebu_fisher_count")
 
 
 def _by_position(
@@ -51,10 +52,17 @@ def join(
 
 
 def split(
-    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], slots: Sequence[Slot]
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    slots: Sequence[Slot],
+    shaped: bool,
 ) -> tuple[dict[str, Any], dict[Key, dict[str, Tensor]], dict[str, Any]]:
     """Undo `join`: the base's state_dict, our tensors by position, our counters ({} in a state of
     the base alone).
+
+    Args:
+        shaped: the base's own tensors have their parameter's shape (or are 0-d), as those of
+            torch.optim have; they are checked too then.
 
     Raises:
         ValueError: groups or shapes are those of another model; nothing has been changed then.
@@ -68,9 +76,9 @@ def split(
             state[saved_id] = entry
             continue
         key, p = positions[saved_id]
-        ours = {k: v for k, v in entry.items() if k in ("ebu_anchor", "ebu_fisher")}
-        for name, value in ours.items():
-            if value.shape != p.shape:
+        ours = {k: v for k, v in entry.items() if k in TENSORS}
+        for name, value in (entry if shaped else ours).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
                 raise ValueError(
                     f"{names.get(key, key)} has shape {tuple(p.shape)} but the checkpoint's {name} "
                     f"has {tuple(value.shape)}: this is a checkpoint of another model"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    scalar = isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
         raise ValueError(f"{name} must be a number; got {value!r}")
     return float(value)
 
@@ -44,9 +46,9 @@ def group(values: Mapping[str, Any]) -> None:
             raise ValueError(f"gamma must be finite and >= 0; got {gamma}")
 
 
-def terms(value: Sequence[str], update: str) -> tuple[str, ...]:
+def terms(given: Sequence[str], update: str) -> tuple[str, ...]:
     names = ("forget", "remember", "modulated")
-    value = (value,) if isinstance(value, str) else tuple(value)
+    value: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, set)) else (given,)
     if not value or len(set(value)) != len(value) or any(t not in names for t in value):
         raise ValueError(f"terms must name at least one of {names}, each once; got {value!r}")
     if update == "routed" and len(value) != 3:
@@ -72,6 +74,8 @@ def base(optimizer: Any) -> None:
             f"base must be a torch.optim.Optimizer, such as Adam(params); got {type(optimizer)!r}"
         )
     name = type(optimizer).__name__
+    if hasattr(optimizer, "forget") and hasattr(optimizer, "remember"):
+        raise TypeError(f"base is a {name} already; wrap the plain optimizer, {name}.base")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (
         closure is not None and closure.default is inspect.Parameter.empty
@@ -83,10 +87,10 @@ def base(optimizer: Any) -> None:
         )
     for g, param_group in enumerate(optimizer.param_groups):
         for i, p in enumerate(param_group["params"]):
-            _real(p, f"parameter {i} of group {g}")
+            real(p, f"parameter {i} of group {g}")
 
 
-def _real(p: Tensor, name: str) -> None:
+def real(p: Tensor, name: str) -> None:
     if p.is_complex() or not p.is_floating_point():
         raise TypeError(f"{name} has dtype {p.dtype}; parameters must be real floating tensors")
     if p.layout is not torch.strided:
@@ -96,11 +100,6 @@ def _real(p: Tensor, name: str) -> None:
             f"{name} is a DTensor (fully_shard or tensor parallelism), which this version does not "
             "support: a threshold over one shard is not the threshold of the model"
         )
-
-
-def real(slots: Iterable[Any]) -> None:
-    for slot in slots:
-        _real(slot.param, slot.name)
 
 
 def gradient(slot: Any) -> None:
@@ -152,6 +151,8 @@ def tensor_map(
             missing.append(slot.name)
             continue
         value = mapping[k]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument}[{slot.name}] must be a tensor; got {value!r}")
         if value.shape != slot.param.shape:
             raise ValueError(
                 f"{argument}[{slot.name}] has shape {tuple(value.shape)} but the parameter has "

@@ -69,10 +69,10 @@ def combine(
 
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
     total = sum(s.param.numel() for s in slots)
-    online, scale = penalty.online_weight, penalty.scale()
+    scale = penalty.scale()
     for rows in _buckets(slots, penalty, tau_f, tau_r):
         first = rows[0]
-        group = slots[first].group
+        group, online = slots[first].group, penalty.online_weight(slots[first].key)
         backend.combine(
             [slots[i].param for i in rows],
             [full_f[i] for i in rows],
@@ -92,9 +92,8 @@ def combine(
             dtype=dtype,
             stats=stats,
         )
-    if online is not None:
-        penalty.count += 1
-        penalty.mean = stats[-1] / total
+    if penalty.mode == "online" and penalty.active:
+        penalty.counted((s.key for s in slots), stats[-1] / total)
     if max_grad_norm is not None:
         norm = stats[reference.STATS.index("update_sq")].sqrt()
         reference.scale(out, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -138,10 +137,11 @@ def _thresholds(
 def _buckets(
     slots: Sequence[Slot], penalty: Penalty, tau_f: Sequence[Tensor], tau_r: Sequence[Tensor]
 ) -> list[list[int]]:
-    """Slots that share their group and their thresholds go through one call."""
+    """Slots that share their group, thresholds and count of squares go through one call."""
     buckets: dict[Any, list[int]] = {}
     for i, s in enumerate(slots):
         if s.param.numel():
-            kind = (s.key[0], s.key in penalty.anchor, id(tau_f[i]), id(tau_r[i]))
+            online = penalty.online_weight(s.key)
+            kind = (s.key[0], s.key in penalty.anchor, online, id(tau_f[i]), id(tau_r[i]))
             buckets.setdefault(kind, []).append(i)
     return list(buckets.values())

@@ -24,7 +24,7 @@ class Penalty:
     Attributes:
         mode: "online", "warm" (an online F, frozen), "fixed" (a mapping) or "none".
         anchor, fisher: by position.
-        count: batches that the online F is the mean of.
+        count: by position, the batches that an online F is the mean of.
         mean: 0-d float64 mean of F where it is known; None makes it be computed anew.
     """
 
@@ -39,7 +39,7 @@ class Penalty:
         self.kind, self.unit = kind, unit
         self.anchor: dict[Key, Tensor] = {}
         self.fisher: dict[Key, Tensor] = {}
-        self.count = 0
+        self.count: dict[Key, int] = {}
         self.mean: Tensor | None = None
         self.anchor_given = anchor is not None
         if isinstance(fisher, str):
@@ -93,10 +93,16 @@ class Penalty:
             self.mean = sums.sum() / sum(f.numel() for f in fishers)
         return torch.where(self.mean > 0, self.mean.rsqrt(), 0.0)
 
-    @property
-    def online_weight(self) -> float | None:
+    def online_weight(self, key: Key) -> float | None:
         """Weight of the next squared gradient in the cumulative mean; None where F is fixed."""
-        return 1 / (self.count + 1) if self.mode == "online" and self.active else None
+        return 1 / (self.count.get(key, 0) + 1) if self.mode == "online" and self.active else None
+
+    def counted(self, keys: Iterable[Key], mean: Tensor | None) -> None:
+        """One more square has gone into the F of `keys`; their mean, None where not known."""
+        keys = set(keys)
+        for key in keys:
+            self.count[key] = self.count.get(key, 0) + 1
+        self.mean = mean if keys >= self.fisher.keys() else None
 
     @torch.no_grad()
     def warm(self, slots: Iterable[Slot]) -> None:
@@ -105,8 +111,8 @@ class Penalty:
             if slot.key in self.fisher:
                 f, g = self.fisher[slot.key], slot.param.grad
                 square = torch.zeros_like(f) if g is None else g.to(f.dtype).square()
-                f.lerp_(square, 1 / (self.count + 1))
-        self.count += 1
+                n = self.count[slot.key] = self.count.get(slot.key, 0) + 1
+                f.lerp_(square, 1 / n)
         self.mean = None
 
     # -- checkpoints ------------------------------------------------------------------------------
@@ -126,26 +132,38 @@ class Penalty:
                 mine["ebu_fisher"] = self.fisher[key]
             elif wanted and self.mode == "online":
                 mine["ebu_fisher"] = _empty_fisher(p)
+            if "ebu_fisher" in mine and self.mode != "fixed":
+                mine["ebu_fisher_count"] = torch.tensor(self.count.get(key, 0))
         return own
 
     def load(
-        self, own: Mapping[Key, Mapping[str, Tensor]], slots: Iterable[Slot], started: bool
+        self,
+        own: Mapping[Key, Mapping[str, Tensor]],
+        slots: Iterable[Slot],
+        *,
+        started: bool,
+        frozen: bool,
+        mean: float | None,
     ) -> None:
         """Take a checkpoint's tensors; one from before the first phase undoes what was taken."""
+        if self.mode != "fixed":
+            self.fisher, self.count = {}, {}
+        if self.mode in ("online", "warm"):
+            self.mode = "warm" if frozen else "online"
+        if started or not self.anchor_given:
+            self.anchor = {}
         self.mean = None
-        if not started:
-            if not self.anchor_given:
-                self.anchor = {}
-            if self.mode != "fixed":
-                self.fisher = {}
-            return
         for slot in slots:
             mine = own.get(slot.key, {})
             device = slot.param.device
-            if "ebu_anchor" in mine:
+            if started and "ebu_anchor" in mine:
                 self.anchor[slot.key] = _compact(mine["ebu_anchor"].to(device, copy=True))
-            if "ebu_fisher" in mine:
+            if "ebu_fisher" in mine and (started or self.mode == "fixed"):
                 self.fisher[slot.key] = mine["ebu_fisher"].to(device, copy=True)
+                self.count[slot.key] = int(mine.get("ebu_fisher_count", 0))
+        if mean is not None and self.fisher:
+            device = next(iter(self.fisher.values())).device
+            self.mean = torch.tensor(mean, dtype=torch.float64, device=device)
 
 
 def _empty_fisher(p: Tensor) -> Tensor:

@@ -146,13 +146,11 @@ class Phases:
     def _remark(self) -> None:
         self.remember = {k: (g, g._version) for k, (g, _) in self.remember.items()}
 
-    def check_untouched(self, slots: Iterable[Slot], scaler: bool = False) -> None:
+    def check_untouched(self, slots: Iterable[Slot]) -> None:
         """Between the phases and step nobody may clip, unscale, clear or add to the gradients."""
         for slot in slots:
             grad, version = self.remember.get(slot.key, (None, 0))
-            same = slot.param.grad is grad
-            # GradScaler's own search for Inf counts as a write
-            if same and (grad is None or scaler or grad._version == version):
+            if slot.param.grad is grad and (grad is None or grad._version == version):
                 continue
             self.discard()
             raise RuntimeError(
@@ -186,4 +184,6 @@ class Phases:
 
 def _shares_storage(grad: Tensor) -> bool:
     """Part of a larger buffer, such as DDP's bucket, which will be overwritten."""
-    return grad.untyped_storage().nbytes() != grad.numel() * grad.element_size()
+    # a view may fill its buffer exactly: a bucket of one parameter
+    whole = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+    return grad._is_view() or not whole

@@ -121,8 +121,6 @@ class EBUOptimizer(Optimizer):
         self._defaults = {"ebu_alpha": alpha, "ebu_delta": delta, "ebu_gamma": gamma}
         _checks.group(self._defaults)
         for group in base.param_groups:
-            for name, value in self._defaults.items():
-                group.setdefault(name, value)
             _checks.group(group)
 
         self._step_count = 0
@@ -130,6 +128,9 @@ class EBUOptimizer(Optimizer):
         slots = list(self._slots())
         kernels.backend([s.param for s in slots], fused)
         self._penalty = Penalty(slots, fisher, anchor, self.penalty, self.fisher_scale == "unit")
+        for group in base.param_groups:
+            for name, value in self._defaults.items():
+                group.setdefault(name, value)
         # What torch.optim itself does for an unpickled optimizer: hooks and the patched step. Its
         # __init__ would give us groups of our own.
         self.__setstate__({})
@@ -185,9 +186,13 @@ class EBUOptimizer(Optimizer):
                 "add_param_group: fisher is a fixed mapping, which has no values for the new "
                 "parameters; build a new EBUOptimizer with a Fisher that covers them"
             )
-        self.base.add_param_group(param_group)
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):  # a set is refused by the base
+            params = list(params)
+        for i, p in enumerate([params] if isinstance(params, Tensor) else params):
+            _checks.real(p[1] if isinstance(p, tuple) else p, f"parameter {i} of the new group")
+        self.base.add_param_group({**param_group, "params": params})
         self.base.param_groups[-1].update(values)
-        _checks.real(self._slots())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Inside a phase clear that phase's gradients, outside the gradients of both."""
@@ -292,7 +297,13 @@ class EBUOptimizer(Optimizer):
             # torch.distributed.checkpoint initialises the base's state by such a call
             self.base.step()
             return None
-        self._apply()
+        try:
+            self._apply()
+        except BaseException:
+            # GradScaler takes them away after a step only; the next one would use them again
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
         return losses
 
     @torch.no_grad()
@@ -300,8 +311,16 @@ class EBUOptimizer(Optimizer):
         phases = self._phases
         scaler = getattr(self, "found_inf", None) is not None
         slots = list(self._slots())
+        if scaler and getattr(self, "grad_scale", None) is None:
+            phases.discard()
+            raise RuntimeError(
+                "scaler.unscale_() was called between the phases and step (accelerate's "
+                "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
+                "EBUOptimizer(max_grad_norm=...) and leave unscaling to scaler.step()"
+            )
+        if len(phases.done) == 2 and phases.active is None:
+            phases.check_untouched(slots)
         phases.require_both(slots)
-        phases.check_untouched(slots, scaler)
         for group in self.param_groups:
             _checks.group(group)
         phases.unpoison()
@@ -319,7 +338,11 @@ class EBUOptimizer(Optimizer):
             self.skipped_steps += 1
         else:
             held = self._combine(slots, g_f, g_r)
-            self.base.step()
+            try:
+                self.base.step()
+            except BaseException:
+                phases.discard()
+                raise
             if held is not None:
                 reference.restore([s.param for s in slots], held)
             self._step_count += 1
@@ -327,17 +350,9 @@ class EBUOptimizer(Optimizer):
 
     def _unscale(self, grads: Sequence[Tensor]) -> bool:
         """Undo GradScaler's loss scale in both gradients; True where it found an overflow."""
-        scale = getattr(self, "grad_scale", None)
-        if scale is None:
-            self._phases.discard()
-            del self.grad_scale, self.found_inf  # the scaler would have after a step
-            raise RuntimeError(
-                "scaler.unscale_() was called between the phases and step (accelerate's "
-                "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
-                "EBUOptimizer(max_grad_norm=...) and leave unscaling to scaler.step()"
-            )
         if self.found_inf.item():
             return True
+        scale: Tensor = self.grad_scale
         reference.scale(grads, scale.double().reciprocal().float())
         return False
 
@@ -411,7 +426,7 @@ class EBUOptimizer(Optimizer):
         counters = {
             "ebu_step": self._step_count,
             "ebu_skipped": self.skipped_steps,
-            "ebu_fisher_count": self._penalty.count,
+            "ebu_fisher_mean": None if self._penalty.mean is None else self._penalty.mean.item(),
             "ebu_fisher_frozen": self._penalty.mode == "warm",
             "ebu_started": bool(self._penalty.anchor),
         }
@@ -434,7 +449,11 @@ class EBUOptimizer(Optimizer):
             changed = before_load(self, state_dict)
             state_dict = state_dict if changed is None else changed
         slots = list(self._slots())
-        base, own, counters = _checkpoint.split(state_dict, self.param_groups, slots)
+        base, own, counters = _checkpoint.split(
+            state_dict, self.param_groups, slots,
+            shaped=type(self.base).__module__.startswith("torch.optim")
+            and type(self.base).__name__ != "Adafactor",
+        )  # fmt: skip
         values = [{n: group[n] for n in self._defaults} for group in self.param_groups]
         self.base.load_state_dict(base)
         for group, missing in zip(self.param_groups, values, strict=True):
@@ -445,10 +464,12 @@ class EBUOptimizer(Optimizer):
         if counters:  # else it is a state of the base alone
             self._step_count = int(counters["ebu_step"])
             self.skipped_steps = int(counters["ebu_skipped"])
-            self._penalty.load(own, slots, bool(counters["ebu_started"]))
-            self._penalty.count = int(counters["ebu_fisher_count"])
-            if self._penalty.mode in ("online", "warm"):
-                self._penalty.mode = "warm" if counters["ebu_fisher_frozen"] else "online"
+            self._penalty.load(
+                own, slots,
+                started=bool(counters["ebu_started"]),
+                frozen=bool(counters["ebu_fisher_frozen"]),
+                mean=counters["ebu_fisher_mean"],
+            )  # fmt: skip
         for after_load in self._optimizer_load_state_dict_post_hooks.values():
             after_load(self)
 

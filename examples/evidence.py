@@ -62,8 +62,8 @@ class RandomMasks(EBUOptimizer):
             blend = torch.where(m_f & m_r, alpha * f + (1 - alpha) * r, torch.where(m_f, f, 0.0))
             slot.param.grad = f + g_rc + blend
             square += slot.param.grad.square().sum()
-            store.fisher[slot.key].lerp_(r.square(), 1 / (store.count + 1))
-        store.count, store.mean = store.count + 1, None
+            store.fisher[slot.key].lerp_(r.square(), store.online_weight(slot.key))
+        store.counted((s.key for s in slots), None)
         for slot in slots:
             slot.param.grad.mul_((self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
 

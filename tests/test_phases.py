@@ -1,0 +1,209 @@
+"""Whose gradient is whose: closures and phases, accumulation, buffers, non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ebu_optim import EBUOptimizer
+
+from .steps import (
+    assert_as_if_nothing_had_happened,
+    assert_same,
+    build,
+    closures,
+    loss,
+    net,
+    phases,
+    run,
+    snapshot,
+)
+
+TO_NONE = pytest.mark.parametrize("to_none", [True, False])
+ORDERS = ["rf", "frfr", "ffrr", "rrff", "rffr", "fffrrr", "frrffr"]
+
+
+def pointers(m: nn.Module) -> list[int]:
+    return [p.grad.data_ptr() for p in m.parameters()]
+
+
+# -- two closures, or two phases ----------------------------------------------------------------
+
+
+def test_closures_and_phases_are_one_step_and_return_their_losses():
+    m, opt = build()
+    n, other = build()
+    for i in range(3):
+        got = opt.step(*closures(m, i))
+        assert_same(got, tuple(loss(n, i, forget).detach() for forget in (True, False)))
+        phases(other, n, i)
+        assert other.step() is None
+    assert_same(snapshot(opt, m), snapshot(other, n))
+    assert opt.step(*(lambda f=f: f() and None for f in closures(m))) == (None, None)
+
+
+@TO_NONE
+@pytest.mark.parametrize("whose", ["optimizer", "model"])
+def test_closures_that_call_zero_grad(whose, to_none):
+    m, opt = build()
+    n, other = build()
+
+    def clearing(closure):
+        def run_one():
+            (opt if whose == "optimizer" else m).zero_grad(set_to_none=to_none)
+            return closure()
+
+        return run_one
+
+    for i in range(3):
+        opt.step(*map(clearing, closures(m, i)))
+        other.step(*closures(n, i))
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+def test_closures_run_with_gradients_enabled():
+    m, opt = build()
+    with torch.no_grad():
+        opt.step(*closures(m))
+    run(opt, m, range(1, 2))
+    n, other = build()
+    run(other, n, range(2))
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("update", ["added", "routed"])
+def test_accumulation_in_any_order_is_one_larger_batch(order, update):
+    results = {}
+    for name in (order, "f" * order.count("f") + "r" * order.count("r"), "fr"):
+        m = net(torch.float64)
+        opt = EBUOptimizer(torch.optim.SGD(m.parameters(), lr=0.05), gamma=3.0, update=update)
+        for i in range(2):
+            micro = 6 // name.count("f")
+            done = {"f": 0, "r": 0}
+            for phase in name:
+                with opt.forget() if phase == "f" else opt.remember():
+                    rows = slice(done[phase], done[phase] + micro)
+                    loss(m, i, phase == "f", rows).backward()
+                done[phase] += micro
+            opt.step()
+        results[name] = snapshot(opt, m)
+    grouped, large = list(results.values())[-2:]
+    assert_same(results[order], grouped)
+    torch.testing.assert_close(results[order]["params"], large["params"], rtol=1e-12, atol=1e-14)
+    assert results[order]["stats"]["overlap"] == large["stats"]["overlap"]
+
+
+@pytest.mark.parametrize("to_none", [True, False, None])
+def test_entering_a_phase_discards_the_last_update(to_none):
+    m, opt = build()
+    n, other = build()
+    run(opt, m, range(3))
+    for i in range(3):
+        run(other, n, range(i, i + 1))
+        if to_none is not None:
+            other.zero_grad(set_to_none=to_none)
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+def test_a_gradient_in_one_phase_alone_counts_as_zero_in_the_other():
+    m, opt = build("sgd", alpha=0.6, delta=1.0, gamma=0.0)
+    with opt.forget():
+        m[0].weight.square().sum().backward()
+    with opt.remember():
+        m[2].weight.square().sum().backward()
+    opt.step()
+    torch.testing.assert_close(m[0].weight.grad, 2 * 2 * net()[0].weight)
+    torch.testing.assert_close(m[2].weight.grad, 2 * net()[2].weight)
+    assert m[0].bias.grad is None
+
+
+# -- buffers ------------------------------------------------------------------------------------
+
+
+def test_buffers_change_owner_and_nothing_is_copied():
+    m, opt = build()
+    with opt.forget():
+        loss(m, 0, True).backward()
+        forget = pointers(m)
+    with opt.remember():
+        loss(m, 0, False).backward()
+        remember = pointers(m)
+    assert pointers(m) == remember
+    with opt.forget():
+        assert pointers(m) == forget
+    assert pointers(m) == remember
+    opt.step()
+    assert pointers(m) == remember
+
+
+@pytest.mark.parametrize("buckets", ["one for all", "one for each parameter"])
+def test_views_into_buckets_that_are_written_again_are_copied(buckets):
+    """As DDP with gradient_as_bucket_view leaves them; a large parameter has its own bucket."""
+    m, opt = build()
+    sizes = [p.numel() for p in m.parameters()]
+    flat = torch.empty(sum(sizes)).split(sizes) if buckets == "one for all" else None
+    flat = flat or [torch.empty(n) for n in sizes]
+    for i in range(2):
+        for forget in (True, False):
+            with opt.forget() if forget else opt.remember():
+                loss(m, i, forget).backward()
+                for p, bucket in zip(m.parameters(), flat, strict=True):
+                    view = bucket.view_as(p)
+                    view.copy_(p.grad)
+                    p.grad = view
+        opt.step()
+    n, other = build()
+    run(other, n, range(2))
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+# -- NaN and Inf --------------------------------------------------------------------------------
+
+
+def spoiled(opt: EBUOptimizer, m: nn.Module, value: float, f: int, r: int) -> None:
+    """Both phases, with so many elements of the gradients of m[2].weight set to a value."""
+    for forget, count in ((True, f), (False, r)):
+        with opt.forget() if forget else opt.remember():
+            loss(m, 0, forget).backward()
+            m[2].weight.grad.view(-1)[:count] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("f", "r"), [(3, 0), (0, 2), (1, 4)])
+def test_nonfinite_raise_says_which_and_how_many(value, f, r):
+    m, opt = build()
+    spoiled(opt, m, value, f, r)
+    with pytest.raises(RuntimeError, match=rf"{f} .*forget gradient, {r} .*remember.*\"skip\""):
+        opt.step()
+    assert_as_if_nothing_had_happened(opt, m)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("f", "r"), [(1, 0), (0, 1)])
+def test_nonfinite_skip_counts_and_goes_on(value, f, r):
+    m, opt = build(nonfinite="skip")
+    run(opt, m, range(1))
+    spoiled(opt, m, value, f, r)
+    opt.step()
+    assert (opt.skipped_steps, opt.last_step_skipped) == (1, True)
+    run(opt, m, range(1, 3))
+    assert (opt.skipped_steps, opt.last_step_skipped) == (1, False)
+    n, other = build(nonfinite="skip")
+    run(other, n, range(3))
+    other.skipped_steps = 1
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+@pytest.mark.parametrize(("f", "r"), [(2, 0), (0, 2), (2, 2)])
+def test_nonfinite_propagate_reaches_the_weights_and_no_others(f, r):
+    m, opt = build("sgd", nonfinite="propagate")
+    spoiled(opt, m, math.nan, f, r)
+    opt.step()
+    spoilt = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.arange(2), True)
+    assert torch.equal(m[2].weight.isnan().view(-1), spoilt)
+    assert all(p.isfinite().all() for p in (m[0].weight, m[0].bias, m[2].bias))
+    assert (opt.skipped_steps, opt.last_step_skipped) == (0, False)
