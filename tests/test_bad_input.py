@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from ebu_optim import EBUOptimizer
 
-from .steps import assert_same, build, loss, net, params, phases, run, snapshot
+from .steps import NAMES, assert_same, build, loss, net, params, phases, run, snapshot
 
 NAN, INF = math.nan, math.inf
 # argument, value, what the message must hold beside the argument's name
@@ -213,7 +213,7 @@ def edited(m: nn.Module, change, named: bool) -> dict:
 
 
 @MAPS
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [pytest.param(True, marks=NAMES), False])
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -233,16 +233,18 @@ def test_a_mapping_with_a_wrong_tensor(argument, named, change, match):
     refused(m, (ValueError, TypeError), match, named=named, **{argument: mapping})
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [pytest.param(True, marks=NAMES), False])
 def test_a_negative_fisher_and_a_negative_anchor(named):
     m = net()
     mapping = edited(m, lambda t: t - 1, named)
     name = r"0\.weight" if named else "parameter 0"
     match = rf"fisher\[{name}.*negative.*clamp"
     refused(m, ValueError, match, named=named, fisher=mapping)
-    EBUOptimizer(Adam(m.named_parameters()), anchor=mapping)
+    base = Adam(m.named_parameters() if named else m.parameters())
+    EBUOptimizer(base, anchor=mapping)
 
 
+@NAMES
 @MAPS
 def test_a_mapping_with_other_names(argument):
     m = net()

@@ -128,8 +128,23 @@ def test_copies_go_on_alike(name, how):
     assert_same(snapshot(opt, m), snapshot(other, n))
 
 
+def refuses_added_groups(make) -> bool:
+    """True of Adagrad in torch 2.4, which makes no state for a group added later."""
+    p, q = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    base = make([p])
+    base.add_param_group({"params": [q]})
+    q.grad = torch.ones(1)
+    try:
+        base.step()
+    except KeyError:
+        return True
+    return False
+
+
 @BASE
 def test_add_param_group_in_the_middle(name):
+    if name == "adagrad" and refuses_added_groups(BASES[name]):
+        pytest.skip("the base itself cannot step a group that was added later")
     m, twin = net(), net()
     opt = EBUOptimizer(BASES[name](m[0].parameters()), gamma=3.0)
     base = BASES[name](twin[0].parameters())
