@@ -1,0 +1,127 @@
+"""What is public, what the bare install needs, and what goes into the wheel."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+PUBLIC = {
+    "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
+    "ebu_optim.kernels": ["backend", "reference"],
+    "ebu_optim.diffusion": [
+        "FisherBatches", "anchored", "antithetic_timesteps", "denoising_loss", "distillation_loss",
+        "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition", "sample",
+        "sample_set", "surrogate_noise",
+    ],
+    "ebu_optim.metrics": ["accuracy", "classify", "entropy", "probability"],
+}  # fmt: skip
+
+# What a bare install does not have.
+EXTRAS = {
+    "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
+    "scipy", "sklearn", "tqdm", "transformers", "triton",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Run code where torch, numpy and what they need can be imported, and no extra can."""
+    site = tmp_path_factory.mktemp("site")
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if entry.name.partition(".")[0] not in EXTRAS and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    start = f"import sys; sys.path += [{str(site)!r}, {str(ROOT)!r}]\nimport torch, ebu_optim\n"
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-S", "-c", start + code],
+            capture_output=True, text=True, timeout=120, cwd="/",
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_public_names(module):
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == PUBLIC[module]
+    for name in found.__all__:
+        assert getattr(found, name) is not None
+
+
+def test_imports_and_steps_with_torch_and_numpy_alone(bare):
+    done = bare(
+        "w = torch.nn.Parameter(torch.ones(3))\n"
+        "opt = ebu_optim.EBUOptimizer(torch.optim.Adam([w]))\n"
+        "opt.step(forget=lambda: w.sum().backward(), remember=lambda: (-w).sum().backward())\n"
+        "fisher = ebu_optim.DiagonalFisher.estimate(torch.nn.Linear(2, 1),"
+        " lambda m, b: m(b['x'])[:, 0], [{'x': torch.ones(2, 2)}], progress=False)\n"
+        "print(opt.stats['overlap'], len(fisher))\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "2"
+
+
+@pytest.mark.parametrize(
+    ("code", "package"),
+    [
+        ("ebu_optim.DiagonalFisher({'a': torch.ones(1)}, {}).save('/tmp/f')", "safetensors"),
+        (
+            "ebu_optim.DiagonalFisher.estimate(torch.nn.Linear(2, 1), lambda m, b: m(b['x'])[:, 0],"
+            " [{'x': torch.ones(2, 2)}])",
+            "tqdm",
+        ),
+    ],
+)
+def test_a_missing_package_names_the_extra(bare, code, package):
+    done = bare(code)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert package in last
+    assert 'pip install "ebu_optim[diffusion]"' in last
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [n for n in names if n.endswith("METADATA")]
+        text = archive.read(metadata).decode()
+    tops = {n.partition("/")[0] for n in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"ebu_optim"}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
+    assert {n for n in names if n.endswith(".py")} == sources
+    assert "ebu_optim/py.typed" in names
+    needs = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
+    core = sorted(re.split(r"[ :<>=]+", n)[1] for n in needs if "extra ==" not in n)
+    assert core == ["numpy", "torch"]
+
+
+def test_kernels_import_nothing_of_the_package():
+    for file in (ROOT / "ebu_optim" / "kernels").glob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (\.\.\S*|ebu_optim\S*)", file.read_text(), re.M)
+        assert not found, file.name
+
+
+def test_nothing_is_loaded_unsafely():
+    forbidden = re.compile(
+        r"pickle\.loads?\(|weights_only *= *False|trust_remote_code *= *True|shell *= *True"
+    )
+    for folder in ("ebu_optim", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not forbidden.search(file.read_text()), file
