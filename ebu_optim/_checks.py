@@ -144,11 +144,10 @@ def tensor_map(
     found = {}
     missing = []
     for slot in slots:
-        if not slot.param.requires_grad:
-            continue
         k = slot.name if named else slot.param
         if k not in mapping:
-            missing.append(slot.name)
+            if slot.param.requires_grad:
+                missing.append(slot.name)
             continue
         value = mapping[k]
         if not isinstance(value, Tensor):

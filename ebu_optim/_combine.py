@@ -100,7 +100,7 @@ def combine(
     keys = [
         reference.key_to_value(t, dtype)
         for taus in (tau_f, tau_r)
-        for t in {id(t): t for t in taus}.values()
+        for t in {id(t): t for t, s in zip(taus, slots, strict=True) if s.param.numel()}.values()
     ]
     return Combined(out, held, (stats, keys, total))
 
@@ -142,6 +142,7 @@ def _buckets(
     for i, s in enumerate(slots):
         if s.param.numel():
             online = penalty.online_weight(s.key)
-            kind = (s.key[0], s.key in penalty.anchor, online, id(tau_f[i]), id(tau_r[i]))
+            held = (s.key in penalty.anchor, s.key in penalty.fisher)
+            kind = (s.key[0], held, online, id(tau_f[i]), id(tau_r[i]))
             buckets.setdefault(kind, []).append(i)
     return list(buckets.values())

@@ -52,7 +52,9 @@ class Penalty:
         if anchor is not None:
             found = _checks.tensor_map("anchor", anchor, slots)
             self.anchor = {
-                s.key: found[s.key].to(s.param.dtype, copy=True) for s in slots if s.key in found
+                s.key: _compact(found[s.key].to(s.param.dtype, copy=True))
+                for s in slots
+                if s.key in found
             }
 
     @property
@@ -77,10 +79,15 @@ class Penalty:
             p = slot.param
             if not p.requires_grad:
                 continue
+            if slot.key not in self.fisher and self.active:
+                if self.mode == "fixed":
+                    raise ValueError(
+                        f"fisher has no tensor for {slot.name}, which was frozen when the "
+                        "optimizer was built; build a new EBUOptimizer with a Fisher that covers it"
+                    )
+                self.fisher[slot.key] = _empty_fisher(p)
             if slot.key not in self.anchor:
                 self.anchor[slot.key] = _compact(p.detach().clone())
-            if self.mode in ("online", "warm") and slot.key not in self.fisher:
-                self.fisher[slot.key] = _empty_fisher(p)
 
     def scale(self) -> Tensor | float:
         """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""

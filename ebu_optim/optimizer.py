@@ -333,11 +333,15 @@ class EBUOptimizer(Optimizer):
             skip = self._unscale([g for g in (*g_f, *g_r) if g is not None])
         elif self.nonfinite != "propagate":
             skip = self._nonfinite(g_f, g_r)
+        if not skip:
+            last = self._last
+            held = self._combine(slots, g_f, g_r)
+            if self.nonfinite != "propagate" and self._overflowed(slots, scaler):
+                skip, self._last = True, last
         self.last_step_skipped = skip
         if skip:
             self.skipped_steps += 1
         else:
-            held = self._combine(slots, g_f, g_r)
             try:
                 self.base.step()
             except BaseException:
@@ -371,6 +375,21 @@ class EBUOptimizer(Optimizer):
         raise RuntimeError(
             f"non-finite gradients: {f} elements of the forget gradient, {r} of the remember "
             'gradient are NaN or Inf; nothing was changed. Use nonfinite="skip" to drop such steps'
+        )
+
+    def _overflowed(self, slots: Sequence[Slot], scaler: bool) -> bool:
+        """True where finite gradients combine to more than float16 holds."""
+        half = [g for s in slots if (g := s.param.grad) is not None and g.dtype == torch.float16]
+        probe = reference.finite_probe(half)
+        if probe is None or not probe.isnan():
+            return False
+        if self.nonfinite == "skip" or scaler:
+            return True
+        self._phases.discard()
+        raise RuntimeError(
+            "non-finite combined gradient: the two gradients are finite, but their combination "
+            "exceeds float16 (65504); no weight was changed. Scale the losses down, use float32 "
+            'or bfloat16 weights, or nonfinite="skip" to drop such steps'
         )
 
     def _combine(

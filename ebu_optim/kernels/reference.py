@@ -8,8 +8,9 @@ On a CPU what counts is that a chunk's buffers stay in the cache and that no ope
 reads a bool tensor: torch does not vectorise those, and they cost four times what a float costs.
 
 Magnitudes are compared as integer *keys*: the bits of |x| in the working dtype (float32, or
-float64 where one of the tensors is float64; the conversion is exact). Keys order like |x|, are
-immune to flush-to-zero, and rank NaN above Inf, so that "propagate" does propagate.
+float64 where one of the tensors is float64; the conversion is exact). Keys order like |x|, rank NaN
+above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
+denormals beside float64 tensors, whose conversion flushes).
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def _column(pack: Sequence[Sequence[Tensor]], j: int, rows: _Rows) -> Tensor:
 # -- selection ----------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _sample_plan(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, Tensor], ...]:
     """`count` positions drawn iid over the concatenated index space, split by tensor.
 
@@ -234,9 +235,9 @@ def _sample(grads: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
     parts = []
     for i, index in _sample_plan(tuple(g.numel() for g in grads), count):
         g = grads[i]
-        flat = _flat([g])
-        source = flat[0] if flat is not None else g.reshape(-1)
-        parts.append(keys(source[index.to(g.device)], dtype).to(grads[0].device))
+        flat, index = _flat([g]), index.to(g.device)
+        drawn = flat[0][index] if flat is not None else g[torch.unravel_index(index, g.shape)]
+        parts.append(keys(drawn, dtype).to(grads[0].device))
     return torch.cat(parts).sort().values
 
 
@@ -310,8 +311,13 @@ def threshold(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
         dtype: `working_dtype` of the tensors (or wider).
 
     Returns:
-        0-d int64 key on the device of the first tensor.
+        0-d int64 key on the device of the first tensor; at most the key of Inf plus 1, so that all
+        NaN are tied, whatever their bits.
     """
+    return _exact(grads, k, dtype).clamp_(max=_INF[dtype] + 1)
+
+
+def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
     grads = [g for g in grads if g.numel()]
     n = sum(g.numel() for g in grads)
     if not 1 <= k <= n:
@@ -390,8 +396,9 @@ def _combine_pack(
             torch.mul(g_r, second, out=out)
         out.addcmul_(m_f, g_f, value=third)
         blended = third + (first if update == "replaced" else 0.0)
-    out.addcmul_(both, g_r, value=blended * (1 - alpha))
+    # in this order alpha = 0 leaves exactly g_r of a blend
     out.addcmul_(both, g_f, value=-blended * (1 - alpha))
+    out.addcmul_(both, g_r, value=blended * (1 - alpha))
 
     moved_sq = None
     if has_anchor:
