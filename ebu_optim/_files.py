@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder beside `path`, which takes its place when the block ends without an error:
+    `path` is a whole result or none, and an old one stands until then."""
+    path = Path(path)
+    work, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    for folder in (work, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    work.mkdir(parents=True)
+    yield work
+    if path.exists():
+        path.rename(old)
+    work.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tensors(

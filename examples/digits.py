@@ -19,6 +19,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ebu_optim._files import replacing_folder
+
 ASSETS = Path(__file__).parent / "assets" / "digits"
 CLASSES = tuple(range(10))
 NULL_CLASS = 10
@@ -108,10 +110,16 @@ def load_classifiers(device: str | torch.device = "cpu") -> tuple[nn.Module, nn.
     return pair[0], pair[1]
 
 
-def train_classifiers(seed: int = 0, epochs: int = 40, folder: Path = ASSETS) -> dict[str, float]:
+def train(folder: Path = ASSETS, steps: int = 4000, epochs: int = 40) -> None:
+    """Make the shipped folder anew (about 20 minutes); the old one stands until all is there."""
+    with replacing_folder(folder) as work:
+        print(train_classifiers(work, epochs=epochs))
+        train_unet(work, steps=steps)
+
+
+def train_classifiers(folder: Path, *, epochs: int, seed: int = 0) -> dict[str, float]:
     """Train both classifiers, save them (float16) and return their test accuracies."""
     x, y, x_test, y_test = images()
-    folder.mkdir(parents=True, exist_ok=True)
     accuracy = {}
     for name, reject in (("classifier", False), ("classifier_reject", True)):
         torch.manual_seed(seed)
@@ -145,7 +153,7 @@ def train_classifiers(seed: int = 0, epochs: int = 40, folder: Path = ASSETS) ->
     return accuracy
 
 
-def train_unet(seed: int = 0, steps: int = 4000, batch: int = 128, folder: Path = ASSETS) -> None:
+def train_unet(folder: Path, *, steps: int, batch: int = 128, seed: int = 0) -> None:
     """Train the UNet (labels dropped with probability 0.1), save its EMA in float16."""
     x, y, _, _ = images()
     torch.manual_seed(seed)

@@ -11,22 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import digits
-import matplotlib
 import torch
 from diffusers import DDIMScheduler
+from quickstart_report import card, curves, grid, table
 from torch import Tensor
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
 import ebu_optim
 from ebu_optim import EBUOptimizer
+from ebu_optim._files import replacing_folder
 from ebu_optim.diffusion import (
     denoising_loss,
     distillation_loss,
@@ -38,9 +38,6 @@ from ebu_optim.diffusion import (
 )
 from ebu_optim.metrics import accuracy, classify, entropy, probability
 from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 PER_CLASS = 50  # images of each class that before and after are measured on
 CURVE_EVERY = 25
@@ -222,115 +219,20 @@ def unlearn(
     return {"curve": curve, "seconds": seconds, "settings": {**settings, "fisher": "online"}}
 
 
-def grid(before: Tensor, after: Tensor, labels: Tensor, forget: int, path: Path) -> None:
-    """One row per class, eight images before beside the same eight (same noise) after."""
-    columns = 8
-    fig, axes = plt.subplots(10, 2 * columns + 1, figsize=(8.6, 5.6))
-    for c in digits.CLASSES:
-        rows = [(before, 0), (after, columns + 1)]
-        for images, offset in rows:
-            for j in range(columns):
-                axes[c, offset + j].imshow(images[labels == c][j, 0], cmap="gray", vmin=-1, vmax=1)
-        axes[c, 0].set_ylabel(f"{c} (forget)" if c == forget else str(c), rotation=0, ha="right",
-                              va="center", color="tab:red" if c == forget else "black",
-                              fontsize=10)  # fmt: skip
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        for spine in ax.spines.values():
-            spine.set_visible(False)
-    for ax in axes[:, columns]:
-        ax.axis("off")
-    fig.subplots_adjust(left=0.11, right=0.99, top=0.92, bottom=0.01, wspace=0.06, hspace=0.06)
-    for title, x in (("before", 0.32), ("after", 0.78)):
-        fig.text(x, 0.95, title, ha="center", fontsize=12)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def plots(curve: list[dict[str, float]], noise: dict[str, float], path: Path) -> None:
-    fig, axes = plt.subplots(1, 3, figsize=(13.5, 3.8), constrained_layout=True)
-    steps = [r["step"] for r in curve]
-    seconds = [r["seconds"] for r in curve]
-    for ax, x, xlabel in ((axes[0], steps, "step"), (axes[1], seconds, "seconds of unlearning")):
-        ax.plot(x, [r["ce_f"] for r in curve], "C0-o", ms=3, label="CE, forgotten class (nats)")
-        ax.plot(x, [r["ce_r"] for r in curve], "C2-o", ms=3, label="CE, kept classes (nats)")
-        ax.plot(x, [r["p_f"] for r in curve], "C3-o", ms=3, label="P of the forgotten class")
-        ax.axhline(noise["ce_f"], color="C0", ls=":", lw=1, label="CE of uniform noise")
-        ax.set_xlabel(xlabel)
-    axes[0].legend(fontsize=8)
-    rows = [r for r in curve if "overlap" in r]
-    x = [r["step"] for r in rows]
-    axes[2].plot(x, [r["overlap"] / r["total"] for r in rows], "C4-o", ms=3, label="overlap, share")
-    axes[2].plot(x, [r["overlap_lift"] for r in rows], "C1-o", ms=3, label="its lift over chance")
-    axes[2].plot(x, [r["cosine"] for r in rows], "C5-o", ms=3, label="cosine of the gradients")
-    axes[2].axhline(1, color="C1", ls=":", lw=1)
-    axes[2].axhline(0, color="grey", lw=0.5)
-    axes[2].set_xlabel("step")
-    axes[2].legend(fontsize=8)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-ROWS = (
-    ("p_f", "P of the forgotten digit (reject class)", "forgotten"),
-    ("p_f_ten_classes", "P of the forgotten digit (ten classes)", "forgotten"),
-    ("ce_f", "CE of the forgotten digit, nats", "forgotten"),
-    ("ra", "accuracy on the nine kept digits", "kept"),
-    ("ce_r", "CE of the kept digits, nats", "kept"),
-    ("inversion_100", "P after a new embedding, 100 steps", "deep"),
-    ("relearn_10", "P after relearning, 10 steps", "deep"),
-)
-
-
-def table(metrics: dict[str, Any]) -> str:
-    lines = [f"{'axis':<10} {'':<40} {'before':>8} {'after':>8} {'noise':>8}"]
-    for key, text, axis in ROWS:
-        cells = (metrics[part].get(key) for part in ("before", "after", "noise"))
-        shown = " ".join(f"{'' if c is None else f'{c:.3f}':>8}" for c in cells)
-        lines.append(f"{axis:<10} {text:<40} {shown}")
-    return "\n".join(lines)
-
-
-CARD = """\
----
-license: apache-2.0
-library_name: diffusers
-tags: [machine-unlearning, ebu_optim]
----
-# Digits without {forget}
-
-A class-conditional `UNet2DModel` (8x8 digits) that was made to forget the digit {forget} with
-[ebu_optim](https://github.com/ebu-optim/ebu_optim) {version}: {steps} steps, {seconds:.0f} seconds.
-
-```
-{table}
-```
-
-![before and after](before_after.png)
-
-P is the probability that a classifier gives to the forgotten digit; "noise" is what plain uniform
-noise scores, the limit of forgetting into noise. The last two rows are attacks with real images of
-the digit: the forgetting is as deep as they stay low. Weights: `model/`, for
-`UNet2DModel.from_pretrained`. The whole protocol is in `metrics.json`.
-
-Made by `{command}`.
-"""
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.train:
-        print(digits.train_classifiers())
-        digits.train_unet()
+        digits.train()
         return
+    with replacing_folder(args.output_dir) as work:
+        metrics = quickstart(args, work, " ".join(argv or sys.argv[1:]))
+    print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {args.output_dir}/")
+
+
+def quickstart(args: argparse.Namespace, work: Path, options: str) -> dict[str, Any]:
+    """Forget, measure, and write everything into the folder `work`."""
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    # everything is written here and renamed at the end: a folder is a whole result or none
-    work = args.output_dir.with_name(f".{args.output_dir.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-
     evaluation = Evaluation(args.forget, args.device)
     model = digits.load_unet(args.device)
     original = model_hash(model)
@@ -377,22 +279,11 @@ def main(argv: list[str] | None = None) -> None:
         },
     }  # fmt: skip
     grid(before_images, after_images, labels, args.forget, work / "before_after.png")
-    plots(run["curve"], metrics["noise"], work / "curves.png")
+    curves(run["curve"], metrics["noise"], work / "curves.png")
     model.cpu().save_pretrained(work / "model")
-    card = CARD.format(
-        forget=args.forget, version=ebu_optim.__version__, steps=args.steps,
-        seconds=run["seconds"], table=table(metrics),
-        command=" ".join(["python examples/quickstart.py", *(argv or sys.argv[1:])]),
-    )  # fmt: skip
-    (work / "README.md").write_text(card)
+    (work / "README.md").write_text(card(metrics, f"python examples/quickstart.py {options}"))
     (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    old = work.with_name(f".{args.output_dir.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if args.output_dir.exists():
-        args.output_dir.rename(old)
-    work.rename(args.output_dir)
-    shutil.rmtree(old, ignore_errors=True)
-    print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {args.output_dir}/")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -136,6 +136,20 @@ def test_killed_at_any_moment_leaves_a_whole_result_or_none(tmp_path, moment):
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_training_replaces_the_shipped_folder_when_all_is_made(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import digits
+
+    digits.train(tmp_path / "digits", steps=2, epochs=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["digits"]
+    made = {str(p.relative_to(tmp_path / "digits")) for p in (tmp_path / "digits").rglob("*.*")}
+    shipped = {str(p.relative_to(digits.ASSETS)) for p in digits.ASSETS.rglob("*.*")}
+    assert made == shipped
+    monkeypatch.setattr(digits, "ASSETS", tmp_path / "digits")
+    digits.load_classifiers()
+    assert digits.load_unet().config.num_class_embeds == 11
+
+
 def test_shipped_weights_are_small_and_in_16_bits():
     from safetensors import safe_open
 
