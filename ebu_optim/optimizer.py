@@ -378,9 +378,12 @@ class EBUOptimizer(Optimizer):
         )
 
     def _overflowed(self, slots: Sequence[Slot], scaler: bool) -> bool:
-        """True where finite gradients combine to more than float16 holds."""
-        half = [g for s in slots if (g := s.param.grad) is not None and g.dtype == torch.float16]
-        probe = reference.finite_probe(half)
+        """True where finite gradients combine to more than their dtype holds."""
+        grads = [g for s in slots if (g := s.param.grad) is not None]
+        if self._last is None or self._last[0][reference.STATS.index("update_sq")].isfinite():
+            # that sum is made before G is rounded to float16
+            grads = [g for g in grads if g.dtype == torch.float16]
+        probe = reference.finite_probe(grads)
         if probe is None or not probe.isnan():
             return False
         if self.nonfinite == "skip" or scaler:
@@ -388,8 +391,9 @@ class EBUOptimizer(Optimizer):
         self._phases.discard()
         raise RuntimeError(
             "non-finite combined gradient: the two gradients are finite, but their combination "
-            "exceeds float16 (65504); no weight was changed. Scale the losses down, use float32 "
-            'or bfloat16 weights, or nonfinite="skip" to drop such steps'
+            "(with the penalty) exceeds what its dtype holds, 65504 in float16; no weight was "
+            "changed. Scale the losses or gamma down, use float32 or bfloat16 weights, or "
+            'nonfinite="skip" to drop such steps'
         )
 
     def _combine(
@@ -426,6 +430,15 @@ class EBUOptimizer(Optimizer):
         for closure in closures:
             with torch.enable_grad(), self.remember():
                 closure()
+            probe = reference.finite_probe(
+                [g for s in self._slots() if (g := s.param.grad) is not None]
+            )
+            if probe is not None and probe.isnan():
+                self._phases.discard()
+                raise RuntimeError(
+                    "warmup_fisher: a remember gradient holds NaN or Inf; F would too. Leave that "
+                    "batch out, or scale the loss down"
+                )
             self._penalty.warm(self._slots())
             self._phases.discard()
         if freeze:

@@ -14,7 +14,7 @@ from ebu_optim import EBUOptimizer
 
 from . import oracle
 from .inputs import numpy
-from .twin import Twin, assert_near, drive, like, make
+from .twin import Twin, assert_near, backward, drive, like, make
 
 SHAPES = (5, 4), (7,), ()
 
@@ -151,6 +151,25 @@ def test_a_combination_beyond_the_range_of_float16_does_not_reach_the_weights(ma
         drive(opt, params, g, g)
     except RuntimeError as error:
         assert "non-finite" in str(error)  # noqa: PT017
+    assert p.isfinite().all()
+
+
+def test_a_fisher_beyond_float32_does_not_reach_the_weights():
+    (p,) = params = make((2,))
+    opt = EBUOptimizer(SGD(params, lr=1e-30), delta=(0.5, 1.0))
+    g = [torch.tensor([1e25, 1.0])]  # finite, its square is not
+    drive(opt, params, g, g)
+    with pytest.raises(RuntimeError, match="non-finite combined gradient"):
+        drive(opt, params, g, [torch.tensor([1.0, 1e25])])
+    assert p.isfinite().all()
+
+
+def test_a_warm_up_with_nan_is_refused():
+    (p,) = params = make((2,))
+    opt = EBUOptimizer(SGD(params, lr=1.0))
+    with pytest.raises(RuntimeError, match=r"warmup_fisher.*NaN"):
+        opt.warmup_fisher([lambda: backward(params, [torch.tensor([1.0, float("nan")])])])
+    drive(opt, params, like(params, 1), like(params, 2))
     assert p.isfinite().all()
 
 
