@@ -265,14 +265,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evidence"))
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--summary", action="store_true", help="run nothing")
-    parser.add_argument("--limit", type=int, help="at most so many runs of each stage")
     args = parser.parse_args()
     folder = args.output_dir
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     if not args.summary:
         replay(folder)
-        execute(tuning()[: args.limit], folder, args.workers, "tuning")
-        execute(reporting(load(folder))[: args.limit], folder, args.workers, "reporting")
+        execute(tuning(), folder, args.workers, "tuning")
+        execute(reporting(load(folder)), folder, args.workers, "reporting")
     protocol = {
         "command": "python examples/evidence.py", "forget": FORGET, "replayed": REPLAYED,
         "never": NEVER, "steps": STEPS, "batch": BATCH, "lr": LR, "max_grad_norm": CLIP,
