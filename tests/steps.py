@@ -15,8 +15,9 @@ from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSpr
 from ebu_optim import EBUOptimizer
 
 # named parameters in an optimizer came with torch 2.6
+HAS_NAMES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 NAMES = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
+    not HAS_NAMES,
     reason="optimizers know the names of their parameters from torch 2.6 on",
 )
 BASES = {
