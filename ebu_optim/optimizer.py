@@ -50,7 +50,8 @@ class EBUOptimizer(Optimizer):
         alpha: weight of :math:`g_f` on the overlap, in [0, 1] (eq. 11 as in Algorithm 1, line 7).
         delta: share of the scalars selected for each task, in (0, 1]; or a pair (forget, remember).
             Groups with the same delta are ranked together, a group with another one by itself.
-        gamma: strength of the Fisher penalty, >= 0 (eq. 9).
+        gamma: strength of the Fisher penalty, >= 0 (eq. 9); the paper gives no value, the default
+            is from experiments (docs/evidence.md).
         fisher: ``"online"`` (a cumulative mean of :math:`g_r^2`, no extra pass), None (no penalty),
             or a mapping from parameter, or from name where the base was given named parameters, to
             a non-negative tensor of the parameter's shape; a :class:`~ebu_optim.DiagonalFisher` is
@@ -92,7 +93,7 @@ class EBUOptimizer(Optimizer):
         *,
         alpha: float = 0.6,
         delta: float | tuple[float, float] = 0.5,
-        gamma: float = 1.0,
+        gamma: float = 100.0,
         fisher: str | TensorMap | None = "online",
         fisher_scale: str = "unit",
         anchor: TensorMap | None = None,
