@@ -163,7 +163,7 @@ def tensor_map(
             if (value < 0).any():
                 raise ValueError(
                     f"{argument}[{slot.name}] holds negative values; a diagonal of squared "
-                    'gradients is >= 0 (an estimate by method="cross" needs .clamp(min=0))'
+                    "gradients is >= 0 (an estimate by cross products needs .clamp(min=0))"
                 )
             wide = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
             value = value.to(slot.param.device, wide)

@@ -33,17 +33,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder beside `path`, which takes its place when the block ends without an error:
-    `path` is a whole result or none, and an old one stands until then."""
-    path = Path(path)
-    work, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
-    for folder in (work, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    work.mkdir(parents=True)
-    yield work
-    if path.exists():
-        path.rename(old)
-    work.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    `path` is a whole result or none, and an old one stands until then.
+
+    Raises:
+        RuntimeError: another process is writing `path`.
+    """
+    path = Path(path).resolve()  # the target of a link, not the link
+    work, old, lock = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old", "lock"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lock, path):
+        if old.exists() and not path.exists():  # a kill between the two renames below
+            old.rename(path)
+        for folder in (work, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        except Exception:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if path.exists():
+            path.rename(old)
+        work.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(lock: Path, path: Path) -> Iterator[None]:
+    """Hold `lock`, which goes with its process; where the system has no such locks, do without."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(lock, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(
+                f"{path} is being written by another process; wait for it, or give another path"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def save_tensors(

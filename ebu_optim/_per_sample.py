@@ -6,6 +6,7 @@ rows) and yields per-sample gradients by name, shape (m, *parameter) for m sampl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,11 +45,20 @@ def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     """torch.func: any model without data-dependent control flow; memory n times the parameters."""
     params = {name: p.detach() for name, p in _trainable(model).items()}
 
-    def one(p: Grads, item: Batch) -> Tensor:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(model, p, args, kwargs)
+    class Functional:
+        """The model with parameters that vmap gives; its other attributes are the model's."""
 
-        return loss(call, {k: v[None] for k, v in item.items()}).sum()
+        def __init__(self, p: Grads) -> None:
+            self._p = p
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, self._p, args, kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+    def one(p: Grads, item: Batch) -> Tensor:
+        return loss(Functional(p), {k: v[None] for k, v in item.items()}).sum()
 
     yield torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(params, dict(batch))
 
@@ -56,7 +66,9 @@ def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
 def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     """One ordinary backward pass; per-sample gradients from inputs and output gradients.
 
-    Knows Linear, Conv2d (groups=1), GroupNorm, LayerNorm and Embedding.
+    Knows Linear, Conv2d (groups=1, zero padding), GroupNorm, LayerNorm and Embedding. Where a loss
+    gives a module several rows a sample, those of one sample lie behind one another
+    (``repeat_interleave``).
 
     Raises:
         TypeError: a trainable parameter belongs to another kind of module.
@@ -80,6 +92,8 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
             output.register_hook(lambda g: rule(module, x, g.detach()))
 
     def rule(module: nn.Module, x: Tensor, g: Tensor) -> None:
+        if x.is_floating_point():
+            x = x.to(g.dtype)  # under autocast
         if isinstance(module, nn.Linear):
             rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
             add(module.weight, lambda: torch.bmm(out.transpose(1, 2), rows))
@@ -106,17 +120,10 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if not own:
             continue
-        known = isinstance(module, (nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding))
-        if not known and not (
-            isinstance(module, nn.Conv2d)
-            and module.groups == 1
-            and not isinstance(module.padding, str)
-        ):
+        if not _known(module):
             for handle in handles:
                 handle.remove()
-            raise TypeError(
-                f'method="hooks" does not know {type(module).__name__}; use "vmap" or "loop"'
-            )
+            raise TypeError(f'method="hooks" does not know {module}; use "vmap" or "loop"')
         handles.append(module.register_forward_hook(forward))
     try:
         total = loss(model, batch).sum()
@@ -129,6 +136,24 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
         name: found.get(name, torch.zeros((), dtype=p.dtype, device=p.device).expand(n, *p.shape))
         for name, p in params.items()
     }
+
+
+def _known(module: nn.Module) -> bool:
+    # a subclass with a forward of its own may use its weight in another way
+    for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            if isinstance(module, nn.Conv2d):
+                zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+                return module.groups == 1 and zeros
+            return not isinstance(module, nn.Embedding) or module.padding_idx is None
+    return False
+
+
+def differ(a: Grads, b: Grads) -> float:
+    """The relative difference of two sets of per-sample gradients, by their global norm."""
+    wrong = sum(float((a[n].float() - b[n].float()).square().sum()) for n in b)
+    size_b = sum(float(b[n].float().square().sum()) for n in b)
+    return (wrong / size_b) ** 0.5 if size_b else float(wrong > 0)
 
 
 def _conv_weight(module: nn.Conv2d, x: Tensor, g: Tensor, n: int) -> Tensor:
@@ -151,3 +176,44 @@ def _channels(t: Tensor, n: int) -> Tensor:
 
 
 METHODS = {"hooks": hooks, "vmap": vmap, "loop": loop}
+
+
+def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> str:
+    """`method` if it agrees with "loop" on the first batch; for "auto" the fastest that does.
+
+    Raises:
+        ValueError: a loss that is not one value per sample; a `method` that is wrong here.
+    """
+    one = batch[0] if isinstance(batch, (tuple, list)) else batch
+    with torch.no_grad():
+        shape = tuple(loss(model, one).shape)
+    if shape != (size(one),):
+        raise ValueError(
+            f"loss must return one value per sample, shape ({size(one)},); got {shape}"
+        )
+    ends = {k: v[[0, -1]] for k, v in one.items()}
+    truth = list(METHODS["loop"](model, loss, ends))
+    expected = {n: torch.cat([g[n] for g in truth]) for n in truth[0]}
+    times: dict[str, float] = {}
+    reasons = {}
+    for name in METHODS if method == "auto" else [method]:
+        try:
+            for _ in range(2):  # the first call warms up
+                start = time.perf_counter()
+                grads = list(METHODS[name](model, loss, one))
+                float(next(iter(grads[-1].values())).sum())  # wait for an accelerator
+                seconds = time.perf_counter() - start
+            got = {n: torch.stack([grads[0][n][0], grads[-1][n][-1]]) for n in expected}
+            coarse = max(torch.finfo(g.dtype).eps for g in expected.values())
+            if (error := differ(got, expected)) > 3 * coarse**0.5:  # 1e-3 in float32
+                raise ValueError(
+                    f'method="{name}" differs from "loop" by {error:.0e} on this model and loss: a '
+                    "parameter is used outside its module, or a sample's rows do not lie together; "
+                    'use "loop"'
+                )
+            times[name] = seconds
+        except Exception as error:  # hooks and vmap cannot do every model
+            if method != "auto" or name == "loop":
+                raise
+            reasons[name] = error
+    return min(times, key=times.__getitem__)

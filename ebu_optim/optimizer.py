@@ -523,6 +523,11 @@ class EBUOptimizer(Optimizer):
             "phase, of the optimizer's trainable parameters, where a penalty uses them"
         )
 
+    def anchors(self) -> dict[Tensor, Tensor]:
+        """theta0 of every parameter that has one, by parameter (do not write)."""
+        held = self._penalty.anchor
+        return {s.param: held[s.key] for s in self._slots() if s.key in held}
+
     def fisher_of(self, param: Tensor) -> Tensor:
         """F of a parameter as it is now, before `fisher_scale` (do not write)."""
         for slot in self._slots():

@@ -73,9 +73,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
+    for name, low, high in (("alpha", 0, 1), ("delta", 0, 1), ("gamma", 0, float("inf"))):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} must be in [{low}, {high}]; got {value}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} is not to be had here: {error}")
     out = args.output_dir
     if out.exists() and not args.train:
-        finished = (out / "metrics.json").exists()
+        finished = is_result(out)
         if finished and not args.overwrite:
             parser.error(
                 f"{out} holds a finished result: give --overwrite to replace it, or another "
@@ -83,10 +91,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             )
         if not finished and (not out.is_dir() or any(out.iterdir())):
             parser.error(
-                f"{out} is in use by something else (no metrics.json in it): give another "
+                f"{out} is in use by something else (no result of this script): give another "
                 "--output_dir"
             )
     return args
+
+
+def is_result(folder: Path) -> bool:
+    """True of a folder that this script wrote, and may replace when told to."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text())
+        return {"before", "after", "protocol"} <= found.keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 class Evaluation:
@@ -98,12 +115,10 @@ class Evaluation:
         self.ddim = DDIMScheduler.from_config(digits.scheduler().config)
 
     def draw(self, model: Any, labels: Tensor, seed: int, steps: int = 20) -> Tensor:
-        training = model.training
         images = sample(
             model.eval(), self.ddim, labels, digits.SHAPE, num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed), device=self.device,
         )  # fmt: skip
-        model.train(training)
         return images.cpu()
 
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -213,6 +228,7 @@ def unlearn(
         seconds += time.perf_counter() - start
         if step % CURVE_EVERY == 0 or step == args.steps:
             look(step)
+            model.train()
             bar.set_postfix(p_f=f"{curve[-1]['p_f']:.3f}", kept=f"{curve[-1]['ra']:.3f}")
     settings = {n: getattr(opt, n) for n in ("alpha", "delta", "gamma", "penalty", "update",
                 "unrelated", "terms", "granularity", "max_grad_norm", "fisher_scale")}  # fmt: skip
@@ -225,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         digits.train()
         return
     with replacing_folder(args.output_dir) as work:
-        metrics = quickstart(args, work, " ".join(argv or sys.argv[1:]))
+        metrics = quickstart(args, work, " ".join(sys.argv[1:] if argv is None else argv))
     print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {args.output_dir}/")
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import nn
 
 from ebu_optim import EBUOptimizer
@@ -62,6 +68,38 @@ def test_denoising_loss_is_its_formula(reduction, kind):
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(model.calls[0][0], x_t)
     assert torch.equal(model.calls[0][2], y)
+
+
+@pytest.mark.parametrize(
+    "other", [EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler, PNDMScheduler]
+)
+def test_losses_do_not_depend_on_the_kind_of_scheduler(other):
+    x, y = data()
+    same = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+    losses = [
+        D.denoising_loss(tiny_unet(), x, y, s, generator=gen())
+        for s in (schedule(), other(num_train_timesteps=1000, **same))
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_a_scheduler_without_alphas_is_refused():
+    x, y = data()
+    bare = type("Flow", (), {"config": schedule().config, "alphas_cumprod": None})()
+    t = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="Flow has no alphas_cumprod"):
+        D.denoising_loss(Recorder(), x, y, bare, timesteps=t)
+
+
+def test_bfloat16_models_are_given_their_dtype():
+    model, (x, y) = tiny_unet().bfloat16(), data()
+    for loss in (
+        D.denoising_loss(model, x, y, schedule(), generator=gen()),
+        D.gaussian_forget_loss(model, x.shape, y, schedule(), generator=gen()),
+        D.distillation_loss(model, model, x, y, schedule(), generator=gen()),
+    ):
+        assert loss.dtype == torch.float32
+    assert D.sample(model, ddim(), y, SHAPE, num_inference_steps=2).dtype == torch.float32
 
 
 def test_condition_may_be_keyword_arguments_and_output_an_object():
@@ -147,6 +185,33 @@ def test_anchored_is_the_pretrained_model_without_a_copy():
     assert not torch.allclose(model(x, t, class_labels=y).sample, expected)
 
 
+def test_anchored_is_in_eval_mode_and_leaves_buffers_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.b, self.d = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Dropout(0.5)
+
+        def forward(self, x, t, class_labels=None):
+            return self.d(self.b(self.c(x)))
+
+    model, x = Net().train(), data()[0]
+    opt = EBUOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    teacher = D.anchored(model, opt)
+    with pytest.raises(RuntimeError, match=r"no theta0.*anchor="):
+        teacher(x, None)
+    with opt.forget():
+        model(x, None).sum().backward()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    assert torch.equal(teacher(x, None), teacher(x, None))
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    assert model.d.training
+    with_anchor = EBUOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), fisher=None,
+        anchor={p: p.detach() for p in model.parameters()},
+    )  # fmt: skip
+    assert torch.equal(D.anchored(model, with_anchor)(x, None), teacher(x, None))
+
+
 def test_noisy_condition_is_bounded_by_the_spread_and_leaves_nothing_behind():
     embedding = nn.Embedding(3, 4000)
     label = torch.zeros(200, dtype=torch.long)
@@ -206,6 +271,21 @@ def test_sampling_is_in_range_and_repeats_with_its_seed():
     assert a.abs().max() <= 1
 
 
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_other_samplers(kind):
+    times = []
+
+    class Watched(Recorder):
+        def __call__(self, x, t, class_labels=None):
+            times.append(t)
+            return super().__call__(x, t, class_labels)
+
+    scheduler = kind.from_config(schedule().config)
+    x = D.sample(Watched(), scheduler, torch.tensor([0, 1]), SHAPE, num_inference_steps=6)
+    assert x.isfinite().all()
+    assert [float(t[0]) for t in times] == [float(t) for t in scheduler.timesteps]
+
+
 def make_set(path, model=None, **kwargs):
     labels = torch.tensor([0, 1, 2, 3, 0])
     return D.sample_set(
@@ -241,6 +321,42 @@ def test_set_is_cached_and_an_interrupted_one_goes_on_to_the_same_result(tmp_pat
     cached, _ = make_set(path, model)
     assert calls["n"] == 14
     assert torch.equal(cached, whole)
+
+
+def test_two_seeds_are_two_sets(tmp_path):
+    sets = [make_set(tmp_path / f"{s}.safetensors", seed=s)[0] for s in (0, 1, 12345, 2**32)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(sets) for b in sets[i + 1 :])
+
+
+def test_what_a_killed_call_left_is_no_hindrance(tmp_path):
+    parts = tmp_path / "a.safetensors.parts"
+    parts.mkdir()
+    (parts / ".00000000.safetensors.123.tmp").write_bytes(b"half")
+    make_set(tmp_path / "a.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_scheduler_with_other_lists_is_another_scheduler(tmp_path):
+    def betas(last):
+        return DDIMScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.2, last])
+
+    args = (torch.tensor([0, 1]), SHAPE)
+    D.sample_set(tmp_path / "a", tiny_unet(), betas(0.3), *args, num_inference_steps=2)
+    with pytest.raises(ValueError, match="another scheduler"):
+        D.sample_set(tmp_path / "a", tiny_unet(), betas(0.4), *args, num_inference_steps=2)
+
+
+def test_guidance_with_conditions_that_are_no_tensors_and_short_nulls():
+    def model(x, t, class_labels=None, text=None, **kwargs):
+        assert kwargs.get("flag", True) is True
+        return x * 0
+
+    labels = torch.tensor([0, 1])
+    args = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    y, null = {"class_labels": labels, "flag": True}, {"class_labels": torch.tensor([4, 4])}
+    D.sample(model, ddim(), y, SHAPE, null_condition=null, **args)
+    with pytest.raises(ValueError, match="one label or 2 rows; got 1 rows"):
+        D.sample(model, ddim(), labels, SHAPE, null_condition=torch.tensor([4]), **args)
 
 
 def test_set_of_another_model_or_protocol_is_refused(tmp_path):

@@ -107,6 +107,81 @@ def test_hooks_refuse_unknown_modules_by_name_and_auto_goes_on():
     assert fisher.protocol["method"] in ("vmap", "loop")
 
 
+class Tiles(nn.Module):
+    """A conv with circular padding, an embedding with a padding row, and a weight used twice."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.c = nn.Conv2d(
+            1, 2, 3, padding=1, padding_mode="circular" if kind == "conv" else "zeros"
+        )
+        self.e = nn.Embedding(4, 2, padding_idx=0 if kind == "embedding" else None)
+        self.l = nn.Linear(2, 2)
+
+    def forward(self, x, y):
+        h = self.l(self.c(x).mean((2, 3)).square() + self.e(y))
+        if self.kind == "functional":
+            h = nn.functional.linear(h, self.l.weight)
+        return h.square().sum(1)
+
+
+@pytest.mark.parametrize("kind", ["conv", "embedding", "functional"])
+def test_hooks_that_would_be_wrong_are_refused_and_auto_does_without(kind):
+    model, g = Tiles(kind), torch.Generator().manual_seed(1)
+    data = [{"x": torch.randn(4, 1, 5, 5, generator=g), "y": torch.tensor([0, 1, 2, 0])}]
+
+    def loss(m, b):
+        return m(b["x"], b["y"])
+
+    with pytest.raises((TypeError, ValueError), match=r"hooks.*loop"):
+        DiagonalFisher.estimate(model, loss, data, method="hooks", progress=False)
+    auto, loop = (
+        DiagonalFisher.estimate(model, loss, data, method=m, progress=False)
+        for m in ("auto", "loop")
+    )
+    assert auto.protocol["method"] != "hooks"
+    for name in loop:
+        torch.testing.assert_close(auto[name], loop[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["auto", "hooks", "vmap"])
+def test_a_loss_that_does_not_put_a_samples_rows_together_is_found(method):
+    model, data, _ = linear_case()
+
+    def tiled(m, b):
+        out = m(torch.cat([b["x"], 2 * b["x"]])).squeeze(1)
+        return out.view(2, -1).mean(0)
+
+    if method == "hooks":
+        with pytest.raises(ValueError, match="lie together"):
+            DiagonalFisher.estimate(model, tiled, data, method=method, progress=False)
+    else:
+        fisher = DiagonalFisher.estimate(model, tiled, data, method=method, progress=False)
+        expected = torch.cat([b["x"] for b in data]).mul(1.5).square().mean(0, keepdim=True)
+        torch.testing.assert_close(fisher["weight"], expected)
+
+
+def test_a_loss_must_be_one_value_per_sample_and_depend_on_the_model():
+    model, data, _ = linear_case()
+    with pytest.raises(ValueError, match=r"one value per sample, shape \(2,\); got \(\)"):
+        DiagonalFisher.estimate(model, lambda m, b: linear_loss(m, b).mean(), data, progress=False)
+    other = nn.Linear(3, 1, bias=False)
+    with pytest.raises(ValueError, match="does not depend on"):
+        DiagonalFisher.estimate(
+            model, lambda m, b: linear_loss(other, b) + 0 * linear_loss(m, b), data,
+            method="loop", progress=False,
+        )  # fmt: skip
+
+
+def test_two_seeds_are_two_draws_and_batches_have_streams_of_their_own():
+    noises = [batches(4, seed=s, cross=False)[i]["noise"] for s in (0, 1, 9, 2**32) for i in (0, 1)]
+    for i, a in enumerate(noises):
+        for b in noises[i + 1 :]:
+            assert not torch.equal(a, b)
+
+
 def test_cross_estimate_has_no_bias_from_the_number_of_timesteps():
     """Gradients a + noise: squares are too large by var / T', cross products are not."""
     model = nn.Linear(1, 1, bias=False)
@@ -156,6 +231,44 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop
     for name in whole:
         assert torch.equal(whole[name], resumed[name])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_an_interrupt_in_the_middle_of_an_update_does_not_spoil_the_result(tmp_path, monkeypatch):
+    model, loss = tiny_unet(), fisher_loss(schedule())
+    options = {"method": "vmap", "save_every": 1, "progress": False}
+    whole = DiagonalFisher.estimate(model, loss, batches(), **options)
+    calls, lerp = [], torch.Tensor.lerp_
+
+    def stops(self, *args):
+        calls.append(1)
+        if len(calls) == len(whole) + 5:  # in the second batch, some tensors have it already
+            raise KeyboardInterrupt
+        return lerp(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "lerp_", stops)
+    with pytest.raises(KeyboardInterrupt):
+        DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
+    monkeypatch.undo()
+    resumed = DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+def test_other_weights_data_or_reduction_are_another_run(tmp_path):
+    path, model = tmp_path / "f", tiny_unet()
+    run = {"path": path, "progress": False}
+    DiagonalFisher.estimate(model, fisher_loss(schedule()), batches(2), **run)
+    x, y = images(2)
+    other = FisherBatches(x + 0.1, y, schedule(), batch_size=2, timesteps=4)
+    with pytest.raises(ValueError, match="another data"):
+        DiagonalFisher.estimate(model, fisher_loss(schedule()), other, **run)
+    with pytest.raises(ValueError, match="another reduction"):
+        DiagonalFisher.estimate(model, fisher_loss(schedule(), reduction="mean"), batches(2), **run)
+    with pytest.raises(ValueError, match="another seed"):
+        DiagonalFisher.estimate(model, fisher_loss(schedule()), batches(2, seed=1), **run)
+    with torch.no_grad():
+        model.conv_in.weight += 1
+    with pytest.raises(ValueError, match="another model"):
+        DiagonalFisher.estimate(model, fisher_loss(schedule()), batches(2), **run)
 
 
 def test_finished_file_is_loaded_and_another_protocol_is_refused(tmp_path):
@@ -247,3 +360,41 @@ def test_estimate_rejects_bad_arguments():
         DiagonalFisher.estimate(model, linear_loss, [])
     with pytest.raises(ValueError, match="reduction"):
         fisher_loss(schedule(), reduction="max")
+    with pytest.raises(ValueError, match="save_every must be >= 1; got 0"):
+        DiagonalFisher.estimate(model, linear_loss, data, save_every=0)
+    for protocol, message in (({"samples": 3}, "samples"), ({"d": torch.float32}, "JSON")):
+        with pytest.raises(ValueError, match=message):
+            DiagonalFisher.estimate(model, linear_loss, data, protocol=protocol)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        DiagonalFisher.estimate(model, linear_loss, data)
+
+
+def test_a_protocol_with_tuples_fits_itself(tmp_path):
+    model, data, _ = linear_case()
+    for _ in range(2):
+        DiagonalFisher.estimate(
+            model,
+            linear_loss,
+            data,
+            path=tmp_path / "f",
+            protocol={"shape": (1, 2)},
+            progress=False,
+        )
+
+
+def test_trace_is_that_of_the_result_whatever_the_batches():
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.cat([torch.ones(15, 1), torch.full((1, 1), 9.0)])
+    data = [{"x": x[:15]}, {"x": x[15:]}]
+    fisher = DiagonalFisher.estimate(model, linear_loss, data, method="loop", progress=False)
+    assert fisher.protocol["trace"] == pytest.approx(float(fisher["weight"].sum()))
+
+
+def test_bfloat16_models():
+    model = tiny_unet().bfloat16()
+    loss = fisher_loss(schedule())
+    fishers = [
+        DiagonalFisher.estimate(model, loss, batches(2), method=m, progress=False) for m in METHODS
+    ]
+    assert all(t.dtype == torch.float32 for f in fishers for t in f.tensors.values())

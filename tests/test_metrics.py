@@ -38,6 +38,21 @@ def test_accuracy_and_probability_by_hand():
     assert probability(logits, 1) == pytest.approx((0.2 + 0.3 + 0.5) / 3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_no_result(bad):
+    logits = torch.tensor([[bad, 1.0]])
+    for metric in (entropy, lambda x: accuracy(x, torch.tensor([0])), lambda x: probability(x, 0)):
+        with pytest.raises(ValueError, match="NaN or"):
+            metric(logits)
+
+
+def test_classify_casts_to_the_classifier_and_keeps_each_modules_mode():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9).eval(), nn.Linear(4, 3)).bfloat16().train()
+    model[1].eval()
+    assert classify(model, torch.randn(2, 1, 2, 2)).dtype == torch.float32
+    assert [m.training for m in model] == [True, False, True]
+
+
 def test_classify_batches_in_eval_mode_and_restores_the_mode():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(4, 3)).train()
     x = torch.randn(7, 1, 2, 2)

@@ -93,6 +93,8 @@ def test_a_finished_result_is_not_overwritten_unasked(result):
         (["--forget", "10"], "0..9"),
         (["--forget", "zero"], "invalid int"),
         (["--steps", "0"], ">= 1"),
+        (["--alpha", "2"], "--alpha must be in [0, 1]; got 2.0"),
+        (["--device", "nowhere"], "--device nowhere"),
     ],
 )
 def test_bad_arguments_are_named(args, message):
@@ -103,6 +105,7 @@ def test_bad_arguments_are_named(args, message):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "metrics.json").write_text('{"loss": 1}')
     done = run("--output_dir", str(tmp_path), "--overwrite")
     assert done.returncode == 2
     assert "something else" in done.stderr

@@ -1,5 +1,6 @@
 """All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
 
+from .._modules import model_hash
 from .fisher import FisherBatches, fisher_loss
 from .losses import (
     anchored,
@@ -10,7 +11,7 @@ from .losses import (
     noisy_condition,
     surrogate_noise,
 )
-from .sampling import model_hash, sample, sample_set
+from .sampling import sample, sample_set
 
 __all__ = [
     "FisherBatches",

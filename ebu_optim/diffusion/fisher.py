@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import predict, target
+from .._modules import stream, tensor_hash
+from .losses import noised, predict
+from .sampling import scheduler_protocol
 
 
 class FisherBatches(Sequence[Any]):
@@ -52,12 +54,14 @@ class FisherBatches(Sequence[Any]):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What identifies the draws, for ``DiagonalFisher.estimate(protocol=...)``."""
+        """What identifies the samples and the draws; DiagonalFisher.estimate keeps it."""
         return {
+            "images": len(self.images),
+            "data": tensor_hash(self.images, self.labels),
+            "scheduler": scheduler_protocol(self.scheduler),
             "timesteps": self.timesteps,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "images": len(self.images),
         }
 
     def __len__(self) -> int:
@@ -66,7 +70,7 @@ class FisherBatches(Sequence[Any]):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        g = torch.Generator().manual_seed((self.seed << 32) + i)
+        g = stream(self.seed, i)
         rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
         x, labels = self.images[rows], self.labels[rows]
         halves = 2 if self.cross else 1
@@ -93,10 +97,11 @@ def fisher_loss(
         draws = batch["t"].shape[1]
         x = batch["x"].repeat_interleave(draws, 0)
         labels = batch["labels"].repeat_interleave(draws, 0)
-        x_t = scheduler.add_noise(x, noise, t)
-        error = predict(model, x_t, t, labels) - target(scheduler, x, noise, t)
+        x_t, target = noised(scheduler, x, noise, t)
+        error = predict(model, x_t, t, labels) - target
         square = error.float().square().flatten(1)
         square = square.sum(1) if reduction == "sum" else square.mean(1)
         return square.view(-1, draws).mean(1)
 
+    loss.protocol = {"reduction": reduction}  # type: ignore[attr-defined]
     return loss

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
+
 Condition = Tensor | Mapping[str, Any]
 Model = Callable[..., Any]
 
@@ -43,8 +45,12 @@ def randn(shape: Any, generator: torch.Generator | None, like: Tensor) -> Tensor
 
 
 def predict(model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The model's output for a condition, as a tensor of the shape of `x_t`."""
+    """The model's output for a condition, as a tensor of the shape of `x_t`; a model that has a
+    ``dtype`` (diffusers' have) is given x_t in it."""
     kwargs = condition if isinstance(condition, Mapping) else {"class_labels": condition}
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype) and not torch.is_autocast_enabled(x_t.device.type):
+        x_t = x_t.to(dtype)
     out = model(x_t, t, **kwargs)
     return out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out[0]
 
@@ -57,15 +63,27 @@ def reduce_loss(error: Tensor, reduction: str) -> Tensor:
     return (square.sum(1) if reduction == "sum" else square.mean(1)).mean()
 
 
-def target(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def noised(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t and the model's target there, epsilon or v, by the formulas of this file.
+
+    Not by ``scheduler.add_noise``: schedulers such as EulerDiscrete scale x_t in another way for
+    their own sampling, while the model and its target are the same.
+    """
     kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(x, noise, t)
-    raise ValueError(
-        f"the scheduler's prediction_type is {kind!r}; these losses know epsilon and v_prediction"
-    )
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"the scheduler's prediction_type is {kind!r}; these losses know epsilon and "
+            "v_prediction"
+        )
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod; these losses need a scheduler with "
+            "a variance-preserving noise schedule, such as DDPMScheduler"
+        )
+    alpha_bar = scheduler.alphas_cumprod.to(x.device, x.dtype)[t].view(-1, *[1] * (x.dim() - 1))
+    signal, spread = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    x_t = signal * x + spread * noise
+    return x_t, noise if kind == "epsilon" else signal * noise - spread * x
 
 
 def denoising_loss(
@@ -103,8 +121,8 @@ def denoising_loss(
         )
     if noise is None:
         noise = randn(x.shape, generator, x)
-    x_t = scheduler.add_noise(x, noise, timesteps)
-    error = predict(model, x_t, timesteps, condition) - target(scheduler, x, noise, timesteps)
+    x_t, target = noised(scheduler, x, noise, timesteps)
+    error = predict(model, x_t, timesteps, condition) - target
     return reduce_loss(error, reduction)
 
 
@@ -157,11 +175,9 @@ def gaussian_forget_loss(
         timesteps = antithetic_timesteps(
             shape[0], scheduler.config.num_train_timesteps, generator=generator, device=device
         )
-    alpha_bar = scheduler.alphas_cumprod.to(device)[timesteps].view(-1, *[1] * (x_t.dim() - 1))
-    kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"the scheduler's prediction_type is {kind!r}; know epsilon, v_prediction")
-    target = (1 - alpha_bar).sqrt() * x_t if kind == "epsilon" else torch.zeros_like(x_t)
+    spread, _ = noised(scheduler, torch.zeros_like(x_t), torch.ones_like(x_t), timesteps)
+    epsilon = scheduler.config.prediction_type == "epsilon"
+    target = spread * x_t if epsilon else torch.zeros_like(x_t)
     return reduce_loss(predict(model, x_t, timesteps, condition) - target, reduction)
 
 
@@ -198,27 +214,32 @@ def distillation_loss(
         source = generator.device if generator is not None else x.device
         pick = torch.randint(len(crossed), (n,), generator=generator, device=source)
         condition = crossed.to(x.device)[pick.to(x.device)]
-    x_t = scheduler.add_noise(x, randn(x.shape, generator, x), timesteps)
+    x_t, _ = noised(scheduler, x, randn(x.shape, generator, x), timesteps)
     with torch.no_grad():
         target = predict(teacher, x_t, timesteps, condition)
     return reduce_loss(predict(model, x_t, timesteps, condition) - target, reduction)
 
 
 def anchored(model: nn.Module, optimizer: Any) -> Model:
-    """The pretrained model as a callable, from the theta0 that an EBUOptimizer holds.
+    """The pretrained model in eval mode as a callable, from the theta0 that an EBUOptimizer holds.
 
-    No second copy of the weights is made: parameters outside the optimizer and buffers are the
-    model's own. theta0 exists from the first phase on.
+    No second copy of the weights is made: parameters outside the optimizer are the model's own,
+    and so are buffers, of which each call works on a copy. theta0 exists from the first phase on,
+    where a penalty uses it or ``anchor=`` gave it.
     """
 
     def teacher(*args: Any, **kwargs: Any) -> Any:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        theta0 = {
-            name: optimizer.anchor_of(p)
-            for name, p in model.named_parameters()
-            if id(p) in trained and p.requires_grad
-        }
-        return torch.func.functional_call(model, theta0, args, kwargs)
+        trained = optimizer.anchors()
+        if not trained:
+            raise RuntimeError(
+                "anchored: the optimizer holds no theta0. It is taken at the first phase where a "
+                "penalty uses it; with fisher=None or penalty='none' give the values to "
+                "EBUOptimizer(anchor={p: p.detach() for p in model.parameters()})"
+            )
+        theta0 = {n: trained[p] for n, p in model.named_parameters() if p in trained}
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        with evaluating(model):
+            return torch.func.functional_call(model, {**theta0, **buffers}, args, kwargs)
 
     return teacher
 
@@ -239,7 +260,10 @@ def noisy_condition(
     """
     if not scale >= 0:
         raise ValueError(f"scale must be >= 0; got {scale}")
-    spread = float(next(embedding.parameters()).detach().std())
+    weight = next(embedding.parameters(), None)
+    if weight is None:
+        raise ValueError(f"embedding has no parameters to take its spread from; got {embedding!r}")
+    spread = float(weight.detach().std())
 
     def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         source = generator.device if generator is not None else output.device

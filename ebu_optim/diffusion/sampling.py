@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from .._extras import require
 from .._files import load_tensors, save_tensors
+from .._modules import evaluating, model_hash, stream
 from .losses import Condition, Model, predict
 
 
@@ -27,7 +31,13 @@ def _both(null: Condition, condition: Condition) -> Condition:
     if isinstance(condition, Mapping):
         if not isinstance(null, Mapping):
             raise ValueError("null_condition must be a mapping like the condition")
-        return {k: torch.cat([null[k], v]) for k, v in condition.items()}
+        return {
+            k: torch.cat([null[k], v]) if isinstance(v, Tensor) else v for k, v in condition.items()
+        }
+    if len(null) != len(condition):
+        raise ValueError(
+            f"null_condition must be one label or {len(condition)} rows; got {len(null)} rows"
+        )
     return torch.cat([torch.as_tensor(null).to(condition), condition])
 
 
@@ -83,25 +93,26 @@ def sample(
     steps = scheduler.timesteps
     if progress:
         steps = require("tqdm.auto", "diffusion").tqdm(steps, desc="sampling", leave=False)
+    # PNDM and others have no draws of their own
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if draws else {}
     for t in steps:
         x_in = scheduler.scale_model_input(x, t)
+        t_in = t.to(device)
         if guided:
-            batch = torch.full((2 * n,), int(t), device=device)
-            null, cond = predict(model, torch.cat([x_in, x_in]), batch, both).chunk(2)
+            out = predict(model, torch.cat([x_in, x_in]), t_in.expand(2 * n), both).float()
+            null, cond = out.chunk(2)
             out = null + guidance_scale * (cond - null)
         else:
-            out = predict(model, x_in, torch.full((n,), int(t), device=device), condition)
-        x = scheduler.step(out, t, x, generator=generator).prev_sample
+            out = predict(model, x_in, t_in.expand(n), condition).float()
+        x = scheduler.step(out, t, x, **options).prev_sample
     return x.clamp(-1, 1) if clip else x
 
 
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def scheduler_protocol(scheduler: Any) -> dict[str, Any]:
+    """The settings that identify a scheduler, as JSON holds them."""
+    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    return json.loads(json.dumps(config, default=str, sort_keys=True))
 
 
 def sample_set(
@@ -141,12 +152,9 @@ def sample_set(
         "kind": "ebu_optim sample set",
         "model": model_hash(model),
         "sampler": type(scheduler).__name__,
-        "scheduler": {
-            k: v for k, v in scheduler.config.items()
-            if isinstance(v, (int, float, str, bool)) and not k.startswith("_")
-        },
+        "scheduler": scheduler_protocol(scheduler),
         "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": float(guidance_scale),
         "null_condition": null_condition,
         "batch_size": batch_size,
         "seed": seed,
@@ -172,25 +180,20 @@ def sample_set(
     parts = path.with_name(path.name + ".parts")
     tqdm = require("tqdm.auto", "diffusion").tqdm
     images = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for i in tqdm(range(0, len(labels), batch_size), desc=f"sampling {path.name}"):
             part = parts / f"{i:08d}.safetensors"
-            if not part.exists():
+            if part.exists():
+                batch = load(part)["images"]
+            else:
                 batch = sample(
                     model, scheduler, labels[i : i + batch_size], shape,
                     num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                    null_condition=null_condition, device=device,
-                    generator=torch.Generator().manual_seed((seed << 32) + i),
-                )  # fmt: skip
+                    null_condition=null_condition, device=device, generator=stream(seed, i),
+                ).cpu()  # fmt: skip
                 save_tensors(part, {"images": batch}, meta)
-            images.append(load(part)["images"])
-    finally:
-        model.train(training)
+            images.append(batch)
     tensors = {"images": torch.cat(images), "labels": labels}
     save_tensors(path, tensors, meta)
-    for part in parts.glob("*.safetensors"):
-        part.unlink()
-    parts.rmdir()
+    shutil.rmtree(parts, ignore_errors=True)
     return tensors["images"], tensors["labels"]

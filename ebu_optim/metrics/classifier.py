@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
+
 
 @torch.no_grad()
 def classify(
@@ -20,17 +22,12 @@ def classify(
 
     A module is evaluated in eval mode and on its own device, and left in the mode it was in.
     """
-    device = images.device
-    training = False
+    device, dtype = images.device, images.dtype
     if isinstance(classifier, nn.Module):
-        training = classifier.training
-        classifier.eval()
-        device = next((p.device for p in classifier.parameters()), device)
-    try:
-        batches = [classifier(b.to(device)).float().cpu() for b in images.split(batch_size)]
-    finally:
-        if isinstance(classifier, nn.Module):
-            classifier.train(training)
+        weight = next(classifier.parameters(), images)
+        device, dtype = weight.device, weight.dtype
+    with evaluating(classifier):
+        batches = [classifier(b.to(device, dtype)).float().cpu() for b in images.split(batch_size)]
     return torch.cat(batches)
 
 
@@ -39,6 +36,11 @@ def _logits(logits: Tensor) -> Tensor:
         raise ValueError(
             f"logits must have shape (n, K) with n > 0; got {tuple(logits.shape)}: "
             "give the classifier's output, before softmax, of at least one image"
+        )
+    if logits.isnan().any() or (logits == torch.inf).any():
+        raise ValueError(
+            "logits hold NaN or +Inf, of which no probability can be told: look at the images "
+            "(a diverged model draws NaN) and at the classifier's dtype"
         )
     return logits.float()
 

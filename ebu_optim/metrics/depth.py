@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modules import evaluating
 from ..diffusion.losses import denoising_loss
 
 
@@ -54,15 +55,17 @@ def learn_embedding(
     """
     g = torch.Generator().manual_seed(seed)
     device = embedding.weight.device
-    vector = embedding.weight.detach().mean(dim=0).requires_grad_()
+    vector = embedding.weight.detach().float().mean(dim=0).requires_grad_()
     optimizer = torch.optim.Adam([vector], lr=lr)
     frozen = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
-    model.eval()
     for p in frozen:
         p.requires_grad_(False)
     try:
-        with condition_replaced(embedding, vector), torch.enable_grad():
+        with (
+            evaluating(model),
+            condition_replaced(embedding, vector),
+            torch.enable_grad(),
+        ):
             for _ in range(steps):
                 x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
                 labels = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -74,7 +77,6 @@ def learn_embedding(
     finally:
         for p in frozen:
             p.requires_grad_(True)
-        model.train(training)
     return vector.detach()
 
 
@@ -99,7 +101,7 @@ def relearn(
         The relearned copy in eval mode; the given model is untouched.
     """
     g = torch.Generator().manual_seed(seed)
-    student = copy.deepcopy(model).train()
+    student = copy.deepcopy(model).train().requires_grad_(True)
     device = next(student.parameters()).device
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     with torch.enable_grad():
