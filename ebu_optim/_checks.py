@@ -95,10 +95,20 @@ def real(p: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; parameters must be real floating tensors")
     if p.layout is not torch.strided:
         raise TypeError(f"{name} has layout {p.layout}; parameters must be dense")
-    if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+    sharded(p, name)
+
+
+def sharded(p: Tensor, name: str) -> None:
+    """Refuse by name what holds a part of a parameter."""
+    if hasattr(p, "placements"):
         raise TypeError(
             f"{name} is a DTensor (fully_shard or tensor parallelism), which this version does not "
             "support: a threshold over one shard is not the threshold of the model"
+        )
+    if hasattr(p, "_fsdp_flattened"):
+        raise TypeError(
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), which is not supported: its "
+            "parameters are pieces of flat buffers. Use DistributedDataParallel"
         )
 
 

@@ -79,6 +79,7 @@ class Phases:
         slots = list(self._slots())
         if not self.done:
             for slot in slots:
+                _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
                 grad = slot.param.grad
                 if grad is None:
                     continue
@@ -94,6 +95,10 @@ class Phases:
         if name == "forget":
             for slot in slots:
                 slot.param.grad = self.forget.pop(slot.key, None)
+            for key, (grad, _) in self.remember.items():
+                if _shares_storage(grad):  # the forget loss is about to fill the same bucket
+                    grad = grad.clone()
+                    self.remember[key] = (grad, grad._version)
         self.active = name
 
     def _leave(self, name: str) -> None:

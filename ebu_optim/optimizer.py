@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _checkpoint, _checks, kernels
+from . import _checkpoint, _checks, distributed, kernels
 from ._combine import combine
 from ._penalty import Penalty
 from ._phases import Phases, Slot
@@ -80,9 +80,14 @@ class EBUOptimizer(Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are the base's own at all times. ``ebu_alpha``,
     ``ebu_delta`` and ``ebu_gamma`` live in the groups, where they can be scheduled.
+
+    Under torch.distributed the first ``rank_checks`` (3) accepted steps compare a checksum over
+    the ranks, and all raise a RuntimeError where one differs. Processes that share a process group
+    and train independently set ``opt.rank_checks = 0``. No checkpoint holds it.
     """
 
     base: Optimizer
+    rank_checks: int = 3  # accepted steps still to be compared; the same on all ranks
     # GradScaler then calls step with the scale and its findings instead of unscaling param.grad
     # itself, which is one of the two gradients only.
     _step_supports_amp_scaling = True
@@ -244,7 +249,7 @@ class EBUOptimizer(Optimizer):
 
         Raises:
             RuntimeError: phases nest; a gradient lies there that belongs to no phase.
-            TypeError: a sparse or complex gradient.
+            TypeError: a sparse or complex gradient; a parameter that has become a shard.
         """
         return self._phases.phase("forget")
 
@@ -266,7 +271,8 @@ class EBUOptimizer(Optimizer):
         Args:
             forget, remember: run forward and backward of their loss and return it. One that calls
                 zero_grad itself is harmless.
-            closure: always None; torch's checkpoint tools and Lightning pass it by name.
+            closure: None, or after the phases one that makes no gradient: Lightning's manual
+                optimization passes such a closure by name, and torch's checkpoint tools pass None.
 
         Returns:
             The two values that the closures returned; None after phases.
@@ -274,9 +280,14 @@ class EBUOptimizer(Optimizer):
         Raises:
             TypeError: a single closure.
             RuntimeError: a phase is missing or made no gradient; gradients were touched between
-                the phases and the step; NaN or Inf with ``nonfinite="raise"``.
+                the phases and the step; NaN or Inf with ``nonfinite="raise"``; the ranks of
+                torch.distributed differ.
         """
         losses = None
+        if closure is not None and forget is remember is None and len(self._phases.done) == 2:
+            with torch.enable_grad():
+                closure()  # what it does to the gradients is an error below
+            closure = None
         if closure is not None or (forget is None) != (remember is None):
             raise TypeError(
                 "EBUOptimizer.step takes two closures, step(forget=..., remember=...), or none "
@@ -329,6 +340,7 @@ class EBUOptimizer(Optimizer):
         slots = [s for s in slots if s.key in phases.forget or s.key in phases.remember]
         g_f = [phases.forget.get(s.key) for s in slots]
         g_r = [s.param.grad for s in slots]
+        compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
         skip = False
         if scaler:
             skip = self._unscale([g for g in (*g_f, *g_r) if g is not None])
@@ -351,7 +363,22 @@ class EBUOptimizer(Optimizer):
             if held is not None:
                 reference.restore([s.param for s in slots], held)
             self._step_count += 1
+            self.rank_checks -= compared
         phases.close(slots)
+
+    def _compare_ranks(self, g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]) -> bool:
+        """True where there are ranks and they agree. It comes before any may skip or raise."""
+        slots = [s for s in self._slots() if s.param.requires_grad]
+        options: list[Any] = [getattr(self, name) for name in (*_OPTIONS, "max_grad_norm")]
+        options += [(s.key, *(s.group[name] for name in self._defaults)) for s in slots]
+        try:
+            return distributed.same_on_all_ranks(
+                [s.param for s in slots], g_f, g_r, getattr(self, "grad_scale", None),
+                self._penalty.anchor, self._penalty.fisher, options,
+            )  # fmt: skip
+        except RuntimeError:
+            self._phases.discard()
+            raise
 
     def _unscale(self, grads: Sequence[Tensor]) -> bool:
         """Undo GradScaler's loss scale in both gradients; True where it found an overflow."""

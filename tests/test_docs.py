@@ -41,7 +41,9 @@ def world(folder: Path) -> dict[str, object]:
         "remember_loss": remember_loss,
         "forget_closure": lambda: forget_loss(model, torch.randn(2, 1, 8, 8)).backward(),
         "remember_closure": lambda: remember_loss(model, torch.randn(2, 1, 8, 8)).backward(),
-        "forget_loader": [surrogate_noise("uniform", (4, 1, 8, 8)) for _ in range(2)],
+        "forget_loader": torch.utils.data.DataLoader(
+            surrogate_noise("uniform", (8, 1, 8, 8)), batch_size=4
+        ),
         "remember_loader": torch.utils.data.DataLoader(
             surrogate_noise("uniform", (8, 1, 8, 8)), batch_size=4
         ),

@@ -92,6 +92,24 @@ def test_a_closure_that_does_not_call_backward(which):
     assert_as_if_nothing_had_happened(opt, m)
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_closure_by_name_after_the_phases(backward):
+    """Lightning's manual optimization passes one that does nothing."""
+    m, opt = build()
+    if backward:
+        phases(opt, m)
+        with pytest.raises(RuntimeError, match="outside the phases"):
+            opt.step(closure=lambda: loss(m, 0, True).backward())
+        assert_as_if_nothing_had_happened(opt, m)
+        return
+    for i in range(2):
+        phases(opt, m, i)
+        opt.step(closure=lambda: None)
+    n, other = build()
+    run(other, n, range(2))
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
 @pytest.mark.parametrize("names", [("forget",), ("remember",), ("closure",),
                                    ("forget", "remember", "closure")])  # fmt: skip
 def test_a_single_closure(names):

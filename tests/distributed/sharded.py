@@ -1,0 +1,73 @@
+"""Parameters that are shards, on every rank: the refusals go to a file per rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from ebu_optim import EBUOptimizer
+
+CPU = torch.device("cpu")
+
+
+def fsdp1(use_orig_params: bool) -> None:
+    m = FullyShardedDataParallel(
+        nn.Linear(4, 4), use_orig_params=use_orig_params, device_id=CPU
+    )  # fmt: skip
+    EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0))
+
+
+def fsdp1_afterwards() -> None:
+    m = nn.Linear(4, 4)
+    opt = EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0))
+    FullyShardedDataParallel(m, use_orig_params=True, device_id=CPU)
+    opt.forget().__enter__()
+
+
+def fsdp2(afterwards: bool) -> None:
+    from torch.distributed.fsdp import fully_shard  # torch 2.6
+
+    m = nn.Linear(4, 4)
+    opt = EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0)) if afterwards else None
+    fully_shard(m, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    if opt is None:
+        EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0))
+    else:  # as accelerate does
+        opt.param_groups[0]["params"] = list(m.parameters())
+        opt.remember().__enter__()
+
+
+def dtensor(placement: Shard | Replicate) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
+    EBUOptimizer(torch.optim.SGD([p], lr=1.0))
+
+
+CASES = {
+    "FSDP1": lambda: fsdp1(False),
+    "FSDP1 with use_orig_params": lambda: fsdp1(True),
+    "FSDP1 after the optimizer": fsdp1_afterwards,
+    "FSDP2": lambda: fsdp2(False),
+    "FSDP2 after the optimizer": lambda: fsdp2(True),
+    "DTensor, sharded": lambda: dtensor(Shard(0)),
+    "DTensor, replicated": lambda: dtensor(Replicate()),
+}
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    refusals = {}
+    for name, case in CASES.items():
+        try:
+            case()
+        except (TypeError, ImportError) as e:
+            refusals[name] = f"{type(e).__name__}: {e}"
+    torch.save(refusals, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
