@@ -198,7 +198,7 @@ def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> st
     reasons = {}
     for name in METHODS if method == "auto" else [method]:
         try:
-            for _ in range(2):  # the first call warms up
+            for _ in range(2 if method == "auto" else 1):  # the first call warms up
                 start = time.perf_counter()
                 grads = list(METHODS[name](model, loss, one))
                 float(next(iter(grads[-1].values())).sum())  # wait for an accelerator

@@ -277,6 +277,8 @@ def main() -> None:
         "never": NEVER, "steps": STEPS, "batch": BATCH, "lr": LR, "max_grad_norm": CLIP,
         "surrogate": "uniform", "reduction": "sum", "fisher": "online", "fisher_scale": "unit",
         "sampler": f"DDIM, {SAMPLER_STEPS} steps", "samples_per_class": 40, "threads": 1,
+        "accuracy_by": "the ten-class classifier", "p_f_by": "the one with a reject class",
+        "shared_by_all_runs": "starting noise (seed 7, 60 images for the attacks), attack seed 0",
     }  # fmt: skip
     report.write(load(folder), folder, protocol)
 

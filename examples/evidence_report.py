@@ -147,7 +147,7 @@ def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
                 elif s["options"].get("gamma") == 0:
                     ax.axhline(r[column], color="C0", ls=":", label="EBU added, gamma 0")
         ax.set(xscale="log", xlabel="gamma (unit Fisher scale)", ylabel=text)
-    axes[0, 1].set_title("Tuning seed, partial replay, remember by replay")
+    axes[0, 1].set_title("Tuning seed, partial replay, remember by replay", fontsize=10)
     axes[0, 0].legend(fontsize=7)
     for ax, loss in zip(axes[1], LOSSES, strict=True):
         for r in rows:
@@ -166,8 +166,8 @@ def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
         ax.set(
             xlabel="accuracy, never replayed (right is better)",
             ylabel="P_f after inversion (low is better)",
-            title=f"Seeds 1 to 3, partial replay, remember by {loss}",
         )
+        ax.set_title(f"Seeds 1 to 3, partial replay, remember by {loss}", fontsize=10)
     axes[1, 0].legend(fontsize=7)
     with replacing(path) as temporary:
         fig.savefig(temporary, dpi=100, format="png")

@@ -7,8 +7,8 @@ by a constant, never by the number of parameters. On an accelerator they wait fo
 On a CPU what counts is that a chunk's buffers stay in the cache and that no operation makes or
 reads a bool tensor: torch does not vectorise those, and they cost four times what a float costs.
 
-Magnitudes are compared as integer *keys*: the bits of |x| in the working dtype (float32, or
-float64 where one of the tensors is float64; the conversion is exact). Keys order like |x|, rank NaN
+Magnitudes are compared as integer *keys*: the bits of abs(x) in the working dtype (float32, or
+float64 where one of the tensors is float64; the conversion is exact). Keys order like abs(x), rank NaN
 above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
 denormals beside float64 tensors, whose conversion flushes).
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 # One chunk's buffers stay in the caches of a CPU core; an accelerator wants few launches.
-CHUNK_CPU = 1 << 17
+CHUNK_CPU = 1 << 19
 CHUNK_DEVICE = 1 << 22
 # Candidates kept of one bracket, at the most (16 MiB of float32 keys).
 CAPACITY = 1 << 22
@@ -237,8 +237,8 @@ def _sample(grads: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
         g = grads[i]
         flat, index = _flat([g]), index.to(g.device)
         drawn = flat[0][index] if flat is not None else g[torch.unravel_index(index, g.shape)]
-        parts.append(keys(drawn, dtype).to(grads[0].device))
-    return torch.cat(parts).sort().values
+        parts.append(drawn.to(grads[0].device, dtype))
+    return keys(torch.cat(parts), dtype).sort().values
 
 
 def _scan(
@@ -299,7 +299,7 @@ def _guess(grads: Sequence[Tensor], k: int, n: int, dtype: torch.dtype) -> tuple
 
 
 def threshold(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
-    """The key of the exact k-th largest |g| over all tensors together (method.md, step 1).
+    """The key of the exact k-th largest abs(g) over all tensors together (method.md, step 1).
 
     A sample guesses a bracket that holds about 6/sqrt(sample) of the elements; one pass counts
     what lies above it and keeps what lies inside, which proves the guess or refutes it. A refuted

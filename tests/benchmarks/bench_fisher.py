@@ -45,7 +45,7 @@ def one_at_a_time(model, loss, batches) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--timesteps", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
