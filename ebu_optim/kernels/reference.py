@@ -8,8 +8,8 @@ On a CPU what counts is that a chunk's buffers stay in the cache and that no ope
 reads a bool tensor: torch does not vectorise those, and they cost four times what a float costs.
 
 Magnitudes are compared as integer *keys*: the bits of abs(x) in the working dtype (float32, or
-float64 where one of the tensors is float64; the conversion is exact). Keys order like abs(x), rank NaN
-above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
+float64 where one of the tensors is float64; the conversion is exact). Keys order like abs(x), rank
+NaN above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
 denormals beside float64 tensors, whose conversion flushes).
 """
 
