@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import _checkpoint, _checks, distributed, kernels
 from ._combine import combine
 from ._penalty import Penalty
-from ._phases import Phases, Slot
+from ._phases import Key, Phases, Slot
 from ._stats import read_stats
 from .kernels import reference
 
@@ -540,30 +540,32 @@ class EBUOptimizer(Optimizer):
         """Figures of the last accepted step; reading them waits for the device (see `_stats`)."""
         return read_stats(self._last)
 
-    def anchor_of(self, param: Tensor) -> Tensor:
-        """theta0 of a parameter: the frozen model's weight, same shape and dtype (do not write)."""
-        for slot in self._slots():
-            if slot.param is param and slot.key in self._penalty.anchor:
-                return self._penalty.anchor[slot.key]
-        raise KeyError(
-            "anchor_of: no anchor is held for this parameter; anchors are taken at the first "
-            "phase, of the optimizer's trainable parameters, where a penalty uses them"
-        )
-
     def anchors(self) -> dict[Tensor, Tensor]:
         """theta0 of every parameter that has one, by parameter (do not write)."""
-        held = self._penalty.anchor
-        return {s.param: held[s.key] for s in self._slots() if s.key in held}
+        return self._by_parameter(self._penalty.anchor)
+
+    def anchor_of(self, param: Tensor) -> Tensor:
+        """theta0 of a parameter: the frozen model's weight, same shape and dtype (do not write)."""
+        held = self.anchors()
+        if param not in held:
+            raise KeyError(
+                "anchor_of: no anchor is held for this parameter; anchors are taken at the first "
+                "phase, of the optimizer's trainable parameters, where a penalty uses them"
+            )
+        return held[param]
 
     def fisher_of(self, param: Tensor) -> Tensor:
         """F of a parameter as it is now, before `fisher_scale` (do not write)."""
-        for slot in self._slots():
-            if slot.param is param and slot.key in self._penalty.fisher:
-                return self._penalty.fisher[slot.key]
-        raise KeyError(
-            "fisher_of: no Fisher is held for this parameter; the online one starts at the first "
-            "phase, for the optimizer's trainable parameters"
-        )
+        held = self._by_parameter(self._penalty.fisher)
+        if param not in held:
+            raise KeyError(
+                "fisher_of: no Fisher is held for this parameter; the online one starts at the "
+                "first phase, for the optimizer's trainable parameters"
+            )
+        return held[param]
+
+    def _by_parameter(self, held: Mapping[Key, Tensor]) -> dict[Tensor, Tensor]:
+        return {s.param: held[s.key] for s in self._slots() if s.key in held}
 
     def _slots(self) -> Iterator[Slot]:
         """Every parameter of the base, a tied one once."""
