@@ -10,9 +10,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ebu_optim import EBUOptimizer
+
+try:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+except ImportError:  # torch 2.4
+    from torch.distributed._tensor import Replicate, Shard, distribute_tensor
 
 CPU = torch.device("cpu")
 
@@ -32,7 +36,10 @@ def fsdp1_afterwards() -> None:
 
 
 def fsdp2(afterwards: bool) -> None:
-    from torch.distributed.fsdp import fully_shard  # torch 2.6
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # before torch 2.6
+        from torch.distributed._composable.fsdp import fully_shard
 
     m = nn.Linear(4, 4)
     opt = EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0)) if afterwards else None
