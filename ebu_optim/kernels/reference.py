@@ -369,9 +369,9 @@ def _combine_pack(
     online: float | None,
     dtype: torch.dtype,
     rows: _Rows,
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """One pack of (out, theta, g_f, g_r, anchor, F, ...) pieces, as 1-d tensors: G, a mask (> 0 on
-    M_f or M_r), the new F, and the `STATS`.
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, list[Tensor]]:
+    """One pack of (out, theta, g_f, g_r, anchor, F, ...) pieces, as 1-d tensors: G, M_f and M_r as
+    0.0 and 1.0, the new F, and the `STATS`.
 
     On the overlap the blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that every reading is
     a sum of g_f, g_r + p, M_f g_f and O (1 - alpha) (g_r - g_f) with constant weights. Masks are
@@ -409,11 +409,14 @@ def _combine_pack(
         if has_fisher and penalty != "none" and terms[1]:
             for piece, part in _parts(pack, moved):
                 part.mul_(piece[5].reshape(-1).to(dtype))
-            moved.mul_(gamma)  # p of eqs. 8 and 9
+            # p of eqs. 8 and 9 is `strength` times what is in `moved` now
+            strength = 1.0 if isinstance(gamma, Tensor) else gamma
+            if isinstance(gamma, Tensor):
+                moved.mul_(gamma)
             if penalty == "partial":
-                out.addcmul_(only_r, moved)
+                out.addcmul_(only_r, moved, value=strength)
             else:
-                out += moved
+                out.add_(moved, alpha=strength)
 
     opposed = torch.bitwise_xor(bits_f, bits_r, out=rows("keys", bits_f))  # the sign bits differ
     sums = [
@@ -440,7 +443,7 @@ def _combine_pack(
         sums.append(new_fisher.sum().to(dtype))
     else:
         sums.append(out.new_zeros(()))
-    return out, m_f.add_(m_r), new_fisher, sums
+    return out, (m_f, m_r), new_fisher, sums
 
 
 def combine(
@@ -494,7 +497,7 @@ def combine(
     )
     for pack in _packs(rows):
         device = pack[0][0].device
-        result, related, new_fisher, sums = _combine_pack(
+        result, (m_f, m_r), new_fisher, sums = _combine_pack(
             pack,
             has_anchor,
             has_fisher,
@@ -514,7 +517,7 @@ def combine(
         if new_fisher is not None:
             targets.append((5, new_fisher))
         if has_held:
-            kept = _column(pack, 1, buffers).masked_fill(related > 0, math.nan)
+            kept = _column(pack, 1, buffers).masked_fill(m_f + m_r > 0, math.nan)
             targets.append((-1, kept))
         for j, values in targets:
             for piece, part in _parts(pack, values):
