@@ -191,6 +191,8 @@ def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> st
         raise ValueError(
             f"loss must return one value per sample, shape ({size(one)},); got {shape}"
         )
+    if method == "loop":  # nothing to compare it with
+        return method
     ends = {k: v[[0, -1]] for k, v in one.items()}
     truth = list(METHODS["loop"](model, loss, ends))
     expected = {n: torch.cat([g[n] for g in truth]) for n in truth[0]}

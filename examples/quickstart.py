@@ -25,7 +25,7 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 import ebu_optim
-from ebu_optim import EBUOptimizer
+from ebu_optim import EBUOptimizer, _checks
 from ebu_optim._files import replacing_folder
 from ebu_optim.diffusion import (
     denoising_loss,
@@ -73,10 +73,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
-    for name, low, high in (("alpha", 0, 1), ("delta", 0, 1), ("gamma", 0, float("inf"))):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name} must be in [{low}, {high}]; got {value}")
+    given = {f"ebu_{n}": getattr(args, n) for n in ("alpha", "delta", "gamma")}
+    try:
+        _checks.group({name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        parser.error(f"--{error}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
