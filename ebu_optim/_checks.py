@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._shards import local, spread
+
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
@@ -99,16 +101,12 @@ def real(p: Tensor, name: str) -> None:
 
 
 def sharded(p: Tensor, name: str) -> None:
-    """Refuse by name what holds a part of a parameter."""
-    if hasattr(p, "placements"):
-        raise TypeError(
-            f"{name} is a DTensor (fully_shard or tensor parallelism), which this version does not "
-            "support: a threshold over one shard is not the threshold of the model"
-        )
+    """Refuse by name what holds a part of a parameter and is no DTensor."""
     if hasattr(p, "_fsdp_flattened"):
         raise TypeError(
             f"{name} belongs to FullyShardedDataParallel (FSDP1), which is not supported: its "
-            "parameters are pieces of flat buffers. Use DistributedDataParallel"
+            "parameters are pieces of flat buffers. Use fully_shard (FSDP2, torch >= 2.6) or "
+            "DistributedDataParallel"
         )
 
 
@@ -128,7 +126,7 @@ def gradient(slot: Any) -> None:
 def foreign_gradient(slot: Any, phase: str) -> None:
     """A gradient at a first phase that belongs to none; zeros left by zero_grad are no harm."""
     grad = slot.param.grad
-    if grad.layout is torch.strided and not grad.count_nonzero():
+    if grad.layout is torch.strided and not local(grad).count_nonzero():
         return
     raise RuntimeError(
         f"{slot.name} has a gradient from before {phase}(), which belongs to no phase: call "
@@ -167,17 +165,18 @@ def tensor_map(
                 f"{argument}[{slot.name}] has shape {tuple(value.shape)} but the parameter has "
                 f"{tuple(slot.param.shape)}: it was made for another model"
             )
-        if not value.isfinite().all():
+        value = spread(value.detach().to(slot.param.device), slot.param)
+        if not local(value).isfinite().all():
             raise ValueError(f"{argument}[{slot.name}] holds NaN or Inf; make it again")
         if nonnegative:
-            if (value < 0).any():
+            if (local(value) < 0).any():
                 raise ValueError(
                     f"{argument}[{slot.name}] holds negative values; a diagonal of squared "
                     "gradients is >= 0 (an estimate by cross products needs .clamp(min=0))"
                 )
             wide = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
-            value = value.to(slot.param.device, wide)
-        found[slot.key] = value.detach().to(slot.param.device)
+            value = value.to(wide)
+        found[slot.key] = value
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
         raise ValueError(

@@ -16,9 +16,21 @@ from torch import Tensor
 from . import kernels
 from ._penalty import Penalty
 from ._phases import Slot
+from ._shards import Shards, local
 from .kernels import reference
 
 TERMS = ("forget", "remember", "modulated")
+
+
+class Selection(NamedTuple):
+    """What is ranked together, and the thresholds of it."""
+
+    grads: tuple[list[Tensor], list[Tensor]]  # g_f and g_r per slot, missing ones as zeros
+    taus: Tensor  # keys, one for every pool
+    pools: tuple[list[int], list[int]]  # per slot, of g_f and of g_r
+    nonfinite: Tensor  # of g_f and of g_r, int64 [2]
+    dtype: torch.dtype
+    backend: Any
 
 
 class Combined(NamedTuple):
@@ -26,30 +38,66 @@ class Combined(NamedTuple):
 
     grads: list[Tensor]
     held: list[Tensor] | None
-    last: tuple[Tensor, list[Tensor], int]
+    last: tuple[Tensor, Tensor, int]
+
+
+def select(
+    slots: Sequence[Slot],
+    g_f: Sequence[Tensor | None],
+    g_r: Sequence[Tensor | None],
+    *,
+    granularity: str,
+    fused: bool | None,
+    shards: Shards,
+) -> Selection:
+    """Step 1: the threshold of every set of gradients that is ranked together. Changes nothing.
+
+    Args:
+        slots: parameters that have at least one of the two gradients.
+        g_f, g_r: per slot; None counts as zero.
+        shards: where the parameters are parts of larger ones, how the parts count together.
+    """
+    full_f = [_or_zero(g, s.param) for g, s in zip(g_f, slots, strict=True)]
+    full_r = [_or_zero(g, s.param) for g, s in zip(g_r, slots, strict=True)]
+    backend = kernels.backend([s.param for s in slots], fused)
+    dtype = reference.working_dtype([*full_f, *full_r])
+    pools: list[tuple[list[int], int]] = []  # members, rank
+    of_slot: tuple[list[int], list[int]] = ([0] * len(slots), [0] * len(slots))
+    for which in (0, 1):
+        for members, k in _pools(slots, which, granularity, shards):
+            for i in members:
+                of_slot[which][i] = len(pools)
+            pools.append((members, k))
+        if which == 0:
+            forget_pools = len(pools)
+    ranked = [
+        ([(full_f if j < forget_pools else full_r)[i] for i in members], k)
+        for j, (members, k) in enumerate(pools)
+    ]
+    if shards:
+        owned = [[shards.counts(slots[i].key) for i in members] for members, _ in pools]
+        taus, nonfinite = shards.select(backend, ranked, owned, dtype)
+    else:
+        taus, nonfinite = backend.select(ranked, dtype)
+    both = torch.stack([nonfinite[:forget_pools].sum(), nonfinite[forget_pools:].sum()])
+    return Selection((full_f, full_r), taus, of_slot, both, dtype, backend)
 
 
 def combine(
     slots: Sequence[Slot],
     g_f: Sequence[Tensor | None],
     g_r: Sequence[Tensor | None],
+    selection: Selection,
     penalty: Penalty,
     *,
     update: str,
     unrelated: str,
     terms: Sequence[str],
-    granularity: str,
     max_grad_norm: float | None,
-    fused: bool | None,
+    inv_scale: Tensor | None,
+    shards: Shards,
 ) -> Combined:
-    """G in place of g_r (or of g_f where g_r is None); an online F is updated.
-
-    Args:
-        slots: parameters that have at least one of the two gradients.
-        g_f, g_r: per slot; None counts as zero.
-    """
-    full_f = [_or_zero(g, s.param) for g, s in zip(g_f, slots, strict=True)]
-    full_r = [_or_zero(g, s.param) for g, s in zip(g_r, slots, strict=True)]
+    """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None); an online F is updated."""
     out: list[Tensor] = [
         r if r is not None else f  # type: ignore[misc]
         for f, r in zip(g_f, g_r, strict=True)
@@ -62,87 +110,80 @@ def combine(
             else torch.empty_like(s.param)
             for f, o, s in zip(g_f, out, slots, strict=True)
         ]  # fmt: skip
-    backend = kernels.backend([s.param for s in slots], fused)
-    dtype = reference.working_dtype([*full_f, *full_r])
-    tau_f = _thresholds(backend, slots, full_f, 0, granularity, dtype)
-    tau_r = _thresholds(backend, slots, full_r, 1, granularity, dtype)
-
+    (full_f, full_r), taus, (pool_f, pool_r), _, dtype, backend = selection
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
-    total = sum(s.param.numel() for s in slots)
-    scale = penalty.scale()
-    for rows in _buckets(slots, penalty, tau_f, tau_r):
-        first = rows[0]
-        group, online = slots[first].group, penalty.online_weight(slots[first].key)
+    uncounted = torch.zeros_like(stats)  # of what another process counts
+    scale = penalty.scale(shards)
+    for rows, counted in _buckets(slots, penalty, shards):
+        first = slots[rows[0]]
+        fishers = [penalty.fisher.get(slots[i].key) if penalty.active else None for i in rows]
         backend.combine(
             [slots[i].param for i in rows],
             [full_f[i] for i in rows],
             [full_r[i] for i in rows],
-            [penalty.anchor.get(slots[i].key) for i in rows],
-            [penalty.fisher.get(slots[i].key) if penalty.active else None for i in rows],
+            [local(penalty.anchor.get(slots[i].key)) for i in rows],
+            [local(f) for f in fishers],
             [out[i] for i in rows],
             [held[i] if held is not None else None for i in rows],
-            tau_f[first],
-            tau_r[first],
-            alpha=float(group["ebu_alpha"]),
-            gamma=scale * float(group["ebu_gamma"]),
+            taus,
+            [pool_f[i] for i in rows],
+            [pool_r[i] for i in rows],
+            alpha=float(first.group["ebu_alpha"]),
+            gamma=scale * float(first.group["ebu_gamma"]),
             penalty=penalty.kind,
             update=update,
             terms=tuple(t in terms for t in TERMS),
-            online=online,
+            online=penalty.online_weight(first.key),
+            inv_scale=inv_scale,
             dtype=dtype,
-            stats=stats,
+            stats=stats if counted else uncounted,
         )
+    shards.add(stats)
+    total = sum(shards.numel(s) for s in slots)
     if penalty.mode == "online" and penalty.active:
-        penalty.counted((s.key for s in slots), stats[-1] / total)
+        penalty.counted((s.key for s in slots), stats[_AT["fisher_sum"]] / total)
     if max_grad_norm is not None:
-        norm = stats[reference.STATS.index("update_sq")].sqrt()
-        reference.scale(out, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-    keys = [
-        reference.key_to_value(t, dtype)
-        for taus in (tau_f, tau_r)
-        for t in {id(t): t for t, s in zip(taus, slots, strict=True) if s.param.numel()}.values()
-    ]
-    return Combined(out, held, (stats, keys, total))
+        norm = stats[_AT["update_sq"]].sqrt()
+        backend.scale(out, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    values = reference.key_to_value(taus, dtype)
+    if inv_scale is not None:
+        values = values * inv_scale.to(values)
+    return Combined(out, held, (stats, values, total))
+
+
+_AT = {name: i for i, name in enumerate(reference.STATS)}
 
 
 def _or_zero(grad: Tensor | None, p: Tensor) -> Tensor:
     return p.detach().new_zeros(()).expand(p.shape) if grad is None else grad
 
 
-def _thresholds(
-    backend: Any,
-    slots: Sequence[Slot],
-    grads: Sequence[Tensor],
-    which: int,
-    granularity: str,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """The threshold key of every slot: one for all slots that are ranked together."""
-    pools: dict[Any, list[int]] = {}
+def _pools(
+    slots: Sequence[Slot], which: int, granularity: str, shards: Shards
+) -> list[tuple[list[int], int]]:
+    """The slots that are ranked together, and the rank of their threshold."""
     deltas = [s.group["ebu_delta"] for s in slots]
     deltas = [d[which] if isinstance(d, (tuple, list)) else d for d in deltas]
-    for i, d in enumerate(deltas):
-        if grads[i].numel():
+    pools: dict[Any, list[int]] = {}
+    for i, (s, d) in enumerate(zip(slots, deltas, strict=True)):
+        if shards.numel(s):
             pools.setdefault(i if granularity == "tensor" else float(d), []).append(i)
-    taus = [torch.ones((), dtype=torch.int64, device=g.device) for g in grads]
+    found = []
     for members in pools.values():
-        n = sum(grads[i].numel() for i in members)
-        k = max(1, math.floor(deltas[members[0]] * n + 0.5))
-        tau = backend.threshold([grads[i] for i in members], k, dtype)
-        for i in members:
-            taus[i] = tau
-    return taus
+        n = sum(shards.numel(slots[i]) for i in members)
+        found.append((members, max(1, math.floor(deltas[members[0]] * n + 0.5))))
+    return found
 
 
 def _buckets(
-    slots: Sequence[Slot], penalty: Penalty, tau_f: Sequence[Tensor], tau_r: Sequence[Tensor]
-) -> list[list[int]]:
-    """Slots that share their group, thresholds and count of squares go through one call."""
+    slots: Sequence[Slot], penalty: Penalty, shards: Shards
+) -> list[tuple[list[int], bool]]:
+    """Slots that share their group and count of squares go through one call; and whether this
+    process is the one that counts them."""
     buckets: dict[Any, list[int]] = {}
     for i, s in enumerate(slots):
         if s.param.numel():
             online = penalty.online_weight(s.key)
             held = (s.key in penalty.anchor, s.key in penalty.fisher)
-            kind = (s.key[0], held, online, id(tau_f[i]), id(tau_r[i]))
-            buckets.setdefault(kind, []).append(i)
-    return list(buckets.values())
+            buckets.setdefault((s.key[0], held, online, shards.counts(s.key)), []).append(i)
+    return [(members, kind[-1]) for kind, members in buckets.items()]

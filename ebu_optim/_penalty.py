@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _checks
 from ._phases import Key, Slot
+from ._shards import Shards, is_sharded, local, local_gradient, spread
 
 
 class Penalty:
@@ -89,15 +90,18 @@ class Penalty:
             if slot.key not in self.anchor:
                 self.anchor[slot.key] = _compact(p.detach().clone())
 
-    def scale(self) -> Tensor | float:
+    def scale(self, shards: Shards) -> Tensor | float:
         """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
         if not self.unit or not self.fisher:
             return 1.0
         if self.mean is None:
-            fishers = list(self.fisher.values())
-            device = fishers[0].device
-            sums = torch.stack([f.sum(dtype=torch.float64).to(device) for f in fishers])
-            self.mean = sums.sum() / sum(f.numel() for f in fishers)
+            device = local(next(iter(self.fisher.values()))).device
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            for key, f in self.fisher.items():
+                if shards.counts(key):
+                    total += local(f).sum(dtype=torch.float64).to(device)
+            shards.add(total)
+            self.mean = total / sum(f.numel() for f in self.fisher.values())
         return torch.where(self.mean > 0, self.mean.rsqrt(), 0.0)
 
     def online_weight(self, key: Key) -> float | None:
@@ -116,7 +120,7 @@ class Penalty:
         """Average the squares of the gradients that lie on the parameters into F."""
         for slot in slots:
             if slot.key in self.fisher:
-                f, g = self.fisher[slot.key], slot.param.grad
+                f, g = local(self.fisher[slot.key]), local_gradient(slot.param.grad, slot.param)
                 square = torch.zeros_like(f) if g is None else g.to(f.dtype).square()
                 n = self.count[slot.key] = self.count.get(slot.key, 0) + 1
                 f.lerp_(square, 1 / n)
@@ -162,14 +166,13 @@ class Penalty:
         self.mean = None
         for slot in slots:
             mine = own.get(slot.key, {})
-            device = slot.param.device
             if started and "ebu_anchor" in mine:
-                self.anchor[slot.key] = _compact(mine["ebu_anchor"].to(device, copy=True))
+                self.anchor[slot.key] = _compact(_own(mine["ebu_anchor"], slot.param))
             if "ebu_fisher" in mine and (started or self.mode == "fixed"):
-                self.fisher[slot.key] = mine["ebu_fisher"].to(device, copy=True)
+                self.fisher[slot.key] = _own(mine["ebu_fisher"], slot.param)
                 self.count[slot.key] = int(mine.get("ebu_fisher_count", 0))
         if mean is not None and self.fisher:
-            device = next(iter(self.fisher.values())).device
+            device = local(next(iter(self.fisher.values()))).device
             self.mean = torch.tensor(mean, dtype=torch.float64, device=device)
 
 
@@ -178,8 +181,13 @@ def _empty_fisher(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=wide)
 
 
+def _own(loaded: Tensor, p: Tensor) -> Tensor:
+    """A copy of a checkpoint's tensor, laid out as its parameter is."""
+    return spread(loaded.to(p.device, copy=True), p)
+
+
 def _compact(t: Tensor) -> Tensor:
     """One expanded zero where theta0 is zero (LoRA's B): nothing is stored for it."""
-    if t.numel() and not t.count_nonzero():
+    if t.numel() and not is_sharded(t) and not t.count_nonzero():
         return t.new_zeros(()).expand(t.shape)
     return t

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._shards import is_sharded, local
 from .kernels import reference
 
 Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
@@ -51,7 +52,6 @@ class Phases:
         self.forget: dict[Key, Tensor] = {}
         self.remember: dict[Key, tuple[Tensor, int]] = {}  # gradient and its version
         self._poison: tuple[Tensor, Tensor] | None = None
-        self.probe: Tensor | None = None  # NaN where the forget gradient is not finite
 
     def close(self, slots: Iterable[Slot]) -> None:
         """After a step: what lies on the parameters now is spent."""
@@ -131,13 +131,14 @@ class Phases:
         where g_f is not finite is added to one element of param.grad on the device, and taken back
         before that gradient is used.
         """
-        self.probe = reference.finite_probe(list(self.forget.values()))
-        grad = next((g for g, _ in self.remember.values() if g.numel()), None)
-        if self.probe is None or grad is None:
+        probe = reference.finite_probe([local(g) for g in self.forget.values()])
+        parts = (local(g) for g, _ in self.remember.values())
+        grad = next((g for g in parts if g.numel()), None)
+        if probe is None or grad is None:
             return
         element = grad.as_strided((), ())
         self._poison = (element, element.clone())
-        element += self.probe.to(element.device, element.dtype)
+        element += probe.to(element.device, element.dtype)
         self._remark()
 
     def unpoison(self) -> None:
@@ -189,6 +190,8 @@ class Phases:
 
 def _shares_storage(grad: Tensor) -> bool:
     """Part of a larger buffer, such as DDP's bucket, which will be overwritten."""
+    if is_sharded(grad):  # FSDP2 reduces into a new buffer at every backward pass
+        return False
     # a view may fill its buffer exactly: a bucket of one parameter
     whole = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
     return grad._is_view() or not whole

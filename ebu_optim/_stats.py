@@ -10,7 +10,7 @@ from torch import Tensor
 from .kernels.reference import STATS
 
 
-def read_stats(last: tuple[Tensor, list[Tensor], int] | None) -> dict[str, Any]:
+def read_stats(last: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
     """Figures of the last accepted step, {} before the first.
 
     ======================== ==================================================================
@@ -41,7 +41,7 @@ def read_stats(last: tuple[Tensor, list[Tensor], int] | None) -> dict[str, Any]:
         "forget_norm": math.sqrt(raw["forget_sq"]),
         "remember_norm": math.sqrt(raw["remember_sq"]),
         "update_norm": math.sqrt(raw["update_sq"]),
-        "thresholds": [float(t) for t in thresholds],
+        "thresholds": thresholds.tolist(),
     }
     for region in ("forget_only", "remember_only", "overlap", "unrelated"):
         stats[f"moved_{region}"] = math.sqrt(raw[f"moved_{region}_sq"])

@@ -53,6 +53,7 @@ def same_on_all_ranks(
     anchor: Mapping[Any, Tensor],
     fisher: Mapping[Any, Tensor],
     options: Iterable[Any],
+    device: torch.device,
 ) -> bool:
     """Compare checksums over the default process group; False where there is nobody to compare to.
 
@@ -66,7 +67,6 @@ def same_on_all_ranks(
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return False
-    device = weights[0].device
     if "cpu:" in dist.get_backend_config():
         device = torch.device("cpu")
     parts = (weights, g_f, g_r, [scale], _ordered(anchor), _ordered(fisher))

@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _checkpoint, _checks, distributed, kernels
-from ._combine import combine
+from ._combine import Combined, combine, select
 from ._penalty import Penalty
 from ._phases import Key, Phases, Slot
+from ._shards import Shards, is_sharded, like, local, local_gradient
 from ._stats import read_stats
 from .kernels import reference
 
 Closure = Callable[[], Any]
 TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
 
+_UPDATE_NONFINITE = reference.STATS.index("update_nonfinite")
 _OPTIONS = ("penalty", "update", "unrelated", "terms", "granularity", "nonfinite", "fisher_scale")
 
 
@@ -130,9 +132,10 @@ class EBUOptimizer(Optimizer):
             _checks.group(group)
 
         self._step_count = 0
-        self._last: tuple[Tensor, list[Tensor], int] | None = None
+        self._last: tuple[Tensor, Tensor, int] | None = None
         slots = list(self._slots())
-        kernels.backend([s.param for s in slots], fused)
+        kernels.backend([local(s.param) for s in slots], fused)
+        Shards(slots)
         self._penalty = Penalty(slots, fisher, anchor, self.penalty, self.fisher_scale == "unit")
         for group in base.param_groups:
             for name, value in self._defaults.items():
@@ -338,104 +341,100 @@ class EBUOptimizer(Optimizer):
         phases.unpoison()
 
         slots = [s for s in slots if s.key in phases.forget or s.key in phases.remember]
-        g_f = [phases.forget.get(s.key) for s in slots]
-        g_r = [s.param.grad for s in slots]
+        g_f = [local_gradient(phases.forget.get(s.key), s.param) for s in slots]
+        g_r = [local_gradient(s.param.grad, s.param) for s in slots]
         compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
-        skip = False
-        if scaler:
-            skip = self._unscale([g for g in (*g_f, *g_r) if g is not None])
-        elif self.nonfinite != "propagate":
-            skip = self._nonfinite(g_f, g_r)
-        if not skip:
-            last = self._last
-            held = self._combine(slots, g_f, g_r)
-            if self.nonfinite != "propagate" and self._overflowed(slots, scaler):
-                skip, self._last = True, last
-        self.last_step_skipped = skip
-        if skip:
+        combined = None
+        if not scaler or not self.found_inf.item():
+            combined = self._combine(slots, g_f, g_r, scaler)
+        self.last_step_skipped = combined is None
+        if combined is None:
             self.skipped_steps += 1
         else:
+            self._last = combined.last
+            for slot, grad in zip(slots, combined.grads, strict=True):
+                slot.param.grad = like(grad, slot.param)
             try:
                 self.base.step()
             except BaseException:
                 phases.discard()
                 raise
-            if held is not None:
-                reference.restore([s.param for s in slots], held)
+            if combined.held is not None:
+                reference.restore([local(s.param) for s in slots], combined.held)
             self._step_count += 1
             self.rank_checks -= compared
         phases.close(slots)
 
     def _compare_ranks(self, g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]) -> bool:
-        """True where there are ranks and they agree. It comes before any may skip or raise."""
+        """True where there are ranks and they agree. It comes before any may skip or raise.
+
+        Of sharded parameters, which differ from rank to rank, the layout is compared.
+        """
         slots = [s for s in self._slots() if s.param.requires_grad]
         options: list[Any] = [getattr(self, name) for name in (*_OPTIONS, "max_grad_norm")]
         options += [(s.key, *(s.group[name] for name in self._defaults)) for s in slots]
+        whole = {s.key for s in slots if not is_sharded(s.param)}
+        options += [
+            (s.key, tuple(s.param.shape), str(s.param.placements))  # type: ignore[attr-defined]
+            for s in slots if s.key not in whole
+        ]  # fmt: skip
+        anchor, fisher = (
+            {key: t for key, t in held.items() if key in whole}
+            for held in (self._penalty.anchor, self._penalty.fisher)
+        )
+        if len(whole) < len(slots):
+            g_f, g_r = [], []
         try:
             return distributed.same_on_all_ranks(
-                [s.param for s in slots], g_f, g_r, getattr(self, "grad_scale", None),
-                self._penalty.anchor, self._penalty.fisher, options,
+                [s.param for s in slots if s.key in whole], g_f, g_r,
+                getattr(self, "grad_scale", None), anchor, fisher, options,
+                local(slots[0].param).device,
             )  # fmt: skip
         except RuntimeError:
             self._phases.discard()
             raise
 
-    def _unscale(self, grads: Sequence[Tensor]) -> bool:
-        """Undo GradScaler's loss scale in both gradients; True where it found an overflow."""
-        if self.found_inf.item():
-            return True
-        scale: Tensor = self.grad_scale
-        reference.scale(grads, scale.double().reciprocal().float())
-        return False
-
-    def _nonfinite(self, g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]) -> bool:
-        """True where a gradient holds NaN or Inf and the step is to be skipped."""
-        probe_r = reference.finite_probe([g for g in g_r if g is not None])
-        probes = [p for p in (self._phases.probe, probe_r) if p is not None]
-        if not probes or not torch.stack([p.to(probes[0].device) for p in probes]).isnan().any():
-            return False
-        if self.nonfinite == "skip":
-            return True
-        f, r = (
-            reference.count_nonfinite([g for g in grads if g is not None]) for grads in (g_f, g_r)
-        )
-        self._phases.discard()
-        raise RuntimeError(
-            f"non-finite gradients: {f} elements of the forget gradient, {r} of the remember "
-            'gradient are NaN or Inf; nothing was changed. Use nonfinite="skip" to drop such steps'
-        )
-
-    def _overflowed(self, slots: Sequence[Slot], scaler: bool) -> bool:
-        """True where finite gradients combine to more than their dtype holds."""
-        grads = [g for s in slots if (g := s.param.grad) is not None]
-        if self._last is None or self._last[0][reference.STATS.index("update_sq")].isfinite():
-            # that sum is made before G is rounded to float16
-            grads = [g for g in grads if g.dtype == torch.float16]
-        probe = reference.finite_probe(grads)
-        if probe is None or not probe.isnan():
-            return False
-        if self.nonfinite == "skip" or scaler:
-            return True
-        self._phases.discard()
-        raise RuntimeError(
-            "non-finite combined gradient: the two gradients are finite, but their combination "
-            "(with the penalty) exceeds what its dtype holds, 65504 in float16; no weight was "
-            "changed. Scale the losses or gamma down, use float32 or bfloat16 weights, or "
-            'nonfinite="skip" to drop such steps'
-        )
-
     def _combine(
-        self, slots: Sequence[Slot], g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]
-    ) -> list[Tensor] | None:
-        """Write G into param.grad; return what `unrelated="freeze"` has to put back."""
-        grads, held, self._last = combine(
-            slots, g_f, g_r, self._penalty,
+        self,
+        slots: Sequence[Slot],
+        g_f: Sequence[Tensor | None],
+        g_r: Sequence[Tensor | None],
+        scaler: bool,
+    ) -> Combined | None:
+        """G and what belongs to it; None where the step is to be skipped."""
+        shards = Shards(slots)
+        slots = [s._replace(param=local(s.param)) for s in slots]
+        selection = select(
+            slots, g_f, g_r, granularity=self.granularity, fused=self.fused, shards=shards
+        )
+        if self.nonfinite != "propagate" and not scaler:
+            f, r = selection.nonfinite.tolist()
+            if f or r:
+                if self.nonfinite == "skip":
+                    return None
+                self._phases.discard()
+                raise RuntimeError(
+                    f"non-finite gradients: {f} elements of the forget gradient, {r} of the "
+                    "remember gradient are NaN or Inf; nothing was changed. Use "
+                    'nonfinite="skip" to drop such steps'
+                )
+        scale = self.grad_scale.double().reciprocal().float() if scaler else None
+        combined = combine(
+            slots, g_f, g_r, selection, self._penalty,
             update=self.update, unrelated=self.unrelated, terms=self.terms,
-            granularity=self.granularity, max_grad_norm=self.max_grad_norm, fused=self.fused,
+            max_grad_norm=self.max_grad_norm, inv_scale=scale, shards=shards,
         )  # fmt: skip
-        for slot, grad in zip(slots, grads, strict=True):
-            slot.param.grad = grad
-        return held
+        if self.nonfinite != "propagate" and combined.last[0][_UPDATE_NONFINITE]:
+            if self.nonfinite == "skip" or scaler:
+                return None
+            self._phases.discard()
+            raise RuntimeError(
+                "non-finite combined gradient: the two gradients are finite, but their combination "
+                "(with the penalty) exceeds what its dtype holds, 65504 in float16; no weight was "
+                "changed. Scale the losses or gamma down, use float32 or bfloat16 weights, or "
+                'nonfinite="skip" to drop such steps'
+            )
+        return combined
 
     def warmup_fisher(self, closures: Sequence[Closure], *, freeze: bool = True) -> None:
         """Estimate the online F from remember batches before the first step, at theta0.
@@ -459,7 +458,7 @@ class EBUOptimizer(Optimizer):
             with torch.enable_grad(), self.remember():
                 closure()
             probe = reference.finite_probe(
-                [g for s in self._slots() if (g := s.param.grad) is not None]
+                [local(g) for s in self._slots() if (g := s.param.grad) is not None]
             )
             if probe is not None and probe.isnan():
                 self._phases.discard()

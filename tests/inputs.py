@@ -83,13 +83,13 @@ def numpy(tensors):
 
 @contextmanager
 def constants(values):
-    """Yield the calls of `_scan` as (lo, hi, above, inside, collected)."""
+    """Yield the calls of reference's `_scan` as (lo, hi, above, inside, collected)."""
     scans, scan = [], reference._scan
 
     def recorded(grads, lo, hi, dtype, collect):
-        above, inside, kept = scan(grads, lo, hi, dtype, collect)
+        above, inside, nonfinite, kept = scan(grads, lo, hi, dtype, collect)
         scans.append((lo, hi, above, inside, kept is not None))
-        return above, inside, kept
+        return above, inside, nonfinite, kept
 
     with mock.patch.multiple(reference, **values, _scan=recorded):
         yield scans
@@ -110,21 +110,32 @@ def total(tensors):
     return sum(t.numel() for t in tensors)
 
 
+def threshold(grads, k, dtype, kernels=reference):
+    """The key of one pool, 0-d."""
+    taus, nonfinite = kernels.select([(grads, k)], dtype)
+    assert taus.shape == nonfinite.shape == (1,)
+    assert taus.dtype == nonfinite.dtype == torch.int64
+    assert int(nonfinite) == sum(int((~g.isfinite()).sum()) for g in grads)
+    return taus[0]
+
+
 def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=None, held=None,
-            gamma=1.0, online=None, **options):  # fmt: skip
+            gamma=1.0, online=None, inv_scale=None, kernels=reference, **options):  # fmt: skip
     """Outputs start as NaN and what is held as 777, so that an unwritten one fails."""
     dtype = reference.working_dtype([*g_f, *g_r])
     n, none = total(theta), [None] * len(theta)
-    tau_f, tau_r = (reference.threshold(g, rank(n, d), dtype) for g, d in zip((g_f, g_r), delta))
+    pools = [(g, rank(n, d)) for g, d in zip((g_f, g_r), delta)]
+    taus, _ = kernels.select(pools, dtype)
+    first, second = ([which] * len(theta) for which in (0, 1))
     out = [torch.full_like(t, math.nan) for t in theta] if out is None else out
     held = [torch.full_like(t, 777.0) for t in theta] if held is None else held
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64)
     options = {"alpha": 0.6, "penalty": "partial", "update": "added"} | options
     terms = options.pop("terms", oracle.TERMS)
-    reference.combine(
-        theta, g_f, g_r, anchor or none, fisher or none, out, held, tau_f, tau_r, gamma=gamma,
-        terms=tuple(t in terms for t in oracle.TERMS), online=online, dtype=dtype, stats=stats,
-        **options,
+    kernels.combine(
+        theta, g_f, g_r, anchor or none, fisher or none, out, held, taus, first, second,
+        gamma=gamma, terms=tuple(t in terms for t in oracle.TERMS), online=online,
+        inv_scale=inv_scale, dtype=dtype, stats=stats, **options,
     )  # fmt: skip
     return out, held, dict(zip(reference.STATS, stats.tolist(), strict=True))
 

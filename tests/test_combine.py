@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from itertools import pairwise
 
@@ -201,13 +200,56 @@ def test_restore_puts_back_the_unrelated_scalars_and_no_others(values):
         assert torch.equal(t, torch.where(torch.tensor(f | r), o + 1, o))
 
 
-def test_count_of_nonfinite_elements_and_scaling():
-    bad = [torch.tensor([1.0, math.nan, -math.inf]), torch.tensor([[math.inf]]).half()]
-    assert reference.count_nonfinite([*bad, torch.empty(0), torch.tensor(3e38)]) == 3
+def test_scaling():
     tensors = normal(5, count=2) + [torch.ones(2).double()]
     want = [t * 0.5 for t in tensors]
     reference.scale(tensors, torch.tensor(0.5))
     assert all(torch.equal(t, w) for t, w in zip(tensors, want))
+
+
+@pytest.mark.parametrize("values", [REAL, TINY])
+@pytest.mark.parametrize("factor", [2.0**-16, 1 / 3.0])
+def test_loss_scale_is_undone_before_all_but_the_selection(values, factor):
+    arrays = [[t.view(4, -1).mT] for t in normal(60)]
+    scaled = [[t / factor for t in column] for column in arrays[1:3]]
+    fishers = [[arrays[4][0].abs()] for _ in range(2)]
+    with constants(values):
+        out, held, stats = combine(
+            arrays[0], *scaled, arrays[3], fishers[0], online=0.5, inv_scale=torch.tensor(factor)
+        )
+        rounded = [[t * torch.tensor(factor) for t in column] for column in scaled]
+        want = combine(arrays[0], *rounded, arrays[3], fishers[1], online=0.5)
+    for got, expected in zip((out, held, fishers[0]), (want[0], want[1], fishers[1])):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert stats == want[2]
+
+
+@pytest.mark.parametrize("values", [REAL, TINY])
+@pytest.mark.parametrize(("t0", "F"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_anchor_and_fisher_may_be_held_in_other_dtypes_than_the_parameters(values, t0, F, dtype):
+    theta, g_f, g_r, anchor, fisher = ([t.to(dtype)] for t in normal(60))
+    anchor = [anchor[0].to(getattr(torch, t0))]
+    fisher = [fisher[0].abs().to(getattr(torch, F))]
+    arrays = theta, g_f, g_r, anchor, fisher
+    used = [[t.clone() for t in a] for a in arrays]
+    options = {"gamma": 0.5, "alpha": 0.6, "delta": (0.5, 0.5)}
+    with constants(values):
+        got = combine(*arrays, online=0.25, **options)
+    against_the_oracle(used, got, options)
+    old, square = used[4][0].double(), g_r[0].double() ** 2
+    want = (old + 0.25 * (square - old)).to(fisher[0].dtype)
+    torch.testing.assert_close(fisher[0], want, rtol=2 * torch.finfo(want.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "big"), [(torch.float16, 6e4), (torch.float32, 3e38)])
+def test_elements_of_the_update_that_its_dtype_does_not_hold_are_counted(dtype, big):
+    g = torch.tensor([big, 1.0, -big, 2.0, big]).to(dtype)
+    _, _, stats = combine([torch.zeros(5).to(dtype)], [g], [g.clone()])
+    assert stats["update_nonfinite"] == 3
+    _, _, stats = combine([torch.zeros(5).to(dtype)], [g / 8], [g / 8])
+    assert stats["update_nonfinite"] == 0
+    assert stats["update_sq"] == pytest.approx(3 * (3 / 8 * big) ** 2, rel=1e-3)  # past float32
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -251,15 +293,15 @@ def test_temporaries_are_bounded_by_the_constants_whatever_the_number_of_scalars
     known = [t for c in (*columns, out, held) for t in c]
     with constants(values):
         with Memory(*known) as selection:
-            tau = [reference.threshold(g, n // 3, torch.float32) for g in (g_f, g_r)]
+            taus, _ = reference.select([(g, n // 3) for g in (g_f, g_r)], torch.float32)
         with Memory(*known) as combination:
             reference.combine(
-                theta, g_f, g_r, anchor, fisher, out, held, *tau, alpha=0.6, gamma=1.0,
-                penalty="partial", update="added", terms=(True, True, True), online=0.5,
-                dtype=torch.float32, stats=torch.zeros(len(reference.STATS), dtype=torch.float64),
+                theta, g_f, g_r, anchor, fisher, out, held, taus, [0] * len(theta),
+                [1] * len(theta), alpha=0.6, gamma=1.0, penalty="partial", update="added",
+                terms=(True, True, True), online=0.5, inv_scale=None, dtype=torch.float32,
+                stats=torch.zeros(len(reference.STATS), dtype=torch.float64),
             )  # fmt: skip
             reference.restore(theta, held)
-            reference.count_nonfinite(g_r)
     assert 0 < combination.largest <= 100
     assert combination.peak <= 30 * 100
     assert 100 <= selection.largest <= 2 * 200  # two coordinates of each sample

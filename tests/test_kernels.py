@@ -24,6 +24,7 @@ from .inputs import (
     numpy,
     rank,
     sizes,
+    threshold,
     total,
 )
 
@@ -32,7 +33,7 @@ fast = settings(deadline=None, max_examples=150)
 
 def value(grads, k):
     dtype = reference.working_dtype(grads)
-    key = reference.threshold(grads, k, dtype)
+    key = threshold(grads, k, dtype)
     assert key.shape == ()
     assert key.dtype == torch.int64
     return float(reference.key_to_value(key, dtype))
@@ -48,7 +49,7 @@ def test_threshold_is_the_exact_kth_largest_magnitude(make, sizes, data):
     n = total(grads)
     if n == 0:
         with pytest.raises(ValueError, match="k must be in"):
-            reference.threshold(grads, 1, torch.float32)
+            threshold(grads, 1, torch.float32)
         return
     k = data.draw(st.one_of(st.sampled_from((1, n)), st.integers(1, n)), "k")
     with constants(sizes):
@@ -59,7 +60,7 @@ def test_threshold_is_the_exact_kth_largest_magnitude(make, sizes, data):
 @pytest.mark.parametrize("k", [0, -1, 4])
 def test_rank_outside_the_elements_is_an_error(k):
     with pytest.raises(ValueError, match=r"k must be in 1\.\.3.* got " + str(k)):
-        reference.threshold([torch.ones(3)], k, torch.float32)
+        threshold([torch.ones(3)], k, torch.float32)
 
 
 def sampled(n, size):
@@ -170,6 +171,32 @@ def test_large_tensors_with_the_real_constants_take_one_pass(kind):
         assert got == oracle.threshold(numpy(grads), rank(n, delta))
         assert len(scans) == 1
         assert scans[0][1] - scans[0][0] < 0x7FFFFFFF
+
+
+def test_pools_are_ranked_apart_and_nonfinite_elements_counted():
+    bad = torch.tensor([math.nan, 1.0, -math.inf, 3e38, math.inf])
+    pools = [([bad, torch.ones(3).half()], 4), ([torch.arange(9.0)], 2), ([bad[1:2]], 1)]
+    taus, nonfinite = reference.select(pools, torch.float32)
+    assert nonfinite.tolist() == [3, 0, 0]
+    assert reference.key_to_value(taus, torch.float32).tolist() == pytest.approx([3e38, 7.0, 1.0])
+
+
+@fast
+@given(make=gradients(), sizes=sizes, data=st.data())
+def test_histogram_counts_the_next_digit_of_the_keys_that_begin_with_the_prefix(make, sizes, data):
+    grads = make()
+    dtype = reference.working_dtype(grads)
+    top = reference.key_bits(dtype)
+    bits = data.draw(st.integers(1, 12), "bits")
+    shift = data.draw(st.integers(0, top - bits), "shift")
+    keys = [reference.keys(g, dtype).flatten().numpy() for g in grads]
+    keys = np.concatenate([k.astype(np.int64) for k in keys])
+    prefix = int(data.draw(st.sampled_from([0, *keys.tolist()[:3]]), "key")) >> (shift + bits)
+    with constants(sizes):
+        counts = reference.histogram(grads, torch.tensor(prefix), shift, bits, dtype)
+    digits = keys[keys >> (shift + bits) == prefix] >> shift & ((1 << bits) - 1)
+    np.testing.assert_array_equal(counts, np.bincount(digits, minlength=1 << bits))
+    assert reference.histogram([], 0, shift, bits, dtype).tolist() == [0] * (1 << bits)
 
 
 # -- masks --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The plain-torch kernels: exact selection and combination, in chunks of fixed size.
 
-These two functions are the specification of every faster backend: same names, same signatures,
+The public functions are the specification of every faster backend: same names, same signatures,
 masks equal bit for bit. They run on any device and any floating dtype. Temporaries are bounded
 by a constant, never by the number of parameters. On an accelerator they wait for the device.
 
@@ -51,6 +51,7 @@ STATS = (
     "moved_overlap_sq",
     "moved_unrelated_sq",
     "fisher_sum",
+    "update_nonfinite",
 )
 
 
@@ -92,13 +93,6 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
         for (x,) in pieces([t]):
             found.append(torch.dot(x.reshape(-1), zeros[t.dtype][: x.numel()]).float())
     return torch.stack(found).sum()
-
-
-def count_nonfinite(grads: Sequence[Tensor]) -> int:
-    """How many elements are NaN or Inf."""
-    dtype = working_dtype(grads)
-    counts = [(keys(c, dtype) >= _INF[dtype]).sum() for g in grads for (c,) in pieces([g])]
-    return sum(int(c) for c in counts)
 
 
 # -- walking over tensors in bounded pieces -----------------------------------------------------
@@ -158,16 +152,22 @@ def pieces(columns: Sequence[Tensor], chunk: int | None = None) -> Iterator[Sequ
             yield from pieces(part, chunk)
 
 
-def _packs(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]:
-    """Pieces gathered into packs of at most one chunk, so that tiny tensors share their calls."""
+def _packs(
+    rows: Sequence[Sequence[Tensor]], tags: Sequence[Any] | None = None
+) -> Iterator[tuple[Any, list[Sequence[Tensor]]]]:
+    """Pieces gathered into packs of at most one chunk, so that tiny tensors share their calls.
+
+    Yields (tag, pack); the rows of a pack have the same dtypes, devices and tag.
+    """
     pack: list[Sequence[Tensor]] = []
-    room, kind = 0, None
-    for row in rows:
-        row_kind = [(t.dtype, t.device) for t in row]
+    room: int = 0
+    kind: list[Any] = [None]
+    for i, row in enumerate(rows):
+        row_kind = [tags[i] if tags else None, *((t.dtype, t.device) for t in row)]
         for piece in pieces(row):
             n = piece[0].numel()
             if pack and (n > room or kind != row_kind):
-                yield pack
+                yield kind[0], pack
                 pack = []
             if not pack:
                 room = CHUNK_CPU if piece[0].device.type == "cpu" else CHUNK_DEVICE
@@ -175,7 +175,7 @@ def _packs(rows: Sequence[Sequence[Tensor]]) -> Iterator[list[Sequence[Tensor]]]
             pack.append(piece)
             room -= n
     if pack:
-        yield pack
+        yield kind[0], pack
 
 
 def _parts(
@@ -243,16 +243,19 @@ def _sample(grads: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
 
 def _scan(
     grads: Sequence[Tensor], lo: int, hi: int, dtype: torch.dtype, collect: bool
-) -> tuple[int, int, Tensor | None]:
-    """Count keys > hi and keys in [lo, hi]; collect the latter unless they are too many."""
-    above, inside = 0, 0
+) -> tuple[int, int, int, Tensor | None]:
+    """Count keys > hi, keys in [lo, hi] and those that are not finite; collect the keys in
+    [lo, hi] unless they are too many."""
+    above, inside, nonfinite = 0, 0, 0
     kept: list[Tensor] = []
     rows = _Rows()
-    for pack in _packs([[g] for g in grads]):
+    for _, pack in _packs([[g] for g in grads]):
         bits = _column(pack, 0, rows).to(dtype).view(_INT[dtype])
         u = torch.bitwise_and(bits, _MAGNITUDE[dtype], out=rows("keys", bits))
         # on a CPU NumPy compares and picks several times faster than torch
         v: Any = u.numpy() if u.device.type == "cpu" else u
+        if v.max() >= _INF[dtype]:
+            nonfinite += _count(v >= _INF[dtype])
         at_least, over = v >= lo, v > hi
         n_over = _count(over)
         n_inside = _count(at_least) - n_over
@@ -261,10 +264,10 @@ def _scan(
         if collect and n_inside and inside <= CAPACITY:
             kept.append(_pick(v, at_least ^ over))
     if not collect or inside > CAPACITY:
-        return above, inside, None
+        return above, inside, nonfinite, None
     device = grads[0].device
     empty = torch.empty(0, dtype=_INT[dtype], device=device)
-    return above, inside, torch.cat([empty, *(x.to(device) for x in kept)])
+    return above, inside, nonfinite, torch.cat([empty, *(x.to(device) for x in kept)])
 
 
 def _count(mask: Any) -> int:
@@ -298,26 +301,32 @@ def _guess(grads: Sequence[Tensor], k: int, n: int, dtype: torch.dtype) -> tuple
     )
 
 
-def threshold(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
-    """The key of the exact k-th largest abs(g) over all tensors together (method.md, step 1).
+def select(
+    pools: Sequence[tuple[Sequence[Tensor], int]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The key of the exact k-th largest abs(g) of every pool (method.md, step 1).
 
     A sample guesses a bracket that holds about 6/sqrt(sample) of the elements; one pass counts
     what lies above it and keeps what lies inside, which proves the guess or refutes it. A refuted
     or overfull bracket is narrowed by bisection over the keys: at most 63 further passes.
 
     Args:
-        grads: dense real tensors, any shapes, layouts and floating dtypes; n elements in all.
-        k: rank, 1 <= k <= n.
+        pools: gradients that are ranked together (dense real tensors, any shapes, layouts and
+            floating dtypes; n elements in all) and the rank k, 1 <= k <= n.
         dtype: `working_dtype` of the tensors (or wider).
 
     Returns:
-        0-d int64 key on the device of the first tensor; at most the key of Inf plus 1, so that all
-        NaN are tied, whatever their bits.
+        The keys, at most the key of Inf plus 1, so that all NaN are tied, whatever their bits;
+        and how many elements of the pool are NaN or Inf. Both int64, one for every pool, on the
+        device of the first tensor.
     """
-    return _exact(grads, k, dtype).clamp_(max=_INF[dtype] + 1)
+    device = pools[0][0][0].device
+    found = [_exact(grads, k, dtype) for grads, k in pools]
+    taus = torch.stack([key.to(device) for key, _ in found]).clamp_(max=_INF[dtype] + 1)
+    return taus, torch.tensor([nonfinite for _, nonfinite in found], device=device)
 
 
-def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
+def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     grads = [g for g in grads if g.numel()]
     n = sum(g.numel() for g in grads)
     if not 1 <= k <= n:
@@ -328,18 +337,57 @@ def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
     # The answer lies in [low, high]; `over` keys lie above that range, `count` inside it.
     low, high, over, count = 0, _MAGNITUDE[dtype], 0, n
     lo, hi = _guess(grads, k, n, dtype) if n > SAMPLE_MIN * 4 else (low, high)
+    nonfinite = 0
     while low < high:
-        above, inside, kept = _scan(grads, lo, hi, dtype, collect=lo < hi)
+        above, inside, nonfinite, kept = _scan(grads, lo, hi, dtype, collect=lo < hi)
         if above >= k:
             low, count = hi + 1, above - over
         elif above + inside < k:
             high, over, count = lo - 1, above + inside, over + count - above - inside
         elif kept is not None:
-            return _kth_largest(kept, k - above)
+            return _kth_largest(kept, k - above), nonfinite
         else:
             low, high, over, count = lo, hi, above, inside
         lo, hi = low, high if count <= CAPACITY else (low + high) // 2
-    return torch.tensor(low, dtype=torch.int64, device=grads[0].device)
+    return torch.tensor(low, dtype=torch.int64, device=grads[0].device), nonfinite
+
+
+def key_bits(dtype: torch.dtype) -> int:
+    """How many bits a key has."""
+    return 31 if dtype == torch.float32 else 63
+
+
+def key_of_inf(dtype: torch.dtype) -> int:
+    """The key of Inf: those of NaN are greater, those of numbers smaller."""
+    return _INF[dtype]
+
+
+def histogram(
+    grads: Sequence[Tensor], prefix: Tensor | int, shift: int, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """How many of the keys that begin with `prefix` have each next digit.
+
+    One pass of a radix selection. Counts of parts add up, which is how processes find one
+    threshold together (`distributed`).
+
+    Args:
+        grads: dense real tensors; none at all is no error.
+        prefix: what the bits above the digit have to be, key >> (shift + bits); an int or 0-d.
+        shift, bits: the digit is (key >> shift) & (2**bits - 1).
+        dtype: working dtype.
+
+    Returns:
+        int64 [2**bits] on the device of the first tensor (the CPU's where there is none).
+    """
+    grads = [g for g in grads if g.numel()]
+    device = grads[0].device if grads else torch.device("cpu")
+    counts = torch.zeros(1 << bits, dtype=torch.int64, device=device)
+    rows = _Rows()
+    for _, pack in _packs([[g] for g in grads]):
+        digits = keys(_column(pack, 0, rows), dtype) >> shift
+        digits = digits[digits >> bits == _scalar(prefix, digits.device)] & ((1 << bits) - 1)
+        counts += torch.bincount(digits, minlength=1 << bits).to(device)
+    return counts
 
 
 # -- combination --------------------------------------------------------------------------------
@@ -367,11 +415,12 @@ def _combine_pack(
     update: str,
     terms: tuple[bool, bool, bool],
     online: float | None,
+    inv_scale: float | Tensor | None,
     dtype: torch.dtype,
     rows: _Rows,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, list[Tensor]]:
-    """One pack of (out, theta, g_f, g_r, anchor, F, ...) pieces, as 1-d tensors: G, M_f and M_r as
-    0.0 and 1.0, the new F, and the `STATS`.
+    """One pack of (out, theta, g_f, g_r, anchor, F, ...) pieces, as 1-d tensors: G in the dtype of
+    `out`, M_f and M_r as 0.0 and 1.0, the new F, and the `STATS`.
 
     On the overlap the blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that every reading is
     a sum of g_f, g_r + p, M_f g_f and O (1 - alpha) (g_r - g_f) with constant weights. Masks are
@@ -380,6 +429,9 @@ def _combine_pack(
     g_f, g_r = _column(pack, 2, rows).to(dtype), _column(pack, 3, rows).to(dtype)
     bits_f, m_f = _masks(g_f, tau_f, rows, "m_f", dtype)
     bits_r, m_r = _masks(g_r, tau_r, rows, "m_r", dtype)
+    if inv_scale is not None:
+        g_f = torch.mul(g_f, inv_scale, out=rows("g_f", g_f))
+        g_r = torch.mul(g_r, inv_scale, out=rows("g_r", g_r))
     both = torch.mul(m_f, m_r, out=rows("both", g_f))
     only_r = torch.sub(m_r, both, out=rows("only_r", g_f))
     out, spare = rows("out", g_f), rows("spare", g_f)
@@ -404,11 +456,11 @@ def _combine_pack(
     if has_anchor:
         moved = spare
         for (_, theta, _, _, anchor, *_), part in _parts(pack, moved):
-            torch.sub(theta.reshape(-1).to(dtype), anchor.reshape(-1).to(dtype), out=part)
+            torch.sub(theta.reshape(-1).to(dtype), _flat_on(anchor, theta, dtype), out=part)
         moved_sq = torch.mul(moved, moved, out=rows("moved_sq", g_f))
         if has_fisher and penalty != "none" and terms[1]:
             for piece, part in _parts(pack, moved):
-                part.mul_(piece[5].reshape(-1).to(dtype))
+                part.mul_(_flat_on(piece[5], part, dtype))
             # p of eqs. 8 and 9 is `strength` times what is in `moved` now
             strength = 1.0 if isinstance(gamma, Tensor) else gamma
             if isinstance(gamma, Tensor):
@@ -424,26 +476,44 @@ def _combine_pack(
         m_r.sum(),
         both.sum(),
         torch.dot(both, torch.lt(opposed, 0, out=spare)),
-        torch.dot(g_f, g_r),
-        torch.dot(g_f, g_f),
-        torch.dot(g_r, g_r),
-        torch.dot(out, out),
+        _dot(g_f, g_r),
+        _dot(g_f, g_f),
+        _dot(g_r, g_r),
+        _dot(out, out),
     ]
     if moved_sq is None:
         sums += [out.new_zeros(())] * 4
     else:
-        on_f, on_r, on_both = (torch.dot(moved_sq, m) for m in (m_f, m_r, both))
+        on_f, on_r, on_both = (_dot(moved_sq, m) for m in (m_f, m_r, both))
         rest = moved_sq.sum() - on_f - on_r + on_both
         sums += [on_f - on_both, on_r - on_both, on_both, rest.clamp_(min=0)]
     new_fisher = None
     if online is not None and has_fisher:
         fisher = _column(pack, 5, rows)
-        square = torch.mul(g_r, g_r, out=spare).to(fisher.dtype)
-        new_fisher = torch.lerp(fisher, square, online)
-        sums.append(new_fisher.sum().to(dtype))
+        wide = fisher.to(out.device, torch.float64 if fisher.dtype == torch.float64 else dtype)
+        new_fisher = torch.lerp(wide, torch.mul(g_r, g_r, out=spare).to(wide.dtype), online)
+        new_fisher = new_fisher.to(fisher.dtype)
+        sums.append(new_fisher.sum(dtype=wide.dtype).to(dtype))
     else:
         sums.append(out.new_zeros(()))
-    return out, (m_f, m_r), new_fisher, sums
+    result = out.to(pack[0][0].dtype)
+    # where the sum of the squares is finite, so is each of them
+    finite = result is out and out.device.type == "cpu" and bool(sums[7].isfinite())
+    count = out.new_zeros(()) if finite else (keys(result, dtype) >= _INF[dtype]).sum()
+    return result, (m_f, m_r), new_fisher, [*sums, count]
+
+
+def _flat_on(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """1-d, of `dtype` and where `like` is: theta0 and F may lie on the CPU."""
+    return t.to(like.device, dtype, non_blocking=True).reshape(-1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product, in float64 where float32 does not hold it."""
+    product = torch.dot(a, b)
+    if a.device.type == "cpu" and not product.isfinite():
+        product = torch.dot(a.double(), b.double())
+    return product
 
 
 def combine(
@@ -454,8 +524,9 @@ def combine(
     fishers: Sequence[Tensor | None],
     out: Sequence[Tensor],
     held: Sequence[Tensor | None],
-    tau_f: Tensor,
-    tau_r: Tensor,
+    taus: Tensor,
+    pool_f: Sequence[int],
+    pool_r: Sequence[int],
     *,
     alpha: float,
     gamma: float | Tensor,
@@ -463,6 +534,7 @@ def combine(
     update: str,
     terms: tuple[bool, bool, bool],
     online: float | None,
+    inv_scale: Tensor | None,
     dtype: torch.dtype,
     stats: Tensor,
 ) -> None:
@@ -470,11 +542,13 @@ def combine(
 
     Args:
         params, g_f, g_r: theta and the two gradients, shapes equal tensor by tensor.
-        anchors, fishers: theta0 and F, or None in all places (then no penalty).
+        anchors, fishers: theta0 and F, or None in all places (then no penalty); of any floating
+            dtype each, and on the parameter's device or the CPU.
         out: receives G; may be g_r[i] or g_f[i] itself.
         held: where not None, receives theta on the unrelated scalars and NaN elsewhere
             (`unrelated="freeze"`); may be g_f[i] itself where out[i] is not.
-        tau_f, tau_r: 0-d int64 keys from `threshold`; a key of 0 selects every non-zero scalar.
+        taus: the keys that `select` returned; a key of 0 selects every non-zero scalar.
+        pool_f, pool_r: which of them is tau_f of a tensor, and which its tau_r.
         alpha: weight of g_f on the overlap.
         gamma: penalty strength times the scale of F; a float or a 0-d tensor on the device.
         penalty: "partial", "full" or "none".
@@ -482,10 +556,13 @@ def combine(
         terms: which of g_f, g_r + p and m are summed (not for "routed").
         online: where not None, F += online * (g_r^2 - F) in place, after F was used; with
             online = 1 / (n + 1) after n updates F is the mean of the squares.
+        inv_scale: where not None, a 0-d float32 tensor: both gradients are multiplied by it before
+            all but the comparison with the keys, which are those of the gradients as they come.
         dtype: working dtype of the selection; the arithmetic runs in it too.
         stats: float64 vector of len(STATS), added to.
     """
-    tau_f, tau_r = tau_f.clamp(min=1), tau_r.clamp(min=1)  # zeros are never selected
+    taus = taus.clamp(min=1)  # zeros are never selected
+    numbers = taus.tolist() if taus.device.type == "cpu" else None
     buffers = _Rows()
     rows = []
     for i, theta in enumerate(params):
@@ -495,20 +572,21 @@ def combine(
     has_anchor, has_fisher, has_held = (
         bool(params) and column[0] is not None for column in (anchors, fishers, held)
     )
-    for pack in _packs(rows):
+    for (pool, other), pack in _packs(rows, list(zip(pool_f, pool_r, strict=True))):
         device = pack[0][0].device
         result, (m_f, m_r), new_fisher, sums = _combine_pack(
             pack,
             has_anchor,
             has_fisher,
-            _scalar(tau_f, device),
-            _scalar(tau_r, device),
+            numbers[pool] if numbers else taus[pool].to(device),
+            numbers[other] if numbers else taus[other].to(device),
             alpha=alpha,
             gamma=_scalar(gamma, device),
             penalty=penalty,
             update=update,
             terms=terms,
             online=online,
+            inv_scale=_scalar(inv_scale, device),
             dtype=dtype,
             rows=buffers,
         )
