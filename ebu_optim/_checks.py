@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._shards import local, spread
+from ._shards import is_sharded, local, spread
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
@@ -102,6 +102,11 @@ def real(p: Tensor, name: str) -> None:
 
 def sharded(p: Tensor, name: str) -> None:
     """Refuse by name what holds a part of a parameter and is no DTensor."""
+    if is_sharded(p) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise TypeError(
+            f"{name} is a DTensor: those of fully_shard and of tensor parallelism need torch 2.6 "
+            f"or newer; this is {torch.__version__}"
+        )
     if hasattr(p, "_fsdp_flattened"):
         raise TypeError(
             f"{name} belongs to FullyShardedDataParallel (FSDP1), which is not supported: its "
@@ -121,6 +126,18 @@ def gradient(slot: Any) -> None:
         )
     if grad.is_complex():
         raise TypeError(f"the gradient of {slot.name} is complex; gradients must be real")
+
+
+def kept_back(slots: Sequence[Any], phase: str) -> None:
+    """fully_shard's own accumulation adds up what the phases keep apart."""
+    sharded = [s for s in slots if is_sharded(s.param)]
+    if sharded and all(s.param.grad is None for s in slots):
+        raise RuntimeError(
+            f"the {phase} phase made no gradient. Where set_requires_gradient_sync(False) was set, "
+            "fully_shard keeps the gradients of that micro-batch to itself and adds them to the "
+            "next loss, whichever phase it belongs to: leave it True (accelerate: "
+            "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True))"
+        )
 
 
 def foreign_gradient(slot: Any, phase: str) -> None:

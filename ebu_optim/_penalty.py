@@ -74,6 +74,8 @@ class Penalty:
                         f"{tuple(own[slot.key].shape)}: the parameter changed shape; build a new "
                         "EBUOptimizer for the new model"
                     )
+                if slot.key in own:  # sharded since it was given?
+                    own[slot.key] = spread(own[slot.key], p)
         if not self.active and not self.anchor:
             return
         for slot in slots:

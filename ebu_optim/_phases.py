@@ -108,7 +108,8 @@ class Phases:
         try:
             for slot in slots:
                 _checks.gradient(slot)
-        except TypeError:
+            _checks.kept_back(slots, name)
+        except (TypeError, RuntimeError):
             self.discard()
             raise
         if name == "forget":

@@ -1,4 +1,4 @@
-"""Parameters that are shards, on every rank: the refusals go to a file per rank."""
+"""Parameters that are refused, on every rank: the refusals go to a file per rank."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ebu_optim import EBUOptimizer
-
-try:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-except ImportError:  # torch 2.4
-    from torch.distributed._tensor import Replicate, Shard, distribute_tensor
 
 CPU = torch.device("cpu")
 
@@ -35,25 +29,12 @@ def fsdp1_afterwards() -> None:
     opt.forget().__enter__()
 
 
-def fsdp2(afterwards: bool) -> None:
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:  # before torch 2.6
-        from torch.distributed._composable.fsdp import fully_shard
+def dtensor() -> None:
+    from torch.distributed._tensor import Shard, distribute_tensor
+    from torch.distributed.device_mesh import init_device_mesh
 
-    m = nn.Linear(4, 4)
-    opt = EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0)) if afterwards else None
-    fully_shard(m, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    if opt is None:
-        EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0))
-    else:  # as accelerate does
-        opt.param_groups[0]["params"] = list(m.parameters())
-        opt.remember().__enter__()
-
-
-def dtensor(placement: Shard | Replicate) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     EBUOptimizer(torch.optim.SGD([p], lr=1.0))
 
 
@@ -61,11 +42,9 @@ CASES = {
     "FSDP1": lambda: fsdp1(False),
     "FSDP1 with use_orig_params": lambda: fsdp1(True),
     "FSDP1 after the optimizer": fsdp1_afterwards,
-    "FSDP2": lambda: fsdp2(False),
-    "FSDP2 after the optimizer": lambda: fsdp2(True),
-    "DTensor, sharded": lambda: dtensor(Shard(0)),
-    "DTensor, replicated": lambda: dtensor(Replicate()),
 }
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    CASES["DTensor before torch 2.6"] = dtensor
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
