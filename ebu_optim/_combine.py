@@ -38,7 +38,7 @@ class Combined(NamedTuple):
 
     grads: list[Tensor]
     held: list[Tensor] | None
-    last: tuple[Tensor, Tensor, int]
+    last: tuple[Tensor, Tensor, int] | None
 
 
 def select(
@@ -114,6 +114,9 @@ def combine(
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
     uncounted = torch.zeros_like(stats)  # of what another process counts
     scale = penalty.scale(shards)
+    device = stats.device
+    if isinstance(scale, Tensor):
+        scale = scale.to(device)
     for rows, counted in _buckets(slots, penalty, shards):
         first = slots[rows[0]]
         fishers = [penalty.fisher.get(slots[i].key) if penalty.active else None for i in rows]

@@ -3,13 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._modules import tensor_hash
 from ._phases import Key, Slot
 from ._shards import Shards, is_sharded, local, local_gradient, spread
+
+
+class Holding(NamedTuple):
+    """In what dtype, where and in whose name theta0 and F are held; see EBUOptimizer."""
+
+    anchor_dtype: torch.dtype | None = None
+    fisher_dtype: torch.dtype | None = None
+    held_on: str | None = None
+    anchor_source: str | None = None
+
+    def check(self) -> None:
+        half = (None, torch.float16, torch.bfloat16)
+        if self.anchor_dtype not in half:
+            raise ValueError(
+                "anchor_dtype must be torch.float16, torch.bfloat16 or None (the parameter's); "
+                f"got {self.anchor_dtype!r}"
+            )
+        if self.fisher_dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                "fisher_dtype must be torch.bfloat16 or None (float32): float16 would turn an F "
+                f"below 6e-8 into 0; got {self.fisher_dtype!r}"
+            )
+        if self.held_on not in (None, "cpu"):
+            raise ValueError(
+                f'held_on must be "cpu" or None (beside the parameters); got {self.held_on!r}'
+            )
+        if self.anchor_source is not None and not isinstance(self.anchor_source, str):
+            raise TypeError(
+                f"anchor_source must be a string, a hub id or a path; got {self.anchor_source!r}"
+            )
+
+    def anchor(self, t: Tensor, name: str) -> Tensor:
+        """theta0 as it is to be held."""
+        held = self._place(t, self.anchor_dtype or t.dtype)
+        if self.anchor_dtype and not local(held).isfinite().all() and local(t).isfinite().all():
+            raise ValueError(
+                f"anchor_dtype={self.anchor_dtype} does not hold {name}, whose largest weight is "
+                f"{local(t).abs().max().item():g}: use torch.bfloat16 or None"
+            )
+        return _compact(held)
+
+    def fisher(self, t: Tensor) -> Tensor:
+        """F as it is to be held."""
+        return self._place(t, self.fisher_dtype or t.dtype)
+
+    def _place(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.held_on is None or t.device.type == self.held_on:
+            return t.to(dtype)
+        if is_sharded(t):
+            raise ValueError(
+                'held_on="cpu" with sharded parameters: use the CPUOffloadPolicy of fully_shard'
+            )
+        held = torch.empty(t.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        return held.copy_(t)
 
 
 class Penalty:
@@ -21,6 +77,7 @@ class Penalty:
         anchor: a mapping, or None to take theta0 at the first phase.
         kind: "partial", "full" or "none".
         unit: scale F by 1 / sqrt(mean F).
+        holding: how theta0 and F are held.
 
     Attributes:
         mode: "online", "warm" (an online F, frozen), "fixed" (a mapping) or "none".
@@ -36,8 +93,11 @@ class Penalty:
         anchor: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None,
         kind: str,
         unit: bool,
+        holding: Holding | None = None,
     ) -> None:
-        self.kind, self.unit = kind, unit
+        self.kind, self.unit, self.holding = kind, unit, holding or Holding()
+        self.holding.check()
+        self._hash: str | None = None
         self.anchor: dict[Key, Tensor] = {}
         self.fisher: dict[Key, Tensor] = {}
         self.count: dict[Key, int] = {}
@@ -49,11 +109,12 @@ class Penalty:
             self.mode = "none"
         else:
             self.mode = "fixed"
-            self.fisher = _checks.tensor_map("fisher", fisher, slots, nonnegative=True)
+            found = _checks.tensor_map("fisher", fisher, slots, nonnegative=True)
+            self.fisher = {key: self.holding.fisher(f) for key, f in found.items()}
         if anchor is not None:
             found = _checks.tensor_map("anchor", anchor, slots)
             self.anchor = {
-                s.key: _compact(found[s.key].to(s.param.dtype, copy=True))
+                s.key: self.holding.anchor(found[s.key].to(s.param.dtype, copy=True), s.name)
                 for s in slots
                 if s.key in found
             }
@@ -88,9 +149,10 @@ class Penalty:
                         f"fisher has no tensor for {slot.name}, which was frozen when the "
                         "optimizer was built; build a new EBUOptimizer with a Fisher that covers it"
                     )
-                self.fisher[slot.key] = _empty_fisher(p)
+                self.fisher[slot.key] = self.holding.fisher(_empty_fisher(p))
             if slot.key not in self.anchor:
-                self.anchor[slot.key] = _compact(p.detach().clone())
+                self.anchor[slot.key] = self.holding.anchor(p.detach().clone(), slot.name)
+                self._hash = None
 
     def scale(self, shards: Shards) -> Tensor | float:
         """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
@@ -123,9 +185,10 @@ class Penalty:
         for slot in slots:
             if slot.key in self.fisher:
                 f, g = local(self.fisher[slot.key]), local_gradient(slot.param.grad, slot.param)
-                square = torch.zeros_like(f) if g is None else g.to(f.dtype).square()
+                wide = torch.promote_types(f.dtype, torch.float32)
+                square = torch.zeros_like(f, dtype=wide) if g is None else g.to(wide).square()
                 n = self.count[slot.key] = self.count.get(slot.key, 0) + 1
-                f.lerp_(square, 1 / n)
+                f.copy_(f.to(wide).lerp_(square.to(f.device), 1 / n))
         self.mean = None
 
     # -- checkpoints ------------------------------------------------------------------------------
@@ -137,17 +200,50 @@ class Penalty:
         for key, _, p, _ in slots:
             mine = own.setdefault(key, {})
             wanted = self.active and p.requires_grad
-            if key in self.anchor:
+            if self.holding.anchor_source is not None:
+                pass
+            elif key in self.anchor:
                 mine["ebu_anchor"] = self.anchor[key].contiguous()
             elif wanted:
-                mine["ebu_anchor"] = p.detach().clone()
+                mine["ebu_anchor"] = self.holding.anchor(p.detach().clone(), "").contiguous()
             if key in self.fisher:
                 mine["ebu_fisher"] = self.fisher[key]
             elif wanted and self.mode == "online":
-                mine["ebu_fisher"] = _empty_fisher(p)
+                mine["ebu_fisher"] = self.holding.fisher(_empty_fisher(p))
             if "ebu_fisher" in mine and self.mode != "fixed":
                 mine["ebu_fisher_count"] = torch.tensor(self.count.get(key, 0))
         return own
+
+    def reference(self) -> dict[str, Any]:
+        """For the checkpoint: where theta0 comes from, and its hash once it is known."""
+        if self.holding.anchor_source is None:
+            return {}
+        if self._hash is None and self.anchor:
+            if any(is_sharded(t) for t in self.anchor.values()):
+                raise ValueError(
+                    "anchor_source with sharded parameters: no process holds all of theta0 to hash "
+                    "it; leave anchor_source out and save with torch.distributed.checkpoint"
+                )
+            self._hash = tensor_hash(*(self.anchor[key] for key in sorted(self.anchor)))
+        return {"ebu_anchor_source": self.holding.anchor_source, "ebu_anchor_hash": self._hash}
+
+    def check_reference(self, counters: Mapping[str, Any]) -> None:
+        """Raise unless theta0 is here where a checkpoint only names it."""
+        source, saved = (counters.get(f"ebu_anchor_{n}") for n in ("source", "hash"))
+        if source is None or saved is None:
+            return
+        here = self.reference() if self.anchor_given else {}
+        remedy = (
+            f"build EBUOptimizer(..., anchor=<the weights of {source}>, anchor_source={source!r}) "
+            "with the same anchor_dtype"
+        )
+        if not here:
+            raise ValueError(f"the checkpoint holds theta0 by reference to {source!r}: {remedy}")
+        if here["ebu_anchor_hash"] != saved:
+            raise ValueError(
+                f"the anchor given is not the theta0 of the checkpoint ({source!r}, hash {saved}; "
+                f"given: {here['ebu_anchor_hash']}): {remedy}"
+            )
 
     def load(
         self,
@@ -163,15 +259,18 @@ class Penalty:
             self.fisher, self.count = {}, {}
         if self.mode in ("online", "warm"):
             self.mode = "warm" if frozen else "online"
-        if started or not self.anchor_given:
-            self.anchor = {}
+        by_reference = self.holding.anchor_source is not None and self.anchor_given
+        if (started or not self.anchor_given) and not by_reference:
+            self.anchor, self._hash = {}, None
         self.mean = None
         for slot in slots:
             mine = own.get(slot.key, {})
             if started and "ebu_anchor" in mine:
-                self.anchor[slot.key] = _compact(_own(mine["ebu_anchor"], slot.param))
+                loaded = _own(mine["ebu_anchor"], slot.param)
+                self.anchor[slot.key] = self.holding.anchor(loaded, slot.name)
+                self._hash = None
             if "ebu_fisher" in mine and (started or self.mode == "fixed"):
-                self.fisher[slot.key] = _own(mine["ebu_fisher"], slot.param)
+                self.fisher[slot.key] = self.holding.fisher(_own(mine["ebu_fisher"], slot.param))
                 self.count[slot.key] = int(mine.get("ebu_fisher_count", 0))
         if mean is not None and self.fisher:
             device = local(next(iter(self.fisher.values()))).device

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import _checkpoint, _checks, distributed, kernels
 from ._combine import Combined, combine, select
-from ._penalty import Penalty
+from ._penalty import Holding, Penalty
 from ._phases import Key, Phases, Slot
 from ._shards import Shards, is_sharded, like, local, local_gradient
 from ._stats import read_stats
@@ -74,11 +74,19 @@ class EBUOptimizer(Optimizer):
             ``skipped_steps``) or ``"propagate"`` (no host synchronisation).
         fused: as in torch.optim: None takes the best kernels there are, True insists on fused
             ones, False takes plain torch.
+        anchor_dtype: hold theta0 in ``torch.float16`` or ``torch.bfloat16`` instead of the
+            parameter's dtype; the penalty then pulls towards the rounded theta0.
+        fisher_dtype: hold F in ``torch.bfloat16`` instead of float32 (float16 would turn small F
+            into 0). An online F stalls in it after some 250 steps: warm up or give a mapping.
+        held_on: ``"cpu"`` holds theta0 and F in the main memory (pinned where there is a GPU) and
+            streams them through the step; None holds them beside their parameters.
+        anchor_source: where theta0 comes from (a hub id, a path): checkpoints then name it, with a
+            hash, instead of holding theta0. Loading one needs ``anchor``.
 
     Raises:
         TypeError: ``base`` is not a torch optimizer or needs a closure; sparse or complex tensors.
         ValueError: an option out of range; a mapping with missing names, wrong shapes, negative
-            or non-finite values.
+            or non-finite values; a theta0 that ``anchor_dtype`` does not hold.
 
     ``param_groups``, ``state`` and ``defaults`` are the base's own at all times. ``ebu_alpha``,
     ``ebu_delta`` and ``ebu_gamma`` live in the groups, where they can be scheduled.
@@ -112,6 +120,10 @@ class EBUOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
         fused: bool | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        fisher_dtype: torch.dtype | None = None,
+        held_on: str | None = None,
+        anchor_source: str | None = None,
     ) -> None:
         _checks.base(base)
         self.base = base
@@ -136,7 +148,10 @@ class EBUOptimizer(Optimizer):
         slots = list(self._slots())
         kernels.backend([local(s.param) for s in slots], fused)
         Shards(slots)
-        self._penalty = Penalty(slots, fisher, anchor, self.penalty, self.fisher_scale == "unit")
+        holding = Holding(anchor_dtype, fisher_dtype, held_on, anchor_source)
+        self._penalty = Penalty(
+            slots, fisher, anchor, self.penalty, self.fisher_scale == "unit", holding
+        )
         for group in base.param_groups:
             for name, value in self._defaults.items():
                 group.setdefault(name, value)
@@ -424,7 +439,8 @@ class EBUOptimizer(Optimizer):
             update=self.update, unrelated=self.unrelated, terms=self.terms,
             max_grad_norm=self.max_grad_norm, inv_scale=scale, shards=shards,
         )  # fmt: skip
-        if self.nonfinite != "propagate" and combined.last[0][_UPDATE_NONFINITE]:
+        exceeded = combined.last is not None and combined.last[0][_UPDATE_NONFINITE]
+        if self.nonfinite != "propagate" and exceeded:
             if self.nonfinite == "skip" or scaler:
                 return None
             self._phases.discard()
@@ -489,6 +505,7 @@ class EBUOptimizer(Optimizer):
             "ebu_fisher_frozen": self._penalty.mode == "warm",
             "ebu_started": bool(self._penalty.anchor),
         }
+        counters |= self._penalty.reference()
         packed = _checkpoint.join(self.base.state_dict(), self.param_groups, own, counters)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, packed)
@@ -501,7 +518,8 @@ class EBUOptimizer(Optimizer):
         States are matched by position, as torch does. The dtypes of theta0 and F are kept.
 
         Raises:
-            ValueError: the state is one of another model; nothing has been changed then.
+            ValueError: the state is one of another model, or holds theta0 by reference and
+                ``anchor`` is missing or another; nothing has been changed then.
         """
         state_dict = dict(state_dict)
         for before_load in self._optimizer_load_state_dict_pre_hooks.values():
@@ -513,6 +531,7 @@ class EBUOptimizer(Optimizer):
             shaped=type(self.base).__module__.startswith("torch.optim")
             and type(self.base).__name__ != "Adafactor",
         )  # fmt: skip
+        self._penalty.check_reference(counters)
         values = [{n: group[n] for n in self._defaults} for group in self.param_groups]
         self.base.load_state_dict(base)
         for group, missing in zip(self.param_groups, values, strict=True):

@@ -29,7 +29,9 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
+from ebu_optim._combine import Combined
 from ebu_optim._files import replacing
+from ebu_optim._shards import Shards
 from ebu_optim.diffusion import (
     FisherBatches,
     denoising_loss,
@@ -51,21 +53,22 @@ FULL = {"terms": ["forget", "remember"], "penalty": "full"}
 class RandomMasks(EBUOptimizer):
     """The control: M_f and M_r are drawn at random at every step, with density delta."""
 
-    def _combine(self, slots: Any, g_f: Any, g_r: Any) -> None:
+    def _combine(self, slots: Any, g_f: Any, g_r: Any, scaler: bool) -> Combined:
         store = self._penalty
-        alpha, delta, gamma = self.alpha, self.delta, self.gamma * store.scale()
+        alpha, delta, gamma = self.alpha, self.delta, self.gamma * store.scale(Shards(slots))
         square = 0.0
+        grads = []
         for slot, f, r in zip(slots, g_f, g_r, strict=True):
             m_f, m_r = (torch.rand_like(f) < delta for _ in range(2))
             p = gamma * store.fisher[slot.key] * (slot.param - store.anchor[slot.key])
             g_rc = r + torch.where(m_r & ~m_f, p, 0.0)
             blend = torch.where(m_f & m_r, alpha * f + (1 - alpha) * r, torch.where(m_f, f, 0.0))
-            slot.param.grad = f + g_rc + blend
-            square += slot.param.grad.square().sum()
+            grads.append(f + g_rc + blend)
+            square += grads[-1].square().sum()
             store.fisher[slot.key].lerp_(r.square(), store.online_weight(slot.key))
         store.counted((s.key for s in slots), None)
-        for slot in slots:
-            slot.param.grad.mul_((self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
+        factor = (self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        return Combined([g.mul_(factor) for g in grads], None, None)
 
 
 def name(spec: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
-    "ebu_optim.kernels": ["backend", "reference"],
+    "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
         "FisherBatches", "anchored", "antithetic_timesteps", "denoising_loss", "distillation_loss",
         "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition", "sample",
