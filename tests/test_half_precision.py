@@ -372,3 +372,24 @@ def test_float16_weights_without_masters(name):
         atol = 4 * torch.finfo(HALF).eps * q.grad.abs().max().item()
         torch.testing.assert_close(p.grad.float(), q.grad, rtol=0, atol=atol)
     assert not any(map(torch.equal, params(n), params(net(HALF))))
+
+
+def test_float16_gradients_are_selected_and_squared_before_they_are_rounded_again():
+    """Unscaled they are 1e-8, which float16 cannot hold: masks, thresholds and F do not care."""
+    seen = []
+    for by in (1.0, 2.0**-24):
+        m = net(HALF)
+        opt = EBUOptimizer(SGD(m.parameters(), lr=0.05), gamma=3.0)
+        scaler = scaler_of(1 / by)
+        for phase in PHASES:
+            with getattr(opt, phase)():
+                value = loss(lambda x, m=m: m(x.to(HALF)), 0, phase == "forget")
+                scaler.scale(value * by).backward()
+        scaler.step(opt)
+        stats = opt.stats
+        counts = [stats[key] for key in ("forget_selected", "remember_selected", "overlap")]
+        sizes = [x / by for x in (stats["update_norm"], *stats["thresholds"])]
+        seen.append((counts, sizes, [opt.fisher_of(p) / by**2 for p in m.parameters()]))
+        lost = [p.grad[abs(p.grad) < 1e-7].numel() for p in m.parameters()]
+    assert_same(*seen)
+    assert sum(lost) > 0
