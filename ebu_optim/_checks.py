@@ -78,6 +78,13 @@ def base(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if hasattr(optimizer, "forget") and hasattr(optimizer, "remember"):
         raise TypeError(f"base is a {name} already; wrap the plain optimizer, {name}.base")
+    if not (hasattr(optimizer, "defaults") and hasattr(optimizer, "state")):
+        raise TypeError(
+            f"base {name} is an Optimizer in name only (Optimizer.__init__ was never called). One "
+            "that takes the gradients away during backward(), as torchao's CPUOffloadOptimizer "
+            "does, would step on one of the two gradients and never see the combined one: keep "
+            "master copies on the CPU instead (docs/loops.md)"
+        )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (
         closure is not None and closure.default is inspect.Parameter.empty

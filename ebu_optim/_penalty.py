@@ -139,6 +139,12 @@ class Penalty:
                     own[slot.key] = spread(own[slot.key], p)
         if not self.active and not self.anchor:
             return
+        if slots and not any(slot.param.requires_grad for slot in slots):
+            raise RuntimeError(
+                "none of the optimizer's parameters requires a gradient, so theta0 and F would be "
+                "kept for none and the penalty be missing: unfreeze the model, or call "
+                "requires_grad_() on master copies that are given their gradients by hand"
+            )
         for slot in slots:
             p = slot.param
             if not p.requires_grad:

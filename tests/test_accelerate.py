@@ -77,7 +77,7 @@ def test_clipping_before_the_step(how, max_norm):
 
 
 def scaled(k=1, **options):
-    """As accelerate wraps an optimizer for fp16, which it refuses on a CPU."""
+    """As accelerate wraps an optimizer for fp16, which it leaves out without a word on a CPU."""
     made = list(make(k, 16 // k, **options))
     accelerator, ebu, scaler = made[0], made[1], torch.amp.GradScaler("cpu", init_scale=16.0)
     made[3] = AcceleratedOptimizer(ebu, scaler=scaler)
@@ -297,3 +297,53 @@ def test_the_prepared_optimizer_forwards_no_phases():
     for name in ("forget", "remember", "stats"):
         assert not hasattr(optimizer, name)
         assert hasattr(ebu, name)
+
+
+# -- mixed precision ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_mixed_precision_is_the_run_under_autocast_by_hand(precision, k):
+    """fp16 accelerate leaves out on a CPU: it is switched on here as it is on a GPU."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x, fp16 = torch.randn(6, 2, k, 8, 4), precision == "fp16"
+    accelerator = Accelerator(
+        cpu=True, mixed_precision="no" if fp16 else "bf16", gradient_accumulation_steps=k
+    )
+    if fp16:
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    m = copy.deepcopy(start)
+    ebu = EBUOptimizer(torch.optim.Adam(m.parameters(), lr=0.01), max_grad_norm=0.5)
+    model, optimizer = accelerator.prepare(m, ebu)
+    n = copy.deepcopy(start)
+    opt = EBUOptimizer(torch.optim.Adam(n.parameters(), lr=0.01), max_grad_norm=0.5)
+    dtype = torch.float16 if fp16 else torch.bfloat16
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
+    for i, step in enumerate(x):
+        step = step * (1e5 if fp16 and i == 2 else 1)  # overflows in float16
+        for j in range(k):
+            with accelerator.accumulate(model):
+                for name, batch in zip(("forget", "remember"), step[:, j]):
+                    phase(accelerator, ebu, model, batch, name)
+                optimizer.step()
+                optimizer.zero_grad()
+        for name, batches in zip(("forget", "remember"), step):
+            for batch in batches:
+                with getattr(opt, name)():
+                    with torch.autocast("cpu", dtype=dtype):
+                        out = n(batch)
+                    value = (out.float() - (1 if name == "forget" else -1)).square().mean()
+                    scaler.scale(value / k).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        assert ebu.last_step_skipped == opt.last_step_skipped == (fp16 and i == 2)
+        assert_same([*m.parameters()], [*n.parameters()])
+        assert not any(map(torch.equal, m.parameters(), start.parameters()))
+    assert all(p.dtype == torch.float32 for p in m.parameters())
+    assert ebu.skipped_steps == fp16
+    if fp16:
+        assert accelerator.scaler.get_scale() == 2.0**9
