@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import DDIMScheduler, UNet2DModel
 
 from ebu_optim.diffusion import denoising_loss, surrogate_noise
@@ -58,8 +60,21 @@ def world(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page, tmp_path):
     namespace = world(tmp_path)
-    for code in blocks(page, "python"):
-        exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
+    with one_process() if page.name == "processes.md" else nullcontext():
+        for code in blocks(page, "python"):
+            exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
+
+
+@contextmanager
+def one_process():
+    """A process group, as torchrun makes one."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        pytest.skip("fully_shard came with torch 2.6")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def test_both_sides_of_the_diff_train(tmp_path):
