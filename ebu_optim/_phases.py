@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, kernels
 from ._shards import is_sharded, local
-from .kernels import reference
 
 Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
 
@@ -132,7 +131,8 @@ class Phases:
         where g_f is not finite is added to one element of param.grad on the device, and taken back
         before that gradient is used.
         """
-        probe = reference.finite_probe([local(g) for g in self.forget.values()])
+        forget = [local(g) for g in self.forget.values()]
+        probe = kernels.backend(forget, None).finite_probe(forget)
         parts = (local(g) for g, _ in self.remember.values())
         grad = next((g for g in parts if g.numel()), None)
         if probe is None or grad is None:

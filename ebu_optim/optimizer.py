@@ -375,7 +375,8 @@ class EBUOptimizer(Optimizer):
                 phases.discard()
                 raise
             if combined.held is not None:
-                reference.restore([local(s.param) for s in slots], combined.held)
+                params = [local(s.param) for s in slots]
+                kernels.backend(params, self.fused).restore(params, combined.held)
             self._step_count += 1
             self.rank_checks -= compared
         phases.close(slots)
