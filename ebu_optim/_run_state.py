@@ -108,13 +108,15 @@ def on_cpu(state: Any) -> Any:
 
 def check_plain(name: str, state: Any) -> None:
     for t in _tensors(state):
-        if hasattr(t, "placements") or hasattr(t, "_fsdp_flattened"):
+        sharded = hasattr(t, "placements") or hasattr(t, "_fsdp_flattened")
+        if sharded or type(t).__name__ == "ShardedTensor":
             raise TypeError(
                 f"{name!r} holds shards ({type(t).__name__}), and one rank writes here: use "
                 "torch.distributed.checkpoint, which saves and loads them in parallel"
             )
-    try:  # everything but the tensors, there and back
-        rest = copy.deepcopy(state, {id(t): 0 for t in _tensors(state)})
+    plain = (Tensor, torch.nn.Parameter)
+    try:  # everything but plain tensors, there and back
+        rest = copy.deepcopy(state, {id(t): 0 for t in _tensors(state) if type(t) in plain})
         file = io.BytesIO()
         torch.save(rest, file)
         file.seek(0)
