@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -86,8 +87,17 @@ def _write_file(work: Path, name: str, state: Any) -> dict[str, Any]:
     return {"sha256": file.sha.hexdigest(), "bytes": file.size}
 
 
+def clean(path: Path) -> None:
+    """Remove what killed saves left, where that can be done and nobody is saving."""
+    folder = path.parent if _step(path) >= 0 else path
+    # without locks there is no telling whether somebody is
+    if os.name != "nt" and any(folder.glob(".step_*.*")):
+        with suppress(OSError, RuntimeError), locked(folder / ".lock", folder):
+            _tidy(folder)
+
+
 def _tidy(folder: Path) -> None:
-    """Remove what killed calls left; what one was about to replace gets its name back."""
+    """Remove what killed saves left; what one was about to replace gets its name back."""
     for p in folder.glob(".step_*.*"):
         name, end = p.name[1:].rsplit(".", 1)
         if end == "old" and not (folder / name).exists():

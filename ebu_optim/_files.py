@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,12 +156,17 @@ def locked(lock: Path, path: Path) -> Iterator[None]:
         yield
         return
     with open(lock, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(
-                f"{path} is being written by another process; wait for it, or give another path"
-            ) from error
+        for left in reversed(range(20)):  # a second, for one that only cleans up
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not left:
+                    raise RuntimeError(
+                        f"{path} is being written by another process; wait for it, or give "
+                        "another path"
+                    ) from error
+            time.sleep(0.05)
         try:
             yield
         finally:

@@ -31,8 +31,8 @@ def save_checkpoint(
 
     Call it between two steps, outside the phases. What is older than the last `keep` is deleted
     when the new one is complete, so the disk needs room for one more. What a killed call left is
-    removed by the next one. Under torch.distributed every rank calls it; rank 0 writes the objects,
-    and every rank's random states.
+    removed by the next one, or by :func:`load_checkpoint`. Under torch.distributed every rank calls
+    it; rank 0 writes the objects, and every rank's random states.
 
     Args:
         folder: of this run; made if need be.
@@ -118,6 +118,8 @@ def load_checkpoint(
             f"the ranks found checkpoints of different steps in {path} (by rank: {steps}): it must "
             "be on a file system that all of them share"
         )
+    if _rank() == 0:
+        files.clean(Path(path))
     if found is None:
         return 0
     checkpoint, step, states = found

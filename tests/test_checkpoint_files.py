@@ -154,6 +154,19 @@ def test_states_of_schedulers_with_lists_and_counters(tmp_path):
     assert fresh["c"] == pair["c"]
 
 
+def test_loading_removes_what_a_killed_save_left_unless_somebody_is_saving(tmp_path):
+    save_checkpoint(tmp_path, 1, {"a": {"x": 1}})
+    (tmp_path / "step_00000001").rename(tmp_path / ".step_00000001.old")  # about to be replaced
+    (tmp_path / ".step_00000002.partial").mkdir()
+    (tmp_path / ".step_00000002.lock").touch()
+    found = {"a": {}}
+    with locked(tmp_path / ".lock", tmp_path):
+        assert load_checkpoint(tmp_path, found) == found["a"]["x"] == 1
+        assert len(list(tmp_path.iterdir())) == 4
+    assert load_checkpoint(tmp_path, found) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
 # -- damage -------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,11 @@ from ebu_optim import EBUOptimizer
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 
 from ..steps import assert_same, snapshot
-from .sharded import Shard, distribute_tensor
+
+try:
+    from torch.distributed.tensor import Shard, distribute_tensor
+except ImportError:  # torch 2.4
+    from torch.distributed._tensor import Shard, distribute_tensor
 
 
 def build() -> dict[str, Any]:
