@@ -353,6 +353,7 @@ class EBUOptimizer(Optimizer):
         phases.require_both(slots)
         for group in self.param_groups:
             _checks.group(group)
+        _checks.capture(self.nonfinite, self._penalty.mode if self._penalty.active else "none")
         phases.unpoison()
 
         slots = [s for s in slots if s.key in phases.forget or s.key in phases.remember]
