@@ -156,8 +156,9 @@ def capture(nonfinite: str, fisher: str) -> None:
     if capturing() and (nonfinite != "propagate" or fisher == "online"):
         raise RuntimeError(
             'a step inside a CUDA graph needs nonfinite="propagate", as the other policies wait '
-            "for the device, and a Fisher that counts no steps: a fixed one, None, or the online one "
-            f"after warmup_fisher(..., freeze=True); got nonfinite={nonfinite!r}, Fisher: {fisher}"
+            "for the device, and a Fisher that counts no steps: a fixed one, None, or the online "
+            "one after warmup_fisher(..., freeze=True); "
+            f"got nonfinite={nonfinite!r}, Fisher: {fisher}"
         )
 
 
