@@ -50,6 +50,13 @@ static inline float value(uint32_t u)
     return x;
 }
 
+/* on ? a : b, as integers: a choice between floats keeps GCC from vectorising a loop. */
+static inline uint32_t pick(int on, uint32_t a, uint32_t b)
+{
+    const uint32_t mask = 0u - (uint32_t)on;
+    return (a & mask) | (b & ~mask);
+}
+
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static inline size_t width(int64_t kind) { return KIND(kind) == FLOAT32 ? 4 : 2; }
@@ -72,14 +79,21 @@ typedef struct {
     int32_t penalized;
 } Rule;
 
+/* What a scan looks for: keys in [from, to] are kept. */
+typedef struct {
+    int32_t from, to, low, high;
+} Span;
+
+/* How many keys are > to, > high, >= low, and of NaN or Inf. */
+typedef struct {
+    int64_t beyond, above, at_least, nonfinite;
+} Tally;
+
 typedef struct {
     void (*widen)(uint32_t *to, const char *from, int kind, size_t n);
     size_t (*narrow)(char *to, const float *from, int kind, size_t n);
-    size_t (*scan)(const char *from, size_t n, uint32_t lo, uint32_t hi, uint32_t *kept,
-                   int64_t *above, int64_t *nonfinite);
+    size_t (*scan)(const char *at, size_t n, const Span *span, uint32_t *kept, Tally *tally);
     int64_t (*nonfinite)(const char *from, size_t n);
-    void (*count)(const char *from, size_t n, int high, uint32_t prefix, int shift, uint32_t mask,
-                  uint32_t *counts);
     void (*put_back)(char *to, const char *from, int kind, size_t n);
     double (*sum)(const float *x, size_t n);
     void (*combine)(const Block *b, const Rule *rule, size_t n, double *sums);
@@ -251,152 +265,182 @@ static uint32_t from_the_top(const int64_t *counts, size_t bins, size_t *k)
     return (uint32_t)bin;
 }
 
-/* counts[i / each] += mine[i], with other threads doing the same. */
-static void add_up(int64_t *counts, const uint32_t *mine, size_t n, size_t each)
+/* counts[i] += mine[i], with other threads doing the same. */
+static void add_up(int64_t *counts, const uint32_t *mine, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         if (mine[i])
-            __atomic_fetch_add(counts + i / each, mine[i], __ATOMIC_RELAXED);
+            __atomic_fetch_add(counts + i, mine[i], __ATOMIC_RELAXED);
+}
+
+/* The digits (key >> shift) & mask of n patterns, in turn into two sets of counters; the mask leaves
+   no room for the sign bit. */
+static void count(const char *p, size_t n, int shift, uint32_t mask, uint32_t *even, uint32_t *odd)
+{
+    const word *u = (const word *)p;
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        uint32_t a = (u[i] >> shift) & mask, b = (u[i + 1] >> shift) & mask;
+        uint32_t c = (u[i + 2] >> shift) & mask, d = (u[i + 3] >> shift) & mask;
+        even[a]++;
+        odd[b]++;
+        even[c]++;
+        odd[d]++;
+    }
+    for (; i < n; i++)
+        even[(u[i] >> shift) & mask]++;
 }
 
 /* -- selection in a list ---------------------------------------------------------------------- */
 
-enum { DIRECT = 0, BRACKET = 1, RADIX = 2, FAILED = -1 }; /* the path that was taken */
-
-enum { FEW = 1024 }; /* values that are counted one by one */
+/* The path that was taken, as in cpu.py. */
+enum { DIRECT = 0, BRACKET = 1, AGAIN = 2, RADIX = 3, FAILED = -1, REFUTED = -2 };
 
 /* Up to DIRECT_MAX elements a pool is copied and selected in, above SHARED_MIN the threads share
    it; a sample has SAMPLE_MIN to SAMPLE_MAX elements. */
 static const size_t DIRECT_MAX = 8192, SHARED_MIN = 1 << 20;
 static const size_t SAMPLE_MIN = 1024, SAMPLE_MAX = 1 << 18;
-/* The bracket lies so many standard deviations to each side of the rank. */
-static const double WIDE = 4.0;
+/* The bracket lies so many standard deviations to each side of the rank: refuted once in 2000. */
+static const double WIDE = 3.5;
 
 /* Position of sample j: one in each of `size` strata of equal width, which is never worse than
    independent draws, and walks through memory in order. Any draw is right: it only guesses. */
-static size_t drawn(size_t j, size_t size, size_t n)
+static inline size_t drawn(size_t j, size_t size, size_t n, uint64_t attempt)
 {
-    size_t from = (size_t)((double)j * (double)n / (double)size);
-    size_t to = (size_t)((double)(j + 1) * (double)n / (double)size);
-    uint64_t x = (uint64_t)(j + 1) * 0x9e3779b97f4a7c15u; /* splitmix64 */
+    uint64_t x = ((uint64_t)j + 1 + (attempt << 32)) * 0x9e3779b97f4a7c15u; /* splitmix64 */
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    size_t span = to > from ? to - from : 1;
-    size_t at = from + (size_t)((double)(x >> 32) * 0x1p-32 * (double)span);
-    return smaller(at, n - 1);
+    double at = ((double)j + (double)(x >> 32) * 0x1p-32) * ((double)n / (double)size);
+    return smaller((size_t)at, n - 1);
 }
 
-static void sample(List list, size_t size, uint32_t *keys, int threads)
+static void sample(List list, size_t size, uint64_t attempt, uint32_t *keys, int threads)
 {
-    size_t n = total(list), parts = (size + 4095) / 4096;
+    enum { PART = 256 };
+    size_t n = total(list), parts = (size + PART - 1) / PART;
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (size_t part = 0; part < parts; part++) {
-        size_t i = find(list.end, list.count, drawn(part * 4096, size, n));
-        for (size_t j = part * 4096; j < smaller(size, (part + 1) * 4096); j++) {
-            size_t at = drawn(j, size, n);
+        const char *where[PART];
+        int64_t kind[PART];
+        const size_t first = part * PART, many = smaller(size - first, PART);
+        size_t i = find(list.end, list.count, drawn(first, size, n, attempt));
+        for (size_t j = 0; j < many; j++) { /* ask for all before waiting for one */
+            size_t at = drawn(first + j, size, n, attempt);
             while ((size_t)list.end[i] <= at)
                 i++;
             at -= i ? (size_t)list.end[i - 1] : 0;
-            const char *p = (const char *)(uintptr_t)list.at[i];
-            int64_t kind = list.kind[i];
-            if (!(kind & EXPANDED))
-                p += at * width(kind);
-            if (KIND(kind) == FLOAT32)
-                memcpy(keys + j, p, 4);
+            kind[j] = list.kind[i];
+            where[j] = (const char *)(uintptr_t)list.at[i];
+            if (!(kind[j] & EXPANDED))
+                where[j] += at * width(kind[j]);
+            __builtin_prefetch(where[j]);
+        }
+        for (size_t j = 0; j < many; j++) {
+            uint32_t u;
+            if (KIND(kind[j]) == FLOAT32)
+                memcpy(&u, where[j], 4);
             else
-                lanes_base.widen(keys + j, p, KIND(kind), 1);
-            keys[j] &= MAGNITUDE;
+                lanes_base.widen(&u, where[j], KIND(kind[j]), 1);
+            keys[first + j] = u & MAGNITUDE;
         }
     }
 }
 
-/* Guess a bracket from a sample and try it in one pass. Returns BRACKET with the key, RADIX where
-   the guess was refuted or held too much, FAILED without memory. `nonfinite` is right either way.
-
-   Keys inside the bracket are counted value by value where it spans few values (16-bit gradients,
-   whose keys are multiples of 2^grain; ties), else kept and selected in. */
-static int bracket(List list, size_t k, int grain, int threads, uint32_t *key, int64_t *nonfinite)
+/* 1/16 of a pool that lies in the caches; of a large one 1/256, whose bracket holds 1 % of it. */
+static size_t sample_size(size_t n)
 {
-    size_t n = total(list), size = n / 16;
-    size = size < SAMPLE_MIN ? SAMPLE_MIN : smaller(size, SAMPLE_MAX);
+    size_t size = smaller(n / 16, 1 << 15);
+    size = size > n / 256 ? size : n / 256;
+    return size < SAMPLE_MIN ? SAMPLE_MIN : smaller(size, SAMPLE_MAX);
+}
+
+/* Guess a bracket [low, high] from a sample and try it in one pass, which keeps the keys between
+   low and high and counts those at either end, where ties may be many. Returns 0 with the key, or
+   REFUTED (`nonfinite` is right either way), or FAILED without memory. */
+static int bracket(List list, size_t k, uint64_t attempt, int threads, uint32_t *key,
+                   int64_t *nonfinite)
+{
+    const size_t n = total(list), size = sample_size(n);
     double share = (double)k / (double)n;
     double rank = share * (double)size; /* from the largest */
     double margin = WIDE * sqrt(share * (1 - share) * (double)size) + 2;
     double expected = (2 * margin + 2) / (double)size * (double)n;
-    size_t room = smaller((size_t)(1.25 * expected) + 1024, n);
+    size_t room = smaller((size_t)(1.2 * expected) + 1024, n);
 
-    uint32_t *keys = malloc((2 * size + room) * sizeof *keys);
+    /* the sample is spent before anything is kept */
+    uint32_t *keys = malloc((room > 2 * size ? room : 2 * size) * sizeof *keys);
     if (!keys)
         return FAILED;
-    uint32_t *copy = keys + size, *arena = keys + 2 * size;
-    sample(list, size, keys, threads);
+    uint32_t *copy = keys + size, *kept = keys;
+    sample(list, size, attempt, keys, threads);
     memcpy(copy, keys, size * sizeof *keys);
-    uint32_t lo = 0, hi = MAGNITUDE;
+    uint32_t low = 0, high = MAGNITUDE;
     if (rank - margin > 1)
-        hi = kth_largest(copy, size, (size_t)(rank - margin), 0, MAGNITUDE);
+        high = kth_largest(copy, size, (size_t)(rank - margin), 0, MAGNITUDE);
     if (rank + margin < (double)size)
-        lo = kth_largest(keys, size, (size_t)(rank + margin) + 1, 0, MAGNITUDE);
+        low = kth_largest(keys, size, (size_t)(rank + margin) + 1, 0, MAGNITUDE);
 
-    const int counting = (hi - lo) >> grain < FEW;
-    int64_t above = 0, bad = 0, counts[FEW] = {0};
+    const Span span = {(int32_t)low + (low < MAGNITUDE), (int32_t)high - 1, (int32_t)low,
+                       (int32_t)high};
+    Tally all = {0};
     size_t inside = 0, tasks = (n + TASK - 1) / TASK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        uint32_t buffer[BLOCK], kept[BLOCK + 16], mine[FEW] = {0};
-        int64_t my_above = 0, my_bad = 0;
+        uint32_t buffer[BLOCK], found[BLOCK + 16];
+        Tally mine = {0};
 #pragma omp for schedule(dynamic)
         for (size_t task = 0; task < tasks; task++) {
             Walk w = walk(list, task * TASK, smaller(n, (task + 1) * TASK));
             const char *p;
             size_t m;
             while ((p = next(&w, &m, buffer))) {
-                size_t found = lanes->scan(p, m, lo, hi, kept, &my_above, &my_bad);
-                if (counting) {
-                    for (size_t i = 0; i < found; i++)
-                        mine[(kept[i] - lo) >> grain]++;
-                } else if (found) {
-                    size_t at = __atomic_fetch_add(&inside, found, __ATOMIC_RELAXED);
-                    if (at + found <= room)
-                        memcpy(arena + at, kept, found * sizeof *kept);
+                size_t many = lanes->scan(p, m, &span, found, &mine);
+                if (many) {
+                    size_t at = __atomic_fetch_add(&inside, many, __ATOMIC_RELAXED);
+                    if (at + many <= room)
+                        memcpy(kept + at, found, many * sizeof *kept);
                 }
             }
-            if (counting) {
-                add_up(counts, mine, FEW, 1);
-                memset(mine, 0, sizeof mine);
-            }
         }
-        __atomic_fetch_add(&above, my_above, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&bad, my_bad, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&all.beyond, mine.beyond, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&all.above, mine.above, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&all.at_least, mine.at_least, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&all.nonfinite, mine.nonfinite, __ATOMIC_RELAXED);
     }
-    *nonfinite = bad;
-    for (size_t i = 0; counting && i < FEW; i++)
-        inside += (size_t)counts[i];
-    int path = RADIX;
-    if ((size_t)above < k && k <= (size_t)above + inside && (counting || inside <= room)) {
-        size_t rest = k - (size_t)above;
-        *key = counting ? lo + (from_the_top(counts, FEW, &rest) << grain)
-                        : kth_largest(arena, inside, rest, lo, hi);
-        path = BRACKET;
-    }
+    *nonfinite = all.nonfinite;
+    int result = 0;
+    if (k <= (size_t)all.above || k > (size_t)all.at_least)
+        result = REFUTED;
+    else if (k <= (size_t)all.beyond)
+        *key = high;
+    else if (k > (size_t)all.beyond + inside)
+        *key = low;
+    else if (inside > room)
+        result = REFUTED;
+    else
+        *key = kth_largest(kept, inside, k - (size_t)all.beyond, low, high);
     free(keys);
-    return path;
+    return result;
 }
 
-/* counts[d]: how many keys with key >> (shift + digit) == prefix have the digit d at `shift`.
-   Returns 0, or FAILED without memory. */
+/* counts[d]: how many keys with key >> (shift + digit) == prefix have the digit d at `shift`, where
+   shift + digit <= 31. Returns 0, or FAILED without memory. */
 static int histogram(List list, uint32_t prefix, int shift, int digit, int threads,
                      int64_t *counts)
 {
     const size_t n = total(list), tasks = (n + TASK - 1) / TASK, bins = (size_t)1 << digit;
-    const int high = shift + digit;
+    const int above = shift + digit;
+    const uint32_t first = above < 31 ? prefix << above : 0;
+    const Span span = {(int32_t)first, (int32_t)(first + ((1u << above) - 1)), 0, 0};
     int failed = 0;
     memset(counts, 0, bins * sizeof *counts);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        /* two counters a bin: ties would wait for each other's store */
-        uint32_t buffer[BLOCK], *mine = calloc(2 * bins, sizeof *mine);
+        /* two sets of counters: ties would wait for each other's store */
+        uint32_t buffer[BLOCK], found[BLOCK + 16], *mine = calloc(2 * bins, sizeof *mine);
         size_t seen = 0;
+        Tally ignored = {0};
         if (!mine)
             __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
 #pragma omp for schedule(dynamic)
@@ -406,58 +450,59 @@ static int histogram(List list, uint32_t prefix, int shift, int digit, int threa
             Walk w = walk(list, task * TASK, smaller(n, (task + 1) * TASK));
             const char *p;
             size_t m;
-            while ((p = next(&w, &m, buffer)))
-                lanes->count(p, m, high, prefix, shift, (uint32_t)bins - 1, mine);
+            while ((p = next(&w, &m, buffer))) {
+                if (above < 31) {
+                    m = lanes->scan(p, m, &span, found, &ignored);
+                    p = (const char *)found;
+                }
+                count(p, m, shift, (uint32_t)bins - 1, mine, mine + bins);
+            }
             seen += TASK;
             if (seen >= (size_t)1 << 31) { /* before a counter is full */
-                add_up(counts, mine, 2 * bins, 2);
+                add_up(counts, mine, bins);
+                add_up(counts, mine + bins, bins);
                 memset(mine, 0, 2 * bins * sizeof *mine);
                 seen = 0;
             }
         }
-        if (mine)
-            add_up(counts, mine, 2 * bins, 2);
+        if (mine) {
+            add_up(counts, mine, bins);
+            add_up(counts, mine + bins, bins);
+        }
         free(mine);
     }
     return failed ? FAILED : 0;
 }
 
 /* Exact whatever the values: 16 bits of the key, then the other 15. */
-static int radix(List list, size_t k, int threads, uint32_t *key, int64_t *nonfinite)
+static int radix(List list, size_t k, int threads, uint32_t *key)
 {
     enum { UPPER = 1 << 16, LOWER = 1 << 15 };
     int64_t *counts = malloc(UPPER * sizeof *counts);
-    if (!counts || histogram(list, 0, 15, 16, threads, counts) == FAILED)
-        goto failed;
-    *nonfinite = 0;
-    for (size_t i = INFINITE >> 15; i < UPPER; i++)
-        *nonfinite += counts[i];
-    uint32_t upper = from_the_top(counts, UPPER, &k);
-    if (histogram(list, upper, 0, 15, threads, counts) == FAILED)
-        goto failed;
-    *key = upper << 15 | from_the_top(counts, LOWER, &k);
+    int result = counts ? histogram(list, 0, 15, 16, threads, counts) : FAILED;
+    if (result != FAILED) {
+        uint32_t upper = from_the_top(counts, UPPER, &k);
+        result = histogram(list, upper, 0, 15, threads, counts);
+        if (result != FAILED)
+            *key = upper << 15 | from_the_top(counts, LOWER, &k);
+    }
     free(counts);
-    return RADIX;
-failed:
-    free(counts);
-    return FAILED;
+    return result;
 }
 
 /* A small pool: copied, then selected in. */
 static int direct(List list, size_t k, uint32_t *key, int64_t *nonfinite)
 {
     size_t n = total(list), m, filled = 0;
-    uint32_t *keys = malloc(n * sizeof *keys), buffer[BLOCK];
+    uint32_t *keys = malloc((n + 16) * sizeof *keys), buffer[BLOCK]; /* scan wants slots to spare */
     if (!keys)
         return FAILED;
+    const Span everything = {0, MAGNITUDE, 0, MAGNITUDE};
+    Tally tally = {0};
     const char *p;
-    *nonfinite = 0;
-    for (Walk w = walk(list, 0, n); (p = next(&w, &m, buffer)); filled += m) {
-        int64_t above = 0;
-        uint32_t kept[BLOCK + 16]; /* scan needs slots to spare */
-        lanes->scan(p, m, 0, MAGNITUDE, kept, &above, nonfinite);
-        memcpy(keys + filled, kept, m * sizeof *keys);
-    }
+    for (Walk w = walk(list, 0, n); (p = next(&w, &m, buffer)); filled += m)
+        lanes->scan(p, m, &everything, keys + filled, &tally);
+    *nonfinite = tally.nonfinite;
     *key = kth_largest(keys, n, k, 0, MAGNITUDE);
     free(keys);
     return DIRECT;
@@ -468,19 +513,16 @@ static int direct(List list, size_t k, uint32_t *key, int64_t *nonfinite)
 static int select_in(List list, size_t k, int threads, int64_t *key, int64_t *nonfinite)
 {
     uint32_t found = 0;
-    int path, grain = 13; /* the low 13 bits of a 16-bit element's key are 0 */
-    for (size_t i = 0; i < list.count; i++)
-        if (KIND(list.kind[i]) == FLOAT32)
-            grain = 0;
-    if (total(list) <= DIRECT_MAX) {
-        path = direct(list, k, &found, nonfinite);
-    } else {
-        path = bracket(list, k, grain, threads, &found, nonfinite);
-        if (path == RADIX)
-            path = radix(list, k, threads, &found, nonfinite);
+    int path = DIRECT, result = REFUTED;
+    if (total(list) <= DIRECT_MAX)
+        result = direct(list, k, &found, nonfinite);
+    while (result == REFUTED) {
+        path++;
+        result = path == RADIX ? radix(list, k, threads, &found)
+                               : bracket(list, k, (uint64_t)path, threads, &found, nonfinite);
     }
     *key = found > INFINITE ? INFINITE + 1 : found; /* all NaN are tied */
-    return path;
+    return result == FAILED ? FAILED : path;
 }
 
 /* Pools are runs of a list: pool p is tensors first[p] to first[p + 1], its ends counted from its
@@ -730,23 +772,23 @@ static PyObject *py_radix(PyObject *self, PyObject *args)
     List list = {ADDRESS(uint64_t *, at), ADDRESS(int64_t *, kind), ADDRESS(int64_t *, end),
                  (size_t)count};
     uint32_t key = 0;
-    int64_t nonfinite;
     Py_BEGIN_ALLOW_THREADS
-    result = radix(list, (size_t)k, threads, &key, &nonfinite);
+    result = radix(list, (size_t)k, threads, &key);
     Py_END_ALLOW_THREADS
     return result == FAILED ? PyErr_NoMemory() : PyLong_FromUnsignedLong(key);
 }
 
-/* For tests: where a sample of `size` looks. */
+/* For tests: where the sample of an attempt looks. */
 static PyObject *py_positions(PyObject *self, PyObject *args)
 {
     (void)self;
     address to;
     Py_ssize_t size, n;
-    if (!PyArg_ParseTuple(args, "nnK", &size, &n, &to))
+    int attempt;
+    if (!PyArg_ParseTuple(args, "nniK", &size, &n, &attempt, &to))
         return NULL;
     for (size_t j = 0; j < (size_t)size; j++)
-        ADDRESS(int64_t *, to)[j] = (int64_t)drawn(j, (size_t)size, (size_t)n);
+        ADDRESS(int64_t *, to)[j] = (int64_t)drawn(j, (size_t)size, (size_t)n, (uint64_t)attempt);
     return done(0);
 }
 

@@ -28,9 +28,9 @@ TARGET static void NAME(widen)(uint32_t *restrict to, const char *from, int kind
         const half *h = (const half *)from;
         for (size_t i = 0; i < n; i++) {
             uint32_t a = h[i] & 0x7fffu, sign = (uint32_t)(h[i] & 0x8000u) << 16;
-            uint32_t normal = (a << 13) + 0x38000000u + (a >= 0x7c00u ? 0x38000000u : 0u);
+            uint32_t normal = (a << 13) + 0x38000000u + pick(a >= 0x7c00u, 0x38000000u, 0);
             uint32_t tiny = bits((float)(int32_t)a * 0x1p-24f); /* a < 1024: exact, no denormal */
-            to[i] = sign | (a < 0x400u ? tiny : normal);
+            to[i] = sign | pick(a < 0x400u, tiny, normal);
         }
     }
 }
@@ -44,7 +44,7 @@ TARGET static size_t NAME(narrow)(char *to, const float *restrict from, int kind
         for (size_t i = 0; i < n; i++) {
             uint32_t u = bits(from[i]);
             uint32_t r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-            r = (u & MAGNITUDE) > INFINITE ? (u >> 16) | 0x40u : r;
+            r = pick((u & MAGNITUDE) > INFINITE, (u >> 16) | 0x40u, r);
             h[i] = (uint16_t)r;
             bad += (r & 0x7f80u) == 0x7f80u;
         }
@@ -54,9 +54,9 @@ TARGET static size_t NAME(narrow)(char *to, const float *restrict from, int kind
             uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
             /* adding 0.5 rounds what is below 2^-14 to multiples of 2^-24 */
             uint32_t tiny = bits(value(a) + 0.5f) - 0x3f000000u;
-            uint32_t r = a < 0x38800000u ? tiny : normal;
-            r = a >= 0x47800000u ? 0x7c00u : r;
-            r = a > INFINITE ? 0x7e00u : r;
+            uint32_t r = pick(a < 0x38800000u, tiny, normal);
+            r = pick(a >= 0x47800000u, 0x7c00u, r);
+            r = pick(a > INFINITE, 0x7e00u, r);
             h[i] = (uint16_t)(r | ((u >> 16) & 0x8000u));
             bad += r >= 0x7c00u;
         }
@@ -64,85 +64,105 @@ TARGET static size_t NAME(narrow)(char *to, const float *restrict from, int kind
     return bad;
 }
 
-/* One block of a pass: how many keys are > hi, how many are of NaN or Inf, and the keys in
-   [lo, hi] appended to `kept` (which has LANES slots to spare). Returns how many were appended. */
-TARGET static size_t NAME(scan)(const char *from, size_t n, uint32_t lo, uint32_t hi,
-                                uint32_t *kept, int64_t *above, int64_t *nonfinite)
+/* One block of a pass: tallies its keys, and appends those in [s->from, s->to] to `kept` (which has
+   LANES slots to spare). Returns how many were appended. Keys have 31 bits: signed comparisons
+   order them. */
+TARGET static size_t NAME(scan)(const char *at, size_t n, const Span *s, uint32_t *kept, Tally *tally)
 {
-    const word *u = (const word *)from;
+    const word *u = (const word *)at;
+    const int32_t from = s->from, to = s->to, low = s->low, high = s->high;
     size_t i = 0, m = 0;
-    int64_t over = 0, bad = 0;
+    int64_t beyond = 0, above = 0, at_least = 0, bad = 0;
 #if defined(SCAN_AVX512)
-    const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE), one = _mm512_set1_epi32(1);
-    const __m512i low = _mm512_set1_epi32((int)lo), high = _mm512_set1_epi32((int)hi);
-    const __m512i infinite = _mm512_set1_epi32(INFINITE);
-    __m512i overs = _mm512_setzero_si512(), bads = _mm512_setzero_si512();
+#define SPLAT _mm512_set1_epi32
+    const __m512i magnitude = SPLAT(MAGNITUDE), one = SPLAT(1), finite = SPLAT(INFINITE - 1);
+    const __m512i froms = SPLAT(from), tos = SPLAT(to), lows = SPLAT(low), highs = SPLAT(high);
+    __m512i c1 = _mm512_setzero_si512(), c2 = c1, c3 = c1, c4 = c1;
     for (; i + 16 <= n; i += 16) {
         __m512i x = _mm512_and_si512(_mm512_loadu_si512((const void *)(u + i)), magnitude);
-        __mmask16 gt = _mm512_cmpgt_epu32_mask(x, high);
-        __mmask16 in = _mm512_mask_cmpge_epu32_mask((__mmask16)~gt, x, low);
-        overs = _mm512_mask_add_epi32(overs, gt, overs, one);
-        bads = _mm512_mask_add_epi32(bads, _mm512_cmpge_epu32_mask(x, infinite), bads, one);
+        __mmask16 gt = _mm512_cmpgt_epi32_mask(x, tos);
+        __mmask16 in = _mm512_mask_cmpge_epi32_mask((__mmask16)~gt, x, froms);
+        c1 = _mm512_mask_add_epi32(c1, gt, c1, one);
+        c2 = _mm512_mask_add_epi32(c2, _mm512_cmpgt_epi32_mask(x, highs), c2, one);
+        c3 = _mm512_mask_add_epi32(c3, _mm512_cmpge_epi32_mask(x, lows), c3, one);
+        c4 = _mm512_mask_add_epi32(c4, _mm512_cmpgt_epi32_mask(x, finite), c4, one);
         /* compressed in a register: compressing into memory is slow on some processors */
         _mm512_storeu_si512((void *)(kept + m), _mm512_maskz_compress_epi32(in, x));
         m += (size_t)__builtin_popcount(in);
     }
-    over = _mm512_reduce_add_epi32(overs);
-    bad = _mm512_reduce_add_epi32(bads);
+    beyond = _mm512_reduce_add_epi32(c1);
+    above = _mm512_reduce_add_epi32(c2);
+    at_least = _mm512_reduce_add_epi32(c3);
+    bad = _mm512_reduce_add_epi32(c4);
+#undef SPLAT
 #elif defined(SCAN_AVX2)
-    /* keys have 31 bits: signed comparisons order them */
-    const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
-    const __m256i under = _mm256_set1_epi32((int)lo - 1), high = _mm256_set1_epi32((int)hi);
-    const __m256i finite = _mm256_set1_epi32(INFINITE - 1);
-    __m256i overs = _mm256_setzero_si256(), bads = _mm256_setzero_si256();
+#define SPLAT _mm256_set1_epi32
+    const __m256i magnitude = SPLAT(MAGNITUDE), finite = SPLAT(INFINITE - 1);
+    const __m256i froms = SPLAT(from), tos = SPLAT(to), under = SPLAT(low - 1), highs = SPLAT(high);
+    __m256i c1 = _mm256_setzero_si256(), c2 = c1, c3 = c1, c4 = c1;
     for (; i + 32 <= n; i += 32) {
-        uint32_t in = 0;
+        uint32_t out = 0;
         for (int j = 0; j < 4; j++) {
             __m256i x = _mm256_loadu_si256((const void *)(u + i + 8 * j));
             x = _mm256_and_si256(x, magnitude);
-            __m256i gt = _mm256_cmpgt_epi32(x, high), ge = _mm256_cmpgt_epi32(x, under);
-            overs = _mm256_sub_epi32(overs, gt);
-            bads = _mm256_sub_epi32(bads, _mm256_cmpgt_epi32(x, finite));
-            ge = _mm256_andnot_si256(gt, ge);
-            in |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(ge)) << (8 * j);
+            __m256i gt = _mm256_cmpgt_epi32(x, tos);
+            c1 = _mm256_sub_epi32(c1, gt);
+            c2 = _mm256_sub_epi32(c2, _mm256_cmpgt_epi32(x, highs));
+            c3 = _mm256_sub_epi32(c3, _mm256_cmpgt_epi32(x, under));
+            c4 = _mm256_sub_epi32(c4, _mm256_cmpgt_epi32(x, finite));
+            gt = _mm256_or_si256(gt, _mm256_cmpgt_epi32(froms, x));
+            out |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(gt)) << (8 * j);
         }
-        for (; in; in &= in - 1)
+        for (uint32_t in = ~out; in; in &= in - 1)
             kept[m++] = u[i + (size_t)__builtin_ctz(in)] & MAGNITUDE;
     }
-    uint32_t parts[16];
-    _mm256_storeu_si256((void *)parts, overs);
-    _mm256_storeu_si256((void *)(parts + 8), bads);
+    int32_t parts[32];
+    _mm256_storeu_si256((void *)parts, c1);
+    _mm256_storeu_si256((void *)(parts + 8), c2);
+    _mm256_storeu_si256((void *)(parts + 16), c3);
+    _mm256_storeu_si256((void *)(parts + 24), c4);
     for (int j = 0; j < 8; j++) {
-        over += parts[j];
-        bad += parts[8 + j];
+        beyond += parts[j];
+        above += parts[8 + j];
+        at_least += parts[16 + j];
+        bad += parts[24 + j];
     }
+#undef SPLAT
 #else
     for (; i + 32 <= n; i += 32) {
-        uint32_t gt = 0, in = 0, inf = 0;
+        int32_t c1 = 0, c2 = 0, c3 = 0, c4 = 0, in = 0;
         for (size_t j = i; j < i + 32; j++) {
-            uint32_t x = u[j] & MAGNITUDE;
-            gt += x > hi;
-            in += (x >= lo) & (x <= hi);
-            inf += x >= INFINITE;
+            int32_t x = (int32_t)(u[j] & MAGNITUDE);
+            c1 += x > to;
+            c2 += x > high;
+            c3 += x >= low;
+            c4 += x >= INFINITE;
+            in += (x >= from) & (x <= to);
         }
-        over += gt;
-        bad += inf;
+        beyond += c1;
+        above += c2;
+        at_least += c3;
+        bad += c4;
         for (size_t j = i; in && j < i + 32; j++) {
-            uint32_t x = u[j] & MAGNITUDE;
-            kept[m] = x;
-            m += (x >= lo) & (x <= hi);
+            int32_t x = (int32_t)(u[j] & MAGNITUDE);
+            kept[m] = (uint32_t)x;
+            m += (x >= from) & (x <= to);
         }
     }
 #endif
     for (; i < n; i++) {
-        uint32_t x = u[i] & MAGNITUDE;
-        kept[m] = x;
-        m += (x >= lo) & (x <= hi);
-        over += x > hi;
+        int32_t x = (int32_t)(u[i] & MAGNITUDE);
+        kept[m] = (uint32_t)x;
+        m += (x >= from) & (x <= to);
+        beyond += x > to;
+        above += x > high;
+        at_least += x >= low;
         bad += x >= INFINITE;
     }
-    *above += over;
-    *nonfinite += bad;
+    tally->beyond += beyond;
+    tally->above += above;
+    tally->at_least += at_least;
+    tally->nonfinite += bad;
     return m;
 }
 
@@ -154,28 +174,6 @@ TARGET static int64_t NAME(nonfinite)(const char *from, size_t n)
     for (size_t i = 0; i < n; i++)
         bad += (u[i] & MAGNITUDE) >= INFINITE;
     return bad;
-}
-
-/* Digits (key >> shift) & mask of the keys with key >> high == prefix, into two counters each. */
-TARGET static void NAME(count)(const char *from, size_t n, int high, uint32_t prefix, int shift,
-                               uint32_t mask, uint32_t *counts)
-{
-    const word *u = (const word *)from;
-    if (high >= 31) { /* all of them */
-        for (size_t i = 0; i < n; i++)
-            counts[(((u[i] & MAGNITUDE) >> shift) & mask) * 2 + (i & 1)]++;
-        return;
-    }
-    for (size_t i = 0; i < n; i += 32) {
-        const size_t stop = smaller(n, i + 32);
-        uint32_t any = 0;
-        for (size_t j = i; j < stop; j++)
-            any += ((u[j] & MAGNITUDE) >> high) == prefix;
-        for (size_t j = i; any && j < stop; j++) {
-            const uint32_t x = u[j] & MAGNITUDE;
-            counts[((x >> shift) & mask) * 2 + (j & 1)] += (x >> high) == prefix;
-        }
-    }
 }
 
 /* to = where the pattern of `from` is NaN ? to : from */
@@ -295,7 +293,7 @@ TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, dou
 }
 
 static const Lanes NAME(lanes) = {
-    NAME(widen), NAME(narrow), NAME(scan), NAME(nonfinite), NAME(count), NAME(put_back), NAME(sum), NAME(combine),
+    NAME(widen), NAME(narrow), NAME(scan), NAME(nonfinite), NAME(put_back), NAME(sum), NAME(combine),
 };
 
 #undef F

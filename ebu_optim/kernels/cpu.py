@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch  # before the extension, which uses the OpenMP library that torch has loaded
+import torch  # first: the extension uses the OpenMP library that torch has loaded
 from torch import Tensor
 
 from . import reference
@@ -31,7 +31,7 @@ __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 _KIND = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _EXPANDED = 8
 _TASK = 1 << 16
-PATHS = ("direct", "bracket", "radix")
+PATHS = ("direct", "bracket", "second bracket", "radix")
 
 
 def available() -> str | None:
@@ -60,7 +60,7 @@ def _address(table: array[int]) -> int:
 
 
 def _plain(t: Tensor) -> bool:
-    return t.is_contiguous() and t.dtype in _KIND and t.device.type == "cpu"
+    return t.is_contiguous() and t.is_cpu and t.dtype in _KIND
 
 
 def _flat(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
@@ -68,40 +68,42 @@ def _flat(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
     them."""
     if all(map(_plain, columns)):
         return columns
-    if any(t.dtype not in _KIND or t.device.type != "cpu" for t in columns):
+    if not all(t.is_cpu and t.dtype in _KIND for t in columns):
         return None
     return reference._flat(columns)
 
 
-def _kind(t: Tensor) -> int:
-    one = t.dim() == 1 and t.stride(0) == 0 and t.numel() > 1
-    return _KIND[t.dtype] | (_EXPANDED if one else 0)
-
-
-class _List:
-    """The addresses, kinds and ends of tensors that lie densely; keeps them alive."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.at = array("Q", [t.data_ptr() for t in tensors])
-        self.kind = array("q", [_kind(t) for t in tensors])
-        self.end = array("q", accumulate(t.numel() for t in tensors))
-        self.n = self.end[-1] if tensors else 0
-
-    def arguments(self) -> tuple[int, int, int, int]:
-        return _address(self.at), _address(self.kind), _address(self.end), len(self.tensors)
-
-
-def _listed(tensors: Sequence[Tensor]) -> tuple[_List, list[Tensor]]:
-    """What the extension walks, and the rest."""
+def _walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What the extension walks, as dense tensors, and the rest."""
+    if all(map(_plain, tensors)):
+        return tensors, ()
     taken, rest = [], []
     for t in tensors:
-        flat = (t,) if _plain(t) else _flat((t,))
+        flat = _flat((t,))
         if flat is None:
             rest.append(t)
         else:
             taken.append(flat[0])
-    return _List(taken), rest
+    return taken, rest
+
+
+def _kind(t: Tensor) -> int:
+    if t.dim() == 1 and t.stride(0) == 0 and t.numel() > 1:
+        return _KIND[t.dtype] | _EXPANDED
+    return _KIND[t.dtype]
+
+
+class _List:
+    """The addresses, kinds and ends of dense tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.at = array("Q", [t.data_ptr() for t in tensors])
+        self.kind = array("q", map(_kind, tensors))
+        self.end = array("q", accumulate(t.numel() for t in tensors))
+        self.n = self.end[-1] if tensors else 0
+
+    def arguments(self) -> tuple[int, int, int, int]:
+        return _address(self.at), _address(self.kind), _address(self.end), len(self.at)
 
 
 # -- selection ----------------------------------------------------------------------------------
@@ -121,34 +123,34 @@ def _select(
     """Also the path that each pool took: one of `PATHS`, or "reference"."""
     keys = torch.zeros(len(pools), dtype=torch.int64)
     nonfinite, took = torch.zeros_like(keys), torch.zeros_like(keys)
-    lists: dict[int, _List] = {}
+    tensors: list[Tensor] = []
+    first, end, taken = array("q", [0]), array("q"), []
     for p, (grads, k) in enumerate(pools):
-        listed, rest = _listed(grads)
-        n = listed.n + sum(t.numel() for t in rest)
+        flat, rest = _walkable(grads)
+        n = sum(t.numel() for t in grads)
         if not 1 <= k <= n:
             raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
         if rest or dtype != torch.float32:
-            key, bad = reference.select([(grads, k)], dtype)
-            keys[p], nonfinite[p] = key[0], bad[0]
-        else:
-            lists[p] = listed
-    if lists:
-        at, kind, end = array("Q"), array("q"), array("q")
-        for listed in lists.values():
-            at.extend(listed.at)
-            kind.extend(listed.kind)
-            end.extend(listed.end)
-        first = array("q", accumulate((len(x.tensors) for x in lists.values()), initial=0))
-        ks = array("q", [pools[p][1] for p in lists])
-        found = torch.zeros(3, len(lists), dtype=torch.int64)
+            keys[p : p + 1], nonfinite[p : p + 1] = reference.select([(grads, k)], dtype)
+            continue
+        tensors += flat
+        end.extend(accumulate(t.numel() for t in flat))  # counted from the pool's start
+        first.append(len(tensors))
+        taken.append(p)
+    if taken:
+        at, kind = array("Q", [t.data_ptr() for t in tensors]), array("q", map(_kind, tensors))
+        ranks = array("q", [pools[p][1] for p in taken])
+        found = torch.zeros(3, len(taken), dtype=torch.int64)
         _cpu.select(
-            _address(at), _address(kind), _address(end), len(at), _address(first), _address(ks),
-            len(lists), *(row.data_ptr() for row in found),
-            _threads(sum(x.n for x in lists.values())),
+            _address(at), _address(kind), _address(end), len(at), _address(first), _address(ranks),
+            len(taken), *(row.data_ptr() for row in found),
+            _threads(sum(t.numel() for t in tensors)),
         )  # fmt: skip
-        where = torch.tensor(list(lists))
+        where = torch.tensor(taken)
         keys[where], nonfinite[where], took[where] = found
-    paths = [PATHS[took[p]] if p in lists else "reference" for p in range(len(pools))]
+    paths = ["reference"] * len(pools)
+    for p in taken:
+        paths[p] = PATHS[took[p]]
     return keys, nonfinite, paths
 
 
@@ -156,9 +158,10 @@ def histogram(
     grads: Sequence[Tensor], prefix: Tensor | int, shift: int, bits: int, dtype: torch.dtype
 ) -> Tensor:
     """As `reference.histogram`."""
-    listed, rest = _listed(grads)
+    taken, rest = _walkable(grads)
     if rest or dtype != torch.float32:
         return reference.histogram(grads, prefix, shift, bits, dtype)
+    listed = _List(taken)
     counts = torch.zeros(1 << bits, dtype=torch.int64)
     prefix = int(prefix)
     if prefix >> max(0, 31 - shift - bits) == 0:  # else no key begins so
@@ -170,7 +173,8 @@ def histogram(
 
 def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     """As `reference.finite_probe`."""
-    listed, rest = _listed(tensors)
+    taken, rest = _walkable(tensors)
+    listed = _List(taken)
     found = reference.finite_probe(rest) if rest else None
     if listed.n:
         bad = _cpu.count_nonfinite(*listed.arguments(), _threads(listed.n))
@@ -209,10 +213,12 @@ def combine(
     rows: Sequence[int] = range(len(params))
     left: Sequence[int] = rows
     if dtype == torch.float32:
-        columns, rows, left = _walkable(columns)
+        columns, rows, left = _walkable_rows(columns)
     if left:
         reference.combine(
-            *([column[i] for i in left] for column in (params, g_f, g_r, anchors, fishers, out, held)),
+            [params[i] for i in left], [g_f[i] for i in left], [g_r[i] for i in left],
+            [anchors[i] for i in left], [fishers[i] for i in left],
+            [out[i] for i in left], [held[i] for i in left],
             taus, [pool_f[i] for i in left], [pool_r[i] for i in left],
             alpha=alpha, gamma=gamma, penalty=penalty, update=update, terms=terms, online=online,
             inv_scale=inv_scale, dtype=dtype, stats=stats,
@@ -233,8 +239,9 @@ def combine(
         -1.0 if online is None else online,
         1.0 if inv_scale is None else float(inv_scale),
     )  # fmt: skip
-    at = array("Q", [0 if t is None else t.data_ptr() for column in columns for t in column])
-    kind = array("q", [0 if t is None else _kind(t) for column in columns for t in column])
+    cells = [t for column in columns for t in column]  # column after column
+    at = array("Q", [0 if t is None else t.data_ptr() for t in cells])
+    kind = array("q", [0 if t is None else _kind(t) for t in cells])
     end = array("q", accumulate(t.numel() for t in columns[0]))  # type: ignore[union-attr]
     numbers = taus.clamp(min=1).tolist()  # zeros are never selected
     key_f, key_r = (array("q", [numbers[pool[i]] for i in rows]) for pool in (pool_f, pool_r))
@@ -246,7 +253,7 @@ def combine(
     stats += sums.to(stats)
 
 
-def _walkable(
+def _walkable_rows(
     columns: Sequence[Sequence[Tensor | None]],
 ) -> tuple[list[Sequence[Tensor | None]], Sequence[int], Sequence[int]]:
     """The columns of the rows that the extension walks, in one memory order each, and the numbers
