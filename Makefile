@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs dist clean
+.PHONY: demo test sanitize lint bench docs dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -19,6 +19,14 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.test
+	EBU_OPTIM_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) EBU_OPTIM_TESTED=$(SANITIZED) \
+	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels.py tests/test_combine.py -k "not reference"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -53,6 +53,7 @@ NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
 #: For parametrize: every backend that runs on a CPU, as `kernels`.
 BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS)
+every_native = pytest.mark.parametrize("kernels", NATIVE)
 
 
 def fill(kind, shape, dtype, rng):

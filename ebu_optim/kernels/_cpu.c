@@ -778,18 +778,19 @@ static PyObject *py_radix(PyObject *self, PyObject *args)
     return result == FAILED ? PyErr_NoMemory() : PyLong_FromUnsignedLong(key);
 }
 
-/* For tests: where the sample of an attempt looks. */
+/* For tests: where the sample of an attempt looks; how many places that are. */
 static PyObject *py_positions(PyObject *self, PyObject *args)
 {
     (void)self;
     address to;
-    Py_ssize_t size, n;
+    Py_ssize_t n;
     int attempt;
-    if (!PyArg_ParseTuple(args, "nniK", &size, &n, &attempt, &to))
+    if (!PyArg_ParseTuple(args, "niK", &n, &attempt, &to))
         return NULL;
-    for (size_t j = 0; j < (size_t)size; j++)
-        ADDRESS(int64_t *, to)[j] = (int64_t)drawn(j, (size_t)size, (size_t)n, (uint64_t)attempt);
-    return done(0);
+    const size_t size = sample_size((size_t)n);
+    for (size_t j = 0; j < size; j++)
+        ADDRESS(int64_t *, to)[j] = (int64_t)drawn(j, size, (size_t)n, (uint64_t)attempt);
+    return PyLong_FromSize_t(size);
 }
 
 static PyObject *py_histogram(PyObject *self, PyObject *args)
