@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 SANITIZE = os.environ.get("EBU_OPTIM_SANITIZE", "")  # "address,undefined", see `make sanitize`
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -29,20 +31,24 @@ CPU = Extension(
 
 
 class Build(build_ext):
-    """With OpenMP where the compiler has it."""
+    """With OpenMP where it is GCC's."""
 
     def build_extension(self, ext: Extension) -> None:
-        # Linux: not linked to an OpenMP library. torch has loaded its own, whatever its file is
-        # called, before `_cpu` is imported, and the names are found there; a second library would
-        # keep a second set of threads. Elsewhere names are looked up by library.
-        attempts = [["-fopenmp"], []] if sys.platform == "linux" else [[]]
-        for openmp in attempts:
-            ext.extra_compile_args = FLAGS + openmp
+        # Not linked to an OpenMP library: torch has loaded its own, whatever its file is called,
+        # before `_cpu` is imported, and the names are found there. A second library would keep a
+        # second set of threads. Clang's names (__kmpc_...) are not in the library of torch for
+        # Linux; elsewhere names are looked up by library.
+        if sys.platform == "linux":
+            ext.extra_compile_args = [*FLAGS, "-fopenmp"]
             try:
-                return super().build_extension(ext)
-            except Exception:
-                if openmp is attempts[-1]:
-                    raise
+                super().build_extension(ext)
+                if b"__kmpc_" not in Path(self.get_ext_fullpath(ext.name)).read_bytes():
+                    return
+            except CCompilerError:
+                pass  # the next attempt says what is wrong
+            self.force = True
+        ext.extra_compile_args = FLAGS
+        super().build_extension(ext)
 
     def run(self) -> None:
         super().run()

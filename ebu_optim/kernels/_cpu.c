@@ -434,6 +434,7 @@ static int histogram(List list, uint32_t prefix, int shift, int digit, int threa
     const uint32_t first = above < 31 ? prefix << above : 0;
     const Span span = {(int32_t)first, (int32_t)(first + ((1u << above) - 1)), 0, 0};
     int failed = 0;
+    (void)threads; /* without OpenMP */
     memset(counts, 0, bins * sizeof *counts);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
