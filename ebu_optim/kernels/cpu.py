@@ -59,14 +59,18 @@ def _address(table: array[int]) -> int:
     return table.buffer_info()[0]
 
 
-def _plain(t: Tensor) -> bool:
-    return t.is_contiguous() and t.is_cpu and t.dtype in _KIND
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    return (
+        all(map(Tensor.is_contiguous, tensors))
+        and all([t.is_cpu for t in tensors])
+        and _KIND.keys() >= {t.dtype for t in tensors}
+    )
 
 
 def _flat(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
     """The columns (of one shape) in one memory order, or None where the extension cannot walk
     them."""
-    if all(map(_plain, columns)):
+    if _plain(columns):
         return columns
     if not all(t.is_cpu and t.dtype in _KIND for t in columns):
         return None
@@ -75,7 +79,7 @@ def _flat(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
 
 def _walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """What the extension walks, as dense tensors, and the rest."""
-    if all(map(_plain, tensors)):
+    if _plain(tensors):
         return tensors, ()
     taken, rest = [], []
     for t in tensors:
@@ -88,9 +92,8 @@ def _walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Ten
 
 
 def _kind(t: Tensor) -> int:
-    if t.dim() == 1 and t.stride(0) == 0 and t.numel() > 1:
-        return _KIND[t.dtype] | _EXPANDED
-    return _KIND[t.dtype]
+    """Of a dense tensor, or of one value expanded to one dimension."""
+    return _KIND[t.dtype] if t.is_contiguous() else _KIND[t.dtype] | _EXPANDED
 
 
 class _List:
@@ -258,7 +261,7 @@ def _walkable_rows(
 ) -> tuple[list[Sequence[Tensor | None]], Sequence[int], Sequence[int]]:
     """The columns of the rows that the extension walks, in one memory order each, and the numbers
     of these rows and of the others."""
-    if all(t is None or _plain(t) for column in columns for t in column):
+    if _plain([t for column in columns for t in column if t is not None]):
         return list(columns), range(len(columns[0])), ()
     taken: list[list[Tensor | None]] = []
     rows, left = [], []
