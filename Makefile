@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# one stamp a set of extras, renewed when the dependencies change
-$(VENV)/.%: pyproject.toml $(BIN)/python
+# one stamp a set of extras, renewed when the dependencies or the C extension change
+$(VENV)/.%: pyproject.toml setup.py $(wildcard ebu_optim/kernels/_cpu*.[ch]) $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
@@ -35,6 +35,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/bench_step.py
+	$(BIN)/python tests/benchmarks/bench_cpu.py
 	$(BIN)/python tests/benchmarks/bench_fisher.py
 
 docs: $(VENV)/.docs

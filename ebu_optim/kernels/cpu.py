@@ -62,7 +62,7 @@ def _address(table: array[int]) -> int:
 def _plain(tensors: Sequence[Tensor]) -> bool:
     return (
         all(map(Tensor.is_contiguous, tensors))
-        and all([t.is_cpu for t in tensors])
+        and all(t.is_cpu for t in tensors)
         and _KIND.keys() >= {t.dtype for t in tensors}
     )
 
