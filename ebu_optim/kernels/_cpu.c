@@ -36,6 +36,8 @@ typedef uint16_t half __attribute__((aligned(1), may_alias));
 /* A block's buffers stay in the first cache; a task is what one thread takes at a time. */
 enum { BLOCK = 1024, TASK = 1 << 16 };
 
+enum { SPARE = 16 }; /* slots behind what `scan` keeps: it stores whole vectors */
+
 static inline uint32_t bits(float x)
 {
     uint32_t u;
@@ -81,12 +83,12 @@ typedef struct {
 
 /* What a scan looks for: keys in [from, to] are kept. */
 typedef struct {
-    int32_t from, to, low, high;
+    int32_t from, to;
 } Span;
 
-/* How many keys are > to, > high, >= low, and of NaN or Inf. */
+/* How many keys are > to, and how many are of NaN or Inf. */
 typedef struct {
-    int64_t beyond, above, at_least, nonfinite;
+    int64_t beyond, nonfinite;
 } Tally;
 
 typedef struct {
@@ -355,39 +357,15 @@ static size_t sample_size(size_t n)
     return size < SAMPLE_MIN ? SAMPLE_MIN : smaller(size, SAMPLE_MAX);
 }
 
-/* Guess a bracket [low, high] from a sample and try it in one pass, which keeps the keys between
-   low and high and counts those at either end, where ties may be many. Returns 0 with the key, or
-   REFUTED (`nonfinite` is right either way), or FAILED without memory. */
-static int bracket(List list, size_t k, uint64_t attempt, int threads, uint32_t *key,
-                   int64_t *nonfinite)
+/* One pass: the keys in [from, to] are kept while there is room; returns how many there are. */
+static size_t pass(List list, Span span, uint32_t *kept, size_t room, int threads, Tally *tally)
 {
-    const size_t n = total(list), size = sample_size(n);
-    double share = (double)k / (double)n;
-    double rank = share * (double)size; /* from the largest */
-    double margin = WIDE * sqrt(share * (1 - share) * (double)size) + 2;
-    double expected = (2 * margin + 2) / (double)size * (double)n;
-    size_t room = smaller((size_t)(1.2 * expected) + 1024, n);
-
-    /* the sample is spent before anything is kept */
-    uint32_t *keys = malloc((room > 2 * size ? room : 2 * size) * sizeof *keys);
-    if (!keys)
-        return FAILED;
-    uint32_t *copy = keys + size, *kept = keys;
-    sample(list, size, attempt, keys, threads);
-    memcpy(copy, keys, size * sizeof *keys);
-    uint32_t low = 0, high = MAGNITUDE;
-    if (rank - margin > 1)
-        high = kth_largest(copy, size, (size_t)(rank - margin), 0, MAGNITUDE);
-    if (rank + margin < (double)size)
-        low = kth_largest(keys, size, (size_t)(rank + margin) + 1, 0, MAGNITUDE);
-
-    const Span span = {(int32_t)low + (low < MAGNITUDE), (int32_t)high - 1, (int32_t)low,
-                       (int32_t)high};
-    Tally all = {0};
-    size_t inside = 0, tasks = (n + TASK - 1) / TASK;
+    const size_t n = total(list), tasks = (n + TASK - 1) / TASK;
+    size_t inside = 0;
+    (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        uint32_t buffer[BLOCK], found[BLOCK + 16];
+        uint32_t buffer[BLOCK], found[BLOCK + SPARE];
         Tally mine = {0};
 #pragma omp for schedule(dynamic)
         for (size_t task = 0; task < tasks; task++) {
@@ -403,24 +381,103 @@ static int bracket(List list, size_t k, uint64_t attempt, int threads, uint32_t 
                 }
             }
         }
-        __atomic_fetch_add(&all.beyond, mine.beyond, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&all.above, mine.above, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&all.at_least, mine.at_least, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&all.nonfinite, mine.nonfinite, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&tally->beyond, mine.beyond, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&tally->nonfinite, mine.nonfinite, __ATOMIC_RELAXED);
     }
-    *nonfinite = all.nonfinite;
+    return inside;
+}
+
+/* How many keys are > limit (which may be -1). */
+static size_t greater(List list, int32_t limit, int threads)
+{
+    const Span nothing = {MAGNITUDE, limit};
+    Tally tally = {0};
+    pass(list, nothing, NULL, 0, threads, &tally);
+    return (size_t)tally.beyond;
+}
+
+/* The memory of a large selection (1 % of its elements) is kept for the next: fresh pages cost more
+   than the search in them. Small ones come from the heap, which has them at hand. */
+static const size_t SPARE_MIN = 1 << 17;
+static struct {
+    void *at;
+    size_t size;
+} spare;
+static char spare_taken; /* guards `spare`; who finds it taken does without */
+
+static void *borrow(size_t size)
+{
+    void *at = NULL;
+    if (size >= SPARE_MIN && !__atomic_test_and_set(&spare_taken, __ATOMIC_ACQUIRE)) {
+        if (spare.at && spare.size >= size && spare.size / 2 <= size) {
+            at = spare.at;
+            spare.at = NULL;
+        }
+        __atomic_clear(&spare_taken, __ATOMIC_RELEASE);
+    }
+    return at ? at : malloc(size);
+}
+
+static void give_back(void *at, size_t size)
+{
+    void *old = at;
+    if (size >= SPARE_MIN && !__atomic_test_and_set(&spare_taken, __ATOMIC_ACQUIRE)) {
+        old = spare.at;
+        spare.at = at;
+        spare.size = size;
+        __atomic_clear(&spare_taken, __ATOMIC_RELEASE);
+    }
+    free(old);
+}
+
+/* Guess a bracket [low, high] from a sample and try it in one pass, which keeps the keys between
+   low and high. Ties at either end, of which there may be many, are counted in a second pass, where
+   the first says that it is one of them. Returns 0 with the key, or REFUTED (`nonfinite` is right
+   either way), or FAILED without memory. */
+static int bracket(List list, size_t k, uint64_t attempt, int threads, uint32_t *key,
+                   int64_t *nonfinite)
+{
+    const size_t n = total(list), size = sample_size(n);
+    double share = (double)k / (double)n;
+    double rank = share * (double)size; /* from the largest */
+    double margin = WIDE * sqrt(share * (1 - share) * (double)size) + 2;
+    double expected = (2 * margin + 2) / (double)size * (double)n;
+    size_t room = smaller((size_t)(1.2 * expected) + 1024, n);
+
+    /* the sample is spent before anything is kept */
+    const size_t bytes = (room > 2 * size ? room : 2 * size) * sizeof(uint32_t);
+    uint32_t *keys = borrow(bytes);
+    if (!keys)
+        return FAILED;
+    uint32_t *copy = keys + size, *kept = keys;
+    sample(list, size, attempt, keys, threads);
+    memcpy(copy, keys, size * sizeof *keys);
+    uint32_t low = 0, high = MAGNITUDE;
+    if (rank - margin > 1)
+        high = kth_largest(copy, size, (size_t)(rank - margin), 0, MAGNITUDE);
+    if (rank + margin < (double)size)
+        low = kth_largest(keys, size, (size_t)(rank + margin) + 1, 0, MAGNITUDE);
+
+    const Span between = {(int32_t)low + (low < MAGNITUDE), (int32_t)high - 1};
+    Tally tally = {0};
+    size_t inside = pass(list, between, kept, room, threads, &tally);
+    const size_t beyond = (size_t)tally.beyond;
+    *nonfinite = tally.nonfinite;
     int result = 0;
-    if (k <= (size_t)all.above || k > (size_t)all.at_least)
-        result = REFUTED;
-    else if (k <= (size_t)all.beyond)
+    if (k <= beyond) {
         *key = high;
-    else if (k > (size_t)all.beyond + inside)
+        if (greater(list, (int32_t)high, threads) >= k)
+            result = REFUTED;
+    } else if (k > beyond + inside) {
         *key = low;
-    else if (inside > room)
+        if (low && greater(list, (int32_t)low - 1, threads) < k)
+            result = REFUTED;
+    } else if (inside > room) {
         result = REFUTED;
-    else
-        *key = kth_largest(kept, inside, k - (size_t)all.beyond, low, high);
-    free(keys);
+    } else {
+        *key = kth_largest(kept, inside, k - beyond, low, high);
+    }
+    give_back(keys, bytes);
     return result;
 }
 
@@ -432,14 +489,14 @@ static int histogram(List list, uint32_t prefix, int shift, int digit, int threa
     const size_t n = total(list), tasks = (n + TASK - 1) / TASK, bins = (size_t)1 << digit;
     const int above = shift + digit;
     const uint32_t first = above < 31 ? prefix << above : 0;
-    const Span span = {(int32_t)first, (int32_t)(first + ((1u << above) - 1)), 0, 0};
+    const Span span = {(int32_t)first, (int32_t)(first + ((1u << above) - 1))};
     int failed = 0;
     (void)threads; /* without OpenMP */
     memset(counts, 0, bins * sizeof *counts);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         /* two sets of counters: ties would wait for each other's store */
-        uint32_t buffer[BLOCK], found[BLOCK + 16], *mine = calloc(2 * bins, sizeof *mine);
+        uint32_t buffer[BLOCK], found[BLOCK + SPARE], *mine = calloc(2 * bins, sizeof *mine);
         size_t seen = 0;
         Tally ignored = {0};
         if (!mine)
@@ -495,10 +552,10 @@ static int radix(List list, size_t k, int threads, uint32_t *key)
 static int direct(List list, size_t k, uint32_t *key, int64_t *nonfinite)
 {
     size_t n = total(list), m, filled = 0;
-    uint32_t *keys = malloc((n + 16) * sizeof *keys), buffer[BLOCK]; /* scan wants slots to spare */
+    uint32_t *keys = malloc((n + SPARE) * sizeof *keys), buffer[BLOCK];
     if (!keys)
         return FAILED;
-    const Span everything = {0, MAGNITUDE, 0, MAGNITUDE};
+    const Span everything = {0, MAGNITUDE};
     Tally tally = {0};
     const char *p;
     for (Walk w = walk(list, 0, n); (p = next(&w, &m, buffer)); filled += m)

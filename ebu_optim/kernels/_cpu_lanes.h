@@ -64,85 +64,79 @@ TARGET static size_t NAME(narrow)(char *to, const float *restrict from, int kind
     return bad;
 }
 
+/* How many of n float32 patterns are NaN or Inf. */
+TARGET static int64_t NAME(nonfinite)(const char *from, size_t n)
+{
+    const word *u = (const word *)from;
+    uint32_t bad = 0; /* n is a block */
+    for (size_t i = 0; i < n; i++)
+        bad += (u[i] & MAGNITUDE) >= INFINITE;
+    return bad;
+}
+
 /* One block of a pass: tallies its keys, and appends those in [s->from, s->to] to `kept` (which has
-   LANES slots to spare). Returns how many were appended. Keys have 31 bits: signed comparisons
+   room for n + SPARE). Returns how many were appended. Keys have 31 bits: signed comparisons
    order them. */
 TARGET static size_t NAME(scan)(const char *at, size_t n, const Span *s, uint32_t *kept, Tally *tally)
 {
     const word *u = (const word *)at;
-    const int32_t from = s->from, to = s->to, low = s->low, high = s->high;
+    const int32_t from = s->from, to = s->to;
     size_t i = 0, m = 0;
-    int64_t beyond = 0, above = 0, at_least = 0, bad = 0;
+    int64_t beyond = 0;
+    int32_t largest = 0;
 #if defined(SCAN_AVX512)
-#define SPLAT _mm512_set1_epi32
-    const __m512i magnitude = SPLAT(MAGNITUDE), one = SPLAT(1), finite = SPLAT(INFINITE - 1);
-    const __m512i froms = SPLAT(from), tos = SPLAT(to), lows = SPLAT(low), highs = SPLAT(high);
-    __m512i c1 = _mm512_setzero_si512(), c2 = c1, c3 = c1, c4 = c1;
+    const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE), one = _mm512_set1_epi32(1);
+    const __m512i froms = _mm512_set1_epi32(from), tos = _mm512_set1_epi32(to);
+    __m512i count = _mm512_setzero_si512(), most = count;
     for (; i + 16 <= n; i += 16) {
         __m512i x = _mm512_and_si512(_mm512_loadu_si512((const void *)(u + i)), magnitude);
         __mmask16 gt = _mm512_cmpgt_epi32_mask(x, tos);
         __mmask16 in = _mm512_mask_cmpge_epi32_mask((__mmask16)~gt, x, froms);
-        c1 = _mm512_mask_add_epi32(c1, gt, c1, one);
-        c2 = _mm512_mask_add_epi32(c2, _mm512_cmpgt_epi32_mask(x, highs), c2, one);
-        c3 = _mm512_mask_add_epi32(c3, _mm512_cmpge_epi32_mask(x, lows), c3, one);
-        c4 = _mm512_mask_add_epi32(c4, _mm512_cmpgt_epi32_mask(x, finite), c4, one);
-        /* compressed in a register: compressing into memory is slow on some processors */
+        count = _mm512_mask_add_epi32(count, gt, count, one);
+        most = _mm512_max_epi32(most, x);
+        /* no branch to mispredict; compressed in a register, as some processors are slow at
+           compressing into memory */
         _mm512_storeu_si512((void *)(kept + m), _mm512_maskz_compress_epi32(in, x));
         m += (size_t)__builtin_popcount(in);
     }
-    beyond = _mm512_reduce_add_epi32(c1);
-    above = _mm512_reduce_add_epi32(c2);
-    at_least = _mm512_reduce_add_epi32(c3);
-    bad = _mm512_reduce_add_epi32(c4);
-#undef SPLAT
+    beyond = _mm512_reduce_add_epi32(count);
+    largest = _mm512_reduce_max_epi32(most);
 #elif defined(SCAN_AVX2)
-#define SPLAT _mm256_set1_epi32
-    const __m256i magnitude = SPLAT(MAGNITUDE), finite = SPLAT(INFINITE - 1);
-    const __m256i froms = SPLAT(from), tos = SPLAT(to), under = SPLAT(low - 1), highs = SPLAT(high);
-    __m256i c1 = _mm256_setzero_si256(), c2 = c1, c3 = c1, c4 = c1;
+    const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
+    const __m256i froms = _mm256_set1_epi32(from), tos = _mm256_set1_epi32(to);
+    __m256i count = _mm256_setzero_si256(), most = count;
     for (; i + 32 <= n; i += 32) {
         uint32_t out = 0;
         for (int j = 0; j < 4; j++) {
             __m256i x = _mm256_loadu_si256((const void *)(u + i + 8 * j));
             x = _mm256_and_si256(x, magnitude);
+            most = _mm256_max_epi32(most, x);
             __m256i gt = _mm256_cmpgt_epi32(x, tos);
-            c1 = _mm256_sub_epi32(c1, gt);
-            c2 = _mm256_sub_epi32(c2, _mm256_cmpgt_epi32(x, highs));
-            c3 = _mm256_sub_epi32(c3, _mm256_cmpgt_epi32(x, under));
-            c4 = _mm256_sub_epi32(c4, _mm256_cmpgt_epi32(x, finite));
+            count = _mm256_sub_epi32(count, gt);
             gt = _mm256_or_si256(gt, _mm256_cmpgt_epi32(froms, x));
             out |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(gt)) << (8 * j);
         }
         for (uint32_t in = ~out; in; in &= in - 1)
             kept[m++] = u[i + (size_t)__builtin_ctz(in)] & MAGNITUDE;
     }
-    int32_t parts[32];
-    _mm256_storeu_si256((void *)parts, c1);
-    _mm256_storeu_si256((void *)(parts + 8), c2);
-    _mm256_storeu_si256((void *)(parts + 16), c3);
-    _mm256_storeu_si256((void *)(parts + 24), c4);
+    int32_t parts[16];
+    _mm256_storeu_si256((void *)parts, count);
+    _mm256_storeu_si256((void *)(parts + 8), most);
     for (int j = 0; j < 8; j++) {
         beyond += parts[j];
-        above += parts[8 + j];
-        at_least += parts[16 + j];
-        bad += parts[24 + j];
+        largest = parts[8 + j] > largest ? parts[8 + j] : largest;
     }
-#undef SPLAT
 #else
     for (; i + 32 <= n; i += 32) {
-        int32_t c1 = 0, c2 = 0, c3 = 0, c4 = 0, in = 0;
+        int32_t gt = 0, in = 0, bad = 0;
         for (size_t j = i; j < i + 32; j++) {
             int32_t x = (int32_t)(u[j] & MAGNITUDE);
-            c1 += x > to;
-            c2 += x > high;
-            c3 += x >= low;
-            c4 += x >= INFINITE;
+            gt += x > to;
             in += (x >= from) & (x <= to);
+            bad += x >= INFINITE;
         }
-        beyond += c1;
-        above += c2;
-        at_least += c3;
-        bad += c4;
+        beyond += gt;
+        largest = bad ? INFINITE : largest;
         for (size_t j = i; in && j < i + 32; j++) {
             int32_t x = (int32_t)(u[j] & MAGNITUDE);
             kept[m] = (uint32_t)x;
@@ -155,25 +149,12 @@ TARGET static size_t NAME(scan)(const char *at, size_t n, const Span *s, uint32_
         kept[m] = (uint32_t)x;
         m += (x >= from) & (x <= to);
         beyond += x > to;
-        above += x > high;
-        at_least += x >= low;
-        bad += x >= INFINITE;
+        largest = x > largest ? x : largest;
     }
     tally->beyond += beyond;
-    tally->above += above;
-    tally->at_least += at_least;
-    tally->nonfinite += bad;
+    if (largest >= INFINITE) /* a maximum is cheaper than a count that is nearly always 0 */
+        tally->nonfinite += NAME(nonfinite)(at, n);
     return m;
-}
-
-/* How many of n float32 patterns are NaN or Inf. */
-TARGET static int64_t NAME(nonfinite)(const char *from, size_t n)
-{
-    const word *u = (const word *)from;
-    uint32_t bad = 0; /* n is a block */
-    for (size_t i = 0; i < n; i++)
-        bad += (u[i] & MAGNITUDE) >= INFINITE;
-    return bad;
 }
 
 /* to = where the pattern of `from` is NaN ? to : from */
