@@ -142,6 +142,30 @@ def test_the_result_does_not_depend_on_the_number_of_threads(dtype):
 
 
 @built
+def test_flush_to_zero_of_the_caller_holds_in_every_thread():
+    """It is a mode of one thread: the others would keep the denormals."""
+    n = 40 * 65536
+    g = torch.full((n,), 1e-39)
+    results = []
+    previous = torch.get_num_threads()
+    torch.set_num_threads(3)
+    combine([torch.ones(n)], [g], [g], kernels=cpu)  # threads that start later inherit the mode
+    if not torch.set_flush_denormal(True):
+        torch.set_num_threads(previous)
+        pytest.skip("this processor does not flush")
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(combine([torch.ones(n)], [g], [g], kernels=cpu))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(previous)
+    same(results[1], results[0])
+    assert results[0][2]["overlap"] == n
+    assert not results[0][0][0].any()
+
+
+@built
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("update", ["added", "replaced", "routed"])
 def test_every_instruction_set_has_the_same_elements(dtype, update):

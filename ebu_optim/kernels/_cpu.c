@@ -748,6 +748,27 @@ static void combine_block(const Table *t, const Rule *rule, size_t row, size_t f
         sums[s] += part[s];
 }
 
+/* The caller's floating-point mode (rounding, flush-to-zero), which other threads do not share: a
+   result must not depend on which of them it came from. */
+#if defined(__GNUC__) && defined(__x86_64__)
+typedef unsigned int Mode;
+static Mode get_mode(void) { return _mm_getcsr(); }
+static void set_mode(Mode mode) { _mm_setcsr(mode); }
+#elif defined(__GNUC__) && defined(__aarch64__)
+typedef uint64_t Mode;
+static Mode get_mode(void)
+{
+    Mode mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+static void set_mode(Mode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+typedef int Mode;
+static Mode get_mode(void) { return 0; }
+static void set_mode(Mode mode) { (void)mode; }
+#endif
+
 /* stats gains the sums of all rows, task by task in order. Returns 0, or FAILED without memory. */
 static int combine_rows(const Table *t, const Rule *rule, int threads, double *stats)
 {
@@ -755,10 +776,13 @@ static int combine_rows(const Table *t, const Rule *rule, int threads, double *s
     double *parts = calloc(tasks ? tasks : 1, STATS * sizeof *parts);
     if (!parts)
         return FAILED;
+    const Mode callers = get_mode();
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (size_t task = 0; task < tasks; task++) {
         size_t at = task * TASK, stop = smaller(n, at + TASK);
+        const Mode own = get_mode();
+        set_mode(callers);
         for (size_t row = find(t->end, t->rows, at); at < stop; row++) {
             size_t start = row ? (size_t)t->end[row - 1] : 0;
             size_t last = smaller((size_t)t->end[row], stop), m;
@@ -769,6 +793,7 @@ static int combine_rows(const Table *t, const Rule *rule, int threads, double *s
                 combine_block(t, rule, row, at - start, m, parts + STATS * task);
             }
         }
+        set_mode(own);
     }
     for (size_t task = 0; task < tasks; task++)
         for (int s = 0; s < STATS; s++)
