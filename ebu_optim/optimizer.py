@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -145,7 +146,7 @@ class EBUOptimizer(Optimizer):
 
         self._step_count = 0
         self._last: tuple[Tensor, Tensor, int] | None = None
-        slots = list(self._slots())
+        slots = list(self._find())
         kernels.backend([local(s.param) for s in slots], fused)
         Shards(slots)
         holding = Holding(anchor_dtype, fisher_dtype, held_on, anchor_source)
@@ -187,11 +188,14 @@ class EBUOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # like torch.optim without hooks and patched methods; an unfinished phase is not copied
         return {
-            k: v for k, v in self.__dict__.items() if k != "_phases" and not _is_hook_or_patch(k)
-        }
+            k: v for k, v in self.__dict__.items()
+            if k not in ("_phases", "_seen", "_known") and not _is_hook_or_patch(k)
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen: list[Any] = []  # groups and parameters when `_known` was made
+        self._known: list[Slot] = []
         self._phases = Phases(self._slots, self._penalty.take)
 
     def __repr__(self) -> str:
@@ -587,8 +591,19 @@ class EBUOptimizer(Optimizer):
     def _by_parameter(self, held: Mapping[Key, Tensor]) -> dict[Tensor, Tensor]:
         return {s.param: held[s.key] for s in self._slots() if s.key in held}
 
-    def _slots(self) -> Iterator[Slot]:
-        """Every parameter of the base, a tied one once."""
+    def _slots(self) -> list[Slot]:
+        """Every parameter of the base, a tied one once (do not write).
+
+        Kept until a group or a parameter is another: making them anew at every look costs more
+        than the step of a model of many small tensors.
+        """
+        groups = self.base.param_groups
+        now = [x for group in groups for x in (group, *group["params"])]
+        if len(now) != len(self._seen) or any(map(operator.is_not, now, self._seen)):
+            self._seen, self._known = now, list(self._find())
+        return self._known
+
+    def _find(self) -> Iterator[Slot]:
         seen: set[int] = set()
         index = 0
         for g, group in enumerate(self.base.param_groups):
