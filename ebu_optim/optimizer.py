@@ -391,6 +391,8 @@ class EBUOptimizer(Optimizer):
 
         Of sharded parameters, which differ from rank to rank, the layout is compared.
         """
+        if distributed.alone():
+            return False
         slots = [s for s in self._slots() if s.param.requires_grad]
         options: list[Any] = [getattr(self, name) for name in (*_OPTIONS, "max_grad_norm")]
         options += [(s.key, *(s.group[name] for name in self._defaults)) for s in slots]
@@ -406,7 +408,7 @@ class EBUOptimizer(Optimizer):
         if len(whole) < len(slots):
             g_f, g_r = [], []
         try:
-            return distributed.same_on_all_ranks(
+            distributed.same_on_all_ranks(
                 [s.param for s in slots if s.key in whole], g_f, g_r,
                 getattr(self, "grad_scale", None), anchor, fisher, options,
                 local(slots[0].param).device,
@@ -414,6 +416,7 @@ class EBUOptimizer(Optimizer):
         except RuntimeError:
             self._phases.discard()
             raise
+        return True
 
     def _combine(
         self,

@@ -357,7 +357,16 @@ static size_t sample_size(size_t n)
     return size < SAMPLE_MIN ? SAMPLE_MIN : smaller(size, SAMPLE_MAX);
 }
 
-/* One pass: the keys in [from, to] are kept while there is room; returns how many there are. */
+/* Where there is room, what one thread has found goes to all that was found. */
+static void hand_in(const uint32_t *found, size_t many, uint32_t *kept, size_t room, size_t *inside)
+{
+    size_t at = __atomic_fetch_add(inside, many, __ATOMIC_RELAXED);
+    if (at + many <= room)
+        memcpy(kept + at, found, many * sizeof *kept);
+}
+
+/* One pass: the keys in [from, to] are kept while there is room; returns how many there are.
+   Threads hand in many at a time: at every block they would wait for each other's cache lines. */
 static size_t pass(List list, Span span, uint32_t *kept, size_t room, int threads, Tally *tally)
 {
     const size_t n = total(list), tasks = (n + TASK - 1) / TASK;
@@ -365,7 +374,9 @@ static size_t pass(List list, Span span, uint32_t *kept, size_t room, int thread
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        uint32_t buffer[BLOCK], found[BLOCK + SPARE];
+        enum { MANY = 4 * BLOCK };
+        uint32_t buffer[BLOCK], found[MANY + BLOCK + SPARE];
+        size_t many = 0;
         Tally mine = {0};
 #pragma omp for schedule(dynamic)
         for (size_t task = 0; task < tasks; task++) {
@@ -373,14 +384,15 @@ static size_t pass(List list, Span span, uint32_t *kept, size_t room, int thread
             const char *p;
             size_t m;
             while ((p = next(&w, &m, buffer))) {
-                size_t many = lanes->scan(p, m, &span, found, &mine);
-                if (many) {
-                    size_t at = __atomic_fetch_add(&inside, many, __ATOMIC_RELAXED);
-                    if (at + many <= room)
-                        memcpy(kept + at, found, many * sizeof *kept);
+                many += lanes->scan(p, m, &span, found + many, &mine);
+                if (many > MANY) {
+                    hand_in(found, many, kept, room, &inside);
+                    many = 0;
                 }
             }
         }
+        if (many)
+            hand_in(found, many, kept, room, &inside);
         __atomic_fetch_add(&tally->beyond, mine.beyond, __ATOMIC_RELAXED);
         __atomic_fetch_add(&tally->nonfinite, mine.nonfinite, __ATOMIC_RELAXED);
     }
