@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Elements in a chunk; one program of a kernel takes one. At most 128 tiles, see `combine_tile`.
-CHUNK = 1 << 16
+#: Elements in a chunk; one program of a kernel takes one. Larger ones leave an idle tail at 1e8
+#: elements (two or three rounds of programs), smaller ones cost longer tables.
+CHUNK = 1 << 15
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ITEMSIZE = np.array([4, 2, 2])
 _KEPT = 64

@@ -128,13 +128,23 @@ def magnitude(x):
 
 
 @triton.jit
+def by_thread(x, TILE: tl.constexpr, LANE: tl.constexpr):
+    """Sums of LANE neighbours, which lie in one thread: sums over tiles take few registers then."""
+    if LANE == 1:
+        y = x
+    else:
+        y = tl.sum(tl.reshape(x, (TILE // LANE, LANE)), 1)
+    return y
+
+
+@triton.jit
 def find(counts, bins, rank):
     """The bin of the element of that rank from the top, and its rank inside that bin.
 
     counts: of bins 0, 1, ... `bins`; 1 <= rank <= their sum.
     """
     from_top = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    found = tl.sum((from_top >= rank).to(tl.int32), 0) - 1
+    found = tl.maximum(tl.sum((from_top >= rank).to(tl.int32), 0) - 1, 0)
     above = tl.sum(tl.where(bins > found, counts, 0), 0)
     return found, rank - above
 
@@ -172,6 +182,15 @@ def sample_kernel(
         tl.atomic_add(bins + (u >> 16), tl.full((TILE,), 1, tl.int32), mask=mask, sem="relaxed")
 
 
+@triton.jit
+def sampled_bin(start, sums, rows, rank):
+    """The bin of the sample's element of that rank from the top; `sums` are of 128 bins each."""
+    row, left = find(sums, rows, rank)
+    cells = tl.arange(0, 128)
+    cell, _ = find(tl.load(start + row * 128 + cells), cells, left)
+    return row * 128 + cell
+
+
 @kernel
 def bracket_kernel(pools, n_pools, members, samples, bracket, WIDTH: tl.constexpr):
     """From a sample to the window: the first and last of at most WIDTH bins that hold the rank.
@@ -185,23 +204,31 @@ def bracket_kernel(pools, n_pools, members, samples, bracket, WIDTH: tl.constexp
     n = tl.load(pools + SIZE * n_pools + pool)
     k = tl.load(pools + RANK * n_pools + pool)
     shift = tl.load(pools + SHIFT * n_pools + pool)
-    bins = tl.arange(0, 32768)
-    counts = tl.load(samples + w * 32768 + bins)
-    total = tl.sum(counts, 0)
-    from_top = total - tl.cumsum(counts, 0) + counts
+    start = samples + w * 32768
+    rows = tl.arange(0, 256)
+    sums = tl.zeros((256,), tl.int32)
+    for column in range(0, 128, 8):
+        at = start + column + rows[:, None] * 128 + tl.arange(0, 8)[None, :]
+        sums += tl.sum(tl.load(at), 1)
+    total = tl.sum(sums, 0)
     share = k.to(tl.float32) / n.to(tl.float32)
-    rank = share * total.to(tl.float32)
-    margin = 4.5 * tl.sqrt(tl.maximum(rank * (1 - share), 0.0)) + 2
-    middle = tl.maximum(tl.sum((from_top.to(tl.float32) >= rank).to(tl.int32), 0) - 1, 0)
-    lowest = tl.maximum(tl.sum((from_top.to(tl.float32) >= rank + margin).to(tl.int32), 0) - 1, 0)
-    highest = tl.maximum(tl.sum((from_top.to(tl.float32) >= rank - margin).to(tl.int32), 0) - 1, 0)
+    rank = tl.minimum(tl.maximum((share * total.to(tl.float32)).to(tl.int32), 1), total)
+    margin = (4.5 * tl.sqrt(rank.to(tl.float32) * (1 - share)) + 2).to(tl.int32)
+    middle = sampled_bin(start, sums, rows, rank)
+    lowest = tl.zeros((), tl.int32)
+    highest = lowest + 32767
+    if rank + margin <= total:
+        lowest = sampled_bin(start, sums, rows, rank + margin)
+    if rank - margin >= 1:
+        highest = sampled_bin(start, sums, rows, rank - margin)
     if highest - lowest >= WIDTH:
         lowest = tl.maximum(middle - WIDTH // 2, 0)
         highest = tl.minimum(lowest + WIDTH - 1, 32767)
     # zeros, in bin 0, are not incremented for
-    inside = tl.sum(tl.where((bins >= lowest) & (bins <= highest) & (bins > 0), counts, 0), 0)
+    bins = lowest + tl.arange(0, WIDTH)
+    inside = tl.sum(tl.load(start + bins, mask=(bins <= highest) & (bins > 0), other=0), 0)
     if (shift == 0) & (inside * 4 > total):
-        highest = -1
+        highest = lowest * 0 - 1
     tl.store(bracket + 2 * w, lowest.to(tl.int64))
     tl.store(bracket + 2 * w + 1, highest.to(tl.int64))
 
@@ -212,13 +239,14 @@ def bracket_kernel(pools, n_pools, members, samples, bracket, WIDTH: tl.constexp
 @triton.jit
 def window_tile(
     address, offs, mask, base, top, shift, hist, above, inside, bad, local,
-    KIND: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, IS_FULL: tl.constexpr,
+    KIND: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr, BINS: tl.constexpr,
+    IS_FULL: tl.constexpr,
 ):  # fmt: skip
     u = magnitude(load_float(address, offs, mask, KIND, IS_FULL))
     within = (u >= base) & (u <= top) & (u != 0)
-    above += (u > top).to(tl.int32)
-    inside += within.to(tl.int32)
-    bad += (u >= INF).to(tl.int32)
+    above += by_thread((u > top).to(tl.int32), TILE, LANE)
+    inside += by_thread(within.to(tl.int32), TILE, LANE)
+    bad += by_thread((u >= INF).to(tl.int32), TILE, LANE)
     if KIND == 0:
         one = tl.full((TILE,), 1, tl.int32)
         tl.atomic_add(hist + ((u - base) >> shift), one, mask=within, sem="relaxed")
@@ -230,7 +258,8 @@ def window_tile(
 @kernel
 def window_kernel(
     table, n_chunks, first, pools, n_pools, bracket, counters, hist,
-    KIND: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
+    KIND: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """Count the keys above the window, those inside by their exact value, and NaN and Inf."""
     c = (first + tl.program_id(0)).to(tl.int64)
@@ -245,9 +274,9 @@ def window_kernel(
         top = ((last << TOP) + 0xFFFF).to(tl.int32)
         shift = tl.load(pools + SHIFT * n_pools + pool).to(tl.int32)
         bins = hist + tl.load(pools + OFFSET * n_pools + pool)
-        above = tl.zeros((TILE,), tl.int32)
-        inside = tl.zeros((TILE,), tl.int32)
-        bad = tl.zeros((TILE,), tl.int32)
+        above = tl.zeros((TILE // LANE,), tl.int32)
+        inside = tl.zeros((TILE // LANE,), tl.int32)
+        bad = tl.zeros((TILE // LANE,), tl.int32)
         local = tl.zeros((BINS,), tl.int32)
         counted = length
         if tl.load(table + FULL * n_chunks + c) != 0:
@@ -255,7 +284,7 @@ def window_kernel(
                 offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
                 above, inside, bad, local = window_tile(
                     address, offs, offs >= 0, base, top, shift, bins, above, inside, bad, local,
-                    KIND, TILE, BINS, True,
+                    KIND, TILE, LANE, BINS, True,
                 )  # fmt: skip
         else:
             counted = (length + TILE - 1) // TILE * TILE
@@ -263,7 +292,7 @@ def window_kernel(
                 offs = start + tl.arange(0, TILE)
                 above, inside, bad, local = window_tile(
                     address, offs * stride, offs < length, base, top, shift, bins, above, inside,
-                    bad, local, KIND, TILE, BINS, False,
+                    bad, local, KIND, TILE, LANE, BINS, False,
                 )  # fmt: skip
         n_inside = tl.sum(inside, 0)
         tl.atomic_add(counters + 3 * window, tl.sum(above, 0).to(tl.int64), sem="relaxed")
@@ -469,11 +498,11 @@ def combine_tile(
     theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
     offs, mask, on_theta, on_f, on_r, on_anchor, on_fisher,
     tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-    counts, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest, fisher_sum,
+    counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest, fisher_sum,
     THETA: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ANCHOR: tl.constexpr,
     FISHER: tl.constexpr, OUT: tl.constexpr, HELD: tl.constexpr, ROUTED: tl.constexpr,
     FIRST: tl.constexpr, PENALTY: tl.constexpr, ONLINE: tl.constexpr, SCALED: tl.constexpr,
-    IS_FULL: tl.constexpr,
+    TILE: tl.constexpr, LANE: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
     """`reference.combine` on one tile, in its order of operations."""
     g_f = load_float(f_at, offs * on_f, mask, F, IS_FULL)
@@ -504,10 +533,10 @@ def combine_tile(
     if ANCHOR >= 0:
         moved = theta - load_float(anchor_at, offs * on_anchor, mask, ANCHOR, IS_FULL)
         square = moved * moved
-        moved_f += square * (m_f - both)
-        moved_r += square * only_r
-        moved_both += square * both
-        moved_rest += square * ((1.0 - m_f) * (1.0 - m_r))
+        moved_f += by_thread(square * (m_f - both), TILE, LANE)
+        moved_r += by_thread(square * only_r, TILE, LANE)
+        moved_both += by_thread(square * both, TILE, LANE)
+        moved_rest += by_thread(square * ((1.0 - m_f) * (1.0 - m_r)), TILE, LANE)
         if PENALTY > 0:
             p = moved * fisher * gamma
             if PENALTY == 1:
@@ -515,14 +544,15 @@ def combine_tile(
             else:
                 out = out + p
     rounded = round_to(out, OUT)
-    wrong += (magnitude(stored_value(rounded, OUT)) >= INF).to(tl.int32)
-    # four counts of at most 128 a lane
-    counts += m_f.to(tl.int32) + (m_r.to(tl.int32) << 8) + (both.to(tl.int32) << 16)
-    counts += (opposed & (both > 0)).to(tl.int32) << 24
-    dot += g_f * g_r
-    f_sq += g_f * g_f
-    r_sq += g_r * g_r
-    g_sq += out * out
+    wrong += by_thread((magnitude(stored_value(rounded, OUT)) >= INF).to(tl.int32), TILE, LANE)
+    # two counts in one integer, of at most CHUNK / TILE * LANE < 2**15 each
+    counts += by_thread(m_f.to(tl.int32) + (m_r.to(tl.int32) << 16), TILE, LANE)
+    opposed = opposed & (both > 0)
+    more += by_thread(both.to(tl.int32) + (opposed.to(tl.int32) << 16), TILE, LANE)
+    dot += by_thread(g_f * g_r, TILE, LANE)
+    f_sq += by_thread(g_f * g_f, TILE, LANE)
+    r_sq += by_thread(g_r * g_r, TILE, LANE)
+    g_sq += by_thread(out * out, TILE, LANE)
     if ONLINE > 0:
         step = g_r * g_r - fisher
         if online < 0.5:  # as torch.lerp has it
@@ -530,14 +560,14 @@ def combine_tile(
         else:
             new = g_r * g_r - step * (1.0 - online)
         kept = round_to(new, FISHER)
-        fisher_sum += stored_value(kept, FISHER)
+        fisher_sum += by_thread(stored_value(kept, FISHER), TILE, LANE)
         store(fisher_at, offs, mask, kept, FISHER, IS_FULL)
     if HELD >= 0:
         kept = tl.where(m_f + m_r > 0, float("nan"), theta)
         store(held_at, offs, mask, round_to(kept, HELD), HELD, IS_FULL)
     store(out_at, offs, mask, rounded, OUT, IS_FULL)
     return (
-        counts, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest, fisher_sum
+        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest, fisher_sum
     )  # fmt: skip
 
 
@@ -548,6 +578,7 @@ def combine_kernel(
     FISHER: tl.constexpr, OUT: tl.constexpr, HELD: tl.constexpr, ROUTED: tl.constexpr,
     FIRST: tl.constexpr, PENALTY: tl.constexpr, ONLINE: tl.constexpr, SCALED: tl.constexpr,
     GAMMA_AT: tl.constexpr, ONLINE_AT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    LANE: tl.constexpr,
 ):  # fmt: skip
     """Steps 2 to 5 of method.md on one chunk, in place; its sums go to `partial`, [14, chunks].
 
@@ -575,54 +606,55 @@ def combine_kernel(
     if SCALED:
         inv_scale = tl.load(inv_scale).to(tl.float32)
 
-    counts = tl.zeros((TILE,), tl.int32)
-    wrong = tl.zeros((TILE,), tl.int32)
-    dot = tl.zeros((TILE,), tl.float32)
-    f_sq = tl.zeros((TILE,), tl.float32)
-    r_sq = tl.zeros((TILE,), tl.float32)
-    g_sq = tl.zeros((TILE,), tl.float32)
-    moved_f = tl.zeros((TILE,), tl.float32)
-    moved_r = tl.zeros((TILE,), tl.float32)
-    moved_both = tl.zeros((TILE,), tl.float32)
-    moved_rest = tl.zeros((TILE,), tl.float32)
-    fisher_sum = tl.zeros((TILE,), tl.float32)
+    counts = tl.zeros((TILE // LANE,), tl.int32)
+    more = tl.zeros((TILE // LANE,), tl.int32)
+    wrong = tl.zeros((TILE // LANE,), tl.int32)
+    dot = tl.zeros((TILE // LANE,), tl.float32)
+    f_sq = tl.zeros((TILE // LANE,), tl.float32)
+    r_sq = tl.zeros((TILE // LANE,), tl.float32)
+    g_sq = tl.zeros((TILE // LANE,), tl.float32)
+    moved_f = tl.zeros((TILE // LANE,), tl.float32)
+    moved_r = tl.zeros((TILE // LANE,), tl.float32)
+    moved_both = tl.zeros((TILE // LANE,), tl.float32)
+    moved_rest = tl.zeros((TILE // LANE,), tl.float32)
+    fisher_sum = tl.zeros((TILE // LANE,), tl.float32)
     if (strides & 128) != 0:
         for start in range(0, CHUNK, TILE):
             offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
             (
-                counts, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
                 fisher_sum,
             ) = combine_tile(
                 theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
                 offs, offs >= 0, 1, 1, 1, 1, 1,
                 tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-                counts, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
                 fisher_sum,
                 THETA, F, R, ANCHOR, FISHER, OUT, HELD, ROUTED, FIRST, PENALTY, ONLINE, SCALED,
-                True,
+                TILE, LANE, True,
             )  # fmt: skip
     else:
         for start in range(0, length, TILE):
             offs = start + tl.arange(0, TILE)
             (
-                counts, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
                 fisher_sum,
             ) = combine_tile(
                 theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
                 offs, offs < length, strides & 1, (strides >> 1) & 1, (strides >> 2) & 1,
                 (strides >> 3) & 1, (strides >> 4) & 1,
                 tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-                counts, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
                 fisher_sum,
                 THETA, F, R, ANCHOR, FISHER, OUT, HELD, ROUTED, FIRST, PENALTY, ONLINE, SCALED,
-                False,
+                TILE, LANE, False,
             )  # fmt: skip
     # in the order of `reference.STATS`
     row = partial + c
-    tl.store(row, tl.sum(counts & 255, 0).to(tl.float64))
-    tl.store(row + 1 * n_chunks, tl.sum((counts >> 8) & 255, 0).to(tl.float64))
-    tl.store(row + 2 * n_chunks, tl.sum((counts >> 16) & 255, 0).to(tl.float64))
-    tl.store(row + 3 * n_chunks, tl.sum((counts >> 24) & 255, 0).to(tl.float64))
+    tl.store(row, tl.sum(counts & 0xFFFF, 0).to(tl.float64))
+    tl.store(row + 1 * n_chunks, tl.sum(counts >> 16, 0).to(tl.float64))
+    tl.store(row + 2 * n_chunks, tl.sum(more & 0xFFFF, 0).to(tl.float64))
+    tl.store(row + 3 * n_chunks, tl.sum(more >> 16, 0).to(tl.float64))
     tl.store(row + 4 * n_chunks, tl.sum(dot, 0).to(tl.float64))
     tl.store(row + 5 * n_chunks, tl.sum(f_sq, 0).to(tl.float64))
     tl.store(row + 6 * n_chunks, tl.sum(r_sq, 0).to(tl.float64))

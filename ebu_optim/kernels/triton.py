@@ -262,12 +262,12 @@ def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
                 *table, first, *pools, samples, KIND=kind, TILE=256, **_OPTIONS
             )
         kernels.bracket_kernel[(n_windows,)](
-            *pools, plan.members, samples, bracket, WIDTH=WIDTH, **_OPTIONS | {"num_warps": 16}
+            *pools, plan.members, samples, bracket, WIDTH=WIDTH, **_OPTIONS
         )
         for (kind,), first, count in plan.windowed:
             kernels.window_kernel[(count,)](
                 *table, first, *pools, bracket, counters, bins,
-                KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, BINS=max(32, _BINS[kind] * WIDTH // 16),
+                KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1, BINS=max(32, _BINS[kind] * WIDTH // 16),
                 **_OPTIONS,
             )  # fmt: skip
         kernels.fold_kernel[(n_windows, plan.folds)](
@@ -491,7 +491,8 @@ def _combine(
             PENALTY=_PENALTY[penalty] if anchor >= 0 and fisher >= 0 else 0,
             ONLINE=int(online is not None and fisher >= 0), SCALED=inv_scale is not None,
             GAMMA_AT=isinstance(gamma, Tensor), ONLINE_AT=isinstance(online, Tensor),
-            CHUNK=_tables.CHUNK, TILE=min(TILE, 512 if max(kinds) == 0 else 1024), **_OPTIONS,
+            CHUNK=_tables.CHUNK, TILE=min(TILE, 512 if max(kinds) == 0 else 1024),
+            LANE=4 if max(kinds) == 0 else 8, **_OPTIONS,
         )  # fmt: skip
     kernels.reduce_kernel[(len(STATS),)](partial, n_chunks, stats, BLOCK=1024, **_OPTIONS)
 
