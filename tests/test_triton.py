@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,28 @@ def test_kernels_in_the_interpreter():
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@triton
+def test_benchmark_for_machines_with_a_gpu_runs_dry(tmp_path):
+    found = tmp_path / "gpu.json"
+    args = ("tests/benchmarks/gpu.py", "--dry-run", "--json", str(found))
+    done = run(*args, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(found.read_text())
+    assert set(result) == {"machine", "rounds", "exact", "select", "bandwidth", "small", "loop"}
+    assert result["machine"]["card"].startswith("none")
+    assert {row["kind"] for row in result["exact"]} == {"normal", "nan"}
+    for row in (*result["select"], *result["bandwidth"]):
+        assert all(isinstance(s, float) for s in row["seconds"].values()), row
+    assert [row["fused"] for row in result["loop"]] == [True, False]
+
+
+@triton
+def test_benchmark_without_a_gpu_says_how_to_try_it():
+    done = run("tests/benchmarks/gpu.py", "--dry-run", TRITON_INTERPRET="0")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1" in done.stderr
 
 
 AVAILABLE = "from ebu_optim.kernels import triton; print(triton.available())"

@@ -562,6 +562,22 @@ def test_parameters_that_are_refused_say_why():
     assert "meta" in fused.takes([torch.ones(1, device="meta")])
 
 
+def test_card_on_which_triton_fails_is_refused_with_the_reason(monkeypatch):
+    """As a V100 would be by a Triton that cannot compile for it."""
+
+    def broken(tensors):
+        raise ValueError("sm_70 is not supported")
+
+    fused._refuses.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: None)
+    monkeypatch.setattr(fused, "finite_probe", broken)
+    assert "sm_70 is not supported" in fused._refuses(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert "cuda:1 has 6.1" in fused._refuses(torch.device("cuda", 1))
+    fused._refuses.cache_clear()
+
+
 def test_rank_of_an_empty_pool_is_an_error():
     with pytest.raises(ValueError, match="k must be in"):
         fused.select([([torch.ones(0)], rank(0, 0.5))], torch.float32)

@@ -20,9 +20,8 @@ from typing import NamedTuple
 FILE = Path(__file__).parents[1] / "ebu_optim" / "kernels" / "_triton_kernels.py"
 CHUNK, TILE = 1 << 15, 1024
 POINTERS = {
-    **dict.fromkeys(
-        "table pools members bracket counters partial keys nonfinite prefix hist".split(), "*i64"
-    ),
+    **dict.fromkeys(["table", "pools", "members", "bracket", "counters"], "*i64"),
+    **dict.fromkeys(["partial", "keys", "nonfinite", "prefix", "hist"], "*i64"),
     **dict.fromkeys(["samples", "done", "settled", "bits"], "*i32"),
     **dict.fromkeys(["n_chunks", "first", "count", "n_pools"], "i32"),
     **dict.fromkeys(["second", "third", "blend", "gamma", "online", "inv_scale"], "fp32"),

@@ -359,18 +359,19 @@ def settle_kernel(
 
 @triton.jit
 def digit_tile(
-    address, offs, mask, prefix, counts,
+    address, offs, mask, prefix, counts, unwanted,
     KIND: tl.constexpr, LOW: tl.constexpr, BITS: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
     u = magnitude(load_float(address, offs, mask, KIND, IS_FULL))
-    wanted = (u >> (LOW + BITS)) == prefix if LOW + BITS < 31 else u >= 0
-    if not IS_FULL:
-        wanted = wanted & mask
-    digit = tl.where(wanted, (u >> LOW) & ((1 << BITS) - 1), 0)
+    digit = (u >> LOW) & ((1 << BITS) - 1)
+    if not IS_FULL or LOW + BITS < 31:
+        wanted = (u >> LOW >> BITS) == prefix
+        if not IS_FULL:
+            wanted = wanted & mask
+        digit = tl.where(wanted, digit, 0)
+        unwanted += (wanted == 0).to(tl.int32)
     counts += tl.histogram(digit, 1 << BITS)
-    unwanted = tl.sum((wanted == 0).to(tl.int32), 0)
-    counts -= tl.where(tl.arange(0, 1 << BITS) == 0, unwanted, 0)
-    return counts
+    return counts, unwanted
 
 
 @triton.jit
@@ -382,19 +383,23 @@ def digit_chunk(
     """How many keys of chunk c that begin with `prefix` have each digit."""
     address = tl.load(table + ADDRESS * n_chunks + c)
     counts = tl.zeros((1 << BITS,), tl.int32)
+    unwanted = tl.zeros((TILE,), tl.int32)
     if tl.load(table + FULL * n_chunks + c) != 0:
         for start in range(0, CHUNK, TILE):
             offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
-            counts = digit_tile(address, offs, offs >= 0, prefix, counts, KIND, LOW, BITS, True)
+            counts, unwanted = digit_tile(
+                address, offs, offs >= 0, prefix, counts, unwanted, KIND, LOW, BITS, True
+            )
     else:
         length = tl.load(table + LENGTH * n_chunks + c).to(tl.int32)
         stride = tl.load(table + STRIDE * n_chunks + c).to(tl.int32)
         for start in range(0, length, TILE):
             offs = start + tl.arange(0, TILE)
-            counts = digit_tile(
-                address, offs * stride, offs < length, prefix, counts, KIND, LOW, BITS, False
-            )
-    return counts
+            counts, unwanted = digit_tile(
+                address, offs * stride, offs < length, prefix, counts, unwanted,
+                KIND, LOW, BITS, False,
+            )  # fmt: skip
+    return counts - tl.where(tl.arange(0, 1 << BITS) == 0, tl.sum(unwanted, 0), 0)
 
 
 @triton.jit
@@ -498,7 +503,8 @@ def combine_tile(
     theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
     offs, mask, on_theta, on_f, on_r, on_anchor, on_fisher,
     tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-    counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest, fisher_sum,
+    counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+    fisher_sum,
     THETA: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ANCHOR: tl.constexpr,
     FISHER: tl.constexpr, OUT: tl.constexpr, HELD: tl.constexpr, ROUTED: tl.constexpr,
     FIRST: tl.constexpr, PENALTY: tl.constexpr, ONLINE: tl.constexpr, SCALED: tl.constexpr,
@@ -567,7 +573,8 @@ def combine_tile(
         store(held_at, offs, mask, round_to(kept, HELD), HELD, IS_FULL)
     store(out_at, offs, mask, rounded, OUT, IS_FULL)
     return (
-        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest, fisher_sum
+        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+        fisher_sum,
     )  # fmt: skip
 
 
@@ -622,14 +629,14 @@ def combine_kernel(
         for start in range(0, CHUNK, TILE):
             offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
             (
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
-                fisher_sum,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
+                moved_rest, fisher_sum,
             ) = combine_tile(
                 theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
                 offs, offs >= 0, 1, 1, 1, 1, 1,
                 tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
-                fisher_sum,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
+                moved_rest, fisher_sum,
                 THETA, F, R, ANCHOR, FISHER, OUT, HELD, ROUTED, FIRST, PENALTY, ONLINE, SCALED,
                 TILE, LANE, True,
             )  # fmt: skip
@@ -637,15 +644,15 @@ def combine_kernel(
         for start in range(0, length, TILE):
             offs = start + tl.arange(0, TILE)
             (
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
-                fisher_sum,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
+                moved_rest, fisher_sum,
             ) = combine_tile(
                 theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
                 offs, offs < length, strides & 1, (strides >> 1) & 1, (strides >> 2) & 1,
                 (strides >> 3) & 1, (strides >> 4) & 1,
                 tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
-                fisher_sum,
+                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
+                moved_rest, fisher_sum,
                 THETA, F, R, ANCHOR, FISHER, OUT, HELD, ROUTED, FIRST, PENALTY, ONLINE, SCALED,
                 TILE, LANE, False,
             )  # fmt: skip

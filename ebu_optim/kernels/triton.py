@@ -89,9 +89,15 @@ def available() -> str | None:
 
 @cache
 def _refuses(device: torch.device) -> str | None:
+    """Why a card is not taken: it is too old for these kernels, or Triton cannot serve it here (no
+    C compiler, a Triton without that card). One small launch tells, once for each device."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 7:
         return f"the kernels need compute capability 7.0, {device} has {major}.{minor}"
+    try:
+        finite_probe([torch.ones(16, device=device)])
+    except Exception as error:
+        return f"Triton's first launch on {device} failed: {type(error).__name__}: {error}"
     return None
 
 
@@ -267,7 +273,8 @@ def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
         for (kind,), first, count in plan.windowed:
             kernels.window_kernel[(count,)](
                 *table, first, *pools, bracket, counters, bins,
-                KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1, BINS=max(32, _BINS[kind] * WIDTH // 16),
+                KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1,
+                BINS=max(32, _BINS[kind] * WIDTH // 16),
                 **_OPTIONS,
             )  # fmt: skip
         kernels.fold_kernel[(n_windows, plan.folds)](
