@@ -44,7 +44,13 @@ TAKEN = (torch.float32, *HALVES)
 # no shrinking: a call takes a large part of a second here
 slow = settings(deadline=None, max_examples=12, phases=(Phase.explicit, Phase.generate))
 combine = functools.partial(inputs.combine, kernels=fused)
-CONSTANTS = {"WINDOW_MIN": 1 << 40, "WINDOW_MIN_16": 1 << 40, "TILE": 64, "RADIX_PROGRAMS": 3}
+CONSTANTS = {
+    "WINDOW_MIN": 1 << 40,
+    "WINDOW_MIN_16": 1 << 40,
+    "TILE": 64,
+    "RADIX_TILE": 64,
+    "RADIX_PROGRAMS": 3,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = Path(__file__).parents[1] / "ebu_optim" / "kernels" / "_triton_kernels.py"
-CHUNK, TILE = 1 << 15, 1024
+CHUNK, TILE, RADIX_TILE = 1 << 15, 1024, 2048
+RADIX = ("digit_kernel", "histogram_kernel")
 POINTERS = {
     **dict.fromkeys(["table", "pools", "members", "bracket", "counters"], "*i64"),
     **dict.fromkeys(["partial", "keys", "nonfinite", "prefix", "hist"], "*i64"),
@@ -45,15 +46,16 @@ class Compiled(NamedTuple):
 def cases():
     """(kernel, constants, types that differ from the usual): each kernel and each of its loads."""
     walk = {"CHUNK": CHUNK, "TILE": TILE}
+    radix = {"CHUNK": CHUNK, "TILE": RADIX_TILE}
     for kind, bins in ((0, 32), (1, 128), (2, 32)):
         yield (
             "window_kernel",
             {"KIND": kind, "BINS": bins, "LANE": 8 if kind else 1, **walk},
             {"hist": "*i32"},
         )
-        yield "digit_kernel", {"KIND": kind, "LEVEL": kind + 1, **walk}, {"hist": "*i32"}
+        yield "digit_kernel", {"KIND": kind, "LEVEL": kind + 1, **radix}, {"hist": "*i32"}
     yield "sample_kernel", {"KIND": 2, "TILE": 256}, {}
-    yield "digit_kernel", {"KIND": 0, "LEVEL": 0, **walk}, {}
+    yield "digit_kernel", {"KIND": 0, "LEVEL": 0, **radix}, {}
     yield "histogram_kernel", {"KIND": 0, "LOW": 20, "BITS": 11, **walk}, {}
     yield "probe_kernel", {"KIND": 1, **walk}, {}
     yield "bracket_kernel", {"WIDTH": 16}, {}
@@ -106,7 +108,7 @@ def compile_one(case, card):
         made = triton.compile(
             source(getattr(module, name), {**POINTERS, **types}, constants),
             target=GPUTarget("cuda", card, 32),
-            options={"num_warps": 4, "enable_fp_fusion": False},
+            options={"num_warps": 8 if name in RADIX else 4, "enable_fp_fusion": False},
         )
     except Exception as error:  # one failure must not hide the others
         return Compiled(name, constants, card, {}, False, False, False, 0, 0, repr(error)[:500])

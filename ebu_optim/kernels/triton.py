@@ -52,12 +52,16 @@ SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 20
 #: over many decades.
 WIDTH = 16
 TILE = 1024
+#: The radix passes, whose counts fill many registers, run with twice the threads: with fewer some
+#: versions of Triton spill a register or two.
+RADIX_TILE = 2048
 #: Programs of one radix launch at the most: they have to leave fast.
 RADIX_PROGRAMS = 2048
 _BINS = {0: 32, 1: 128, 2: 32}  # different keys in a window, at least a warp
 _LOW_ZEROS = {0: 0, 1: 13, 2: 16}
 #: No contraction to fused multiply-add, whatever Triton's default is: as in `reference`.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_RADIX = _OPTIONS | {"num_warps": 8}
 _PENALTY = {"none": 0, "partial": 1, "full": 2}
 
 
@@ -288,7 +292,7 @@ def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
         for (kind,), first, count in plan.all:
             kernels.digit_kernel[(min(count, RADIX_PROGRAMS),)](
                 *table, first, count, *pools, digits_at, done, settled,
-                KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK, TILE=TILE, **_OPTIONS,
+                KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK, TILE=RADIX_TILE, **_RADIX,
             )  # fmt: skip
     kernels.finish_kernel[(n_pools,)](
         *pools, digits_at, done, counters, keys, nonfinite, **_OPTIONS
@@ -315,7 +319,7 @@ def histogram(
         for (kind,), first, count in plan.all:
             _kernels().histogram_kernel[(count,)](
                 plan.chunks, plan.chunks.shape[1], first, prefix, counts, KIND=kind, LOW=shift,
-                BITS=bits, CHUNK=_tables.CHUNK, TILE=TILE, **_OPTIONS,
+                BITS=bits, CHUNK=_tables.CHUNK, TILE=TILE, **_RADIX,
             )  # fmt: skip
     return counts
 
