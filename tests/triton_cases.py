@@ -22,18 +22,21 @@ from ebu_optim import EBUOptimizer, kernels
 from ebu_optim.kernels import _tables, reference
 from ebu_optim.kernels import triton as fused
 
-from . import inputs, oracle, test_combine, test_kernels
-from .inputs import fill, gradients, lay_out, numpy, rank, threshold, total
+from . import inputs, oracle, test_combine
+from .inputs import fill, gradients, lay_out, numpy, rank, total
 from .test_combine import (  # noqa: F401
     test_anchor_and_fisher_may_be_held_in_other_dtypes_than_the_parameters,
     test_loss_scale_is_undone_before_all_but_the_selection,
     test_online_fisher_is_the_mean_of_the_squares_and_used_before_it_is_updated,
     test_opposed_share_counts_signs_also_where_the_product_underflows,
     test_output_may_be_the_remember_gradient_and_held_the_forget_gradient,
+    test_restore_puts_back_the_unrelated_scalars_and_no_others,
+    test_scaling,
 )
 from .test_kernels import (  # noqa: F401
     test_masks_are_immune_to_flush_to_zero,
     test_nan_ranks_above_inf_and_all_nan_are_tied_whatever_their_bits,
+    test_pools_are_ranked_apart_and_nonfinite_elements_counted,
     test_rank_outside_the_elements_is_an_error,
 )
 
@@ -55,11 +58,8 @@ CONSTANTS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _fused():
-    """The tests imported from the files of the reference meet the fused kernels."""
+    """Tiny chunks and no windows, also for the tests imported from other files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_combine, "combine", combine)
-        patch.setattr(test_kernels, "combine", combine)
-        patch.setattr(test_kernels, "threshold", functools.partial(threshold, kernels=fused))
         patch.setattr(_tables, "CHUNK", 128)
         for name, value in CONSTANTS.items():
             patch.setattr(fused, name, value)

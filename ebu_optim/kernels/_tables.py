@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 #: Elements in a chunk; one program of a kernel takes one. Larger ones leave an idle tail at 1e8
-#: elements (two or three rounds of programs), smaller ones cost longer tables.
+#: elements (two or three rounds of programs), smaller ones cost longer tables. A power of 2, and no
+#: smaller than a tile.
 CHUNK = 1 << 15
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ITEMSIZE = np.array([4, 2, 2])

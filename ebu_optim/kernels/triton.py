@@ -292,7 +292,8 @@ def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
         for (kind,), first, count in plan.all:
             kernels.digit_kernel[(min(count, RADIX_PROGRAMS),)](
                 *table, first, count, *pools, digits_at, done, settled,
-                KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK, TILE=RADIX_TILE, **_RADIX,
+                KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK,
+                TILE=min(RADIX_TILE, _tables.CHUNK), **_RADIX,
             )  # fmt: skip
     kernels.finish_kernel[(n_pools,)](
         *pools, digits_at, done, counters, keys, nonfinite, **_OPTIONS

@@ -489,9 +489,11 @@ def main() -> None:
         parser.error("--dry-run needs TRITON_INTERPRET=1 in the environment")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device; TRITON_INTERPRET=1 and --dry-run try this file without one")
+    if args.chunk < fused.RADIX_TILE or args.chunk & (args.chunk - 1):
+        parser.error(f"--chunk: a power of 2 from {fused.RADIX_TILE} on, not {args.chunk}")
     if reason := fused.available():
         parser.error(reason)
-    _tables.CHUNK = 1024 if args.dry_run else args.chunk
+    _tables.CHUNK = fused.RADIX_TILE if args.dry_run else args.chunk
     bench = Bench(args.dry_run, args.rounds)
     result: dict[str, Any] = {"machine": machine(args.dry_run), "rounds": bench.rounds}
     if "exact" not in wanted:
