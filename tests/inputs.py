@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from contextlib import contextmanager
 from unittest import mock
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ebu_optim.kernels import cpu, reference
+from ebu_optim.kernels import cpu, reference, triton
 
 from . import oracle
 
@@ -52,6 +53,8 @@ def _native(lanes):
 NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
 #: For parametrize: every backend that runs on a CPU, as `kernels`.
 BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
+if os.environ.get("TRITON_INTERPRET") == "1":  # a process of `test_triton.py`
+    BACKENDS = [pytest.param(triton, id="triton")]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS)
 every_native = pytest.mark.parametrize("kernels", NATIVE)
 
