@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from .kernels import reference
 Closure = Callable[[], Any]
 TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
 
-_UPDATE_NONFINITE = reference.STATS.index("update_nonfinite")
+_UPDATE_NONFINITE, _UPDATE_SQ = map(reference.STATS.index, ("update_nonfinite", "update_sq"))
 _OPTIONS = ("penalty", "update", "unrelated", "terms", "granularity", "nonfinite", "fisher_scale")
 
 
@@ -448,18 +449,24 @@ class EBUOptimizer(Optimizer):
             update=self.update, unrelated=self.unrelated, terms=self.terms,
             max_grad_norm=self.max_grad_norm, inv_scale=scale, shards=shards,
         )  # fmt: skip
-        exceeded = combined.last is not None and combined.last[0][_UPDATE_NONFINITE]
-        if self.nonfinite != "propagate" and exceeded:
+        if self.nonfinite != "propagate" and self._exceeded(combined):
             if self.nonfinite == "skip" or scaler:
                 return None
             self._phases.discard()
             raise RuntimeError(
                 "non-finite combined gradient: the two gradients are finite, but their combination "
-                "(with the penalty) exceeds what its dtype holds, 65504 in float16; no weight was "
-                "changed. Scale the losses or gamma down, use float32 or bfloat16 weights, or "
-                'nonfinite="skip" to drop such steps'
+                "(with the penalty), or the norm to clip it by, exceeds what its dtype holds, 65504 "
+                "in float16; no weight was changed. Scale the losses or gamma down, use float32 or "
+                'bfloat16 weights, or nonfinite="skip" to drop such steps'
             )
         return combined
+
+    def _exceeded(self, combined: Combined) -> bool:
+        """True where G, or the norm to clip it by, is not finite."""
+        if combined.last is None:
+            return False
+        nonfinite, square = combined.last[0][[_UPDATE_NONFINITE, _UPDATE_SQ]].tolist()
+        return nonfinite > 0 or (self.max_grad_norm is not None and not math.isfinite(square))
 
     def warmup_fisher(self, closures: Sequence[Closure], *, freeze: bool = True) -> None:
         """Estimate the online F from remember batches before the first step, at theta0.
