@@ -455,9 +455,9 @@ class EBUOptimizer(Optimizer):
             self._phases.discard()
             raise RuntimeError(
                 "non-finite combined gradient: the two gradients are finite, but their combination "
-                "(with the penalty), or the norm to clip it by, exceeds what its dtype holds, 65504 in "
-                "float16; no weight was changed. Scale the losses or gamma down, use float32 or "
-                'bfloat16 weights, or nonfinite="skip" to drop such steps'
+                "(with the penalty), or the norm to clip it by, exceeds what its dtype holds, "
+                "65504 in float16; no weight was changed. Scale the losses or gamma down, use "
+                'float32 or bfloat16 weights, or nonfinite="skip" to drop such steps'
             )
         return combined
 
