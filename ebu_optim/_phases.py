@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import _checks, kernels
 from ._shards import is_sharded, local
@@ -72,6 +73,7 @@ class Phases:
         finally:
             self._leave(name)
 
+    @_disable_dynamo
     def _enter(self, name: str) -> None:
         if self.active is not None:
             raise RuntimeError(f"{name}() inside {self.active}(): phases do not nest")
@@ -100,6 +102,7 @@ class Phases:
                     self.remember[key] = (grad, grad._version)
         self.active = name
 
+    @_disable_dynamo
     def _leave(self, name: str) -> None:
         self.active = None
         self.done |= {name}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import _checkpoint, _checks, distributed, kernels
@@ -341,6 +342,7 @@ class EBUOptimizer(Optimizer):
             raise
         return losses
 
+    @_disable_dynamo  # as torch.optim has it: in compiled code a step is one graph break
     @torch.no_grad()
     def _apply(self) -> None:
         phases = self._phases
