@@ -1,0 +1,208 @@
+"""FID and KID of the kept classes by torch-fidelity, or a word why they were not computed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from .._files import replacing
+from .images import RGBImages
+
+Images = Tensor | str | os.PathLike[str]
+LAYERS = ("64", "192", "768", "2048")
+
+
+class _NotComputed(Exception):
+    """Nothing that the caller did wrong: FID's weights or its package are not to be had here."""
+
+
+def fid(
+    images: Images,
+    reference: Images,
+    *,
+    reference_split: str,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    forget: Sequence[int] = (),
+    inception_weights: str | os.PathLike[str] | None = None,
+    feature_layer: str = "2048",
+    kid_subsets: int = 100,
+    kid_subset_size: int | None = None,
+    batch_size: int = 64,
+    unreadable: str = "raise",
+    device: str | torch.device = "cpu",
+    seed: int = 2020,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Frechet and kernel Inception distance; lower is closer.
+
+    Both are biased or noisy with few images: FID upwards, by a lot below some 10,000; compare at
+    equal numbers of images alone. KID is unbiased.
+
+    Args:
+        images: of the model: (n, C, H, W) with C of 1 (repeated to RGB) or 3, uint8 in 0..255 or
+            float in [-1, 1]; or a folder, which is taken with its subfolders.
+        reference: real images, given in the same way.
+        reference_split: which they are, in words, such as "CIFAR-10 train, 9 classes".
+        labels, reference_labels: (n,) and (m,); with `forget` the images of those classes are left
+            out of both sets. For tensors alone: a folder holds the kept classes.
+        inception_weights: path of torch-fidelity's weights file; None uses the one that it keeps
+            under TORCH_HOME, and downloads it (96 MB) where it is not there.
+        feature_layer: "2048" is FID's; any other is no FID and is reported as ``frechet_<layer>``
+            and ``kernel_<layer>``.
+        kid_subset_size: None: 1000, and at most half of the smaller set, so that the subsets
+            differ and their standard deviation says something.
+        unreadable: of a folder's files: "raise" names them, "skip" leaves them out and counts
+            them under ``skipped``.
+
+    Returns:
+        ``fid``, ``kid_mean``, ``kid_std`` (None where not computed), ``not_computed`` (None, or
+        why), ``skipped`` (files left out), ``protocol`` (sizes, layer, weights, versions).
+
+    Raises:
+        ValueError: images, labels or options that do not fit; `inception_weights` of other things.
+        FileNotFoundError: `inception_weights` is given and not there.
+    """
+    if feature_layer not in LAYERS:
+        raise ValueError(f"feature_layer must be one of {LAYERS}; got {feature_layer!r}")
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, all that torch-fidelity knows; got {place}")
+    ours = RGBImages(_kept(images, labels, forget, "images"), "images", unreadable)
+    theirs = RGBImages(
+        _kept(reference, reference_labels, forget, "reference"), "reference", unreadable
+    )
+    smaller = min(len(ours), len(theirs))
+    if kid_subset_size is None:
+        kid_subset_size = min(1000, max(2, smaller // 2))
+    if not 2 <= kid_subset_size <= smaller or kid_subsets < 1:
+        raise ValueError(
+            f"kid_subset_size must be in 2..{smaller}, the images of the smaller set, and "
+            f"kid_subsets >= 1; got {kid_subset_size} and {kid_subsets}"
+        )
+    names: tuple[str, ...] = ("fid", "kid_mean", "kid_std")
+    if feature_layer != "2048":
+        names = tuple(
+            n.replace("fid", f"frechet_{feature_layer}").replace("kid", f"kernel_{feature_layer}")
+            for n in names
+        )
+    result: dict[str, Any] = {
+        **dict.fromkeys(names),
+        "not_computed": None,
+        "skipped": {"images": ours.skipped, "reference": theirs.skipped},
+        "protocol": {
+            "images": len(ours), "reference_images": len(theirs),
+            "reference_split": reference_split, "left_out": sorted(forget),
+            "extractor": "inception-v3-compat of torch-fidelity", "layer": feature_layer,
+            "colours": "RGB", "pixels": "uint8, the same scale for every image",
+            "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size, "seed": seed,
+        },
+    }  # fmt: skip
+    try:
+        fidelity = _torch_fidelity()
+        weights = _weights(inception_weights, progress)
+    except _NotComputed as why:
+        result["not_computed"] = f"not computed, because {why}"
+        return result
+    # building the extractor draws initial weights, and a current CUDA device is all it knows
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext(),
+    ):
+        found = fidelity.calculate_metrics(
+            input1=ours, input2=theirs, fid=True, kid=True, cuda=place.type == "cuda",
+            batch_size=batch_size, feature_extractor_weights_path=str(weights),
+            feature_layer_fid=feature_layer, feature_layer_kid=feature_layer,
+            kid_subsets=kid_subsets, kid_subset_size=kid_subset_size, rng_seed=seed,
+            cache=False, save_cpu_ram=True, verbose=progress,
+        )  # fmt: skip
+    result |= zip(names, (
+        found["frechet_inception_distance"],
+        found["kernel_inception_distance_mean"],
+        found["kernel_inception_distance_std"],
+    ))  # fmt: skip
+    result["protocol"] |= {"weights": weights.name, "torch_fidelity": fidelity.__version__}
+    return result
+
+
+def _kept(source: Images, labels: Tensor | None, forget: Sequence[int], name: str) -> Images:
+    """The images of the classes that are kept."""
+    labels_name = "labels" if name == "images" else "reference_labels"
+    if not len(forget):
+        return source
+    if not isinstance(source, Tensor):
+        if labels is not None:
+            raise ValueError(
+                f"{labels_name} goes with a tensor; {name} is a folder: leave the images of the "
+                "forgotten classes out of it"
+            )
+        return source
+    if labels is None or labels.shape != source.shape[:1]:
+        raise ValueError(
+            f"{labels_name} must have shape ({len(source)},), one per image, to leave out the "
+            f"classes {sorted(forget)}; got {None if labels is None else tuple(labels.shape)}"
+        )
+    return source[~torch.isin(labels.cpu(), torch.tensor(list(forget)))]
+
+
+def _torch_fidelity() -> Any:
+    try:
+        return require("torch_fidelity", "metrics")
+    except ImportError as error:
+        raise _NotComputed(str(error)) from error
+
+
+def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
+    """A weights file that has been looked at: torch-fidelity itself unpickles what it is given."""
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"inception_weights: no file {path}; give the path of torch-fidelity's weights, or "
+                "None for its own download"
+            )
+        problem = _no_inception(path)
+        if problem:
+            raise ValueError(f"inception_weights: {path} {problem}")
+        return path
+    url = require("torch_fidelity.feature_extractor_inceptionv3", "metrics").URL_INCEPTION_V3
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        problem = _no_inception(path)
+        if problem:
+            raise _NotComputed(f"{path} {problem}: delete it, and it is downloaded again")
+        return path
+    try:
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary), progress=progress)
+            problem = _no_inception(temporary)  # a connection that ends early is no error to torch
+            if problem:
+                raise _NotComputed(f"what was downloaded from {url} {problem}: try again")
+    except OSError as error:  # URLError, HTTPError, a full disk
+        raise _NotComputed(
+            f"the Inception weights could not be downloaded ({error}): give inception_weights=, "
+            f"or put the file of {url} at {path}"
+        ) from error
+    return path
+
+
+def _no_inception(path: Path) -> str | None:
+    """What is wrong with a weights file, or None. Its pickle is read with weights_only."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on files that are none of its own
+        reason = str(error).strip().partition("\n")[0]
+        return f"is no whole weights file ({type(error).__name__}: {reason})"
+    fc = state.get("fc.weight") if isinstance(state, dict) else None
+    if not isinstance(fc, Tensor) or tuple(fc.shape) != (1008, 2048):
+        return (
+            "holds other weights than torch-fidelity's Inception, whose fc.weight is (1008, 2048)"
+        )
+    return None

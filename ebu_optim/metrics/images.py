@@ -1,0 +1,114 @@
+"""Images as FID's extractor takes them: uint8, RGB, all of one size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .._extras import require
+
+ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+NAMED = 5  # unreadable files that a message names; it counts all
+
+
+class RGBImages(Dataset[Tensor]):
+    """Items: (3, H, W) uint8.
+
+    Float images are taken to be in [-1, 1] and become round((x + 1) * 127.5), the same for every
+    image: a stretch of each image to its own minimum and maximum, as some published code has it,
+    moves FID. One channel is repeated three times.
+
+    Args:
+        source: (n, C, H, W) with C of 1 or 3, uint8 or float; or a folder of images, searched
+            with its subfolders.
+        name: of the argument, for messages.
+        unreadable: "raise" or "skip" files that are no whole image; they are in ``skipped``.
+    """
+
+    def __init__(self, source: Tensor | str | os.PathLike[str], name: str, unreadable: str) -> None:
+        if unreadable not in ("raise", "skip"):
+            raise ValueError(f'unreadable must be "raise" or "skip"; got {unreadable!r}')
+        self.skipped: list[str] = []
+        self.source: Tensor | list[Path]
+        if isinstance(source, Tensor):
+            _check(source, name)
+            self.source = source
+        else:
+            self.source = self._folder(Path(source), name, unreadable)
+        if len(self.source) < 2:
+            raise ValueError(f"{name} must hold at least 2 images; got {len(self.source)}")
+
+    def _folder(self, folder: Path, name: str, unreadable: str) -> list[Path]:
+        if not folder.is_dir():
+            raise ValueError(f"{name} must be a tensor or a folder of images; no folder {folder}")
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+        if not files:
+            raise ValueError(f"{name}: {folder} holds no image ({', '.join(ENDINGS)})")
+        sizes: dict[tuple[int, ...], Path] = {}
+        whole = []
+        for file in files:
+            try:
+                size = tuple(_read(file).shape)
+            except (OSError, ValueError, SyntaxError) as error:  # PIL has all three
+                self.skipped.append(f"{file.relative_to(folder)} ({error})")
+                continue
+            whole.append(file)
+            sizes.setdefault(size, file)
+        if self.skipped and unreadable == "raise":
+            more = len(self.skipped) - NAMED
+            shown = ", ".join(self.skipped[:NAMED]) + (f" and {more} more" if more > 0 else "")
+            raise ValueError(
+                f"{name}: {len(self.skipped)} of {len(files)} files in {folder} cannot be read: "
+                f'{shown}; delete them, or leave them out with unreadable="skip"'
+            )
+        if len(sizes) > 1:
+            (a, file_a), (b, file_b) = list(sizes.items())[:2]
+            raise ValueError(
+                f"{name}: images of several sizes, {file_a.name} has {a[2]}x{a[1]}, {file_b.name} "
+                f"{b[2]}x{b[1]}: bring them to one size"
+            )
+        return whole
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if not isinstance(self.source, Tensor):
+            return _read(self.source[i])
+        x = self.source[i].detach().cpu()
+        if x.dtype != torch.uint8:
+            x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return x.expand(3, -1, -1)
+
+
+def _read(file: Path) -> Tensor:
+    image: Any = require("PIL.Image", "metrics")
+    with image.open(file) as opened:
+        rgb = opened.convert("RGB")
+    data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return data.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+
+
+def _check(x: Tensor, name: str) -> None:
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:]:
+        raise ValueError(f"{name} must have shape (n, C, H, W), C of 1 or 3; got {tuple(x.shape)}")
+    if x.dtype == torch.uint8 or not len(x):
+        return
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be uint8 in 0..255 or float in [-1, 1]; got {x.dtype}")
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not (low >= -1.001 and high <= 1.001):  # NaN too
+        raise ValueError(
+            f"{name}: float images must be in [-1, 1]; these reach from {low:.4g} to {high:.4g}: "
+            "rescale them, or give uint8 in 0..255"
+        )
+    if low >= 0:
+        raise ValueError(
+            f"{name}: float images must be in [-1, 1]; these have no pixel below 0, so they seem "
+            "to be in [0, 1]: give 2 * x - 1, or, if they are as meant, uint8 in 0..255"
+        )
