@@ -45,6 +45,13 @@ def _logits(logits: Tensor) -> Tensor:
     return logits.float()
 
 
+def entropies(logits: Tensor) -> Tensor:
+    """-sum_k p_k ln p_k of each image, (n,) float64 in nats; :func:`entropy` is their mean."""
+    log_p = _logits(logits).double().log_softmax(dim=1)
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
+
+
 def entropy(logits: Tensor) -> float:
     """CE: the mean over images of -sum_k p_k ln p_k, in nats; 0 to ln K.
 
@@ -53,9 +60,22 @@ def entropy(logits: Tensor) -> float:
     Args:
         logits: (n, K).
     """
-    log_p = _logits(logits).double().log_softmax(dim=1)
-    p = log_p.exp()
-    return float(-torch.where(p > 0, p * log_p, 0.0).sum(dim=1).mean())
+    return float(entropies(logits).mean())
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images have their label as top class, (n,) bool; :func:`accuracy` is their share."""
+    logits = _logits(logits)
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels must have shape ({len(logits)},), one per image; got {tuple(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels must be in 0..{logits.shape[1] - 1}, the classifier's classes; got "
+            f"{int(labels.min())}..{int(labels.max())}"
+        )
+    return logits.argmax(dim=1) == labels.to(logits.device)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -67,17 +87,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         logits: (n, K).
         labels: (n,) the classes that the generator was asked for.
     """
-    logits = _logits(logits)
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"labels must have shape ({len(logits)},), one per image; got {tuple(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels must be in 0..{logits.shape[1] - 1}, the classifier's classes; got "
-            f"{int(labels.min())}..{int(labels.max())}"
-        )
-    return float((logits.argmax(dim=1) == labels.to(logits.device)).float().mean())
+    return float(hits(logits, labels).float().mean())
 
 
 def probability(logits: Tensor, target: int) -> float:

@@ -1,0 +1,59 @@
+"""Confidence intervals of what is measured on n images: they say how far the images alone, drawn
+anew from the same model, would move a figure. The spread over seeds of unlearning is another one.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+
+def _confidence(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError(f"confidence must be in (0, 1), such as 0.95; got {value}")
+    return value
+
+
+def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share `hits` / `n`; honest at 0 and at 1 too.
+
+    Raises:
+        ValueError: not 0 <= hits <= n, n < 1, or a confidence outside (0, 1).
+    """
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"hits must be in 0..n and n >= 1; got hits={hits}, n={n}")
+    z = NormalDist().inv_cdf((1 + _confidence(confidence)) / 2)
+    share = hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # exact at the ends, where rounding would leave 1e-17
+    low = 0.0 if hits == 0 else max(0.0, centre - half)
+    return low, 1.0 if hits == n else min(1.0, centre + half)
+
+
+def bootstrap(
+    values: Tensor, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` (n,); no width at n = 1.
+
+    Draws from a generator of its own; n * resamples gathers, in pieces.
+    """
+    if values.dim() != 1 or not len(values):
+        raise ValueError(
+            f"values must have shape (n,) with n > 0, one per image; got {tuple(values.shape)}"
+        )
+    if resamples < 1:
+        raise ValueError(f"resamples must be >= 1; got {resamples}")
+    tail = (1 - _confidence(confidence)) / 2
+    values = values.detach().cpu().double()
+    n, g = len(values), torch.Generator().manual_seed(seed)
+    piece = max(1, 4_000_000 // n)
+    means = torch.cat([
+        values[torch.randint(n, (min(piece, resamples - i), n), generator=g)].mean(dim=1)
+        for i in range(0, resamples, piece)
+    ])  # fmt: skip
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(low), float(high)
