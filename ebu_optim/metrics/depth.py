@@ -7,8 +7,9 @@ sample, classify, P_f. A method that only unhooks the condition falls to the fir
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,70 @@ def condition_replaced(embedding: nn.Module, vector: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def _real(images: Tensor, batch_size: int) -> None:
+    if images.dim() != 4 or not len(images):
+        raise ValueError(
+            "images must have shape (n, C, H, W) with n > 0, real images of the forgotten class; "
+            f"got {tuple(images.shape)}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1; got {batch_size}")
+
+
+def learn_embeddings(
+    model: nn.Module,
+    embedding: nn.Embedding,
+    images: Tensor,
+    scheduler: Any,
+    *,
+    at: Sequence[int],
+    lr: float = 0.1,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[int, Tensor]:
+    """:func:`learn_embedding` at several numbers of steps, from one run of the longest.
+
+    Args:
+        at: numbers of steps, each >= 0.
+
+    Returns:
+        number of steps -> the (d,) vector then, bit for bit that of a run of so many steps.
+    """
+    _real(images, batch_size)
+    if not len(at) or min(at) < 0:
+        raise ValueError(f"at must name numbers of steps, each >= 0; got {list(at)}")
+    g = torch.Generator().manual_seed(seed)
+    device = embedding.weight.device
+    vector = embedding.weight.detach().float().mean(dim=0).requires_grad_()
+    optimizer = torch.optim.Adam([vector], lr=lr)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    found: dict[int, Tensor] = {}
+    try:
+        with (
+            evaluating(model),
+            condition_replaced(embedding, vector),
+            torch.enable_grad(),
+        ):
+            for step in range(max(at) + 1):
+                if step in at:
+                    found[step] = vector.detach().clone()
+                if step == max(at):
+                    break
+                x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
+                labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+                optimizer.zero_grad()
+                denoising_loss(
+                    model, x, labels, scheduler, reduction="mean", generator=g
+                ).backward()
+                optimizer.step()
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    return found
+
+
 def learn_embedding(
     model: nn.Module,
     embedding: nn.Embedding,
@@ -48,36 +113,51 @@ def learn_embedding(
     Args:
         embedding: e.g. ``unet.class_embedding``.
         images: (n, C, H, W) real images of the forgotten class.
-        steps: 100 and 200 are reported.
+        steps: 100 and 200 are reported; :func:`learn_embeddings` gives both from one run.
 
     Returns:
         (d,) vector for :func:`condition_replaced`.
     """
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed}
+    return learn_embeddings(model, embedding, images, scheduler, at=(steps,), **options)[steps]
+
+
+def relearning(
+    model: nn.Module,
+    images: Tensor,
+    label: int,
+    scheduler: Any,
+    *,
+    lr: float = 1e-4,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Iterator[nn.Module]:
+    """The copy of :func:`relearn` after 0, 1, 2, ... steps, in eval mode, without an end.
+
+    It is one and the same module every time: measure it, or copy it, before asking for the next.
+    """
+    _real(images, batch_size)
+    _known(model, label)
     g = torch.Generator().manual_seed(seed)
-    device = embedding.weight.device
-    vector = embedding.weight.detach().float().mean(dim=0).requires_grad_()
-    optimizer = torch.optim.Adam([vector], lr=lr)
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        with (
-            evaluating(model),
-            condition_replaced(embedding, vector),
-            torch.enable_grad(),
-        ):
-            for _ in range(steps):
-                x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
-                labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-                optimizer.zero_grad()
-                denoising_loss(
-                    model, x, labels, scheduler, reduction="mean", generator=g
-                ).backward()
-                optimizer.step()
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
-    return vector.detach()
+    student = copy.deepcopy(model).eval().requires_grad_(True)
+    device = next(student.parameters()).device
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+    while True:
+        yield student
+        student.train()
+        with torch.enable_grad():
+            x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
+            labels = torch.full((batch_size,), label, device=device)
+            optimizer.zero_grad()
+            denoising_loss(student, x, labels, scheduler, reduction="mean", generator=g).backward()
+            optimizer.step()
+        student.eval()
+
+
+def _known(model: nn.Module, label: int) -> None:
+    classes = getattr(getattr(model, "config", None), "num_class_embeds", None)
+    if classes is not None and not 0 <= label < classes:
+        raise ValueError(f"label must be in 0..{classes - 1}, the model's classes; got {label}")
 
 
 def relearn(
@@ -100,15 +180,6 @@ def relearn(
     Returns:
         The relearned copy in eval mode; the given model is untouched.
     """
-    g = torch.Generator().manual_seed(seed)
-    student = copy.deepcopy(model).train().requires_grad_(True)
-    device = next(student.parameters()).device
-    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
-    with torch.enable_grad():
-        for _ in range(steps):
-            x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
-            labels = torch.full((batch_size,), label, device=device)
-            optimizer.zero_grad()
-            denoising_loss(student, x, labels, scheduler, reduction="mean", generator=g).backward()
-            optimizer.step()
-    return student.eval()
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed}
+    run = relearning(model, images, label, scheduler, **options)
+    return next(islice(run, steps, None))
