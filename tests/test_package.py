@@ -25,13 +25,17 @@ PUBLIC = {
         "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition", "sample",
         "sample_set", "surrogate_noise",
     ],
-    "ebu_optim.metrics": ["accuracy", "classify", "entropy", "probability"],
+    "ebu_optim.metrics": [
+        "accuracy", "check_protocol", "classifier_frechet", "classifier_metrics", "classify",
+        "entropy", "fid", "frechet_distance", "inversion", "probability", "relearn_steps",
+        "unlearn_steps", "versions",
+    ],
 }  # fmt: skip
 
 # What a bare install does not have.
 EXTRAS = {
     "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
-    "scipy", "sklearn", "tqdm", "transformers", "triton",
+    "scipy", "sklearn", "torch_fidelity", "torchvision", "tqdm", "transformers", "triton",
 }  # fmt: skip
 
 
@@ -163,6 +167,16 @@ def test_without_a_compiler_the_wheel_is_a_pure_one(unpacked, tmp_path, environm
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert_contents(archive.namelist(), extension=False)
+
+
+def test_every_metric_imports_without_the_extras(bare):
+    done = bare(
+        "from ebu_optim.metrics import classifier_metrics, fid\n"
+        "x = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)\n"
+        "print(fid(x, x, reference_split='none')['not_computed'])\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'pip install "ebu_optim[metrics]"' in done.stdout
 
 
 def test_kernels_import_nothing_of_the_package():
