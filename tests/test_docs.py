@@ -60,6 +60,11 @@ def world(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page, tmp_path):
     namespace = world(tmp_path)
+    if page.name == "metrics.md":
+        pytest.importorskip("torch_fidelity", reason="torch-fidelity comes with the extra metrics")
+        from .inception import random_weights
+
+        namespace["weights"] = random_weights(tmp_path / "inception.pth")
     with one_process() if page.name == "processes.md" else nullcontext():
         for code in blocks(page, "python"):
             exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
