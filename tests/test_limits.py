@@ -96,6 +96,7 @@ def test_noise_is_the_surrogate_cut_to_what_samples_can_be():
     assert found["ra"]["noise"] == 0.0
     assert found["ce_f"]["noise"] == pytest.approx(entropy(judge(images)))
     assert "base" not in found["p_f"]
+    assert found == classifier_metrics(judge, images, labels.int(), [0, 1], surrogate="gaussian")
 
 
 IMAGES, LABELS = example()

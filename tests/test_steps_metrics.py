@@ -36,7 +36,7 @@ def test_the_first_crossing_counts_and_a_later_rise_is_told():
 def test_not_reached_exactly_reached_and_no_point_at_step_0():
     found = unlearn_steps(curve((0, 0, 1.0), (50, 9, 0.06)), base=1.0, level=0.0)
     assert (found["steps"], found["seconds"], found["reached"]) == (None, None, False)
-    assert (found["within"], found["stays"]) == (50, None)
+    assert (found["within"], found["within_seconds"], found["stays"]) == (50, 9, None)
     found = unlearn_steps(curve((0, 0, 1.0), (8, 4, 0.25)), base=1.0, level=0.0, share=0.75)
     assert (found["steps"], found["seconds"], found["stays"]) == (8, 4, True)
     found = unlearn_steps(curve((10, 5, 0.0)), base=1.0, level=0.0)

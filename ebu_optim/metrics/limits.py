@@ -55,7 +55,7 @@ def _logits(classifier: Classifier, images: Tensor, classes: int | None, name: s
 
 def _scores(logits: Tensor, labels: Tensor, f: Tensor, entropy: bool) -> dict[str, Tensor]:
     """What the metrics are the means of, one value an image."""
-    labels = labels.cpu()
+    labels = labels.cpu().long()
     top = hits(logits, labels)
     asked = logits.double().softmax(dim=1).gather(1, labels[:, None])[:, 0]
     found = {

@@ -70,9 +70,9 @@ def unlearn_steps(
 
     Returns:
         ``steps`` and ``seconds`` (both None where P_f does not get there), ``reached``,
-        ``threshold``, ``within`` (the last step measured: where not reached, the figure is "more
-        than" that), ``stays`` (whether all later points are under the threshold too; None where
-        not reached).
+        ``threshold``, ``within`` and ``within_seconds`` (the last point measured: where not
+        reached, the figures are "more than" these), ``stays`` (whether all later points are under
+        the threshold too; None where not reached).
 
     Raises:
         ValueError: a curve that is empty, goes backwards, or holds NaN; a level that is not below
@@ -99,5 +99,6 @@ def unlearn_steps(
         "reached": first is not None,
         "threshold": threshold,
         "within": points[-1][0],
+        "within_seconds": points[-1][1],
         "stays": stays,
     }
