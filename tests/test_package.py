@@ -30,6 +30,7 @@ PUBLIC = {
         "entropy", "fid", "frechet_distance", "inversion", "probability", "relearn_steps",
         "unlearn_steps", "versions",
     ],
+    "ebu_optim.report": ["fid_values", "limit_rows", "write_report"],
 }  # fmt: skip
 
 # What a bare install does not have.

@@ -1,0 +1,107 @@
+"""What stands in the table: the measures in their order, and how a value is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class Measure(NamedTuple):
+    axis: str
+    label: str
+    unit: str
+    better: str  # "lower" or "higher"
+    digits: int
+
+
+PROBABILITY = "0 to 1"
+MEASURES = {
+    "p_f": Measure("forgotten", "P_f", PROBABILITY, "lower", 3),
+    "p_f_reject": Measure("forgotten", "P_f, reject class", PROBABILITY, "lower", 3),
+    "ua": Measure("forgotten", "UA", PROBABILITY, "higher", 3),
+    "ua_reject": Measure("forgotten", "UA, reject class", PROBABILITY, "higher", 3),
+    "ce_f": Measure("forgotten", "CE_f", "nats", "higher", 3),
+    "ra": Measure("kept", "RA", PROBABILITY, "higher", 3),
+    "ra_reject": Measure("kept", "RA, reject class", PROBABILITY, "higher", 3),
+    "ra_never_replayed": Measure("kept", "RA, never replayed", PROBABILITY, "higher", 3),
+    "ce_r": Measure("kept", "CE_r", "nats", "lower", 3),
+    "fid": Measure("kept", "FID", "", "lower", 2),
+    "kid_mean": Measure("kept", "KID", "", "lower", 4),
+    "classifier_frechet": Measure("kept", "Frechet, classifier", "", "lower", 2),
+    "inversion_100": Measure("deep", "inversion, 100 steps", PROBABILITY, "lower", 3),
+    "inversion_200": Measure("deep", "inversion, 200 steps", PROBABILITY, "lower", 3),
+    "relearn_10": Measure("deep", "relearned, 10 steps", PROBABILITY, "lower", 3),
+    "relearn_steps": Measure("deep", "relearn_steps", "steps", "higher", 1),
+    "unlearn_steps": Measure("time", "unlearn_steps", "steps", "lower", 1),
+    "ut": Measure("time", "UT", "seconds", "lower", 2),
+}
+AXES = ("forgotten", "kept", "deep", "time", "other")
+
+
+def measure(key: str) -> Measure:
+    """The measure of a key; one that is not known stands under "other" with its own name."""
+    return MEASURES.get(key, Measure("other", key, "", "", 4))
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys that any row has a value for, by axis and then in the order of MEASURES."""
+    present = dict.fromkeys(key for row in rows for key in row["values"])
+    order = list(MEASURES)
+    return sorted(
+        present,
+        key=lambda k: (AXES.index(measure(k).axis), order.index(k) if k in MEASURES else 0),
+    )
+
+
+def number(value: float, digits: int) -> str:
+    if value != 0 and abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits}f}"
+
+
+def cell(key: str, value: Any) -> str:
+    """A value as the table has it.
+
+    A number; a string; None (no such value); ``{"value", "low", "high"}``; ``{"mean", "std"}`` over
+    seeds; ``{"more_than": n}``, not reached within n; ``{"not_computed": why}``; what
+    :func:`unlearn_steps` and :func:`relearn_steps` return.
+    """
+    digits = measure(key).digits
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        if "not_computed" in value:
+            return "not computed"
+        if "reached" in value:
+            what, within = ("seconds", "within_seconds") if key == "ut" else ("steps", "within")
+            value = value[what] if value["reached"] else {"more_than": value[within]}
+            return cell(key, value)
+        if "more_than" in value:
+            return f"> {number(value['more_than'], 0 if key != 'ut' else digits)}"
+        if "mean" in value:
+            return f"{number(value['mean'], digits)} ± {number(value['std'], digits)}"
+        shown = number(value["value"], digits)
+        if "low" in value:
+            low, high = (number(value[k], digits) for k in ("low", "high"))
+            shown += f" [{low}, {high}]"
+        return shown
+    if isinstance(value, str):
+        return value
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{key} is {value}: a report holds no NaN and no Inf; give None, "
+            '{"more_than": n} or {"not_computed": why}'
+        )
+    return number(float(value), digits)
+
+
+def reasons(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why what was not computed was not, each reason once."""
+    found = {
+        f"{measure(key).label}: {value['not_computed']}": None
+        for row in rows
+        for key, value in row["values"].items()
+        if isinstance(value, Mapping) and "not_computed" in value
+    }
+    return list(found)

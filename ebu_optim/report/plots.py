@@ -1,0 +1,153 @@
+"""Plots and picture grids without a plotting library: SVG and PNG, small enough to be inlined."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Okabe and Ito's colours, as far as they stand out from white and from black; dashes tell the
+# series apart in print
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("", "6 3", "2 3", "8 3 2 3")
+WIDTH, HEIGHT = 620, 300
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46
+
+
+def ticks(low: float, high: float, n: int = 5) -> list[float]:
+    """About n round numbers from `low` to `high`."""
+    raw = (high - low) / n
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _range(values: Sequence[float], zero: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def line_chart(curve: Mapping[str, Any]) -> str:
+    """An SVG of some series over one x; text and axes take the colour of the text around.
+
+    Args:
+        curve: ``title``, ``x`` and ``y`` (what is on the axes, with units), ``series``: name ->
+            [(x, y), ...], and ``limits``: name -> y of a horizontal line (optional).
+    """
+    series: Mapping[str, Any] = curve["series"]
+    limits: Mapping[str, float] = curve.get("limits", {})
+    points = [p for line in series.values() for p in line]
+    if not points or not all(math.isfinite(v) for p in points for v in p):
+        raise ValueError(
+            f"the curve {curve['title']!r} holds no points, or NaN or Inf: leave those points out"
+        )
+    x0, x1 = _range([p[0] for p in points], zero=False)
+    y0, y1 = _range([p[1] for p in points] + list(limits.values()), zero=True)
+
+    def px(x: float) -> float:
+        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    legend = 20 * len({**series, **limits})
+    said = "; ".join(
+        f"{name}: from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in series.items()
+    )
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + legend}" '
+        f'role="img" font-family="sans-serif" font-size="12" fill="currentColor">',
+        f"<title>{escape(curve['title'])}</title>",
+        f"<desc>{escape(curve['y'])} over {escape(curve['x'])}. {escape(said)}</desc>",
+    ]
+    for y in ticks(y0, y1):
+        out.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}" '
+            'stroke="currentColor" stroke-opacity="0.18"/>'
+            f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>'
+        )
+    for x in ticks(x0, x1, 8):
+        out.append(
+            f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.4g}</text>'
+        )
+    out.append(
+        f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" '
+        'stroke="currentColor"/>'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+        f"{escape(curve['x'])}</text>"
+        f'<text transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(curve["y"])}</text>'
+    )
+
+    def key(i: int, name: str, style: str) -> str:
+        y = HEIGHT + 20 * i + 6
+        return (
+            f'<line x1="{LEFT}" x2="{LEFT + 34}" y1="{y}" y2="{y}" {style}/>'
+            f'<text x="{LEFT + 42}" y="{y + 4}">{escape(name)}</text>'
+        )
+
+    for i, (name, line) in enumerate(series.items()):
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
+        path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in line)
+        out.append(f'<path d="M{path}" fill="none" {style}/>')
+        out += [
+            f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5" fill="{colour}"/>' for x, y in line
+        ]
+        out.append(key(i, name, style))
+    for i, (name, y) in enumerate(limits.items(), start=len(series)):
+        style = 'stroke="currentColor" stroke-dasharray="1 3" stroke-width="1.5"'
+        out.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}" {style}/>'
+        )
+        out.append(key(i, name, style))
+    return "\n".join([*out, "</svg>"])
+
+
+def pixels(images: Tensor, *, width: int = 0, at_most: int | None = None) -> Tensor:
+    """Images (n, C, H, W) beside one another as (H, n * (W + 1) - 1, 3) uint8, enlarged by the
+    least whole factor that makes each at least `width` wide, or averaged down to `at_most`;
+    floats are taken to be in [-1, 1]."""
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(
+            "a grid's images must have shape (n, C, H, W) with C of 1 or 3; got "
+            f"{tuple(images.shape)}"
+        )
+    x = images.detach().cpu()
+    if x.dtype != torch.uint8:
+        x = ((x.float() + 1) * 127.5).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
+    if at_most is not None and x.shape[-1] > at_most:
+        height = max(1, round(x.shape[-2] * at_most / x.shape[-1]))
+        x = F.interpolate(x.float(), (height, at_most), mode="area").round().to(torch.uint8)
+    factor = max(1, -(-width // x.shape[-1]))
+    x = x.expand(-1, 3, -1, -1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    gap = torch.full((len(x), 3, x.shape[2], max(1, factor // 2)), 128, dtype=torch.uint8)
+    row = torch.cat([x, gap], dim=3).permute(2, 0, 3, 1).reshape(x.shape[2], -1, 3)
+    return row[:, : -gap.shape[3]]
+
+
+def png(x: Tensor) -> bytes:
+    """(H, W, 3) uint8 as a PNG file."""
+    height, width, _ = x.shape
+    filtered = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), x.reshape(height, -1)], dim=1)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(filtered.contiguous().numpy().tobytes(), 9))
+        + chunk(b"IEND", b"")
+    )
