@@ -94,8 +94,10 @@ class Phases:
     @contextmanager
     def _dropped(self, name: str) -> Iterator[None]:
         """A phase that the step does not need: afterwards the gradients are what they were."""
-        self._own_remembered()
         slots = list(self._slots())
+        self._begin(slots, name)
+        self.check_untouched(slots)
+        self._own_remembered()
         before = [self.remember.get(s.key, (s.param.grad, 0))[0] for s in slots]
         for slot in slots:
             slot.param.grad = None
@@ -114,21 +116,26 @@ class Phases:
                 grad = grad.clone()
                 self.remember[key] = (grad, grad._version)
 
+    def _begin(self, slots: Sequence[Slot], name: str) -> None:
+        """At a step's first phase: nothing but the G of the last step may lie on the parameters."""
+        if self.done:
+            return
+        for slot in slots:
+            _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
+            grad = slot.param.grad
+            if grad is None:
+                continue
+            spent, version = self.update.get(slot.key, (None, 0))
+            if grad is not spent or grad._version != version:
+                _checks.foreign_gradient(slot, name)
+        self._first(slots)
+        self.update = {}
+        for slot in slots:
+            slot.param.grad = None
+
     def _enter(self, name: str) -> None:
         slots = list(self._slots())
-        if not self.done:
-            for slot in slots:
-                _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
-                grad = slot.param.grad
-                if grad is None:
-                    continue
-                spent, version = self.update.get(slot.key, (None, 0))
-                if grad is not spent or grad._version != version:
-                    _checks.foreign_gradient(slot, name)
-            self._first(slots)
-            self.update = {}
-            for slot in slots:
-                slot.param.grad = None
+        self._begin(slots, name)
         self.check_untouched(slots)
         self.unpoison()
         if name == self._moved:

@@ -183,6 +183,10 @@ def test_a_step_without_the_phase_that_is_needed(name):
     m[0].weight.grad.mul_(2)
     with pytest.raises(RuntimeError, match="changed outside the phases"):
         opt.step()
+    backward(opt, m, 0, needed)
+    m[0].weight.grad = torch.zeros_like(m[0].weight)
+    with pytest.raises(RuntimeError, match="changed outside the phases"):
+        backward(opt, m, 0, other)
     run(opt, m, range(2))
 
 

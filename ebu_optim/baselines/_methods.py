@@ -20,21 +20,18 @@ from .selective_amnesia import SelectiveAmnesia
 
 
 class Method(NamedTuple):
-    """How a method is built, and what it learns from.
+    """How a method is built, and what it learns from."""
 
-    Attributes:
-        title: for tables.
-        build: ``build(base, **options)`` makes the optimizer; ``build.keywords`` are the options
-            that make the method what it is, ``build.func.needs`` the phases that it needs.
-        strength: the option that is tuned, as far as there is one.
-        forgets: what the forget loss is: "surrogate" (denoising of the mandatory distribution under
-            the condition to forget), "own" (denoising of the class's own images), "relabel"
-            (:func:`relabel_loss` on them) or None.
-    """
-
+    #: For tables.
     title: str
+    #: ``build(base, **options)`` makes the optimizer; ``build.keywords`` are the options that make
+    #: the method what it is, ``build.func.needs`` the phases that it needs.
     build: partial[EBUOptimizer]
+    #: The option that is tuned, as far as there is one.
     strength: str | None = None
+    #: What the forget loss is: "surrogate" (denoising of the mandatory distribution under the
+    #: condition to forget), "own" (denoising of the class's own images), "relabel"
+    #: (:func:`relabel_loss` on them) or None.
     forgets: str | None = "surrogate"
 
 
