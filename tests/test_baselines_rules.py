@@ -339,6 +339,15 @@ def test_the_mask_is_of_the_sum_over_the_forget_set():
     assert not np.array_equal(flat(unlike_first), flat([opt.mask_of(p).numpy() for p in model.p]))
 
 
+def test_the_mask_never_holds_what_the_forget_loss_does_not_feel():
+    p = torch.nn.Parameter(torch.ones(10))
+    opt = SalUn(torch.optim.SGD([p], lr=0.1), delta=0.8)
+    opt.step(lambda: p[:3].sum().backward(), lambda: p.sum().backward())
+    assert opt.mask_of(p).tolist() == [True] * 3 + [False] * 7
+    assert opt.stats["selected"] == 3
+    torch.testing.assert_close(p.detach(), torch.tensor([0.8] * 3 + [1.0] * 7))
+
+
 def test_paper_clips_the_batches_of_the_mask():
     model, theta = Tiny(), Tiny().arrays()
     made = []
@@ -472,3 +481,15 @@ def test_independent_random_masks_overlap_by_chance():
     assert abs(opt.stats["forget_selected"] / n - 0.5) < 2.5 / n**0.5
     assert abs(opt.stats["remember_selected"] / n - 0.5) < 2.5 / n**0.5
     assert opt.stats["overlap_lift"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_equal_shapes_draw_unequal_masks():
+    p = [torch.nn.Parameter(torch.zeros(500)) for _ in range(2)]
+    opt = RandomMasks(torch.optim.SGD(p, lr=1.0), alpha=1.0, update="routed", penalty="none")
+    slope = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    for phase in (opt.forget, opt.remember):
+        with phase():
+            sum((q * slope).sum() for q in p).backward()
+    opt.step()  # both selections are one, so a parameter moves where it was drawn
+    assert opt.stats["forget_selected"] == opt.stats["overlap"] == 500
+    assert not torch.equal(p[0] != 0, p[1] != 0)
