@@ -116,6 +116,8 @@ def test_paper_drops_the_condition_of_both_passes_independently():
     assert (seen[0] == 1).all()
     assert (seen[1] == 0).all()
     target, prediction = (c == 3 for c in seen[2:])
+    assert (seen[2][~target] == 1).all()
+    assert (seen[3][~prediction] == 0).all()
     for dropped in (target, prediction):
         assert dropped.float().mean() == pytest.approx(0.1, abs=0.025)
     assert (target & prediction).float().mean() == pytest.approx(0.01, abs=0.008)

@@ -492,4 +492,5 @@ def test_equal_shapes_draw_unequal_masks():
             sum((q * slope).sum() for q in p).backward()
     opt.step()  # both selections are one, so a parameter moves where it was drawn
     assert opt.stats["forget_selected"] == opt.stats["overlap"] == 500
-    assert not torch.equal(p[0] != 0, p[1] != 0)
+    agree = ((p[0] != 0) == (p[1] != 0)).double().mean().item()
+    assert agree == pytest.approx(0.5, abs=0.12)  # five standard deviations

@@ -145,12 +145,12 @@ class SalUn(Rule):
         # a parameter that made no gradient when the mask was made: the forget loss does not feel it
         return torch.zeros_like(slot.param, dtype=torch.bool) if mask is None else mask
 
-    def _selected(self, step: Step) -> int:
+    def _selected(self, step: Step) -> Tensor:
         counted = [s for s in step.slots if step.shards.counts(s.key)]
         total = sum((self._mask(s).sum() for s in counted), torch.zeros((), dtype=torch.int64))
         total = torch.as_tensor(total).to(step.dot.device)
         step.shards.add(total)
-        return int(total)
+        return total
 
 
 class _Masks(Penalty):
