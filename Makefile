@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs dist clean
+.PHONY: demo test sanitize lint bench docs dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# one stamp a set of extras, renewed when the dependencies change
-$(VENV)/.%: pyproject.toml $(BIN)/python
+# one stamp a set of extras, renewed when the dependencies or the C extension change
+$(VENV)/.%: pyproject.toml setup.py $(wildcard ebu_optim/kernels/_cpu*.[ch]) $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
@@ -20,6 +20,14 @@ demo: $(VENV)/.examples
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
+# the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.test
+	EBU_OPTIM_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) EBU_OPTIM_TESTED=$(SANITIZED) \
+	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels.py tests/test_combine.py -k "not reference"
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,6 +35,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/bench_step.py
+	$(BIN)/python tests/benchmarks/bench_cpu.py
 	$(BIN)/python tests/benchmarks/bench_fisher.py
 
 docs: $(VENV)/.docs

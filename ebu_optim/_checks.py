@@ -147,6 +147,21 @@ def kept_back(slots: Sequence[Any], phase: str) -> None:
         )
 
 
+def capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def capture(nonfinite: str, fisher: str) -> None:
+    """What a CUDA graph would replay wrongly, or what waits for the device."""
+    if capturing() and (nonfinite != "propagate" or fisher == "online"):
+        raise RuntimeError(
+            'a step inside a CUDA graph needs nonfinite="propagate", as the other policies wait '
+            "for the device, and a Fisher that counts no steps: a fixed one, None, or the online "
+            "one after warmup_fisher(..., freeze=True); "
+            f"got nonfinite={nonfinite!r}, Fisher: {fisher}"
+        )
+
+
 def foreign_gradient(slot: Any, phase: str) -> None:
     """A gradient at a first phase that belongs to none; zeros left by zero_grad are no harm."""
     grad = slot.param.grad

@@ -29,6 +29,7 @@ class Selection(NamedTuple):
     taus: Tensor  # keys, one for every pool
     pools: tuple[list[int], list[int]]  # per slot, of g_f and of g_r
     nonfinite: Tensor  # of g_f and of g_r, int64 [2]
+    total: int  # scalars
     dtype: torch.dtype
     backend: Any
 
@@ -61,10 +62,11 @@ def select(
     full_r = [_or_zero(g, s.param) for g, s in zip(g_r, slots, strict=True)]
     backend = kernels.backend([s.param for s in slots], fused)
     dtype = reference.working_dtype([*full_f, *full_r])
+    sizes = [shards.numel(s) for s in slots]
     pools: list[tuple[list[int], int]] = []  # members, rank
     of_slot: tuple[list[int], list[int]] = ([0] * len(slots), [0] * len(slots))
     for which in (0, 1):
-        for members, k in _pools(slots, which, granularity, shards):
+        for members, k in _pools(slots, sizes, which, granularity):
             for i in members:
                 of_slot[which][i] = len(pools)
             pools.append((members, k))
@@ -80,7 +82,7 @@ def select(
     else:
         taus, nonfinite = backend.select(ranked, dtype)
     both = torch.stack([nonfinite[:forget_pools].sum(), nonfinite[forget_pools:].sum()])
-    return Selection((full_f, full_r), taus, of_slot, both, dtype, backend)
+    return Selection((full_f, full_r), taus, of_slot, both, sum(sizes), dtype, backend)
 
 
 def combine(
@@ -110,7 +112,7 @@ def combine(
             else torch.empty_like(s.param)
             for f, o, s in zip(g_f, out, slots, strict=True)
         ]  # fmt: skip
-    (full_f, full_r), taus, (pool_f, pool_r), _, dtype, backend = selection
+    (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
     uncounted = torch.zeros_like(stats)  # of what another process counts
     scale = penalty.scale(shards)
@@ -142,7 +144,6 @@ def combine(
             stats=stats if counted else uncounted,
         )
     shards.add(stats)
-    total = sum(shards.numel(s) for s in slots)
     if penalty.mode == "online" and penalty.active:
         penalty.counted((s.key for s in slots), stats[_AT["fisher_sum"]] / total)
     if max_grad_norm is not None:
@@ -162,18 +163,18 @@ def _or_zero(grad: Tensor | None, p: Tensor) -> Tensor:
 
 
 def _pools(
-    slots: Sequence[Slot], which: int, granularity: str, shards: Shards
+    slots: Sequence[Slot], sizes: Sequence[int], which: int, granularity: str
 ) -> list[tuple[list[int], int]]:
     """The slots that are ranked together, and the rank of their threshold."""
     deltas = [s.group["ebu_delta"] for s in slots]
     deltas = [d[which] if isinstance(d, (tuple, list)) else d for d in deltas]
     pools: dict[Any, list[int]] = {}
-    for i, (s, d) in enumerate(zip(slots, deltas, strict=True)):
-        if shards.numel(s):
+    for i, (size, d) in enumerate(zip(sizes, deltas, strict=True)):
+        if size:
             pools.setdefault(i if granularity == "tensor" else float(d), []).append(i)
     found = []
     for members in pools.values():
-        n = sum(shards.numel(slots[i]) for i in members)
+        n = sum(sizes[i] for i in members)
         found.append((members, max(1, math.floor(deltas[members[0]] * n + 0.5))))
     return found
 

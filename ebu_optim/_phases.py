@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from . import _checks
+from . import _checks, kernels
 from ._shards import is_sharded, local
-from .kernels import reference
 
 Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
 
@@ -82,8 +82,11 @@ class Phases:
         if self.active is not None:
             raise RuntimeError(f"{name}() inside {self.active}(): phases do not nest")
         if name not in self.needs:
-            with self._dropped(name):
+            aside = self._set_aside(name)
+            try:
                 yield
+            finally:
+                self._put_back(aside)
             return
         self._enter(name)
         try:
@@ -91,23 +94,24 @@ class Phases:
         finally:
             self._leave(name)
 
-    @contextmanager
-    def _dropped(self, name: str) -> Iterator[None]:
-        """A phase that the step does not need: afterwards the gradients are what they were."""
+    @_disable_dynamo
+    def _set_aside(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
+        """Before a phase that the step does not need: the parameters and their gradients."""
         slots = list(self._slots())
         self._begin(slots, name)
         self.check_untouched(slots)
         self._own_remembered()
-        before = [self.remember.get(s.key, (s.param.grad, 0))[0] for s in slots]
-        for slot in slots:
-            slot.param.grad = None
+        aside = [(s.param, self.remember.get(s.key, (None, 0))[0]) for s in slots]
+        for param, _ in aside:
+            param.grad = None
         self.active = name
-        try:
-            yield
-        finally:
-            self.active = None
-            for slot, grad in zip(slots, before, strict=True):
-                slot.param.grad = grad
+        return aside
+
+    @_disable_dynamo
+    def _put_back(self, aside: list[tuple[Tensor, Tensor | None]]) -> None:
+        self.active = None
+        for param, grad in aside:
+            param.grad = grad
 
     def _own_remembered(self) -> None:
         """Before another backward pass fills the buckets that gradients lie in."""
@@ -133,6 +137,7 @@ class Phases:
         for slot in slots:
             slot.param.grad = None
 
+    @_disable_dynamo
     def _enter(self, name: str) -> None:
         slots = list(self._slots())
         self._begin(slots, name)
@@ -144,6 +149,7 @@ class Phases:
             self._own_remembered()
         self.active = name
 
+    @_disable_dynamo
     def _leave(self, name: str) -> None:
         self.active = None
         self.done |= {name}
@@ -175,7 +181,8 @@ class Phases:
         where g_f is not finite is added to one element of param.grad on the device, and taken back
         before that gradient is used.
         """
-        probe = reference.finite_probe([local(g) for g in self.forget.values()])
+        forget = [local(g) for g in self.forget.values()]
+        probe = kernels.backend(forget, None).finite_probe(forget)
         parts = (local(g) for g, _ in self.remember.values())
         grad = next((g for g in parts if g.numel()), None)
         if probe is None or grad is None:

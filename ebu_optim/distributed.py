@@ -45,6 +45,11 @@ _BOTH_GRADIENTS = (
 )
 
 
+def alone() -> bool:
+    """Whether there is no other rank to compare to."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def same_on_all_ranks(
     weights: Sequence[Tensor],
     g_f: Sequence[Tensor | None],
@@ -54,8 +59,8 @@ def same_on_all_ranks(
     fisher: Mapping[Any, Tensor],
     options: Iterable[Any],
     device: torch.device,
-) -> bool:
-    """Compare checksums over the default process group; False where there is nobody to compare to.
+) -> None:
+    """Compare checksums over the default process group.
 
     The bits of everything that decides a step are compared, before anything is decided: where they
     are equal, so is all that follows on the same hardware (a skip or an error because of NaN or
@@ -65,8 +70,6 @@ def same_on_all_ranks(
     Raises:
         RuntimeError: on every rank, where the ranks differ in anything.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return False
     if "cpu:" in dist.get_backend_config():
         device = torch.device("cpu")
     parts = (weights, g_f, g_r, [scale], _ordered(anchor), _ordered(fisher))
@@ -80,7 +83,6 @@ def same_on_all_ranks(
     differs = dict(zip(_REMEDIES, (rows != rows[0]).any(0).tolist(), strict=True))
     if any(differs.values()):
         raise RuntimeError(_message(differs, (rows != rows[0]).any(1).tolist()))
-    return True
 
 
 def _message(differs: Mapping[str, bool], ranks: Sequence[bool]) -> str:

@@ -141,11 +141,12 @@ class DiagonalFisher(Mapping[str, Tensor]):
             raise ValueError("the model has no trainable parameter; call requires_grad_(True)")
         identity = _identity(model, loss, batches, protocol)
         path = Path(path) if path is not None else None
-        if path is not None and path.exists():
+        partial = path.with_name(path.name + ".partial") if path is not None else None
+        if path is not None and partial is not None and path.exists():
             done = cls.load(path)
             same_run(path, done.protocol, identity, done.tensors, params)
+            partial.unlink(missing_ok=True)
             return done
-        partial = path.with_name(path.name + ".partial") if path is not None else None
         with evaluating(model):
             if partial is not None and partial.exists():
                 run = Run.load(partial, identity, params)
@@ -171,9 +172,13 @@ class DiagonalFisher(Mapping[str, Tensor]):
                     run.save(partial)
                 raise
         result = cls(*run.finish())
-        if path is not None:
-            result.save(path)
-            partial.unlink(missing_ok=True)  # type: ignore[union-attr]
+        if path is not None and partial is not None:
+            try:
+                result.save(path)
+            except BaseException:  # an interrupt: where the disk is full this fails as well
+                run.save(partial)
+                raise
+            partial.unlink(missing_ok=True)
         return result
 
 

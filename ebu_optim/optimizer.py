@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import _checkpoint, _checks, distributed, kernels
@@ -21,7 +24,7 @@ from .kernels import reference
 Closure = Callable[[], Any]
 TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
 
-_UPDATE_NONFINITE = reference.STATS.index("update_nonfinite")
+_UPDATE_NONFINITE, _UPDATE_SQ = map(reference.STATS.index, ("update_nonfinite", "update_sq"))
 _OPTIONS = ("penalty", "update", "unrelated", "terms", "granularity", "nonfinite", "fisher_scale")
 
 
@@ -147,7 +150,7 @@ class EBUOptimizer(Optimizer):
 
         self._step_count = 0
         self._last: tuple[Tensor, Tensor, int] | None = None
-        slots = list(self._slots())
+        slots = list(self._find())
         kernels.backend([local(s.param) for s in slots], fused)
         Shards(slots)
         holding = Holding(anchor_dtype, fisher_dtype, held_on, anchor_source)
@@ -189,11 +192,14 @@ class EBUOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # like torch.optim without hooks and patched methods; an unfinished phase is not copied
         return {
-            k: v for k, v in self.__dict__.items() if k != "_phases" and not _is_hook_or_patch(k)
-        }
+            k: v for k, v in self.__dict__.items()
+            if k not in ("_phases", "_seen", "_known") and not _is_hook_or_patch(k)
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen: list[Any] = []  # groups and parameters when `_known` was made
+        self._known: list[Slot] = []
         self._phases = Phases(self._slots, self._penalty.take, self.needs)
 
     def __repr__(self) -> str:
@@ -347,6 +353,7 @@ class EBUOptimizer(Optimizer):
             raise
         return losses
 
+    @_disable_dynamo  # as torch.optim has it: in compiled code a step is one graph break
     @torch.no_grad()
     def _apply(self) -> None:
         phases = self._phases
@@ -364,6 +371,7 @@ class EBUOptimizer(Optimizer):
         phases.require_all(slots)
         for group in self.param_groups:
             _checks.group(group)
+        _checks.capture(self.nonfinite, self._penalty.mode if self._penalty.active else "none")
         phases.unpoison()
 
         slots = [s for s in slots if s.key in phases.forget or s.key in phases.remember]
@@ -386,7 +394,8 @@ class EBUOptimizer(Optimizer):
                 phases.discard()
                 raise
             if combined.held is not None:
-                reference.restore([local(s.param) for s in slots], combined.held)
+                params = [local(s.param) for s in slots]
+                kernels.backend(params, self.fused).restore(params, combined.held)
             self._step_count += 1
             self.rank_checks -= compared
         phases.close(slots)
@@ -396,6 +405,8 @@ class EBUOptimizer(Optimizer):
 
         Of sharded parameters, which differ from rank to rank, the layout is compared.
         """
+        if distributed.alone():
+            return False
         slots = [s for s in self._slots() if s.param.requires_grad]
         options: list[Any] = [getattr(self, name) for name in (*_OPTIONS, "max_grad_norm")]
         options += [(s.key, *(s.group[name] for name in self._defaults)) for s in slots]
@@ -411,7 +422,7 @@ class EBUOptimizer(Optimizer):
         if len(whole) < len(slots):
             g_f, g_r = [], []
         try:
-            return distributed.same_on_all_ranks(
+            distributed.same_on_all_ranks(
                 [s.param for s in slots if s.key in whole], g_f, g_r,
                 getattr(self, "grad_scale", None), anchor, fisher, options,
                 local(slots[0].param).device,
@@ -419,6 +430,7 @@ class EBUOptimizer(Optimizer):
         except RuntimeError:
             self._phases.discard()
             raise
+        return True
 
     def _combine(
         self,
@@ -450,18 +462,24 @@ class EBUOptimizer(Optimizer):
             update=self.update, unrelated=self.unrelated, terms=self.terms,
             max_grad_norm=self.max_grad_norm, inv_scale=scale, shards=shards,
         )  # fmt: skip
-        exceeded = combined.last is not None and combined.last[0][_UPDATE_NONFINITE]
-        if self.nonfinite != "propagate" and exceeded:
+        if self.nonfinite != "propagate" and self._exceeded(combined):
             if self.nonfinite == "skip" or scaler:
                 return None
             self._phases.discard()
             raise RuntimeError(
                 "non-finite combined gradient: the two gradients are finite, but their combination "
-                "(with the penalty) exceeds what its dtype holds, 65504 in float16; no weight was "
-                "changed. Scale the losses or gamma down, use float32 or bfloat16 weights, or "
-                'nonfinite="skip" to drop such steps'
+                "(with the penalty), or the norm to clip it by, exceeds what its dtype holds, "
+                "65504 in float16; no weight was changed. Scale the losses or gamma down, use "
+                'float32 or bfloat16 weights, or nonfinite="skip" to drop such steps'
             )
         return combined
+
+    def _exceeded(self, combined: Combined) -> bool:
+        """True where G, or the norm to clip it by, is not finite."""
+        if combined.last is None:
+            return False
+        nonfinite, square = combined.last[0][[_UPDATE_NONFINITE, _UPDATE_SQ]].tolist()
+        return nonfinite > 0 or (self.max_grad_norm is not None and not math.isfinite(square))
 
     def warmup_fisher(self, closures: Sequence[Closure], *, freeze: bool = True) -> None:
         """Estimate the online F from remember batches before the first step, at theta0.
@@ -596,8 +614,19 @@ class EBUOptimizer(Optimizer):
     def _by_parameter(self, held: Mapping[Key, Tensor]) -> dict[Tensor, Tensor]:
         return {s.param: held[s.key] for s in self._slots() if s.key in held}
 
-    def _slots(self) -> Iterator[Slot]:
-        """Every parameter of the base, a tied one once."""
+    def _slots(self) -> list[Slot]:
+        """Every parameter of the base, a tied one once (do not write).
+
+        Kept until a group or a parameter is another: making them anew at every look costs more
+        than the step of a model of many small tensors.
+        """
+        groups = self.base.param_groups
+        now = [x for group in groups for x in (group, *group["params"])]
+        if len(now) != len(self._seen) or any(map(operator.is_not, now, self._seen)):
+            self._seen, self._known = now, list(self._find())
+        return self._known
+
+    def _find(self) -> Iterator[Slot]:
         seen: set[int] = set()
         index = 0
         for g, group in enumerate(self.base.param_groups):

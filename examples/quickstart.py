@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 import ebu_optim
 from ebu_optim import EBUOptimizer, _checks
 from ebu_optim._files import replacing_folder
+from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 from ebu_optim.diffusion import (
     denoising_loss,
     distillation_loss,
@@ -167,7 +169,8 @@ class Evaluation:
 def unlearn(
     model: Any, args: argparse.Namespace, evaluation: Evaluation, work: Path
 ) -> dict[str, Any]:
-    """The loop: 200 steps of EBU; returns the curve, the seconds and the optimizer's settings."""
+    """The loop: 200 steps of EBU, from the last checkpoint in `work` on; returns the curve, the
+    seconds and the optimizer's settings."""
     device, scheduler = args.device, digits.scheduler()
     generator = torch.Generator().manual_seed(args.seed)
     kept = torch.tensor([c for c in digits.CLASSES if c != args.forget])
@@ -186,8 +189,9 @@ def unlearn(
     )  # fmt: skip
     target = torch.full((args.batch_size,), args.forget, device=device)
     eval_labels = torch.cat([torch.full((36,), args.forget), kept.repeat_interleave(4)])
-    curve: list[dict[str, float]] = []
-    seconds = 0.0
+    done: dict[str, Any] = {"curve": [], "seconds": 0.0}
+    run = {"model": model, "opt": opt, "generator": generator, "done": done}
+    begin = load_checkpoint(work / "run", run, fallback=True)
 
     def forget_loss() -> Tensor:
         x = surrogate_noise(
@@ -209,14 +213,16 @@ def unlearn(
         measured = evaluation.measure(
             evaluation.draw(model, eval_labels, seed=2, steps=10), eval_labels
         )
-        row = {"step": step, "seconds": seconds, **measured}
+        row = {"step": step, "seconds": done["seconds"], **measured}
         stats = opt.stats
         row |= {k: stats[k] for k in ("overlap", "overlap_lift", "cosine", "total") if stats}
-        curve.append(row)
+        done["curve"].append(row)
 
-    look(0)
+    if not begin:
+        look(0)
     model.train()
-    bar = tqdm(range(1, args.steps + 1), desc=f"forgetting {args.forget}")
+    bar = tqdm(range(begin + 1, args.steps + 1), f"forgetting {args.forget}", args.steps,
+               initial=begin)  # fmt: skip
     for step in bar:
         start = time.perf_counter()
         with opt.forget():
@@ -226,14 +232,15 @@ def unlearn(
             loss_r = remember_loss()
             loss_r.backward()
         opt.step()
-        seconds += time.perf_counter() - start
+        done["seconds"] += time.perf_counter() - start
         if step % CURVE_EVERY == 0 or step == args.steps:
             look(step)
             model.train()
-            bar.set_postfix(p_f=f"{curve[-1]['p_f']:.3f}", kept=f"{curve[-1]['ra']:.3f}")
+            save_checkpoint(work / "run", step, run)
+            bar.set_postfix({k: f"{done['curve'][-1][k]:.3f}" for k in ("p_f", "ra")})
     settings = {n: getattr(opt, n) for n in ("alpha", "delta", "gamma", "penalty", "update",
                 "unrelated", "terms", "granularity", "max_grad_norm", "fisher_scale")}  # fmt: skip
-    return {"curve": curve, "seconds": seconds, "settings": {**settings, "fisher": "online"}}
+    return {**done, "settings": {**settings, "fisher": "online"}}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -241,8 +248,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.train:
         digits.train()
         return
-    with replacing_folder(args.output_dir) as work:
-        metrics = quickstart(args, work, " ".join(sys.argv[1:] if argv is None else argv))
+    same = {k: str(v) for k, v in vars(args).items() if k not in ("output_dir", "overwrite")}
+    same |= {"torch": torch.__version__, "ebu_optim": ebu_optim.__version__}
+    try:
+        with replacing_folder(args.output_dir, resume=same) as work:
+            metrics = quickstart(args, work, " ".join(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {args.output_dir}/")
 
 
@@ -298,6 +311,7 @@ def quickstart(args: argparse.Namespace, work: Path, options: str) -> dict[str, 
     grid(before_images, after_images, labels, args.forget, work / "before_after.png")
     curves(run["curve"], metrics["noise"], work / "curves.png")
     model.cpu().save_pretrained(work / "model")
+    shutil.rmtree(work / "run")
     (work / "README.md").write_text(card(metrics, f"python examples/quickstart.py {options}"))
     (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics

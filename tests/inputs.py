@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
-from ebu_optim.kernels import reference
+from ebu_optim.kernels import cpu, reference, triton
 
 from . import oracle
 
@@ -22,6 +24,39 @@ FINITE = ("normal", "ties", "equal", "zero", "denormal", "signed zero", "wide")
 KINDS = (*FINITE, "inf", "nan", "all nan")
 REAL = {}
 TINY = {"CHUNK_CPU": 8, "CAPACITY": 6, "SAMPLE_MIN": 4, "SAMPLE_MAX": 16}
+
+
+class Native:
+    """The C extension with the loops of one instruction set."""
+
+    def __init__(self, lanes):
+        self.lanes = lanes
+
+    def __getattr__(self, name):
+        cpu._cpu.lanes(self.lanes)
+        return getattr(cpu, name)
+
+
+def _native(lanes):
+    reason = cpu.available()
+    if reason is None:
+        try:
+            cpu._cpu.lanes(lanes)
+        except ValueError as error:
+            reason = str(error)
+        finally:
+            cpu._cpu.lanes()
+    marks = pytest.mark.skip(reason=reason) if reason else ()
+    return pytest.param(Native(lanes), id=f"cpu-{lanes}", marks=marks)
+
+
+NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
+#: For parametrize: every backend that runs on a CPU, as `kernels`.
+BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
+if os.environ.get("TRITON_INTERPRET") == "1":  # a process of `test_triton.py`
+    BACKENDS = [pytest.param(triton, id="triton")]
+every_backend = pytest.mark.parametrize("kernels", BACKENDS)
+every_native = pytest.mark.parametrize("kernels", NATIVE)
 
 
 def fill(kind, shape, dtype, rng):

@@ -262,3 +262,27 @@ def test_the_users_random_streams_are_untouched():
     run(opt, m, range(2))
     opt.load_state_dict(opt.state_dict())
     assert_same(before, streams())
+
+
+@pytest.mark.parametrize("what", ["step", "loop"])
+def test_inside_compiled_code_a_step_is_the_same(what):
+    """A graph break, as any torch.optim step is one; what is round it may be compiled."""
+    torch._dynamo.reset()
+    made = [build() for _ in range(2)]
+
+    def loop(i):
+        phases(made[0][1], made[0][0], i)
+        made[0][1].step()
+
+    step = torch.compile(made[0][1].step, backend="eager")
+    loop = torch.compile(loop, backend="eager")
+    for i in range(3):
+        phases(made[1][1], made[1][0], i)
+        made[1][1].step()
+        if what == "loop":
+            loop(i)
+        else:
+            phases(made[0][1], made[0][0], i)
+            step()
+    assert_same(*(snapshot(opt, m) for m, opt in made))
+    torch._dynamo.reset()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -62,3 +66,58 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     assert torch.equal(tensors["a"], torch.ones(2))
     assert meta == {"k": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def left_by_an_interrupt(out, resume):
+    with suppress(KeyboardInterrupt), replacing_folder(out, resume) as work:
+        (work / "done").write_text("1")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_work_with_the_same_resume_is_handed_out_again(tmp_path, error):
+    out = tmp_path / "out"
+    for _ in range(2):
+        with suppress(error), replacing_folder(out, {"seed": 0}) as work:
+            (work / "done").open("a").write("1")
+            raise error
+    with replacing_folder(out, {"seed": 0}) as work:
+        assert (work / "done").read_text() == "11"
+    assert [p.name for p in out.iterdir()] == ["done"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("then", [{"seed": 1}, None])
+@pytest.mark.parametrize("first", [{"seed": 0}, None])
+def test_work_of_anything_else_is_begun_anew(tmp_path, first, then):
+    left_by_an_interrupt(tmp_path / "out", first)
+    assert (tmp_path / ".out.partial" / "done").exists()
+    with replacing_folder(tmp_path / "out", then) as work:
+        assert not (work / "done").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_left(tmp_path):
+    path = tmp_path / "f.safetensors"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with replacing(path) as temporary:
+        temporary.write_text("1")
+        ours = temporary.parent
+        theirs, living = (
+            ours.with_name(ours.name.replace(f".{os.getpid()}.", f".{pid}."))
+            for pid in (dead.pid, os.getppid())
+        )
+        for folder in (theirs, living):
+            folder.mkdir()
+            (folder / ".tmpXYZ").write_text("half")
+    with replacing(path) as temporary:
+        temporary.write_text("2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [living.name, "f.safetensors"]
+
+
+def test_an_error_about_another_file_is_not_called_one_of_writing(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(FileNotFoundError) as caught, replacing_folder(tmp_path / "a" / "out"):
+        (tmp_path / "elsewhere" / "x").read_text()
+    assert "cannot write" not in str(caught.value)

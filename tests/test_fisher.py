@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
+from ebu_optim._fisher_run import Run
 from ebu_optim._per_sample import METHODS
 from ebu_optim.diffusion import FisherBatches, fisher_loss
 
@@ -231,6 +232,25 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop
     for name in whole:
         assert torch.equal(whole[name], resumed[name])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_an_interrupt_while_the_result_is_saved_keeps_what_was_done(tmp_path, monkeypatch):
+    model, loss, path = tiny_unet(), fisher_loss(schedule()), tmp_path / "f"
+    options = {"method": "vmap", "path": path, "progress": False}
+
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiagonalFisher, "save", stops)
+    with pytest.raises(KeyboardInterrupt):
+        DiagonalFisher.estimate(model, loss, batches(), **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(Run, "add", stops)  # nothing is left to be done
+    resumed = DiagonalFisher.estimate(model, loss, batches(), **options)
+    (tmp_path / "f.partial").touch()  # a kill just before it is removed
+    again = DiagonalFisher.estimate(model, loss, batches(), **options)
+    assert all(torch.equal(resumed[n], again[n]) for n in resumed)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 def test_an_interrupt_in_the_middle_of_an_update_does_not_spoil_the_result(tmp_path, monkeypatch):

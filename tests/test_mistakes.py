@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from ebu_optim import EBUOptimizer, _checks
+
 from .steps import (
     assert_as_if_nothing_had_happened,
     assert_same,
     build,
     closures,
     loss,
+    net,
+    params,
     phases,
     run,
     snapshot,
@@ -202,3 +206,28 @@ def test_a_backward_pass_between_the_two_phases():
     with pytest.raises(RuntimeError, match="changed outside the phases"):
         opt.remember().__enter__()
     assert_as_if_nothing_had_happened(opt, m)
+
+
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        ({}, False),
+        ({"nonfinite": "propagate"}, False),
+        ({"nonfinite": "skip", "fisher": None}, False),
+        ({"nonfinite": "propagate", "fisher": None}, True),
+        ({"nonfinite": "propagate", "penalty": "none"}, True),
+    ],
+)
+def test_a_step_that_a_cuda_graph_would_replay_wrongly_is_an_error(monkeypatch, options, right):
+    m = net()
+    opt = EBUOptimizer(torch.optim.SGD(m.parameters(), lr=0.1), **options)
+    phases(opt, m)
+    monkeypatch.setattr(_checks, "capturing", lambda: True)
+    before = params(m)
+    if right:
+        opt.step()
+        assert not torch.equal(before[0], next(m.parameters()))
+    else:
+        with pytest.raises(RuntimeError, match=r"CUDA graph needs nonfinite=\"propagate\""):
+            opt.step()
+        assert_same(before, params(m))

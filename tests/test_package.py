@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -97,25 +99,76 @@ def test_a_missing_package_names_the_extra(bare, code, package):
     assert 'pip install "ebu_optim[diffusion]"' in last
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+def build(what, source, into, **environment):
+    """The one file that `python -m build` makes of a source tree."""
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", into, source],
+        capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (made,) = into.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The source distribution, unpacked: what it lacks, no build from it has."""
+    made = build("--sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    with tarfile.open(made) as archive:
+        into = tmp_path_factory.mktemp("unpacked")
+        archive.extractall(into, filter="data")
+    (source,) = into.iterdir()
+    return source
+
+
+def test_the_source_distribution_holds_what_a_build_needs(unpacked):
+    files = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*")}
+    sources = {p for k in ("py", "c", "h") for p in (ROOT / "ebu_optim").rglob(f"*.{k}")}
+    assert {str(p.relative_to(ROOT)) for p in sources} <= files
+    assert {"setup.py", "setup.cfg", "pyproject.toml", "LICENSE", "README.md"} <= files
+    assert not [f for f in files if f.endswith((".so", ".pyc"))]
+
+
+def assert_contents(names, extension):
+    tops = {n.partition("/")[0] for n in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"ebu_optim"}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
+    others = {"ebu_optim/py.typed"}
+    if extension:
+        others.add("ebu_optim/kernels/_cpu.abi3.so")
+    assert {n for n in names if n.startswith("ebu_optim/")} == sources | others
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(unpacked, tmp_path):
+    wheel = build("--wheel", unpacked, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [n for n in names if n.endswith("METADATA")]
         text = archive.read(metadata).decode()
-    tops = {n.partition("/")[0] for n in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"ebu_optim"}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
-    assert {n for n in names if n.endswith(".py")} == sources
-    assert "ebu_optim/py.typed" in names
+    assert_contents(names, extension=not wheel.name.endswith("-none-any.whl"))
     needs = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     core = sorted(re.split(r"[ :<>=]+", n)[1] for n in needs if "extra ==" not in n)
     assert core == ["numpy", "torch"]
+    if sys.platform == "linux" and shutil.which("cc"):
+        # one wheel for every Python, and no OpenMP library beside torch's
+        assert "-cp310-abi3-linux_" in wheel.name
+        with zipfile.ZipFile(wheel) as archive:
+            library = archive.read("ebu_optim/kernels/_cpu.abi3.so")
+        assert b"libgomp" not in library
+        assert b"GOMP_parallel" in library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{"EBU_OPTIM_PURE": "1"}, {"CC": "/bin/false"}])
+def test_without_a_compiler_the_wheel_is_a_pure_one(unpacked, tmp_path, environment):
+    source = tmp_path / "source"  # no left-overs of another build
+    shutil.copytree(unpacked, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    wheel = build("--wheel", source, tmp_path / "dist", **environment)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert_contents(archive.namelist(), extension=False)
 
 
 def test_kernels_import_nothing_of_the_package():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from diffusers import UNet2DModel
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "quickstart.py"
+STEPS = 26  # one more than to the first checkpoint
+OPTIONS = ("--forget", "7", "--steps", str(STEPS))
 
 
 def command(*args: str) -> list[str]:
@@ -29,7 +30,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    done = run("--forget", "7", "--steps", "3", "--output_dir", str(out))
+    done = run(*OPTIONS, "--output_dir", str(out))
     assert done.returncode == 0, done.stderr
     assert "forgotten" in done.stdout
     assert "deep" in done.stdout
@@ -64,7 +65,7 @@ def test_metrics_have_the_three_axes_the_limits_and_the_protocol(result):
     assert metrics["protocol"]["base_model"]
     assert metrics["seeds"]["unlearning"] == 0
     assert metrics["versions"]["torch"] == torch.__version__
-    assert [row["step"] for row in metrics["curve"]] == [0, 3]
+    assert [row["step"] for row in metrics["curve"]] == [0, 25, STEPS]
     assert "overlap_lift" in metrics["curve"][-1]
 
 
@@ -112,31 +113,45 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("moment", ["replay.safetensors", "before_after.png", "model"])
-def test_killed_at_any_moment_leaves_a_whole_result_or_none(tmp_path, moment):
-    """SIGKILL when `moment` appears: the old result is untouched or there is none; the next start
-    goes through without being told to overwrite."""
+def test_killed_and_interrupted_the_same_command_goes_on_to_the_same_result(result, tmp_path):
+    """Interrupted in the unlearning, then killed when its results are written: there is no half
+    result at any time, and in the end the one of an unbroken run."""
     out, work = tmp_path / "out", tmp_path / ".out.partial"
-    process = subprocess.Popen(
-        command("--steps", "1", "--output_dir", str(out)),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if (work / moment).exists():
-            break
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    if out.exists():  # it was quicker than the signal: then it is whole
-        assert json.loads((out / "metrics.json").read_text())["after"]
-        return
-    assert work.exists()
-    if moment == "model":  # once is enough, the rest is the same
-        done = run("--steps", "1", "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-        assert json.loads((out / "metrics.json").read_text())["after"]
-        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    arguments = command(*OPTIONS, "--output_dir", str(out))
+    begun = []
+    moments = {"run/step_00000025": signal.SIGINT, "before_after.png": signal.SIGKILL}
+    for moment, how in moments.items():
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            # a shell's background job ignores it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        deadline = time.monotonic() + 200
+        while not (work / moment).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(how)
+        said = process.communicate()[1]
+        assert process.returncode == (130 if how == signal.SIGINT else -how), said
+        assert not out.exists()
+        assert ("goes on from here" in said) == (how == signal.SIGINT)
+        begun.append((work / "replay.safetensors").stat().st_ino)
+    assert (work / "run" / "step_00000026").exists()
+    done = run(*OPTIONS, "--output_dir", str(out))
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS}/{STEPS}" in done.stderr  # the bar starts where it was
+    begun.append((out / "replay.safetensors").stat().st_ino)
+    assert len(set(begun)) == 1  # not sampled again
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name for p in out.iterdir()} == {p.name for p in result.iterdir()}
+
+    a, b = (UNet2DModel.from_pretrained(f / "model").state_dict() for f in (out, result))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (out, result))
+    for metrics in (ours, theirs):
+        for row in (metrics, *metrics["curve"]):
+            del row["seconds"]
+    assert ours == theirs
 
 
 def test_training_replaces_the_shipped_folder_when_all_is_made(tmp_path, monkeypatch):

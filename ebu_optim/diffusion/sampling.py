@@ -173,11 +173,12 @@ def sample_set(
             )
         return tensors
 
+    parts = path.with_name(path.name + ".parts")
     if path.exists():
         tensors = load(path)
+        shutil.rmtree(parts, ignore_errors=True)  # left by a kill just before the end
         return tensors["images"], tensors["labels"]
 
-    parts = path.with_name(path.name + ".parts")
     tqdm = require("tqdm.auto", "diffusion").tqdm
     images = []
     with evaluating(model):

@@ -1,0 +1,111 @@
+"""Tables of chunks for the kernels in `_triton_kernels.py`: what lies where, as int64 arrays.
+
+A table is made and uploaded once for a set of tensors and used again while their addresses stay
+(they do where gradients are kept or the allocator gives the same memory back).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Elements in a chunk; one program of a kernel takes one. Larger ones leave an idle tail at 1e8
+#: elements (two or three rounds of programs), smaller ones cost longer tables. A power of 2, and no
+#: smaller than a tile.
+CHUNK = 1 << 15
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ITEMSIZE = np.array([4, 2, 2])
+_KEPT = 64
+
+_cache: OrderedDict[Hashable, Any] = OrderedDict()
+_captured: list[Any] = []
+
+
+class Launch(NamedTuple):
+    """Chunks of one table that go through one launch: those from `first` on."""
+
+    kinds: tuple[int, ...]
+    first: int
+    programs: int
+
+
+def flat_stride(t: Tensor) -> int | None:
+    """1 where the elements fill one stretch of memory, 0 where all are one; else None."""
+    if t.is_contiguous():
+        return 1
+    pairs = sorted((st, s) for st, s in zip(t.stride(), t.shape) if s > 1)
+    if all(st == 0 for st, _ in pairs):
+        return 0
+    expected = 1
+    for stride, size in pairs:
+        if stride != expected:
+            return None
+        expected *= size
+    return 1
+
+
+def split(
+    addresses: np.ndarray, kinds: np.ndarray, strides: np.ndarray, sizes: np.ndarray, chunk: int
+) -> tuple[np.ndarray, ...]:
+    """Chunks of rows: the row of each, its addresses, length, and whether it is FULL.
+
+    Args:
+        addresses, kinds, strides: [columns, rows]; kind -1: the column is missing there.
+        sizes: elements of each row.
+    """
+    counts = -(-sizes // chunk)
+    row = np.repeat(np.arange(len(sizes)), counts)
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    start = (np.arange(len(row)) - before) * chunk
+    length = np.minimum(sizes[row] - start, chunk)
+    missing = kinds < 0
+    step = np.where(missing, 0, ITEMSIZE[kinds] * strides)
+    full = (missing | ((addresses % 16 == 0) & (strides == 1))).all(0)
+    full = full[row] & (length == chunk) & (chunk % 16 == 0)
+    return row, addresses[:, row] + start * step[:, row], length, full
+
+
+def launches(columns: np.ndarray, first: int = 0) -> list[Launch]:
+    """Runs of equal columns of a [k, chunks] array, which must lie together."""
+    if columns.shape[1] == 0:
+        return []
+    cuts = np.flatnonzero((columns[:, 1:] != columns[:, :-1]).any(0)) + 1
+    bounds = [0, *cuts.tolist(), columns.shape[1]]
+    return [Launch(tuple(columns[:, a].tolist()), first + a, b - a) for a, b in pairwise(bounds)]
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """int64 arrays as tensors on the device, by one copy that the host does not wait for; and the
+    host's copy, to be kept while the device may read it."""
+    host = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int64))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    there = host.to(device, non_blocking=True)
+    parts = there.split([a.size for a in arrays])
+    return [p.view(a.shape) for p, a in zip(parts, arrays)], host
+
+
+def cached(key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+    """What `make` made for this key on the current stream; the oldest are forgotten.
+
+    What a CUDA graph has captured is kept for good: its replays read the same memory.
+    """
+    capturing = False
+    if device.type == "cuda":
+        key = (key, torch.cuda.current_stream(device).cuda_stream)
+        capturing = torch.cuda.is_current_stream_capturing()
+    made = _cache.pop(key, None)
+    if made is None:
+        made = make()
+    _cache[key] = made
+    if capturing and not any(made is kept for kept in _captured):
+        _captured.append(made)
+    while len(_cache) > _KEPT:
+        _cache.popitem(last=False)
+    return made

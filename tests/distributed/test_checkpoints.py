@@ -1,0 +1,26 @@
+"""Replicated runs: rank 0 writes, every rank goes on with its own random states, all fail alike."""
+
+from __future__ import annotations
+
+import torch
+
+from .launch import torchrun
+
+
+def test_two_ranks_save_load_and_fail_together(tmp_path):
+    """That the loaded run goes on bit for bit is asserted on the ranks."""
+    done = torchrun(2, "--module", "tests.distributed.checkpoints", tmp_path)
+    assert done.returncode == 0, done.stdout
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    wanted = {
+        "rank 0 cannot write": ("a file is where a folder should be", "rank 0: "),
+        "shards": ("torch.distributed.checkpoint", "torch.distributed.checkpoint"),
+        "another folder": ("file system that all of them share", "file system that all"),
+        "rank 1 has another model": ("rank 1: ValueError", "does not fit the 'm'"),
+        "damaged": ("m.pt is damaged", "m.pt is damaged"),
+    }
+    assert first.keys() == wanted.keys()
+    for name, words in wanted.items():
+        for error, word in zip((first[name], second[name]), words, strict=True):
+            assert word in error, (name, error)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step_00000003"]

@@ -1,0 +1,156 @@
+"""Compile every kernel for cards that are not here, with whatever Triton is installed.
+
+    python tests/triton_compile.py 70 90
+
+prints one line a kernel and card (compute capability times ten). It needs Triton, and neither torch
+nor a GPU. `test_triton_compile.py` judges the same figures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+FILE = Path(__file__).parents[1] / "ebu_optim" / "kernels" / "_triton_kernels.py"
+CHUNK, TILE, RADIX_TILE = 1 << 15, 1024, 2048
+RADIX = ("digit_kernel", "histogram_kernel")
+POINTERS = {
+    **dict.fromkeys(["table", "pools", "members", "bracket", "counters"], "*i64"),
+    **dict.fromkeys(["partial", "keys", "nonfinite", "prefix", "hist"], "*i64"),
+    **dict.fromkeys(["samples", "done", "settled", "bits"], "*i32"),
+    **dict.fromkeys(["n_chunks", "first", "count", "n_pools"], "i32"),
+    **dict.fromkeys(["second", "third", "blend", "gamma", "online", "inv_scale"], "fp32"),
+    "stats": "*fp64",
+}
+
+
+class Compiled(NamedTuple):
+    name: str
+    constants: dict
+    card: int
+    wide: dict  # accesses of 16 bytes, by "ld" and "st"
+    offsets: bool  # 64-bit address arithmetic
+    local: bool
+    fused: bool  # a contracted multiply-add
+    registers: int
+    stack: int
+    error: str
+
+
+def cases():
+    """(kernel, constants, types that differ from the usual): each kernel and each of its loads."""
+    walk = {"CHUNK": CHUNK, "TILE": TILE}
+    radix = {"CHUNK": CHUNK, "TILE": RADIX_TILE}
+    for kind, bins in ((0, 32), (1, 128), (2, 32)):
+        yield (
+            "window_kernel",
+            {"KIND": kind, "BINS": bins, "LANE": 8 if kind else 1, **walk},
+            {"hist": "*i32"},
+        )
+        yield "digit_kernel", {"KIND": kind, "LEVEL": kind + 1, **radix}, {"hist": "*i32"}
+    yield "sample_kernel", {"KIND": 2, "TILE": 256}, {}
+    yield "digit_kernel", {"KIND": 0, "LEVEL": 0, **radix}, {}
+    yield "histogram_kernel", {"KIND": 0, "LOW": 20, "BITS": 11, **walk}, {}
+    yield "probe_kernel", {"KIND": 1, **walk}, {}
+    yield "bracket_kernel", {"WIDTH": 16}, {}
+    yield "fold_kernel", {"WIDTH": 16}, {"hist": "*i32"}
+    yield "settle_kernel", {"WIDTH": 16}, {"hist": "*i32"}
+    yield "finish_kernel", {}, {"hist": "*i32"}
+    yield "restore_kernel", {"THETA": 0, "HELD": 0, **walk}, {}
+    yield "reduce_kernel", {"BLOCK": 1024}, {"partial": "*fp64"}
+    for kind in (0, 1, 2):
+        columns = {"THETA": kind, "F": kind, "R": kind, "ANCHOR": kind, "FISHER": 0, "OUT": kind}
+        added = {"HELD": -1, "ROUTED": False, "FIRST": True, "PENALTY": 1, "ONLINE": 1}
+        routed = {"HELD": kind, "ROUTED": True, "FIRST": True, "PENALTY": 2, "ONLINE": 1}
+        walk |= {"TILE": 512, "LANE": 4} if kind == 0 else {"TILE": 1024, "LANE": 8}
+        numbers = {"SCALED": False, "GAMMA_AT": False, "ONLINE_AT": False, **walk}
+        tensors = {"SCALED": True, "GAMMA_AT": True, "ONLINE_AT": True, **walk}
+        at = {"partial": "*fp64", "gamma": "*fp32", "online": "*fp32", "inv_scale": "*fp32"}
+        yield "combine_kernel", {**columns, **added, **numbers}, {"partial": "*fp64"}
+        if kind == 0:  # the most registers
+            yield "combine_kernel", {**columns, **routed, **tensors}, at
+
+
+def source(function, types, constants):
+    """An ASTSource; its arguments have changed from version to version."""
+    import triton
+    from triton.compiler import ASTSource
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    names = function.arg_names
+    types = {n: types[n] for n in names if n not in constants}
+    if version < (3, 2):
+        place = names.index
+        return ASTSource(
+            function, {place(n): t for n, t in types.items()},
+            {place(n): v for n, v in constants.items()},
+        )  # fmt: skip
+    if version >= (3, 3):
+        types |= dict.fromkeys(constants, "constexpr")
+    return ASTSource(function, types, constants)
+
+
+def compile_one(case, card):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    name, constants, types = case
+    spec = importlib.util.spec_from_file_location("_triton_kernels", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        made = triton.compile(
+            source(getattr(module, name), {**POINTERS, **types}, constants),
+            target=GPUTarget("cuda", card, 32),
+            options={"num_warps": 8 if name in RADIX else 4, "enable_fp_fusion": False},
+        )
+    except Exception as error:  # one failure must not hide the others
+        return Compiled(name, constants, card, {}, False, False, False, 0, 0, repr(error)[:500])
+    ptx = made.asm["ptx"]
+    # ld.global.v4.b32 and, in other versions, ld.global.L1::evict_last.v2.b64
+    wide = Counter(
+        op
+        for op, n, size in re.findall(r"\b(ld|st)\.global[\w.:]*\.v(\d)\.[bfu](\d+)", ptx)
+        if int(n) * int(size) == 128
+    )
+    registers, stack = usage(made.asm["cubin"])
+    return Compiled(
+        name, constants, card, dict(wide), "add.s64" in ptx, ".local" in ptx,
+        bool(re.search(r"\bfma\.rn\.f32", ptx)), registers, stack, "",
+    )  # fmt: skip
+
+
+def usage(cubin):
+    """Registers and bytes of stack (spills go there) of a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2])
+
+
+def main():
+    import triton
+
+    for card in map(int, sys.argv[1:]):
+        for case in cases():
+            c = compile_one(case, card)
+            kind = c.constants.get("KIND", c.constants.get("THETA", ""))
+            state = c.error or f"{c.registers} registers, {c.stack} bytes of stack, {c.wide}"
+            print(f"triton {triton.__version__} sm_{card} {c.name} {kind}: {state}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
