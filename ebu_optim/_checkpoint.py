@@ -15,7 +15,7 @@ from ._phases import Key, Slot
 
 COUNTERS = ("ebu_step", "ebu_skipped", "ebu_fisher_mean", "ebu_fisher_frozen", "ebu_started",
             "ebu_anchor_source", "ebu_anchor_hash")  # fmt: skip
-TENSORS = ("ebu_anchor", "ebu_fisher", "ebu_fisher_count")
+TENSORS = ("ebu_anchor", "ebu_fisher", "ebu_fisher_count", "ebu_mask")
 
 
 def _by_position(

@@ -35,13 +35,20 @@ class Phases:
     Args:
         slots: returns the optimizer's parameters as they are now.
         first: called with them when a step's first phase begins.
+        needs: the phases that a step needs. Of one alone the gradient lies on the parameters, as
+            the remember gradient of two does; what the other makes is dropped.
     """
 
     def __init__(
-        self, slots: Callable[[], Iterable[Slot]], first: Callable[[Sequence[Slot]], None]
+        self,
+        slots: Callable[[], Iterable[Slot]],
+        first: Callable[[Sequence[Slot]], None],
+        needs: Sequence[str] = ("forget", "remember"),
     ) -> None:
         self._slots = slots
         self._first = first
+        self.needs = tuple(needs)
+        self._moved = "forget" if len(self.needs) == 2 else None
         # G of the last step and its version, still on the parameters: the next phase discards it
         self.update: dict[Key, tuple[Tensor, int]] = {}
         self.reset()
@@ -52,6 +59,11 @@ class Phases:
         self.forget: dict[Key, Tensor] = {}
         self.remember: dict[Key, tuple[Tensor, int]] = {}  # gradient and its version
         self._poison: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Every phase that a step needs has run."""
+        return self.done.issuperset(self.needs)
 
     def close(self, slots: Iterable[Slot]) -> None:
         """After a step: what lies on the parameters now is spent."""
@@ -67,6 +79,15 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if self.active is not None:
+            raise RuntimeError(f"{name}() inside {self.active}(): phases do not nest")
+        if name not in self.needs:
+            aside = self._set_aside(name)
+            try:
+                yield
+            finally:
+                self._put_back(aside)
+            return
         self._enter(name)
         try:
             yield
@@ -74,32 +95,58 @@ class Phases:
             self._leave(name)
 
     @_disable_dynamo
-    def _enter(self, name: str) -> None:
-        if self.active is not None:
-            raise RuntimeError(f"{name}() inside {self.active}(): phases do not nest")
+    def _set_aside(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
+        """Before a phase that the step does not need: the parameters and their gradients."""
         slots = list(self._slots())
-        if not self.done:
-            for slot in slots:
-                _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
-                grad = slot.param.grad
-                if grad is None:
-                    continue
-                spent, version = self.update.get(slot.key, (None, 0))
-                if grad is not spent or grad._version != version:
-                    _checks.foreign_gradient(slot, name)
-            self._first(slots)
-            self.update = {}
-            for slot in slots:
-                slot.param.grad = None
+        self._begin(slots, name)
+        self.check_untouched(slots)
+        self._own_remembered()
+        aside = [(s.param, self.remember.get(s.key, (None, 0))[0]) for s in slots]
+        for param, _ in aside:
+            param.grad = None
+        self.active = name
+        return aside
+
+    @_disable_dynamo
+    def _put_back(self, aside: list[tuple[Tensor, Tensor | None]]) -> None:
+        self.active = None
+        for param, grad in aside:
+            param.grad = grad
+
+    def _own_remembered(self) -> None:
+        """Before another backward pass fills the buckets that gradients lie in."""
+        for key, (grad, _) in self.remember.items():
+            if _shares_storage(grad):
+                grad = grad.clone()
+                self.remember[key] = (grad, grad._version)
+
+    def _begin(self, slots: Sequence[Slot], name: str) -> None:
+        """At a step's first phase: nothing but the G of the last step may lie on the parameters."""
+        if self.done:
+            return
+        for slot in slots:
+            _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
+            grad = slot.param.grad
+            if grad is None:
+                continue
+            spent, version = self.update.get(slot.key, (None, 0))
+            if grad is not spent or grad._version != version:
+                _checks.foreign_gradient(slot, name)
+        self._first(slots)
+        self.update = {}
+        for slot in slots:
+            slot.param.grad = None
+
+    @_disable_dynamo
+    def _enter(self, name: str) -> None:
+        slots = list(self._slots())
+        self._begin(slots, name)
         self.check_untouched(slots)
         self.unpoison()
-        if name == "forget":
+        if name == self._moved:
             for slot in slots:
                 slot.param.grad = self.forget.pop(slot.key, None)
-            for key, (grad, _) in self.remember.items():
-                if _shares_storage(grad):  # the forget loss is about to fill the same bucket
-                    grad = grad.clone()
-                    self.remember[key] = (grad, grad._version)
+            self._own_remembered()
         self.active = name
 
     @_disable_dynamo
@@ -114,7 +161,7 @@ class Phases:
         except (TypeError, RuntimeError):
             self.discard()
             raise
-        if name == "forget":
+        if name == self._moved:
             for slot in slots:
                 grad = slot.param.grad
                 if grad is not None:
@@ -123,7 +170,7 @@ class Phases:
         self.remember = {
             s.key: (s.param.grad, s.param.grad._version) for s in slots if s.param.grad is not None
         }
-        if len(self.done) == 2:
+        if self.complete:
             self._carry_nonfinite()
 
     @torch.no_grad()
@@ -170,25 +217,24 @@ class Phases:
                 "every backward pass inside forget() or remember()"
             )
 
-    def require_both(self, slots: Sequence[Slot]) -> None:
-        """Raise unless both phases ran and each made a gradient."""
+    def require_all(self, slots: Sequence[Slot]) -> None:
+        """Raise unless every phase that is needed ran and made a gradient."""
         if self.active is not None:
             raise RuntimeError(f"step inside {self.active}(): leave the phase first")
-        made = {
-            "forget": any(s.key in self.forget for s in slots),
-            "remember": any(s.param.grad is not None for s in slots),
-        }
-        for name, some in made.items():
-            if name in self.done and some:
+        for name in self.needs:
+            moved = name == self._moved
+            if name in self.done and any(
+                s.key in self.forget if moved else s.param.grad is not None for s in slots
+            ):
                 continue
             what = "made no gradient" if name in self.done else "is missing"
             ran = ", ".join(sorted(self.done)) or "none"
             if self.done:
                 self.discard()
+            where = " and one inside ".join(f"{n}()" for n in self.needs)
             raise RuntimeError(
                 f"the {name} phase {what} (phases run: {ran}): a step needs a backward pass inside "
-                "forget() and one inside remember(), or two closures that each call backward() on "
-                "a loss of these parameters"
+                f"{where}, or closures that call backward() on a loss of these parameters"
             )
 
 

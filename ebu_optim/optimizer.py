@@ -100,6 +100,8 @@ class EBUOptimizer(Optimizer):
     """
 
     base: Optimizer
+    #: The phases that a step needs; a loop may leave out the other (see `ebu_optim.baselines`).
+    needs: tuple[str, ...] = ("forget", "remember")
     rank_checks: int = 3  # accepted steps still to be compared; the same on all ranks
     # GradScaler then calls step with the scale and its findings instead of unscaling param.grad
     # itself, which is one of the two gradients only.
@@ -198,7 +200,7 @@ class EBUOptimizer(Optimizer):
         super().__setstate__(state)
         self._seen: list[Any] = []  # groups and parameters when `_known` was made
         self._known: list[Slot] = []
-        self._phases = Phases(self._slots, self._penalty.take)
+        self._phases = Phases(self._slots, self._penalty.take, self.needs)
 
     def __repr__(self) -> str:
         groups = self.param_groups
@@ -299,7 +301,8 @@ class EBUOptimizer(Optimizer):
                 optimization passes such a closure by name, and torch's checkpoint tools pass None.
 
         Returns:
-            The two values that the closures returned; None after phases.
+            The values that the two closures returned (None for one that `needs` leaves out, which
+            is not called); None after phases.
 
         Raises:
             TypeError: a single closure.
@@ -308,27 +311,35 @@ class EBUOptimizer(Optimizer):
                 torch.distributed differ.
         """
         losses = None
-        if closure is not None and forget is remember is None and len(self._phases.done) == 2:
+        if closure is not None and forget is remember is None and self._phases.complete:
             with torch.enable_grad():
                 closure()  # what it does to the gradients is an error below
             closure = None
-        if closure is not None or (forget is None) != (remember is None):
-            raise TypeError(
-                "EBUOptimizer.step takes two closures, step(forget=..., remember=...), or none "
-                "after the phases forget() and remember(); it got one. In Lightning use manual "
-                "optimization; through a prepared accelerate optimizer use the phases"
+        given = {"forget": forget, "remember": remember}
+        wanted = {name: call for name in self.needs if (call := given[name]) is not None}
+        some = forget is not None or remember is not None
+        if closure is not None or (some and len(wanted) < len(self.needs)):
+            count, takes, names = (
+                ("two closures", "forget=..., remember=...", "phases forget() and remember()")
+                if len(self.needs) == 2
+                else ("one closure", f"{self.needs[0]}=...", f"phase {self.needs[0]}()")
             )
-        if forget is not None and remember is not None:
+            raise TypeError(
+                f"{type(self).__name__}.step takes {count}, step({takes}), or none after the "
+                f"{names}; it got {'another' if len(self.needs) == 1 else 'one'}. In Lightning use "
+                "manual optimization; through a prepared accelerate optimizer use the phases"
+            )
+        if some:
+            found = {}
             try:
                 with torch.enable_grad():
-                    with self.forget():
-                        loss_f = forget()
-                    with self.remember():
-                        loss_r = remember()
+                    for name, call in wanted.items():
+                        with self._phases.phase(name):
+                            found[name] = call()
             except BaseException:
                 self._phases.discard()
                 raise
-            losses = (loss_f, loss_r)
+            losses = (found.get("forget"), found.get("remember"))
         elif not self._phases.done and all(_is_zero(g.get("lr", 1)) for g in self.param_groups):
             # torch.distributed.checkpoint initialises the base's state by such a call
             self.base.step()
@@ -355,9 +366,9 @@ class EBUOptimizer(Optimizer):
                 "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
                 "EBUOptimizer(max_grad_norm=...) and leave unscaling to scaler.step()"
             )
-        if len(phases.done) == 2 and phases.active is None:
+        if phases.complete and phases.active is None:
             phases.check_untouched(slots)
-        phases.require_both(slots)
+        phases.require_all(slots)
         for group in self.param_groups:
             _checks.group(group)
         _checks.capture(self.nonfinite, self._penalty.mode if self._penalty.active else "none")
@@ -554,7 +565,7 @@ class EBUOptimizer(Optimizer):
         self.base.load_state_dict(base)
         for group, missing in zip(self.param_groups, values, strict=True):
             group.update({n: v for n, v in missing.items() if n not in group})
-            if isinstance(group["ebu_delta"], list):  # some formats have no tuples
+            if isinstance(group.get("ebu_delta"), list):  # some formats have no tuples
                 group["ebu_delta"] = tuple(group["ebu_delta"])
         self._phases.reset()
         if counters:  # else it is a state of the base alone
@@ -636,6 +647,8 @@ def _is_hook_or_patch(name: str) -> bool:
 
 
 def _common(groups: Sequence[Mapping[str, Any]], name: str) -> Any:
+    if any(name not in group for group in groups):  # a baseline without it
+        raise AttributeError(f"the parameter groups have no {name}")
     values = [group[name] for group in groups]
     return values[0] if all(v == values[0] for v in values) else tuple(values)
 

@@ -29,9 +29,8 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
-from ebu_optim._combine import Combined
 from ebu_optim._files import replacing
-from ebu_optim._shards import Shards
+from ebu_optim.baselines import EmbeddingOnly, Joint, RandomMasks, SelectiveAmnesia
 from ebu_optim.diffusion import (
     FisherBatches,
     denoising_loss,
@@ -46,29 +45,6 @@ from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
 
 FORGET, REPLAYED, NEVER = 0, (1, 2, 3), (4, 5, 6, 7, 8, 9)
 STEPS, BATCH, LR, CLIP, SAMPLER_STEPS = 200, 16, 1e-4, 1.0, 10
-JOINT = {"terms": ["forget", "remember"], "penalty": "none", "fisher": None}
-FULL = {"terms": ["forget", "remember"], "penalty": "full"}
-
-
-class RandomMasks(EBUOptimizer):
-    """The control: M_f and M_r are drawn at random at every step, with density delta."""
-
-    def _combine(self, slots: Any, g_f: Any, g_r: Any, scaler: bool) -> Combined:
-        store = self._penalty
-        alpha, delta, gamma = self.alpha, self.delta, self.gamma * store.scale(Shards(slots))
-        square = 0.0
-        grads = []
-        for slot, f, r in zip(slots, g_f, g_r, strict=True):
-            m_f, m_r = (torch.rand_like(f) < delta for _ in range(2))
-            p = gamma * store.fisher[slot.key] * (slot.param - store.anchor[slot.key])
-            g_rc = r + torch.where(m_r & ~m_f, p, 0.0)
-            blend = torch.where(m_f & m_r, alpha * f + (1 - alpha) * r, torch.where(m_f, f, 0.0))
-            grads.append(f + g_rc + blend)
-            square += grads[-1].square().sum()
-            store.fisher[slot.key].lerp_(r.square(), store.online_weight(slot.key))
-        store.counted((s.key for s in slots), None)
-        factor = (self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-        return Combined([g.mul_(factor) for g in grads], None, None)
 
 
 def name(spec: dict[str, Any]) -> str:
@@ -80,28 +56,28 @@ def name(spec: dict[str, Any]) -> str:
 
 def build(spec: dict[str, Any], model: Any, images: Any, labels: Any) -> EBUOptimizer:
     options = {k: v for k, v in spec["options"].items() if k != "reduction"}
-    kind = {
-        "joint": JOINT,
-        "embedding": JOINT,
-        "base": JOINT,
-        "full": FULL,
-        "added": {"update": "added"},
-        "replaced": {"update": "replaced"},
-        "routed": {"update": "routed"},
-        "random": {},
-    }[spec["method"]]
-    if options.pop("fisher", "online") == "diagonal":
+    if options.get("fisher") == "diagonal":
         batches = FisherBatches(images, labels, digits.scheduler(), timesteps=16)
         fisher = DiagonalFisher.estimate(
             model, fisher_loss(digits.scheduler()), batches, method="hooks", progress=False
         )
         options["fisher"] = fisher.for_model(model)
-    cls = RandomMasks if spec["method"] == "random" else EBUOptimizer
-    # the class embedding alone: wins on the paper's metrics and forgets nothing in depth
-    alone = spec["method"] == "embedding"
-    base = Adam(model.class_embedding.parameters(), lr=1e-2) if alone else Adam(
-        model.parameters(), lr=LR)  # fmt: skip
-    return cls(base, max_grad_norm=CLIP, **{"gamma": 0.0, **kind, **options})
+    method = spec["method"]
+    if method == "embedding":  # wins on the paper's metrics and forgets nothing in depth
+        embedding = model.class_embedding
+        base = Adam(embedding.parameters(), lr=1e-2)
+        return EmbeddingOnly(base, embedding=embedding, max_grad_norm=CLIP)
+    base = Adam(model.parameters(), lr=LR)
+    if method in ("joint", "base"):
+        return Joint(base, max_grad_norm=CLIP)
+    if method == "full":  # gamma is 2 lambda, on EBU's scale of F
+        lam = options.pop("gamma") / 2
+        return SelectiveAmnesia(
+            base, fisher="online", fisher_scale="unit", lam=lam, max_grad_norm=CLIP, **options
+        )
+    if method == "random":  # of density delta, independently: the overlap is chance's
+        return RandomMasks(base, independent=True, seed=spec["seed"], max_grad_norm=CLIP, **options)
+    return EBUOptimizer(base, update=method, max_grad_norm=CLIP, **{"gamma": 0.0, **options})
 
 
 def run(spec: dict[str, Any], folder: Path) -> None:
@@ -177,7 +153,7 @@ def run(spec: dict[str, Any], folder: Path) -> None:
         "inversion_100": probability(inverted, FORGET),
         "relearn_10": probability(relearned, FORGET),
         "seconds": seconds,
-        "stats": optimizer.stats if spec["method"] != "random" else {},
+        "stats": optimizer.stats,
         "fisher_mean": fisher_mean(optimizer),
     }
     with replacing(folder / "runs" / f"{name(spec)}.json") as path:

@@ -19,6 +19,11 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
+    "ebu_optim.baselines": [
+        "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method", "PCGrad",
+        "RandomMasks", "Retrain", "SalUn", "SelectiveAmnesia", "fisher_images", "methods",
+        "next_class", "relabel_loss", "replayed_images", "reset_weights",
+    ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
         "FisherBatches", "anchored", "antithetic_timesteps", "denoising_loss", "distillation_loss",
@@ -36,7 +41,7 @@ PUBLIC = {
 # What a bare install does not have.
 EXTRAS = {
     "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
-    "scipy", "sklearn", "torch_fidelity", "torchvision", "tqdm", "transformers", "triton",
+    "scipy", "sklearn", "torch_fidelity", "torchjd", "torchvision", "tqdm", "transformers", "triton",
 }  # fmt: skip
 
 
@@ -73,6 +78,7 @@ def test_imports_and_steps_with_torch_and_numpy_alone(bare):
         "opt.step(forget=lambda: w.sum().backward(), remember=lambda: (-w).sum().backward())\n"
         "fisher = ebu_optim.DiagonalFisher.estimate(torch.nn.Linear(2, 1),"
         " lambda m, b: m(b['x'])[:, 0], [{'x': torch.ones(2, 2)}], progress=False)\n"
+        "import ebu_optim.baselines\n"
         "print(opt.stats['overlap'], len(fisher))\n"
     )
     assert done.returncode == 0, done.stderr

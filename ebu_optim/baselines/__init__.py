@@ -1,0 +1,50 @@
+"""The methods that EBU is compared with, each an object that the same training loop runs.
+
+One method a file; docs/baselines.md has their equations, and what is fixed against the published
+code. A loop runs any of them:
+
+.. code-block:: python
+
+    opt = methods[name].build(Adam(model.parameters(), lr=1e-4), max_grad_norm=1.0)
+    for _ in range(steps):
+        if "forget" in opt.needs:
+            with opt.forget():
+                forget_loss().backward()
+        if "remember" in opt.needs:
+            with opt.remember():
+                remember_loss().backward()
+        opt.step()
+"""
+
+from ._methods import Method, methods
+from .embedding_only import EmbeddingOnly
+from .erasediff import EraseDiff
+from .fine_tune import FineTune
+from .gradient_ascent import GradientAscent
+from .joint import Joint
+from .pcgrad import PCGrad
+from .random_masks import RandomMasks
+from .relabel import next_class, relabel_loss
+from .retrain import Retrain, reset_weights
+from .salun import SalUn
+from .selective_amnesia import SelectiveAmnesia, fisher_images, replayed_images
+
+__all__ = [
+    "EmbeddingOnly",
+    "EraseDiff",
+    "FineTune",
+    "GradientAscent",
+    "Joint",
+    "Method",
+    "PCGrad",
+    "RandomMasks",
+    "Retrain",
+    "SalUn",
+    "SelectiveAmnesia",
+    "fisher_images",
+    "methods",
+    "next_class",
+    "relabel_loss",
+    "replayed_images",
+    "reset_weights",
+]

@@ -1,0 +1,42 @@
+"""GA: ascend the loss on what is to be forgotten."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .._phases import Slot
+from ._rule import Figures, Rule, weight
+
+
+class GradientAscent(Rule):
+    """GA (Thudi et al., 2022): G = -g_f, and with ``remember_weight`` G = -g_f + w_r g_r.
+
+    The forget loss is the ordinary loss on the forgotten class's *own* images, not on a surrogate:
+    the sign is turned here. Without a remember loss (the default, as the EBU paper has it) the
+    model diverges sooner or later, every class with it; SalUn's code adds a remember loss.
+
+    Args:
+        base: a built torch optimizer.
+        remember_weight: w_r, >= 0; with 0 the remember phase is not needed, and dropped.
+        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+    """
+
+    needs: tuple[str, ...] = ("forget",)
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        remember_weight: float = 0.0,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        w = weight("remember_weight", remember_weight)
+        self.needs = ("forget", "remember") if w > 0 else ("forget",)
+        super().__init__(
+            base, options={"remember_weight": w}, max_grad_norm=max_grad_norm, nonfinite=nonfinite
+        )
+
+    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        return g_r.mul_(slot.group["ebu_remember_weight"]).sub_(g_f)

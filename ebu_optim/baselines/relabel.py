@@ -1,0 +1,93 @@
+"""Next-class labels as a forget loss, for SalUn and EraseDiff."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._modules import evaluating
+from ..diffusion.losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
+from ._rule import compat as _paper
+
+
+def next_class(
+    labels: Tensor, num_classes: int, *, forgotten: Collection[int], compat: str | None = None
+) -> Tensor:
+    """The class after each label, cyclically, that is not forgotten; (n,) int64.
+
+    With "paper" (c + 1) mod num_classes, be it forgotten or not: SalUn's "random label".
+    """
+    if _paper(compat):
+        return (labels + 1) % num_classes
+    kept = [c for c in range(num_classes) if c not in set(forgotten)]
+    if not kept:
+        raise ValueError(f"all of the {num_classes} classes are forgotten: none is left to name")
+    table = [next((k for k in kept if k > c), kept[0]) for c in range(num_classes)]
+    return torch.tensor(table, device=labels.device)[labels]
+
+
+def relabel_loss(
+    model: Model,
+    x: Tensor,
+    labels: Tensor,
+    relabelled: Tensor,
+    scheduler: Any,
+    *,
+    teacher: Model | None = None,
+    compat: str | None = None,
+    null_class: int | None = None,
+    reduction: str = "mean",
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Make the class to forget predict what another class predicts:
+    :math:`\|\epsilon_\theta(x_t, t, c_f) - \mathrm{sg}[\epsilon_{\theta'}(x_t, t, c')]\|^2`.
+
+    Args:
+        model: called as ``model(x_t, t, class_labels=...)``.
+        x: (n, C, H, W) images of the classes to forget.
+        labels, relabelled: (n,) their classes c_f and the others c' (:func:`next_class`).
+        scheduler: as for :func:`~ebu_optim.diffusion.denoising_loss`.
+        teacher: theta', a frozen model; None is the model as it is now, as in SalUn's code. Either
+            predicts in eval mode.
+        compat: "paper": the model as it is now in the mode that it is in (each pass has a dropout
+            mask of its own), and both passes drop each condition to ``null_class`` with
+            probability 0.1, independently, so that one in five or so pairs compares other things.
+        null_class: the label of the unconditional model; needed by "paper" alone.
+        reduction: over C, H, W: "mean" (SalUn) or "sum".
+        timesteps, noise, generator: as for :func:`~ebu_optim.diffusion.denoising_loss`.
+
+    Returns:
+        0-d float32 loss.
+    """
+    paper = _paper(compat)
+    if paper and (null_class is None or teacher is not None):
+        raise ValueError('relabel_loss: compat="paper" needs null_class and takes no teacher')
+    if timesteps is None:
+        timesteps = antithetic_timesteps(
+            len(x), scheduler.config.num_train_timesteps, generator=generator, device=x.device
+        )
+    if noise is None:
+        noise = randn(x.shape, generator, x)
+    x_t, _ = noised(scheduler, x, noise, timesteps)
+    if paper:
+        labels, relabelled = (
+            _dropped(c, int(null_class or 0), generator) for c in (labels, relabelled)
+        )
+        with torch.no_grad():
+            target = predict(model, x_t, timesteps, relabelled)
+    else:
+        source = model if teacher is None else teacher
+        with torch.no_grad(), evaluating(source):
+            target = predict(source, x_t, timesteps, relabelled)
+    return reduce_loss(predict(model, x_t, timesteps, labels) - target, reduction)
+
+
+def _dropped(labels: Tensor, null_class: int, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else labels.device
+    drop = torch.rand(labels.shape, generator=generator, device=device).to(labels.device) < 0.1
+    return torch.where(drop, null_class, labels)

@@ -1,0 +1,57 @@
+"""Retrain: the gold standard. Random weights, the real data without the forgotten class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._rule import compat
+from .fine_tune import FineTune
+
+
+class Retrain(FineTune):
+    """Retraining: G = g_r, from random weights, on real data without the forgotten class.
+
+    The rule is FT's; what differs is where it starts. Call :func:`reset_weights` once, before the
+    first run; a resumed run loads its weights instead.
+    """
+
+
+def reset_weights(model: nn.Module, seed: int, *, compat: str | None = None) -> None:
+    """Draw the weights of a model anew, in place: optimizers keep their parameters.
+
+    A model with ``config`` and ``from_config`` (those of diffusers) is built again; the modules of
+    any other draw anew by their own ``reset_parameters``. The user's random stream is untouched.
+
+    Args:
+        model: whose weights, buffers included, are overwritten.
+        seed: of the draws.
+        compat: "paper" leaves the pretrained weights: the EBU paper's appendix calls that
+            "Retraining" (it is FT).
+
+    Raises:
+        TypeError: some parameters belong to modules that cannot draw anew.
+    """
+    if _paper(compat):
+        return
+    kind: Any = type(model)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        if hasattr(model, "config") and hasattr(kind, "from_config"):
+            model.load_state_dict(kind.from_config(model.config).state_dict())
+            return
+        able = [m for m in model.modules() if hasattr(m, "reset_parameters")]
+        covered = {id(p) for m in able for p in m.parameters(recurse=False)}
+        left = [name for name, p in model.named_parameters() if id(p) not in covered]
+        if left:
+            raise TypeError(
+                f"reset_weights: {', '.join(left[:3])} belong to modules without reset_parameters; "
+                "build the model anew yourself"
+            )
+        for module in able:
+            module.reset_parameters()  # type: ignore[operator]
+
+
+_paper = compat  # the function's argument hides the name

@@ -1,0 +1,39 @@
+"""Every baseline in two processes is one process on the joined batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ..steps import HAS_NAMES, assert_same
+from .baselines import NAMES, train
+from .launch import torchrun
+
+HAS_SHARDS = HAS_NAMES  # both came with torch 2.6
+WRAPS = ["ddp fr", "ddp rf", *(["fsdp fr"] if HAS_SHARDS else [])]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = ["--module", "tests.distributed.baselines", folder]
+    done = torchrun(2, *arguments, *(["fsdp"] if HAS_SHARDS else []))
+    assert done.returncode == 0, done.stdout
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_are_equal_and_one_process_on_the_joined_batch(ranks, name, wrap):
+    if (name, wrap) == ("random_masks", "fsdp fr"):
+        assert "the parameters are sharded" in ranks[0]["refused"]
+        return
+    first, second = (results[f"{name} {wrap}"] for results in ranks)
+    assert_same(first, second)
+    one = train(name, "", ("forget", "remember"))
+    for got, want in zip(first, one, strict=True):
+        torch.testing.assert_close(got["weights"], want["weights"], rtol=1e-9, atol=1e-12)
+        for key, value in want["stats"].items():
+            assert got["stats"][key] == pytest.approx(value, rel=1e-8) or math.isnan(value), key
