@@ -41,7 +41,8 @@ PUBLIC = {
 # What a bare install does not have.
 EXTRAS = {
     "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
-    "scipy", "sklearn", "torch_fidelity", "torchjd", "torchvision", "tqdm", "transformers", "triton",
+    "scipy", "sklearn", "torch_fidelity", "torchjd", "torchvision", "tqdm", "transformers",
+    "triton",
 }  # fmt: skip
 
 
