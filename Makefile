@@ -1,6 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both make .venv when it is missing.
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test sanitize lint bench docs dist clean
@@ -17,8 +18,9 @@ $(VENV)/.%: pyproject.toml setup.py $(wildcard ebu_optim/kernels/_cpu*.[ch]) $(B
 demo: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py --overwrite
 
+# a file stays in one process: its tests share what they launch
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
 SANITIZED := build/sanitized

@@ -113,6 +113,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.timeout(900)  # four starts of the whole job
 def test_killed_and_interrupted_the_same_command_goes_on_to_the_same_result(result, tmp_path):
     """Interrupted in the unlearning, then killed when its results are written: there is no half
     result at any time, and in the end the one of an unbroken run."""

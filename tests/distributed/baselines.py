@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ebu_optim.baselines import methods
 
+from .launch import leave
+
 STEPS = 3
 NAMES = [n for n in methods if not n.startswith("ebu_")]
 OPTIONS: dict[str, Any] = {
@@ -85,8 +87,7 @@ def main() -> None:
                 results[f"{name} fsdp fr"] = train(name, "fsdp", orders["fr"])
         results["refused"] = refused()
     torch.save(results, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ebu_optim import EBUOptimizer
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 
 from ..steps import assert_same, snapshot
+from .launch import leave
 
 try:
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -77,5 +78,4 @@ if __name__ == "__main__":
     dist.barrier()
     errors["damaged"] = error_of(lambda: load_checkpoint(folder / "run", run))
     torch.save(errors, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ebu_optim import EBUOptimizer
 
+from .launch import leave
+
 CPU = torch.device("cpu")
 
 
@@ -55,5 +57,4 @@ if __name__ == "__main__":
         except (TypeError, ImportError) as e:
             refusals[name] = f"{type(e).__name__}: {e}"
     torch.save(refusals, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

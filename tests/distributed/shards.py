@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from ebu_optim import EBUOptimizer
 from ebu_optim.kernels import reference
 
+from .launch import leave
+
 STEPS = 4
 
 
@@ -380,5 +382,4 @@ if __name__ == "__main__":
         results[name] = SCENARIOS[name]()
         dist.barrier()
     torch.save(results, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

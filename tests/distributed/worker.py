@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ebu_optim import EBUOptimizer
 
+from .launch import leave
 from .training import EQUAL, ORDERS, REFUSED, STEPS, Net, backward, build, loss, train, world
 
 # -- mistakes: the error of every rank, and whether anything was changed --------------------------
@@ -221,8 +222,7 @@ def main(folder: str, names: list[str]) -> None:
         results[name] = SCENARIOS[name]()
         dist.barrier()
     torch.save(results, Path(folder) / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
