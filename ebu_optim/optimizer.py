@@ -74,7 +74,8 @@ class EBUOptimizer(Optimizer):
         granularity: rank over the whole ``"model"`` or inside each ``"tensor"``.
         max_grad_norm: clip the combined gradient to this 2-norm; None does not clip.
         nonfinite: on NaN or Inf in a gradient ``"raise"``, ``"skip"`` the step (counted in
-            ``skipped_steps``) or ``"propagate"`` (no host synchronisation).
+            ``skipped_steps``) or ``"propagate"`` (no host synchronisation). Where the gradients are
+            finite and their combination is not, an online F has counted the remember gradient.
         fused: as in torch.optim: None takes the best kernels there are, True insists on fused
             ones, False takes plain torch.
         anchor_dtype: hold theta0 in ``torch.float16`` or ``torch.bfloat16`` instead of the
