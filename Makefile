@@ -36,8 +36,8 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
+	$(BIN)/pytest tests/benchmarks/test_bench.py
 	$(BIN)/python tests/benchmarks/bench_step.py
-	$(BIN)/python tests/benchmarks/bench_cpu.py
 	$(BIN)/python tests/benchmarks/bench_fisher.py
 
 docs: $(VENV)/.docs

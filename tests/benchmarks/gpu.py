@@ -25,7 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import shapes
 import torch
+import ways
 from torch import Tensor
 
 from ebu_optim import EBUOptimizer
@@ -33,7 +35,6 @@ from ebu_optim.kernels import _tables, reference
 from ebu_optim.kernels import triton as fused
 
 PARTS = ("exact", "select", "bandwidth", "small", "loop")
-TERMS = (True, True, True)
 
 
 class Bench:
@@ -85,49 +86,6 @@ class Bench:
         end_at.record()
         end_at.synchronize()
         return start_at.elapsed_time(end_at) / 1e3
-
-
-# -- rivals: the k-th largest magnitude, as a key -------------------------------------------------
-
-
-def kthvalue(x: Tensor, k: int) -> Tensor:
-    return x.abs().kthvalue(x.numel() - k + 1).values
-
-
-def topk(x: Tensor, k: int) -> Tensor:
-    return x.abs().topk(k, sorted=False).values.min()
-
-
-def full_sort(x: Tensor, k: int) -> Tensor:
-    return x.abs().sort().values[x.numel() - k]
-
-
-def ranks(x: Tensor, k: int) -> Tensor:
-    """The mask by argsort of argsort, as published code has it; its smallest selected value."""
-    magnitude = x.abs()
-    order = magnitude.argsort().argsort()
-    return torch.where(order >= x.numel() - k, magnitude, math.inf).min()
-
-
-def bisection(x: Tensor, k: int) -> Tensor:
-    """31 passes, one for each bit of the key, without a host sync."""
-    u = reference.keys(x, torch.float32)
-    key = torch.zeros((), dtype=torch.int64, device=x.device)
-    for bit in range(30, -1, -1):
-        trial = key | (1 << bit)
-        key = torch.where((u >= trial).sum() >= k, trial, key)
-    return reference.key_to_value(key, torch.float32)
-
-
-def engine(x: Tensor, k: int) -> Tensor:
-    keys, _ = fused.select([([x], k)], torch.float32)
-    return reference.key_to_value(keys[0], torch.float32)
-
-
-RIVALS = {
-    "fused": engine, "kthvalue": kthvalue, "topk": topk, "sort": full_sort,
-    "argsort of argsort": ranks, "bit bisection": bisection,
-}  # fmt: skip
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -199,17 +157,6 @@ def columns(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
     return x | {"fishers": [bench.normal(n).square_()]}
 
 
-def call(module: Any, x: dict[str, Any], out: list[Tensor], keys: Tensor, **options: Any) -> Tensor:
-    stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=keys.device)
-    options = {"online": None, "inv_scale": None, "update": "added"} | options
-    module.combine(
-        x["params"], x["g_f"], x["g_r"], x["anchors"], x["fishers"], out, [None] * len(out), keys,
-        [0] * len(out), [1] * len(out), alpha=0.6, gamma=0.3, penalty="partial", terms=TERMS,
-        dtype=torch.float32, stats=stats, **options,
-    )  # fmt: skip
-    return stats
-
-
 def combination(bench: Bench, dtype: torch.dtype) -> None:
     n = 1101 if bench.dry else 10**7 + 3
     scale = torch.tensor(0.25, device=bench.device)
@@ -220,7 +167,9 @@ def combination(bench: Bench, dtype: torch.dtype) -> None:
         for module in (fused, fused, reference):
             copy = {name: [t.clone() for t in c] for name, c in x.items()}
             out = [torch.full_like(t, math.nan) for t in x["params"]]
-            stats = call(module, copy, out, keys, update=update, online=0.25, inv_scale=scale)
+            stats = ways.combine(
+                module, copy, out, keys, update=update, online=0.25, inv_scale=scale
+            )
             results.append((out[0], copy["fishers"][0], stats))
         for a, b in zip(results[0], results[1], strict=True):
             assert a.equal(b), "two runs differ"
@@ -244,14 +193,14 @@ def select(bench: Bench) -> list[dict[str, Any]]:
 
 
 def select_one(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
-    x, k = bench.normal(n, dtype), n // 2
-    ways = dict(RIVALS)
+    x, k = [bench.normal(n, dtype)], n // 2
+    found = {"fused": functools.partial(ways.engine, fused), **ways.SELECTION}
     if not bench.dry:
-        ways["torch.compile of the bisection"] = torch.compile(bisection)
+        found["torch.compile of the bisection"] = torch.compile(ways.bisection)
     if n > 10**8:  # minutes
-        ways = {m: f for m, f in ways.items() if m not in ("kthvalue", "topk")}
-    want = float(full_sort(x, k))
-    rivals = {name: functools.partial(f, x, k) for name, f in ways.items()}
+        del found["torch.kthvalue"], found["torch.topk"]
+    want = float(ways.full_sort(x, k))
+    rivals = {name: functools.partial(f, x, k) for name, f in found.items()}
     seconds = bench.timed(rivals)
     for name, run in rivals.items():
         if not isinstance(seconds[name], str):
@@ -278,13 +227,14 @@ def bandwidth_one(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
     target = torch.empty_like(x["g_f"][0])
     factor = torch.ones((), device=bench.device)
     # G goes to g_r itself, which so drifts; the work does not depend on the values
+    online = functools.partial(ways.combine, fused, online=0.01)
     runs: dict[str, tuple[int, Callable[[], Any]]] = {
         "plain read": (size, lambda: x["g_f"][0].sum()),
         "plain copy": (2 * size, lambda: target.copy_(x["g_f"][0])),
         "select": (size, lambda: fused._select(plan)),
         "finite_probe": (size, lambda: fused.finite_probe(x["g_f"])),
-        "combine": (5 * size + 4, lambda: call(fused, x, x["g_r"], keys)),
-        "combine, online F": (5 * size + 8, lambda: call(fused, x, x["g_r"], keys, online=0.01)),
+        "combine": (5 * size + 4, lambda: ways.combine(fused, x, x["g_r"], keys)),
+        "combine, online F": (5 * size + 8, functools.partial(online, x, x["g_r"], keys)),
         "scale": (2 * size, lambda: fused.scale(x["g_f"], factor)),
         "torch.compile of the formula": (5 * size + 4, compiled_formula(bench, x, target, keys)),
     }
@@ -316,16 +266,7 @@ def compiled_formula(
     bench: Bench, x: dict[str, Any], out: Tensor, keys: Tensor
 ) -> Callable[[], Any]:
     """The "added" update with the partial penalty, without sums, left to torch.compile."""
-
-    def formula(theta, f, r, anchor, fisher, taus, out):  # type: ignore[no-untyped-def]
-        m_f = (reference.keys(f, torch.float32) >= taus[0]).float()
-        m_r = (reference.keys(r, torch.float32) >= taus[1]).float()
-        f, r = f.float(), r.float()
-        p = 0.3 * fisher * (theta.float() - anchor.float())
-        both = m_f * m_r
-        out.copy_(f + r + (m_r - both) * p + m_f * f + 0.4 * both * (r - f))
-
-    run = formula if bench.dry else torch.compile(formula)
+    run = ways.formula if bench.dry else torch.compile(ways.formula)
     names = ("params", "g_f", "g_r", "anchors", "fishers")
     return lambda: run(*(x[name][0] for name in names), keys, out)
 
@@ -341,7 +282,7 @@ def small(bench: Bench) -> dict[str, Any]:
 
         def run(x: dict[str, Any] = x) -> None:
             keys, _ = fused.select([(x["g_f"], n // 2), (x["g_r"], n // 2)], torch.float32)
-            call(fused, x, x["g_r"], keys)
+            ways.combine(fused, x, x["g_r"], keys)
 
         bench.timed({"warm up": run})
         start = time.perf_counter()
@@ -372,7 +313,7 @@ def captured(bench: Bench, run: Callable[[], None]) -> float:
 
 def networks(dry: bool) -> dict[str, tuple[Any, int, tuple[int, ...], Any]]:
     """name: (build, batch, shape of a sample, shape of the text or None), by diffusers' configs."""
-    from diffusers import UNet2DConditionModel, UNet2DModel
+    from diffusers import UNet2DModel
 
     if dry:
         build = lambda: UNet2DModel(  # noqa: E731
@@ -380,18 +321,9 @@ def networks(dry: bool) -> dict[str, tuple[Any, int, tuple[int, ...], Any]]:
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
         )  # fmt: skip
         return {"toy": (build, 2, (3, 8, 8), None)}
-    down, up = ["DownBlock2D"] * 6, ["UpBlock2D"] * 6
-    down[1] = "AttnDownBlock2D"  # google/ddpm-cifar10-32
-    up[2] = "AttnUpBlock2D"
-    ddpm = lambda: UNet2DModel(  # noqa: E731
-        sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
-        down_block_types=tuple(down[:4]), up_block_types=tuple(up[:4]), act_fn="silu",
-    )  # fmt: skip
-    # diffusers' defaults are the SD 1.x UNet but for the width of the text
-    sd = lambda: UNet2DConditionModel(cross_attention_dim=768)  # noqa: E731
     return {
-        "DDPM, batch 32": (ddpm, 32, (3, 32, 32), None),
-        "SD 1.x, batch 1": (sd, 1, (4, 64, 64), (77, 768)),
+        "DDPM, batch 32": (shapes.ddpm, 32, (3, 32, 32), None),
+        "SD 1.x, batch 1": (shapes.stable_diffusion, 1, (4, 64, 64), (77, 768)),
     }
 
 
