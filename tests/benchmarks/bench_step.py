@@ -114,7 +114,7 @@ def ours(way: str) -> bool:
 # -- sections -------------------------------------------------------------------------------------
 
 
-# Bytes to and from memory for each scalar: once, and 2.4 % kept and read again; a bisection reads
+# Bytes to and from memory for each scalar: once, a sample, and 1 % kept and read; a bisection reads
 # 31 times, in eager mode by way of a bool tensor. How often a sort or partition does is unknown.
 READ = {
     "plain read": 4.0, "ours": 4.2, "ours, fallback alone": 8.0, "reference": 4.2,

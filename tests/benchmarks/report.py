@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import shapes
 
 Row = dict[str, Any]
 LIMITS = {"select": "plain read", "combine": "plain copy", "step": "byte floor"}
+HIDDEN = {  # of the plot: lines that lie on others
+    "select": ["ours, fallback alone"],
+    "step": ["plain copy", "ours, online F", "ours, online F, clipped"],
+}
 TITLES = {
     "select": "selection of one gradient", "combine": "combination", "step": "whole step",
     "linear": "cost per scalar",
@@ -92,42 +97,43 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    threads = max(r["threads"] for r in rows)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
+    count = Counter(r["threads"] for r in rows)
+    threads = max(count, key=lambda t: (count[t], t))  # of which there is most
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), sharey=True)
     for axis, section in zip(axes, ("select", "step"), strict=True):
-        mine = [r for r in rows if r["section"] == section and r["threads"] == threads]
-        mine = [r for r in mine if "seconds" in r]
-        floors: list[tuple[int, float, int]] = [
-            (r["n"], r["seconds"] / r["over_limit"], r["tensors"])
-            for r in mine
-            if section == "step" and r["way"] == "ours, given F"
-        ]
-        curves = {
-            way: [(r["n"], r["seconds"], r["tensors"]) for r in mine if r["way"] == way]
-            for way in dict.fromkeys(r["way"] for r in mine)
-            if section == "select" or way in ("naive", "ours, given F", "ours, online F")
-        }
-        if floors:
-            curves = {"byte floor, given F": floors, **curves}
-        for way, points in curves.items():
-            limit = way.startswith(("plain", "byte"))
-            style = {"color": "0.35", "ls": "--"} if limit else {}
-            if way.startswith("ours") and "fallback" not in way and "online" not in way:
-                style = {"color": "tab:red", "lw": 2.5, "zorder": 5}
-            flat = sorted((n, s) for n, s, tensors in points if tensors == 1)
-            label = f"{way} (limit)" if limit else way
-            (line,) = axis.loglog(*zip(*flat, strict=True), label=label, **style)
-            line.set_marker("o")
-            line.set_markersize(4)
-            several = [(n, s) for n, s, tensors in points if tensors > 1]
-            for n, s in several:
-                axis.plot(n, s, "D", mfc="none", mec=line.get_color(), ms=8)
+        mine = [r for r in rows if (r["section"], r["threads"]) == (section, threads)]
+        curves: dict[str, list[tuple[int, float, int]]] = {}
+        for r in mine:
+            if "seconds" not in r or r["way"] in HIDDEN[section]:
+                continue
+            point = (r["n"], r["seconds"], r["tensors"])
+            curves.setdefault(r["way"], []).append(point)
+            if section == "step" and r["way"] == "ours, given F":
+                point = (r["n"], r["seconds"] / r["over_limit"], r["tensors"])
+                curves.setdefault("byte floor of ours, given F", []).append(point)
+        colours = iter(plt.get_cmap("tab10").colors[i] for i in (0, 1, 2, 4, 5, 6, 8, 9))
+        for way in sorted(curves, key=lambda w: max(curves[w])[:2], reverse=True):
+            style: Row = {"lw": 1.3}
+            if way.startswith(("plain", "byte")):
+                style |= {"color": "black", "ls": "--"}
+            elif way in ("ours", "ours, given F"):
+                style |= {"color": "tab:red", "lw": 2.5, "zorder": 5}
+            elif way == "reference":
+                style |= {"color": "0.5", "ls": ":", "lw": 2}
+            else:
+                style["color"] = next(colours)
+            flat = sorted((n, s) for n, s, tensors in curves[way] if tensors == 1)
+            x, y = [n for n, _ in flat], [s for _, s in flat]
+            axis.loglog(x, y, marker="o", ms=4, label=way, **style)
+            for n, s, tensors in curves[way]:
+                if tensors > 1:
+                    axis.plot(n, s, "D", mfc="none", mec=style["color"], ms=8)
+        axis.plot([], [], "D", mfc="none", mec="0.3", ms=8, label="a model's own tensors")
         axis.set_xlabel("scalars")
-        axis.set_title(f"{TITLES[section]}, {threads} threads")
+        axis.set_title(f"{TITLES[section]}, {threads} thread{'s' * (threads > 1)}")
         axis.grid(alpha=0.3, which="major")
-        axis.plot([], [], "D", mfc="none", mec="0.3", ms=8, ls="", label="a model's own tensors")
-        axis.legend(fontsize=7.5, loc="upper left")
+        axis.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes[0].set_ylabel("seconds")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
