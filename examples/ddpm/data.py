@@ -1,0 +1,167 @@
+"""Labelled images for the scripts of this folder, from any of four sources, in the main memory.
+
+    --dataset_name uoft-cs/cifar10     the hub, through `datasets`
+    --parquet data/cifar10             parquet files, or a folder of them
+    --train_data_dir images            one folder of images for each class
+    --digits                           the 1,797 8x8 digits of scikit-learn; no download
+
+Parquet files and folders whose names begin with "train" and "test" are the two splits. Where there
+is no test split, a tenth of the training images, drawn with a fixed seed, is held out as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sources import InputError, decode, folder_items, hub_items, parquet_items
+from torch import Tensor
+
+
+class Data(NamedTuple):
+    """Images (n, C, H, W) uint8, labels (n,) int64, the classes' names, where they came from."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+    skipped: tuple[str, ...] = ()
+
+    def only(self, classes: Iterable[int]) -> Data:
+        keep = torch.isin(self.labels, torch.tensor(list(classes), dtype=torch.long))
+        return self._replace(images=self.images[keep], labels=self.labels[keep])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--dataset_name", help="of the hub, e.g. uoft-cs/cifar10")
+    source.add_argument("--parquet", type=Path, nargs="+", help="files, or a folder of them")
+    source.add_argument("--train_data_dir", type=Path, help="a folder of images for each class")
+    source.add_argument("--digits", action="store_true", help="scikit-learn's 8x8 digits")
+    group.add_argument("--dataset_config_name")
+    group.add_argument("--image_column", help="default: img or image")
+    group.add_argument("--label_column", help="default: label, fine_label or labels")
+    group.add_argument("--resolution", type=int, help="default: as the images are")
+    group.add_argument("--max_train_samples", type=int, help="the first n after a fixed shuffle")
+    group.add_argument(
+        "--skip_unreadable", action="store_true",
+        help="leave out images that cannot be read; the default is to stop and name them",
+    )  # fmt: skip
+
+
+def load(args: argparse.Namespace, split: str = "train") -> Data:
+    """The "train" or the "test" images of the source that the options name.
+
+    Raises:
+        InputError: no source, not reachable, without images, of several sizes, unreadable images.
+    """
+    held_out = False
+    if args.digits:
+        data = _digits(split)
+    elif args.parquet or args.train_data_dir or args.dataset_name:
+        find = parquet_items if args.parquet else folder_items if args.train_data_dir else hub_items
+        items, classes, source, held_out = find(args, split)
+        images, labels, skipped = decode(
+            items, classes, source, resolution=args.resolution, skip=args.skip_unreadable
+        )
+        data = Data(images, labels, tuple(classes), source, skipped)
+    else:
+        raise InputError(
+            "no data: give one of --dataset_name, --parquet, --train_data_dir, --digits"
+        )
+    if held_out:
+        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
+        cut = len(order) // 10
+        rows = (order[:cut] if split == "test" else order[cut:]).sort().values
+        data = data._replace(images=data.images[rows], labels=data.labels[rows])
+        data = data._replace(source=f"{data.source} (a tenth held out as test)")
+    if split == "train" and args.max_train_samples and args.max_train_samples < len(data.labels):
+        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
+        rows = order[: args.max_train_samples]
+        data = data._replace(images=data.images[rows], labels=data.labels[rows])
+    if not len(data.labels):
+        raise InputError(f"{data.source}: no image is left in the {split} split")
+    return data
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], the range of the models; the same scale for every image."""
+    return images.float().div_(127.5).sub_(1)
+
+
+class Batches:
+    """Endless shuffled batches that are a function of their number, so that a run can be resumed
+    at any; batch i of p processes is, together, batch i of one process with p times the size."""
+
+    def __init__(
+        self, data: Data, batch_size: int, *, seed: int, process: int = 0, processes: int = 1,
+        flip: bool = False, device: Any = "cpu",
+    ) -> None:  # fmt: skip
+        self.data, self.size, self.seed, self.flip, self.device = (
+            data, batch_size, seed, flip, device,
+        )  # fmt: skip
+        self.process, self.processes = process, processes
+        self._orders: dict[int, Tensor] = {}
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Images (b, C, H, W) float32 in [-1, 1] and labels (b,) on the device."""
+        n = len(self.data.labels)
+        first = (i * self.processes + self.process) * self.size
+        positions = range(first, first + self.size)
+        epochs = {p // n for p in positions}
+        self._orders = {e: self._orders.get(e, self._order(e, n)) for e in epochs}
+        rows = torch.stack([self._orders[p // n][p % n] for p in positions])
+        x, labels = to_float(self.data.images[rows]), self.data.labels[rows]
+        if self.flip:
+            g = torch.Generator().manual_seed((self.seed * 1_000_003 + 500_009 + i) % 2**32)
+            turned = torch.rand(self.processes, self.size, generator=g)[self.process] < 0.5
+            x[turned] = x[turned].flip(-1)
+        return x.to(self.device), labels.to(self.device)
+
+    def _order(self, epoch: int, n: int) -> Tensor:
+        g = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        return torch.randperm(n, generator=g)
+
+
+def noise_images(n: int, generator: torch.Generator, real: Tensor) -> Tensor:
+    """What a reject class means: uniform noise, Gaussian noise of several widths cut to [-1, 1],
+    and real images (m, C, H, W) whose pixels were shuffled; a third of each."""
+    shape, a = real.shape[1:], n // 3
+    uniform = torch.rand(a, *shape, generator=generator) * 2 - 1
+    width = torch.rand(a, 1, 1, 1, generator=generator) * 0.8 + 0.2
+    gaussian = (torch.randn(a, *shape, generator=generator) * width).clamp(-1, 1)
+    pick = torch.randint(len(real), (n - 2 * a,), generator=generator)
+    order = torch.rand(n - 2 * a, math.prod(shape[1:]), generator=generator).argsort(dim=1)
+    shuffled = real[pick].flatten(2).gather(2, order[:, None].expand(-1, shape[0], -1))
+    return torch.cat([uniform, gaussian, shuffled.view(-1, *shape)])
+
+
+def class_ids(given: Sequence[str], classes: Sequence[str], option: str) -> list[int]:
+    """Class numbers of numbers or names."""
+    ids = []
+    for text in given:
+        number = classes.index(text) if text in classes and not text.isdigit() else None
+        number = int(text) if number is None and text.isdigit() else number
+        if number is None or number >= len(classes):
+            raise InputError(
+                f"{option} {text}: the model has no such class; it has 0..{len(classes) - 1} "
+                f"({', '.join(list(classes)[:10])}{', ...' if len(classes) > 10 else ''})"
+            )
+        ids.append(number)
+    return sorted(set(ids))
+
+
+def _digits(split: str) -> Data:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import digits
+
+    x, y, x_test, y_test = digits.images()
+    x, y = (x, y) if split == "train" else (x_test, y_test)
+    images = ((x + 1) * 127.5).round().to(torch.uint8)
+    return Data(images, y, tuple(map(str, digits.CLASSES)), f"scikit-learn digits, {split}")

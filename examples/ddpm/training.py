@@ -1,0 +1,271 @@
+"""What the training scripts share: diffusers' flags, the accelerator, the output folder, resuming.
+
+An output folder belongs to one run: `run.json` holds its options, `checkpoints` where it can go on
+(made by ebu_optim.checkpoint: whole or not there), `log.jsonl` its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from models import need_disk
+from sources import InputError
+from tqdm.auto import tqdm
+
+from ebu_optim._files import locked
+from ebu_optim.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+# options that a resumed run may change
+FREE = {
+    "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
+    "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Flags named as in diffusers' scripts; `defaults` are the script's own."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", type=Path, required=True)
+    group.add_argument("--overwrite_output_dir", action="store_true", help="of an earlier run")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--train_batch_size", type=int, default=128, help="of each process")
+    group.add_argument("--max_train_steps", type=int, default=1000)
+    group.add_argument("--learning_rate", type=float, default=1e-4)
+    group.add_argument(
+        "--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType]
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
+    group.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument("--resume_from_checkpoint", help='"latest", or a checkpoint\'s folder')
+    group.add_argument("--report_to", default="none", help="tensorboard, wandb, ..., all or none")
+    group.add_argument("--logging_dir", default="logs", help="in the output folder")
+    group.add_argument("--logging_steps", type=int, default=10)
+    parser.set_defaults(**defaults)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Numbers that cannot be; the scripts call it before anything is loaded."""
+    for name in ("train_batch_size", "max_train_steps", "gradient_accumulation_steps",
+                 "checkpointing_steps", "checkpoints_total_limit", "logging_steps"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    if not args.learning_rate > 0:
+        raise InputError(f"--learning_rate must be > 0; got {args.learning_rate}")
+
+
+def exit_on_input_errors(main: Callable[[], None]) -> None:
+    """Run `main`; what the user can put right is printed in one line, with exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume_from_checkpoint latest goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def new_accelerator(args: argparse.Namespace) -> Accelerator:
+    reports = None if args.report_to == "none" else args.report_to
+    available = [str(t) for t in get_available_trackers()]
+    if reports not in (None, "all") and reports not in available:
+        # accelerate itself would drop it without a word
+        raise InputError(
+            f"--report_to {reports}: not installed; there is {', '.join(available) or 'nothing'}"
+        )
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=reports,
+        project_config=ProjectConfiguration(
+            str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+        # several processes without a GPU would each train alone, and nobody would say so
+        cpu=args.cpu
+        or not any(m.is_available() for m in (torch.cuda, torch.xpu, torch.backends.mps)),
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise InputError(f"{asked} processes were started, accelerate joined them not: give --cpu")
+    set_seed(args.seed)  # the same weights everywhere; Run seeds the draws of each process
+    return accelerator
+
+
+class Run:
+    """One run in its output folder; ``with Run(...) as run`` holds the folder.
+
+    Args:
+        same: what identifies the run beside the options, e.g. a hash of the base model.
+        size: bytes of the model, for the estimate of what goes onto the disk.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, script: str, *,
+        size: float, same: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
+        self.script, self.size, self.main = script, size, accelerator.is_main_process
+        options = {k: str(v) for k, v in vars(args).items() if k not in FREE}
+        self.identity = {"script": script, "options": options, "same": dict(same or {})}
+        self._held = ExitStack()
+
+    def __enter__(self) -> Run:
+        said: list[Any] = [None]
+        if self.main:
+            try:
+                self._open()
+            except (InputError, OSError, RuntimeError) as error:
+                said = [str(error)]
+        broadcast_object_list(said)
+        if said[0]:
+            self._held.close()
+            raise InputError(said[0])
+        self.accelerator.init_trackers(self.script)
+        set_seed(self.args.seed, device_specific=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.accelerator.end_training()
+        self._held.close()
+
+    def _open(self) -> None:
+        mark, args = self.folder / "run.json", self.args
+        try:
+            before = json.loads(mark.read_text())
+        except (OSError, ValueError):
+            before = None
+        used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if used and (before is None or before.get("script") != self.script):
+            raise InputError(
+                f"--output_dir {self.folder} is in use by something else: give another folder"
+            )
+        if used and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {self.folder} holds a run: go on with --resume_from_checkpoint "
+                "latest, replace it with --overwrite_output_dir, or give another folder"
+            )
+        if used and args.resume_from_checkpoint:
+            theirs = {**before["options"], **before["same"]}
+            ours = {**self.identity["options"], **self.identity["same"]}
+            other = [k for k in ours if theirs.get(k) != ours[k]]
+            if other:
+                k = other[0]
+                raise InputError(
+                    f"--resume_from_checkpoint: the run in {self.folder} has {k} "
+                    f"{theirs.get(k)}, this one {ours[k]}"
+                )
+        # weights, two moments, theta0, F and EMA in each checkpoint, one more while it is written
+        checkpoints = 6 * self.size * (args.checkpoints_total_limit + 1)
+        need_disk(self.folder, checkpoints + 2 * self.size, "checkpoints and the model")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(locked(self.folder / ".lock", self.folder))
+        if used and not args.resume_from_checkpoint:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+        mark.write_text(json.dumps(self.identity, indent=1))
+
+    def resume(self, objects: Mapping[str, Any]) -> int:
+        """Load the checkpoint that the options ask for into `objects`; the steps done so far."""
+        self.objects = dict(objects)
+        if self.accelerator.scaler is not None:
+            self.objects["scaler"] = self.accelerator.scaler
+        given = self.args.resume_from_checkpoint
+        if not given:
+            return 0
+        path = self.folder / "checkpoints" if given == "latest" else Path(given)
+        if given == "latest" and latest_checkpoint(path) is None:
+            self.accelerator.print(f"no checkpoint in {path} yet: beginning anew")
+            return 0
+        try:
+            step = load_checkpoint(path, self.objects, fallback=given == "latest")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume_from_checkpoint {given}: {error}") from error
+        self.accelerator.print(f"going on after step {step}")
+        return step
+
+    def steps(self, begin: int, desc: str) -> Iterator[int]:
+        """Numbers of the steps to do, from 1, with a bar; saves checkpoints between them."""
+        total, every = self.args.max_train_steps, self.args.checkpointing_steps
+        self.bar = tqdm(
+            range(begin + 1, total + 1), desc, total, initial=begin, disable=not self.main
+        )
+        for step in self.bar:
+            yield step
+            if step % every == 0 or step == total:
+                save_checkpoint(
+                    self.folder / "checkpoints", step, self.objects,
+                    keep=self.args.checkpoints_total_limit,
+                )  # fmt: skip
+
+    def log(self, step: int, **figures: float) -> None:
+        """To the bar, the trackers and log.jsonl."""
+        if not self.main:
+            return
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in list(figures.items())[:3]})
+        self.accelerator.log(figures, step=step)
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def new_schedule(args: argparse.Namespace, optimizer: Any) -> Any:
+    """Stepped once an optimizer step, by hand: it is not given to accelerate."""
+    return get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )  # fmt: skip
+
+
+class Ema:
+    """diffusers' EMAModel, and the share of its start that is still in it."""
+
+    def __init__(self, parameters: Any, decay: float, *, warm: bool) -> None:
+        parameters = list(parameters)
+        # warm: from the first step on with the full decay, as if it had been running all the time;
+        # EMAModel takes 0 at its first step whatever min_decay says
+        self.model = EMAModel(parameters, decay=decay, min_decay=decay if warm else 0.0)
+        self.model.optimization_step = 1 if warm else 0
+        self.share = 1.0
+
+    def step(self, parameters: Any) -> None:
+        self.model.step(parameters)
+        self.share *= float(self.model.cur_decay_value or 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ema": self.model.state_dict(), "share": self.share}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["ema"])
+        self.share = state["share"]
+
+
+@contextmanager
+def averaged(model: Any, ema: Ema | None) -> Iterator[Any]:
+    """The model with its EMA's weights inside the block; with its own where there is no EMA."""
+    if ema is None:
+        yield model
+        return
+    ema.model.store(model.parameters())
+    ema.model.copy_to(model.parameters())
+    try:
+        yield model
+    finally:
+        ema.model.restore(model.parameters())
