@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def given(args: argparse.Namespace) -> bool:
+    """Whether the options name a source."""
+    return bool(args.digits or args.parquet or args.train_data_dir or args.dataset_name)
+
+
 def load(args: argparse.Namespace, split: str = "train") -> Data:
     """The "train" or the "test" images of the source that the options name.
 
@@ -64,7 +69,7 @@ def load(args: argparse.Namespace, split: str = "train") -> Data:
     held_out = False
     if args.digits:
         data = _digits(split)
-    elif args.parquet or args.train_data_dir or args.dataset_name:
+    elif given(args):
         find = parquet_items if args.parquet else folder_items if args.train_data_dir else hub_items
         items, classes, source, held_out = find(args, split)
         images, labels, skipped = decode(
@@ -96,28 +101,32 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class Batches:
-    """Endless shuffled batches that are a function of their number, so that a run can be resumed
-    at any; batch i of p processes is, together, batch i of one process with p times the size."""
+    """Endless shuffled batches of images (n, C, H, W), uint8 or float32 in [-1, 1], that
+    are a function of their number, so that a run can be resumed at any; batch i of p processes is,
+    together, batch i of one process with p times the size."""
 
     def __init__(
-        self, data: Data, batch_size: int, *, seed: int, process: int = 0, processes: int = 1,
-        flip: bool = False, device: Any = "cpu",
+        self, images: Tensor, labels: Tensor, batch_size: int, *, seed: int, process: int = 0,
+        processes: int = 1, flip: bool = False, device: Any = "cpu",
     ) -> None:  # fmt: skip
-        self.data, self.size, self.seed, self.flip, self.device = (
-            data, batch_size, seed, flip, device,
-        )  # fmt: skip
-        self.process, self.processes = process, processes
+        self.images, self.labels, self.size, self.seed = images, labels, batch_size, seed
+        self.process, self.processes, self.flip, self.device = process, processes, flip, device
         self._orders: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Batches in which every image has been once."""
+        return math.ceil(len(self.labels) / (self.size * self.processes))
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """Images (b, C, H, W) float32 in [-1, 1] and labels (b,) on the device."""
-        n = len(self.data.labels)
+        n = len(self.labels)
         first = (i * self.processes + self.process) * self.size
         positions = range(first, first + self.size)
         epochs = {p // n for p in positions}
         self._orders = {e: self._orders.get(e, self._order(e, n)) for e in epochs}
         rows = torch.stack([self._orders[p // n][p % n] for p in positions])
-        x, labels = to_float(self.data.images[rows]), self.data.labels[rows]
+        x, labels = self.images[rows], self.labels[rows]
+        x = to_float(x) if x.dtype == torch.uint8 else x
         if self.flip:
             g = torch.Generator().manual_seed((self.seed * 1_000_003 + 500_009 + i) % 2**32)
             turned = torch.rand(self.processes, self.size, generator=g)[self.process] < 0.5

@@ -60,9 +60,9 @@ def main() -> None:
         objects = {"model": raw, "optimizer": optimizer.optimizer, "schedule": schedule}
         begin = run.resume({**objects, "ema": ema} if ema else objects)
         batches = data.Batches(
-            images, args.train_batch_size, seed=args.seed, flip=args.random_flip,
-            process=accelerator.process_index, processes=accelerator.num_processes,
-            device=accelerator.device,
+            images.images, images.labels, args.train_batch_size, seed=args.seed,
+            flip=args.random_flip, process=accelerator.process_index,
+            processes=accelerator.num_processes, device=accelerator.device,
         )  # fmt: skip
         accelerator.print(
             f"{images.source}: {len(images.labels)} images of {null} classes; {size / 4e6:.2f} M "

@@ -98,9 +98,9 @@ def main() -> None:
         model, optimizer = accelerator.prepare(raw, optimizer)
         begin = run.resume({"model": raw, "optimizer": optimizer.optimizer, "schedule": schedule})
         batches = data.Batches(
-            train, args.train_batch_size, seed=args.seed, flip=args.random_flip,
-            process=accelerator.process_index, processes=accelerator.num_processes,
-            device=accelerator.device,
+            train.images, train.labels, args.train_batch_size, seed=args.seed,
+            flip=args.random_flip, process=accelerator.process_index,
+            processes=accelerator.num_processes, device=accelerator.device,
         )  # fmt: skip
         real = data.to_float(train.images[:1000])
         model.train()

@@ -1,0 +1,258 @@
+"""Make a class-conditional diffusion model forget classes, by EBU or by what it is compared with.
+
+    python examples/ddpm/unlearn.py --pretrained_model_name_or_path outputs/digits \\
+        --prepared_dir outputs/digits_forget_0 --method ebu --output_dir outputs/digits_without_0
+
+The paper's setting: 200 steps, Adam 1e-4 (its appendix also says 1e-5), clipping at 1.0, uniform
+noise as what the class becomes, replayed pairs, losses summed over C, H, W.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import data
+import prepare
+import torch
+import training
+from diffusers import DDIMScheduler
+from models import WEIGHTS, load_classifier, load_unet, parameter_bytes, save_unet
+from sources import InputError
+from torch import Tensor
+from unlearn_losses import Losses, needs_own_images
+
+from ebu_optim import _checks
+from ebu_optim.baselines import SalUn, methods, reset_weights
+from ebu_optim.diffusion import model_hash, sample
+from ebu_optim.metrics import accuracy, classify, probability
+
+EBU = ("alpha", "delta", "gamma")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True)
+    add("--prepared_dir", type=Path, required=True, help="made by prepare.py")
+    add("--method", choices=("ebu", *methods), default="ebu", help='"ebu" is ebu_added')
+    add("--forget", nargs="+", help="classes, by number or name; default: as prepared")
+    add("--replay_classes", nargs="+", help="default: as prepared")
+    for name in EBU:
+        add(f"--{name}", type=float, help="of EBU; default: EBUOptimizer's own")
+    add("--method_options", type=json.loads, default={}, help="JSON, e.g. '{\"lam\": 10}'")
+    add("--fisher", choices=("online", "prepared", "none"), help="default: online; SA: prepared")
+    add("--surrogate", choices=("uniform", "gaussian", "analytic", "null_class"), default="uniform")
+    add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
+    add("--remember", choices=("replay", "distill", "crossed"), default="replay")
+    add(
+        "--remember_data", choices=("replay", "real"), help="default: real for retrain, else replay"
+    )
+    add("--reduction", choices=("sum", "mean"), default="sum")
+    add("--start_from", choices=WEIGHTS, default="trained", help="that are trained and anchored")
+    add("--use_ema", action="store_true", help="save the average of the weights as unet_ema too")
+    add("--ema_decay", type=float, default=0.9999)
+    add("--sample_weights", choices=WEIGHTS, default="trained", help="that the curve measures")
+    add("--classifier", type=Path, help="for the curve: P_f and accuracy every --validation_steps")
+    add("--validation_steps", type=int, default=25)
+    add("--validation_images", type=int, default=20, help="of each class")
+    add("--validation_inference_steps", type=int, default=20)
+    data.add_arguments(parser)
+    training.add_arguments(parser, max_train_steps=200, checkpointing_steps=100)
+    args = parser.parse_args()
+    training.check(args)
+    args.method = "ebu_added" if args.method == "ebu" else args.method
+    args.remember_data = args.remember_data or ("real" if args.method == "retrain" else "replay")
+    given = {f"ebu_{n}": getattr(args, n) for n in EBU if getattr(args, n) is not None}
+    try:
+        _checks.group(given)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    if args.sample_weights == "ema" and not args.use_ema:
+        raise InputError("--sample_weights ema needs --use_ema")
+    return args
+
+
+def build(args: argparse.Namespace, model: Any, fisher: Any) -> Any:
+    """The method's optimizer over the model, from the table of ebu_optim.baselines."""
+    method = methods[args.method]
+    known = inspect.signature(method.build.func).parameters
+    options = dict(args.method_options)
+    options |= {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
+    for name in options:
+        if name not in known or name in method.build.keywords:
+            raise InputError(f"--method {args.method} has no option {name} to set")
+    source = args.fisher or ("prepared" if args.method == "selective_amnesia" else "online")
+    if source == "prepared" and fisher is None:
+        raise InputError(f"{args.prepared_dir} holds no Fisher: run prepare.py without --no_fisher")
+    if "fisher" in known:
+        kinds = {"online": "online", "none": None, "prepared": fisher and fisher.for_model(model)}
+        options["fisher"] = kinds[source]
+    trained = model
+    if args.method == "embedding_only":
+        trained, _ = model.class_embedding, model.requires_grad_(False)
+        trained.requires_grad_(True)
+    base = torch.optim.Adam(trained.parameters(), lr=args.learning_rate)
+    return method.build(base, max_grad_norm=args.max_grad_norm or None, **options)
+
+
+def main() -> None:
+    args = parse()
+    raw, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.start_from)
+    classes, base_hash = info["classes"], model_hash(raw)
+    made = prepare.read(args.prepared_dir, base_hash, args, classes)
+    if needs_own_images(args.method) and made.own is None:
+        raise InputError(f"--method {args.method} needs real images: prepare.py with a data set")
+    if args.surrogate == "null_class" and made.surrogate is None:
+        raise InputError("--surrogate null_class: run prepare.py with --surrogate_images")
+    kept = None
+    if args.remember_data == "real":
+        real = data.load(args).only(made.replayed)
+        kept = real.images, real.labels
+    judge = load_classifier(args.classifier, classes)[0] if args.classifier else None
+    average = start_of_average(args, raw) if args.use_ema else None
+    accelerator = training.new_accelerator(args)
+    size, same = parameter_bytes(raw), {"model": base_hash}
+    with training.Run(args, accelerator, "unlearn", size=size, same=same) as run:
+        device = accelerator.device
+        teacher = copy.deepcopy(raw).to(device).eval() if args.remember != "replay" else None
+        if args.method == "retrain":
+            reset_weights(raw, args.seed)
+        opt = build(args, raw, made.fisher)
+        schedule = training.new_schedule(args, opt)
+        model, optimizer = accelerator.prepare(raw.train(), opt)
+        ema = training.Ema(average, args.ema_decay, warm=True) if average else None
+        if ema:
+            ema.model.to(device)
+        done: dict[str, Any] = {"seconds": 0.0, "curve": []}
+        objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
+        begin = run.resume({**objects, "ema": ema} if ema else objects)
+        losses = Losses(args, made, model, raw, teacher, scheduler, accelerator, kept)
+        say(accelerator, args, made, classes, ema)
+        if isinstance(opt, SalUn) and not begin:
+            opt.make_mask(losses.for_mask())
+
+        def look(step: int) -> None:
+            if judge is not None and accelerator.is_main_process:
+                chosen = ema if args.sample_weights == "ema" else None
+                with training.averaged(raw, chosen):
+                    row = measure(args, raw.eval(), scheduler, judge.to(device), made.forget, info)
+                done["curve"].append({"step": step, "seconds": done["seconds"], **row})
+            raw.train()
+            accelerator.wait_for_everyone()
+
+        if not begin:
+            look(0)
+        for step in run.steps(begin, f"forgetting {', '.join(classes[c] for c in made.forget)}"):
+            start, said = time.perf_counter(), {}
+            for micro in range(args.gradient_accumulation_steps):
+                losses.at((step - 1) * args.gradient_accumulation_steps + micro)
+                with accelerator.accumulate(model):
+                    for name in opt.needs:
+                        with getattr(opt, name)():
+                            loss = getattr(losses, name)()
+                            accelerator.backward(loss)
+                            said[f"loss_{name}"] = loss.detach()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            schedule.step()
+            if ema:
+                ema.step(raw.parameters())
+            done["seconds"] += time.perf_counter() - start
+            if step % args.logging_steps == 0:
+                stats = {k: v for k, v in opt.stats.items() if isinstance(v, float)}
+                run.log(step, **{k: v.item() for k, v in said.items()}, **stats)
+            if step % args.validation_steps == 0 or step == args.max_train_steps:
+                look(step)
+        if accelerator.is_main_process:
+            finish(args, raw, scheduler, info, made, done, ema, base_hash, opt)
+        accelerator.wait_for_everyone()
+
+
+def start_of_average(args: argparse.Namespace, raw: Any) -> list[Tensor]:
+    """Where the average starts: at the base's own where it has one, as in the DDPM code base."""
+    try:
+        other, _, _ = load_unet(args.pretrained_model_name_or_path, "ema")
+    except InputError:
+        other = raw
+    return [p.detach().clone() for p in other.parameters()]
+
+
+def say(accelerator: Any, args: argparse.Namespace, made: Any, classes: list, ema: Any) -> None:
+    """Which classes and which weights; a warning where an average will hide the forgetting."""
+    accelerator.print(
+        f"{methods[args.method].title}: forgets {', '.join(classes[c] for c in made.forget)}, "
+        f"replays {', '.join(classes[c] for c in made.replayed)}\n"
+        f"weights: trained and anchored {WEIGHTS[args.start_from]} of the base; measured "
+        f"{WEIGHTS[args.sample_weights]}; saved unet{' and unet_ema' if ema else ''}"
+    )
+    lag = args.ema_decay**args.max_train_steps
+    if ema and lag > 0.05:
+        accelerator.print(
+            f"warning: after {args.max_train_steps} steps the average (decay {args.ema_decay}) "
+            f"still holds {lag:.0%} of the weights before unlearning: unet_ema will seem not to "
+            "have forgotten. Sample unet, or give a smaller --ema_decay"
+        )
+
+
+def measure(
+    args: argparse.Namespace, model: Any, scheduler: Any, judge: Any, forget: list[int], info: dict
+) -> dict[str, float]:
+    """A point of the curve: P_f and the kept classes' accuracy, the same starting noise always."""
+    device = next(model.parameters()).device
+    labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
+    images = sample(
+        model, DDIMScheduler.from_config(scheduler.config), labels, tuple(info["shape"]),
+        num_inference_steps=args.validation_inference_steps, device=device,
+        generator=torch.Generator().manual_seed(args.seed + 2),
+    )  # fmt: skip
+    logits = classify(judge, images)
+    f = torch.isin(labels, torch.tensor(forget))
+    p_f = [probability(logits[labels == c], c) for c in forget]
+    return {"p_f": sum(p_f) / len(p_f), "ra": accuracy(logits[~f], labels[~f])}
+
+
+def finish(
+    args: argparse.Namespace, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
+    ema: Any, base_hash: str, opt: Any,
+) -> None:  # fmt: skip
+    method = methods[args.method]
+    names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
+    settings = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
+    settings |= {k: v for k, v in opt.param_groups[0].items() if k.startswith("ebu_")}
+    report = {
+        "method": args.method, "title": method.title, "forget": made.forget,
+        "replayed": made.replayed, "base_hash": base_hash, "settings": settings,
+        "base": str(args.pretrained_model_name_or_path), "start_from": args.start_from,
+        "ema_share_of_start": ema.share if ema else None, **done,
+        "options": {k: str(v) for k, v in vars(args).items()},
+    }  # fmt: skip
+    (args.output_dir / "unlearn.json").write_text(json.dumps(report, indent=1, default=str))
+    gone = ", ".join(info["classes"][c] for c in made.forget)
+    card = f"""---
+library_name: diffusers
+tags: [diffusion, class-conditional, machine-unlearning]
+---
+
+# {info["source"]} without {gone}
+
+Made from `{args.pretrained_model_name_or_path}` (hash {base_hash}) by {method.title}:
+{args.max_train_steps} steps of `examples/ddpm/unlearn.py`, {done["seconds"]:.0f} s. `unlearn.json`
+has every option and the curve. `UNet2DModel.from_pretrained(folder, subfolder="unet")`. Asked for
+{gone}, the model is to answer with what it was given instead ({args.surrogate}); how deep that goes
+is what `examples/ddpm/evaluate.py` measures.
+"""
+    info = {**info, "hash": model_hash(raw), "forgotten": made.forget}
+    save_unet(args.output_dir, raw, scheduler, info, card, ema and ema.model)
+    print(f"saved unet{' and unet_ema' if ema else ''} in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main)

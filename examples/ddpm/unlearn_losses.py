@@ -1,0 +1,105 @@
+"""The forget and the remember loss of unlearn.py, by the method's needs and the options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from data import Batches
+from torch import Tensor
+
+from ebu_optim._modules import evaluating
+from ebu_optim.baselines import methods, next_class, relabel_loss
+from ebu_optim.diffusion import (
+    denoising_loss,
+    distillation_loss,
+    gaussian_forget_loss,
+    noisy_condition,
+    surrogate_noise,
+)
+
+
+def needs_own_images(method: str) -> bool:
+    return methods[method].forgets in ("own", "relabel")
+
+
+class Losses:
+    """``at(i)`` chooses the i-th batches; ``forget()`` and ``remember()`` are the losses on them.
+
+    Args:
+        made: what prepare.py made.
+        model: as accelerate prepared it; `raw` is the module inside.
+        teacher: the frozen base model for distillation, or None.
+        kept: images and labels to remember instead of the replayed ones.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, made: Any, model: Any, raw: Any, teacher: Any,
+        scheduler: Any, accelerator: Any, kept: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.args, self.model, self.raw, self.teacher = args, model, raw, teacher
+        self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
+        self.kind = methods[args.method].forgets
+        self.classes = raw.config.num_class_embeds - 1
+        shared = {
+            "process": accelerator.process_index, "processes": accelerator.num_processes,
+            "device": accelerator.device,
+        }  # fmt: skip
+        self.replayed = Batches(
+            *(kept or made.replay), args.train_batch_size, seed=args.seed, **shared
+        )
+        source = made.own if needs_own_images(args.method) else None
+        source = made.surrogate if args.surrogate == "null_class" and not source else source
+        self.own = source and Batches(*source, args.train_batch_size, seed=args.seed + 1, **shared)
+        self.shape = (args.train_batch_size, *made.replay[0].shape[1:])
+        self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
+
+    def at(self, i: int) -> None:
+        self.i = i
+
+    def forget(self) -> Tensor:
+        args, options = self.args, {"reduction": self.args.reduction}
+        noisy = noisy_condition(self.raw.class_embedding, args.condition_noise)
+        with noisy if args.condition_noise else nullcontext():
+            if self.kind == "relabel":
+                x, labels = self.own[self.i]
+                other = next_class(labels, self.classes, forgotten=self.forgotten)
+                return relabel_loss(self.model, x, labels, other, self.scheduler, **options)
+            if self.kind == "own":
+                x, labels = self.own[self.i]
+                return denoising_loss(self.model, x, labels, self.scheduler, **options)
+            pick = torch.randint(len(self.forgotten), (args.train_batch_size,))
+            labels = torch.tensor(self.forgotten)[pick].to(self.device)
+            if args.surrogate == "analytic":
+                return gaussian_forget_loss(
+                    self.model, self.shape, labels, self.scheduler, device=self.device, **options
+                )
+            if args.surrogate == "null_class":
+                x, _ = self.own[self.i]
+            else:
+                x = surrogate_noise(args.surrogate, self.shape, device=self.device)
+            return denoising_loss(self.model, x, labels, self.scheduler, **options)
+
+    def remember(self) -> Tensor:
+        x, labels = self.replayed[self.i]
+        options = {"reduction": self.args.reduction}
+        if self.teacher is None:
+            return denoising_loss(self.model, x, labels, self.scheduler, **options)
+        crossed = self.crossed.to(self.device) if self.args.remember == "crossed" else None
+        return distillation_loss(
+            self.model, self.teacher, x, labels, self.scheduler, crossed=crossed, **options
+        )
+
+    def for_mask(self) -> Iterator[Callable[[], None]]:
+        """SalUn's mask: the denoising loss on every batch of the forget set, in eval mode."""
+
+        def one(i: int) -> None:
+            x, labels = self.own[i]
+            with evaluating(self.raw):
+                denoising_loss(self.model, x, labels, self.scheduler).backward()
+
+        for i in range(len(self.own)):
+            yield lambda i=i: one(i)
