@@ -167,7 +167,7 @@ def class_ids(given: Sequence[str], classes: Sequence[str], option: str) -> list
 
 
 def _digits(split: str) -> Data:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
     import digits
 
     x, y, x_test, y_test = digits.images()

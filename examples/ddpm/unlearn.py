@@ -29,7 +29,7 @@ from unlearn_losses import Losses, needs_own_images
 
 from ebu_optim import _checks
 from ebu_optim.baselines import SalUn, methods, reset_weights
-from ebu_optim.diffusion import model_hash, sample
+from ebu_optim.diffusion import model_hash, sample, surrogate_noise
 from ebu_optim.metrics import accuracy, classify, probability
 
 EBU = ("alpha", "delta", "gamma")
@@ -172,6 +172,7 @@ def main() -> None:
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 look(step)
         if accelerator.is_main_process:
+            done["noise_p_f"] = judge and noise_p_f(judge, made.forget, info["shape"])
             finish(args, raw, scheduler, info, made, done, ema, base_hash, opt)
         accelerator.wait_for_everyone()
 
@@ -217,6 +218,13 @@ def measure(
     f = torch.isin(labels, torch.tensor(forget))
     p_f = [probability(logits[labels == c], c) for c in forget]
     return {"p_f": sum(p_f) / len(p_f), "ra": accuracy(logits[~f], labels[~f])}
+
+
+def noise_p_f(judge: Any, forget: list[int], shape: list[int]) -> float:
+    """What noise scores with the curve's classifier: where P_f is going."""
+    g = torch.Generator().manual_seed(0)
+    logits = classify(judge, surrogate_noise("uniform", (2000, *shape), generator=g))
+    return sum(probability(logits, c) for c in forget) / len(forget)
 
 
 def finish(

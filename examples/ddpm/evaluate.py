@@ -1,0 +1,258 @@
+"""Measure what unlearn.py made: forgotten, kept, deep, and how long it took.
+
+    python examples/ddpm/evaluate.py --pretrained_model_name_or_path outputs/digits_without_0 \\
+        --classifier outputs/classifier --reject_classifier outputs/classifier_reject --digits \\
+        --output_dir outputs/digits_without_0_report
+
+Writes results.json, results.md, report.html and grids, with the base model and noise beside every
+figure, and the whole protocol. Samples are kept in <output_dir>.samples, by the hash of the model,
+so that an interrupted evaluation goes on and the base model is sampled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import data
+import torch
+import training
+from diffusers import DDIMScheduler
+from evaluate_protocol import protocol
+from models import WEIGHTS, load_classifier, load_unet, need_disk
+from sources import InputError
+from torch import Tensor
+
+from ebu_optim.diffusion import model_hash, sample, sample_set
+from ebu_optim.metrics import (
+    accuracy,
+    classifier_frechet,
+    classifier_metrics,
+    classify,
+    fid,
+    inversion,
+    probability,
+    relearn_steps,
+    unlearn_steps,
+)
+from ebu_optim.report import fid_values, limit_rows, write_report
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="made by unlearn.py")
+    add("--weights", choices=WEIGHTS, default="trained")
+    add("--base_model", help="default: the one that unlearn.py was given")
+    add("--classifier", type=Path, required=True)
+    add("--reject_classifier", type=Path, help="trained with --reject")
+    add("--images_per_class", type=int, default=500)
+    add("--num_inference_steps", type=int, default=50, help="DDIM, eta 0")
+    add("--guidance_scale", type=float, default=1.0, help="1: the conditional model alone")
+    add("--sample_batch_size", type=int, default=128)
+    add("--no_depth", action="store_true", help="leave out the two attacks")
+    add("--inversion_steps", type=int, nargs="+", default=[100, 200])
+    add("--relearn_max_steps", type=int, default=100)
+    add("--attack_images", type=int, default=50, help="that an attacked model is measured on")
+    add("--fid", action="store_true", help="FID and KID by torch-fidelity")
+    add("--inception_weights", type=Path, help="torch-fidelity's file; default: its download")
+    add("--seed", type=int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output_dir", type=Path, required=True)
+    add("--overwrite_output_dir", action="store_true", help="replace an older report")
+    data.add_arguments(parser)
+    args = parser.parse_args()
+    for name in ("images_per_class", "num_inference_steps", "attack_images", "relearn_max_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.output_dir.exists() and not args.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir {args.output_dir} is in use: give --overwrite_output_dir to replace a "
+            "report, or another folder"
+        )
+    model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
+    made = unlearned(Path(args.pretrained_model_name_or_path))
+    base, _, base_info = load_unet(args.base_model or made["base"], made["start_from"])
+    if model_hash(base) != made["base_hash"]:
+        raise InputError(
+            f"{args.base_model or made['base']} is not the model that was unlearned (hash "
+            f"{model_hash(base)}, unlearn.json says {made['base_hash']})"
+        )
+    classes, forget = info["classes"], made["forget"]
+    judge, judged = load_classifier(args.classifier, classes)
+    reject = None
+    if args.reject_classifier:
+        reject, reject_info = load_classifier(args.reject_classifier, classes)
+        if not reject_info["reject"]:
+            raise InputError(f"{args.reject_classifier} has no reject class")
+    real = data.load(args)
+    if list(real.classes) != classes:
+        raise InputError(f"{real.source} has other classes than the model: {real.classes[:5]}")
+    place = torch.device(args.device)
+    model, base, judge = model.to(place).eval(), base.to(place).eval(), judge.to(place)
+    reject = reject and reject.to(place)
+
+    labels = torch.arange(len(classes)).repeat_interleave(args.images_per_class)
+    after = draw(args, model, scheduler, labels, info)
+    before = draw(args, base, scheduler, labels, base_info)
+    table = classifier_metrics(
+        judge, after, labels, forget, reject=reject, base_images=before,
+        num_classes=len(classes) + judged["reject"],
+    )  # fmt: skip
+    limits = {row["name"]: row["values"] for row in limit_rows(table)}
+    values: dict[str, Any] = dict(table)
+    kept = ~torch.isin(labels, torch.tensor(forget))
+    for row, images in ((values, after), (limits["base model"], before)):
+        row |= quality(args, judge, images, labels, kept, forget, real)
+        never = kept & ~torch.isin(labels, torch.tensor(made["replayed"]))
+        if never.any():
+            row["ra_never_replayed"] = accuracy(classify(judge, images[never]), labels[never])
+    if made["curve"]:
+        start, noise = made["curve"][0]["p_f"], made["noise_p_f"]
+        speed: Any = {"not_computed": "noise scores no less than the base model"}
+        if noise < start:
+            speed = unlearn_steps(made["curve"], base=start, level=noise)
+        values["unlearn_steps"] = values["ut"] = speed
+    if not args.no_depth:
+        attacked = reject or judge
+        values |= depth(args, model, scheduler, forget, real, attacked, info)
+        limits["base model"] |= depth(
+            args, base, scheduler, forget, real, attacked, info, relearn=False
+        )
+    said, parts = protocol(args, info, made, judged, table, real)
+    page = write_report(
+        args.output_dir, title=f"{real.source.split(',')[0]} without "
+        f"{', '.join(classes[c] for c in forget)}",
+        rows=[{"name": name, "values": v} for name, v in limits.items()]
+        + [{"name": made["title"], "values": values}],
+        protocol=said, parts=parts, curves=curves(made),
+        grids=[grid(before, after, classes, forget, args.images_per_class)],
+        notes=[f"{len(real.skipped)} images could not be read and were left out"]
+        if real.skipped else [],
+        command=shlex.join(["python", *sys.argv]), overwrite=args.overwrite_output_dir,
+    )  # fmt: skip
+    print((args.output_dir / "results.md").read_text().split("\n## ")[0])
+    print(f"\nsee {page}")
+
+
+def unlearned(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "unlearn.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} was not made by unlearn.py: {error}") from error
+
+
+def draw(
+    args: argparse.Namespace, model: Any, scheduler: Any, labels: Tensor, info: dict
+) -> Tensor:
+    """Images of every class, the same starting noise for every model; kept beside the report."""
+    folder = args.output_dir.with_name(args.output_dir.name + ".samples")
+    need_disk(folder, 8 * len(labels) * torch.Size(info["shape"]).numel(), "the samples")
+    try:
+        images, _ = sample_set(
+            folder / f"{model_hash(model)}.safetensors", model,
+            DDIMScheduler.from_config(scheduler.config), labels, tuple(info["shape"]),
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+            null_condition=info["null_class"] if args.guidance_scale != 1 else None,
+            batch_size=args.sample_batch_size, seed=args.seed, device=args.device,
+        )  # fmt: skip
+    except ValueError as error:  # sampled with other options
+        raise InputError(str(error)) from error
+    return images
+
+
+def quality(
+    args: argparse.Namespace, judge: Any, images: Tensor, labels: Tensor, kept: Tensor,
+    forget: list[int], real: data.Data,
+) -> dict[str, Any]:  # fmt: skip
+    """Distances of the kept classes to the real images of these classes."""
+    theirs = ~torch.isin(real.labels, torch.tensor(forget))
+    reference = data.to_float(real.images[theirs])
+    frechet = classifier_frechet(judge, images[kept], reference)
+    found: dict[str, Any] = {"classifier_frechet": frechet}
+    if args.fid:
+        found |= fid_values(
+            fid(
+                images, real.images, reference_split=real.source, labels=labels,
+                reference_labels=real.labels, forget=forget,
+                inception_weights=args.inception_weights, device=args.device,
+            )
+        )  # fmt: skip
+    return found
+
+
+def depth(
+    args: argparse.Namespace, model: Any, scheduler: Any, forget: list[int], real: data.Data,
+    judge: Any, info: dict, relearn: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """P_f after inversion (mean over the classes) and the steps of relearning, class by class."""
+    inverted, found = [], {}
+    for c in forget:
+        images = data.to_float(real.only([c]).images)
+        if not len(images):
+            raise InputError(f"{real.source} has no image of {info['classes'][c]} to attack with")
+
+        def p_f(attacked: Any, c: int = c) -> float:
+            drawn = sample(
+                attacked.eval(), DDIMScheduler.from_config(scheduler.config),
+                torch.full((args.attack_images,), c), tuple(info["shape"]),
+                num_inference_steps=args.num_inference_steps, device=args.device,
+                generator=torch.Generator().manual_seed(args.seed + 2),
+            )  # fmt: skip
+            return probability(classify(judge, drawn), c)
+
+        options = {"seed": args.seed}
+        inverted.append(
+            inversion(
+                model, model.class_embedding, images, scheduler, p_f, at=args.inversion_steps,
+                **options,
+            )
+        )  # fmt: skip
+        if relearn:
+            key = "relearn_steps" if len(forget) == 1 else f"relearn_steps {info['classes'][c]}"
+            found[key] = relearn_steps(
+                model, images, c, scheduler, p_f, max_steps=args.relearn_max_steps, **options
+            )
+    mean = {k: sum(row[k] for row in inverted) / len(inverted) for k in inverted[0]}
+    return {**mean, **found}
+
+
+def curves(made: dict[str, Any]) -> list[dict[str, Any]]:
+    if not made["curve"]:
+        return []
+    series = {k: [(row["step"], row[k]) for row in made["curve"]] for k in ("p_f", "ra")}
+    return [
+        {"title": "P_f and RA over steps", "x": "step", "y": "0 to 1",
+         "series": {"P_f": series["p_f"], "RA": series["ra"]},
+         "limits": {"P_f of noise": made["noise_p_f"]}}
+    ]  # fmt: skip
+
+
+def grid(
+    before: Tensor, after: Tensor, classes: list[str], forget: list[int], per_class: int
+) -> dict[str, Any]:
+    """The first images of up to twenty classes, the forgotten ones first."""
+    shown = [*forget, *(c for c in range(len(classes)) if c not in forget)][:20]
+    pick = {
+        name: images.unflatten(0, (len(classes), per_class))[shown, :8]
+        for name, images in (("before", before), ("after", after))
+    }
+    return {
+        "title": "The same starting noise before and after", "rows": [classes[c] for c in shown],
+        "columns": pick, "forgotten": [classes[c] for c in forget],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main)

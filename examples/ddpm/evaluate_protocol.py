@@ -1,0 +1,90 @@
+"""The protocol of evaluate.py's report: every choice that moves a figure."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ebu_optim.metrics import versions
+from ebu_optim.metrics.protocol import CLASS_WISE
+
+
+def protocol(
+    args: argparse.Namespace, info: Mapping[str, Any], made: Mapping[str, Any],
+    judged: Mapping[str, Any], table: Mapping[str, Any], real: Any,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """The protocol, and the parts of it that the report measured."""
+    said, names = made["options"], info["classes"]
+    none = said["use_ema"] == "False"
+    found: dict[str, dict[str, Any]] = {
+        "data": {
+            "name": real.source, "forget": [names[c] for c in made["forget"]],
+            "replayed": [names[c] for c in made["replayed"]],
+            "replay_set": f"{said['prepared_dir']}, see the metadata of replay.safetensors; "
+            f"remember data: {said['remember_data']}",
+            "image_range": "[-1, 1] from uint8, the same scale for every image",
+        },
+        "model": {
+            "name": f"UNet2DModel of {info['source']}", "base_hash": made["base_hash"],
+            "prediction": "epsilon, linear beta 1e-4 to 2e-2, 1000 steps",
+        },
+        "unlearning": {
+            "method": made["method"], "settings": made["settings"] or {"all": "defaults"},
+            "compat": "none", "steps": said["max_train_steps"],
+            "batch_size": f"{said['train_batch_size']} a process, accumulated over "
+            f"{said['gradient_accumulation_steps']}",
+            "optimizer": "Adam",
+            "learning_rate": f"{said['learning_rate']}, {said['lr_scheduler']}",
+            "forget_loss": f"surrogate {said['surrogate']}, noise on the condition "
+            f"{said['condition_noise']}",
+            "remember_loss": said["remember"], "reduction": said["reduction"],
+            "timesteps": "antithetic", "condition_dropout": "0",
+            "dropout": "train mode", "clipping": said["max_grad_norm"],
+            "trained": "the class embedding" if made["method"] == "embedding_only" else "all",
+            "ema": "none" if none else f"{said['ema_decay']}, warm, from the base's own; it still "
+            f"holds {made['ema_share_of_start']:.3g} of its start",
+            "tuning": "none by this script",
+        },
+        "sampling": {
+            "weights": args.weights, "sampler": f"DDIM, {args.num_inference_steps} steps, eta 0",
+            "guidance": "none" if args.guidance_scale == 1 else
+            f"{args.guidance_scale}: eps_null + w (eps_c - eps_null)",
+            "images_per_class": args.images_per_class,
+            "starting_noise": "the same before and after",
+        },
+        "classifier": {
+            "name": judged["kind"], "classes": f"{len(names)}; for the attacks with a reject class"
+            if args.reject_classifier else f"{len(names)}",
+            "test_accuracy": judged["test_accuracy"], "base_accuracy": table["ra"]["base"],
+            "noise": "uniform, 2000 images",
+        },
+        "fid": {
+            "extractor": "torch-fidelity's inception-v3-compat, 2048", "colours": "RGB",
+            "pixels": "uint8, the same scale for every image", "reference_split": real.source,
+            "images": args.images_per_class, "kid_subset_size": "1000 or half of the smaller set",
+        },
+        "attacks": {
+            "inversion": f"{args.inversion_steps} steps, Adam 0.1, batch 32",
+            "relearning": f"until P_f >= 0.5, at most {args.relearn_max_steps} steps, Adam 1e-4, "
+            "batch 32, measured every 5",
+            "images": f"all of the class in {real.source}",
+        },
+        "timing": {
+            "unlearn_steps": f"P_f 95 % of the way from the base to noise, measured every "
+            f"{said['validation_steps']} steps on {said['validation_images']} images a class",
+            "seconds": "of the unlearning loop, evaluations not counted",
+            "hardware": f"{platform.processor() or platform.machine()}, {args.device}, "
+            f"{torch.get_num_threads()} threads here",
+        },
+        "seeds": {"unlearning": said["seed"], "evaluation": args.seed},
+        "versions": versions(),
+    }  # fmt: skip
+    left_out = set() if args.fid else {"fid"}
+    left_out |= {"attacks"} if args.no_depth else set()
+    left_out |= {"timing"} if not made["curve"] else set()
+    parts = [part for part in CLASS_WISE if part not in left_out]
+    return {part: found[part] for part in parts}, parts

@@ -1,0 +1,477 @@
+"""examples/ddpm as a user runs it, on digits with a few steps: what the scripts leave on the disk,
+that a resumed run is the unbroken one, two processes, and what bad input is told."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
+
+pytest.importorskip("ebu_optim.baselines")
+pytest.importorskip("ebu_optim.report")
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "examples" / "ddpm"
+ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+       "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+
+# several commands in one interpreter, which has imported diffusers once
+SEVERAL = """
+import json, runpy, sys, traceback
+from accelerate.state import AcceleratorState, GradientState
+folder, commands = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, folder)
+for script, *args in commands:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    sys.argv = [script, *args]
+    try:
+        runpy.run_path(f"{folder}/{script}", run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    print(f"<<{script} {code}>>", file=sys.stderr, flush=True)
+"""
+
+
+def several(*commands: list) -> list[tuple[int, str]]:
+    """Exit status and stderr of each."""
+    given = json.dumps([[str(a) for a in c] for c in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, str(SCRIPTS), given],
+        capture_output=True, text=True, env=ENV, timeout=280,
+    )  # fmt: skip
+    found, rest = [], done.stderr
+    for script, *_ in commands:
+        said, _, rest = rest.partition(f"<<{script} ")
+        code, _, rest = rest.partition(">>")
+        assert code, rest + said
+        found.append((int(code), said))
+    return found
+
+
+def succeed(*commands: list) -> list[str]:
+    found = several(*commands)
+    for (code, said), command in zip(found, commands, strict=True):
+        assert code == 0, (command, said)
+    return [said for _, said in found]
+
+
+SMALL = ["--digits", "--model", "small", "--train_batch_size", "8"]
+UNET = [*SMALL, "--use_ema", "--random_flip", "--checkpointing_steps", "2", "--logging_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A base model, both classifiers and a prepared folder."""
+    out = tmp_path_factory.mktemp("ddpm")
+    base = ["--pretrained_model_name_or_path", out / "base"]
+    succeed(
+        ["train.py", *UNET, "--max_train_steps", 4, "--output_dir", out / "base"],
+        ["train_classifier.py", *SMALL, "--max_train_steps", 4, "--output_dir", out / "judge"],
+        ["train_classifier.py", *SMALL, "--reject", "--max_train_steps", 4,
+         "--output_dir", out / "reject"],
+        ["prepare.py", *base, "--forget", "3", "--digits", "--replay_per_class", 4,
+         "--num_inference_steps", 2, "--fisher_images", 8, "--fisher_timesteps", 2,
+         "--surrogate_images", 4, "--output_dir", out / "sets"],
+    )  # fmt: skip
+    return out
+
+
+def unlearn(made: Path, out: str | Path, *more) -> list:
+    return [
+        "unlearn.py", "--pretrained_model_name_or_path", made / "base", "--prepared_dir",
+        made / "sets", "--train_batch_size", 4, "--output_dir", out, *more,
+    ]  # fmt: skip
+
+
+CURVE = ["--validation_steps", 2, "--validation_images", 2, "--validation_inference_steps", 2,
+         "--checkpointing_steps", 1, "--use_ema"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forgotten(made) -> Path:
+    """Unlearned in four steps, once without a break and once resumed after two."""
+    measured = [*CURVE, "--classifier", made / "judge"]
+    said = succeed(
+        unlearn(made, made / "whole", "--max_train_steps", 4, *measured),
+        unlearn(made, made / "parts", "--max_train_steps", 2, *measured),
+        unlearn(made, made / "parts", "--max_train_steps", 4, *measured,
+                "--resume_from_checkpoint", "latest"),
+    )  # fmt: skip
+    assert "2/4" in said[2]  # the bar starts where the first part ended
+    return made / "whole"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return UNet2DModel.from_pretrained(folder).state_dict()
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_a_trained_model_loads_with_diffusers(made):
+    folder = made / "base"
+    model = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    assert model.config.num_class_embeds == 11
+    assert not same(folder / "unet", folder / "unet_ema")
+    assert DDPMScheduler.from_pretrained(folder, subfolder="scheduler").config.clip_sample is False
+    info = json.loads((folder / "classes.json").read_text())
+    assert info["classes"] == [str(i) for i in range(10)]
+    assert info["null_class"] == 10
+    assert "scikit-learn digits" in (folder / "README.md").read_text()
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_classifier_says_what_it_is(made):
+    plain, reject = (
+        json.loads((made / name / "classifier.json").read_text()) for name in ("judge", "reject")
+    )
+    assert 0 <= plain["test_accuracy"] <= 1
+    assert "noise_rejected" not in plain
+    assert reject["reject"]
+    assert 0 <= reject["noise_rejected"] <= 1
+
+
+def test_a_resumed_training_is_the_unbroken_one(made, tmp_path):
+    run = ["train.py", *UNET, "--output_dir", tmp_path / "parts", "--max_train_steps"]
+    other = ["train.py", *UNET, "--seed", 1, "--output_dir", tmp_path / "parts",
+             "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]  # fmt: skip
+    (first, _), (again, held), (changed, seed), (resumed, said), (classifier, _) = several(
+        [*run, 2], [*run, 4], other, [*run, 4, "--resume_from_checkpoint", "latest"],
+        ["train_classifier.py", *SMALL, "--output_dir", tmp_path / "parts"],
+    )  # fmt: skip
+    assert (first, again, changed, resumed, classifier) == (0, 2, 2, 0, 2), said
+    assert "holds a run: go on with --resume_from_checkpoint" in held
+    assert "seed 0, this one 1" in seed
+    for part in ("unet", "unet_ema"):
+        assert same(tmp_path / "parts" / part, made / "base" / part)
+
+
+def test_two_processes_accumulate_and_agree(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(SCRIPTS / "train.py"), *UNET, "--cpu", "--gradient_accumulation_steps", "2",
+         "--mixed_precision", "bf16", "--max_train_steps", "2",
+         "--output_dir", str(tmp_path / "o")],
+        capture_output=True, text=True, env=ENV, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert len(weights(tmp_path / "o" / "unet")) > 10
+    states = torch.load(
+        next((tmp_path / "o" / "checkpoints" / "step_00000002").glob("random*")), weights_only=True
+    )
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])  # each draws its own noise
+
+
+def test_batches_of_two_processes_are_those_of_one(monkeypatch):
+    data = module(monkeypatch, "data")
+    x, y = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
+    one = data.Batches(x, y, 4, seed=5, flip=True)
+    two = [data.Batches(x, y, 2, seed=5, flip=True, process=p, processes=2) for p in (0, 1)]
+    for i in (7, 0, 2):
+        assert one[i][1].tolist() == [c for b in two for c in b[i][1].tolist()]
+    first = torch.cat([one[i][1] for i in range(5)])
+    assert sorted(first.tolist()) == sorted([*range(10)] * 2)  # two epochs, every image in each
+
+
+def test_sets_are_of_the_kept_classes_and_are_not_made_again(made):
+    data = {p.name: p.stat().st_mtime_ns for p in (made / "sets").glob("*.safetensors")}
+    assert set(data) == {
+        "fisher.safetensors", "forget.safetensors", "replay.safetensors", "surrogate.safetensors",
+    }  # fmt: skip
+    from ebu_optim._files import load_tensors
+
+    labels = load_tensors(made / "sets" / "replay.safetensors")[0]["labels"]
+    assert sorted(set(labels.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert set(load_tensors(made / "sets" / "forget.safetensors")[0]["labels"].tolist()) == {3}
+
+
+def test_a_resumed_unlearning_is_the_unbroken_one(forgotten, made):
+    for part in ("unet", "unet_ema"):
+        assert same(made / "parts" / part, forgotten / part)
+        assert not same(made / "base" / part, forgotten / part)
+    ours, theirs = (
+        json.loads((made / name / "unlearn.json").read_text()) for name in ("whole", "parts")
+    )
+    for report in (ours, theirs):
+        for row in report["curve"]:
+            del row["seconds"]
+    assert [row["step"] for row in ours["curve"]] == [0, 2, 4]
+    assert ours["curve"] == theirs["curve"]
+    assert ours["ema_share_of_start"] == pytest.approx(0.9999**4)
+    assert ours["forget"] == [3]
+
+
+def test_an_average_that_hides_forgetting_is_told(made, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "unlearn.py"), *map(str, unlearn(
+            made, tmp_path / "o", "--max_train_steps", 2, "--use_ema", "--forget", "3", "5",
+            "--replay_classes", "1", "2", "--alpha", 0.5, "--delta", 0.25, "--gamma", 10,
+        )[1:])],
+        capture_output=True, text=True, env=ENV, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "forgets 3, 5, replays 1, 2" in done.stdout
+    assert "still holds 100% of the weights before unlearning" in done.stdout
+    report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
+    assert report["settings"]["ebu_alpha"] == 0.5
+    assert report["settings"]["ebu_delta"] == 0.25
+    assert report["settings"]["ebu_gamma"] == 10
+
+
+METHODS = {
+    "joint": ["--surrogate", "null_class"],
+    "selective_amnesia": ["--method_options", '{"lam": 1e3}'],
+    "salun": [],
+    "gradient_ascent": [],
+    "embedding_only": ["--surrogate", "gaussian"],
+    "retrain": ["--digits"],
+    "ebu_routed": ["--remember", "crossed", "--surrogate", "analytic", "--condition_noise", 1,
+                   "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2],
+}  # fmt: skip
+
+
+def test_every_kind_of_method_runs(made, tmp_path):
+    succeed(
+        *(unlearn(made, tmp_path / name, "--method", name, "--max_train_steps", 1, *options)
+          for name, options in METHODS.items())
+    )  # fmt: skip
+    base = weights(made / "base" / "unet")
+    for name in METHODS:
+        found = weights(tmp_path / name / "unet")
+        moved = {k for k in base if not torch.equal(found[k], base[k])}
+        assert moved, name
+        if name == "embedding_only":
+            assert moved == {"class_embedding.weight"}
+
+
+def test_a_report_has_the_three_axes_and_its_protocol(forgotten, made, tmp_path):
+    out = tmp_path / "report"
+    command = [
+        "evaluate.py", "--pretrained_model_name_or_path", forgotten, "--classifier", made / "judge",
+        "--reject_classifier", made / "reject", "--digits", "--images_per_class", 4,
+        "--num_inference_steps", 2, "--inversion_steps", 1, "--relearn_max_steps", 2,
+        "--attack_images", 4, "--output_dir", out,
+    ]  # fmt: skip
+    wrong = [*command[:2], made / "base", *command[3:]]
+    (code, said), (again, held), (_, base) = several(
+        command, command, [*wrong, "--overwrite_output_dir"]
+    )
+    assert code == 0, said
+    assert again == 2
+    assert "is in use" in held
+    assert "was not made by unlearn.py" in base
+    report = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row["values"] for row in report["rows"]}
+    assert list(rows) == ["base model", "noise", "EBU added"]
+    keys = {"p_f", "p_f_reject", "ce_f", "ra", "classifier_frechet", "relearn_steps", "inversion_1"}
+    assert keys <= set(rows["EBU added"])
+    assert report["protocol"]["sampling"]["weights"] == "trained"
+    assert (out / "results.md").read_text().startswith("# scikit-learn digits without 3")
+    assert (out / "report.html").is_file()
+    assert list((out / "pictures").glob("*.png"))
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def module(monkeypatch, name: str):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module(name)
+
+
+def source(monkeypatch, *args):
+    data = module(monkeypatch, "data")
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser)
+    return data, parser.parse_args([str(a) for a in args])
+
+
+def refused(monkeypatch, match: str):
+    return pytest.raises(module(monkeypatch, "sources").InputError, match=match)
+
+
+def images(folder: Path, broken: int) -> Path:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (9, 8), (20 * i, 0, 0)).save(folder / name / f"{i}.png")
+    for i in range(broken):
+        (folder / "cat" / f"broken{i}.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    return folder
+
+
+def test_unreadable_images_are_named_and_counted(monkeypatch, tmp_path, capsys):
+    folder = images(tmp_path / "pets", broken=7)
+    data, args = source(monkeypatch, "--train_data_dir", folder, "--resolution", 8)
+    with refused(monkeypatch, "7 of 13 images cannot be read: cat/broken0.png .* and 2 more"):
+        data.load(args)
+    args.skip_unreadable = True
+    found = data.load(args)
+    assert "left out" in capsys.readouterr().err
+    assert found.images.shape == (6, 3, 8, 8)
+    assert found.classes == ("cat", "dog")
+    assert len(found.skipped) == 7
+    args.resolution = None
+    assert data.load(args).images.shape == (6, 3, 8, 9)
+
+
+def test_a_folder_of_nothing_and_no_source(monkeypatch, tmp_path):
+    data, args = source(monkeypatch, "--train_data_dir", tmp_path)
+    with refused(monkeypatch, "no image"):
+        data.load(args)
+    with refused(monkeypatch, "no data: give one of"):
+        data.load(source(monkeypatch)[1])
+    with refused(monkeypatch, "no such file"):
+        data.load(source(monkeypatch, "--parquet", tmp_path / "none")[1])
+
+
+def test_parquet_has_the_splits_of_its_names(monkeypatch, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet files need pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images(tmp_path / "pets", broken=1)
+    for split, names in (("train", ("cat/0", "dog/1")), ("test", ("dog/2", "cat/broken0"))):
+        cells = [{"bytes": (tmp_path / "pets" / f"{n}.png").read_bytes(), "path": n} for n in names]
+        table = pyarrow.table({"img": cells, "label": [0, 1]})
+        features = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        parquet.write_table(table, tmp_path / f"{split}-0.parquet")
+    data, args = source(monkeypatch, "--parquet", tmp_path)
+    found = data.load(args)
+    assert found.labels.tolist() == [0, 1]
+    assert found.classes == ("cat", "dog")
+    with refused(monkeypatch, r"1 of 2 images cannot be read: test-0.parquet, row 1"):
+        data.load(args, "test")
+    args.label_column = "kind"
+    with refused(monkeypatch, "has no column kind; it has img, label"):
+        data.load(args)
+    (tmp_path / "train-1.parquet").write_bytes(b"PAR1 no more")
+    args.label_column = None
+    with refused(monkeypatch, "train-1.parquet cannot be read"):
+        data.load(args)
+
+
+def test_real_cifar(monkeypatch):
+    pytest.importorskip("pyarrow", reason="parquet files need pyarrow")
+    folder = os.environ.get("EBU_TEST_CIFAR10")
+    if not folder:
+        pytest.skip("EBU_TEST_CIFAR10 names no folder with CIFAR-10 as parquet files")
+    data, args = source(monkeypatch, "--parquet", folder)
+    found = data.load(args, "test")
+    assert found.images.shape == (10000, 3, 32, 32)
+    assert found.classes[0] == "airplane"
+    assert torch.bincount(found.labels).tolist() == [1000] * 10
+
+
+def test_a_hub_that_is_not_reached(monkeypatch):
+    models = module(monkeypatch, "models")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with refused(monkeypatch, "nobody/nothing is no folder here, and cannot be had from the hub"):
+        models.load_unet("nobody/nothing")
+    datasets = pytest.importorskip("datasets", reason="the hub's data sets need datasets")
+
+    def fails(*args: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fails)
+    data, args = source(monkeypatch, "--dataset_name", "nobody/nothing")
+    with refused(monkeypatch, "cannot be had .*ConnectionError.* the same command goes on"):
+        data.load(args)
+
+
+def test_classes_that_are_not_there_or_on_both_sides(monkeypatch):
+    prepare = module(monkeypatch, "prepare")
+    with refused(monkeypatch, r"--forget 5: the model has no such class; it has 0..2 \(a, b, c\)"):
+        prepare.split_classes(["5"], None, ["a", "b", "c"])
+    with refused(monkeypatch, "overlap: b in both"):
+        prepare.split_classes(["b"], ["0", "1"], ["a", "b", "c"])
+    with refused(monkeypatch, "all classes"):
+        prepare.split_classes(["0", "1"], None, ["a", "b"])
+    assert prepare.split_classes(["b"], None, ["a", "b", "c"]) == ([1], [0, 2])
+
+
+def test_sets_of_another_model_or_with_the_forgotten_class(made, monkeypatch, tmp_path):
+    prepare = module(monkeypatch, "prepare")
+    classes = [str(i) for i in range(10)]
+    own = json.loads((made / "sets" / "prepared.json").read_text())["model"]
+    given = SimpleNamespace(forget=None, replay_classes=None)
+    found = prepare.read(made / "sets", own, given, classes)
+    assert found.replayed == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    with refused(monkeypatch, "replay.safetensors belongs to another model"):
+        prepare.read(made / "sets", "0123456789abcdef", given, classes)
+    with refused(monkeypatch, "overlap: 4 in both"):
+        prepare.read(
+            made / "sets", own, SimpleNamespace(forget=["4"], replay_classes=None), classes
+        )
+    shutil.copytree(made / "sets", tmp_path / "sets")
+    with open(tmp_path / "sets" / "replay.safetensors", "r+b") as f:
+        f.truncate(1000)
+    with refused(monkeypatch, "delete it and run prepare.py again"):
+        prepare.read(tmp_path / "sets", own, given, classes)
+    with refused(monkeypatch, "another model .*: give another folder"):
+        prepare.claim(made / "sets", {"model": "0123456789abcdef"})
+
+
+def test_a_classifier_with_other_classes(made, monkeypatch):
+    models = module(monkeypatch, "models")
+    with refused(monkeypatch, "was trained on other classes: 0, 1, 2, 3, 4"):
+        models.load_classifier(made / "judge", ["cat", "dog"])
+    with refused(monkeypatch, "is no classifier"):
+        models.load_classifier(made / "base", ["cat", "dog"])
+    with refused(monkeypatch, "is no model of train.py"):
+        models.load_unet(str(made / "judge"))
+
+
+def test_a_disk_that_is_too_small(made, monkeypatch, tmp_path):
+    models = module(monkeypatch, "models")
+    free = shutil.disk_usage(tmp_path).free
+    models.need_disk(tmp_path / "a" / "b", free / 2, "checkpoints")
+    with refused(monkeypatch, "needs about .* GB for checkpoints, and the disk has .* GB left"):
+        models.need_disk(tmp_path / "a" / "b", free * 2, "checkpoints")
+    assert not (tmp_path / "a").exists()
+
+
+def test_mistakes_are_told_in_one_line(made, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    cases = {
+        "is in use by something else": ["train.py", *UNET, "--output_dir", tmp_path / "mine"],
+        "--train_batch_size must be >= 1": [
+            "train.py", *UNET, "--train_batch_size", 0, "--output_dir", tmp_path / "o"
+        ],
+        "--report_to nothing: not installed": [
+            "train.py", *UNET, "--report_to", "nothing", "--output_dir", tmp_path / "o"
+        ],
+        "--alpha must be in [0, 1]; got 2.0": unlearn(made, tmp_path / "o", "--alpha", 2),
+        "--method joint has no option alpha": unlearn(
+            made, tmp_path / "o", "--method", "joint", "--alpha", 0.5
+        ),
+        "belongs to another model": unlearn(made, tmp_path / "o", "--start_from", "ema"),
+        "no checkpoint": unlearn(made, tmp_path / "o", "--resume_from_checkpoint", "nowhere"),
+    }  # fmt: skip
+    for (message, _), (code, said) in zip(cases.items(), several(*cases.values()), strict=True):
+        assert code == 2, (message, said)
+        assert message in said or message == "no checkpoint", said
+        assert "Traceback" not in said
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
