@@ -18,6 +18,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from ebu_optim._files import load_tensors, locked
+
 pytest.importorskip("ebu_optim.baselines")
 pytest.importorskip("ebu_optim.report")
 
@@ -165,17 +167,21 @@ def test_a_resumed_training_is_the_unbroken_one(made, tmp_path):
         assert same(tmp_path / "parts" / part, made / "base" / part)
 
 
-def test_two_processes_accumulate_and_agree(tmp_path):
+def test_two_processes_accumulate_and_agree(made, tmp_path):
+    command = unlearn(
+        made, tmp_path / "o", "--cpu", "--gradient_accumulation_steps", 2, "--max_train_steps", 2,
+        "--mixed_precision", "bf16", "--use_ema", *CURVE, "--classifier", made / "judge",
+    )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(SCRIPTS / "train.py"), *UNET, "--cpu", "--gradient_accumulation_steps", "2",
-         "--mixed_precision", "bf16", "--max_train_steps", "2",
-         "--output_dir", str(tmp_path / "o")],
+         str(SCRIPTS / command[0]), *map(str, command[1:])],
         capture_output=True, text=True, env=ENV, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
-    assert len(weights(tmp_path / "o" / "unet")) > 10
+    assert not same(tmp_path / "o" / "unet", made / "base" / "unet")
+    curve = json.loads((tmp_path / "o" / "unlearn.json").read_text())["curve"]
+    assert [row["step"] for row in curve] == [0, 2]
     states = torch.load(
         next((tmp_path / "o" / "checkpoints" / "step_00000002").glob("random*")), weights_only=True
     )
@@ -198,8 +204,6 @@ def test_sets_are_of_the_kept_classes_and_are_not_made_again(made):
     assert set(data) == {
         "fisher.safetensors", "forget.safetensors", "replay.safetensors", "surrogate.safetensors",
     }  # fmt: skip
-    from ebu_optim._files import load_tensors
-
     labels = load_tensors(made / "sets" / "replay.safetensors")[0]["labels"]
     assert sorted(set(labels.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert set(load_tensors(made / "sets" / "forget.safetensors")[0]["labels"].tolist()) == {3}
@@ -468,10 +472,18 @@ def test_mistakes_are_told_in_one_line(made, tmp_path):
             made, tmp_path / "o", "--method", "joint", "--alpha", 0.5
         ),
         "belongs to another model": unlearn(made, tmp_path / "o", "--start_from", "ema"),
-        "no checkpoint": unlearn(made, tmp_path / "o", "--resume_from_checkpoint", "nowhere"),
+        "step_00000007: there is no such folder": unlearn(
+            made, tmp_path / "o", "--resume_from_checkpoint", tmp_path / "step_00000007"
+        ),
+        "another process": [
+            "train.py", *UNET, "--overwrite_output_dir", "--output_dir", made / "base"
+        ],
     }  # fmt: skip
-    for (message, _), (code, said) in zip(cases.items(), several(*cases.values()), strict=True):
+    with locked(made / "base" / ".lock", made / "base"):
+        found = several(*cases.values())
+    for message, (code, said) in zip(cases, found, strict=True):
         assert code == 2, (message, said)
-        assert message in said or message == "no checkpoint", said
+        assert message in said
         assert "Traceback" not in said
+    assert (made / "base" / "checkpoints" / "step_00000004").is_dir()
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

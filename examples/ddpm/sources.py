@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-TRAIN, TEST = ("train",), ("test", "valid")
+TRAIN, TEST = ("train",), ("test", "val")
 NAMED = 5  # unreadable images that a message names; it counts all
 
 
@@ -84,9 +84,10 @@ def folder_items(args: argparse.Namespace, split: str) -> Found:
     if not root.is_dir():
         raise InputError(f"--train_data_dir {root}: there is no such folder")
     folders = sorted(p for p in root.iterdir() if p.is_dir())
-    splits, held_out = _of_split(folders, split)
-    if any(p.name.startswith((*TRAIN, *TEST)) for p in folders) and splits:
-        folders = sorted(p for p in splits[0].iterdir() if p.is_dir())
+    held_out = True
+    if folders and all(p.name.startswith((*TRAIN, *TEST)) for p in folders):  # not a class "train"
+        folders, held_out = _of_split(folders, split)
+        folders = sorted(p for f in folders[:1] for p in f.iterdir() if p.is_dir())
     items = [
         Item(file, i, str(file.relative_to(root)))
         for i, folder in enumerate(folders)

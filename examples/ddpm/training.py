@@ -35,6 +35,8 @@ FREE = {
     "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
 }  # fmt: skip
 
+LEFT = {"run.json", ".lock", "logs", "log.jsonl"}  # what a run has before its first checkpoint
+
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Flags named as in diffusers' scripts; `defaults` are the script's own."""
@@ -124,8 +126,10 @@ class Run:
     ) -> None:  # fmt: skip
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
         self.script, self.size, self.main = script, size, accelerator.is_main_process
-        options = {k: str(v) for k, v in vars(args).items() if k not in FREE}
-        self.identity = {"script": script, "options": options, "same": dict(same or {})}
+        free = FREE if args.lr_scheduler.startswith("constant") else FREE - {"max_train_steps"}
+        options = {k: str(v) for k, v in vars(args).items() if k not in free}
+        same = {**(same or {}), "processes": accelerator.num_processes}
+        self.identity = {"script": script, "options": options, "same": same}
         self._held = ExitStack()
 
     def __enter__(self) -> Run:
@@ -143,8 +147,9 @@ class Run:
         set_seed(self.args.seed, device_specific=True)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.accelerator.end_training()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:  # it waits for the other processes, which an error may have taken
+            self.accelerator.end_training()
         self._held.close()
 
     def _open(self) -> None:
@@ -154,7 +159,10 @@ class Run:
         except (OSError, ValueError):
             before = None
         used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        if used and (before is None or before.get("script") != self.script):
+        ours = before is not None and before.get("script") == self.script
+        if ours:  # one that ended before its first checkpoint is in nobody's way
+            used = any(p.name not in LEFT for p in self.folder.iterdir())
+        if used and not ours:
             raise InputError(
                 f"--output_dir {self.folder} is in use by something else: give another folder"
             )
@@ -165,13 +173,13 @@ class Run:
             )
         if used and args.resume_from_checkpoint:
             theirs = {**before["options"], **before["same"]}
-            ours = {**self.identity["options"], **self.identity["same"]}
-            other = [k for k in ours if theirs.get(k) != ours[k]]
+            now = {**self.identity["options"], **self.identity["same"]}
+            other = [k for k in now if theirs.get(k) != now[k]]
             if other:
                 k = other[0]
                 raise InputError(
                     f"--resume_from_checkpoint: the run in {self.folder} has {k} "
-                    f"{theirs.get(k)}, this one {ours[k]}"
+                    f"{theirs.get(k)}, this one {now[k]}"
                 )
         # weights, two moments, theta0, F and EMA in each checkpoint, one more while it is written
         checkpoints = 6 * self.size * (args.checkpoints_total_limit + 1)
@@ -179,8 +187,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked(self.folder / ".lock", self.folder))
         if used and not args.resume_from_checkpoint:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-            (self.folder / "log.jsonl").unlink(missing_ok=True)
+            for name in ("checkpoints", "unet", "unet_ema"):  # or an old part may stay beside new
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in ("log.jsonl", "classes.json", "unlearn.json", "classifier.json"):
+                (self.folder / name).unlink(missing_ok=True)
         mark.write_text(json.dumps(self.identity, indent=1))
 
     def resume(self, objects: Mapping[str, Any]) -> int:
@@ -192,6 +202,8 @@ class Run:
         if not given:
             return 0
         path = self.folder / "checkpoints" if given == "latest" else Path(given)
+        if given != "latest" and not path.is_dir():
+            raise InputError(f"--resume_from_checkpoint {given}: there is no such folder")
         if given == "latest" and latest_checkpoint(path) is None:
             self.accelerator.print(f"no checkpoint in {path} yet: beginning anew")
             return 0
@@ -199,6 +211,12 @@ class Run:
             step = load_checkpoint(path, self.objects, fallback=given == "latest")
         except (OSError, ValueError) as error:
             raise InputError(f"--resume_from_checkpoint {given}: {error}") from error
+        log = self.folder / "log.jsonl"
+        if self.main and log.exists():  # what follows the checkpoint is done, and logged, again
+            rows = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(r for r in rows if json.loads(r)["step"] <= step))
+        if not step and given != "latest":
+            raise InputError(f"--resume_from_checkpoint {given}: there is no checkpoint in it")
         self.accelerator.print(f"going on after step {step}")
         return step
 

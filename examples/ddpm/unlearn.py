@@ -118,14 +118,15 @@ def main() -> None:
         kept = real.images, real.labels
     judge = load_classifier(args.classifier, classes)[0] if args.classifier else None
     average = start_of_average(args, raw) if args.use_ema else None
+    teacher = copy.deepcopy(raw).eval() if args.remember != "replay" else None
     accelerator = training.new_accelerator(args)
+    opt = build(args, raw, made.fisher)
     size, same = parameter_bytes(raw), {"model": base_hash}
     with training.Run(args, accelerator, "unlearn", size=size, same=same) as run:
         device = accelerator.device
-        teacher = copy.deepcopy(raw).to(device).eval() if args.remember != "replay" else None
+        teacher = teacher and teacher.to(device)
         if args.method == "retrain":
             reset_weights(raw, args.seed)
-        opt = build(args, raw, made.fisher)
         schedule = training.new_schedule(args, opt)
         model, optimizer = accelerator.prepare(raw.train(), opt)
         ema = training.Ema(average, args.ema_decay, warm=True) if average else None
@@ -190,7 +191,8 @@ def say(accelerator: Any, args: argparse.Namespace, made: Any, classes: list, em
     """Which classes and which weights; a warning where an average will hide the forgetting."""
     accelerator.print(
         f"{methods[args.method].title}: forgets {', '.join(classes[c] for c in made.forget)}, "
-        f"replays {', '.join(classes[c] for c in made.replayed)}\n"
+        f"replays {', '.join(classes[c] for c in made.replayed)}; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}\n"
         f"weights: trained and anchored {WEIGHTS[args.start_from]} of the base; measured "
         f"{WEIGHTS[args.sample_weights]}; saved unet{' and unet_ema' if ema else ''}"
     )
