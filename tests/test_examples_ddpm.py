@@ -374,6 +374,27 @@ def test_parquet_has_the_splits_of_its_names(monkeypatch, tmp_path):
         data.load(args)
 
 
+def test_splits_by_name_held_out_and_joined(monkeypatch, tmp_path):
+    images(tmp_path / "pets" / "train", broken=0)
+    images(tmp_path / "pets" / "test", broken=0)
+    data, args = source(monkeypatch, "--train_data_dir", tmp_path / "pets")
+    assert [len(data.load(args, s).labels) for s in ("train", "test", "all")] == [6, 6, 6]
+    args.join_splits = True
+    assert [len(data.load(args, s).labels) for s in ("train", "test", "all")] == [11, 1, 12]
+    args.max_train_samples = 4
+    assert [len(data.load(args, s).labels) for s in ("train", "test", "all")] == [4, 1, 4]
+    # a class that is called "train" is no split
+    (tmp_path / "pets" / "train" / "cat").rename(tmp_path / "pets" / "train" / "train")
+    data, args = source(monkeypatch, "--train_data_dir", tmp_path / "pets" / "train")
+    found = data.load(args)
+    assert found.classes == ("dog", "train")
+    assert len(found.labels) == 6
+    assert "held out" in found.source
+    args.join_splits = True
+    with refused(monkeypatch, "no test split to join"):
+        data.load(args)
+
+
 def test_real_cifar(monkeypatch):
     pytest.importorskip("pyarrow", reason="parquet files need pyarrow")
     folder = os.environ.get("EBU_TEST_CIFAR10")

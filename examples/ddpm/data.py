@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image_column", help="default: img or image")
     group.add_argument("--label_column", help="default: label, fine_label or labels")
     group.add_argument("--resolution", type=int, help="default: as the images are")
+    group.add_argument(
+        "--join_splits", action="store_true",
+        help="train and test are one set (STL-10 is small); a tenth is held out for the classifier",
+    )  # fmt: skip
     group.add_argument("--max_train_samples", type=int, help="the first n after a fixed shuffle")
     group.add_argument(
         "--skip_unreadable", action="store_true",
@@ -61,38 +65,50 @@ def given(args: argparse.Namespace) -> bool:
 
 
 def load(args: argparse.Namespace, split: str = "train") -> Data:
-    """The "train" or the "test" images of the source that the options name.
+    """The "train" or the "test" images of the source that the options name; or "all" that the base
+    model learns from: with --join_splits both, else those of "train".
 
     Raises:
         InputError: no source, not reachable, without images, of several sizes, unreadable images.
     """
-    held_out = False
+    asked, joined = "test" if split == "test" else "train", args.join_splits and not args.digits
+    data, held_out = _read(args, "train" if joined else asked)
+    if joined:
+        if held_out:
+            raise InputError(f"--join_splits: {data.source} has no test split to join")
+        test, _ = _read(args, "test")
+        data = data._replace(
+            images=torch.cat([data.images, test.images]), source=f"{data.source} and test",
+            labels=torch.cat([data.labels, test.labels]), skipped=data.skipped + test.skipped,
+        )  # fmt: skip
+        held_out = split != "all"
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
+    if held_out:
+        cut = len(order) // 10
+        order = order[:cut] if split == "test" else order[cut:]
+        data = data._replace(source=f"{data.source} (a tenth held out as test)")
+    if split != "test" and args.max_train_samples:
+        order = order[: args.max_train_samples]
+    order = order.sort().values
+    if not len(order):
+        raise InputError(f"{data.source}: no image is left in the {split} split")
+    return data._replace(images=data.images[order], labels=data.labels[order])
+
+
+def _read(args: argparse.Namespace, split: str) -> tuple[Data, bool]:
+    """A split, and whether it is all that there is, so that the test part has to be held out."""
     if args.digits:
-        data = _digits(split)
-    elif given(args):
-        find = parquet_items if args.parquet else folder_items if args.train_data_dir else hub_items
-        items, classes, source, held_out = find(args, split)
-        images, labels, skipped = decode(
-            items, classes, source, resolution=args.resolution, skip=args.skip_unreadable
-        )
-        data = Data(images, labels, tuple(classes), source, skipped)
-    else:
+        return _digits(split), False
+    if not given(args):
         raise InputError(
             "no data: give one of --dataset_name, --parquet, --train_data_dir, --digits"
         )
-    if held_out:
-        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
-        cut = len(order) // 10
-        rows = (order[:cut] if split == "test" else order[cut:]).sort().values
-        data = data._replace(images=data.images[rows], labels=data.labels[rows])
-        data = data._replace(source=f"{data.source} (a tenth held out as test)")
-    if split == "train" and args.max_train_samples and args.max_train_samples < len(data.labels):
-        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
-        rows = order[: args.max_train_samples]
-        data = data._replace(images=data.images[rows], labels=data.labels[rows])
-    if not len(data.labels):
-        raise InputError(f"{data.source}: no image is left in the {split} split")
-    return data
+    find = parquet_items if args.parquet else folder_items if args.train_data_dir else hub_items
+    items, classes, source, held_out = find(args, split)
+    images, labels, skipped = decode(
+        items, classes, source, resolution=args.resolution, skip=args.skip_unreadable
+    )
+    return Data(images, labels, tuple(classes), source, skipped), held_out
 
 
 def to_float(images: Tensor) -> Tensor:

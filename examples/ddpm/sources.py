@@ -44,7 +44,10 @@ def parquet_items(args: argparse.Namespace, split: str) -> Found:
         files += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     files, held_out = _of_split(files, split)
     if not files:
-        raise InputError(f"--parquet {args.parquet[0]}: no parquet file of the {split} split")
+        raise InputError(
+            f"--parquet {args.parquet[0]}: "
+            f"no parquet file of the {split} split (by their names: train..., test...)"
+        )
     try:
         import pyarrow
         import pyarrow.parquet as parquet

@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    images = data.load(args)
+    images = data.load(args, "all")
     accelerator = training.new_accelerator(args)
     channels, height, width = images.images.shape[1:]
     if height != width:
