@@ -282,7 +282,7 @@ def test_a_report_has_the_three_axes_and_its_protocol(forgotten, made, tmp_path)
     )
     assert code == 0, said
     assert again == 2
-    assert "is in use" in held
+    assert "holds a report" in held
     assert "was not made by unlearn.py" in base
     report = json.loads((out / "results.json").read_text())
     rows = {row["name"]: row["values"] for row in report["rows"]}

@@ -22,7 +22,7 @@ import data
 import torch
 import training
 from diffusers import DDIMScheduler
-from evaluate_protocol import protocol
+from evaluate_report import curves, grid, protocol
 from models import WEIGHTS, load_classifier, load_unet, need_disk
 from sources import InputError
 from torch import Tensor
@@ -39,7 +39,7 @@ from ebu_optim.metrics import (
     relearn_steps,
     unlearn_steps,
 )
-from ebu_optim.report import fid_values, limit_rows, write_report
+from ebu_optim.report import _check_folder, fid_values, limit_rows, write_report
 
 
 def parse() -> argparse.Namespace:
@@ -76,11 +76,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.output_dir.exists() and not args.overwrite_output_dir:
-        raise InputError(
-            f"--output_dir {args.output_dir} is in use: give --overwrite_output_dir to replace a "
-            "report, or another folder"
-        )
+    try:  # before the hours of sampling
+        _check_folder(args.output_dir, args.overwrite_output_dir)
+    except FileExistsError as error:
+        raise InputError(f"--output_dir {error} (--overwrite_output_dir)") from error
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
     made = unlearned(Path(args.pretrained_model_name_or_path))
     base, _, base_info = load_unet(args.base_model or made["base"], made["start_from"])
@@ -228,31 +227,5 @@ def depth(
     return {**mean, **found}
 
 
-def curves(made: dict[str, Any]) -> list[dict[str, Any]]:
-    if not made["curve"]:
-        return []
-    series = {k: [(row["step"], row[k]) for row in made["curve"]] for k in ("p_f", "ra")}
-    return [
-        {"title": "P_f and RA over steps", "x": "step", "y": "0 to 1",
-         "series": {"P_f": series["p_f"], "RA": series["ra"]},
-         "limits": {"P_f of noise": made["noise_p_f"]}}
-    ]  # fmt: skip
-
-
-def grid(
-    before: Tensor, after: Tensor, classes: list[str], forget: list[int], per_class: int
-) -> dict[str, Any]:
-    """The first images of up to twenty classes, the forgotten ones first."""
-    shown = [*forget, *(c for c in range(len(classes)) if c not in forget)][:20]
-    pick = {
-        name: images.unflatten(0, (len(classes), per_class))[shown, :8]
-        for name, images in (("before", before), ("after", after))
-    }
-    return {
-        "title": "The same starting noise before and after", "rows": [classes[c] for c in shown],
-        "columns": pick, "forgotten": [classes[c] for c in forget],
-    }  # fmt: skip
-
-
 if __name__ == "__main__":
-    training.exit_on_input_errors(main)
+    training.exit_on_input_errors(main, "the same command")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,11 @@ def main() -> None:
         "replayed": replayed,
     }  # fmt: skip
     claim(out, identity)
-    with locked(out / ".lock", out):
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out / ".lock", out))
+        except RuntimeError as error:
+            raise InputError(str(error)) from error
         ddim = DDIMScheduler.from_config(scheduler.config)
         options: dict[str, Any] = {
             "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
@@ -237,7 +242,8 @@ def read(folder: Path, model: str, args: argparse.Namespace, classes: list[str])
     own = found.get("forget")
     if own is not None:
         rows = torch.isin(own["labels"], torch.tensor(forget))
-        own = (data.to_float(own["images"][rows]), own["labels"][rows]) if rows.any() else None
+        own = data.to_float(own["images"][rows]), own["labels"][rows]
+        own = own if set(own[1].tolist()) == set(forget) else None
     rows = torch.isin(found["replay"]["labels"], torch.tensor(replayed))
     pair = found["replay"]["images"][rows], found["replay"]["labels"][rows]
     null = found.get("surrogate")
@@ -246,4 +252,4 @@ def read(folder: Path, model: str, args: argparse.Namespace, classes: list[str])
 
 
 if __name__ == "__main__":
-    training.exit_on_input_errors(main)
+    training.exit_on_input_errors(main, "the same command")

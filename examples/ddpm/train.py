@@ -15,6 +15,7 @@ import argparse
 import data
 import torch
 import training
+from ema import Ema
 from models import new_scheduler, new_unet, parameter_bytes, save_unet
 from sources import InputError
 
@@ -56,7 +57,7 @@ def main() -> None:
         optimizer = torch.optim.Adam(raw.parameters(), lr=args.learning_rate)
         schedule = training.new_schedule(args, optimizer)
         model, optimizer = accelerator.prepare(raw.train(), optimizer)
-        ema = training.Ema(raw.parameters(), args.ema_decay, warm=False) if args.use_ema else None
+        ema = Ema(raw.parameters(), args.ema_decay, warm=False) if args.use_ema else None
         objects = {"model": raw, "optimizer": optimizer.optimizer, "schedule": schedule}
         begin = run.resume({**objects, "ema": ema} if ema else objects)
         batches = data.Batches(

@@ -7,12 +7,13 @@ An output folder belongs to one run: `run.json` holds its options, `checkpoints`
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from models import need_disk
 from sources import InputError
 from tqdm.auto import tqdm
@@ -74,15 +74,22 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--learning_rate must be > 0; got {args.learning_rate}")
 
 
-def exit_on_input_errors(main: Callable[[], None]) -> None:
+def exit_on_input_errors(
+    main: Callable[[], None], goes_on: str = "--resume_from_checkpoint latest"
+) -> None:
     """Run `main`; what the user can put right is printed in one line, with exit status 2."""
     try:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}. {goes_on} goes on", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume_from_checkpoint latest goes on", file=sys.stderr)
+        print(f"\ninterrupted; {goes_on} goes on", file=sys.stderr)
         sys.exit(130)
 
 
@@ -143,7 +150,8 @@ class Run:
         if said[0]:
             self._held.close()
             raise InputError(said[0])
-        self.accelerator.init_trackers(self.script)
+        options = self.identity["options"]
+        self.accelerator.init_trackers(f"ddpm_{self.script}", config=options)
         set_seed(self.args.seed, device_specific=True)
         return self
 
@@ -250,40 +258,3 @@ def new_schedule(args: argparse.Namespace, optimizer: Any) -> Any:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )  # fmt: skip
-
-
-class Ema:
-    """diffusers' EMAModel, and the share of its start that is still in it."""
-
-    def __init__(self, parameters: Any, decay: float, *, warm: bool) -> None:
-        parameters = list(parameters)
-        # warm: from the first step on with the full decay, as if it had been running all the time;
-        # EMAModel takes 0 at its first step whatever min_decay says
-        self.model = EMAModel(parameters, decay=decay, min_decay=decay if warm else 0.0)
-        self.model.optimization_step = 1 if warm else 0
-        self.share = 1.0
-
-    def step(self, parameters: Any) -> None:
-        self.model.step(parameters)
-        self.share *= float(self.model.cur_decay_value or 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ema": self.model.state_dict(), "share": self.share}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["ema"])
-        self.share = state["share"]
-
-
-@contextmanager
-def averaged(model: Any, ema: Ema | None) -> Iterator[Any]:
-    """The model with its EMA's weights inside the block; with its own where there is no EMA."""
-    if ema is None:
-        yield model
-        return
-    ema.model.store(model.parameters())
-    ema.model.copy_to(model.parameters())
-    try:
-        yield model
-    finally:
-        ema.model.restore(model.parameters())

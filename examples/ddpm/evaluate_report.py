@@ -1,4 +1,4 @@
-"""The protocol of evaluate.py's report: every choice that moves a figure."""
+"""What evaluate.py's report holds beside the table: curves, grids and the protocol."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ebu_optim.metrics import versions
 from ebu_optim.metrics.protocol import CLASS_WISE
@@ -88,3 +89,29 @@ def protocol(
     left_out |= {"timing"} if not made["curve"] else set()
     parts = [part for part in CLASS_WISE if part not in left_out]
     return {part: found[part] for part in parts}, parts
+
+
+def curves(made: dict[str, Any]) -> list[dict[str, Any]]:
+    if not made["curve"]:
+        return []
+    series = {k: [(row["step"], row[k]) for row in made["curve"]] for k in ("p_f", "ra")}
+    return [
+        {"title": "P_f and RA over steps", "x": "step", "y": "0 to 1",
+         "series": {"P_f": series["p_f"], "RA": series["ra"]},
+         "limits": {"P_f of noise": made["noise_p_f"]}}
+    ]  # fmt: skip
+
+
+def grid(
+    before: Tensor, after: Tensor, classes: list[str], forget: list[int], per_class: int
+) -> dict[str, Any]:
+    """The first images of up to twenty classes, the forgotten ones first."""
+    shown = [*forget, *(c for c in range(len(classes)) if c not in forget)][:20]
+    pick = {
+        name: images.unflatten(0, (len(classes), per_class))[shown, :8]
+        for name, images in (("before", before), ("after", after))
+    }
+    return {
+        "title": "The same starting noise before and after", "rows": [classes[c] for c in shown],
+        "columns": pick, "forgotten": [classes[c] for c in forget],
+    }  # fmt: skip
