@@ -76,6 +76,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if args.inception_weights and not args.inception_weights.is_file():
+        raise InputError(f"--inception_weights {args.inception_weights}: there is no such file")
     try:  # before the hours of sampling
         _check_folder(args.output_dir, args.overwrite_output_dir)
     except FileExistsError as error:
