@@ -20,9 +20,6 @@ from PIL import Image
 
 from ebu_optim._files import load_tensors, locked
 
-pytest.importorskip("ebu_optim.baselines")
-pytest.importorskip("ebu_optim.report")
-
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "ddpm"
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
