@@ -487,6 +487,14 @@ def test_mistakes_are_told_in_one_line(made, tmp_path):
         "--method joint has no option alpha": unlearn(
             made, tmp_path / "o", "--method", "joint", "--alpha", 0.5
         ),
+        "--method joint: forget_weight": unlearn(
+            made, tmp_path / "o", "--method", "joint", "--method_options", '{"forget_weight": -1}'
+        ),
+        "has other classes than the model: cat, dog": [
+            "prepare.py", "--pretrained_model_name_or_path", made / "base", "--forget", 3,
+            "--train_data_dir", images(tmp_path / "pets", broken=0), "--resolution", 8,
+            "--output_dir", tmp_path / "sets",
+        ],
         "belongs to another model": unlearn(made, tmp_path / "o", "--start_from", "ema"),
         "step_00000007: there is no such folder": unlearn(
             made, tmp_path / "o", "--resume_from_checkpoint", tmp_path / "step_00000007"

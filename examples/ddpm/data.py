@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,21 @@ def load(args: argparse.Namespace, split: str = "train") -> Data:
     if not len(order):
         raise InputError(f"{data.source}: no image is left in the {split} split")
     return data._replace(images=data.images[order], labels=data.labels[order])
+
+
+def load_for(args: argparse.Namespace, info: Mapping[str, Any]) -> Data:
+    """The "train" images, refused where their classes or shape are not the model's."""
+    real = load(args)
+    if list(real.classes) != info["classes"]:
+        raise InputError(
+            f"{real.source} has other classes than the model: {', '.join(real.classes[:5])}, ..."
+        )
+    if list(real.images.shape[1:]) != info["shape"]:
+        raise InputError(
+            f"{real.source} has images of {tuple(real.images.shape[1:])}, the model of "
+            f"{tuple(info['shape'])}: give --resolution"
+        )
+    return real
 
 
 def _read(args: argparse.Namespace, split: str) -> tuple[Data, bool]:

@@ -97,9 +97,7 @@ def main() -> None:
         reject, reject_info = load_classifier(args.reject_classifier, classes)
         if not reject_info["reject"]:
             raise InputError(f"{args.reject_classifier} has no reject class")
-    real = data.load(args)
-    if list(real.classes) != classes:
-        raise InputError(f"{real.source} has other classes than the model: {real.classes[:5]}")
+    real = data.load_for(args, info)
     place = torch.device(args.device)
     model, base, judge = model.to(place).eval(), base.to(place).eval(), judge.to(place)
     reject = reject and reject.to(place)

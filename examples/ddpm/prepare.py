@@ -83,16 +83,7 @@ def main() -> None:
     sampled = len(replayed) * args.replay_per_class + args.surrogate_images
     pixels = 4 * torch.Size(info["shape"]).numel()
     need_disk(out, 2 * sampled * pixels + 3 * parameter_bytes(model), "the sets and the Fisher")
-    real = None
-    if data.given(args):
-        real = data.load(args)
-        if list(real.classes) != classes:
-            raise InputError(f"{real.source} has other classes than the model: {real.classes[:5]}")
-        if list(real.images.shape[1:]) != info["shape"]:
-            raise InputError(
-                f"{real.source} has images of {tuple(real.images.shape[1:])}, the model of "
-                f"{tuple(info['shape'])}: give --resolution"
-            )
+    real = data.load_for(args, info) if data.given(args) else None
     identity = {
         "model": model_hash(model), "sampled": model_hash(sampler), "forget": forget,
         "replayed": replayed,

@@ -73,6 +73,13 @@ def parse() -> argparse.Namespace:
         _checks.group(given)
     except ValueError as error:
         raise InputError(f"--{error}") from error
+    if not isinstance(args.method_options, dict):
+        raise InputError(f"--method_options must be a JSON object; got {args.method_options}")
+    if not 0 <= args.ema_decay < 1:
+        raise InputError(f"--ema_decay must be in [0, 1); got {args.ema_decay}")
+    for name in ("validation_steps", "validation_images", "validation_inference_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
     if args.sample_weights == "ema" and not args.use_ema:
         raise InputError("--sample_weights ema needs --use_ema")
     return args
@@ -98,7 +105,10 @@ def build(args: argparse.Namespace, model: Any, fisher: Any) -> Any:
         trained, _ = model.class_embedding, model.requires_grad_(False)
         trained.requires_grad_(True)
     base = torch.optim.Adam(trained.parameters(), lr=args.learning_rate)
-    return method.build(base, max_grad_norm=args.max_grad_norm or None, **options)
+    try:
+        return method.build(base, max_grad_norm=args.max_grad_norm or None, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--method {args.method}: {error}") from error
 
 
 def main() -> None:
@@ -115,7 +125,7 @@ def main() -> None:
         raise InputError("--surrogate null_class: run prepare.py with --surrogate_images")
     kept = None
     if args.remember_data == "real":
-        real = data.load(args).only(made.replayed)
+        real = data.load_for(args, info).only(made.replayed)
         kept = real.images, real.labels
     judge = load_classifier(args.classifier, classes)[0] if args.classifier else None
     average = start_of_average(args, raw) if args.use_ema else None
