@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,23 @@ def same_run(
                 f"{path} was made with another {key} ({found.get(key)!r}, this call has "
                 f"{value!r}): give another path, or delete it to start anew"
             )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C takes effect when the block is over: a mean that is half updated is worth nothing."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[0])
 
 
 class Run:
@@ -67,18 +87,20 @@ class Run:
                 first, last = grads[0][name].float(), grads[-1][name].float()
                 product = (first * last).sum(0)
                 total[name] = total[name] + product if name in total else product
-        self.whole = False  # until the end of this update
-        values = []
-        for name, mean in self.mean.items():
-            batch_mean = total[name] / n
-            mean.lerp_(batch_mean, n / (self.samples + n))
-            values.append(batch_mean.flatten()[self.probes[name].to(mean.device)].cpu().double())
-        trace = sum(float(t.sum(dtype=torch.float64)) for t in total.values()) / n
-        row = torch.cat([torch.tensor([trace], dtype=torch.float64), *values])
-        self.spread += n * torch.stack([row, row.square()])
-        self.samples += n
-        self.next += 1
-        self.whole = True
+        with _undisturbed():
+            self.whole = False  # until the end of this update
+            values = []
+            for name, mean in self.mean.items():
+                batch_mean = total[name] / n
+                mean.lerp_(batch_mean, n / (self.samples + n))
+                probed = batch_mean.flatten()[self.probes[name].to(mean.device)]
+                values.append(probed.cpu().double())
+            trace = sum(float(t.sum(dtype=torch.float64)) for t in total.values()) / n
+            row = torch.cat([torch.tensor([trace], dtype=torch.float64), *values])
+            self.spread += n * torch.stack([row, row.square()])
+            self.samples += n
+            self.next += 1
+            self.whole = True
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         mean, square = self.spread / self.samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 import torch
@@ -270,6 +271,29 @@ def test_an_interrupt_in_the_middle_of_an_update_does_not_spoil_the_result(tmp_p
         DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
     monkeypatch.undo()
     resumed = DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+def test_ctrl_c_in_the_middle_of_an_update_keeps_every_batch_that_was_done(tmp_path, monkeypatch):
+    model, loss = tiny_unet(), fisher_loss(schedule())
+    options = {"method": "vmap", "progress": False}  # saved every 50 batches
+    whole = DiagonalFisher.estimate(model, loss, batches(), **options)
+    calls, lerp = [], torch.Tensor.lerp_
+
+    def pressed(self, *args):
+        calls.append(1)
+        if len(calls) == len(whole) + 5:
+            signal.raise_signal(signal.SIGINT)
+        return lerp(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "lerp_", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(calls) == 2 * len(whole)  # the second update ran to its end
+    resumed = DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
+    assert len(calls) == len(batches()) * len(whole)  # and was not done again
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
 
 
