@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from ._shards import is_sharded, local, spread
 
+TERMS = ("forget", "remember", "modulated")  # of the update, in the order that kernels take
+
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
@@ -49,10 +51,9 @@ def group(values: Mapping[str, Any]) -> None:
 
 
 def terms(given: Sequence[str], update: str) -> tuple[str, ...]:
-    names = ("forget", "remember", "modulated")
     value: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, set)) else (given,)
-    if not value or len(set(value)) != len(value) or any(t not in names for t in value):
-        raise ValueError(f"terms must name at least one of {names}, each once; got {value!r}")
+    if not value or len(set(value)) != len(value) or any(t not in TERMS for t in value):
+        raise ValueError(f"terms must name at least one of {TERMS}, each once; got {value!r}")
     if update == "routed" and len(value) != 3:
         raise ValueError(
             f'terms={value!r} with update="routed": the routed update is no sum of three terms; '

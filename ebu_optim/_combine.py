@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import _checks, kernels
 from ._penalty import Penalty
 from ._phases import Slot
 from ._shards import Shards, local
 from .kernels import reference
-
-TERMS = ("forget", "remember", "modulated")
 
 
 class Selection(NamedTuple):
@@ -137,7 +135,7 @@ def combine(
             gamma=scale * float(first.group["ebu_gamma"]),
             penalty=penalty.kind,
             update=update,
-            terms=tuple(t in terms for t in TERMS),
+            terms=tuple(t in terms for t in _checks.TERMS),
             online=penalty.online_weight(first.key),
             inv_scale=inv_scale,
             dtype=dtype,
