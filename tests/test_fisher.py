@@ -287,10 +287,13 @@ def test_ctrl_c_in_the_middle_of_an_update_keeps_every_batch_that_was_done(tmp_p
         return lerp(self, *args)
 
     monkeypatch.setattr(torch.Tensor, "lerp_", pressed)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
-    assert signal.getsignal(signal.SIGINT) is before
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert len(calls) == 2 * len(whole)  # the second update ran to its end
     resumed = DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
     assert len(calls) == len(batches()) * len(whole)  # and was not done again
