@@ -422,7 +422,7 @@ def test_a_hub_that_is_not_reached(monkeypatch):
 
 def test_classes_that_are_not_there_or_on_both_sides(monkeypatch):
     prepare = module(monkeypatch, "prepare")
-    with refused(monkeypatch, r"--forget 5: the model has no such class; it has 0..2 \(a, b, c\)"):
+    with refused(monkeypatch, r"--forget 5: there is no such class; there are 0..2 \(a, b, c\)"):
         prepare.split_classes(["5"], None, ["a", "b", "c"])
     with refused(monkeypatch, "overlap: b in both"):
         prepare.split_classes(["b"], ["0", "1"], ["a", "b", "c"])

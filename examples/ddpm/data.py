@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image_column", help="default: img or image")
     group.add_argument("--label_column", help="default: label, fine_label or labels")
     group.add_argument("--resolution", type=int, help="default: as the images are")
+    group.add_argument("--classes", nargs="+", help="only these, by number or name; default: all")
     group.add_argument(
         "--join_splits", action="store_true",
         help="train and test are one set (STL-10 is small); a tenth is held out for the classifier",
@@ -113,6 +114,8 @@ def load_for(args: argparse.Namespace, info: Mapping[str, Any]) -> Data:
 def _read(args: argparse.Namespace, split: str) -> tuple[Data, bool]:
     """A split, and whether it is all that there is, so that the test part has to be held out."""
     if args.digits:
+        if args.classes:
+            raise InputError("--classes: the digits are few enough, all ten are used")
         return _digits(split), False
     if not given(args):
         raise InputError(
@@ -120,6 +123,11 @@ def _read(args: argparse.Namespace, split: str) -> tuple[Data, bool]:
         )
     find = parquet_items if args.parquet else folder_items if args.train_data_dir else hub_items
     items, classes, source, held_out = find(args, split)
+    if args.classes:
+        ids = class_ids(args.classes, classes, "--classes")
+        source = f"{source}, {len(ids)} of its {len(classes)} classes"
+        number, classes = {c: i for i, c in enumerate(ids)}, [classes[c] for c in ids]
+        items = [i._replace(label=number[i.label]) for i in items if i.label in number]
     images, labels, skipped = decode(
         items, classes, source, resolution=args.resolution, skip=args.skip_unreadable
     )
@@ -190,7 +198,7 @@ def class_ids(given: Sequence[str], classes: Sequence[str], option: str) -> list
         number = int(text) if number is None and text.isdigit() else number
         if number is None or number >= len(classes):
             raise InputError(
-                f"{option} {text}: the model has no such class; it has 0..{len(classes) - 1} "
+                f"{option} {text}: there is no such class; there are 0..{len(classes) - 1} "
                 f"({', '.join(list(classes)[:10])}{', ...' if len(classes) > 10 else ''})"
             )
         ids.append(number)
