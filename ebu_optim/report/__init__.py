@@ -16,7 +16,7 @@ from ..metrics.protocol import CLASS_WISE, check_protocol
 from .page import html, markdown
 from .plots import line_chart, pixels, png
 
-__all__ = ["fid_values", "limit_rows", "write_report"]
+__all__ = ["check_folder", "fid_values", "limit_rows", "write_report"]
 
 KIND = "ebu_optim report"
 
@@ -84,7 +84,7 @@ def write_report(
     for grid in grids:
         _check_grid(grid)
     folder = Path(folder)
-    _check_folder(folder, overwrite)
+    check_folder(folder, overwrite)
     report = {
         "kind": KIND, "title": title, "command": command,
         "notes": [notes] if isinstance(notes, str) else list(notes),
@@ -113,7 +113,12 @@ def write_report(
     return folder / "report.html"
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse what :func:`write_report` would refuse, before the hours that a report takes.
+
+    Raises:
+        FileExistsError: the folder is there and is no report, or is one without `overwrite`.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:

@@ -12,9 +12,11 @@ so that an interrupted evaluation goes on and the base model is sampled once.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from models import WEIGHTS, load_classifier, load_unet, need_disk
 from sources import InputError
 from torch import Tensor
 
+from ebu_optim._files import replacing
 from ebu_optim.diffusion import model_hash, sample, sample_set
 from ebu_optim.metrics import (
     accuracy,
@@ -39,10 +42,10 @@ from ebu_optim.metrics import (
     relearn_steps,
     unlearn_steps,
 )
-from ebu_optim.report import _check_folder, fid_values, limit_rows, write_report
+from ebu_optim.report import check_folder, fid_values, limit_rows, write_report
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -58,28 +61,33 @@ def parse() -> argparse.Namespace:
     add("--sample_batch_size", type=int, default=128)
     add("--no_depth", action="store_true", help="leave out the two attacks")
     add("--inversion_steps", type=int, nargs="+", default=[100, 200])
-    add("--relearn_max_steps", type=int, default=100)
+    add("--relearn_max_steps", type=int, default=100, help="0: not attacked by relearning")
     add("--attack_images", type=int, default=50, help="that an attacked model is measured on")
     add("--fid", action="store_true", help="FID and KID by torch-fidelity")
     add("--inception_weights", type=Path, help="torch-fidelity's file; default: its download")
     add("--seed", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output_dir", type=Path, required=True)
+    add(
+        "--samples_dir", type=Path,
+        help="default: <output_dir>.samples; reports that share it draw and attack their base once",
+    )  # fmt: skip
     add("--overwrite_output_dir", action="store_true", help="replace an older report")
     data.add_arguments(parser)
-    args = parser.parse_args()
-    for name in ("images_per_class", "num_inference_steps", "attack_images", "relearn_max_steps"):
+    args = parser.parse_args(argv)
+    for name in ("images_per_class", "num_inference_steps", "attack_images"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
     if args.inception_weights and not args.inception_weights.is_file():
         raise InputError(f"--inception_weights {args.inception_weights}: there is no such file")
     try:  # before the hours of sampling
-        _check_folder(args.output_dir, args.overwrite_output_dir)
+        check_folder(args.output_dir, args.overwrite_output_dir)
     except FileExistsError as error:
         raise InputError(f"--output_dir {error} (--overwrite_output_dir)") from error
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
@@ -126,9 +134,7 @@ def main() -> None:
     if not args.no_depth:
         attacked = reject or judge
         values |= depth(args, model, scheduler, forget, real, attacked, info)
-        limits["base model"] |= depth(
-            args, base, scheduler, forget, real, attacked, info, relearn=False
-        )
+        limits["base model"] |= depth_of_base(args, base, scheduler, forget, real, attacked, info)
     said, parts = protocol(args, info, made, judged, table, real)
     page = write_report(
         args.output_dir, title=f"{real.source.split(',')[0]} without "
@@ -139,7 +145,8 @@ def main() -> None:
         grids=[grid(before, after, classes, forget, args.images_per_class)],
         notes=[f"{len(real.skipped)} images could not be read and were left out"]
         if real.skipped else [],
-        command=shlex.join(["python", *sys.argv]), overwrite=args.overwrite_output_dir,
+        command=shlex.join(["python", "examples/ddpm/evaluate.py", *(argv or sys.argv[1:])]),
+        overwrite=args.overwrite_output_dir,
     )  # fmt: skip
     print((args.output_dir / "results.md").read_text().split("\n## ")[0])
     print(f"\nsee {page}")
@@ -156,7 +163,7 @@ def draw(
     args: argparse.Namespace, model: Any, scheduler: Any, labels: Tensor, info: dict
 ) -> Tensor:
     """Images of every class, the same starting noise for every model; kept beside the report."""
-    folder = args.output_dir.with_name(args.output_dir.name + ".samples")
+    folder = samples_dir(args)
     need_disk(folder, 8 * len(labels) * torch.Size(info["shape"]).numel(), "the samples")
     try:
         images, _ = sample_set(
@@ -169,6 +176,10 @@ def draw(
     except ValueError as error:  # sampled with other options
         raise InputError(str(error)) from error
     return images
+
+
+def samples_dir(args: argparse.Namespace) -> Path:
+    return args.samples_dir or args.output_dir.with_name(args.output_dir.name + ".samples")
 
 
 def quality(
@@ -218,13 +229,29 @@ def depth(
                 **options,
             )
         )  # fmt: skip
-        if relearn:
+        if relearn and args.relearn_max_steps:
             key = "relearn_steps" if len(forget) == 1 else f"relearn_steps {info['classes'][c]}"
             found[key] = relearn_steps(
                 model, images, c, scheduler, p_f, max_steps=args.relearn_max_steps, **options
             )
     mean = {k: sum(row[k] for row in inverted) / len(inverted) for k in inverted[0]}
     return {**mean, **found}
+
+
+def depth_of_base(args: argparse.Namespace, base: Any, *rest: Any) -> dict[str, Any]:
+    """Inversion of the base model, kept beside its samples under all that it depends on."""
+    scheduler, forget, real, judge, info = rest
+    said = [
+        model_hash(base), model_hash(judge), real.source, forget, args.seed, args.attack_images,
+        args.inversion_steps, args.num_inference_steps, args.device,
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    path = samples_dir(args) / f"{key}.json"
+    if not path.exists():
+        found = depth(args, base, scheduler, forget, real, judge, info, relearn=False)
+        with replacing(path) as work:
+            work.write_text(json.dumps({"of": said, "found": found}, indent=1))
+    return json.loads(path.read_text())["found"]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from ebu_optim._files import load_tensors, locked, save_tensors
 from ebu_optim.diffusion import FisherBatches, fisher_loss, model_hash, sample_set
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -63,15 +64,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, required=True)
     data.add_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("replay_per_class", "num_inference_steps", "sample_batch_size", "fisher_images"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
     out = args.output_dir
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
     model, classes = model.to(args.device).eval(), info["classes"]

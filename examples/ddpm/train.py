@@ -11,6 +11,7 @@ null class with probability 0.1, antithetic timesteps, squared error summed over
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import data
 import torch
@@ -22,7 +23,7 @@ from sources import InputError
 from ebu_optim.diffusion import denoising_loss, model_hash
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -34,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ema_decay", type=float, default=0.9999)
     data.add_arguments(parser)
     training.add_arguments(parser, learning_rate=2e-4)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     training.check(args)
     for name in ("cond_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
@@ -42,8 +43,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
     images = data.load(args, "all")
     accelerator = training.new_accelerator(args)
     channels, height, width = images.images.shape[1:]

@@ -10,6 +10,7 @@ to 224x224, mirrored at random (--random_flip), Adam 1e-5 (1e-4 for the last lay
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import data
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ebu_optim.metrics import accuracy, classify
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weight_decay", type=float)
     data.add_arguments(parser)
     training.add_arguments(parser, learning_rate=None, max_train_steps=None)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     resnet = args.model == "resnet34"
     if args.learning_rate is None:
         args.learning_rate = 1e-5 if resnet else 2e-3
@@ -70,8 +71,9 @@ def pretrained(model: Classifier, given: str) -> None:
         raise InputError(f"--pretrained_weights {given} is no ResNet-34: {error}") from error
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
     train, test = data.load(args, "train"), data.load(args, "test")
     per_epoch = max(len(train.labels) // args.train_batch_size, 1)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * per_epoch

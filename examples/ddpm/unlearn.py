@@ -14,6 +14,7 @@ import copy
 import inspect
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ebu_optim.baselines import SalUn, methods, reset_weights
 from ebu_optim.diffusion import model_hash
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -64,7 +65,7 @@ def parse() -> argparse.Namespace:
     add("--validation_inference_steps", type=int, default=20)
     data.add_arguments(parser)
     training.add_arguments(parser, max_train_steps=200, checkpointing_steps=100)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     training.check(args)
     args.method = "ebu_added" if args.method == "ebu" else args.method
     args.remember_data = args.remember_data or ("real" if args.method == "retrain" else "replay")
@@ -111,8 +112,9 @@ def build(args: argparse.Namespace, model: Any, fisher: Any) -> Any:
         raise InputError(f"--method {args.method}: {error}") from error
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
     raw, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.start_from)
     classes, base_hash = info["classes"], model_hash(raw)
     made = prepare.read(args.prepared_dir, base_hash, args, classes)
@@ -155,7 +157,7 @@ def main() -> None:
             if judge is not None and accelerator.is_main_process:
                 chosen = ema if args.sample_weights == "ema" else None
                 with averaged(raw, chosen):
-                    row = measure(args, raw.eval(), scheduler, judge.to(device), made.forget, info)
+                    row = measure(args, raw.eval(), scheduler, judge.to(device), made, info)
                 done["curve"].append({"step": step, "seconds": done["seconds"], **row})
             raw.train()
             accelerator.wait_for_everyone()

@@ -12,15 +12,15 @@ from models import save_unet
 
 from ebu_optim.baselines import methods
 from ebu_optim.diffusion import model_hash, sample, surrogate_noise
-from ebu_optim.metrics import accuracy, classify, probability
+from ebu_optim.metrics import accuracy, classify, entropy, probability
 
 EBU = ("alpha", "delta", "gamma")
 
 
 def measure(
-    args: argparse.Namespace, model: Any, scheduler: Any, judge: Any, forget: list[int], info: dict
+    args: argparse.Namespace, model: Any, scheduler: Any, judge: Any, made: Any, info: dict
 ) -> dict[str, float]:
-    """A point of the curve: P_f and the kept classes' accuracy, the same starting noise always."""
+    """A point of the curve: what is forgotten, what is kept; the same starting noise always."""
     device = next(model.parameters()).device
     labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
     images = sample(
@@ -29,9 +29,16 @@ def measure(
         generator=torch.Generator().manual_seed(args.seed + 2),
     )  # fmt: skip
     logits = classify(judge, images)
-    f = torch.isin(labels, torch.tensor(forget))
-    p_f = [probability(logits[labels == c], c) for c in forget]
-    return {"p_f": sum(p_f) / len(p_f), "ra": accuracy(logits[~f], labels[~f])}
+    f = torch.isin(labels, torch.tensor(made.forget))
+    p_f = [probability(logits[labels == c], c) for c in made.forget]
+    found = {
+        "p_f": sum(p_f) / len(p_f), "ce_f": entropy(logits[f]), "ce_r": entropy(logits[~f]),
+        "ra": accuracy(logits[~f], labels[~f]),
+    }  # fmt: skip
+    never = ~f & ~torch.isin(labels, torch.tensor(made.replayed))
+    if never.any():
+        found["ra_never_replayed"] = accuracy(logits[never], labels[never])
+    return found
 
 
 def noise_p_f(judge: Any, forget: list[int], shape: list[int]) -> float:

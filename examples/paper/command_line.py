@@ -1,0 +1,63 @@
+"""What the scripts of this folder share: their options, and what they say beforehand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ddpm"))
+
+import runs
+import worlds
+from sources import InputError
+
+SCALES = {"small": worlds.DIGITS, "cifar16": worlds.CIFAR16, "paper": worlds.CIFAR10}
+
+
+def parser(doc: str | None, scales: dict[str, worlds.World] | None = None) -> Any:
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    found.add_argument("--scale", choices=scales or SCALES, default="small", help=worlds.__doc__)
+    found.add_argument("--output_dir", type=Path, default=Path("outputs/paper"))
+    found.add_argument(
+        "--data", action="append", default=[], metavar="OPTION",
+        help='where the same images are, if not on the hub: --data=--parquet --data=FOLDER',
+    )  # fmt: skip
+    found.add_argument("--workers", type=int, help="runs at a time; default: the cores, or 1 GPU")
+    found.add_argument("--dry_run", action="store_true", help="say what it will cost, and stop")
+    found.set_defaults(scales=scales or SCALES)
+    return found
+
+
+def setting(args: argparse.Namespace, **options: Any) -> worlds.Setting:
+    return worlds.Setting(args.scales[args.scale], args.output_dir, data=args.data, **options)
+
+
+def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.Run]) -> None:
+    """Say what it costs, then run what is missing."""
+    import torch
+
+    workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    if workers < 1:
+        raise InputError(f"--workers must be >= 1; got {workers}")
+    print(f"{setting.world.title}: {runs.cost(todo, workers, setting.world.basis)}")
+    if setting.world.smoke:
+        print(f"note: {setting.world.smoke}")
+    if args.dry_run:
+        sys.exit(0)
+    runs.execute(todo, workers)
+
+
+def main(script: Callable[[], None]) -> None:
+    """Run a script; what the user can put right ends it in a line and status 2."""
+    try:
+        script()
+    except (InputError, runs.Failed) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

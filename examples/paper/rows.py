@@ -1,0 +1,100 @@
+"""The rows of the tables: methods, their settings, and the strengths that are tried in tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from worlds import Setting
+
+from ebu_optim.baselines import methods
+
+TUNED = Path(__file__).with_name("tuned.json")
+EBU = ("ebu_added", "ebu_replaced", "ebu_routed")
+#: Compared in full with several seeds; the others with one.
+RIVALS = ("joint", "selective_amnesia", "salun", "pcgrad", "random_masks", "embedding_only")
+OTHERS = ("fine_tune", "gradient_ascent", "erasediff", "retrain")
+ABLATIONS = tuple(m for m in methods if m.startswith("ebu_") and m not in EBU)
+
+RATES = (1e-4, 3e-4)
+#: Six trials a method, from which a seed that is not reported chooses: (its option, values), each
+#: with both learning rates; where there is none, six learning rates.
+GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
+    **dict.fromkeys((*EBU, "random_masks"), ("gamma", (100.0, 1000.0, 10000.0))),
+    "joint": ("forget_weight", (0.5, 1.0, 2.0)),
+    "pcgrad": ("forget_weight", (0.5, 1.0, 2.0)),
+    "selective_amnesia": ("lam", (10.0, 100.0, 1000.0)),
+    "salun": ("remember_weight", (0.5, 1.0, 2.0)),
+    "erasediff": ("lam", (0.03, 0.1, 0.3)),
+    "embedding_only": ("learning_rate", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "gradient_ascent": ("learning_rate", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
+}
+
+
+class Choice(NamedTuple):
+    """A learning rate and the method's own options."""
+
+    learning_rate: float
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            [f"lr{self.learning_rate:g}"] + [f"{k}{v}" for k, v in self.options.items()]
+        )
+
+    @property
+    def flags(self) -> list[Any]:
+        options = ["--method_options", json.dumps(self.options)] if self.options else []
+        return ["--learning_rate", self.learning_rate, *options]
+
+
+def trials(method: str) -> list[Choice]:
+    name, values = GRIDS[method]
+    if name == "learning_rate":
+        return [Choice(v, {}) for v in values]
+    # on this scale of F the same strengths suit every loss and every Fisher
+    scale = {"fisher_scale": "unit"} if method == "selective_amnesia" else {}
+    return [Choice(lr, {name: v, **scale}) for v in values for lr in RATES]
+
+
+def tuned(setting: Setting, method: str) -> Choice:
+    """The choice of tune.py for this world, regime and remember loss; an ablation has EBU's; what
+    was not tuned has 1e-4 and its defaults."""
+    table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    found = table.get(key(setting), {})
+    of = "ebu_added" if method in ABLATIONS else method
+    if of not in found:
+        return Choice(1e-4, {})
+    return Choice(found[of]["learning_rate"], found[of]["options"])
+
+
+def key(setting: Setting) -> str:
+    return f"{setting.world.name}, {setting.regime} replay, {setting.loss}"
+
+
+def score(values: dict[str, Any]) -> float:
+    """(1 - P_f) + accuracy + (1 - P_f after inversion); accuracy on what was never replayed, or,
+    where everything was, on all that is kept."""
+    kept = values.get("ra_never_replayed", values["ra"]["value"])
+    return 3 - values["p_f_reject"]["value"] - (1 - kept) - values["inversion_100"]
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a report: base model, noise, the method."""
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def title(method: str) -> str:
+    return methods[method].title
+
+
+def check_methods(given: Sequence[str]) -> list[str]:
+    from sources import InputError
+
+    for m in given:
+        if m not in methods:
+            raise InputError(f"--methods {m}: there is {', '.join(methods)}")
+    return list(given)

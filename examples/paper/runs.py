@@ -1,0 +1,172 @@
+"""Runs of the scripts in examples/ddpm/: what is there is reused, what is missing is run.
+
+A run is a few commands in an order. Each writes a folder whose name ends in a hash of its options,
+and so of the folders that it builds on: with other options it is another run. An interrupted run
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+DDPM = Path(__file__).resolve().parent.parent / "ddpm"
+LAST = {  # what each script writes last
+    "train": "README.md", "train_classifier": "classifier.json", "prepare": "fisher.safetensors",
+    "unlearn": "README.md", "evaluate": "results.json",
+}  # fmt: skip
+RESUMES = ("train", "train_classifier", "unlearn")
+
+
+class Command(NamedTuple):
+    """`script` of examples/ddpm with `options`, all but --output_dir, which is `folder`."""
+
+    script: str
+    options: tuple[str, ...]
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / LAST[self.script]).is_file()
+
+    @property
+    def argv(self) -> list[str]:
+        resume = ["--resume_from_checkpoint", "latest"] if self.script in RESUMES else []
+        return [*self.options, *resume, "--output_dir", str(self.folder)]
+
+
+def command(
+    script: str, options: Sequence[Any], root: Path, name: str, where: Sequence[str] = ()
+) -> Command:
+    """In the folder root/name-<hash of the script and the options>; `where` the data lie, and where
+    `root` is, changes no hash."""
+    said = [script, *(o.name if isinstance(o, Path) else str(o) for o in options)]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
+    return Command(script, (*map(str, options), *where), root / f"{name}-{key}")
+
+
+class Run(NamedTuple):
+    """Commands in an order; `seconds` of one CPU core (or of the GPU), an estimate; `steps` of
+    training; `after`: the names of runs that must be done before."""
+
+    name: str
+    commands: tuple[Command, ...]
+    seconds: float
+    steps: int
+    after: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        return all(c.done for c in self.commands)
+
+    @property
+    def folder(self) -> Path:
+        return self.commands[-1].folder
+
+
+class Failed(Exception):
+    """Runs that failed, each with the last line of its log."""
+
+
+def cost(runs: Sequence[Run], workers: int, basis: str) -> str:
+    """What is still to do, in words."""
+    todo = [r for r in runs if not r.done]
+    hours = sum(r.seconds for r in todo) / workers / 3600
+    time = f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 1):.0f} min"
+    return (
+        f"{len(runs)} runs, {len(runs) - len(todo)} of them there already; to do: {len(todo)} with "
+        f"{sum(r.steps for r in todo):,} training steps, about {time} with {workers} at a time "
+        f"({basis})"
+    )
+
+
+def execute(runs: Sequence[Run], workers: int) -> None:
+    """Run what is not done, `workers` at a time, each in a process with its share of the cores.
+
+    Raises:
+        Failed: some runs failed; all that do not build on them were done first.
+    """
+    todo = {r.name: r for r in runs if not r.done}
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failed: dict[str, str] = {}
+    bar = tqdm(total=round(sum(r.seconds for r in todo.values())), unit="s of work", smoothing=0.1)
+    context = multiprocessing.get_context("spawn")
+    # processes are not renewed: importing torch and diffusers takes as long as a short run
+    pool = ProcessPoolExecutor(workers, context, _start, (threads,))
+    running: dict[Any, Run] = {}
+    try:
+        while todo or running:
+            waiting = {*todo, *(r.name for r in running.values())}
+            for run in [r for r in todo.values() if not waiting.intersection(r.after)]:
+                if len(running) == workers:
+                    break
+                del todo[run.name]
+                if gone := [a for a in run.after if a in failed]:
+                    failed[run.name] = f"needs {', '.join(gone)}"
+                    continue
+                bar.set_postfix_str(run.name)
+                running[pool.submit(_work, run)] = run
+            if not running:
+                if todo and all(waiting.intersection(r.after) for r in todo.values()):
+                    raise RuntimeError(f"runs wait for each other: {', '.join(todo)}")
+                continue
+            finished = next(as_completed(running))
+            run = running.pop(finished)
+            bar.update(round(run.seconds))
+            if error := finished.result():
+                failed[run.name] = error
+    except KeyboardInterrupt:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        bar.close()
+        pool.shutdown(wait=not sys.exc_info()[0], cancel_futures=True)
+    if failed:
+        raise Failed("\n".join(f"{name}: {error}" for name, error in failed.items()))
+
+
+def _start(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.path.insert(0, str(DDPM))
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _work(run: Run) -> str | None:
+    """The commands that are missing, their output in <folder>.log; the error, in a line."""
+    import importlib
+    import traceback
+
+    for c in run.commands:
+        if c.done:
+            continue
+        c.folder.parent.mkdir(parents=True, exist_ok=True)
+        log = c.folder.with_name(c.folder.name + ".log")
+        with open(log, "a", buffering=1) as f:
+            print(f"$ {c.script}.py {' '.join(c.argv)}", file=f)
+            out, err = sys.stdout, sys.stderr
+            sys.stdout = sys.stderr = f
+            try:
+                importlib.import_module(c.script).main(c.argv)
+            except Exception as error:
+                traceback.print_exc(file=f)
+                first = str(error).splitlines()[:1]
+                return f"{type(error).__name__}: {' '.join(first)} (see {log})"
+            finally:
+                sys.stdout, sys.stderr = out, err
+        shutil.rmtree(c.folder / "checkpoints", ignore_errors=True)  # what is done is not resumed
+    return None

@@ -1,0 +1,65 @@
+"""Choose every method's strength and learning rate by six trials on seed 0, which is not reported.
+
+    python examples/paper/tune.py --scale small --regime partial --loss crossed
+
+The choice with the best score = (1 - P_f) + accuracy + (1 - P_f after 100 steps of inversion), with
+the accuracy on the classes that were never replayed or, under full replay, on all kept ones, goes
+into tuned.json, which the other scripts of this folder read.
+"""
+
+from __future__ import annotations
+
+import json
+
+import command_line
+import rows
+from worlds import LOSSES
+
+from ebu_optim._files import replacing
+
+TUNED_METHODS = (*rows.EBU, *rows.RIVALS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--regime", choices=("full", "partial"), default="full")
+    parser.add_argument("--loss", choices=LOSSES, default="replay")
+    parser.add_argument("--methods", nargs="+", default=list(TUNED_METHODS))
+    args = parser.parse_args(argv)
+    for method in rows.check_methods(args.methods):
+        if method not in rows.GRIDS:
+            raise command_line.InputError(f"--methods {method} has no strength to tune")
+    setting = command_line.setting(args, regime=args.regime, loss=args.loss)
+    found = {
+        (method, choice.name): (
+            choice,
+            setting.run(
+                f"{method}-{args.regime}-{args.loss}-{choice.name}", method, seed=0,
+                flags=choice.flags, relearn=False,
+            ),
+        )
+        for method in args.methods
+        for choice in rows.trials(method)
+    }  # fmt: skip
+    command_line.run(args, setting, [*setting.ground, *(run for _, run in found.values())])
+    table = json.loads(rows.TUNED.read_text()) if rows.TUNED.exists() else {}
+    mine = table.setdefault(rows.key(setting), {})
+    for method in args.methods:
+        scored = []
+        for (of, _), (choice, run) in found.items():
+            if of == method:
+                values = rows.results(run.folder)[-1]["values"]
+                scored.append((rows.score(values), choice))
+        best, choice = max(scored, key=lambda pair: pair[0])
+        mine[method] = {
+            "learning_rate": choice.learning_rate, "options": choice.options, "score": best,
+            "trials": [{"choice": c.name, "score": s} for s, c in scored],
+        }  # fmt: skip
+        print(f"{rows.title(method)}: {choice.name}, score {best:.4f}")
+    with replacing(rows.TUNED) as work:
+        work.write_text(json.dumps(table, indent=1))
+    print(f"written: {rows.TUNED}")
+
+
+if __name__ == "__main__":
+    command_line.main(main)
