@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from ebu_optim.metrics import accuracy, classifier_metrics, entropy, probability
-from ebu_optim.metrics.intervals import bootstrap, wilson
+from ebu_optim.metrics.intervals import bootstrap, t_interval, wilson
+
+
+def test_t_interval_by_the_table_of_student():
+    # t(0.975, 4) = 2.776, s = sqrt(2.5)
+    low, high = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * 2.5**0.5 / 5**0.5
+    assert (low, high) == pytest.approx((3 - half, 3 + half), abs=1e-5)
+    for bad in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="at least two finite numbers"):
+            t_interval(bad)
 
 
 def test_wilson_by_known_values():

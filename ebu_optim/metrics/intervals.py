@@ -5,10 +5,13 @@ anew from the same model, would move a figure. The spread over seeds of unlearni
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
 
 import torch
 from torch import Tensor
+
+from .._extras import require
 
 
 def _confidence(value: float) -> float:
@@ -57,3 +60,19 @@ def bootstrap(
     ])  # fmt: skip
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(low), float(high)
+
+
+def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of a few values, such as one a seed.
+
+    Raises:
+        ValueError: fewer than two values, or one that is not finite.
+        ImportError: scipy is missing.
+    """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        raise ValueError(f"values must be at least two finite numbers; got {list(values)}")
+    stats = require("scipy.stats", "metrics")  # torch-fidelity brings it
+    mean = fmean(values)
+    half = stats.t.ppf((1 + _confidence(confidence)) / 2, len(values) - 1)
+    half = float(half) * stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half

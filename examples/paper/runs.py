@@ -98,10 +98,11 @@ def execute(runs: Sequence[Run], workers: int) -> None:
         Failed: some runs failed; all that do not build on them were done first.
     """
     todo = {r.name: r for r in runs if not r.done}
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
     failed: dict[str, str] = {}
     bar = tqdm(total=round(sum(r.seconds for r in todo.values())), unit="s of work", smoothing=0.1)
     context = multiprocessing.get_context("spawn")
+    os.environ["TQDM_DISABLE"] = "1"  # read when a process imports tqdm: of the workers alone
     # processes are not renewed: importing torch and diffusers takes as long as a short run
     pool = ProcessPoolExecutor(workers, context, _start, (threads,))
     running: dict[Any, Run] = {}
@@ -139,7 +140,6 @@ def execute(runs: Sequence[Run], workers: int) -> None:
 
 def _start(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
-    os.environ["TQDM_DISABLE"] = "1"
     sys.path.insert(0, str(DDPM))
     import torch
 

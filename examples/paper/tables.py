@@ -1,0 +1,177 @@
+"""A table of the paper: runs of several methods and seeds, gathered in one report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rows
+import torch
+from runs import Run
+from worlds import Setting
+
+from ebu_optim._files import load_tensors
+from ebu_optim.metrics.intervals import t_interval
+from ebu_optim.report import write_report
+
+PAPER = Path(__file__).with_name("paper_tables.json")
+#: The paper's columns by our keys; its RT is the number of steps.
+COLUMNS = {"CE_f": "ce_f", "CE_r": "ce_r", "RA": "ra", "RT": "steps", "FID": "fid"}
+
+
+class Row(NamedTuple):
+    """A line of the table: its name and one run a seed."""
+
+    name: str
+    runs: tuple[Run, ...]
+    steps: int
+    choice: rows.Choice
+
+
+def row(
+    setting: Setting, method: str, seeds: Iterable[int], *, steps: int = 200,
+    choice: rows.Choice | None = None, name: str | None = None, tag: str = "",
+) -> Row:  # fmt: skip
+    """A method at its tuned strength, or at `choice`."""
+    choice = choice or rows.tuned(setting, method)
+    label = f"{method}-{setting.regime}-{setting.loss}-{tag or choice.name}-{steps}"
+    runs = tuple(setting.run(label, method, seed=s, steps=steps, flags=choice.flags) for s in seeds)
+    return Row(name or rows.title(method), runs, steps, choice)
+
+
+def gather(row: Row) -> dict[str, Any]:
+    """The values of a row: of one run as they are, with intervals over the images; of several the
+    mean and its 95 % interval over the seeds."""
+    found = [rows.results(run.folder)[-1]["values"] for run in row.runs]
+    keys = dict.fromkeys(k for values in found for k in values)
+    together = {k: _mean([values.get(k) for values in found], k) for k in keys}
+    return {**together, "steps": row.steps}
+
+
+def _mean(values: Sequence[Any], key: str) -> Any:
+    if len(values) == 1:
+        return values[0]
+    if any(v is None or (isinstance(v, Mapping) and "not_computed" in v) for v in values):
+        return values[0]
+    if isinstance(values[0], Mapping) and "reached" in values[0]:
+        what, within = ("seconds", "within_seconds") if key == "ut" else ("steps", "within")
+        there = [v[what] for v in values if v["reached"]]
+        if len(there) < len(values):
+            most = max(v[within] for v in values)
+            return f"> {most:g} in {len(values) - len(there)} of {len(values)}"
+        return _interval(there)
+    return _interval([v["value"] if isinstance(v, Mapping) else v for v in values])
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    low, high = t_interval(values)
+    return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
+
+
+def paper_rows(table: str | None) -> list[dict[str, Any]]:
+    """The paper's own figures, each in its own row."""
+    if table is None:
+        return []
+    found = []
+    lines = json.loads(PAPER.read_text())[table]
+    for name, line in lines.items():
+        values: dict[str, Any] = {}
+        for column, key in COLUMNS.items():
+            cell = line[column]
+            mean, *std = cell if isinstance(cell, list) else [cell]
+            values[key] = {"mean": mean, "std": std[0]} if std else mean
+        found.append({"name": f"the paper: {name}", "values": values})
+    return found
+
+
+def write(
+    folder: Path, setting: Setting, table: Sequence[Row], *, title: str, command: str,
+    notes: Sequence[str] = (), paper: str | None = None, classes: int = 10,
+) -> Path:  # fmt: skip
+    """Write the report of a table, replacing an older one of the same name."""
+    first = json.loads((table[0].runs[0].folder / "results.json").read_text())
+    limits = first["rows"][:-1]
+    said = first["protocol"]
+    settings = {r.name: {"learning_rate": r.choice.learning_rate, **r.choice.options,
+                         "steps": r.steps} for r in table}  # fmt: skip
+    said["unlearning"] |= {
+        "method": "each row's", "settings": settings, "steps": "each row's",
+        "learning_rate": "each row's, constant",
+        "forget_loss": f"{said['unlearning']['forget_loss']}; GA, EraseDiff and SalUn: on the real "
+        "images of the class",
+        "trained": "all, but the class embedding where the row says so",
+        "tuning": "six trials a method on seed 0, which is not reported: tune.py and tuned.json",
+    }  # fmt: skip
+    seeds = [run.commands[0].options for run in table[0].runs]
+    said["seeds"] |= {"unlearning": [o[o.index("--seed") + 1] for o in seeds]}
+    notes = [*notes, *([setting.world.smoke] if setting.world.smoke else [])]
+    if len(table[0].runs) > 1:
+        notes.append("Several seeds: mean and 95 % interval (Student's t) over them. One seed: "
+                     "95 % interval over the images.")  # fmt: skip
+    if paper:
+        notes.append(
+            f"The paper's figures are of its own model and data ({paper}); ours are of "
+            f"{setting.world.title}. Compare orders, not figures."
+        )
+    return write_report(
+        folder, title=title, protocol=said, overwrite=folder.exists(), command=command,
+        rows=[*limits, *({"name": r.name, "values": gather(r)} for r in table),
+              *paper_rows(paper)],
+        parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
+        curves=curves(table), grids=[pictures(setting, table, classes)], notes=notes,
+    )  # fmt: skip
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    return json.loads((run.commands[0].folder / "unlearn.json").read_text())["curve"]
+
+
+def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
+    """P_f, and what is kept, along the steps; the first seed of each row."""
+    labels = {"p_f": "P_f, reject class", "ra": "RA", "ra_never_replayed": "RA, never replayed"}
+    found = []
+    for key, label in labels.items():
+        series = {
+            r.name: [(p[x], p[key]) for p in curve(r.runs[0]) if p[x] <= 300]
+            for r in table
+            if curve(r.runs[0]) and key in curve(r.runs[0])[0]
+        }
+        if series:
+            found.append({"title": label, "x": "steps", "y": label, "series": series})
+    return found
+
+
+def samples(setting: Setting, model: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels that evaluate.py drew from the model of this hash."""
+    tensors, _ = load_tensors(setting.root / "samples" / f"{model}.safetensors")
+    return tensors["images"], tensors["labels"]
+
+
+def pictures(setting: Setting, table: Sequence[Row], classes: int, each: int = 6) -> dict[str, Any]:
+    """The base's and every row's first images of some classes, from the same noise."""
+    made = json.loads((table[0].runs[0].commands[0].folder / "unlearn.json").read_text())
+    info = json.loads((setting.base.folder / "classes.json").read_text())
+    names = info["classes"]
+    shown = [*made["forget"], *(c for c in range(len(names)) if c not in made["forget"])][:classes]
+    hashes = {"base": made["base_hash"]}
+    for r in table:
+        of = json.loads((r.runs[0].commands[0].folder / "classes.json").read_text())
+        hashes[r.name] = of["hash"]
+    columns = {}
+    for name, model in hashes.items():
+        images, labels = samples(setting, model)
+        columns[name] = torch.stack([images[labels == c][:each] for c in shown])
+    return {
+        "title": "samples of every method, from the same noise",
+        "rows": [names[c] for c in shown], "columns": columns,
+        "forgotten": [names[c] for c in made["forget"]],
+    }  # fmt: skip
+
+
+def say(folder: Path) -> None:
+    text = (folder / "results.md").read_text()
+    print(text.split("\n## ")[0])
+    print(f"\nsee {folder / 'report.html'}")
