@@ -36,8 +36,8 @@ def setting(args: argparse.Namespace, **options: Any) -> worlds.Setting:
     return worlds.Setting(args.scales[args.scale], args.output_dir, data=args.data, **options)
 
 
-def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.Run]) -> None:
-    """Say what it costs, then run what is missing."""
+def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.Run]) -> bool:
+    """Say what it costs, then run what is missing; False after a --dry_run."""
     import torch
 
     workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.R
     print(f"{setting.world.title}: {runs.cost(todo, workers, setting.world.basis)}")
     if setting.world.smoke:
         print(f"note: {setting.world.smoke}")
-    if args.dry_run:
-        sys.exit(0)
-    runs.execute(todo, workers)
+    if not args.dry_run:
+        runs.execute(todo, workers)
+    return not args.dry_run
 
 
 def main(script: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worlds import Setting
+from worlds import DIGITS, Setting
 
 from ebu_optim.baselines import methods
 
@@ -61,24 +61,26 @@ def trials(method: str) -> list[Choice]:
 
 
 def tuned(setting: Setting, method: str) -> Choice:
-    """The choice of tune.py for this world, regime and remember loss; an ablation has EBU's; what
-    was not tuned has 1e-4 and its defaults."""
+    """The choice of tune.py for this world and remember loss, under partial replay, where methods
+    differ. A world that was not tuned has the digits'; an ablation has EBU's; a method that was not
+    tuned has 1e-4 and its defaults."""
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    found = table.get(key(setting), {})
+    found = table.get(key(setting.world.name, setting.loss)) or table.get(
+        key(DIGITS.name, setting.loss), {}
+    )
     of = "ebu_added" if method in ABLATIONS else method
     if of not in found:
         return Choice(1e-4, {})
     return Choice(found[of]["learning_rate"], found[of]["options"])
 
 
-def key(setting: Setting) -> str:
-    return f"{setting.world.name}, {setting.regime} replay, {setting.loss}"
+def key(world: str, loss: str) -> str:
+    return f"{world}, remembered by {loss}"
 
 
 def score(values: dict[str, Any]) -> float:
-    """(1 - P_f) + accuracy + (1 - P_f after inversion); accuracy on what was never replayed, or,
-    where everything was, on all that is kept."""
-    kept = values.get("ra_never_replayed", values["ra"]["value"])
+    """(1 - P_f) + accuracy on what was never replayed + (1 - P_f after 100 steps of inversion)."""
+    kept = values["ra_never_replayed"]
     return 3 - values["p_f_reject"]["value"] - (1 - kept) - values["inversion_100"]
 
 

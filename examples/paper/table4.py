@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         if method == "ebu_without_alignment":  # no gamma without a penalty
             choice = rows.Choice(choice.learning_rate, {})
         found.append(tables.row(setting, method, args.seeds, choice=choice))
-    command_line.run(args, setting, [*setting.ground, *(run for r in found for run in r.runs)])
+    todo = [*setting.ground, *(run for r in found for run in r.runs)]
+    if not command_line.run(args, setting, todo):
+        return
     folder = setting.root / f"table4-{args.regime}-{args.loss}"
     tables.write(
         folder, setting, found, paper="table4_ablation_cifar10",

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     found = table(
         setting, args.methods, args.seeds, paper=args.scale == "paper", sa_steps=args.sa_steps
     )
-    command_line.run(args, setting, [*setting.ground, *(run for r in found for run in r.runs)])
+    todo = [*setting.ground, *(run for r in found for run in r.runs)]
+    if not command_line.run(args, setting, todo):
+        return
     world = setting.world
     folder = setting.root / f"table6-{args.regime}-{args.loss}"
     tables.write(

@@ -103,7 +103,8 @@ def write(
         "forget_loss": f"{said['unlearning']['forget_loss']}; GA, EraseDiff and SalUn: on the real "
         "images of the class",
         "trained": "all, but the class embedding where the row says so",
-        "tuning": "six trials a method on seed 0, which is not reported: tune.py and tuned.json",
+        "tuning": "six trials a method under partial replay, on seed 0, which is not reported "
+        "(tune.py); a world without trials of its own in tuned.json has the digits'",
     }  # fmt: skip
     seeds = [run.commands[0].options for run in table[0].runs]
     said["seeds"] |= {"unlearning": [o[o.index("--seed") + 1] for o in seeds]}

@@ -1,10 +1,10 @@
 """Choose every method's strength and learning rate by six trials on seed 0, which is not reported.
 
-    python examples/paper/tune.py --scale small --regime partial --loss crossed
+    python examples/paper/tune.py --scale small --loss crossed
 
-The choice with the best score = (1 - P_f) + accuracy + (1 - P_f after 100 steps of inversion), with
-the accuracy on the classes that were never replayed or, under full replay, on all kept ones, goes
-into tuned.json, which the other scripts of this folder read.
+Under partial replay, where methods differ. The choice with the best score = (1 - P_f) + accuracy on
+the classes that were never replayed + (1 - P_f after 100 steps of inversion) goes into tuned.json,
+which the other scripts of this folder read.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ TUNED_METHODS = (*rows.EBU, *rows.RIVALS)
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser(__doc__)
-    parser.add_argument("--regime", choices=("full", "partial"), default="full")
     parser.add_argument("--loss", choices=LOSSES, default="replay")
     parser.add_argument("--methods", nargs="+", default=list(TUNED_METHODS))
     args = parser.parse_args(argv)
     for method in rows.check_methods(args.methods):
         if method not in rows.GRIDS:
             raise command_line.InputError(f"--methods {method} has no strength to tune")
-    setting = command_line.setting(args, regime=args.regime, loss=args.loss)
+    setting = command_line.setting(args, regime="partial", loss=args.loss)
     found = {
         (method, choice.name): (
             choice,
             setting.run(
-                f"{method}-{args.regime}-{args.loss}-{choice.name}", method, seed=0,
-                flags=choice.flags, relearn=False,
+                f"{method}-partial-{args.loss}-{choice.name}", method, seed=0,
+                flags=choice.flags, trial=True,
             ),
         )
         for method in args.methods
         for choice in rows.trials(method)
     }  # fmt: skip
-    command_line.run(args, setting, [*setting.ground, *(run for _, run in found.values())])
+    todo = [*setting.ground, *(run for _, run in found.values())]
+    if not command_line.run(args, setting, todo):
+        return
     table = json.loads(rows.TUNED.read_text()) if rows.TUNED.exists() else {}
-    mine = table.setdefault(rows.key(setting), {})
+    mine = table.setdefault(rows.key(setting.world.name, setting.loss), {})
     for method in args.methods:
         scored = []
         for (of, _), (choice, run) in found.items():

@@ -148,20 +148,20 @@ class Setting:
 
     def run(
         self, name: str, method: str, *, seed: int, steps: int = 200, flags: Sequence[Any] = (),
-        relearn: bool = True, depth: bool = True, loss: str | None = None,
+        trial: bool = False, loss: str | None = None,
     ) -> Run:  # fmt: skip
-        """A method unlearned and evaluated; `flags` are options of unlearn.py."""
+        """A method unlearned and evaluated; `flags` are options of unlearn.py. A `trial` of tuning
+        has no curve and is attacked by 100 steps of inversion alone."""
         w = self.world
         unlearn = self._command(
             "unlearn",
             ("--pretrained_model_name_or_path", self.base.folder, "--prepared_dir",
              self.sets.folder, "--method", method, "--remember", loss or self.loss, "--seed", seed,
-             "--max_train_steps", steps, "--classifier", self.reject.folder, *w.unlearn, *flags),
+             "--max_train_steps", steps, *w.unlearn, *flags,
+             *(() if trial else ("--classifier", self.reject.folder))),
             f"models/{name}-s{seed}", data=method == "retrain",
         )  # fmt: skip
-        attacks: tuple[Any, ...] = () if depth else ("--no_depth",)
-        if depth and not relearn:
-            attacks = ("--relearn_max_steps", 0, "--inversion_steps", 100)
+        attacks = ("--relearn_max_steps", 0, "--inversion_steps", 100) if trial else ()
         evaluate = self._command(
             "evaluate",
             ("--pretrained_model_name_or_path", unlearn.folder, "--classifier", self.judge.folder,
