@@ -107,7 +107,8 @@ CURVE = ["--validation_steps", 2, "--validation_images", 2, "--validation_infere
 def forgotten(made) -> Path:
     """Unlearned in four steps, once without a break and once resumed after two; and with an
     average, by two classes."""
-    measured = [*CURVE, "--classifier", made / "judge"]
+    measured = [*CURVE, "--classifier", made / "judge", "--validation_pictures", 1,
+                "--entropy_classifier", made / "reject"]  # fmt: skip
     said = succeed(
         unlearn(made, made / "whole", "--max_train_steps", 4, *measured),
         unlearn(made, made / "parts", "--max_train_steps", 2, *measured),
@@ -223,6 +224,15 @@ def test_a_resumed_unlearning_is_the_unbroken_one(forgotten, made):
             del row["seconds"]
     assert [row["step"] for row in ours["curve"]] == [0, 2, 4]
     assert ours["curve"] == theirs["curve"]
+    (ours_seen, about), (theirs_seen, _) = (
+        load_tensors(made / name / "pictures.safetensors") for name in ("whole", "parts")
+    )
+    assert about["classes"] == [str(c) for c in range(10)]
+    assert list(ours_seen) == list(theirs_seen) == [f"step_{i:08d}" for i in (0, 2, 4)]
+    for step, images in ours_seen.items():
+        assert images.shape == (10, 1, 1, 8, 8)
+        assert torch.equal(images, theirs_seen[step])
+    assert not torch.equal(ours_seen["step_00000000"], ours_seen["step_00000004"])
     assert ours["ema_share_of_start"] == pytest.approx(0.9999**4)
     assert ours["forget"] == [3]
 

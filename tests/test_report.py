@@ -17,7 +17,7 @@ from PIL import Image
 from ebu_optim.metrics.protocol import CLASS_WISE, PROTOCOL
 from ebu_optim.report import fid_values, limit_rows, write_report
 from ebu_optim.report.cells import cell, columns
-from ebu_optim.report.plots import line_chart, pixels, png, ticks
+from ebu_optim.report.plots import line_chart, log_ticks, pixels, png, ticks
 
 HOSTILE = '<script>document.title = "owned"</script><img src="https://example.invalid/x.png">'
 
@@ -174,6 +174,19 @@ def test_charts_put_points_where_they_belong():
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert ticks(-3, 290, 8) == [0, 50, 100, 150, 200, 250]
     line_chart({**curve, "series": {"a": [(5, 2)]}, "limits": {"l": 2}})  # one point, no range
+
+
+def test_a_log_scale_has_its_own_distances_and_ticks():
+    curve = {"title": "t", "x": "x", "y": "y", "x_scale": "log",
+             "series": {"a": [(1, 0), (10, 1), (1000, 0)]}}  # fmt: skip
+    root = ET.fromstring(line_chart(curve))  # noqa: S314
+    name = "{http://www.w3.org/2000/svg}"
+    across = [float(c.get("cx")) for c in root.iter(name + "circle")]
+    assert across == pytest.approx([62, 62 + (606 - 62) / 3, 606], abs=0.05)
+    assert log_ticks(1, 1000) == pytest.approx([1, 10, 100, 1000])
+    assert log_ticks(3, 60) == pytest.approx([5, 10, 20, 50])
+    with pytest.raises(ValueError, match="leave those points out"):
+        line_chart({**curve, "series": {"a": [(0, 0), (10, 1)]}})
 
 
 def test_cells():

@@ -59,7 +59,7 @@ def write_report(
             :data:`ebu_optim.report.cells.MEASURES` have their place; others stand at the end.
         protocol: complete in `parts`, by :func:`ebu_optim.metrics.check_protocol`.
         curves: ``title``, ``x``, ``y``, ``series`` (name -> [(x, y), ...]) and, where there are
-            any, ``limits`` (name -> y).
+            any, ``limits`` (name -> y), and ``x_scale``, "log" for a log scale.
         grids: ``title``, ``rows`` (their labels), ``columns`` (name -> (rows, n, C, H, W) images
             in [-1, 1] or uint8) and ``forgotten`` (labels that are marked).
         notes: paragraphs under the title; a string is one.

@@ -30,6 +30,14 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from `low` to `high`, with 2 and 5 times those where there are few."""
+    decades = range(math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9) + 1)
+    times = (1, 2, 5) if len(decades) < 4 else (1,)
+    found = [m * 10.0**k for k in decades for m in times]
+    return [x for x in found if low * (1 - 1e-9) <= x <= high * (1 + 1e-9)]
+
+
 def _range(values: Sequence[float], zero: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if zero:
@@ -42,7 +50,8 @@ def line_chart(curve: Mapping[str, Any]) -> str:
 
     Args:
         curve: ``title``, ``x`` and ``y`` (what is on the axes, with units), ``series``: name ->
-            [(x, y), ...], and ``limits``: name -> y of a horizontal line (optional).
+            [(x, y), ...], and, where there are any, ``limits``: name -> y of a horizontal line, and
+            ``x_scale``: "linear" or "log", which has no place for x <= 0.
     """
     series: Mapping[str, Any] = curve["series"]
     limits: Mapping[str, float] = curve.get("limits", {})
@@ -51,11 +60,18 @@ def line_chart(curve: Mapping[str, Any]) -> str:
         raise ValueError(
             f"the curve {curve['title']!r} holds no points, or NaN or Inf: leave those points out"
         )
-    x0, x1 = _range([p[0] for p in points], zero=False)
+    log = curve.get("x_scale", "linear") == "log"
+    if log and min(p[0] for p in points) <= 0:
+        raise ValueError(
+            f"the curve {curve['title']!r} holds x <= 0, which a log scale has no place for: leave "
+            "those points out"
+        )
+    across = math.log10 if log else float
+    x0, x1 = _range([across(p[0]) for p in points], zero=False)
     y0, y1 = _range([p[1] for p in points] + list(limits.values()), zero=True)
 
     def px(x: float) -> float:
-        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (across(x) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
@@ -76,7 +92,7 @@ def line_chart(curve: Mapping[str, Any]) -> str:
             'stroke="currentColor" stroke-opacity="0.18"/>'
             f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>'
         )
-    for x in ticks(x0, x1, 8):
+    for x in log_ticks(10**x0, 10**x1) if log else ticks(x0, x1, 8):
         out.append(
             f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.4g}</text>'
         )

@@ -33,6 +33,7 @@ from ebu_optim.checkpoint import latest_checkpoint, load_checkpoint, save_checkp
 FREE = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
     "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
+    "validation_pictures",
 }  # fmt: skip
 
 LEFT = {"run.json", ".lock", "logs", "log.jsonl"}  # what a run has before its first checkpoint
@@ -182,7 +183,8 @@ class Run:
         if used and args.resume_from_checkpoint:
             theirs = {**before["options"], **before["same"]}
             now = {**self.identity["options"], **self.identity["same"]}
-            other = [k for k in now if theirs.get(k) != now[k]]
+            # an option that came later, and that is not used, is no other one
+            other = [k for k in now if theirs.get(k, "None") != now[k]]
             if other:
                 k = other[0]
                 raise InputError(
@@ -197,7 +199,8 @@ class Run:
         if used and not args.resume_from_checkpoint:
             for name in ("checkpoints", "unet", "unet_ema"):  # or an old part may stay beside new
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in ("log.jsonl", "classes.json", "unlearn.json", "classifier.json"):
+            for name in ("log.jsonl", "classes.json", "unlearn.json", "classifier.json",
+                         "pictures.safetensors"):  # fmt: skip
                 (self.folder / name).unlink(missing_ok=True)
         mark.write_text(json.dumps(self.identity, indent=1))
 

@@ -27,7 +27,7 @@ from models import WEIGHTS, load_classifier, load_unet, parameter_bytes
 from sources import InputError
 from torch import Tensor
 from unlearn_losses import Losses, needs_own_images
-from unlearn_report import EBU, finish, measure, noise_p_f
+from unlearn_report import EBU, draw, finish, measure, noise_p_f, pictures
 
 from ebu_optim import _checks
 from ebu_optim.baselines import SalUn, methods, reset_weights
@@ -60,9 +60,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ema_decay", type=float, default=0.9999)
     add("--sample_weights", choices=WEIGHTS, default="trained", help="that the curve measures")
     add("--classifier", type=Path, help="for the curve: P_f and accuracy every --validation_steps")
+    add(
+        "--entropy_classifier", type=Path,
+        help="for the curve's CE_f and CE_r, where --classifier has a reject class: there noise\n"
+        "has no entropy; default: --classifier",
+    )  # fmt: skip
     add("--validation_steps", type=int, default=25)
     add("--validation_images", type=int, default=20, help="of each class")
     add("--validation_inference_steps", type=int, default=20)
+    add(
+        "--validation_pictures", type=int, default=0,
+        help="so many of each class go into pictures.safetensors every --validation_steps",
+    )  # fmt: skip
     data.add_arguments(parser)
     training.add_arguments(parser, max_train_steps=200, checkpointing_steps=100)
     args = parser.parse_args(argv)
@@ -81,6 +90,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("validation_steps", "validation_images", "validation_inference_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    if not 0 <= args.validation_pictures <= args.validation_images:
+        raise InputError(
+            f"--validation_pictures must be 0 to --validation_images ({args.validation_images}), "
+            f"from which they are taken; got {args.validation_pictures}"
+        )
+    if args.entropy_classifier and not args.classifier:
+        raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
     if args.sample_weights == "ema" and not args.use_ema:
         raise InputError("--sample_weights ema needs --use_ema")
     return args
@@ -129,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.remember_data == "real":
         real = data.load_for(args, info).only(made.replayed)
         kept = real.images, real.labels
-    judge = load_classifier(args.classifier, classes)[0] if args.classifier else None
+    judge, plain = (
+        load_classifier(path, classes)[0] if path else None
+        for path in (args.classifier, args.entropy_classifier or args.classifier)
+    )
     average = start_of_average(args, raw) if args.use_ema else None
     teacher = copy.deepcopy(raw).eval() if args.remember != "replay" else None
     accelerator = training.new_accelerator(args)
@@ -145,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema = Ema(average, args.ema_decay, warm=True) if average else None
         if ema:
             ema.model.to(device)
-        done: dict[str, Any] = {"seconds": 0.0, "curve": []}
+        done: dict[str, Any] = {"seconds": 0.0, "curve": [], "pictures": {}}
         objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
         begin = run.resume({**objects, "ema": ema} if ema else objects)
         losses = Losses(args, made, model, raw, teacher, scheduler, accelerator, kept)
@@ -154,11 +173,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             opt.make_mask(losses.for_mask())
 
         def look(step: int) -> None:
-            if judge is not None and accelerator.is_main_process:
+            if (judge or args.validation_pictures) and accelerator.is_main_process:
                 chosen = ema if args.sample_weights == "ema" else None
                 with averaged(raw, chosen):
-                    row = measure(args, raw.eval(), scheduler, judge.to(device), made, info)
-                done["curve"].append({"step": step, "seconds": done["seconds"], **row})
+                    drawn = draw(args, raw.eval(), scheduler, info)
+                if judge:
+                    row = measure(judge.to(device), plain.to(device), *drawn, made)
+                    done["curve"].append({"step": step, "seconds": done["seconds"], **row})
+                if args.validation_pictures:
+                    done["pictures"][f"step_{step:08d}"] = pictures(args, *drawn)
             raw.train()
             accelerator.wait_for_everyone()
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 from models import save_unet
+from torch import Tensor
 
+from ebu_optim._files import save_tensors
 from ebu_optim.baselines import methods
 from ebu_optim.diffusion import model_hash, sample, surrogate_noise
 from ebu_optim.metrics import accuracy, classify, entropy, probability
@@ -17,10 +19,8 @@ from ebu_optim.metrics import accuracy, classify, entropy, probability
 EBU = ("alpha", "delta", "gamma")
 
 
-def measure(
-    args: argparse.Namespace, model: Any, scheduler: Any, judge: Any, made: Any, info: dict
-) -> dict[str, float]:
-    """A point of the curve: what is forgotten, what is kept; the same starting noise always."""
+def draw(args: argparse.Namespace, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:
+    """Images of every class and their labels, from the same starting noise always."""
     device = next(model.parameters()).device
     labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
     images = sample(
@@ -28,11 +28,23 @@ def measure(
         num_inference_steps=args.validation_inference_steps, device=device,
         generator=torch.Generator().manual_seed(args.seed + 2),
     )  # fmt: skip
-    logits = classify(judge, images)
+    return images, labels
+
+
+def pictures(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Tensor:
+    """The first ones of each class, (classes, n, C, H, W) uint8."""
+    first = images.unflatten(0, (-1, args.validation_images))[:, : args.validation_pictures]
+    return ((first + 1) * 127.5).round().nan_to_num(0).clamp(0, 255).to(torch.uint8).cpu()
+
+
+def measure(judge: Any, plain: Any, images: Tensor, labels: Tensor, made: Any) -> dict[str, float]:
+    """A point of the curve: what is forgotten, what is kept; entropies by `plain`."""
+    logits, entropies = classify(judge, images), classify(plain, images)
     f = torch.isin(labels, torch.tensor(made.forget))
     p_f = [probability(logits[labels == c], c) for c in made.forget]
     found = {
-        "p_f": sum(p_f) / len(p_f), "ce_f": entropy(logits[f]), "ce_r": entropy(logits[~f]),
+        "p_f": sum(p_f) / len(p_f), "ce_f": entropy(entropies[f]),
+        "ce_r": entropy(entropies[~f]),
         "ra": accuracy(logits[~f], labels[~f]),
     }  # fmt: skip
     never = ~f & ~torch.isin(labels, torch.tensor(made.replayed))
@@ -52,7 +64,10 @@ def finish(
     args: argparse.Namespace, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
     ema: Any, base_hash: str, opt: Any,
 ) -> None:  # fmt: skip
-    method = methods[args.method]
+    method, along = methods[args.method], done.pop("pictures", {})
+    if along:
+        meta = {"kind": "samples along the steps", "classes": info["classes"], "base": base_hash}
+        save_tensors(args.output_dir / "pictures.safetensors", along, meta)
     names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
     settings = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
     settings |= {k: v for k, v in opt.param_groups[0].items() if k.startswith("ebu_")}

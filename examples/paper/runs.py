@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 DDPM = Path(__file__).resolve().parent.parent / "ddpm"
 LAST = {  # what each script writes last
     "train": "README.md", "train_classifier": "classifier.json", "prepare": "fisher.safetensors",
-    "unlearn": "README.md", "evaluate": "results.json",
+    "unlearn": "README.md", "evaluate": "results.json", "shapes": "README.md",
 }  # fmt: skip
 RESUMES = ("train", "train_classifier", "unlearn")
 
@@ -109,7 +110,10 @@ def execute(runs: Sequence[Run], workers: int) -> None:
     try:
         while todo or running:
             waiting = {*todo, *(r.name for r in running.values())}
-            for run in [r for r in todo.values() if not waiting.intersection(r.after)]:
+            ready = [r for r in todo.values() if not waiting.intersection(r.after)]
+            if not ready and not running:
+                raise RuntimeError(f"runs wait for each other: {', '.join(todo)}")
+            for run in ready:
                 if len(running) == workers:
                     break
                 del todo[run.name]
@@ -118,15 +122,19 @@ def execute(runs: Sequence[Run], workers: int) -> None:
                     continue
                 bar.set_postfix_str(run.name)
                 running[pool.submit(_work, run)] = run
-            if not running:
-                if todo and all(waiting.intersection(r.after) for r in todo.values()):
-                    raise RuntimeError(f"runs wait for each other: {', '.join(todo)}")
+            if not running:  # all that was ready needs what failed
                 continue
             finished = next(as_completed(running))
             run = running.pop(finished)
             bar.update(round(run.seconds))
             if error := finished.result():
                 failed[run.name] = error
+    except BrokenProcessPool as error:
+        names = dict.fromkeys([run.name, *(r.name for r in running.values())])
+        raise Failed(
+            f"a process was killed (out of memory?) while these ran: {', '.join(names)}; the same "
+            "command goes on"
+        ) from error
     except KeyboardInterrupt:
         for process in list((pool._processes or {}).values()):
             process.terminate()

@@ -34,11 +34,13 @@ class Row(NamedTuple):
 def row(
     setting: Setting, method: str, seeds: Iterable[int], *, steps: int = 200,
     choice: rows.Choice | None = None, name: str | None = None, tag: str = "",
+    flags: Sequence[Any] = (),
 ) -> Row:  # fmt: skip
-    """A method at its tuned strength, or at `choice`."""
+    """A method at its tuned strength, or at `choice`; `flags` are further options of unlearn.py."""
     choice = choice or rows.tuned(setting, method)
     label = f"{method}-{setting.regime}-{setting.loss}-{tag or choice.name}-{steps}"
-    runs = tuple(setting.run(label, method, seed=s, steps=steps, flags=choice.flags) for s in seeds)
+    given = [*choice.flags, *flags]
+    runs = tuple(setting.run(label, method, seed=s, steps=steps, flags=given) for s in seeds)
     return Row(name or rows.title(method), runs, steps, choice)
 
 
@@ -90,8 +92,11 @@ def paper_rows(table: str | None) -> list[dict[str, Any]]:
 def write(
     folder: Path, setting: Setting, table: Sequence[Row], *, title: str, command: str,
     notes: Sequence[str] = (), paper: str | None = None, classes: int = 10,
+    plots: Sequence[Mapping[str, Any]] | None = None,
+    grids: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:  # fmt: skip
-    """Write the report of a table, replacing an older one of the same name."""
+    """Write the report of a table, replacing an older one of the same name; `plots` and `grids`
+    stand in place of the curves and pictures of a table."""
     first = json.loads((table[0].runs[0].folder / "results.json").read_text())
     limits = first["rows"][:-1]
     said = first["protocol"]
@@ -122,7 +127,8 @@ def write(
         rows=[*limits, *({"name": r.name, "values": gather(r)} for r in table),
               *paper_rows(paper)],
         parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
-        curves=curves(table), grids=[pictures(setting, table, classes)], notes=notes,
+        curves=curves(table) if plots is None else plots, notes=notes,
+        grids=[pictures(setting, table, classes)] if grids is None else grids,
     )  # fmt: skip
 
 

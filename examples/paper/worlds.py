@@ -37,6 +37,7 @@ class World(NamedTuple):
     basis: str
     paper: str | None = None  # its table in paper_tables.json
     smoke: str | None = None  # why its figures mean nothing, where they do not
+    generated: tuple[Any, ...] = ()  # options of shapes.py, whose images are taken
 
 
 DIGITS = World(
@@ -106,6 +107,45 @@ STL10 = _paper(
 )  # fmt: skip
 
 
+STL10_SMOKE = World(
+    "stl10-smoke", "generated shapes in place of STL-10, a smoke run", (),
+    ("--resolution", 16, "--join_splits"),
+    ("--model", "small", "--use_ema", "--ema_decay", 0.98, "--learning_rate", 2e-3,
+     "--train_batch_size", 16, "--max_train_steps", 200),
+    ("--model", "small", "--train_batch_size", 32, "--max_train_steps", 60),
+    ("--weights", "ema", "--replay_per_class", 8, "--num_inference_steps", 10,
+     "--guidance_scale", 1, "--fisher_images", 40, "--fisher_timesteps", 2),
+    ("--start_from", "ema", "--train_batch_size", 8, "--validation_images", 4,
+     "--validation_inference_steps", 10, "--logging_steps", 50),
+    ("--images_per_class", 8, "--num_inference_steps", 10, "--attack_images", 16, *JUDGED),
+    {"train": 0.06, "train_classifier": 0.03, "prepare": 5.0, "unlearn": 0.1, "evaluate": 15.0},
+    "0", ("1", "2", "3"), "one core of a 2.5 GHz x86-64 CPU a run",
+    "table1_and_6_stl10_ddpm_class0",
+    smoke="A smoke run: every part runs, on generated images of coloured shapes at 16x16, not on "
+    "STL-10, and far too few of them and too short. Its figures mean nothing.",
+    generated=("--per_class", 40),
+)  # fmt: skip
+
+CIFAR100_SMALL = World(
+    "cifar100-small", "CIFAR-100 at 16x16, a short run", ("--dataset_name", "uoft-cs/cifar100"),
+    ("--label_column", "fine_label", "--resolution", 16),
+    ("--model", "small", "--use_ema", "--ema_decay", 0.99, "--random_flip",
+     "--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 50,
+     "--train_batch_size", 64, "--max_train_steps", 600),
+    ("--model", "small", "--random_flip", "--train_batch_size", 128, "--max_train_steps", 300),
+    ("--weights", "ema", "--replay_per_class", 3, "--num_inference_steps", 10,
+     "--guidance_scale", 1, "--fisher_images", 100, "--fisher_timesteps", 2),
+    ("--start_from", "ema", "--train_batch_size", 16, "--validation_images", 1,
+     "--validation_inference_steps", 10, "--logging_steps", 50),
+    ("--images_per_class", 5, "--num_inference_steps", 10, "--attack_images", 20, *JUDGED),
+    {"train": 0.17, "train_classifier": 0.06, "prepare": 12.0, "unlearn": 0.15, "evaluate": 25.0},
+    "0", ("1", "2", "3"), "one core of a 2.5 GHz x86-64 CPU a run", "table1_cifar100_ddpm_class0",
+    smoke="A short run on real images at 16x16: 600 steps of a small base model, whose samples the "
+    "classifier hardly knows (RA of the base model), and 5 images a class. It shows that "
+    "everything runs with 100 classes, and far too little to compare methods.",
+)  # fmt: skip
+
+
 class Setting:
     """A world in a folder, with a regime (which classes are replayed) and a remember loss.
 
@@ -117,6 +157,9 @@ class Setting:
                  data: Sequence[str] = ()) -> None:  # fmt: skip
         self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
         self.where = tuple(data) or world.source
+        self.made: Command | None = None
+        if world.generated and not data:
+            self.made = command("shapes", world.generated, self.root, "images")
         self.base = self._command("train", world.base, "base")
         self.judge = self._command("train_classifier", world.judge, "judge")
         self.reject = self._command("train_classifier", (*world.judge, "--reject"), "judge-reject")
@@ -130,6 +173,8 @@ class Setting:
         self, script: str, options: Sequence[Any], name: str, data: bool = True
     ) -> Command:
         extra, where = (self.world.images, self.where) if data else ((), ())
+        if data and self.made:  # in the hash: with other images it is another run
+            extra = (*extra, "--train_data_dir", self.made.folder)
         return command(script, (*options, *extra), self.root, name, where)
 
     @property
@@ -138,10 +183,13 @@ class Setting:
         w, s = self.world, self.world.seconds
         steps, n = _value(w.base, "--max_train_steps"), _value(w.judge, "--max_train_steps", 1600)
         per = s["train_classifier"] * n
+        made = [Run(self._name("images"), (self.made,), 1.0, 0)] if self.made else []
+        after = tuple(r.name for r in made)
         return [
-            Run(self._name("base"), (self.base,), s["train"] * steps, steps),
-            Run(self._name("judge"), (self.judge,), per, n),
-            Run(self._name("judge who knows noise"), (self.reject,), per * 1.5, n),
+            *made,
+            Run(self._name("base"), (self.base,), s["train"] * steps, steps, after),
+            Run(self._name("judge"), (self.judge,), per, n, after),
+            Run(self._name("judge who knows noise"), (self.reject,), per * 1.5, n, after),
             Run(self._name(f"sets, {self.regime} replay"), (self.sets,), s["prepare"], 0,
                 (self._name("base"),)),
         ]  # fmt: skip

@@ -1,0 +1,92 @@
+"""Figures 2 and 5: CE_f and CE_r against the seconds and the steps of unlearning.
+
+    python examples/paper/figure2.py --scale small
+
+300 steps of every method at the strength that tune.py chose, and SA with its published strength for
+5,000; at paper scale the paper's steps. The entropies are those of the classifier without a reject
+class, as in the paper: one that knows noise is sure of it. P_f is of the one with a reject class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import figures
+import rows
+import tables
+from table6 import PAPER_STEPS, SA_PUBLISHED
+from worlds import Setting
+
+METHODS = (
+    "ebu_added", "selective_amnesia", "salun", "gradient_ascent", "fine_tune", "joint", "pcgrad",
+)  # fmt: skip
+CURVES = {"ce_f": "CE_f, nats", "ce_r": "CE_r, nats", "p_f": "P_f, reject class"}
+
+
+def table(
+    setting: Setting, seed: int, *, paper: bool, steps: int, sa_steps: int
+) -> list[tables.Row]:
+    def row(method: str, steps: int, **options: Any) -> tables.Row:
+        return tables.row(
+            setting, method, [seed], steps=steps,
+            flags=["--entropy_classifier", setting.judge.folder,
+                   "--validation_steps", max(1, min(25, steps), steps // 100)],
+            **options,
+        )  # fmt: skip
+
+    if paper:
+        return [
+            row(m, PAPER_STEPS.get(m, 200),
+                choice=SA_PUBLISHED if m == "selective_amnesia" else rows.Choice(1e-4, {}))
+            for m in METHODS
+        ]  # fmt: skip
+    found = [row(m, steps) for m in METHODS]
+    if sa_steps:
+        found.append(
+            row("selective_amnesia", sa_steps, choice=SA_PUBLISHED, tag="published",
+                name="SA, published strength")
+        )  # fmt: skip
+    return found
+
+
+def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
+    """Each measure over seconds and over steps, on log scales; what is at 0 is the base's limit."""
+    run = found[0].runs[0]
+    noise = {k: figures.value(v) for k, v in rows.results(run.folder)[1]["values"].items()}
+    noise["p_f"] = figures.about(run)["noise_p_f"]
+    charts = []
+    for key, label in CURVES.items():
+        for x, unit in (("seconds", "seconds of unlearning"), ("step", "steps")):
+            series = {
+                r.name: [(p[x], p[key]) for p in tables.curve(r.runs[0]) if p[x] > 0] for r in found
+            }
+            limits = {"base model": tables.curve(run)[0][key], "noise": noise[key]}
+            charts.append(
+                {"title": f"{label.split(',')[0]} over {x}", "x": unit, "y": label,
+                 "x_scale": "log", "series": series, "limits": limits}
+            )  # fmt: skip
+    return charts
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, setting = figures.parse(
+        __doc__, argv,
+        steps={"type": int, "default": 300, "help": "of every method; not at paper scale"},
+        sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
+    )  # fmt: skip
+    found = table(
+        setting, args.seed, paper=args.scale == "paper", steps=args.steps, sa_steps=args.sa_steps
+    )
+    figures.run(args, setting, found)
+    figures.write(
+        args, setting, found, argv, script="figure2", title="Figures 2 and 5", plots=plots(found),
+        grids=[tables.pictures(setting, found, 10)],
+        notes=["Seconds are of the unlearning loop alone, with whatever else ran on the machine; "
+               "the Fisher over all weights that SA takes from prepare.py is not counted. SalUn's "
+               "mask is made before the loop, and is not counted either."],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    figures.command_line.main(main)

@@ -1,0 +1,96 @@
+"""Figures 4 and 12: what alpha and delta do to EBU, both in 0.2, 0.4, 0.6, 0.8.
+
+    python examples/paper/figure4.py --scale small
+
+16 runs, on the three axes of the tables, and samples of a forgotten and of a kept class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import figures
+import rows
+import tables
+import torch
+from runs import Run
+from worlds import Setting
+
+VALUES = (0.2, 0.4, 0.6, 0.8)
+PLOTS = {"p_f_reject": "P_f, reject class", "ce_f": "CE_f, nats", "ra": "RA",
+         "ra_never_replayed": "RA, never replayed"}  # fmt: skip
+Grid = Mapping[tuple[float, float], tables.Row]
+
+
+def table(
+    setting: Setting, method: str, seed: int, steps: int
+) -> dict[tuple[float, float], tables.Row]:
+    best = rows.tuned(setting, method)
+    found = {}
+    for a in VALUES:
+        for d in VALUES:
+            choice = rows.Choice(best.learning_rate, {**best.options, "alpha": a, "delta": d})
+            found[a, d] = tables.row(
+                setting, method, [seed], steps=steps, choice=choice, name=f"alpha {a}, delta {d}"
+            )
+    return found
+
+
+def plots(found: Grid) -> list[dict[str, Any]]:
+    """Each measure over alpha, a line for each delta."""
+    first = rows.results(next(iter(found.values())).runs[0].folder)
+    limits = {r["name"]: r["values"] for r in first[:-1]}
+    values = {at: tables.gather(row) for at, row in found.items()}
+    inverted = {k: f"P_f after inversion, {k.split('_')[1]} steps"
+                for k in first[-1]["values"] if k.startswith("inversion_")}  # fmt: skip
+    charts = []
+    for key, label in {**PLOTS, **inverted}.items():
+        if key in first[-1]["values"]:
+            series = {
+                f"delta {d}": [(a, figures.value(values[a, d][key])) for a in VALUES]
+                for d in VALUES
+            }
+            lines = {n: figures.value(v[key]) for n, v in limits.items() if key in v}
+            charts.append(
+                {"title": f"{label.split(',')[0]} over alpha", "x": "alpha", "y": label,
+                 "series": series, "limits": lines}
+            )  # fmt: skip
+    return charts
+
+
+def grids(setting: Setting, found: Grid, each: int = 6) -> list[dict[str, Any]]:
+    """A forgotten and a kept class: alpha downwards, delta across."""
+    first: Run = found[VALUES[0], VALUES[0]].runs[0]
+    gone, kept, names = figures.classes(setting, first)
+    drawn = {at: figures.samples(setting, row.runs[0]) for at, row in found.items()}
+    return [
+        {
+            "title": figures.named(c, gone, names), "rows": [f"alpha {a}" for a in VALUES],
+            "columns": {
+                f"delta {d}": torch.stack([
+                    drawn[a, d][0][drawn[a, d][1] == c][:each] for a in VALUES
+                ])
+                for d in VALUES
+            },
+        }
+        for c in (gone[0], kept[0])
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, setting = figures.parse(
+        __doc__, argv,
+        method={"choices": rows.EBU, "default": "ebu_added"},
+        steps={"type": int, "default": 200},
+    )  # fmt: skip
+    found = table(setting, args.method, args.seed, args.steps)
+    figures.run(args, setting, list(found.values()))
+    figures.write(
+        args, setting, list(found.values()), argv, script="figure4", title="Figures 4 and 12",
+        plots=plots(found), grids=grids(setting, found),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    figures.command_line.main(main)

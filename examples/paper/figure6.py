@@ -1,0 +1,115 @@
+"""Figure 6: the samples of a forgotten and of a kept class along the 200 steps of EBU, SA and FT.
+
+    python examples/paper/figure6.py --scale small
+
+The steps of the paper's picture in a grid, every fifth step in an animation beside it (along.gif);
+each picture keeps its starting noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import figures
+import rows
+import tables
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from worlds import Setting
+
+from ebu_optim._files import load_tensors, replacing
+from ebu_optim.report.plots import pixels
+
+METHODS = ("ebu_added", "selective_amnesia", "fine_tune")
+SHOWN = (10, 25, 50, 100, 150, 200)
+EACH = 6
+#: method -> step -> (classes, n, C, H, W) uint8
+Along = Mapping[str, Mapping[int, Tensor]]
+
+
+def table(setting: Setting, seed: int, *, paper: bool, steps: int, every: int) -> list[tables.Row]:
+    choice = rows.Choice(1e-4, {}) if paper else None
+    flags = ["--validation_steps", every, "--validation_images", EACH,
+             "--validation_pictures", EACH]  # fmt: skip
+    return [
+        tables.row(setting, m, [seed], steps=steps, flags=flags, choice=choice) for m in METHODS
+    ]
+
+
+def along(found: Sequence[tables.Row]) -> dict[str, dict[int, Tensor]]:
+    seen = {}
+    for r in found:
+        tensors, _ = load_tensors(r.runs[0].commands[0].folder / "pictures.safetensors")
+        steps = {int(name.removeprefix("step_")): images for name, images in tensors.items()}
+        seen[r.name] = dict(sorted(steps.items()))
+    return seen
+
+
+def grid(seen: Along, c: int, title: str) -> dict[str, object]:
+    """Steps downwards, methods across; of the paper's steps those that there are, and the last."""
+    first = next(iter(seen.values()))
+    shown = [t for t in first if t in SHOWN or t in (0, max(first))]
+    return {
+        "title": title, "rows": [f"t = {t}" for t in shown],
+        "columns": {name: torch.stack([at[t][c] for t in shown]) for name, at in seen.items()},
+    }  # fmt: skip
+
+
+def animate(path: Path, seen: Along, columns: Mapping[int, str]) -> None:
+    """A GIF with a frame a step: methods downwards; classes across, `columns` their titles."""
+    frames, last = [], max(next(iter(seen.values())))
+    for t in next(iter(seen.values())):
+        strips = {
+            name: [_image(pixels(at[t][c], width=32)) for c in columns] for name, at in seen.items()
+        }
+        width, height = next(iter(strips.values()))[0].size
+        left, top, gap = 110, 24, 8
+        frame = Image.new(
+            "RGB", (left + len(columns) * (width + gap), top + len(seen) * (height + gap)), "white"
+        )
+        pen = ImageDraw.Draw(frame)
+        pen.text((4, 6), f"step {t} of {last}", fill="black")
+        for i, title in enumerate(columns.values()):
+            pen.text((left + i * (width + gap), 6), title, fill="black")
+        for j, (name, images) in enumerate(strips.items()):
+            y = top + j * (height + gap)
+            pen.text((4, y + height // 2 - 6), name, fill="black")
+            for i, image in enumerate(images):
+                frame.paste(image, (left + i * (width + gap), y))
+        frames.append(frame)
+    times = [200] * (len(frames) - 1) + [2000]  # ms; the end stands still
+    with replacing(path) as work:
+        frames[0].save(
+            work, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
+        )
+
+
+def _image(x: Tensor) -> Image.Image:
+    return Image.fromarray(x.contiguous().numpy(), "RGB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, setting = figures.parse(
+        __doc__, argv,
+        steps={"type": int, "default": SHOWN[-1]},
+        every={"type": int, "default": 5, "help": "steps between two frames"},
+    )  # fmt: skip
+    found = table(
+        setting, args.seed, paper=args.scale == "paper", steps=args.steps, every=args.every
+    )
+    figures.run(args, setting, found)
+    seen = along(found)
+    gone, kept, names = figures.classes(setting, found[0].runs[0])
+    shown = {c: figures.named(c, gone, names) for c in (gone[0], kept[0])}
+    folder = figures.write(
+        args, setting, found, argv, script="figure6", title="Figure 6", plots=tables.curves(found),
+        grids=[grid(seen, c, title) for c, title in shown.items()],
+        notes=["along.gif, beside this page, is the same in motion."],
+    )  # fmt: skip
+    animate(folder / "along.gif", seen, shown)
+
+
+if __name__ == "__main__":
+    figures.command_line.main(main)

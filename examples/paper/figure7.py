@@ -1,0 +1,63 @@
+"""Figures 7 and 8: samples of every method, of forgotten and of kept classes.
+
+    python examples/paper/figure7.py --scale small     # the runs of Table 6 in pictures
+    python examples/paper/figure7.py --scale stl10     # Figure 8; or stl10-smoke
+
+Every picture of a column is from the same starting noise; the first row is the model before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import figures
+import rows
+import table6
+import tables
+import torch
+import worlds
+from command_line import SCALES
+from worlds import Setting
+
+STL10 = {"stl10-smoke": worlds.STL10_SMOKE, "stl10": worlds.STL10}
+SMOKE = ("ebu_added", "salun", "fine_tune")
+
+
+def grid(setting: Setting, found: Sequence[tables.Row], each: int = 4) -> dict[str, Any]:
+    run = found[0].runs[0]
+    gone, kept, names = figures.classes(setting, run)
+    drawn = {"before": tables.samples(setting, figures.about(run)["base_hash"])}
+    drawn |= {r.name: figures.samples(setting, r.runs[0]) for r in found}
+    return {
+        "title": "samples of every method, from the same noise", "rows": list(drawn),
+        "columns": {
+            figures.named(c, gone, names): torch.stack([
+                images[labels == c][:each] for images, labels in drawn.values()
+            ])
+            for c in [*gone, *kept][:10]
+        },
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, setting = figures.parse(
+        __doc__, argv, {**SCALES, **STL10},
+        methods={"nargs": "+", "help": "default: those of Table 6"},
+        sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
+    )  # fmt: skip
+    smoke = setting.world.smoke
+    methods = args.methods or (SMOKE if smoke else table6.METHODS)
+    found = table6.table(
+        setting, rows.check_methods(methods), [args.seed], paper=args.scale in ("paper", "stl10"),
+        sa_steps=0 if smoke else args.sa_steps,
+    )  # fmt: skip
+    figures.run(args, setting, found)
+    figures.write(
+        args, setting, found, argv, script="figure7", plots=[], grids=[grid(setting, found)],
+        title="Figure 8" if args.scale in STL10 else "Figure 7",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    figures.command_line.main(main)
