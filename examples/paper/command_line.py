@@ -46,9 +46,14 @@ def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.R
     print(f"{setting.world.title}: {runs.cost(todo, workers, setting.world.basis)}")
     if setting.world.smoke:
         print(f"note: {setting.world.smoke}")
-    if not args.dry_run:
-        runs.execute(todo, workers)
-    return not args.dry_run
+    if args.dry_run:
+        return False
+    first = next((r for r in todo if r not in setting.ground and not r.done), None)
+    if workers > 1 and first and not any((setting.root / "samples").glob("*.json")):
+        # it draws and attacks the base model, for all the others
+        runs.execute([*setting.ground, first], workers)
+    runs.execute(todo, workers)
+    return True
 
 
 def main(script: Callable[[], None]) -> None:

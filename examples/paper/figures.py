@@ -32,7 +32,10 @@ def parse(
 
 
 def run(args: Any, setting: Setting, table: Sequence[tables.Row]) -> None:
-    command_line.run(args, setting, [*setting.ground, *(run for r in table for run in r.runs)])
+    if not command_line.run(
+        args, setting, [*setting.ground, *(run for r in table for run in r.runs)]
+    ):
+        sys.exit(0)
 
 
 def write(

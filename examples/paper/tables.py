@@ -16,6 +16,7 @@ from worlds import Setting
 from ebu_optim._files import load_tensors
 from ebu_optim.metrics.intervals import t_interval
 from ebu_optim.report import write_report
+from ebu_optim.report.cells import measure
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 #: The paper's columns by our keys; its RT is the number of steps.
@@ -73,6 +74,35 @@ def _interval(values: Sequence[float]) -> dict[str, float]:
     return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
 
 
+AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
+
+
+def differences(table: Sequence[Row]) -> list[str]:
+    """The first row minus each other one with as many seeds, seed by seed, on the three axes."""
+    first, *others = [r for r in table if len(r.runs) == len(table[0].runs) > 1]
+    found = []
+    for other in others:
+        said = []
+        for key in AXES:
+            pairs = [
+                [_plain(rows.results(run.folder)[-1]["values"].get(key)) for run in both]
+                for both in zip(first.runs, other.runs, strict=True)
+            ]
+            gaps = [a - b for a, b in pairs if a is not None and b is not None]
+            if len(gaps) < len(pairs):
+                continue
+            low, high = t_interval(gaps)
+            label = measure(key).label
+            said.append(f"{label} {statistics.fmean(gaps):+.3f} [{low:+.3f}, {high:+.3f}]")
+        found.append(f"{first.name} minus {other.name}: {'; '.join(said)}")
+    return found
+
+
+def _plain(cell: Any) -> float | None:
+    cell = cell.get("value") if isinstance(cell, Mapping) else cell
+    return float(cell) if isinstance(cell, (int, float)) else None
+
+
 def paper_rows(table: str | None) -> list[dict[str, Any]]:
     """The paper's own figures, each in its own row."""
     if table is None:
@@ -117,6 +147,7 @@ def write(
     if len(table[0].runs) > 1:
         notes.append("Several seeds: mean and 95 % interval (Student's t) over them. One seed: "
                      "95 % interval over the images.")  # fmt: skip
+        notes += differences(table)
     if paper:
         notes.append(
             f"The paper's figures are of its own model and data ({paper}); ours are of "
