@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import data
+import method_options
 import prepare
-import torch
 import training
 from ema import Ema, averaged
 from models import WEIGHTS, load_classifier, load_unet, parameter_bytes
 from sources import InputError
 from torch import Tensor
-from unlearn_losses import Losses, needs_own_images
-from unlearn_report import EBU, finish, measure, noise_p_f
+from unlearn_losses import Losses, needs_own_images, needs_teacher
+from unlearn_report import finish, measure, noise_p_f
 
-from ebu_optim import _checks
 from ebu_optim.baselines import SalUn, methods, reset_weights
 from ebu_optim.diffusion import model_hash
 
@@ -40,13 +37,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True)
     add("--prepared_dir", type=Path, required=True, help="made by prepare.py")
-    add("--method", choices=("ebu", *methods), default="ebu", help='"ebu" is ebu_added')
     add("--forget", nargs="+", help="classes, by number or name; default: as prepared")
     add("--replay_classes", nargs="+", help="default: as prepared")
-    for name in EBU:
-        add(f"--{name}", type=float, help="of EBU; default: EBUOptimizer's own")
-    add("--method_options", type=json.loads, default={}, help="JSON, e.g. '{\"lam\": 10}'")
-    add("--fisher", choices=("online", "prepared", "none"), help="default: online; SA: prepared")
     add("--surrogate", choices=("uniform", "gaussian", "analytic", "null_class"), default="uniform")
     add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
     add("--remember", choices=("replay", "distill", "crossed"), default="replay")
@@ -62,19 +54,16 @@ def parse() -> argparse.Namespace:
     add("--validation_steps", type=int, default=25)
     add("--validation_images", type=int, default=20, help="of each class")
     add("--validation_inference_steps", type=int, default=20)
+    # SPM's adapter is for transformer blocks
+    method_options.add_arguments(
+        parser, ("ebu", *(m for m in methods if methods[m].forgets != "adapter")), "prepared"
+    )
     data.add_arguments(parser)
     training.add_arguments(parser, max_train_steps=200, checkpointing_steps=100)
     args = parser.parse_args()
     training.check(args)
-    args.method = "ebu_added" if args.method == "ebu" else args.method
+    method_options.check(args, {"ebu": "ebu_added"})
     args.remember_data = args.remember_data or ("real" if args.method == "retrain" else "replay")
-    given = {f"ebu_{n}": getattr(args, n) for n in EBU if getattr(args, n) is not None}
-    try:
-        _checks.group(given)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
-    if not isinstance(args.method_options, dict):
-        raise InputError(f"--method_options must be a JSON object; got {args.method_options}")
     if not 0 <= args.ema_decay < 1:
         raise InputError(f"--ema_decay must be in [0, 1); got {args.ema_decay}")
     for name in ("validation_steps", "validation_images", "validation_inference_steps"):
@@ -87,28 +76,15 @@ def parse() -> argparse.Namespace:
 
 def build(args: argparse.Namespace, model: Any, fisher: Any) -> Any:
     """The method's optimizer over the model, from the table of ebu_optim.baselines."""
-    method = methods[args.method]
-    known = inspect.signature(method.build.func).parameters
-    options = dict(args.method_options)
-    options |= {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
-    for name in options:
-        if name not in known or name in method.build.keywords:
-            raise InputError(f"--method {args.method} has no option {name} to set")
-    source = args.fisher or ("prepared" if args.method == "selective_amnesia" else "online")
+    source = method_options.fisher_source(args, "prepared")
     if source == "prepared" and fisher is None:
         raise InputError(f"{args.prepared_dir} holds no Fisher: run prepare.py without --no_fisher")
-    if "fisher" in known:
-        kinds = {"online": "online", "none": None, "prepared": fisher and fisher.for_model(model)}
-        options["fisher"] = kinds[source]
+    kinds = {"online": "online", "prepared": fisher and fisher.for_model(model)}
     trained = model
     if args.method == "embedding_only":
         trained, _ = model.class_embedding, model.requires_grad_(False)
         trained.requires_grad_(True)
-    base = torch.optim.Adam(trained.parameters(), lr=args.learning_rate)
-    try:
-        return method.build(base, max_grad_norm=args.max_grad_norm or None, **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--method {args.method}: {error}") from error
+    return method_options.build(args, trained.parameters(), kinds.get(source))
 
 
 def main() -> None:
@@ -129,7 +105,7 @@ def main() -> None:
         kept = real.images, real.labels
     judge = load_classifier(args.classifier, classes)[0] if args.classifier else None
     average = start_of_average(args, raw) if args.use_ema else None
-    teacher = copy.deepcopy(raw).eval() if args.remember != "replay" else None
+    teacher = copy.deepcopy(raw).eval() if needs_teacher(args) else None
     accelerator = training.new_accelerator(args)
     opt = build(args, raw, made.fisher)
     size, same = parameter_bytes(raw), {"model": base_hash}
@@ -163,24 +139,14 @@ def main() -> None:
         if not begin:
             look(0)
         for step in run.steps(begin, f"forgetting {', '.join(classes[c] for c in made.forget)}"):
-            start, said = time.perf_counter(), {}
-            for micro in range(args.gradient_accumulation_steps):
-                losses.at((step - 1) * args.gradient_accumulation_steps + micro)
-                with accelerator.accumulate(model):
-                    for name in opt.needs:
-                        with getattr(opt, name)():
-                            loss = getattr(losses, name)()
-                            accelerator.backward(loss)
-                            said[f"loss_{name}"] = loss.detach()
-                    optimizer.step()
-                    optimizer.zero_grad()
+            start = time.perf_counter()
+            said = training.unlearning_step(accelerator, model, opt, optimizer, losses, step)
             schedule.step()
             if ema:
                 ema.step(raw.parameters())
             done["seconds"] += time.perf_counter() - start
             if step % args.logging_steps == 0:
-                stats = {k: v for k, v in opt.stats.items() if isinstance(v, float)}
-                run.log(step, **{k: v.item() for k, v in said.items()}, **stats)
+                run.log(step, **training.figures(said, opt))
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 look(step)
         if accelerator.is_main_process:

@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 from data import Batches
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ebu_optim._modules import evaluating
-from ebu_optim.baselines import methods, next_class, relabel_loss
+from ebu_optim.baselines import (
+    esd_loss,
+    methods,
+    next_class,
+    partly_denoised,
+    relabel_loss,
+)
 from ebu_optim.diffusion import (
     denoising_loss,
     distillation_loss,
@@ -24,6 +31,14 @@ from ebu_optim.diffusion import (
 
 def needs_own_images(method: str) -> bool:
     return methods[method].forgets in ("own", "relabel")
+
+
+def needs_teacher(args: argparse.Namespace) -> bool:
+    """Whether the losses compare with the frozen model."""
+    return args.remember != "replay" or methods[args.method].forgets in ("guidance", "adapter")
+
+
+NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
 
 
 class Losses:
@@ -52,8 +67,10 @@ class Losses:
             *(kept or made.replay), args.train_batch_size, seed=args.seed, **shared
         )
         source = made.own if needs_own_images(args.method) else None
-        source = made.surrogate if args.surrogate == "null_class" and not source else source
+        source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own = source and Batches(*source, args.train_batch_size, seed=args.seed + 1, **shared)
+        self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        self.null = self.classes
         self.shape = (args.train_batch_size, *made.replay[0].shape[1:])
         self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
 
@@ -66,27 +83,51 @@ class Losses:
         with noisy if args.condition_noise else nullcontext():
             if self.kind == "relabel":
                 x, labels = self.own[self.i]
-                other = next_class(labels, self.classes, forgotten=self.forgotten)
+                other = self.other(labels)
                 return relabel_loss(self.model, x, labels, other, self.scheduler, **options)
             if self.kind == "own":
                 x, labels = self.own[self.i]
                 return denoising_loss(self.model, x, labels, self.scheduler, **options)
-            pick = torch.randint(len(self.forgotten), (args.train_batch_size,))
-            labels = torch.tensor(self.forgotten)[pick].to(self.device)
+            labels = self.pick(self.forgotten)
+            if self.kind == "guidance":
+                return self.guidance(labels)
             if args.surrogate == "analytic":
                 return gaussian_forget_loss(
                     self.model, self.shape, labels, self.scheduler, device=self.device, **options
                 )
-            if args.surrogate == "null_class":
-                x, _ = self.own[self.i]
-            else:
+            if args.surrogate in NOISE:
                 x = surrogate_noise(args.surrogate, self.shape, device=self.device)
+            else:
+                x, _ = self.own[self.i]
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
+
+    def pick(self, among: list[int]) -> Tensor:
+        """Labels (batch,), drawn from `among`."""
+        drawn = torch.randint(len(among), (self.args.train_batch_size,))
+        return torch.tensor(among)[drawn].to(self.device)
+
+    def other(self, labels: Tensor) -> Tensor:
+        """What SalUn is to answer with instead."""
+        return next_class(labels, self.classes, forgotten=self.forgotten)
+
+    def guidance(self, labels: Tensor) -> Tensor:
+        """ESD's loss, at a point on the way from noise."""
+        args, paper = self.args, self.args.esd_variant == "paper"
+        with evaluating(self.raw):
+            x_t, t = partly_denoised(
+                self.raw if paper else self.teacher, self.sampler, labels, self.null,
+                self.shape[1:], num_inference_steps=args.guided_steps,
+                guidance_scale=args.guided_scale, within_bin=paper, device=self.device,
+            )  # fmt: skip
+        return esd_loss(
+            self.model, self.teacher, x_t, t, labels, torch.full_like(labels, self.null),
+            variant=args.esd_variant, eta=args.esd_eta, reduction=args.reduction,
+        )  # fmt: skip
 
     def remember(self) -> Tensor:
         x, labels = self.replayed[self.i]
         options = {"reduction": self.args.reduction}
-        if self.teacher is None:
+        if self.args.remember == "replay":
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
         crossed = self.crossed.to(self.device) if self.args.remember == "crossed" else None
         return distillation_loss(
