@@ -10,6 +10,8 @@ import torch
 
 from ebu_optim import EBUOptimizer
 from ebu_optim.baselines import (
+    ESD,
+    SPM,
     EmbeddingOnly,
     EraseDiff,
     FineTune,
@@ -79,6 +81,8 @@ RULES = {
         each(lambda t, f, r, t0, m: -f + 0.3 * r),
     ),
     "joint": (lambda b: Joint(b, forget_weight=1.7), each(lambda t, f, r, t0, m: 1.7 * f + r)),
+    "esd": (ESD, each(lambda t, f, r, t0, m: f)),
+    "spm": (lambda b: SPM(b, anchor_weight=3.0), each(lambda t, f, r, t0, m: f + 3 * r)),
     "embedding_only": (EmbeddingOnly, each(lambda t, f, r, t0, m: f + r)),
     "selective_amnesia": (
         lambda b: SelectiveAmnesia(

@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import StepLR
 
 from ebu_optim import EBUOptimizer
 from ebu_optim.baselines import (
+    ESD,
+    SPM,
     EmbeddingOnly,
     EraseDiff,
     FineTune,
@@ -34,6 +36,7 @@ BASELINES = {
     "fine_tune": FineTune, "gradient_ascent": GradientAscent, "retrain": Retrain, "joint": Joint,
     "selective_amnesia": SelectiveAmnesia, "salun": SalUn, "erasediff": EraseDiff,
     "pcgrad": PCGrad, "random_masks": RandomMasks, "embedding_only": EmbeddingOnly,
+    "esd": ESD, "spm": SPM,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", methods)
 BASELINE = pytest.mark.parametrize("name", BASELINES)
@@ -75,7 +78,7 @@ def test_the_table_names_every_method_with_what_it_takes():
         _, opt = build(name)
         assert opt.needs == method.build.func.needs
         assert (method.forgets is None) == ("forget" not in opt.needs)
-        assert method.forgets in (None, "surrogate", "own", "relabel")
+        assert method.forgets in (None, "surrogate", "own", "relabel", "guidance", "adapter")
         if method.strength is not None:  # it is an option, and 2 is a strength
             _, opt = build(name, **{method.strength: 2.0})
             assert opt.param_groups[0][f"ebu_{method.strength}"] == 2.0

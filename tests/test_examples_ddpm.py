@@ -253,6 +253,7 @@ METHODS = {
     "salun": [],
     "gradient_ascent": [],
     "embedding_only": ["--surrogate", "gaussian"],
+    "esd": ["--guided_steps", 3],
     "retrain": ["--digits"],
     "ebu_routed": ["--remember", "crossed", "--surrogate", "analytic", "--condition_noise", 1,
                    "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2],

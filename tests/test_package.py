@@ -20,9 +20,10 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
     "ebu_optim.baselines": [
-        "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method", "PCGrad",
-        "RandomMasks", "Retrain", "SalUn", "SelectiveAmnesia", "fisher_images", "methods",
-        "next_class", "relabel_loss", "replayed_images", "reset_weights",
+        "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method",
+        "PCGrad", "RandomMasks", "Retrain", "SPM", "SalUn", "SelectiveAmnesia", "anchor_loss",
+        "esd_loss", "esd_target", "fisher_images", "methods", "next_class", "partly_denoised",
+        "random_anchors", "relabel_loss", "replayed_images", "reset_weights", "transport",
     ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [

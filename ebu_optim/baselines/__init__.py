@@ -19,6 +19,7 @@ code. A loop runs any of them:
 from ._methods import Method, methods
 from .embedding_only import EmbeddingOnly
 from .erasediff import EraseDiff
+from .esd import ESD, esd_loss, esd_target, partly_denoised
 from .fine_tune import FineTune
 from .gradient_ascent import GradientAscent
 from .joint import Joint
@@ -28,8 +29,11 @@ from .relabel import next_class, relabel_loss
 from .retrain import Retrain, reset_weights
 from .salun import SalUn
 from .selective_amnesia import SelectiveAmnesia, fisher_images, replayed_images
+from .spm import SPM, anchor_loss, random_anchors, transport
 
 __all__ = [
+    "ESD",
+    "SPM",
     "EmbeddingOnly",
     "EraseDiff",
     "FineTune",
@@ -41,10 +45,16 @@ __all__ = [
     "Retrain",
     "SalUn",
     "SelectiveAmnesia",
+    "anchor_loss",
+    "esd_loss",
+    "esd_target",
     "fisher_images",
     "methods",
     "next_class",
+    "partly_denoised",
+    "random_anchors",
     "relabel_loss",
     "replayed_images",
     "reset_weights",
+    "transport",
 ]

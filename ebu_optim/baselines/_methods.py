@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..optimizer import EBUOptimizer
 from .embedding_only import EmbeddingOnly
 from .erasediff import EraseDiff
+from .esd import ESD
 from .fine_tune import FineTune
 from .gradient_ascent import GradientAscent
 from .joint import Joint
@@ -17,6 +18,7 @@ from .random_masks import RandomMasks
 from .retrain import Retrain
 from .salun import SalUn
 from .selective_amnesia import SelectiveAmnesia
+from .spm import SPM
 
 
 class Method(NamedTuple):
@@ -31,7 +33,8 @@ class Method(NamedTuple):
     strength: str | None = None
     #: What the forget loss is: "surrogate" (denoising of the mandatory distribution under the
     #: condition to forget), "own" (denoising of the class's own images), "relabel"
-    #: (:func:`relabel_loss` on them) or None.
+    #: (:func:`relabel_loss` on them), "guidance" (:func:`esd_loss`), "adapter" (the same at points
+    #: sampled with the adapter, and :func:`anchor_loss` as the remember loss) or None.
     forgets: str | None = "surrogate"
 
 
@@ -62,6 +65,8 @@ methods: dict[str, Method] = {
     "joint": _of("plain sum", Joint, "forget_weight"),
     "selective_amnesia": _of("SA", SelectiveAmnesia, "lam"),
     "salun": _of("SalUn", SalUn, "remember_weight", "relabel"),
+    "esd": _of("ESD", ESD, None, "guidance"),
+    "spm": _of("SPM", SPM, "anchor_weight", "adapter"),
     "erasediff": _of("EraseDiff", EraseDiff, "lam", "own"),
     "pcgrad": _of("PCGrad", PCGrad, "forget_weight"),
     "random_masks": _of("random masks", RandomMasks, "gamma"),

@@ -53,7 +53,7 @@ class Adversary:
     """
 
     def __init__(
-        self, model: nn.Module, embedding: nn.Module, scheduler: Any, *, count: int = 4,
+        self, model: nn.Module, embedding: nn.Embedding, scheduler: Any, *, count: int = 4,
         share: float = 0.06, lr: float = 0.1, restart: int = 50, seed: int = 0,
     ) -> None:  # fmt: skip
         if count < 1 or restart < 1:
@@ -86,8 +86,7 @@ class Adversary:
     def attack(self, images: Tensor) -> Tensor:
         """A step of all embeddings on images (n, C, H, W) of the class to forget, n >= count.
 
-        The model is evaluated in eval mode; its gradients and its mode are untouched. Call it
-        outside the phases.
+        The model is evaluated in eval mode; its gradients and its mode are untouched.
 
         Returns:
             The loss, a scalar, mean over C, H, W.
@@ -103,7 +102,7 @@ class Adversary:
             for state in (self._mean, self._square, self._age):
                 state[i] = 0
         self.attacks += 1
-        vectors = self.vectors.to(images.device).requires_grad_()
+        vectors = self.vectors.to(images.device, copy=True).requires_grad_()
         which = torch.arange(len(images), device=images.device) % self.count
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         with (

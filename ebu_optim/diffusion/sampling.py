@@ -52,6 +52,7 @@ def sample(
     guidance_scale: float = 1.0,
     null_condition: Condition | int | None = None,
     clip: bool = True,
+    stop_after: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -67,7 +68,9 @@ def sample(
         guidance_scale: w of eps_null + w (eps_c - eps_null), diffusers' convention; 1 runs the
             conditional model alone.
         null_condition: what the null branch is given: a label, or rows like `condition`.
-        clip: clamp the result to [-1, 1].
+        clip: clamp the result to [-1, 1]. Latents are not to be clamped.
+        stop_after: steps to take; None takes all. What is returned is x_t at
+            ``scheduler.timesteps[stop_after]`` then.
         generator: of the starting noise and of the sampler's own.
 
     Returns:
@@ -90,7 +93,7 @@ def sample(
     x = torch.randn((n, *shape), generator=generator, device=source).to(device)
     scheduler.set_timesteps(num_inference_steps)
     x = x * scheduler.init_noise_sigma
-    steps = scheduler.timesteps
+    steps = scheduler.timesteps[:stop_after]
     if progress:
         steps = require("tqdm.auto", "diffusion").tqdm(steps, desc="sampling", leave=False)
     # PNDM and others have no draws of their own
@@ -125,6 +128,7 @@ def sample_set(
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
     null_condition: int | None = None,
+    clip: bool = True,
     batch_size: int = 64,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -139,6 +143,7 @@ def sample_set(
     Args:
         path: of the .safetensors file.
         labels: (n,) class label of every image to draw.
+        clip: as of :func:`sample`.
 
     Returns:
         images (n, C, H, W) float32 and labels (n,) int64, on the CPU.
@@ -160,6 +165,7 @@ def sample_set(
         "seed": seed,
         "shape": list(shape),
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
+        **({} if clip else {"clip": False}),
     }  # fmt: skip
 
     def load(file: Path) -> dict[str, Tensor]:
@@ -190,7 +196,8 @@ def sample_set(
                 batch = sample(
                     model, scheduler, labels[i : i + batch_size], shape,
                     num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                    null_condition=null_condition, device=device, generator=stream(seed, i),
+                    null_condition=null_condition, clip=clip, device=device,
+                    generator=stream(seed, i),
                 ).cpu()  # fmt: skip
                 save_tensors(part, {"images": batch}, meta)
             images.append(batch)

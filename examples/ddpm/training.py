@@ -12,15 +12,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers.optimization import SchedulerType, get_scheduler
 from models import need_disk
 from sources import InputError
@@ -109,6 +115,8 @@ def new_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(
             str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
         ),
+        # the main process may make sets for hours while the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
         # several processes without a GPU would each train alone, and nobody would say so
         cpu=args.cpu
         or not any(m.is_available() for m in (torch.cuda, torch.xpu, torch.backends.mps)),
@@ -125,15 +133,19 @@ class Run:
 
     Args:
         same: what identifies the run beside the options, e.g. a hash of the base model.
-        size: bytes of the model, for the estimate of what goes onto the disk.
+        size: bytes of what is trained, for the estimate of what goes onto the disk.
+        result: bytes of the result; None: the model and its average.
+        parts: folders of the result, which --overwrite_output_dir removes.
     """
 
     def __init__(
         self, args: argparse.Namespace, accelerator: Accelerator, script: str, *,
-        size: float, same: Mapping[str, Any] | None = None,
+        size: float, same: Mapping[str, Any] | None = None, result: float | None = None,
+        parts: Sequence[str] = ("unet", "unet_ema"),
     ) -> None:  # fmt: skip
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
         self.script, self.size, self.main = script, size, accelerator.is_main_process
+        self.result, self.parts = 2 * size if result is None else result, parts
         free = FREE if args.lr_scheduler.startswith("constant") else FREE - {"max_train_steps"}
         options = {k: str(v) for k, v in vars(args).items() if k not in free}
         same = {**(same or {}), "processes": accelerator.num_processes}
@@ -152,7 +164,7 @@ class Run:
             self._held.close()
             raise InputError(said[0])
         options = self.identity["options"]
-        self.accelerator.init_trackers(f"ddpm_{self.script}", config=options)
+        self.accelerator.init_trackers(f"ebu_optim_{self.script}", config=options)
         set_seed(self.args.seed, device_specific=True)
         return self
 
@@ -193,11 +205,11 @@ class Run:
                 )
         # weights, two moments, theta0, F and EMA in each checkpoint, one more while it is written
         checkpoints = 6 * self.size * (args.checkpoints_total_limit + 1)
-        need_disk(self.folder, checkpoints + 2 * self.size, "checkpoints and the model")
+        need_disk(self.folder, checkpoints + self.result, "checkpoints and the model")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked(self.folder / ".lock", self.folder))
         if used and not args.resume_from_checkpoint:
-            for name in ("checkpoints", "unet", "unet_ema"):  # or an old part may stay beside new
+            for name in ("checkpoints", *self.parts):  # or an old part may stay beside new
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in ("log.jsonl", "classes.json", "unlearn.json", "classifier.json",
                          "pictures.safetensors"):  # fmt: skip
@@ -261,3 +273,35 @@ def new_schedule(args: argparse.Namespace, optimizer: Any) -> Any:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )  # fmt: skip
+
+
+def unlearning_step(
+    accelerator: Accelerator, model: Any, opt: Any, optimizer: Any, losses: Any, step: int
+) -> dict[str, torch.Tensor]:
+    """One step of any method, with its micro-batches; the last micro-batch's losses.
+
+    Args:
+        model, optimizer: as accelerate prepared them; `opt` is the optimizer inside.
+        losses: ``at(i)`` chooses the i-th micro-batches, ``forget()`` and ``remember()`` are
+            their losses.
+        step: from 1.
+    """
+    said = {}
+    micros = accelerator.gradient_accumulation_steps
+    for micro in range(micros):
+        losses.at((step - 1) * micros + micro)
+        with accelerator.accumulate(model):
+            for name in opt.needs:
+                with getattr(opt, name)():
+                    loss = getattr(losses, name)()
+                    accelerator.backward(loss)
+                    said[f"loss_{name}"] = loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+    return said
+
+
+def figures(said: Mapping[str, torch.Tensor], opt: Any) -> dict[str, float]:
+    """The losses of a step and the optimizer's own figures, for `Run.log`."""
+    stats = {k: v for k, v in opt.stats.items() if isinstance(v, float)}
+    return {**{k: v.item() for k, v in said.items()}, **stats}

@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import data
+import method_options
 import prepare
-import torch
 import training
 from ema import Ema, averaged
 from models import WEIGHTS, load_classifier, load_unet, parameter_bytes
 from sources import InputError
 from torch import Tensor
-from unlearn_losses import Losses, needs_own_images
-from unlearn_report import EBU, draw, finish, measure, noise_p_f, pictures
+from unlearn_losses import Losses, needs_own_images, needs_teacher
+from unlearn_report import draw, finish, measure, noise_p_f, pictures
 
-from ebu_optim import _checks
 from ebu_optim.baselines import SalUn, methods, reset_weights
 from ebu_optim.diffusion import model_hash
 
@@ -41,15 +38,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True)
     add("--prepared_dir", type=Path, required=True, help="made by prepare.py")
-    add("--method", choices=("ebu", *methods), default="ebu", help='"ebu" is ebu_added')
     add("--forget", nargs="+", help="classes, by number or name; default: as prepared")
     add("--replay_classes", nargs="+", help="default: as prepared")
-    for name in EBU:
-        add(f"--{name}", type=float, help="of EBU; default: EBUOptimizer's own")
-    add("--method_options", type=json.loads, default={}, help="JSON, e.g. '{\"lam\": 10}'")
-    add("--fisher", choices=("online", "prepared", "none"), help="default: online; SA: prepared")
     add("--surrogate", choices=("uniform", "gaussian", "analytic", "null_class"), default="uniform")
     add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
+    add(
+        "--adversarial_conditions",
+        type=int,
+        default=0,
+        help="in the forget loss, e.g. 4; needs real\n"
+        "images of the class: forgets deeper, for a forward and backward pass more a step",
+    )
+    add("--adversarial_share", type=float, default=0.06, help="of the forget batch that they get")
+    add(
+        "--crossed_own_share",
+        type=float,
+        default=0.0,
+        help="of a batch of --remember crossed: real\n"
+        "images of the class to forget, under kept conditions",
+    )
     add("--remember", choices=("replay", "distill", "crossed"), default="replay")
     add(
         "--remember_data", choices=("replay", "real"), help="default: real for retrain, else replay"
@@ -72,19 +79,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--validation_pictures", type=int, default=0,
         help="so many of each class go into pictures.safetensors every --validation_steps",
     )  # fmt: skip
+    # SPM's adapter is for transformer blocks
+    method_options.add_arguments(
+        parser, ("ebu", *(m for m in methods if methods[m].forgets != "adapter")), "prepared"
+    )
     data.add_arguments(parser)
     training.add_arguments(parser, max_train_steps=200, checkpointing_steps=100)
     args = parser.parse_args(argv)
     training.check(args)
-    args.method = "ebu_added" if args.method == "ebu" else args.method
+    method_options.check(args, {"ebu": "ebu_added"})
     args.remember_data = args.remember_data or ("real" if args.method == "retrain" else "replay")
-    given = {f"ebu_{n}": getattr(args, n) for n in EBU if getattr(args, n) is not None}
-    try:
-        _checks.group(given)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
-    if not isinstance(args.method_options, dict):
-        raise InputError(f"--method_options must be a JSON object; got {args.method_options}")
     if not 0 <= args.ema_decay < 1:
         raise InputError(f"--ema_decay must be in [0, 1); got {args.ema_decay}")
     for name in ("validation_steps", "validation_images", "validation_inference_steps"):
@@ -97,6 +101,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.entropy_classifier and not args.classifier:
         raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
+    if args.adversarial_conditions < 0 or args.adversarial_conditions > args.train_batch_size:
+        raise InputError(
+            f"--adversarial_conditions must be 0 to --train_batch_size ({args.train_batch_size}); "
+            f"got {args.adversarial_conditions}"
+        )
+    if not 0 < args.adversarial_share <= 1:
+        raise InputError(f"--adversarial_share must be in (0, 1]; got {args.adversarial_share}")
+    if not 0 <= args.crossed_own_share <= 1:
+        raise InputError(f"--crossed_own_share must be in [0, 1]; got {args.crossed_own_share}")
+    if args.crossed_own_share and args.remember != "crossed":
+        raise InputError("--crossed_own_share needs --remember crossed")
     if args.sample_weights == "ema" and not args.use_ema:
         raise InputError("--sample_weights ema needs --use_ema")
     return args
@@ -104,28 +119,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace, model: Any, fisher: Any) -> Any:
     """The method's optimizer over the model, from the table of ebu_optim.baselines."""
-    method = methods[args.method]
-    known = inspect.signature(method.build.func).parameters
-    options = dict(args.method_options)
-    options |= {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
-    for name in options:
-        if name not in known or name in method.build.keywords:
-            raise InputError(f"--method {args.method} has no option {name} to set")
-    source = args.fisher or ("prepared" if args.method == "selective_amnesia" else "online")
+    source = method_options.fisher_source(args, "prepared")
     if source == "prepared" and fisher is None:
         raise InputError(f"{args.prepared_dir} holds no Fisher: run prepare.py without --no_fisher")
-    if "fisher" in known:
-        kinds = {"online": "online", "none": None, "prepared": fisher and fisher.for_model(model)}
-        options["fisher"] = kinds[source]
+    kinds = {"online": "online", "prepared": fisher and fisher.for_model(model)}
     trained = model
     if args.method == "embedding_only":
         trained, _ = model.class_embedding, model.requires_grad_(False)
         trained.requires_grad_(True)
-    base = torch.optim.Adam(trained.parameters(), lr=args.learning_rate)
-    try:
-        return method.build(base, max_grad_norm=args.max_grad_norm or None, **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--method {args.method}: {error}") from error
+    return method_options.build(args, trained.parameters(), kinds.get(source))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -134,10 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.start_from)
     classes, base_hash = info["classes"], model_hash(raw)
     made = prepare.read(args.prepared_dir, base_hash, args, classes)
-    if needs_own_images(args.method) and made.own is None:
+    if (why := needs_own_images(args)) and made.own is None:
         raise InputError(
-            f"--method {args.method} needs real images of every class to "
-            "forget: run prepare.py with a data set"
+            f"{why} needs real images of every class to forget: run prepare.py with a data set"
         )
     if args.surrogate == "null_class" and made.surrogate is None:
         raise InputError("--surrogate null_class: run prepare.py with --surrogate_images")
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in (args.classifier, args.entropy_classifier or args.classifier)
     )
     average = start_of_average(args, raw) if args.use_ema else None
-    teacher = copy.deepcopy(raw).eval() if args.remember != "replay" else None
+    teacher = copy.deepcopy(raw).eval() if needs_teacher(args) else None
     accelerator = training.new_accelerator(args)
     opt = build(args, raw, made.fisher)
     size, same = parameter_bytes(raw), {"model": base_hash}
@@ -166,8 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             ema.model.to(device)
         done: dict[str, Any] = {"seconds": 0.0, "curve": [], "pictures": {}}
         objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
-        begin = run.resume({**objects, "ema": ema} if ema else objects)
         losses = Losses(args, made, model, raw, teacher, scheduler, accelerator, kept)
+        more = {"ema": ema, "adversary": losses.adversary}
+        objects |= {k: v for k, v in more.items() if v is not None}
+        begin = run.resume(objects)
         say(accelerator, args, made, classes, ema)
         if isinstance(opt, SalUn) and not begin:
             opt.make_mask(losses.for_mask())
@@ -188,24 +191,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not begin:
             look(0)
         for step in run.steps(begin, f"forgetting {', '.join(classes[c] for c in made.forget)}"):
-            start, said = time.perf_counter(), {}
-            for micro in range(args.gradient_accumulation_steps):
-                losses.at((step - 1) * args.gradient_accumulation_steps + micro)
-                with accelerator.accumulate(model):
-                    for name in opt.needs:
-                        with getattr(opt, name)():
-                            loss = getattr(losses, name)()
-                            accelerator.backward(loss)
-                            said[f"loss_{name}"] = loss.detach()
-                    optimizer.step()
-                    optimizer.zero_grad()
+            start = time.perf_counter()
+            said = training.unlearning_step(accelerator, model, opt, optimizer, losses, step)
             schedule.step()
             if ema:
                 ema.step(raw.parameters())
             done["seconds"] += time.perf_counter() - start
             if step % args.logging_steps == 0:
-                stats = {k: v for k, v in opt.stats.items() if isinstance(v, float)}
-                run.log(step, **{k: v.item() for k, v in said.items()}, **stats)
+                run.log(step, **training.figures(said, opt))
             if step % args.validation_steps == 0 or step == args.max_train_steps:
                 look(step)
         if accelerator.is_main_process:

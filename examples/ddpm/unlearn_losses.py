@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 from data import Batches
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ebu_optim._modules import evaluating
-from ebu_optim.baselines import methods, next_class, relabel_loss
+from ebu_optim.baselines import (
+    esd_loss,
+    methods,
+    next_class,
+    partly_denoised,
+    relabel_loss,
+)
 from ebu_optim.diffusion import (
+    Adversary,
     denoising_loss,
     distillation_loss,
     gaussian_forget_loss,
@@ -22,8 +30,24 @@ from ebu_optim.diffusion import (
 )
 
 
-def needs_own_images(method: str) -> bool:
+def needs_own_images(args: argparse.Namespace) -> str | None:
+    """The option because of which the losses need real images of the class to forget."""
+    if _forgets_own(args.method):
+        return f"--method {args.method}"
+    given = [n for n in ("adversarial_conditions", "crossed_own_share") if getattr(args, n)]
+    return f"--{given[0]}" if given else None
+
+
+def _forgets_own(method: str) -> bool:
     return methods[method].forgets in ("own", "relabel")
+
+
+def needs_teacher(args: argparse.Namespace) -> bool:
+    """Whether the losses compare with the frozen model."""
+    return args.remember != "replay" or methods[args.method].forgets in ("guidance", "adapter")
+
+
+NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
 
 
 class Losses:
@@ -51,9 +75,21 @@ class Losses:
         self.replayed = Batches(
             *(kept or made.replay), args.train_batch_size, seed=args.seed, **shared
         )
-        source = made.own if needs_own_images(args.method) else None
-        source = made.surrogate if args.surrogate == "null_class" and not source else source
+        size = args.train_batch_size
+        # batches of their own: neither sees the other's images in the same step
+        self.attacked = made.own and Batches(*made.own, size, seed=args.seed + 2, **shared)
+        self.beside = made.own and Batches(*made.own, size, seed=args.seed + 3, **shared)
+        self.adversary = None
+        if args.adversarial_conditions:
+            self.adversary = Adversary(
+                raw, raw.class_embedding, scheduler, count=args.adversarial_conditions,
+                share=args.adversarial_share, seed=args.seed,
+            )  # fmt: skip
+        source = made.own if _forgets_own(args.method) else None
+        source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own = source and Batches(*source, args.train_batch_size, seed=args.seed + 1, **shared)
+        self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        self.null = self.classes
         self.shape = (args.train_batch_size, *made.replay[0].shape[1:])
         self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
 
@@ -61,33 +97,66 @@ class Losses:
         self.i = i
 
     def forget(self) -> Tensor:
+        if self.adversary is None:
+            return self._forget()
+        self.adversary.attack(self.attacked[self.i][0])
+        with self.adversary.applied():
+            return self._forget()
+
+    def _forget(self) -> Tensor:
         args, options = self.args, {"reduction": self.args.reduction}
         noisy = noisy_condition(self.raw.class_embedding, args.condition_noise)
         with noisy if args.condition_noise else nullcontext():
             if self.kind == "relabel":
                 x, labels = self.own[self.i]
-                other = next_class(labels, self.classes, forgotten=self.forgotten)
+                other = self.other(labels)
                 return relabel_loss(self.model, x, labels, other, self.scheduler, **options)
             if self.kind == "own":
                 x, labels = self.own[self.i]
                 return denoising_loss(self.model, x, labels, self.scheduler, **options)
-            pick = torch.randint(len(self.forgotten), (args.train_batch_size,))
-            labels = torch.tensor(self.forgotten)[pick].to(self.device)
+            labels = self.pick(self.forgotten)
+            if self.kind == "guidance":
+                return self.guidance(labels)
             if args.surrogate == "analytic":
                 return gaussian_forget_loss(
                     self.model, self.shape, labels, self.scheduler, device=self.device, **options
                 )
-            if args.surrogate == "null_class":
-                x, _ = self.own[self.i]
-            else:
+            if args.surrogate in NOISE:
                 x = surrogate_noise(args.surrogate, self.shape, device=self.device)
+            else:
+                x, _ = self.own[self.i]
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
+
+    def pick(self, among: list[int]) -> Tensor:
+        """Labels (batch,), drawn from `among`."""
+        drawn = torch.randint(len(among), (self.args.train_batch_size,))
+        return torch.tensor(among)[drawn].to(self.device)
+
+    def other(self, labels: Tensor) -> Tensor:
+        """What SalUn is to answer with instead."""
+        return next_class(labels, self.classes, forgotten=self.forgotten)
+
+    def guidance(self, labels: Tensor) -> Tensor:
+        """ESD's loss, at a point on the way from noise."""
+        args, paper = self.args, self.args.esd_variant == "paper"
+        with evaluating(self.raw):
+            x_t, t = partly_denoised(
+                self.raw if paper else self.teacher, self.sampler, labels, self.null,
+                self.shape[1:], num_inference_steps=args.guided_steps,
+                guidance_scale=args.guided_scale, within_bin=paper, device=self.device,
+            )  # fmt: skip
+        return esd_loss(
+            self.model, self.teacher, x_t, t, labels, torch.full_like(labels, self.null),
+            variant=args.esd_variant, eta=args.esd_eta, reduction=args.reduction,
+        )  # fmt: skip
 
     def remember(self) -> Tensor:
         x, labels = self.replayed[self.i]
         options = {"reduction": self.args.reduction}
-        if self.teacher is None:
+        if self.args.remember == "replay":
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
+        if n := round(self.args.crossed_own_share * len(x)):
+            x = torch.cat([self.beside[self.i][0][:n], x[n:]])
         crossed = self.crossed.to(self.device) if self.args.remember == "crossed" else None
         return distillation_loss(
             self.model, self.teacher, x, labels, self.scheduler, crossed=crossed, **options

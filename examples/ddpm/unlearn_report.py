@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from method_options import EBU
 from models import save_unet
 from torch import Tensor
 
@@ -15,8 +16,6 @@ from ebu_optim._files import save_tensors
 from ebu_optim.baselines import methods
 from ebu_optim.diffusion import model_hash, sample, surrogate_noise
 from ebu_optim.metrics import accuracy, classify, entropy, probability
-
-EBU = ("alpha", "delta", "gamma")
 
 
 def draw(args: argparse.Namespace, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:
@@ -60,6 +59,13 @@ def noise_p_f(judge: Any, forget: list[int], shape: list[int]) -> float:
     return sum(probability(logits, c) for c in forget) / len(forget)
 
 
+def settings(args: argparse.Namespace, opt: Any) -> dict[str, Any]:
+    """What the method's optimizer was built with, defaults included."""
+    names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
+    found = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
+    return found | {k: v for k, v in opt.param_groups[0].items() if k.startswith("ebu_")}
+
+
 def finish(
     args: argparse.Namespace, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
     ema: Any, base_hash: str, opt: Any,
@@ -68,12 +74,10 @@ def finish(
     if along:
         meta = {"kind": "samples along the steps", "classes": info["classes"], "base": base_hash}
         save_tensors(args.output_dir / "pictures.safetensors", along, meta)
-    names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
-    settings = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
-    settings |= {k: v for k, v in opt.param_groups[0].items() if k.startswith("ebu_")}
     report = {
         "method": args.method, "title": method.title, "forget": made.forget,
-        "replayed": made.replayed, "base_hash": base_hash, "settings": settings,
+        "replayed": made.replayed, "base_hash": base_hash,
+        "settings": settings(args, opt),
         "base": str(args.pretrained_model_name_or_path), "start_from": args.start_from,
         "ema_share_of_start": ema.share if ema else None, **done,
         "options": {k: str(v) for k, v in vars(args).items()},
