@@ -147,7 +147,9 @@ def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(), "torch": torch.__version__, "ebu_optim": __version__,
     }  # fmt: skip
-    for package in ("numpy", "diffusers", "torchvision", "torch-fidelity"):
+    for package in (
+        "numpy", "diffusers", "transformers", "peft", "accelerate", "torchvision", "torch-fidelity",
+    ):  # fmt: skip
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

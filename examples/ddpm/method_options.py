@@ -65,17 +65,15 @@ def fisher_source(args: argparse.Namespace, estimated: str) -> str | None:
 
 
 def build(
-    args: argparse.Namespace, parameters: Iterable[Any], fisher: Any, base: Any = torch.optim.Adam
+    args: argparse.Namespace, parameters: Iterable[Any], fisher: Any, anchor: Any = None
 ) -> Any:
-    """The method's optimizer over the parameters; `fisher`: as the optimizer takes it."""
-    options = _options(args)
-    if "fisher" in _known(args)[0]:
-        options["fisher"] = fisher
-    built = base(parameters, lr=args.learning_rate)
+    """The method's optimizer over the parameters; `fisher` and `anchor` as the optimizer takes
+    them, where it does."""
+    given = {"fisher": fisher, **({} if anchor is None else {"anchor": anchor})}
+    options = _options(args) | {k: v for k, v in given.items() if k in _known(args)[0]}
+    base = torch.optim.Adam(parameters, lr=args.learning_rate)
     try:
-        return methods[args.method].build(
-            built, max_grad_norm=args.max_grad_norm or None, **options
-        )
+        return methods[args.method].build(base, max_grad_norm=args.max_grad_norm or None, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"--method {args.method}: {error}") from error
 

@@ -42,7 +42,8 @@ FREE = {
     "validation_pictures",
 }  # fmt: skip
 
-LEFT = {"run.json", ".lock", "logs", "log.jsonl"}  # what a run has before its first checkpoint
+# what a run has before its first checkpoint
+LEFT = {"run.json", ".lock", "logs", "log.jsonl", "sets", "validation"}
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:

@@ -167,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ema.model.to(device)
         done: dict[str, Any] = {"seconds": 0.0, "curve": [], "pictures": {}}
         objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
-        losses = Losses(args, made, model, raw, teacher, scheduler, accelerator, kept)
+        losses = Losses(
+            args, made, model, raw, teacher, scheduler, accelerator, info["shape"], kept
+        )
         more = {"ema": ema, "adversary": losses.adversary}
         objects |= {k: v for k, v in more.items() if v is not None}
         begin = run.resume(objects)

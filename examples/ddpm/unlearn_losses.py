@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -57,12 +57,14 @@ class Losses:
         made: what prepare.py made.
         model: as accelerate prepared it; `raw` is the module inside.
         teacher: the frozen base model for distillation, or None.
+        shape: (C, H, W) of an image.
         kept: images and labels to remember instead of the replayed ones.
     """
 
     def __init__(
         self, args: argparse.Namespace, made: Any, model: Any, raw: Any, teacher: Any,
-        scheduler: Any, accelerator: Any, kept: tuple[Tensor, Tensor] | None = None,
+        scheduler: Any, accelerator: Any, shape: Sequence[int],
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.args, self.model, self.raw, self.teacher = args, model, raw, teacher
         self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
@@ -72,10 +74,8 @@ class Losses:
             "process": accelerator.process_index, "processes": accelerator.num_processes,
             "device": accelerator.device,
         }  # fmt: skip
-        self.replayed = Batches(
-            *(kept or made.replay), args.train_batch_size, seed=args.seed, **shared
-        )
-        size = args.train_batch_size
+        pairs, size = kept or made.replay, args.train_batch_size
+        self.replayed = pairs and Batches(*pairs, size, seed=args.seed, **shared)
         # batches of their own: neither sees the other's images in the same step
         self.attacked = made.own and Batches(*made.own, size, seed=args.seed + 2, **shared)
         self.beside = made.own and Batches(*made.own, size, seed=args.seed + 3, **shared)
@@ -87,10 +87,10 @@ class Losses:
             )  # fmt: skip
         source = made.own if _forgets_own(args.method) else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
-        self.own = source and Batches(*source, args.train_batch_size, seed=args.seed + 1, **shared)
+        self.own = source and Batches(*source, size, seed=args.seed + 1, **shared)
         self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
         self.null = self.classes
-        self.shape = (args.train_batch_size, *made.replay[0].shape[1:])
+        self.shape = (args.train_batch_size, *shape)
         self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
 
     def at(self, i: int) -> None:
@@ -115,7 +115,7 @@ class Losses:
                 x, labels = self.own[self.i]
                 return denoising_loss(self.model, x, labels, self.scheduler, **options)
             labels = self.pick(self.forgotten)
-            if self.kind == "guidance":
+            if self.kind in ("guidance", "adapter"):
                 return self.guidance(labels)
             if args.surrogate == "analytic":
                 return gaussian_forget_loss(

@@ -1,0 +1,220 @@
+"""What a run learns from, made once and kept in --sets_dir: text embeddings, latents, the Fisher.
+
+The name of each file ends in a hash of all that it depends on, so that runs with other prompts or
+methods can share a folder, and nothing is taken for something else. Sampling goes on where it was
+interrupted. Latents are those that the sampler ends with (not decoded and encoded again), and for
+images from a folder the mode of the VAE's posterior.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from modules import Prompted
+from pipelines import Looked, load, weights
+from prompts import Prompts, encode
+from sources import ENDINGS, InputError, decode
+from sources import Item as Image
+from torch import Tensor
+from unlearn_losses import NOISE, needs_own_images
+
+from ebu_optim import DiagonalFisher
+from ebu_optim._files import load_tensors, save_tensors
+from ebu_optim.baselines import methods
+from ebu_optim.diffusion import FisherBatches, fisher_loss, sample_set, surrogate_noise
+
+
+class Made(NamedTuple):
+    """Numbers of prompts; pairs of latents (n, C, H, W) and numbers of prompts (n,), or None."""
+
+    forget: list[int]
+    replayed: list[int]
+    replay: tuple[Tensor, Tensor] | None
+    own: tuple[Tensor, Tensor] | None
+    surrogate: tuple[Tensor, Tensor] | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sets").add_argument
+    add("--sets_dir", type=Path, help="may be shared between runs; default: output_dir/sets")
+    add(
+        "--surrogate", choices=("prompt", "folder", "pixels", "gaussian", "analytic"),
+        default="prompt", help="what the forgotten prompt is to draw: images of the surrogate "
+        "prompt or of a folder, uniform noise through the VAE, Gaussian latents",
+    )  # fmt: skip
+    add("--surrogate_dir", type=Path, help="images for --surrogate folder")
+    add("--surrogate_images", type=int, default=100)
+    add("--replay_images", type=int, default=200, help="over all prompts to remember")
+    add("--forget_images", type=int, default=100, help="of the forgotten prompts: SalUn, GA")
+    add("--forget_dir", type=Path, help="images of what is forgotten, instead of sampled ones")
+    add("--num_inference_steps", type=int, default=50, help="DDIM, for the sets")
+    add("--guidance_scale", type=float, default=7.5, help="for the sets")
+    add("--sample_batch_size", type=int, default=4)
+    add("--fisher_images", type=int, default=100, help="of the replay set")
+    add("--fisher_timesteps", type=int, default=8, help="an image; even")
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in ("surrogate_images", "replay_images", "forget_images", "num_inference_steps",
+                 "sample_batch_size", "fisher_images"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    if args.fisher_timesteps < 2 or args.fisher_timesteps % 2:
+        raise InputError(f"--fisher_timesteps must be even, >= 2; got {args.fisher_timesteps}")
+    if (args.surrogate == "folder") != (args.surrogate_dir is not None):
+        raise InputError("--surrogate folder and --surrogate_dir go together")
+    for name in ("surrogate_dir", "forget_dir"):
+        folder = getattr(args, name)
+        if folder is not None and not _files(folder):
+            raise InputError(f"--{name} {folder}: no image ({', '.join(ENDINGS)}) in it")
+    args.sets_dir = args.sets_dir or args.output_dir / "sets"
+
+
+def passes(args: argparse.Namespace, prompts: Prompts) -> int:
+    """How often the UNet is run to sample the sets."""
+    kinds = _kinds(args, prompts)
+    number = sum(n for n, labels, folder in kinds.values() if labels and not folder)
+    return number * args.num_inference_steps * 2
+
+
+def embeddings(args: argparse.Namespace, folder: Path, tokenizer: Any, texts: list[str]) -> Tensor:
+    """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
+    from transformers import CLIPTextModel
+
+    files = weights(folder, "text_encoder", args.variant)
+    path = args.sets_dir / f"text-{_digest(texts, _content(files))}.safetensors"
+    if not path.exists():
+        encoder = load(CLIPTextModel, folder / "text_encoder", args.variant)
+        save_tensors(path, {"embeddings": encode(texts, tokenizer, encoder)}, {})
+    return load_tensors(path)[0]["embeddings"]
+
+
+def make(
+    args: argparse.Namespace, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
+    table: Tensor, base: str, device: Any,
+) -> Made:  # fmt: skip
+    """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
+    is their hash, `table` the embeddings of all prompts.
+
+    Raises:
+        InputError: unreadable images.
+    """
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind, (number, labels, images) in _kinds(args, prompts).items():
+        if labels and images is None:
+            made[kind] = _sampled(
+                args, looked, prompts, unet, table, base, device, kind, number, labels
+            )
+        else:
+            latents = _encoded(args, looked, folder, images, number, device)
+            pick = torch.arange(len(latents)) % len(prompts.forget)
+            made[kind] = latents, torch.tensor(prompts.forget)[pick]
+    return Made(
+        prompts.forget, prompts.remember, made.get("replay"), made.get("own"), made.get("surrogate")
+    )
+
+
+def fisher(args: argparse.Namespace, made: Made, scheduler: Any, model: Prompted, base: str) -> Any:
+    """F of the trained weights over the replay set, by parameter of `model`."""
+    latents, labels = made.replay  # type: ignore[misc]
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
+    rows = rows[: args.fisher_images]
+    batches = FisherBatches(
+        latents[rows], labels[rows], scheduler, timesteps=args.fisher_timesteps, batch_size=1,
+        seed=args.seed, device=next(model.parameters()).device,
+    )  # fmt: skip
+    trained = sorted(model.trained())
+    name = _digest(base, trained, batches.protocol, args.reduction)
+    estimate = DiagonalFisher.estimate(
+        model, fisher_loss(scheduler, reduction=args.reduction), batches, method="loop",
+        path=args.sets_dir / f"fisher-{name}.safetensors",
+    )  # fmt: skip
+    return estimate.for_model(model)
+
+
+def _kinds(
+    args: argparse.Namespace, prompts: Prompts
+) -> dict[str, tuple[int, list[int], Path | None]]:
+    """For each set: how many images, of which prompts (none: noise), or of which folder."""
+    method, kinds = methods[args.method], {}
+    if method.forgets == "surrogate" and args.surrogate not in NOISE:
+        labels = prompts.surrogate if args.surrogate == "prompt" else []
+        kinds["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
+    if needs_own_images(args.method):
+        kinds["own"] = (args.forget_images, prompts.forget, args.forget_dir)
+    if "remember" in method.build.func.needs and method.forgets != "adapter":  # type: ignore
+        kinds["replay"] = (args.replay_images, prompts.remember, None)
+    return kinds
+
+
+def _sampled(
+    args: argparse.Namespace, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
+    base: str, device: Any, kind: str, number: int, labels: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    used = [*labels, prompts.null]
+    texts = [prompts.texts[i] for i in used]
+    how = [
+        texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, args.seed,
+        args.mixed_precision,
+    ]  # fmt: skip
+    path = args.sets_dir / f"{kind}-{_digest(base, how)}.safetensors"
+    scheduler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
+    latents, rows = sample_set(
+        path, Prompted(unet, table[used]).to(device), scheduler,
+        torch.arange(number) % len(labels), looked.latents,
+        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+        null_condition=len(labels), clip=False, batch_size=args.sample_batch_size,
+        seed=args.seed + ("replay", "surrogate", "own").index(kind), device=device,
+    )  # fmt: skip
+    return latents, torch.tensor(labels)[rows]
+
+
+@torch.no_grad()
+def _encoded(
+    args: argparse.Namespace, looked: Looked, folder: Path, images: Path | None, number: int,
+    device: Any,
+) -> Tensor:  # fmt: skip
+    """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""
+    files = weights(folder, "vae", args.variant)
+    size = looked.resolution
+    given = _files(images) if images else []
+    how = [_content(files), _content(given), number if images is None else 0, size, args.seed]
+    path = args.sets_dir / f"encoded-{_digest(how)}.safetensors"
+    if not path.exists():
+        vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
+        if images is None:
+            g = torch.Generator().manual_seed(args.seed)
+            pixels = surrogate_noise("uniform", (number, 3, size, size), generator=g)
+        else:
+            items = [Image(p, 0, p.name) for p in given]
+            stack, _, _ = decode(items, ["image"], str(images), resolution=size, skip=False)
+            pixels = stack.float().div_(127.5).sub_(1)
+        latents = [vae.encode(x[None].to(device)).latent_dist.mode().cpu() for x in pixels]
+        scaled = torch.cat(latents) * vae.config.scaling_factor
+        save_tensors(path, {"latents": scaled}, {})
+    return load_tensors(path)[0]["latents"]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+
+
+def _content(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as f:
+            for block in iter(lambda f=f: f.read(2**20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]

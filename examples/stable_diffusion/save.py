@@ -1,0 +1,154 @@
+"""What unlearn.py leaves: a whole pipeline, the changed tensors alone, or a LoRA; with its card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from modules import Prompted, is_adapter
+from safetensors.torch import save_file
+from sources import InputError
+from torch import Tensor, nn
+
+from ebu_optim._files import replacing_folder
+
+CHANGED = "unet_changed.safetensors"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FOLDERS = ("pipeline", "changed", "lora")
+
+LOAD = {
+    "pipeline": """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{result}")
+""",
+    "changed": """from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.unet.load_state_dict(load_file("{result}/unet_changed.safetensors"), strict=False)
+""",
+    "lora": """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{result}")
+""",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("result").add_argument
+    add("--save_as", choices=FOLDERS, help="default: lora for adapters, else pipeline")
+    add("--save_precision", choices=DTYPES, default="no", help="of the saved weights; no: float32")
+
+
+def check(args: argparse.Namespace) -> None:
+    args.save_as = args.save_as or ("lora" if is_adapter(args) else "pipeline")
+    if args.save_as == "lora" and not is_adapter(args):
+        raise InputError(
+            f"--save_as lora: --train_modules {args.train_modules} changes the weights themselves; "
+            "train with --train_modules lora, or give --save_as changed, which is as small"
+        )
+
+
+def save(args: argparse.Namespace, model: Prompted, base: Path, report: Mapping[str, Any]) -> Path:
+    """Write the result into output_dir/<save_as>, whole or not at all.
+
+    Args:
+        model: the trained one.
+        base: the folder of the pretrained pipeline, from which all that was not trained comes.
+        report: of the run; it becomes ``unlearn.json``, here and beside the result.
+    """
+    kind, dtype = args.save_as, DTYPES[args.save_precision]
+    folder = args.output_dir / kind
+    text = json.dumps(dict(report), indent=1, default=str)
+    with replacing_folder(folder) as work:
+        if kind == "lora":
+            StableDiffusionPipeline.save_lora_weights(work, _cast(lora_layers(model.unet), dtype))
+        elif kind == "changed":
+            save_file(_cast(changed(args, model, base), dtype), work / CHANGED)
+        else:
+            pipe = merged(args, model, base)
+            for part in pipe.components.values():
+                if isinstance(part, nn.Module):
+                    nn.Module.to(part, dtype)  # diffusers' own logs a warning for each part
+            pipe.save_pretrained(work)
+        (work / "README.md").write_text(card(args, report), encoding="utf-8")
+        (work / "unlearn.json").write_text(text)
+    (args.output_dir / "unlearn.json").write_text(text)
+    return folder
+
+
+def merged(args: argparse.Namespace, model: Prompted, base: Path) -> StableDiffusionPipeline:
+    """The base pipeline in float32 on the CPU with the trained weights in it."""
+    pipe = StableDiffusionPipeline.from_pretrained(base, variant=args.variant, use_safetensors=True)
+    pipe.unet.float()
+    if is_adapter(args):
+        layers = {f"unet.{n}": t.cpu() for n, t in lora_layers(model.unet).items()}
+        pipe.load_lora_weights(layers)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    else:
+        pipe.unet.load_state_dict({n: p.cpu() for n, p in model.trained().items()}, strict=False)
+    return pipe
+
+
+def changed(args: argparse.Namespace, model: Prompted, base: Path) -> dict[str, Tensor]:
+    """The tensors that differ from the base's, by the UNet's names."""
+    if not is_adapter(args):
+        return model.trained()
+    state = merged(args, model, base).unet.state_dict()
+    layers = {n.partition(".lora_")[0] for n in lora_layers(model.unet)}
+    return {f"{n}.weight": state[f"{n}.weight"] for n in layers}
+
+
+def lora_layers(unet: Any) -> dict[str, Tensor]:
+    """The adapter by diffusers' names, its alpha multiplied into B: loaders take alpha as the rank
+    where nothing else is said."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    (config,) = unet.peft_config.values()
+    scale = config.lora_alpha / config.r
+    found = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    return {n: t.detach() * scale if ".lora_B." in n else t.detach() for n, t in found.items()}
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
+
+
+def card(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
+    """README.md for the hub."""
+    base = str(args.pretrained_model_name_or_path)
+    on_hub = not Path(base).is_dir()
+    gone = ", ".join(f"`{t}`" for t in report["forget"])
+    code = LOAD[args.save_as].format(base=base, result="<this repository or folder>")
+    spm = (
+        "\nSeveral SPM adapters, each scaled for each prompt: `examples/stable_diffusion/"
+        "transport.py`.\n"
+    )
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+{f"base_model: {base}" if on_hub else "# base_model: a hub id"}
+tags: [stable-diffusion, text-to-image, machine-unlearning{", lora" * (args.save_as == "lora")}]
+---
+
+# {base if on_hub else Path(base).name} without {gone}
+
+Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) of
+`examples/stable_diffusion/unlearn.py` of ebu_optim; trained: {report["train_modules"]},
+{report["trained"]:,} numbers. `unlearn.json` has every option.
+
+```python
+{code}```
+{spm * (args.method == "spm")}
+Asked for {gone}, the model is to draw {report["instead"]}. How well that is reached, what it costs
+elsewhere, and how easily the concept comes back have not been measured by this script. Weights that
+hide a concept do not prove that it is gone. The base model's licence holds for this one too.
+"""

@@ -1,0 +1,109 @@
+"""Draw with one or several SPM adapters, each scaled for each prompt (facilitated transport).
+
+    python examples/stable_diffusion/transport.py \\
+        --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
+        --adapters outputs/without_van_gogh/lora outputs/without_snoopy/lora \\
+        --prompt "a painting of a beagle" --output_dir outputs/drawn
+
+The weights are W0 + sum m_i (up_i down_i), by diffusers' set_adapters; m_i depends on how near the
+prompt is to what adapter i erases (ebu_optim.baselines.transport).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "ddpm"))
+
+import torch
+import training
+from diffusers import StableDiffusionPipeline
+from prompts import encode, words
+from sources import InputError
+from torch import Tensor
+
+from ebu_optim.baselines import transport
+
+
+class Erased(NamedTuple):
+    """An adapter's name in the pipeline, and what it erases."""
+
+    name: str
+    embedding: Tensor
+    tokens: set[int]
+
+
+def load(pipe: Any, folders: list[Path]) -> list[Erased]:
+    """Put the adapters of unlearn.py's folders into the pipeline.
+
+    Raises:
+        InputError: a folder without an adapter, or one that erases several prompts.
+    """
+    found = []
+    for i, folder in enumerate(folders):
+        try:
+            erased = json.loads((folder / "unlearn.json").read_text())["forget"]
+            pipe.load_lora_weights(folder, adapter_name=f"erased_{i}")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"--adapters {folder} is no adapter of unlearn.py for this model: {error}"
+            ) from error
+        if len(erased) != 1:
+            raise InputError(f"--adapters {folder} erases {len(erased)} prompts: transport is of 1")
+        (embedding,) = encode(erased, pipe.tokenizer, pipe.text_encoder)
+        found.append(Erased(f"erased_{i}", embedding, words(erased[0], pipe.tokenizer)))
+    return found
+
+
+def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
+    """Scale the pipeline's adapters for a prompt; m of each."""
+    (embedding,) = encode([prompt], pipe.tokenizer, pipe.text_encoder)
+    m = transport(
+        embedding, words(prompt, pipe.tokenizer), [(e.embedding, e.tokens) for e in erased]
+    )
+    pipe.set_adapters([e.name for e in erased], m)
+    return m
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True)
+    add("--revision")
+    add("--variant")
+    add("--adapters", type=Path, nargs="+", required=True, help="lora folders of --method spm")
+    add("--prompt", nargs="+", required=True)
+    add("--num_inference_steps", type=int, default=50)
+    add("--guidance_scale", type=float, default=7.5)
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
+            use_safetensors=True,
+        ).to(args.device)  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise InputError(f"{args.pretrained_model_name_or_path}: {error}") from error
+    erased = load(pipe, args.adapters)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for i, prompt in enumerate(args.prompt):
+        m = scale(pipe, erased, prompt)
+        print(f"{prompt!r}: {', '.join(f'{e.name} {s:.2f}' for e, s in zip(erased, m))}")
+        image = pipe(
+            prompt, num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).images[0]  # fmt: skip
+        image.save(args.output_dir / f"{i:04d}.png")
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main, "the same command")

@@ -1,0 +1,71 @@
+"""Pictures on the way: the same prompts and starting noise every --validation_steps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from modules import Prompted
+from PIL import Image
+from pipelines import load
+from sources import InputError
+from torch import Tensor
+
+from ebu_optim._modules import evaluating
+from ebu_optim.diffusion import sample
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompts", nargs="+", help="default: one forgotten, three remembered")
+    add("--validation_steps", type=int, default=250, help="0: no pictures")
+    add("--num_validation_images", type=int, default=2, help="of each prompt")
+    add("--validation_inference_steps", type=int, default=25, help="DDIM")
+    add("--validation_guidance_scale", type=float, default=7.5)
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.validation_steps < 0:
+        raise InputError(f"--validation_steps must be >= 0; got {args.validation_steps}")
+    for name in ("num_validation_images", "validation_inference_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+
+
+@torch.no_grad()
+def draw(
+    args: argparse.Namespace, model: Prompted, scheduler: Any, labels: list[int], null: int,
+    shape: tuple[int, ...], folder: Path,
+) -> Tensor:  # fmt: skip
+    """Images (n, 3, H, W) uint8 on the CPU, those of one prompt behind one another. The VAE is on
+    the model's device for the decoding alone, and the random streams are as they were."""
+    device = next(model.parameters()).device
+    rows = torch.tensor(labels).repeat_interleave(args.num_validation_images)
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    with torch.random.fork_rng(), evaluating(model):
+        latents = [
+            sample(
+                model, ddim, rows[i : i + 1], shape, num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.validation_guidance_scale, null_condition=null, clip=False,
+                generator=torch.Generator().manual_seed(args.seed + i % args.num_validation_images),
+                device=device,
+            )
+            for i in range(len(rows))
+        ]  # fmt: skip
+        vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
+        images = [vae.decode(x / vae.config.scaling_factor).sample for x in latents]
+    return torch.cat(images).add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def write(args: argparse.Namespace, accelerator: Any, images: Tensor, step: int) -> None:
+    """A PNG with a row for each prompt, and the images to the trackers."""
+    path = args.output_dir / "validation" / f"step_{step:08d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = images.unflatten(0, (-1, args.num_validation_images)).permute(0, 3, 1, 4, 2)
+    Image.fromarray(rows.flatten(0, 1).flatten(1, 2).contiguous().numpy()).save(path)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": images.permute(0, 2, 3, 1).numpy()}, step=step)

@@ -1,0 +1,93 @@
+"""A small Stable Diffusion pipeline with random weights: 60 thousand parameters, 16x16 images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = [
+    "a",
+    "an",
+    "image",
+    "of",
+    "cat",
+    "dog",
+    "car",
+    "red",
+    "blue",
+    "person",
+    "photo",
+    "painting",
+    "the",
+    "in",
+    "style",
+]
+LENGTH = 12  # tokens that a prompt may have, begin and end included
+
+
+def tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{c}</w>" for c in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            if (pair := (parts[0], parts[1])) not in merges:
+                merges.append(pair)
+            parts = ["".join(pair), *parts[2:]]
+    tokens = list(dict.fromkeys([*tokens, *map("".join, merges)]))
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    # by position: transformers 4 and 5 call them otherwise
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH
+    )
+
+
+def pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """SD 1.x with "epsilon", SD 2.x (linear projections) with "v_prediction"; saved in `folder`."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    words = tokenizer(folder.with_name(f"{folder.name}_words"))
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=LENGTH,
+            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        sample_size=16,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
+        attention_head_dim=4, use_linear_projection=prediction_type == "v_prediction",
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae, text_encoder, words, unet, scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
