@@ -8,23 +8,7 @@ from typing import Any
 
 import torch
 
-WORDS = [
-    "a",
-    "an",
-    "image",
-    "of",
-    "cat",
-    "dog",
-    "car",
-    "red",
-    "blue",
-    "person",
-    "photo",
-    "painting",
-    "the",
-    "in",
-    "style",
-]
+WORDS = "a an image of cat dog car red blue person photo painting the in style".split()  # noqa: SIM905
 LENGTH = 12  # tokens that a prompt may have, begin and end included
 
 

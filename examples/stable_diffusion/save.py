@@ -107,14 +107,17 @@ def changed(args: argparse.Namespace, model: Prompted, base: Path) -> dict[str, 
 
 
 def lora_layers(unet: Any) -> dict[str, Tensor]:
-    """The adapter by diffusers' names, its alpha multiplied into B: loaders take alpha as the rank
-    where nothing else is said."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+    """The adapter by peft's names, which diffusers loads, its alpha multiplied into B: loaders take
+    alpha as the rank where nothing else is said.
+
+    diffusers' convert_state_dict_to_diffusers renames the layers of attention alone, and of such a
+    mixture load_lora_weights drops these without an error.
+    """
     from peft.utils import get_peft_model_state_dict
 
     (config,) = unet.peft_config.values()
     scale = config.lora_alpha / config.r
-    found = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    found = get_peft_model_state_dict(unet)
     return {n: t.detach() * scale if ".lora_B." in n else t.detach() for n, t in found.items()}
 
 

@@ -45,16 +45,15 @@ def draw(
     device = next(model.parameters()).device
     rows = torch.tensor(labels).repeat_interleave(args.num_validation_images)
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    options = {
+        "num_inference_steps": args.validation_inference_steps, "clip": False, "device": device,
+        "guidance_scale": args.validation_guidance_scale, "null_condition": null,
+    }  # fmt: skip
     with torch.random.fork_rng(), evaluating(model):
-        latents = [
-            sample(
-                model, ddim, rows[i : i + 1], shape, num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale, null_condition=null, clip=False,
-                generator=torch.Generator().manual_seed(args.seed + i % args.num_validation_images),
-                device=device,
-            )
-            for i in range(len(rows))
-        ]  # fmt: skip
+        latents = []
+        for i in range(len(rows)):
+            g = torch.Generator().manual_seed(args.seed + i % args.num_validation_images)
+            latents.append(sample(model, ddim, rows[i : i + 1], shape, generator=g, **options))
         vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
         images = [vae.decode(x / vae.config.scaling_factor).sample for x in latents]
     return torch.cat(images).add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)

@@ -1,0 +1,641 @@
+"""examples/stable_diffusion as a user runs it, a few steps on a pipeline with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers comes with the extra examples")
+pytest.importorskip("peft", reason="peft comes with the extra examples")
+
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from ebu_optim._files import load_tensors
+
+from .text_to_image import LENGTH, pipeline
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = [ROOT / "examples" / name for name in ("stable_diffusion", "ddpm")]
+SCRIPT = FOLDERS[0] / "unlearn.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _paths():
+    """The scripts' folders on the path, and their modules gone again afterwards."""
+    before = list(sys.path)
+    sys.path[:0] = [str(f) for f in FOLDERS]
+    yield
+    sys.path[:] = before
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent in FOLDERS:
+            del sys.modules[name]
+
+
+def module(name: str):
+    return importlib.import_module(name)
+
+
+def run(*args, script: Path = SCRIPT) -> tuple[int, str]:
+    """Exit status and what was said, in this process: importing takes longer than running."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    said, argv, path = io.StringIO(), sys.argv, list(sys.path)
+    sys.argv = [str(script), *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return code, said.getvalue()
+
+
+def succeed(*args, **options) -> str:
+    code, said = run(*args, **options)
+    assert code == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """SD 1.x and SD 2.x in small."""
+    out = tmp_path_factory.mktemp("text_to_image")
+    pipeline(out / "base")
+    pipeline(out / "base2", "v_prediction")
+    return out
+
+
+SMALL = ["--replay_images", 4, "--surrogate_images", 4, "--forget_images", 4,
+         "--num_inference_steps", 2, "--guided_steps", 3, "--learning_rate", 1e-3,
+         "--remember", "a dog", "a red car", ""]  # fmt: skip
+PICTURES = ["--validation_steps", 2, "--validation_inference_steps", 2,
+            "--num_validation_images", 1]  # fmt: skip
+
+
+def unlearn(made: Path, out: Path, *more, base: str = "base", pictures: bool = False) -> list:
+    return [
+        "--pretrained_model_name_or_path", made / base, "--forget", "cat", "--sets_dir",
+        made / f"sets_{base}", "--max_train_steps", 2, *SMALL,
+        *(PICTURES if pictures else ["--validation_steps", 0]), "--output_dir", out, *more,
+    ]  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def moved(made: Path, out: Path, base: str = "base") -> set[str]:
+    a, b = weights(made / base), weights(out / "pipeline")
+    assert a.keys() == b.keys()
+    return {n for n in a if not torch.equal(a[n], b[n])}
+
+
+def drawn(pipe: StableDiffusionPipeline, prompt: str = "a cat") -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+
+
+# -- what it does -------------------------------------------------------------------------------
+
+# method, options, how the names of all that moves look
+RUNS = {
+    "ebu": ([], "attn2."),
+    "ebu_routed": (["--train_modules", "full", "--alpha", 0.5, "--surrogate", "gaussian",
+                    "--remember_loss", "distill", "--fisher", "none"], ""),
+    "ebu_without_alignment": (["--remember_loss", "crossed", "--surrogate", "analytic"], "attn2."),
+    "joint": (["--train_modules", "selfattn", "--surrogate", "pixels"], "attn1."),
+    "sa": (["--fisher_images", 2, "--fisher_timesteps", 2, "--condition_noise", 1], "attn2."),
+    "salun": (["--surrogate_prompt", "dog", "--remember", "a red car",
+               "--gradient_accumulation_steps", 2], "attn2."),
+    "esd": (["--train_modules", "esd-x-strict"], ("attn2.to_k.", "attn2.to_v.")),
+    "gradient_ascent": (["--gradient_checkpointing"], "attn2."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_method_trains_what_it_names(method, made, tmp_path):
+    options, where = RUNS[method]
+    said = succeed(*unlearn(made, tmp_path / "o", "--method", method, *options))
+    found = moved(made, tmp_path / "o")
+    assert found
+    names = (where,) if isinstance(where, str) else where
+    assert all(any(w in n for w in names) for n in found)
+    report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
+    assert report["forget"] == ["cat"]
+    assert f"trained: {report['train_modules']}, {report['trained']:,} of" in said
+    card = (tmp_path / "o" / "pipeline" / "README.md").read_text()
+    assert "without `cat`" in card
+    assert "have not been measured" in card
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "pipeline")
+    assert drawn(pipe).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "ebu", "--remember_loss", "crossed"], ["--method", "esd"],
+     ["--method", "esd", "--esd_variant", "released", "--train_modules", "esd-u"]],
+    ids=["ebu", "esd", "esd_released"],
+)  # fmt: skip
+def test_v_prediction(options, made, tmp_path):
+    succeed(*unlearn(made, tmp_path / "o", *options, base="base2"))
+    assert moved(made, tmp_path / "o", "base2")
+    scheduler = json.loads(
+        (tmp_path / "o" / "pipeline" / "scheduler" / "scheduler_config.json").read_text()
+    )
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
+    both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--method", "ebu"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed(*unlearn(made, whole, *both, pictures=True))
+    first = unlearn(made, parts, *both, pictures=True)
+    first[first.index("--max_train_steps") + 1] = 2
+    first[first.index("--max_train_steps", first.index("--max_train_steps") + 1) + 1] = 2
+    succeed(*first)
+    code, said = run(*unlearn(made, parts, *both, pictures=True))
+    assert code == 2
+    assert "holds a run: go on with --resume_from_checkpoint" in said
+    said = succeed(
+        *unlearn(made, parts, *both, "--resume_from_checkpoint", "latest", pictures=True)
+    )
+    assert "going on after step 2" in said
+    a, b = weights(whole / "pipeline"), weights(parts / "pipeline")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    for step in (0, 2, 4):
+        file = f"validation/step_{step:08d}.png"
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+    assert Image.open(whole / "validation" / "step_00000004.png").size == (16, 4 * 16)
+
+
+def test_sets_are_made_once_and_a_run_that_finds_them_is_the_same(made, tmp_path):
+    sets = tmp_path / "sets"
+    command = ["--sets_dir", sets, "--method", "sa", "--fisher_images", 2, "--fisher_timesteps", 2]
+    succeed(*unlearn(made, tmp_path / "a", *command))
+    before = {p.name: p.stat().st_mtime_ns for p in sets.iterdir()}
+    assert {n.partition("-")[0] for n in before} == {"text", "replay", "surrogate", "fisher"}
+    succeed(*unlearn(made, tmp_path / "b", *command))
+    assert {p.name: p.stat().st_mtime_ns for p in sets.iterdir()} == before
+    a, b = (weights(tmp_path / n / "pipeline") for n in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    labels = load_tensors(next(sets.glob("replay-*")))[0]["labels"]
+    assert sorted(labels.tolist()) == [0, 0, 1, 2]
+    # other prompts have sets of their own
+    succeed(*unlearn(made, tmp_path / "c", *command, "--remember", "a dog"))
+    assert len(list(sets.glob("replay-*"))) == 2
+
+
+def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 18), (80 * i, 0, 0)).save(folder / f"{i}.png")
+    sets = tmp_path / "sets"
+    common = ["--sets_dir", sets, "--max_train_steps", 1]
+    succeed(*unlearn(made, tmp_path / "a", *common, "--surrogate", "folder", "--surrogate_dir",
+                     folder))  # fmt: skip
+    succeed(*unlearn(made, tmp_path / "b", *common, "--method", "salun", "--forget_dir", folder,
+                     "--surrogate_prompt", "dog"))  # fmt: skip
+    (encoded,) = sets.glob("encoded-*")  # the same images
+    latents = load_tensors(encoded)[0]["latents"]
+    pipe = StableDiffusionPipeline.from_pretrained(made / "base")
+    x = torch.tensor([160.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
+    with torch.no_grad():
+        expected = pipe.vae.encode(x).latent_dist.mode() * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(latents[2:], expected)
+
+
+def test_two_processes(made, tmp_path):
+    command = unlearn(made, tmp_path / "o", "--cpu", "--mixed_precision", "bf16", "--method",
+                      "ebu", "--remember_loss", "distill", "--train_modules", "lora",
+                      "--gradient_accumulation_steps", 2, "--gradient_checkpointing")  # fmt: skip
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(SCRIPT), *map(str, command)],
+        capture_output=True, text=True, env=env, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    (lora,) = (tmp_path / "o" / "lora").glob("*.safetensors")
+    up = [t for n, t in load_file(lora).items() if ".lora_B." in n]
+    assert any(t.abs().max() > 0 for t in up)
+
+
+# -- what comes out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ebu", "spm"])
+def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(method, made, tmp_path):
+    options = ["--method", method, "--learning_rate", 0.05]
+    if method == "ebu":
+        options += ["--train_modules", "lora", "--rank", 2, "--lora_alpha", 6,
+                    "--lora_target_modules", "to_k", "attn2.to_v", "ff.net.2"]  # fmt: skip
+    for kind in ("lora", "pipeline", "changed"):
+        succeed(*unlearn(made, tmp_path / kind, *options, "--save_as", kind))
+    base = StableDiffusionPipeline.from_pretrained(made / "base")
+    before = drawn(base)
+    base.load_lora_weights(tmp_path / "lora" / "lora")
+    found = drawn(base)
+    assert np.abs(found - before).max() > 1e-3
+    whole = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline" / "pipeline")
+    np.testing.assert_allclose(drawn(whole), found, atol=1e-5)
+    tensors = load_file(tmp_path / "changed" / "changed" / "unet_changed.safetensors")
+    partly = StableDiffusionPipeline.from_pretrained(made / "base")
+    assert 0 < len(tensors) < len(partly.unet.state_dict())
+    assert not partly.unet.load_state_dict(tensors, strict=False).unexpected_keys
+    np.testing.assert_allclose(drawn(partly), drawn(whole), atol=1e-6)
+
+
+def test_changed_tensors_in_16_bits(made, tmp_path):
+    succeed(*unlearn(made, tmp_path / "o", "--save_as", "changed", "--save_precision", "fp16"))
+    tensors = load_file(tmp_path / "o" / "changed" / "unet_changed.safetensors")
+    assert all("attn2" in n and t.dtype == torch.float16 for n, t in tensors.items())
+    assert not (tmp_path / "o" / "pipeline").exists()
+
+
+def test_transport_of_two_spms_is_the_sum_of_the_papers_formula(made, tmp_path):
+    folders = []
+    for concept in ("cat", "red car"):
+        out = tmp_path / concept.replace(" ", "_")
+        command = unlearn(made, out, "--method", "spm", "--learning_rate", 0.05)
+        command[command.index("--forget") + 1] = concept
+        command[command.index("--remember") + 1 :][:3] = ["a dog", "a dog", "a dog"]
+        succeed(*command)
+        folders.append(out / "lora")
+    transport = module("transport")
+    pipe = StableDiffusionPipeline.from_pretrained(made / "base")
+    erased = transport.load(pipe, folders)
+    m = transport.scale(pipe, erased, "a car")
+    assert m[1] >= 0.5  # one of its two words
+    assert m[0] != m[1]
+    found = drawn(pipe, "a car")
+    hand = StableDiffusionPipeline.from_pretrained(made / "base")
+    state = hand.unet.state_dict()
+    for folder, strength in zip(folders, m, strict=True):
+        (file,) = folder.glob("*.safetensors")
+        layers = load_file(file)
+        ups = [n for n in layers if ".lora_B." in n]
+        assert len(ups) == len(module("modules").spm_layers(hand.unet))
+        for n in ups:
+            up, down = layers[n], layers[n.replace(".lora_B.", ".lora_A.")]
+            assert up.shape[1] == down.shape[0] == 1  # rank 1
+            name = n.removeprefix("unet.").replace(".lora_B.", ".")
+            delta = torch.einsum("o...,...i->oi", up.flatten(1), down.flatten(1))
+            state[name] += strength * delta.view_as(state[name])
+    hand.unet.load_state_dict(state)
+    np.testing.assert_allclose(drawn(hand, "a car"), found, atol=1e-5)
+    said = succeed(
+        "--pretrained_model_name_or_path", made / "base", "--adapters", *folders, "--prompt",
+        "a car", "a cat", "--num_inference_steps", 2, "--device", "cpu",
+        "--output_dir", tmp_path / "drawn", script=FOLDERS[0] / "transport.py",
+    )  # fmt: skip
+    assert f"'a car': erased_0 {m[0]:.2f}, erased_1 {m[1]:.2f}" in said
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+# -- its parts against the library's ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(made):
+    """The pipeline as diffusers loads it, and as unlearn.py has it."""
+    pipe = StableDiffusionPipeline.from_pretrained(made / "base2")
+    texts = ["a cat", "", "a red car"]
+    table = module("prompts").encode(texts, pipe.tokenizer, pipe.text_encoder, batch=2)
+    return pipe, table, module("modules").Prompted(pipe.unet, table).eval()
+
+
+def test_text_embeddings_are_the_pipelines(parts):
+    pipe, table, _ = parts
+    expected, empty = pipe.encode_prompt("a red car", "cpu", 1, True)
+    torch.testing.assert_close(table[2:], expected)
+    torch.testing.assert_close(table[1:2], empty)
+
+
+def test_validation_draws_what_the_pipeline_draws(made, parts):
+    pipe, _, model = parts
+    args = SimpleNamespace(
+        num_validation_images=2, validation_inference_steps=3, validation_guidance_scale=4.0,
+        seed=5, variant=None,
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    found = module("validation").draw(
+        args, model, pipe.scheduler, [0, 2], 1, (4, 8, 8), made / "base2"
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.shape == (4, 3, 16, 16)
+    pipe.set_progress_bar_config(disable=True)
+    for i, (prompt, seed) in enumerate([("a cat", 5), ("a cat", 6), ("a red car", 5)]):
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        pixels = pipe(
+            prompt, latents=noise, num_inference_steps=3, guidance_scale=4.0, output_type="np"
+        ).images[0]
+        difference = found[i].permute(1, 2, 0).numpy().astype(int) - (pixels * 255).round()
+        assert np.abs(difference).max() <= 1
+
+
+def names(kind: str, unet) -> set[str]:
+    module("modules").choose(unet, SimpleNamespace(method="ebu_added", train_modules=kind))
+    return {n for n, p in unet.named_parameters() if p.requires_grad}
+
+
+def test_train_modules_are_the_published_selections(made):
+    unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+    every = {n for n, _ in unet.named_parameters()}
+    assert names("full", unet) == every
+    cross = {n for n in every if ".attn2." in n}
+    assert names("xattn", unet) == names("esd-x", unet) == cross
+    strict = {n for n in every if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    assert names("esd-x-strict", unet) == strict
+    assert names("selfattn", unet) == {n for n in every if ".attn1." in n}
+    norms = {n for n in every if "norm" in n}
+    assert names("esd-all", unet) == every - norms
+    assert names("esd-u", unet) == every - norms - cross
+    left = {n for n in every if n.startswith(("conv_out.", "conv_norm_out.", "time_embedding."))}
+    assert len(left) == 8
+    assert names("noxattn", unet) == every - cross - left
+    assert "conv_in.weight" in names("noxattn", unet)
+
+
+def test_an_adapter_begins_as_the_base_and_the_same_each_time(made):
+    modules, found = module("modules"), []
+    args = SimpleNamespace(method="spm", train_modules=None, seed=3)
+    for _ in range(2):
+        torch.rand(7)
+        unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet").eval()
+        inputs = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, LENGTH, 16)
+        with torch.no_grad():
+            before = unet(*inputs).sample
+            modules.choose(unet, args)
+            assert torch.equal(unet(*inputs).sample, before)
+        found.append({n: p for n, p in unet.named_parameters() if p.requires_grad})
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    down = {n: p for n, p in found[0].items() if ".lora_A." in n}
+    assert all(p.shape[0] == 1 for p in down.values())
+    # Kaiming-uniform with a = sqrt 5 is uniform within 1 / sqrt(fan in)
+    for p in down.values():
+        assert p.abs().max() <= p[0].numel() ** -0.5
+    layers = {n.partition(".lora_")[0] for n in down}
+    assert layers == set(modules.spm_layers(UNet2DConditionModel.from_pretrained(
+        made / "base" / "unet")))  # fmt: skip
+    assert any("proj_in" in n for n in layers)
+    assert any("ff.net" in n for n in layers)
+    assert not any("resnets" in n for n in layers)
+
+
+SD14 = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
+    "layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280], "norm_num_groups": 32,
+    "cross_attention_dim": 768, "attention_head_dim": 8, "flip_sin_to_cos": True, "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_scale_factor": 1,
+    "act_fn": "silu", "norm_eps": 1e-5, "downsample_padding": 1, "center_input_sample": False,
+}  # fmt: skip
+
+
+def options(**given) -> SimpleNamespace:
+    usual = {
+        "method": "ebu_added", "train_modules": "xattn", "mixed_precision": "no", "fisher": None,
+        "train_batch_size": 1, "gradient_checkpointing": False, "remember": "replay", "seed": 0,
+        "method_options": {}, "alpha": None, "delta": None, "gamma": None,
+    }  # fmt: skip
+    return SimpleNamespace(**{**usual, **given})
+
+
+def test_the_papers_setting_fits_16_gb_and_the_full_unet_40():
+    count = module("memory").count
+    paper = count(options(), SD14, (4, 64, 64), 77)
+    assert paper.trained + paper.frozen == 859_520_964  # SD 1.4
+    assert paper.trained == 43_962_560
+    assert paper.total + 2**30 < 16e9
+    full = count(options(train_modules="full"), SD14, (4, 64, 64), 77)
+    assert full.frozen == 0
+    # weights, two gradients, two moments, theta0, F
+    assert full.total - full.rows["activations"] == 7 * 4 * 859_520_964
+    assert full.total + 2**30 < 40e9
+    less = count(options(gradient_checkpointing=True), SD14, (4, 64, 64), 77)
+    assert less.rows["activations"] < paper.rows["activations"] / 2
+    joint = count(options(method="joint"), SD14, (4, 64, 64), 77)
+    assert paper.total - joint.total == 8 * paper.trained  # theta0 and F
+
+
+def test_counted_activations_are_those_of_a_real_pass(made):
+    memory = module("memory")
+    unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet").train()
+    with memory.saved(unet) as (units, _):
+        unet(torch.randn(3, 4, 8, 8), torch.zeros(3), torch.randn(3, LENGTH, 16))
+    config = UNet2DConditionModel.load_config(made / "base" / "unet")
+    args = options(train_modules="full", train_batch_size=3)
+    counted = memory.count(args, config, (4, 8, 8), LENGTH).rows["activations"]
+    # an attention on a CPU keeps one number a row beside
+    assert counted == pytest.approx(sum(units.values()), rel=0.05)
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def refused(match: str):
+    return pytest.raises(module("sources").InputError, match=match)
+
+
+def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made, tmp_path):
+    def broken(name: str, change) -> Path:
+        shutil.copytree(made / "base", tmp_path / name)
+        change(tmp_path / name)
+        return tmp_path / name
+
+    def config(folder: Path, file: str, **values) -> None:
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    cases = {
+        "is no diffusion pipeline: model_index.json is missing": tmp_path,
+        "is a file: StableDiffusionPipeline.from_single_file": Path(__file__),
+        "the subfolder vae is missing": broken("a", lambda f: shutil.rmtree(f / "vae")),
+        "with one text encoder and a UNet": broken(
+            "b", lambda f: config(f, "model_index.json", text_encoder_2=["transformers", "X"])
+        ),
+        "its unet is a UNet2DModel, not a UNet2DConditionModel": broken(
+            "c", lambda f: config(f, "model_index.json", unet=["diffusers", "UNet2DModel"])
+        ),
+        "has no text_encoder": broken(
+            "d", lambda f: config(f, "model_index.json", text_encoder=[None, None])
+        ),
+        "9 channels and the VAE makes 4": broken(
+            "e", lambda f: config(f, "unet/config.json", in_channels=9)
+        ),
+        "prediction_type is 'sample'": broken(
+            "f", lambda f: config(f, "scheduler/scheduler_config.json", prediction_type="sample")
+        ),
+        "holds no weights as safetensors; it holds config.json": broken(
+            "g", lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        ),
+        "tokens and the text encoder": broken(
+            "h", lambda f: config(f, "text_encoder/config.json", vocab_size=49408)
+        ),
+        "text embeddings of 32, its text encoder makes 16": broken(
+            "i", lambda f: config(f, "unet/config.json", cross_attention_dim=32)
+        ),
+        "scheduler is incomplete": broken(
+            "j", lambda f: (f / "scheduler" / "scheduler_config.json").unlink()
+        ),
+    }  # fmt: skip
+    for message, folder in cases.items():
+        command = unlearn(made, tmp_path / "o")
+        command[1] = folder
+        code, said = run(*command)
+        assert code == 2, (message, said)
+        assert message in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    out = tmp_path / "o"
+    cases = {
+        f"has {LENGTH + 1} tokens, begin and end included, and the tokenizer takes {LENGTH}": [
+            "--remember", " ".join(["cat"] * (LENGTH - 1))],
+        "--remember 'cat' is also to be forgotten": ["--remember", "a dog", "cat"],
+        "--remember 'CAT' is also to be forgotten": ["--remember", "CAT"],  # CLIP lowers it
+        "--surrogate_prompt 'cat' is also to be forgotten": ["--surrogate_prompt", "cat"],
+        'the empty prompt is the unconditional model': ["--forget", ""],
+        "needs one": ["--forget_templates", "a photo"],
+        "empty.txt holds no prompt": ["--remember", tmp_path / "empty.txt"],
+        "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
+        "attn9: the UNet has no such Linear or Conv2d layer; their names end in": [
+            "--train_modules", "lora", "--lora_target_modules", "to_k", "attn9"],
+        "is in use by something else": ["--output_dir", tmp_path / "mine"],
+        "--resolution must be a multiple of 4": ["--resolution", 18],
+        "--variant fp16; it holds": ["--variant", "fp16"],
+        "SPM trains adapters of its own": ["--method", "spm", "--train_modules", "full"],
+        "--save_as lora: --train_modules xattn": ["--save_as", "lora"],
+        "--surrogate folder and --surrogate_dir go together": ["--surrogate", "folder"],
+        "no image (": ["--surrogate", "folder", "--surrogate_dir", tmp_path / "mine"],
+        "--fisher_timesteps must be even": ["--fisher_timesteps", 3],
+        "--method joint has no option alpha": ["--method", "joint", "--alpha", 0.5],
+        "--alpha must be in [0, 1]; got 2.0": ["--alpha", 2],
+        "--guided_steps must be >= 2": ["--guided_steps", 1],
+        "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
+    }  # fmt: skip
+    for message, wrong in cases.items():
+        code, said = run(*unlearn(made, out, *wrong))
+        assert code == 2, (message, said)
+        assert message in said, said
+        assert "Traceback" not in said
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_modules_that_select_nothing(made):
+    unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+    for _, child in list(unet.named_children()):
+        for name, block in list(child.named_modules()):
+            if name.endswith("attn1"):
+                parent = child.get_submodule(name.rpartition(".")[0])
+                parent.attn1 = torch.nn.Identity()
+            del block
+    with refused("--train_modules selfattn selects no parameter of this UNet"):
+        module("modules").choose(
+            unet, SimpleNamespace(method="ebu_added", train_modules="selfattn")
+        )
+    assert all(p.requires_grad for p in unet.parameters())
+    with refused("no Transformer2DModel"):
+        module("modules").spm_layers(torch.nn.Linear(2, 2))
+
+
+def test_another_base_model_is_not_resumed(made, tmp_path):
+    shutil.copytree(made / "base", tmp_path / "base")
+    command = unlearn(tmp_path, tmp_path / "o")
+    succeed(*command)
+    file = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({n: t * 1.01 for n, t in load_file(file).items()}, file)
+    code, said = run(*command, "--resume_from_checkpoint", "latest")
+    assert code == 2
+    assert "the run is of a model of hash" in said
+
+
+def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
+    (tmp_path / "some.txt").write_text('a photo of a cat in a car\n\n""\n')
+    said = succeed(*unlearn(made, tmp_path / "o", "--remember", tmp_path / "some.txt",
+                            "--max_train_steps", 1))  # fmt: skip
+    assert "1 of the prompts to remember mention what is to be forgotten" in said
+    report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
+    assert report["remember"] == ["a photo of a cat in a car", ""]
+
+
+def test_the_shipped_prompts_are_many_and_short_enough():
+    prompts = module("prompts")
+    texts = prompts.read([str(prompts.REMEMBER)], "--remember")
+    assert len(texts) >= 40
+    assert texts[0] == ""
+    assert max(len(t.split()) for t in texts) < 20
+
+
+def hub_error(name: str):
+    import huggingface_hub.errors as errors
+
+    # what the hub's client is made of differs between its versions
+    response = SimpleNamespace(headers={}, request=None, status_code=401)
+    return getattr(errors, name)(name, response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [("GatedRepoError", "is gated: accept its licence on https://huggingface.co/a/b, then log in"),
+     ("RepositoryNotFoundError", "no folder here and no model on the hub, or a private one"),
+     ("RevisionNotFoundError", "has no --revision main2"),
+     (None, "cannot be had from the hub .*Without a network give a folder")],
+)  # fmt: skip
+def test_the_hubs_errors_say_what_to_do(error, match, monkeypatch):
+    import huggingface_hub
+
+    args = SimpleNamespace(
+        pretrained_model_name_or_path="a/b", revision="main2", variant=None, resolution=None
+    )
+    if error is None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+
+        def fails(*_: object, **__: object):
+            raise hub_error(error)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with refused(match):
+        module("pipelines").look(args)
+
+
+def test_a_scheduler_of_the_pipeline_and_ours_have_the_same_noise(made):
+    """PNDM, DDIM and DDPM of one configuration share alphas_cumprod."""
+    looked = module("pipelines").look(SimpleNamespace(
+        pretrained_model_name_or_path=str(made / "base"), revision=None, variant=None,
+        resolution=None))  # fmt: skip
+    theirs = DDIMScheduler.from_pretrained(made / "base", subfolder="scheduler")
+    assert torch.equal(looked.scheduler.alphas_cumprod, theirs.alphas_cumprod)
+    assert looked.latents == (4, 8, 8)
+    assert looked.resolution == 16
