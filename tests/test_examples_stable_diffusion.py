@@ -225,6 +225,7 @@ def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path
     torch.testing.assert_close(latents[2:], expected)
 
 
+@pytest.mark.slow
 def test_two_processes(made, tmp_path):
     command = unlearn(made, tmp_path / "o", "--cpu", "--mixed_precision", "bf16", "--method",
                       "ebu", "--remember_loss", "distill", "--train_modules", "lora",
@@ -354,6 +355,29 @@ def test_validation_draws_what_the_pipeline_draws(made, parts):
         ).images[0]
         difference = found[i].permute(1, 2, 0).numpy().astype(int) - (pixels * 255).round()
         assert np.abs(difference).max() <= 1
+
+
+def test_validation_images_go_to_the_trackers(tmp_path):
+    logged = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log_images(self, values, step, **kwargs):
+            logged.append((self.name, values["validation"].shape, step, kwargs))
+
+    images = torch.arange(4 * 3 * 2 * 2, dtype=torch.uint8).view(4, 3, 2, 2)
+    accelerator = SimpleNamespace(trackers=[Tracker("tensorboard"), Tracker("wandb")])
+    args = SimpleNamespace(output_dir=tmp_path, num_validation_images=2)
+    module("validation").write(args, accelerator, images, 7)
+    shape = (4, 2, 2, 3)
+    assert logged == [("tensorboard", shape, 7, {"dataformats": "NHWC"}), ("wandb", shape, 7, {})]
+    grid = np.asarray(Image.open(tmp_path / "validation" / "step_00000007.png"))
+    assert grid.shape == (4, 4, 3)  # two prompts below one another, two images of each
+    for i in range(4):
+        y, x = 2 * (i // 2), 2 * (i % 2)
+        assert (grid[y : y + 2, x : x + 2] == images[i].permute(1, 2, 0).numpy()).all()
 
 
 def names(kind: str, unet) -> set[str]:

@@ -84,14 +84,16 @@ def passes(args: argparse.Namespace, prompts: Prompts) -> int:
     return number * args.num_inference_steps * 2
 
 
-def embeddings(args: argparse.Namespace, folder: Path, tokenizer: Any, texts: list[str]) -> Tensor:
+def embeddings(
+    args: argparse.Namespace, folder: Path, tokenizer: Any, texts: list[str], device: Any
+) -> Tensor:
     """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
     from transformers import CLIPTextModel
 
     files = weights(folder, "text_encoder", args.variant)
     path = args.sets_dir / f"text-{_digest(texts, _content(files))}.safetensors"
     if not path.exists():
-        encoder = load(CLIPTextModel, folder / "text_encoder", args.variant)
+        encoder = load(CLIPTextModel, folder / "text_encoder", args.variant).to(device)
         save_tensors(path, {"embeddings": encode(texts, tokenizer, encoder)}, {})
     return load_tensors(path)[0]["embeddings"]
 

@@ -72,7 +72,7 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
     for template in args.forget_templates:
         if template.count("{}") != 1:
             raise InputError(f'--forget_templates needs one "{{}}" in each; got {template!r}')
-    forget = list(dict.fromkeys(t.format(c) for c in concepts for t in args.forget_templates))
+    forget = [t.replace("{}", c) for c in concepts for t in args.forget_templates]
     surrogate = read(args.surrogate_prompt, "--surrogate_prompt")
     remember = read(args.remember_prompts, "--remember")
     shown = args.validation_prompts or [forget[0], *remember[:3]]
@@ -104,6 +104,7 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
         )
     texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown)))
     number = {t: i for i, t in enumerate(texts)}
+    forget = list(dict.fromkeys(forget))
     parts = [[number[t] for t in part] for part in (forget, surrogate, remember, shown)]
     return Prompts(texts, *parts[:3], number[""], parts[3])
 

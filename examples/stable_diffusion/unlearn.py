@@ -111,7 +111,7 @@ def main() -> None:
         unet = pipelines.load(UNet2DConditionModel, folder / "unet", args.variant)
         base = model_hash(unet)
         with accelerator.main_process_first():
-            table = cache.embeddings(args, folder, looked.tokenizer, texts.texts)
+            table = cache.embeddings(args, folder, looked.tokenizer, texts.texts, device)
             with accelerator.autocast():
                 made = cache.make(args, looked, folder, texts, unet.to(device), table, base, device)
             modules.choose(unet, args)

@@ -67,4 +67,6 @@ def write(args: argparse.Namespace, accelerator: Any, images: Tensor, step: int)
     Image.fromarray(rows.flatten(0, 1).flatten(1, 2).contiguous().numpy()).save(path)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": images.permute(0, 2, 3, 1).numpy()}, step=step)
+            pixels = images.permute(0, 2, 3, 1).numpy()
+            order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": pixels}, step=step, **order)
