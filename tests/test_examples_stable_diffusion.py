@@ -129,6 +129,8 @@ RUNS = {
                "--gradient_accumulation_steps", 2], "attn2."),
     "esd": (["--train_modules", "esd-x-strict"], ("attn2.to_k.", "attn2.to_v.")),
     "gradient_ascent": (["--gradient_checkpointing"], "attn2."),
+    "ebu_replaced": (["--adversarial_conditions", 1, "--adversarial_share", 1, "--remember_loss",
+                      "crossed", "--crossed_own_share", 1], "attn2."),
 }  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def test_v_prediction(options, made, tmp_path):
 
 
 def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
-    both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--method", "ebu"]
+    both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--adversarial_conditions", 1]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(*unlearn(made, whole, *both, pictures=True))
     first = unlearn(made, parts, *both, pictures=True)

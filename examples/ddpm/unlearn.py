@@ -20,6 +20,7 @@ import data
 import method_options
 import prepare
 import training
+import unlearn_losses
 from ema import Ema, averaged
 from models import WEIGHTS, load_classifier, load_unet, parameter_bytes
 from sources import InputError
@@ -41,27 +42,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--forget", nargs="+", help="classes, by number or name; default: as prepared")
     add("--replay_classes", nargs="+", help="default: as prepared")
     add("--surrogate", choices=("uniform", "gaussian", "analytic", "null_class"), default="uniform")
-    add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
-    add(
-        "--adversarial_conditions",
-        type=int,
-        default=0,
-        help="in the forget loss, e.g. 4; needs real\n"
-        "images of the class: forgets deeper, for a forward and backward pass more a step",
-    )
-    add("--adversarial_share", type=float, default=0.06, help="of the forget batch that they get")
-    add(
-        "--crossed_own_share",
-        type=float,
-        default=0.0,
-        help="of a batch of --remember crossed: real\n"
-        "images of the class to forget, under kept conditions",
-    )
-    add("--remember", choices=("replay", "distill", "crossed"), default="replay")
     add(
         "--remember_data", choices=("replay", "real"), help="default: real for retrain, else replay"
     )
-    add("--reduction", choices=("sum", "mean"), default="sum")
     add("--start_from", choices=WEIGHTS, default="trained", help="that are trained and anchored")
     add("--use_ema", action="store_true", help="save the average of the weights as unet_ema too")
     add("--ema_decay", type=float, default=0.9999)
@@ -79,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--validation_pictures", type=int, default=0,
         help="so many of each class go into pictures.safetensors every --validation_steps",
     )  # fmt: skip
+    unlearn_losses.add_arguments(parser, "--remember")
     # SPM's adapter is for transformer blocks
     method_options.add_arguments(
         parser, ("ebu", *(m for m in methods if methods[m].forgets != "adapter")), "prepared"
@@ -101,17 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.entropy_classifier and not args.classifier:
         raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
-    if args.adversarial_conditions < 0 or args.adversarial_conditions > args.train_batch_size:
-        raise InputError(
-            f"--adversarial_conditions must be 0 to --train_batch_size ({args.train_batch_size}); "
-            f"got {args.adversarial_conditions}"
-        )
-    if not 0 < args.adversarial_share <= 1:
-        raise InputError(f"--adversarial_share must be in (0, 1]; got {args.adversarial_share}")
-    if not 0 <= args.crossed_own_share <= 1:
-        raise InputError(f"--crossed_own_share must be in [0, 1]; got {args.crossed_own_share}")
-    if args.crossed_own_share and args.remember != "crossed":
-        raise InputError("--crossed_own_share needs --remember crossed")
+    unlearn_losses.check(args)
     if args.sample_weights == "ema" and not args.use_ema:
         raise InputError("--sample_weights ema needs --use_ema")
     return args

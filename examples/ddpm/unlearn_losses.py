@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from data import Batches
 from diffusers import DDIMScheduler
+from sources import InputError
 from torch import Tensor
 
 from ebu_optim._modules import evaluating
@@ -28,6 +29,41 @@ from ebu_optim.diffusion import (
     noisy_condition,
     surrogate_noise,
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str = "sum") -> None:
+    """Args:
+    remember: what the option is called that chooses the remember loss, ``args.remember``.
+    """
+    add = parser.add_argument_group("losses").add_argument
+    add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
+    add(
+        "--adversarial_conditions", type=int, default=0,
+        help="in the forget loss, e.g. 4; needs\n"
+        "images of the class: forgets deeper, for a forward and backward pass more a step",
+    )  # fmt: skip
+    add("--adversarial_share", type=float, default=0.06, help="of the forget batch that they get")
+    add(
+        "--crossed_own_share", type=float, default=0.0,
+        help="of a batch of crossed distillation: images of\n"
+        "the class to forget, under kept conditions",
+    )  # fmt: skip
+    add(remember, dest="remember", choices=("replay", "distill", "crossed"), default="replay")
+    add("--reduction", choices=("sum", "mean"), default=reduction, help="over C, H, W")
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.adversarial_conditions < 0 or args.adversarial_conditions > args.train_batch_size:
+        raise InputError(
+            f"--adversarial_conditions must be 0 to --train_batch_size ({args.train_batch_size}); "
+            f"got {args.adversarial_conditions}"
+        )
+    if not 0 < args.adversarial_share <= 1:
+        raise InputError(f"--adversarial_share must be in (0, 1]; got {args.adversarial_share}")
+    if not 0 <= args.crossed_own_share <= 1:
+        raise InputError(f"--crossed_own_share must be in [0, 1]; got {args.crossed_own_share}")
+    if args.crossed_own_share and args.remember != "crossed":
+        raise InputError("--crossed_own_share needs crossed distillation as the remember loss")
 
 
 def needs_own_images(args: argparse.Namespace) -> str | None:

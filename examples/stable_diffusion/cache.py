@@ -149,7 +149,7 @@ def _kinds(
     if method.forgets == "surrogate" and args.surrogate not in NOISE:
         labels = prompts.surrogate if args.surrogate == "prompt" else []
         kinds["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
-    if needs_own_images(args.method):
+    if needs_own_images(args):
         kinds["own"] = (args.forget_images, prompts.forget, args.forget_dir)
     if "remember" in method.build.func.needs and method.forgets != "adapter":  # type: ignore
         kinds["replay"] = (args.replay_images, prompts.remember, None)

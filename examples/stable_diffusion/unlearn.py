@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ import prompts  # noqa: E402
 import save  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
+import unlearn_losses  # noqa: E402
 import validation  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 from losses import Losses  # noqa: E402
 from sources import InputError  # noqa: E402
-from unlearn_losses import needs_teacher  # noqa: E402
 from unlearn_report import settings  # noqa: E402
 
 from ebu_optim.baselines import SalUn, methods  # noqa: E402
@@ -52,7 +53,7 @@ LEARNING_RATE = {"spm": 1e-4}
 UNCLIPPED = ("esd", "spm")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -60,17 +61,11 @@ def parse() -> argparse.Namespace:
     prompts.add_arguments(parser)
     method_options.add_arguments(parser, METHODS, "estimate")
     modules.add_arguments(parser)
-    add = parser.add_argument_group("losses").add_argument
-    add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
-    add(
-        "--remember_loss", dest="remember", choices=("replay", "distill", "crossed"),
-        default="replay",
-    )  # fmt: skip
-    add("--reduction", choices=("sum", "mean"), default="mean")
+    unlearn_losses.add_arguments(parser, "--remember_loss", reduction="mean")
     for part in (cache, validation, save):
         part.add_arguments(parser)
     training.add_arguments(parser, train_batch_size=1, learning_rate=None, max_grad_norm=None)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     method_options.check(args, ALIASES)
     args.method_options = {**PUBLISHED.get(args.method, {}), **args.method_options}
     if args.learning_rate is None:
@@ -86,17 +81,20 @@ def parse() -> argparse.Namespace:
         args.train_modules = "xattn"
     if args.rank < 1:
         raise InputError(f"--rank must be >= 1; got {args.rank}")
-    for part in (cache, validation, save):
+    for part in (unlearn_losses, cache, validation, save):
         part.check(args)
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
     looked = pipelines.look(args)
     texts = prompts.collect(args, looked.tokenizer)
     accelerator = training.new_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
+    if args.mixed_precision not in save.DTYPES:
+        raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
     cost = memory.count(args, looked.unet, looked.latents, looked.tokenizer.model_max_length)
     say(accelerator, args, texts, cost)
     whole = 6 * (cost.trained + cost.frozen)  # the UNet with VAE and text encoder
@@ -105,31 +103,13 @@ def main() -> None:
         args, accelerator, "unlearn_text_to_image", size=size, parts=(*save.FOLDERS, "validation"),
         result=whole if args.save_as == "pipeline" else size,
     ) as run:  # fmt: skip
-        device, dtype = accelerator.device, save.DTYPES[args.mixed_precision]
-        with accelerator.main_process_first():
-            folder = pipelines.fetch(args)
-        unet = pipelines.load(UNet2DConditionModel, folder / "unet", args.variant)
-        base = model_hash(unet)
-        with accelerator.main_process_first():
-            table = cache.embeddings(args, folder, looked.tokenizer, texts.texts, device)
-            with accelerator.autocast():
-                made = cache.make(args, looked, folder, texts, unet.to(device), table, base, device)
-            modules.choose(unet, args)
-            raw = modules.Prompted(unet, table).to(device)
-            source = method_options.fisher_source(args, "estimate")
-            fisher = "online" if source == "online" else None
-            if source == "estimate":
-                fisher = cache.fisher(args, made, looked.scheduler, raw, base)
-        if dtype != torch.float32:
-            modules.halve_frozen(unet, dtype)
-        if args.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+        folder, base, made, raw, fisher = learn_from(args, accelerator, looked, texts)
         trained = list(raw.trained().values())
-        opt = method_options.build(
-            args, trained, fisher, {p: p.detach() for p in trained} if needs_teacher(args) else None
-        )
-        teacher = None
-        if needs_teacher(args):
+        teacher, anchor = None, None
+        if unlearn_losses.needs_teacher(args):
+            anchor = {p: p.detach() for p in trained}
+        opt = method_options.build(args, trained, fisher, anchor)
+        if anchor:
             teacher = anchored(raw, opt if opt.anchors() else modules.Theta0(raw))
         schedule = training.new_schedule(args, opt)
         model, optimizer = accelerator.prepare(raw.train(), opt)
@@ -139,9 +119,12 @@ def main() -> None:
         # whatever making the sets drew, and whether they were there already
         set_seed(args.seed, device_specific=True)
         done: dict[str, Any] = {"seconds": 0.0, "base": base}
-        begin = run.resume(
-            {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done}
-        )
+        objects = {
+            "trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done,
+        }  # fmt: skip
+        if losses.adversary is not None:
+            objects["adversary"] = losses.adversary
+        begin = run.resume(objects)
         if done["base"] != base:
             raise InputError(
                 f"--resume_from_checkpoint: the run is of a model of hash {done['base']}, "
@@ -174,6 +157,32 @@ def main() -> None:
             report = describe(args, texts, cost, base, opt, done)
             print(f"saved {save.save(args, raw, folder, report)}")
         accelerator.wait_for_everyone()
+
+
+def learn_from(
+    args: argparse.Namespace, accelerator: Any, looked: pipelines.Looked, texts: prompts.Prompts
+) -> tuple[Path, str, cache.Made, modules.Prompted, Any]:
+    """The base's folder and hash, the sets, the model with what is trained chosen, and its F. The
+    main process makes what is not there yet, the others read it."""
+    device, dtype = accelerator.device, save.DTYPES[args.mixed_precision]
+    with accelerator.main_process_first():
+        folder = pipelines.fetch(args)
+    unet = pipelines.load(UNet2DConditionModel, folder / "unet", args.variant)
+    base = model_hash(unet)
+    with accelerator.main_process_first():
+        table = cache.embeddings(args, folder, looked.tokenizer, texts.texts, device)
+        with accelerator.autocast():
+            made = cache.make(args, looked, folder, texts, unet.to(device), table, base, device)
+        modules.choose(unet, args)
+        raw = modules.Prompted(unet, table).to(device)
+        fisher = method_options.fisher_source(args, "estimate")
+        if fisher == "estimate":
+            fisher = cache.fisher(args, made, looked.scheduler, raw, base)
+    if dtype != torch.float32:
+        modules.halve_frozen(unet, dtype)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return folder, base, made, raw, None if fisher == "none" else fisher
 
 
 def instead(args: argparse.Namespace) -> str:
