@@ -65,9 +65,22 @@ def test_python_blocks_run(page, tmp_path):
         from .inception import random_weights
 
         namespace["weights"] = random_weights(tmp_path / "inception.pth")
+    if page.name == "stable_diffusion.md":
+        namespace |= text_to_image(tmp_path)
     with one_process() if page.name == "processes.md" else nullcontext():
         for code in blocks(page, "python"):
             exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
+
+
+def text_to_image(folder: Path) -> dict[str, object]:
+    pytest.importorskip("transformers", reason="transformers comes with the extra examples")
+    from diffusers import StableDiffusionPipeline
+
+    from .text_to_image import pipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline(folder / "base"))
+    latents = torch.randn(2, 1, 4, 8, 8)
+    return {"pipe": pipe, "surrogate_latents": latents, "replay_latents": latents.flip(0)}
 
 
 @contextmanager

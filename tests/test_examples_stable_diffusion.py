@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from .text_to_image import LENGTH, pipeline
 ROOT = Path(__file__).parent.parent
 FOLDERS = [ROOT / "examples" / name for name in ("stable_diffusion", "ddpm")]
 SCRIPT = FOLDERS[0] / "unlearn.py"
+PAGE = ROOT / "docs" / "stable_diffusion.md"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -461,6 +463,14 @@ def test_the_papers_setting_fits_16_gb_and_the_full_unet_40():
     # weights, two gradients, two moments, theta0, F
     assert full.total - full.rows["activations"] == 7 * 4 * 859_520_964
     assert full.total + 2**30 < 40e9
+    rows = (
+        line.split("|")
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| `ebu`, `sa`: ")
+    )
+    said = {cells[1].strip(): float(cells[2]) for cells in rows}
+    for name, cost in (("xattn", paper), ("full", full)):
+        assert said[f"`ebu`, `sa`: {name}"] == round(cost.total / 2**30, 1)
     less = count(options(gradient_checkpointing=True), SD14, (4, 64, 64), 77)
     assert less.rows["activations"] < paper.rows["activations"] / 2
     joint = count(options(method="joint"), SD14, (4, 64, 64), 77)
@@ -665,3 +675,13 @@ def test_a_scheduler_of_the_pipeline_and_ours_have_the_same_noise(made):
     assert torch.equal(looked.scheduler.alphas_cumprod, theirs.alphas_cumprod)
     assert looked.latents == (4, 8, 8)
     assert looked.resolution == 16
+
+
+def test_the_guide_names_real_options():
+    files = [*FOLDERS[0].glob("*.py"), *(FOLDERS[1] / f"{n}.py" for n in ("training", "sources"))]
+    files += [FOLDERS[1] / f"{n}.py" for n in ("method_options", "unlearn_losses")]
+    code = "\n".join(f.read_text() for f in files)
+    code += "".join(f'"--{n}"' for n in ("alpha", "delta", "gamma"))  # from a loop over names
+    named = set(re.findall(r"--([a-z_]+)", PAGE.read_text()))
+    assert len(named) > 25
+    assert [n for n in named if f'"--{n}"' not in code] == []
