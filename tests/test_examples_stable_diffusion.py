@@ -130,7 +130,8 @@ RUNS = {
     "salun": (["--surrogate_prompt", "dog", "--remember", "a red car",
                "--gradient_accumulation_steps", 2], "attn2."),
     "esd": (["--train_modules", "esd-x-strict"], ("attn2.to_k.", "attn2.to_v.")),
-    "gradient_ascent": (["--gradient_checkpointing"], "attn2."),
+    "gradient_ascent": (["--gradient_checkpointing", "--method_options",
+                         '{"remember_weight": 0.1}'], "attn2."),
     "ebu_replaced": (["--adversarial_conditions", 1, "--adversarial_share", 1, "--remember_loss",
                       "crossed", "--crossed_own_share", 1], "attn2."),
 }  # fmt: skip
@@ -447,7 +448,8 @@ def options(**given) -> SimpleNamespace:
     usual = {
         "method": "ebu_added", "train_modules": "xattn", "mixed_precision": "no", "fisher": None,
         "train_batch_size": 1, "gradient_checkpointing": False, "remember": "replay", "seed": 0,
-        "method_options": {}, "alpha": None, "delta": None, "gamma": None,
+        "method_options": {}, "alpha": None, "delta": None, "gamma": None, "learning_rate": 1e-5,
+        "max_grad_norm": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**{**usual, **given})
 
@@ -573,6 +575,8 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--surrogate folder and --surrogate_dir go together": ["--surrogate", "folder"],
         "no image (": ["--surrogate", "folder", "--surrogate_dir", tmp_path / "mine"],
         "--fisher_timesteps must be even": ["--fisher_timesteps", 3],
+        "--method salun: remember_weight": [
+            "--method", "salun", "--method_options", '{"remember_weight": -1}'],
         "--method joint has no option alpha": ["--method", "joint", "--alpha", 0.5],
         "--alpha must be in [0, 1]; got 2.0": ["--alpha", 2],
         "--guided_steps must be >= 2": ["--guided_steps", 1],

@@ -55,6 +55,13 @@ def check(args: argparse.Namespace, aliases: Mapping[str, str]) -> None:
     for name in _options(args):
         if name not in known or name in fixed:
             raise InputError(f"--method {args.method} has no option {name} to set")
+    needs(args)  # numbers that the method itself refuses
+
+
+def needs(args: argparse.Namespace) -> tuple[str, ...]:
+    """The phases of the method with its options; `build` on one number says."""
+    number = torch.nn.Parameter(torch.zeros(1))
+    return build(args, [number], None if args.fisher == "none" else "online").needs
 
 
 def fisher_source(args: argparse.Namespace, estimated: str) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from method_options import needs
 from modules import Prompted
 from pipelines import Looked, load, weights
 from prompts import Prompts, encode
@@ -125,7 +126,7 @@ def make(
 
 def fisher(args: argparse.Namespace, made: Made, scheduler: Any, model: Prompted, base: str) -> Any:
     """F of the trained weights over the replay set, by parameter of `model`."""
-    latents, labels = made.replay  # type: ignore[misc]
+    latents, labels = made.replay
     rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
     rows = rows[: args.fisher_images]
     batches = FisherBatches(
@@ -151,7 +152,7 @@ def _kinds(
         kinds["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
     if needs_own_images(args):
         kinds["own"] = (args.forget_images, prompts.forget, args.forget_dir)
-    if "remember" in method.build.func.needs and method.forgets != "adapter":  # type: ignore
+    if "remember" in needs(args) and method.forgets != "adapter":
         kinds["replay"] = (args.replay_images, prompts.remember, None)
     return kinds
 

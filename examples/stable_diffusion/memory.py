@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from diffusers import UNet2DConditionModel
 from losses import ANCHORS
-from method_options import fisher_source
+from method_options import fisher_source, needs
 from modules import Prompted, choose
 from torch import Tensor, nn
 from unlearn_losses import needs_teacher
@@ -59,7 +59,6 @@ def count(
     for p in unet.parameters():
         sizes[p.requires_grad] += p.numel()
     trained, frozen = sizes[True], sizes[False]
-    needs = methods[args.method].build.func.needs  # type: ignore[attr-defined]
     penalty = methods[args.method].build.keywords.get("penalty") != "none"
     held = fisher_source(args, "estimate") is not None and penalty and args.fisher != "none"
     mask = args.method == "salun"
@@ -67,7 +66,7 @@ def count(
         "frozen weights": frozen * (2 if half else 4),
         "trained weights": trained * 4,
         "16-bit copies (autocast)": trained * 2 if half else 0,
-        "gradients": trained * 4 * len(needs),
+        "gradients": trained * 4 * len(needs(args)),
         "Adam's moments": trained * 8,
         "theta0": trained * 4 if held or needs_teacher(args) else 0,
         "F": trained * 4 if held else 0,

@@ -66,13 +66,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         part.add_arguments(parser)
     training.add_arguments(parser, train_batch_size=1, learning_rate=None, max_grad_norm=None)
     args = parser.parse_args(argv)
-    method_options.check(args, ALIASES)
-    args.method_options = {**PUBLISHED.get(args.method, {}), **args.method_options}
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATE.get(args.method, 1e-5)
     if args.max_grad_norm is None:
         args.max_grad_norm = 0.0 if args.method in UNCLIPPED else 1.0
     training.check(args)
+    method_options.check(args, ALIASES)
+    args.method_options = {**PUBLISHED.get(args.method, {}), **args.method_options}
     if args.method == "spm" and args.train_modules is not None:
         raise InputError(
             f"--train_modules {args.train_modules}: SPM trains adapters of its own; leave it out"
