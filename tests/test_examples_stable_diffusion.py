@@ -262,7 +262,10 @@ def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(meth
         succeed(*unlearn(made, tmp_path / kind, *options, "--save_as", kind))
     base = StableDiffusionPipeline.from_pretrained(made / "base")
     before = drawn(base)
-    base.load_lora_weights(tmp_path / "lora" / "lora")
+    # by name: older versions of diffusers look it up on the hub
+    base.load_lora_weights(
+        tmp_path / "lora" / "lora", weight_name="pytorch_lora_weights.safetensors"
+    )
     found = drawn(base)
     assert np.abs(found - before).max() > 1e-3
     whole = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline" / "pipeline")

@@ -47,7 +47,9 @@ def load(pipe: Any, folders: list[Path]) -> list[Erased]:
     for i, folder in enumerate(folders):
         try:
             erased = json.loads((folder / "unlearn.json").read_text())["forget"]
-            pipe.load_lora_weights(folder, adapter_name=f"erased_{i}")
+            pipe.load_lora_weights(
+                folder, weight_name="pytorch_lora_weights.safetensors", adapter_name=f"erased_{i}"
+            )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"--adapters {folder} is no adapter of unlearn.py for this model: {error}"
