@@ -230,6 +230,24 @@ def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path
     torch.testing.assert_close(latents[2:], expected)
 
 
+def test_a_variant_in_16_bits_at_another_resolution(made, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(made / "base")
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.half()
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half" / "unet").glob("diffusion_pytorch_model.safetensors"))
+    command = unlearn(made, tmp_path / "o", "--variant", "fp16", "--resolution", 24,
+                      "--sets_dir", tmp_path / "sets", pictures=True)  # fmt: skip
+    command[1] = tmp_path / "half"
+    succeed(*command)
+    latents = load_tensors(next((tmp_path / "sets").glob("replay-*")))[0]["images"]
+    assert latents.shape == (4, 4, 12, 12)
+    assert Image.open(tmp_path / "o" / "validation" / "step_00000002.png").size == (24, 4 * 24)
+    a, b = weights(tmp_path / "o" / "pipeline"), weights(made / "base")
+    assert all(t.dtype == torch.float32 for t in a.values())
+    assert all(torch.equal(a[n], b[n].half().float()) for n in a if "attn2" not in n)
+
+
 @pytest.mark.slow
 def test_two_processes(made, tmp_path):
     command = unlearn(made, tmp_path / "o", "--cpu", "--mixed_precision", "bf16", "--method",

@@ -127,7 +127,7 @@ def partly_denoised(
             instead of ``scheduler.timesteps[k]``.
 
     Returns:
-        x_t (n, *shape) and t (n,) int64.
+        x_t (n, C, H, W) and t (n,) int64.
     """
     if not 0 <= earliest < num_inference_steps:
         raise ValueError(
