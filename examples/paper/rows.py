@@ -19,6 +19,7 @@ OTHERS = ("fine_tune", "gradient_ascent", "erasediff", "retrain")
 ABLATIONS = tuple(m for m in methods if m.startswith("ebu_") and m not in EBU)
 
 RATES = (1e-4, 3e-4)
+DEEP_RATES = (2e-4, 3e-4)  # they fall to 0 on a cosine there
 #: Six trials a method, from which a seed that is not reported chooses: (its option, values), each
 #: with both learning rates; where there is none, six learning rates.
 GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -51,13 +52,14 @@ class Choice(NamedTuple):
         return ["--learning_rate", self.learning_rate, *options]
 
 
-def trials(method: str) -> list[Choice]:
+def trials(method: str, loss: str) -> list[Choice]:
     name, values = GRIDS[method]
     if name == "learning_rate":
         return [Choice(v, {}) for v in values]
+    rates = DEEP_RATES if loss == "deep" else RATES
     # on this scale of F the same strengths suit every loss and every Fisher
     scale = {"fisher_scale": "unit"} if method == "selective_amnesia" else {}
-    return [Choice(lr, {name: v, **scale}) for v in values for lr in RATES]
+    return [Choice(lr, {name: v, **scale}) for v in values for lr in rates]
 
 
 def tuned(setting: Setting, method: str) -> Choice:

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 from runs import Command, Run, command
 
-LOSSES = ("replay", "distill", "crossed")
+#: What is remembered by, and for "deep" also forgotten by, as options of unlearn.py.
+LOSSES: dict[str, tuple[Any, ...]] = {
+    "replay": ("--remember", "replay"),
+    "distill": ("--remember", "distill"),
+    "crossed": ("--remember", "crossed"),
+    "deep": (
+        "--remember", "crossed", "--crossed_own_share", 0.5, "--adversarial_conditions", 4,
+        "--lr_scheduler", "cosine",
+    ),
+}  # fmt: skip
 JUDGED = ("--sample_batch_size", 250)
 
 
@@ -196,7 +205,7 @@ class Setting:
 
     def run(
         self, name: str, method: str, *, seed: int, steps: int = 200, flags: Sequence[Any] = (),
-        trial: bool = False, loss: str | None = None,
+        trial: bool = False,
     ) -> Run:  # fmt: skip
         """A method unlearned and evaluated; `flags` are options of unlearn.py. A `trial` of tuning
         has no curve and is attacked by 100 steps of inversion alone."""
@@ -204,7 +213,7 @@ class Setting:
         unlearn = self._command(
             "unlearn",
             ("--pretrained_model_name_or_path", self.base.folder, "--prepared_dir",
-             self.sets.folder, "--method", method, "--remember", loss or self.loss, "--seed", seed,
+             self.sets.folder, "--method", method, *LOSSES[self.loss], "--seed", seed,
              "--max_train_steps", steps, *w.unlearn, *flags,
              *(() if trial else ("--classifier", self.reject.folder))),
             f"models/{name}-s{seed}", data=method == "retrain",
