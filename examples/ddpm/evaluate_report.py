@@ -10,8 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebu_optim.baselines import methods
 from ebu_optim.metrics import versions
 from ebu_optim.metrics.protocol import CLASS_WISE
+
+
+def forget_loss(made: Mapping[str, Any]) -> str:
+    """The forget loss of unlearn.py's run, in words."""
+    said = made["options"]
+    kind = methods[made["method"]].forgets if said["forget_loss"] == "None" else said["forget_loss"]
+    words = {
+        None: "none", "surrogate": f"denoising of the surrogate {said['surrogate']}",
+        "own": "denoising of the class's real images",
+        "relabel": "the next kept class's prediction, on the class's real images",
+        "guidance": f"ESD's, {said['esd_variant']}",
+    }  # fmt: skip
+    found = f"{words[kind]}; noise on the condition {said['condition_noise']}"
+    if int(said["adversarial_conditions"]):
+        found += (
+            f"; {said['adversarial_share']} of the batch under {said['adversarial_conditions']} "
+            "embeddings that an adversary trains"
+        )
+    return found
 
 
 def protocol(
@@ -40,9 +60,11 @@ def protocol(
             f"{said['gradient_accumulation_steps']}",
             "optimizer": "Adam",
             "learning_rate": f"{said['learning_rate']}, {said['lr_scheduler']}",
-            "forget_loss": f"surrogate {said['surrogate']}, noise on the condition "
-            f"{said['condition_noise']}",
-            "remember_loss": said["remember"], "reduction": said["reduction"],
+            "forget_loss": forget_loss(made),
+            "remember_loss": said["remember"] + (
+                f", {said['crossed_own_share']} of the images real ones of the forgotten class"
+                if float(said["crossed_own_share"]) else ""
+            ), "reduction": said["reduction"],
             "timesteps": "antithetic", "condition_dropout": "0",
             "dropout": "train mode", "clipping": said["max_grad_norm"],
             "trained": "the class embedding" if made["method"] == "embedding_only" else "all",

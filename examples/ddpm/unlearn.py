@@ -40,6 +40,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prepared_dir", type=Path, required=True, help="made by prepare.py")
     add("--forget", nargs="+", help="classes, by number or name; default: as prepared")
     add("--replay_classes", nargs="+", help="default: as prepared")
+    add(
+        "--forget_loss", choices=("surrogate", "relabel"),
+        help="relabel: SalUn's, on real images of the class; default: the method's own",
+    )  # fmt: skip
     add("--surrogate", choices=("uniform", "gaussian", "analytic", "null_class"), default="uniform")
     add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
     add(
@@ -112,6 +116,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--crossed_own_share must be in [0, 1]; got {args.crossed_own_share}")
     if args.crossed_own_share and args.remember != "crossed":
         raise InputError("--crossed_own_share needs --remember crossed")
+    if args.forget_loss and methods[args.method].forgets not in ("surrogate", "relabel"):
+        raise InputError(f"--forget_loss: {args.method} has a forget loss of its own")
     if args.sample_weights == "ema" and not args.use_ema:
         raise InputError("--sample_weights ema needs --use_ema")
     return args

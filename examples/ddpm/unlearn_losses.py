@@ -32,14 +32,14 @@ from ebu_optim.diffusion import (
 
 def needs_own_images(args: argparse.Namespace) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
-    if _forgets_own(args.method):
-        return f"--method {args.method}"
+    if _kind(args) in ("own", "relabel"):
+        return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
     given = [n for n in ("adversarial_conditions", "crossed_own_share") if getattr(args, n)]
     return f"--{given[0]}" if given else None
 
 
-def _forgets_own(method: str) -> bool:
-    return methods[method].forgets in ("own", "relabel")
+def _kind(args: argparse.Namespace) -> str | None:
+    return args.forget_loss or methods[args.method].forgets
 
 
 def needs_teacher(args: argparse.Namespace) -> bool:
@@ -66,7 +66,7 @@ class Losses:
     ) -> None:  # fmt: skip
         self.args, self.model, self.raw, self.teacher = args, model, raw, teacher
         self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
-        self.kind = methods[args.method].forgets
+        self.kind = _kind(args)
         self.classes = raw.config.num_class_embeds - 1
         shared = {
             "process": accelerator.process_index, "processes": accelerator.num_processes,
@@ -85,7 +85,7 @@ class Losses:
                 raw, raw.class_embedding, scheduler, count=args.adversarial_conditions,
                 share=args.adversarial_share, seed=args.seed,
             )  # fmt: skip
-        source = made.own if _forgets_own(args.method) else None
+        source = made.own if self.kind in ("own", "relabel") else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own = source and Batches(*source, args.train_batch_size, seed=args.seed + 1, **shared)
         self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
