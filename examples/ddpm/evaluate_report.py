@@ -25,13 +25,7 @@ def forget_loss(made: Mapping[str, Any]) -> str:
         "relabel": "the next kept class's prediction, on the class's real images",
         "guidance": f"ESD's, {said['esd_variant']}",
     }  # fmt: skip
-    found = f"{words[kind]}; noise on the condition {said['condition_noise']}"
-    if int(said["adversarial_conditions"]):
-        found += (
-            f"; {said['adversarial_share']} of the batch under {said['adversarial_conditions']} "
-            "embeddings that an adversary trains"
-        )
-    return found
+    return f"{words[kind]}; noise on the condition {said['condition_noise']}"
 
 
 def protocol(
@@ -61,10 +55,7 @@ def protocol(
             "optimizer": "Adam",
             "learning_rate": f"{said['learning_rate']}, {said['lr_scheduler']}",
             "forget_loss": forget_loss(made),
-            "remember_loss": said["remember"] + (
-                f", {said['crossed_own_share']} of the images real ones of the forgotten class"
-                if float(said["crossed_own_share"]) else ""
-            ), "reduction": said["reduction"],
+            "remember_loss": said["remember"], "reduction": said["reduction"],
             "timesteps": "antithetic", "condition_dropout": "0",
             "dropout": "train mode", "clipping": said["max_grad_norm"],
             "trained": "the class embedding" if made["method"] == "embedding_only" else "all",

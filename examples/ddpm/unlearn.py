@@ -46,21 +46,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--surrogate", choices=("uniform", "gaussian", "analytic", "null_class"), default="uniform")
     add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
-    add(
-        "--adversarial_conditions",
-        type=int,
-        default=0,
-        help="in the forget loss, e.g. 4; needs real\n"
-        "images of the class: forgets deeper, for a forward and backward pass more a step",
-    )
-    add("--adversarial_share", type=float, default=0.06, help="of the forget batch that they get")
-    add(
-        "--crossed_own_share",
-        type=float,
-        default=0.0,
-        help="of a batch of --remember crossed: real\n"
-        "images of the class to forget, under kept conditions",
-    )
     add("--remember", choices=("replay", "distill", "crossed"), default="replay")
     add(
         "--remember_data", choices=("replay", "real"), help="default: real for retrain, else replay"
@@ -105,17 +90,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.entropy_classifier and not args.classifier:
         raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
-    if args.adversarial_conditions < 0 or args.adversarial_conditions > args.train_batch_size:
-        raise InputError(
-            f"--adversarial_conditions must be 0 to --train_batch_size ({args.train_batch_size}); "
-            f"got {args.adversarial_conditions}"
-        )
-    if not 0 < args.adversarial_share <= 1:
-        raise InputError(f"--adversarial_share must be in (0, 1]; got {args.adversarial_share}")
-    if not 0 <= args.crossed_own_share <= 1:
-        raise InputError(f"--crossed_own_share must be in [0, 1]; got {args.crossed_own_share}")
-    if args.crossed_own_share and args.remember != "crossed":
-        raise InputError("--crossed_own_share needs --remember crossed")
     if args.forget_loss and methods[args.method].forgets not in ("surrogate", "relabel"):
         raise InputError(f"--forget_loss: {args.method} has a forget loss of its own")
     if args.sample_weights == "ema" and not args.use_ema:
@@ -174,9 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done: dict[str, Any] = {"seconds": 0.0, "curve": [], "pictures": {}}
         objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
         losses = Losses(args, made, model, raw, teacher, scheduler, accelerator, kept)
-        more = {"ema": ema, "adversary": losses.adversary}
-        objects |= {k: v for k, v in more.items() if v is not None}
-        begin = run.resume(objects)
+        begin = run.resume({**objects, "ema": ema} if ema else objects)
         say(accelerator, args, made, classes, ema)
         if isinstance(opt, SalUn) and not begin:
             opt.make_mask(losses.for_mask())

@@ -21,7 +21,6 @@ from ebu_optim.baselines import (
     relabel_loss,
 )
 from ebu_optim.diffusion import (
-    Adversary,
     denoising_loss,
     distillation_loss,
     gaussian_forget_loss,
@@ -34,8 +33,7 @@ def needs_own_images(args: argparse.Namespace) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
     if _kind(args) in ("own", "relabel"):
         return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
-    given = [n for n in ("adversarial_conditions", "crossed_own_share") if getattr(args, n)]
-    return f"--{given[0]}" if given else None
+    return None
 
 
 def _kind(args: argparse.Namespace) -> str | None:
@@ -75,16 +73,6 @@ class Losses:
         self.replayed = Batches(
             *(kept or made.replay), args.train_batch_size, seed=args.seed, **shared
         )
-        size = args.train_batch_size
-        # batches of their own: neither sees the other's images in the same step
-        self.attacked = made.own and Batches(*made.own, size, seed=args.seed + 2, **shared)
-        self.beside = made.own and Batches(*made.own, size, seed=args.seed + 3, **shared)
-        self.adversary = None
-        if args.adversarial_conditions:
-            self.adversary = Adversary(
-                raw, raw.class_embedding, scheduler, count=args.adversarial_conditions,
-                share=args.adversarial_share, seed=args.seed,
-            )  # fmt: skip
         source = made.own if self.kind in ("own", "relabel") else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own = source and Batches(*source, args.train_batch_size, seed=args.seed + 1, **shared)
@@ -97,13 +85,6 @@ class Losses:
         self.i = i
 
     def forget(self) -> Tensor:
-        if self.adversary is None:
-            return self._forget()
-        self.adversary.attack(self.attacked[self.i][0])
-        with self.adversary.applied():
-            return self._forget()
-
-    def _forget(self) -> Tensor:
         args, options = self.args, {"reduction": self.args.reduction}
         noisy = noisy_condition(self.raw.class_embedding, args.condition_noise)
         with noisy if args.condition_noise else nullcontext():
@@ -155,8 +136,6 @@ class Losses:
         options = {"reduction": self.args.reduction}
         if self.args.remember == "replay":
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
-        if n := round(self.args.crossed_own_share * len(x)):
-            x = torch.cat([self.beside[self.i][0][:n], x[n:]])
         crossed = self.crossed.to(self.device) if self.args.remember == "crossed" else None
         return distillation_loss(
             self.model, self.teacher, x, labels, self.scheduler, crossed=crossed, **options

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             ),
         )
         for method in args.methods
-        for choice in rows.trials(method, args.loss)
+        for choice in rows.trials(method)
     }  # fmt: skip
     todo = [*setting.ground, *(run for _, run in found.values())]
     if not command_line.run(args, setting, todo):

@@ -13,17 +13,13 @@ from typing import Any, NamedTuple
 
 from runs import Command, Run, command
 
-#: What is remembered by, and for the last two also forgotten by, as options of unlearn.py.
+#: What is remembered by, and for the last also forgotten by, as options of unlearn.py.
 LOSSES: dict[str, tuple[Any, ...]] = {
     "replay": ("--remember", "replay"),
     "distill": ("--remember", "distill"),
     "crossed": ("--remember", "crossed"),
     "relabel": ("--remember", "crossed", "--forget_loss", "relabel"),
-    "deep": (
-        "--remember", "crossed", "--crossed_own_share", 0.5, "--adversarial_conditions", 4,
-        "--lr_scheduler", "cosine",
-    ),
-}  # fmt: skip
+}
 JUDGED = ("--sample_batch_size", 250)
 
 
