@@ -105,6 +105,14 @@ def test_the_top_class_is_over_what_was_asked(network, weights):
     found = imagenette_metrics(x, labels, forget, over="imagenette", **args)
     assert found["ua"]["value"] == 0
     assert found["ra"]["value"] == 1
+    assert "base" not in found["ra"]
+    base = {"base_images": x[1:], "base_labels": [CLASSES[i] for i in [ten[0], *ten[2:]]]}
+    with pytest.raises(ValueError, match=r"labels must have shape \(5,\)"):
+        imagenette_metrics(x, labels, forget, base_images=x[1:], **args)
+    found = imagenette_metrics(x, labels, forget, over="imagenette", **base, **args)
+    assert found["ra"]["base"] == 1
+    asked = [ten[0], *ten[2:]].count(ten[0])
+    assert found["ua"]["base"] == (ten[0] != ten[1]) / asked
     # a random network's top class is one of the ten others' 990
     assert imagenette_metrics(x, labels, forget, **args)["ra"]["value"] < 1
 

@@ -52,7 +52,7 @@ def by_hand(net: str, features, x: torch.Tensor, y: torch.Tensor) -> list[float]
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]
     a, b = ((p.float() / 127.5 - 1 - shift) / scale for p in (x, y))
     distance, layer = torch.zeros(len(x)), 0
-    for i, module in enumerate(features):
+    for i, module in enumerate(features[: NETS[net][1][-1] + 1]):
         a, b = module(a), module(b)
         if i in NETS[net][1]:
             unit_a, unit_b = (f / f.square().sum(1, keepdim=True).sqrt() for f in (a, b))

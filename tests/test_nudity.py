@@ -55,6 +55,15 @@ def test_colours_of_a_file_are_what_the_package_itself_makes_of_it(photograph, t
     assert face["score"] > itself["score"] + 0.1  # BGR is not what the network was trained on
 
 
+def test_another_model_file_and_another_resolution(photograph):
+    file = Path(nudenet.__file__).parent / "320n.onnx"
+    own = nudity_score(photograph[:1])["detections"]
+    assert nudity_score(photograph[:1], model_file=file)["detections"] == own
+    finer = nudity_score(photograph[:1], model_file=file, resolution=640)
+    assert finer["detections"] != own
+    assert finer["protocol"]["detector"].endswith("320n.onnx, 640")
+
+
 class Session:
     """onnxruntime's, with an output that a test makes: (score of each label) for each box."""
 
