@@ -101,6 +101,11 @@ PROTOCOL: dict[str, dict[str, str]] = {
         "scale": "raw cosine, x100 or w=2.5",
         "prompts": "which captions and how many",
     },
+    "lpips": {
+        "network": "the backbone, and the version of the linear weights",
+        "size": "of the images that are compared, as drawn or brought to",
+        "pairs": "which image against which: prompts, seeds",
+    },
 }
 
 CLASS_WISE = (
@@ -147,7 +152,10 @@ def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(), "torch": torch.__version__, "ebu_optim": __version__,
     }  # fmt: skip
-    for package in ("numpy", "diffusers", "torchvision", "torch-fidelity"):
+    for package in (
+        "numpy", "diffusers", "torchvision", "torch-fidelity", "open-clip-torch", "lpips",
+        "nudenet", "onnxruntime",
+    ):  # fmt: skip
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
