@@ -76,9 +76,10 @@ def clip_score(
     }  # fmt: skip
     try:
         open_clip = needed("open_clip", "metrics")
-        judge, preprocess = _load(open_clip, model, str(pretrained), torch.device(device))
+        judge, preprocess = _load(open_clip, model, str(pretrained))
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
+    judge = judge.to(device)
     cosines = _cosines(
         judge, preprocess, open_clip.get_tokenizer(model), pictures, texts, batch_size
     )
@@ -114,8 +115,8 @@ def _cosines(
     return torch.cat(found)
 
 
-def _load(open_clip: Any, model: str, pretrained: str, device: torch.device) -> tuple[Any, Any]:
-    """The model in eval mode and its preprocessing."""
+def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
+    """The model in eval mode, on the CPU, and its preprocessing."""
     known = open_clip.list_models()
     if model not in known:
         near = get_close_matches(model, known, n=3, cutoff=0.3)
@@ -137,7 +138,7 @@ def _load(open_clip: Any, model: str, pretrained: str, device: torch.device) -> 
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             judge, preprocess = open_clip.create_model_from_pretrained(
-                model, pretrained=pretrained, device=device, weights_only=True
+                model, pretrained=pretrained, weights_only=True
             )
     except Exception as error:  # of many kinds, both on a file of others and without a network
         reason = str(error).strip().partition("\n")[0]
