@@ -229,10 +229,28 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
     monkeypatch.setattr(runs, "_work", work)
     start("tune", tmp_path, "--methods", "joint")
     assert rows.tuned(setting, "joint") == rows.Choice(3e-4, {"forget_weight": 0.5})
-    assert rows.tuned(Setting(paper, tmp_path, loss="crossed"), "joint") == rows.Choice(1e-4, {})
+    # with losses that were not tuned, that of the others; of a method that was not, the defaults
+    crossed = Setting(paper, tmp_path, loss="crossed")
+    assert rows.tuned(crossed, "joint") == rows.tuned(setting, "joint")
+    assert rows.tuned(setting, "pcgrad") == rows.Choice(1e-4, {})
     (told,) = json.loads(rows.TUNED.read_text()).values()
     assert told["joint"]["score"] == 2.0
     assert sorted(t["score"] for t in told["joint"]["trials"]) == [1.875] * 5 + [2.0]
+
+
+def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
+    publish, error = module("publish"), module("command_line").InputError
+    (tmp_path / "r" / "plots").mkdir(parents=True)
+    for name in ("results.json", "along.gif", "plots/0.svg", "report.html"):
+        (tmp_path / "r" / name).write_text("{}")
+    publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
+    copied = {p.name for p in (tmp_path / "docs" / "r").rglob("*.*")}
+    assert copied == {"results.json", "along.gif", "0.svg"}
+    with pytest.raises(error, match="holds no report"):
+        publish.main([str(tmp_path), str(tmp_path / "docs")])
+    (tmp_path / "r" / "along.gif").write_bytes(bytes(5_000_001))
+    with pytest.raises(error, match=r"has 5\.0 MB"):
+        publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
 
 
 def test_a_folder_is_of_its_options_and_of_nothing_else(paper, tmp_path):
