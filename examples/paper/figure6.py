@@ -87,7 +87,7 @@ def animate(path: Path, seen: Along, columns: Mapping[int, str]) -> None:
 
 
 def _image(x: Tensor) -> Image.Image:
-    return Image.fromarray(x.contiguous().numpy(), "RGB")
+    return Image.fromarray(x.contiguous().numpy())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import command_line
 
 from ebu_optim._files import replacing_folder
 
-PARTS = ("results.json", "results.md", "plots", "pictures")
+PARTS = ("results.json", "results.md", "plots", "pictures", "along.gif")
 LARGEST = 5_000_000  # bytes
 
 
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
             json.loads((report / "results.json").read_text())
         except (OSError, ValueError) as error:
             raise command_line.InputError(f"{report} holds no report: {error}") from error
-        size = sum(f.stat().st_size for part in PARTS for f in (report / part).rglob("*"))
+        files = [f for part in PARTS for f in (report / part, *(report / part).rglob("*"))]
+        size = sum(f.stat().st_size for f in files if f.is_file())
         if size > LARGEST:
             raise command_line.InputError(f"{report} has {size / 1e6:.1f} MB; at most 5 are kept")
         with replacing_folder(args.to / report.name) as work:
