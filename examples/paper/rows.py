@@ -51,13 +51,13 @@ class Choice(NamedTuple):
         return ["--learning_rate", self.learning_rate, *options]
 
 
-def trials(method: str) -> list[Choice]:
+def trials(method: str, rates: Sequence[float] = RATES) -> list[Choice]:
     name, values = GRIDS[method]
     if name == "learning_rate":
         return [Choice(v, {}) for v in values]
     # on this scale of F the same strengths suit every loss and every Fisher
     scale = {"fisher_scale": "unit"} if method == "selective_amnesia" else {}
-    return [Choice(lr, {name: v, **scale}) for v in values for lr in RATES]
+    return [Choice(lr, {name: v, **scale}) for v in values for lr in rates]
 
 
 def tuned(setting: Setting, method: str) -> Choice:
