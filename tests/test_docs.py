@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,14 @@ def world(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page, tmp_path):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     namespace = world(tmp_path)
     if page.name == "metrics.md":
         pytest.importorskip("torch_fidelity", reason="torch-fidelity comes with the extra metrics")
         from .inception import random_weights
 
         namespace["weights"] = random_weights(tmp_path / "inception.pth")
+        no_downloads(monkeypatch, tmp_path)
     if page.name == "stable_diffusion.md":
         namespace |= text_to_image(tmp_path)
     with one_process() if page.name == "processes.md" else nullcontext():
@@ -81,6 +83,18 @@ def text_to_image(folder: Path) -> dict[str, object]:
     pipe = StableDiffusionPipeline.from_pretrained(pipeline(folder / "base"))
     latents = torch.randn(2, 1, 4, 8, 8)
     return {"pipe": pipe, "surrogate_latents": latents, "replay_latents": latents.flip(0)}
+
+
+def no_downloads(monkeypatch, folder):
+    """Weights that are not given are not to be had: the page's figures are None and say why."""
+
+    def fetch(*_args, **_kwargs):
+        raise OSError("no network in a test")
+
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    if find_spec("open_clip"):
+        monkeypatch.setattr("open_clip.factory.download_pretrained", fetch)
 
 
 @contextmanager

@@ -132,8 +132,8 @@ RUNS = {
     "esd": (["--train_modules", "esd-x-strict"], ("attn2.to_k.", "attn2.to_v.")),
     "gradient_ascent": (["--gradient_checkpointing", "--method_options",
                          '{"remember_weight": 0.1}'], "attn2."),
-    "ebu_replaced": (["--adversarial_conditions", 1, "--adversarial_share", 1, "--remember_loss",
-                      "crossed", "--crossed_own_share", 1], "attn2."),
+    "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
+                      "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
 }  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_v_prediction(options, made, tmp_path):
 
 
 def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
-    both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--adversarial_conditions", 1]
+    both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--method", "ebu"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(*unlearn(made, whole, *both, pictures=True))
     first = unlearn(made, parts, *both, pictures=True)
@@ -469,8 +469,8 @@ def options(**given) -> SimpleNamespace:
     usual = {
         "method": "ebu_added", "train_modules": "xattn", "mixed_precision": "no", "fisher": None,
         "train_batch_size": 1, "gradient_checkpointing": False, "remember": "replay", "seed": 0,
-        "method_options": {}, "alpha": None, "delta": None, "gamma": None, "learning_rate": 1e-5,
-        "max_grad_norm": 1.0,
+        "method_options": {}, "alpha": None, "delta": None, "gamma": None, "forget_loss": None,
+        "learning_rate": 1e-5, "max_grad_norm": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**{**usual, **given})
 
@@ -596,6 +596,8 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--surrogate folder and --surrogate_dir go together": ["--surrogate", "folder"],
         "no image (": ["--surrogate", "folder", "--surrogate_dir", tmp_path / "mine"],
         "--fisher_timesteps must be even": ["--fisher_timesteps", 3],
+        "--forget_loss: esd has a forget loss of its own": [
+            "--method", "esd", "--forget_loss", "relabel"],
         "--method salun: remember_weight": [
             "--method", "salun", "--method_options", '{"remember_weight": -1}'],
         "--method joint has no option alpha": ["--method", "joint", "--alpha", 0.5],

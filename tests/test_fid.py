@@ -247,3 +247,15 @@ def test_a_weights_file_is_never_unpickled_freely(tmp_path):
 def test_bad_input_is_named(images, options, message):
     with pytest.raises(ValueError, match=message):
         fid(images, pictures(4), reference_split="test", **options)
+
+
+@pytest.mark.slow
+def test_images_of_prompts_need_no_labels(weights):
+    """uint8 at Stable Diffusion's size, asked for by prompts: nothing is left out."""
+    x = pictures(3).repeat_interleave(64, dim=2).repeat_interleave(64, dim=3)
+    assert x.shape == (3, 3, 512, 512)
+    found = measure(x, 255 - x, weights)
+    assert found["frechet_64"] > 0.01
+    assert found["protocol"]["images"] == 3
+    assert found["protocol"]["left_out"] == []
+    assert measure(x.float() / 127.5 - 1, 255 - x, weights)["frechet_64"] == found["frechet_64"]

@@ -180,12 +180,17 @@ def test_without_a_compiler_the_wheel_is_a_pure_one(unpacked, tmp_path, environm
 
 def test_every_metric_imports_without_the_extras(bare):
     done = bare(
-        "from ebu_optim.metrics import classifier_metrics, fid\n"
+        "from ebu_optim.metrics import clip_score, fid, imagenette_metrics, lpips_distance\n"
+        "from ebu_optim.metrics import nudity_score\n"
         "x = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)\n"
-        "print(fid(x, x, reference_split='none')['not_computed'])\n"
+        "for found in (fid(x, x, reference_split='none'), imagenette_metrics(x, range(4), [0]),\n"
+        "              clip_score(x, 'a'), nudity_score(x),\n"
+        "              lpips_distance(x, x, net='vgg', size=16)):\n"
+        "    print(found['not_computed'])\n"
     )
     assert done.returncode == 0, done.stderr
-    assert 'pip install "ebu_optim[metrics]"' in done.stdout
+    assert done.stdout.count('pip install "ebu_optim[metrics]"') == 4
+    assert done.stdout.count('pip install "ebu_optim[nudity]"') == 1
 
 
 def test_kernels_import_nothing_of_the_package():

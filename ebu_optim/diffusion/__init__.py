@@ -1,7 +1,6 @@
 """All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
 
 from .._modules import model_hash
-from .adversary import Adversary
 from .fisher import FisherBatches, fisher_loss
 from .losses import (
     anchored,
@@ -15,7 +14,6 @@ from .losses import (
 from .sampling import sample, sample_set
 
 __all__ = [
-    "Adversary",
     "FisherBatches",
     "anchored",
     "antithetic_timesteps",

@@ -1,24 +1,33 @@
 """What was forgotten, what was kept, how deep it goes and how long it took; one metric a file."""
 
 from .classifier import accuracy, classify, entropy, probability
+from .clip_score import clip_score
 from .fid import fid
 from .frechet import classifier_frechet, frechet_distance
+from .imagenette import ImagenetteClassifier, imagenette_metrics
 from .inversion import inversion
 from .limits import classifier_metrics
+from .lpips_distance import lpips_distance
+from .nudity import nudity_score
 from .protocol import check_protocol, versions
 from .relearn_steps import relearn_steps
 from .unlearn_steps import unlearn_steps
 
 __all__ = [
+    "ImagenetteClassifier",
     "accuracy",
     "check_protocol",
     "classifier_frechet",
     "classifier_metrics",
     "classify",
+    "clip_score",
     "entropy",
     "fid",
     "frechet_distance",
+    "imagenette_metrics",
     "inversion",
+    "lpips_distance",
+    "nudity_score",
     "probability",
     "relearn_steps",
     "unlearn_steps",

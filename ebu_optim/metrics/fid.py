@@ -13,14 +13,11 @@ from torch import Tensor
 
 from .._extras import require
 from .._files import replacing
+from ._weights import NotComputed, needed
 from .images import RGBImages
 
 Images = Tensor | str | os.PathLike[str]
 LAYERS = ("64", "192", "768", "2048")
-
-
-class _NotComputed(Exception):
-    """Nothing that the caller did wrong: FID's weights or its package are not to be had here."""
 
 
 def fid(
@@ -75,9 +72,9 @@ def fid(
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, all that torch-fidelity knows; got {place}")
-    ours = RGBImages(_kept(images, labels, forget, "images"), "images", unreadable)
+    ours = RGBImages(_kept(images, labels, forget, "images"), "images", unreadable, least=2)
     theirs = RGBImages(
-        _kept(reference, reference_labels, forget, "reference"), "reference", unreadable
+        _kept(reference, reference_labels, forget, "reference"), "reference", unreadable, least=2
     )
     smaller = min(len(ours), len(theirs))
     if kid_subset_size is None:
@@ -106,9 +103,9 @@ def fid(
         },
     }  # fmt: skip
     try:
-        fidelity = _torch_fidelity()
+        fidelity = needed("torch_fidelity", "metrics")
         weights = _weights(inception_weights, progress)
-    except _NotComputed as why:
+    except NotComputed as why:
         result["not_computed"] = f"not computed, because {why}"
         return result
     # building the extractor draws initial weights, and a current CUDA device is all it knows
@@ -152,13 +149,6 @@ def _kept(source: Images, labels: Tensor | None, forget: Sequence[int], name: st
     return source[~torch.isin(labels.cpu(), torch.tensor(list(forget)))]
 
 
-def _torch_fidelity() -> Any:
-    try:
-        return require("torch_fidelity", "metrics")
-    except ImportError as error:
-        raise _NotComputed(str(error)) from error
-
-
 def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
     """A weights file that has been looked at: torch-fidelity itself unpickles what it is given."""
     if given is not None:
@@ -177,16 +167,16 @@ def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
     if path.is_file():
         problem = _no_inception(path)
         if problem:
-            raise _NotComputed(f"{path} {problem}: delete it, and it is downloaded again")
+            raise NotComputed(f"{path} {problem}: delete it, and it is downloaded again")
         return path
     try:
         with replacing(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary), progress=progress)
             problem = _no_inception(temporary)  # a connection that ends early is no error to torch
             if problem:
-                raise _NotComputed(f"what was downloaded from {url} {problem}: try again")
+                raise NotComputed(f"what was downloaded from {url} {problem}: try again")
     except OSError as error:  # URLError, HTTPError, a full disk
-        raise _NotComputed(
+        raise NotComputed(
             f"the Inception weights could not be downloaded ({error}): give inception_weights=, "
             f"or put the file of {url} at {path}"
         ) from error

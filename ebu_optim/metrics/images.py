@@ -1,8 +1,9 @@
-"""Images as FID's extractor takes them: uint8, RGB, all of one size."""
+"""Images as FID's extractor and the judges of text-to-image take them: uint8, RGB, of one size."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,17 @@ class RGBImages(Dataset[Tensor]):
             with its subfolders.
         name: of the argument, for messages.
         unreadable: "raise" or "skip" files that are no whole image; they are in ``skipped``.
+        least: how many images there must be.
     """
 
-    def __init__(self, source: Tensor | str | os.PathLike[str], name: str, unreadable: str) -> None:
+    def __init__(
+        self,
+        source: Tensor | str | os.PathLike[str],
+        name: str,
+        unreadable: str = "raise",
+        *,
+        least: int = 1,
+    ) -> None:
         if unreadable not in ("raise", "skip"):
             raise ValueError(f'unreadable must be "raise" or "skip"; got {unreadable!r}')
         self.skipped: list[str] = []
@@ -40,8 +49,11 @@ class RGBImages(Dataset[Tensor]):
             self.source = source
         else:
             self.source = self._folder(Path(source), name, unreadable)
-        if len(self.source) < 2:
-            raise ValueError(f"{name} must hold at least 2 images; got {len(self.source)}")
+        if len(self.source) < least:
+            raise ValueError(
+                f"{name} must hold at least {least} image{'s' * (least > 1)}; got "
+                f"{len(self.source)}"
+            )
 
     def _folder(self, folder: Path, name: str, unreadable: str) -> list[Path]:
         if not folder.is_dir():
@@ -81,10 +93,19 @@ class RGBImages(Dataset[Tensor]):
     def __getitem__(self, i: int) -> Tensor:
         if not isinstance(self.source, Tensor):
             return _read(self.source[i])
-        x = self.source[i].detach().cpu()
-        if x.dtype != torch.uint8:
-            x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return x.expand(3, -1, -1)
+        return to_uint8(self.source[i].detach().cpu()).expand(3, -1, -1)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """(<= size, 3, H, W) uint8, in order."""
+        for start in range(0, len(self), size):
+            yield torch.stack([self[i] for i in range(start, min(start + size, len(self)))])
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float in [-1, 1] to 0..255, as an image is saved; uint8 as it is."""
+    if x.dtype == torch.uint8:
+        return x
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _read(file: Path) -> Tensor:

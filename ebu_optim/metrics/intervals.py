@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +77,16 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[fl
     half = stats.t.ppf((1 + _confidence(confidence)) / 2, len(values) - 1)
     half = float(half) * stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def estimate(values: Tensor, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """The mean of one value an image, (n,), with its interval: ``value``, ``low``, ``high``, ``n``.
+
+    Wilson's interval where the values are bool, so that the mean is a share; else a bootstrap's.
+    """
+    low, high = (
+        wilson(int(values.sum()), len(values), confidence=confidence)
+        if values.dtype == torch.bool
+        else bootstrap(values, confidence=confidence, seed=seed)
+    )
+    return {"value": float(values.double().mean()), "low": low, "high": high, "n": len(values)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..diffusion.losses import surrogate_noise
 from .classifier import classify, entropies, hits
-from .intervals import bootstrap, wilson
+from .intervals import estimate
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -151,14 +151,8 @@ def classifier_metrics(
             base = _scores(classify(judge, base_images), base_labels, base_f, plain)
             limits["base"] = {k: float(v.double().mean()) for k, v in base.items()}
         for key, value in values.items():
-            share = value.dtype == torch.bool
-            low, high = (
-                wilson(int(value.sum()), len(value), confidence=confidence)
-                if share
-                else bootstrap(value, confidence=confidence, seed=seed)
-            )
             found[key + ending] = {
-                "value": float(value.double().mean()), "low": low, "high": high, "n": len(value),
+                **estimate(value, confidence=confidence, seed=seed),
                 **{limit: scores[key] for limit, scores in limits.items()},
-            }  # fmt: skip
+            }
     return found

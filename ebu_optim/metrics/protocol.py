@@ -101,6 +101,11 @@ PROTOCOL: dict[str, dict[str, str]] = {
         "scale": "raw cosine, x100 or w=2.5",
         "prompts": "which captions and how many",
     },
+    "lpips": {
+        "network": "the backbone, and the version of the linear weights",
+        "size": "of the images that are compared, as drawn or brought to",
+        "pairs": "which image against which: prompts, seeds",
+    },
 }
 
 CLASS_WISE = (
@@ -149,6 +154,7 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
     for package in (
         "numpy", "diffusers", "transformers", "peft", "accelerate", "torchvision", "torch-fidelity",
+        "open-clip-torch", "lpips", "nudenet", "onnxruntime",
     ):  # fmt: skip
         try:
             found[package] = metadata.version(package)

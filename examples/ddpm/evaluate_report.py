@@ -10,8 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebu_optim.baselines import methods
 from ebu_optim.metrics import versions
 from ebu_optim.metrics.protocol import CLASS_WISE
+
+
+def forget_loss(made: Mapping[str, Any]) -> str:
+    """The forget loss of unlearn.py's run, in words."""
+    said = made["options"]
+    kind = methods[made["method"]].forgets if said["forget_loss"] == "None" else said["forget_loss"]
+    words = {
+        None: "none", "surrogate": f"denoising of the surrogate {said['surrogate']}",
+        "own": "denoising of the class's real images",
+        "relabel": "the next kept class's prediction, on the class's real images",
+        "guidance": f"ESD's, {said['esd_variant']}",
+    }  # fmt: skip
+    return f"{words[kind]}; noise on the condition {said['condition_noise']}"
 
 
 def protocol(
@@ -40,8 +54,7 @@ def protocol(
             f"{said['gradient_accumulation_steps']}",
             "optimizer": "Adam",
             "learning_rate": f"{said['learning_rate']}, {said['lr_scheduler']}",
-            "forget_loss": f"surrogate {said['surrogate']}, noise on the condition "
-            f"{said['condition_noise']}",
+            "forget_loss": forget_loss(made),
             "remember_loss": said["remember"], "reduction": said["reduction"],
             "timesteps": "antithetic", "condition_dropout": "0",
             "dropout": "train mode", "clipping": said["max_grad_norm"],

@@ -144,9 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses = Losses(
             args, made, model, raw, teacher, scheduler, accelerator, info["shape"], kept
         )
-        more = {"ema": ema, "adversary": losses.adversary}
-        objects |= {k: v for k, v in more.items() if v is not None}
-        begin = run.resume(objects)
+        begin = run.resume({**objects, "ema": ema} if ema else objects)
         say(accelerator, args, made, classes, ema)
         if isinstance(opt, SalUn) and not begin:
             opt.make_mask(losses.for_mask())

@@ -22,7 +22,6 @@ from ebu_optim.baselines import (
     relabel_loss,
 )
 from ebu_optim.diffusion import (
-    Adversary,
     denoising_loss,
     distillation_loss,
     gaussian_forget_loss,
@@ -38,44 +37,28 @@ def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str
     add = parser.add_argument_group("losses").add_argument
     add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
     add(
-        "--adversarial_conditions", type=int, default=0,
-        help="in the forget loss, e.g. 4; needs\n"
-        "images of the class: forgets deeper, for a forward and backward pass more a step",
-    )  # fmt: skip
-    add("--adversarial_share", type=float, default=0.06, help="of the forget batch that they get")
-    add(
-        "--crossed_own_share", type=float, default=0.0,
-        help="of a batch of crossed distillation: images of\n"
-        "the class to forget, under kept conditions",
+        "--forget_loss", choices=("surrogate", "relabel"),
+        help="relabel: SalUn's, on images of what is forgotten; default: the method's own",
     )  # fmt: skip
     add(remember, dest="remember", choices=("replay", "distill", "crossed"), default="replay")
     add("--reduction", choices=("sum", "mean"), default=reduction, help="over C, H, W")
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.adversarial_conditions < 0 or args.adversarial_conditions > args.train_batch_size:
-        raise InputError(
-            f"--adversarial_conditions must be 0 to --train_batch_size ({args.train_batch_size}); "
-            f"got {args.adversarial_conditions}"
-        )
-    if not 0 < args.adversarial_share <= 1:
-        raise InputError(f"--adversarial_share must be in (0, 1]; got {args.adversarial_share}")
-    if not 0 <= args.crossed_own_share <= 1:
-        raise InputError(f"--crossed_own_share must be in [0, 1]; got {args.crossed_own_share}")
-    if args.crossed_own_share and args.remember != "crossed":
-        raise InputError("--crossed_own_share needs crossed distillation as the remember loss")
+    if args.forget_loss and methods[args.method].forgets not in ("surrogate", "relabel"):
+        raise InputError(f"--forget_loss: {args.method} has a forget loss of its own")
+
+
+def kind(args: argparse.Namespace) -> str | None:
+    """What the forget loss is: --forget_loss, or the method's, see `Method.forgets`."""
+    return args.forget_loss or methods[args.method].forgets
 
 
 def needs_own_images(args: argparse.Namespace) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
-    if _forgets_own(args.method):
-        return f"--method {args.method}"
-    given = [n for n in ("adversarial_conditions", "crossed_own_share") if getattr(args, n)]
-    return f"--{given[0]}" if given else None
-
-
-def _forgets_own(method: str) -> bool:
-    return methods[method].forgets in ("own", "relabel")
+    if kind(args) in ("own", "relabel"):
+        return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
+    return None
 
 
 def needs_teacher(args: argparse.Namespace) -> bool:
@@ -104,7 +87,7 @@ class Losses:
     ) -> None:  # fmt: skip
         self.args, self.model, self.raw, self.teacher = args, model, raw, teacher
         self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
-        self.kind = methods[args.method].forgets
+        self.kind = kind(args)
         self.classes = raw.config.num_class_embeds - 1
         shared = {
             "process": accelerator.process_index, "processes": accelerator.num_processes,
@@ -112,16 +95,7 @@ class Losses:
         }  # fmt: skip
         pairs, size = kept or made.replay, args.train_batch_size
         self.replayed = pairs and Batches(*pairs, size, seed=args.seed, **shared)
-        # batches of their own: neither sees the other's images in the same step
-        self.attacked = made.own and Batches(*made.own, size, seed=args.seed + 2, **shared)
-        self.beside = made.own and Batches(*made.own, size, seed=args.seed + 3, **shared)
-        self.adversary = None
-        if args.adversarial_conditions:
-            self.adversary = Adversary(
-                raw, raw.class_embedding, scheduler, count=args.adversarial_conditions,
-                share=args.adversarial_share, seed=args.seed,
-            )  # fmt: skip
-        source = made.own if _forgets_own(args.method) else None
+        source = made.own if self.kind in ("own", "relabel") else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own = source and Batches(*source, size, seed=args.seed + 1, **shared)
         self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
@@ -133,13 +107,6 @@ class Losses:
         self.i = i
 
     def forget(self) -> Tensor:
-        if self.adversary is None:
-            return self._forget()
-        self.adversary.attack(self.attacked[self.i][0])
-        with self.adversary.applied():
-            return self._forget()
-
-    def _forget(self) -> Tensor:
         args, options = self.args, {"reduction": self.args.reduction}
         noisy = noisy_condition(self.raw.class_embedding, args.condition_noise)
         with noisy if args.condition_noise else nullcontext():
@@ -191,8 +158,6 @@ class Losses:
         options = {"reduction": self.args.reduction}
         if self.args.remember == "replay":
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
-        if n := round(self.args.crossed_own_share * len(x)):
-            x = torch.cat([self.beside[self.i][0][:n], x[n:]])
         crossed = self.crossed.to(self.device) if self.args.remember == "crossed" else None
         return distillation_loss(
             self.model, self.teacher, x, labels, self.scheduler, crossed=crossed, **options

@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     found = table(
         setting, args.seed, paper=args.scale == "paper", steps=args.steps, sa_steps=args.sa_steps
     )
-    figures.run(args, setting, found)
+    if not figures.run(args, setting, found):
+        return
     figures.write(
         args, setting, found, argv, script="figure2", title="Figures 2 and 5", plots=plots(found),
         grids=[tables.pictures(setting, found, 10)],

@@ -42,7 +42,7 @@ def plots(found: Grid) -> list[dict[str, Any]]:
     first = rows.results(next(iter(found.values())).runs[0].folder)
     limits = {r["name"]: r["values"] for r in first[:-1]}
     values = {at: tables.gather(row) for at, row in found.items()}
-    inverted = {k: f"P_f after inversion, {k.split('_')[1]} steps"
+    inverted = {k: f"P_f after {k.split('_')[1]} steps of inversion"
                 for k in first[-1]["values"] if k.startswith("inversion_")}  # fmt: skip
     charts = []
     for key, label in {**PLOTS, **inverted}.items():
@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         steps={"type": int, "default": 200},
     )  # fmt: skip
     found = table(setting, args.method, args.seed, args.steps)
-    figures.run(args, setting, list(found.values()))
+    if not figures.run(args, setting, list(found.values())):
+        return
     figures.write(
         args, setting, list(found.values()), argv, script="figure4", title="Figures 4 and 12",
         plots=plots(found), grids=grids(setting, found),

@@ -87,7 +87,7 @@ def animate(path: Path, seen: Along, columns: Mapping[int, str]) -> None:
 
 
 def _image(x: Tensor) -> Image.Image:
-    return Image.fromarray(x.contiguous().numpy(), "RGB")
+    return Image.fromarray(x.contiguous().numpy())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     found = table(
         setting, args.seed, paper=args.scale == "paper", steps=args.steps, every=args.every
     )
-    figures.run(args, setting, found)
+    if not figures.run(args, setting, found):
+        return
     seen = along(found)
     gone, kept, names = figures.classes(setting, found[0].runs[0])
     shown = {c: figures.named(c, gone, names) for c in (gone[0], kept[0])}

@@ -1,7 +1,7 @@
 """Figures 7 and 8: samples of every method, of forgotten and of kept classes.
 
     python examples/paper/figure7.py --scale small     # the runs of Table 6 in pictures
-    python examples/paper/figure7.py --scale stl10     # Figure 8; or stl10-smoke
+    python examples/paper/figure7.py --scale stl10     # Figure 8, of Table 1; or stl10-smoke
 
 Every picture of a column is from the same starting noise; the first row is the model before.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import figures
 import rows
+import table1
 import table6
 import tables
 import torch
@@ -21,7 +22,6 @@ from command_line import SCALES
 from worlds import Setting
 
 STL10 = {"stl10-smoke": worlds.STL10_SMOKE, "stl10": worlds.STL10}
-SMOKE = ("ebu_added", "salun", "fine_tune")
 
 
 def grid(setting: Setting, found: Sequence[tables.Row], each: int = 4) -> dict[str, Any]:
@@ -43,16 +43,16 @@ def grid(setting: Setting, found: Sequence[tables.Row], each: int = 4) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     args, setting = figures.parse(
         __doc__, argv, {**SCALES, **STL10},
-        methods={"nargs": "+", "help": "default: those of Table 6"},
+        methods={"nargs": "+", "help": "default: those of the table"},
         sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
     )  # fmt: skip
-    smoke = setting.world.smoke
-    methods = args.methods or (SMOKE if smoke else table6.METHODS)
+    methods = args.methods or (table1.METHODS if args.scale in STL10 else table6.METHODS)
     found = table6.table(
         setting, rows.check_methods(methods), [args.seed], paper=args.scale in ("paper", "stl10"),
-        sa_steps=0 if smoke else args.sa_steps,
+        sa_steps=0 if setting.world.smoke else args.sa_steps,
     )  # fmt: skip
-    figures.run(args, setting, found)
+    if not figures.run(args, setting, found):
+        return
     figures.write(
         args, setting, found, argv, script="figure7", plots=[], grids=[grid(setting, found)],
         title="Figure 8" if args.scale in STL10 else "Figure 7",

@@ -31,11 +31,10 @@ def parse(
     return args, command_line.setting(args, regime=args.regime, loss=args.loss)
 
 
-def run(args: Any, setting: Setting, table: Sequence[tables.Row]) -> None:
-    if not command_line.run(
-        args, setting, [*setting.ground, *(run for r in table for run in r.runs)]
-    ):
-        sys.exit(0)
+def run(args: Any, setting: Setting, table: Sequence[tables.Row]) -> bool:
+    """Say what it costs, then run what is missing; False after a --dry_run."""
+    todo = [*setting.ground, *(run for r in table for run in r.runs)]
+    return command_line.run(args, setting, todo)
 
 
 def write(

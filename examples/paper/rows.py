@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worlds import DIGITS, Setting
+from worlds import DIGITS, LOSSES, Setting
 
 from ebu_optim.baselines import methods
 
@@ -51,27 +51,26 @@ class Choice(NamedTuple):
         return ["--learning_rate", self.learning_rate, *options]
 
 
-def trials(method: str) -> list[Choice]:
+def trials(method: str, rates: Sequence[float] = RATES) -> list[Choice]:
     name, values = GRIDS[method]
     if name == "learning_rate":
         return [Choice(v, {}) for v in values]
     # on this scale of F the same strengths suit every loss and every Fisher
     scale = {"fisher_scale": "unit"} if method == "selective_amnesia" else {}
-    return [Choice(lr, {name: v, **scale}) for v in values for lr in RATES]
+    return [Choice(lr, {name: v, **scale}) for v in values for lr in rates]
 
 
 def tuned(setting: Setting, method: str) -> Choice:
-    """The choice of tune.py for this world and remember loss, under partial replay, where methods
+    """The choice of tune.py for this world and these losses, under partial replay, where methods
     differ. A world that was not tuned has the digits'; an ablation has EBU's; a method that was not
-    tuned has 1e-4 and its defaults."""
+    tuned with these losses has its choice with others, or else 1e-4 and its defaults."""
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    found = table.get(key(setting.world.name, setting.loss)) or table.get(
-        key(DIGITS.name, setting.loss), {}
-    )
     of = "ebu_added" if method in ABLATIONS else method
-    if of not in found:
-        return Choice(1e-4, {})
-    return Choice(found[of]["learning_rate"], found[of]["options"])
+    for world in (setting.world.name, DIGITS.name):
+        for loss in (setting.loss, *LOSSES):
+            if found := table.get(key(world, loss), {}).get(of):
+                return Choice(found["learning_rate"], found["options"])
+    return Choice(1e-4, {})
 
 
 def key(world: str, loss: str) -> str:

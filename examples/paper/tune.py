@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--loss", choices=LOSSES, default="replay")
     parser.add_argument("--methods", nargs="+", default=list(TUNED_METHODS))
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=list(rows.RATES))
     args = parser.parse_args(argv)
     for method in rows.check_methods(args.methods):
         if method not in rows.GRIDS:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             ),
         )
         for method in args.methods
-        for choice in rows.trials(method)
+        for choice in rows.trials(method, args.learning_rates)
     }  # fmt: skip
     todo = [*setting.ground, *(run for _, run in found.values())]
     if not command_line.run(args, setting, todo):

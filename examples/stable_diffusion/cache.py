@@ -24,11 +24,10 @@ from prompts import Prompts, encode
 from sources import ENDINGS, InputError, decode
 from sources import Item as Image
 from torch import Tensor
-from unlearn_losses import NOISE, needs_own_images
+from unlearn_losses import NOISE, kind, needs_own_images
 
 from ebu_optim import DiagonalFisher
 from ebu_optim._files import load_tensors, save_tensors
-from ebu_optim.baselines import methods
 from ebu_optim.diffusion import FisherBatches, fisher_loss, sample_set, surrogate_noise
 
 
@@ -110,15 +109,15 @@ def make(
         InputError: unreadable images.
     """
     made: dict[str, tuple[Tensor, Tensor]] = {}
-    for kind, (number, labels, images) in _kinds(args, prompts).items():
+    for name, (number, labels, images) in _kinds(args, prompts).items():
         if labels and images is None:
-            made[kind] = _sampled(
-                args, looked, prompts, unet, table, base, device, kind, number, labels
+            made[name] = _sampled(
+                args, looked, prompts, unet, table, base, device, name, number, labels
             )
         else:
             latents = _encoded(args, looked, folder, images, number, device)
             pick = torch.arange(len(latents)) % len(prompts.forget)
-            made[kind] = latents, torch.tensor(prompts.forget)[pick]
+            made[name] = latents, torch.tensor(prompts.forget)[pick]
     return Made(
         prompts.forget, prompts.remember, made.get("replay"), made.get("own"), made.get("surrogate")
     )
@@ -146,20 +145,20 @@ def _kinds(
     args: argparse.Namespace, prompts: Prompts
 ) -> dict[str, tuple[int, list[int], Path | None]]:
     """For each set: how many images, of which prompts (none: noise), or of which folder."""
-    method, kinds = methods[args.method], {}
-    if method.forgets == "surrogate" and args.surrogate not in NOISE:
+    forgets, kinds = kind(args), {}
+    if forgets == "surrogate" and args.surrogate not in NOISE:
         labels = prompts.surrogate if args.surrogate == "prompt" else []
         kinds["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
     if needs_own_images(args):
         kinds["own"] = (args.forget_images, prompts.forget, args.forget_dir)
-    if "remember" in needs(args) and method.forgets != "adapter":
+    if "remember" in needs(args) and forgets != "adapter":
         kinds["replay"] = (args.replay_images, prompts.remember, None)
     return kinds
 
 
 def _sampled(
     args: argparse.Namespace, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
-    base: str, device: Any, kind: str, number: int, labels: list[int],
+    base: str, device: Any, name: str, number: int, labels: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     used = [*labels, prompts.null]
     texts = [prompts.texts[i] for i in used]
@@ -167,14 +166,14 @@ def _sampled(
         texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, args.seed,
         args.mixed_precision,
     ]  # fmt: skip
-    path = args.sets_dir / f"{kind}-{_digest(base, how)}.safetensors"
+    path = args.sets_dir / f"{name}-{_digest(base, how)}.safetensors"
     scheduler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
     latents, rows = sample_set(
         path, Prompted(unet, table[used]).to(device), scheduler,
         torch.arange(number) % len(labels), looked.latents,
         num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
         null_condition=len(labels), clip=False, batch_size=args.sample_batch_size,
-        seed=args.seed + ("replay", "surrogate", "own").index(kind), device=device,
+        seed=args.seed + ("replay", "surrogate", "own").index(name), device=device,
     )  # fmt: skip
     return latents, torch.tensor(labels)[rows]
 

@@ -119,12 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # whatever making the sets drew, and whether they were there already
         set_seed(args.seed, device_specific=True)
         done: dict[str, Any] = {"seconds": 0.0, "base": base}
-        objects = {
-            "trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done,
-        }  # fmt: skip
-        if losses.adversary is not None:
-            objects["adversary"] = losses.adversary
-        begin = run.resume(objects)
+        begin = run.resume(
+            {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done}
+        )
         if done["base"] != base:
             raise InputError(
                 f"--resume_from_checkpoint: the run is of a model of hash {done['base']}, "
@@ -187,7 +184,7 @@ def learn_from(
 
 def instead(args: argparse.Namespace) -> str:
     """What is drawn in place of the forgotten, in words."""
-    kind = methods[args.method].forgets
+    kind = unlearn_losses.kind(args)
     prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
     if kind == "surrogate":
         other = {"folder": f"images like those in `{args.surrogate_dir}`", "pixels": "noise"}

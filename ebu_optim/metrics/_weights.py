@@ -1,0 +1,93 @@
+"""Weights and packages of the judges: found, or a word why a figure was not computed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from .._files import load_tensors
+
+
+class NotComputed(RuntimeError):
+    """Nothing that the caller did wrong: weights or a package are not to be had here."""
+
+
+def needed(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say in a :class:`NotComputed` which extra brings it."""
+    try:
+        return require(module, extra)
+    except ImportError as error:
+        raise NotComputed(str(error)) from error
+
+
+def read_weights(path: str | os.PathLike[str], argument: str) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file or a torch one, whose pickle is read with weights_only.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; no state dict in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}: no file {path}; give the path of a weights file, or None to have it "
+            "downloaded"
+        )
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on files that are none of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{argument}: {path} is no whole weights file ({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{argument}: {path} holds no state dict, names with a tensor each")
+    return state
+
+
+def torchvision_weights(
+    weights: Any, file: str | os.PathLike[str] | None, argument: str, progress: bool
+) -> dict[str, Tensor]:
+    """The state dict of a torchvision weights entry: from `file`, the cache or by download."""
+    if file is not None:
+        return read_weights(file, argument)
+    name = weights.url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(
+            progress=progress, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except OSError as error:  # URLError, HTTPError, a full disk
+        raise NotComputed(
+            f"the weights {name} could not be downloaded ({error}): give {argument}=, or put the "
+            f"file of {weights.url} at {path}"
+        ) from error
+    except Exception as error:  # a download that ends early (the hash), a damaged file in the cache
+        reason = str(error).strip().partition("\n")[0]
+        raise NotComputed(
+            f"{path} is no whole weights file ({type(error).__name__}: {reason}): delete it, and "
+            "it is downloaded again"
+        ) from error
+    return state
+
+
+def load_into(model: torch.nn.Module, state: dict[str, Tensor], argument: str) -> None:
+    """Strictly; a ValueError says in one line what does not fit."""
+    own = model.state_dict()
+    lacking = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
+    if lacking or wrong:
+        k = (lacking or wrong)[0]
+        found = "is not there" if lacking else f"is {tuple(state[k].shape)}"
+        raise ValueError(
+            f"{argument} holds other weights than {type(model).__name__}'s: {k}, which is "
+            f"{tuple(own[k].shape)}, {found}"
+        )
+    model.load_state_dict(state)

@@ -1,0 +1,154 @@
+"""CLIP score: how well an image fits its prompt, by open_clip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from ._weights import NotComputed, needed
+from .images import RGBImages
+from .intervals import estimate
+
+# cosine in [-1, 1] -> score
+SCALES = {
+    "cosine": lambda c: c,
+    "x100": lambda c: 100 * c,
+    "w2.5": lambda c: 2.5 * c.clamp_min(0),
+}
+
+
+def clip_score(
+    images: Tensor | str | os.PathLike[str],
+    prompts: str | Sequence[str],
+    *,
+    model: str = "ViT-B-32-quickgelu",
+    pretrained: str | os.PathLike[str] = "openai",
+    scale: str = "cosine",
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    r"""Mean over images of the cosine c between CLIP's embeddings of an image and of its prompt.
+
+    .. math:: c_i = \frac{E_I(x_i) \cdot E_T(y_i)}{|E_I(x_i)| \, |E_T(y_i)|}
+
+    Args:
+        images: (n, 3, H, W), uint8 or float in [-1, 1]; or a folder, its names sorted as
+            text: 10.png comes before 2.png.
+        prompts: n of them, or one for all images.
+        model: of open_clip.list_models(). OpenAI's own weights want the names with -quickgelu.
+        pretrained: a tag of open_clip.list_pretrained_tags_by_model(model), which is taken from the
+            hub's cache or downloaded; or a weights file (.pt, .safetensors).
+        scale: "cosine" c; "x100" 100 c; "w2.5" 2.5 max(c, 0), CLIPScore (Hessel et al., 2021).
+        confidence, seed: of the bootstrap interval.
+
+    Returns:
+        ``clip_score`` with ``value``, ``low``, ``high`` and ``n`` (None where not computed),
+        ``per_image`` (n floats on that scale), ``not_computed`` (None, or why), ``protocol``.
+
+    Raises:
+        ValueError: images, prompts or options that do not fit; a file with other weights.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {tuple(SCALES)}; got {scale!r}")
+    pictures = RGBImages(images, "images")
+    texts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+    if len(texts) != len(pictures):
+        raise ValueError(
+            f"prompts must be one for all images, or one per image, {len(pictures)}; got "
+            f"{len(texts)}"
+        )
+    result: dict[str, Any] = {
+        "clip_score": None, "per_image": None, "not_computed": None,
+        "protocol": {
+            "model": model, "weights": Path(pretrained).name,
+            "scale": scale, "prompts": f"{len(set(texts))} for {len(texts)} images",
+            "pixels": "uint8, RGB, the same scale for every image",
+        },
+    }  # fmt: skip
+    try:
+        open_clip = needed("open_clip", "metrics")
+        judge, preprocess = _load(open_clip, model, str(pretrained))
+    except NotComputed as why:
+        return result | {"not_computed": f"not computed, because {why}"}
+    judge = judge.to(device)
+    cosines = _cosines(
+        judge, preprocess, open_clip.get_tokenizer(model), pictures, texts, batch_size
+    )
+    scores = SCALES[scale](cosines)
+    result["protocol"] |= {
+        "preprocessing": {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in judge.visual.preprocess_cfg.items()
+        },
+        "open_clip": open_clip.__version__,
+    }
+    return result | {
+        "clip_score": estimate(scores, confidence=confidence, seed=seed),
+        "per_image": scores.tolist(),
+    }
+
+
+@torch.no_grad()
+def _cosines(
+    judge: Any, preprocess: Any, tokenizer: Any, pictures: RGBImages, texts: list[str], size: int
+) -> Tensor:
+    """(n,) float64."""
+    image = require("PIL.Image", "metrics")
+    device = next(judge.parameters()).device
+    found = []
+    for i, batch in enumerate(pictures.batches(size)):
+        # by PIL, as the model's own preprocessing wants it and a saved file would come
+        x = torch.stack([preprocess(image.fromarray(p.permute(1, 2, 0).numpy())) for p in batch])
+        tokens = tokenizer(texts[i * size : i * size + len(batch)])
+        a = judge.encode_image(x.to(device)).double()
+        b = judge.encode_text(tokens.to(device)).double()
+        found.append(torch.nn.functional.cosine_similarity(a, b).cpu())
+    return torch.cat(found)
+
+
+def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
+    """The model in eval mode, on the CPU, and its preprocessing."""
+    known = open_clip.list_models()
+    if model not in known:
+        near = get_close_matches(model, known, n=3, cutoff=0.3)
+        raise ValueError(f"model must be of open_clip.list_models(), such as {near}; got {model!r}")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    local = pretrained not in tags
+    if local and not Path(pretrained).is_file():
+        raise ValueError(
+            f"pretrained must be a weights file or a tag of {model}, {tags}; got {pretrained!r}"
+        )
+    if not local:
+        wanted = open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
+        if wanted != open_clip.get_model_config(model).get("quick_gelu", False):
+            other = model.removesuffix("-quickgelu") + "-quickgelu" * wanted
+            raise ValueError(
+                f"model={model!r} has another activation than the weights {pretrained!r} were "
+                f"trained with, and its scores would be wrong: give model={other!r}"
+            )
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+            judge, preprocess = open_clip.create_model_from_pretrained(
+                model, pretrained=pretrained, weights_only=True
+            )
+    except Exception as error:  # of many kinds, both on a file of others and without a network
+        reason = str(error).strip().partition("\n")[0]
+        if local:
+            raise ValueError(
+                f"pretrained: {pretrained} holds no weights of {model} "
+                f"({type(error).__name__}: {reason})"
+            ) from error
+        raise NotComputed(
+            f"the CLIP weights {pretrained!r} of {model} could not be had ({reason}): give "
+            "pretrained= the path of their file"
+        ) from error
+    return judge.eval(), preprocess

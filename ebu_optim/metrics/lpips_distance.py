@@ -1,0 +1,125 @@
+"""LPIPS: how far an image is from another one in the features of a trained network.
+
+By the package of the metric's authors, which brings the calibrated linear weights. The backbone's
+are torchvision's, and not in it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._weights import NotComputed, load_into, needed, torchvision_weights
+from .images import RGBImages
+from .intervals import estimate
+
+# the backbones' entries in torchvision, and the least side whose features have a pixel
+NETS = {
+    "alex": ("AlexNet_Weights", 31),
+    "vgg": ("VGG16_Weights", 16),
+    "squeeze": ("SqueezeNet1_1_Weights", 17),
+}
+
+
+def lpips_distance(
+    images: Tensor | str | os.PathLike[str],
+    reference: Tensor | str | os.PathLike[str],
+    *,
+    net: str = "alex",
+    weights_file: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    r"""Mean LPIPS distance of pairs of images: of a prompt and seed, before and after unlearning.
+
+    .. math:: d(x, y) = \sum_l \frac{1}{H_l W_l} \sum_{h, w}
+        \sum_c w_{lc} \, (\hat f^l_{hwc}(x) - \hat f^l_{hwc}(y))^2
+
+    with the features f of layer l, scaled to length 1 over the channels c.
+
+    Args:
+        images: (n, 3, H, W), uint8 or float in [-1, 1]; or a folder, in the order of its names.
+        reference: the same for the model before unlearning, image by image.
+        net: the backbone, "alex" (most published figures), "vgg" or "squeeze".
+        weights_file: torchvision's ImageNet weights of the backbone, of which ``features.*`` are
+            used; None: torchvision's cache or download (244, 553 and 5 MB).
+        size: the shorter side is first brought to it; None: as they are. ESD's script takes 64.
+
+    Returns:
+        ``lpips`` with ``value``, ``low``, ``high`` and ``n`` (None where not computed),
+        ``per_image``, ``not_computed`` (None, or why), ``protocol``.
+
+    Raises:
+        ValueError: images or options that do not fit; a `weights_file` of other things.
+        FileNotFoundError: `weights_file` is given and not there.
+    """
+    if net not in NETS:
+        raise ValueError(f"net must be one of {tuple(NETS)}; got {net!r}")
+    ours, theirs = RGBImages(images, "images"), RGBImages(reference, "reference")
+    shapes = [(len(x), *x[0].shape) for x in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"images and reference must pair up; got {shapes[0]} and {shapes[1]}: give the images "
+            "of the same prompts and seeds, in the same order and of the same size"
+        )
+    names = [[file.name for file in x.source] for x in (ours, theirs) if isinstance(x.source, list)]
+    if len(names) == 2 and names[0] != names[1]:
+        a, b = next(pair for pair in zip(*names) if pair[0] != pair[1])
+        raise ValueError(
+            f"images and reference must pair up by name; {a} would stand against {b}: name the "
+            "files of a prompt and seed alike in both folders"
+        )
+    side = min(shapes[0][2:]) if size is None else size
+    if side < NETS[net][1]:
+        raise ValueError(
+            f"{'images' if size is None else 'size'}: {net!r} needs a side of at least "
+            f"{NETS[net][1]} pixels; got {side}"
+        )
+    result: dict[str, Any] = {
+        "lpips": None, "per_image": None, "not_computed": None,
+        "protocol": {
+            "network": f"{net}, linear weights v0.1", "size": "as drawn" if size is None else size,
+            "shape": list(shapes[0][1:]), "pixels": "uint8, RGB, the same scale for every image",
+        },
+    }  # fmt: skip
+    try:
+        judge = _load(net, weights_file, progress).to(device)
+        resize = needed("torchvision.transforms.functional", "metrics").resize
+    except NotComputed as why:
+        return result | {"not_computed": f"not computed, because {why}"}
+    result["protocol"]["package"] = f"lpips {metadata.version('lpips')}"
+    found = []
+    for pair in zip(ours.batches(batch_size), theirs.batches(batch_size)):
+        if size is not None:
+            pair = tuple(resize(x, size, antialias=True) for x in pair)
+        a, b = (x.to(device).float() / 127.5 - 1 for x in pair)
+        with torch.no_grad():
+            found.append(judge(a, b).double().flatten().cpu())
+    distances = torch.cat(found)
+    return result | {
+        "lpips": estimate(distances, confidence=confidence, seed=seed),
+        "per_image": distances.tolist(),
+    }
+
+
+def _load(net: str, weights_file: str | os.PathLike[str] | None, progress: bool) -> torch.nn.Module:
+    lpips = needed("lpips", "metrics")
+    entry = getattr(needed("torchvision.models", "metrics"), NETS[net][0]).IMAGENET1K_V1
+    state = torchvision_weights(entry, weights_file, "weights_file", progress)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of an argument that lpips still uses
+        judge: torch.nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    backbone: Any = judge.net
+    # the backbone's slices keep torchvision's numbers: slice2.3.weight is features.3.weight
+    names = {key: f"features.{key.partition('.')[2]}" for key in backbone.state_dict()}
+    load_into(backbone, {k: state[v] for k, v in names.items() if v in state}, "weights_file")
+    return judge.eval()

@@ -1,0 +1,399 @@
+"""examples/paper on a toy world: digits, a few steps, two images of a class; one process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PAPER = ROOT / "examples" / "paper"
+SMALL = ("--model", "small", "--train_batch_size", 4)
+# options that come last win: every run has two steps, whatever a script asks for
+TOY = f"""
+from worlds import World
+TOY = World(
+    "toy", "toy digits", ("--digits",), (),
+    (*{SMALL}, "--use_ema", "--max_train_steps", 4),
+    (*{SMALL}, "--max_train_steps", 3),
+    ("--weights", "ema", "--replay_per_class", 2, "--num_inference_steps", 2,
+     "--guidance_scale", 1, "--fisher_images", 4, "--fisher_timesteps", 2),
+    ("--start_from", "ema", "--train_batch_size", 2, "--validation_images", 2,
+     "--validation_inference_steps", 2, "--max_train_steps", 2),
+    ("--images_per_class", 2, "--num_inference_steps", 2, "--inversion_steps", 1,
+     "--relearn_max_steps", 1, "--attack_images", 2),
+    {{"train": 1.0, "train_classifier": 1.0, "prepare": 1.0, "unlearn": 1.0, "evaluate": 1.0}},
+    "0", ("1", "2", "3"), "no time at all", "table6_cifar10_ddpm_class0",
+)
+"""
+
+
+def module(name: str):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def paper():
+    """The scripts can be imported; runs are made here, one at a time, in this process."""
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in (PAPER, ROOT / "examples" / "ddpm"):
+            patch.syspath_prepend(str(folder))
+        patch.setenv("TQDM_DISABLE", "1")
+        runs, command_line = module("runs"), module("command_line")
+        exec(TOY, said)  # noqa: S102
+        patch.setitem(command_line.SCALES, "small", said["TOY"])
+        patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
+        patch.setattr(runs, "_start", lambda threads: None)
+        patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
+        yield said["TOY"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("paper")
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The names of the runs that were made, in order."""
+    runs, names = module("runs"), []
+    work = runs._work
+    monkeypatch.setattr(runs, "_work", lambda run: names.append(run.name) or work(run))
+    return names
+
+
+def start(script: str, root: Path, *options) -> None:
+    given = ["--workers", 1, "--output_dir", root, *options]
+    module(script).main([str(o) for o in given])
+
+
+def report(root: Path, name: str, ending: str = "-full-replay") -> dict:
+    folder = root / "toy" / f"{name}{ending}"
+    assert (folder / "report.html").is_file()
+    return json.loads((folder / "results.json").read_text())
+
+
+def names(found: dict) -> list[str]:
+    return [row["name"] for row in found["rows"]]
+
+
+GROUND = ["toy: base", "toy: judge", "toy: judge who knows noise", "toy: sets, full replay"]
+LIMITS = ["base model", "noise"]
+
+
+def test_a_table_runs_what_is_missing_and_reuses_what_is_there(root, made, capsys):
+    options = ["--methods", "ebu_added", "joint", "--seeds", 1, 2, "--sa_steps", 0]
+    start("table6", root, *options)
+    said = capsys.readouterr().out
+    assert "8 runs, 0 of them there already; to do: 8" in said
+    assert made[:4] == GROUND
+    assert len(made) == 8
+    found = report(root, "table6")
+    assert names(found)[:4] == [*LIMITS, "EBU added", "plain sum"]
+    assert names(found)[4:] == [f"the paper: {m}" for m in ("FT", "GA", "SA", "SalUn", "EBU")]
+    assert found["rows"][2]["values"]["ra"]["n"] == 2
+    assert f"see {root / 'toy' / 'table6-full-replay' / 'report.html'}" in said
+
+    made.clear()
+    start("table6", root, *options)
+    assert "8 runs, 8 of them there already; to do: 0 with 0 training steps" in (
+        capsys.readouterr().out
+    )
+    assert not made
+    (model,) = (root / "toy" / "models").glob("joint-*-s2-????????")
+    (judged,) = (root / "toy" / "reports").glob("joint-*-s2-????????")
+    (judged / "results.json").rename(judged / "results.old")
+    start("table6", root, *options, "--dry_run")
+    assert "7 of them there already; to do: 1 with 200" in capsys.readouterr().out
+    assert not (judged / "results.json").exists()
+    (judged / "results.old").rename(judged / "results.json")
+    assert not (model / "checkpoints").exists()
+
+
+def test_figure_2(root, made, monkeypatch):
+    monkeypatch.setattr(module("figure2"), "METHODS", ("ebu_added", "selective_amnesia", "salun"))
+    start("figure2", root, "--steps", 2, "--sa_steps", 3)
+    found = report(root, "figure2")
+    assert len(made) == 4  # other options than the table's runs
+    assert names(found)[2:] == ["EBU added", "SA", "SalUn", "SA, published strength"]
+    settings = found["protocol"]["unlearning"]["settings"]
+    assert settings["SA, published strength"] == {"learning_rate": 1e-4, "lam": 1e7, "steps": 3}
+    assert len(found["curves"]) == 6
+    for curve in found["curves"]:
+        assert set(curve["limits"]) == set(LIMITS)
+        assert len(curve["series"]) == 4
+        assert all(x > 0 for line in curve["series"].values() for x, _ in line)
+    ce = {c["title"]: c for c in found["curves"]}["CE_f over step"]
+    assert [x for x, _ in ce["series"]["SalUn"]] == [2]
+    noise = {row["name"]: row["values"] for row in found["rows"]}["noise"]
+    assert ce["limits"]["noise"] == noise["ce_f"]
+
+
+def test_figure_4(root, made, monkeypatch):
+    monkeypatch.setattr(module("figure4"), "VALUES", (0.2, 0.8))
+    start("figure4", root)
+    found = report(root, "figure4")
+    assert len(made) == 4
+    assert names(found)[2:] == [f"alpha {a}, delta {d}" for a in (0.2, 0.8) for d in (0.2, 0.8)]
+    told = found["protocol"]["unlearning"]["settings"]["alpha 0.2, delta 0.8"]
+    assert (told["alpha"], told["delta"]) == (0.2, 0.8)
+    titles = [c["title"] for c in found["curves"]]
+    assert titles == ["P_f over alpha", "CE_f over alpha", "RA over alpha",
+                      "P_f after 1 steps of inversion over alpha"]  # fmt: skip
+    for curve in found["curves"]:
+        assert list(curve["series"]) == ["delta 0.2", "delta 0.8"]
+        assert [x for x, _ in curve["series"]["delta 0.2"]] == [0.2, 0.8]
+    pictures = root / "toy" / "figure4-full-replay" / "pictures"
+    assert sorted(p.name for p in pictures.iterdir()) == [
+        f"{i}_{title}_delta_0_{d}.png"
+        for i, title in enumerate(("0_forgotten", "1_kept")) for d in (2, 8)
+    ]  # fmt: skip
+
+
+def test_figure_6_shows_the_way(paper, root, made):
+    start("figure6", root, "--every", 1)
+    assert len(made) == 3
+    figure6 = module("figure6")
+    assert names(report(root, "figure6"))[2:] == ["EBU added", "SA", "FT"]
+    setting = module("worlds").Setting(paper, root)
+    seen = figure6.along(figure6.table(setting, 1, paper=False, steps=200, every=1))["EBU added"]
+    assert list(seen) == [0, 1, 2]
+    assert seen[0].shape == (10, figure6.EACH, 1, 8, 8)
+    assert not torch.equal(seen[0], seen[2])
+    grid = figure6.grid({"EBU": {t: seen[0] + t for t in (0, 5, 10, 15, 20)}}, 3, "x")
+    assert grid["rows"] == ["t = 0", "t = 10", "t = 20"]
+    assert torch.equal(grid["columns"]["EBU"][1], seen[0][3] + 10)
+    with Image.open(root / "toy" / "figure6-full-replay" / "along.gif") as opened:
+        assert opened.n_frames == 3
+        assert opened.size == (110 + 2 * (6 * 34 + 8 - 2), 24 + 3 * (32 + 8))
+
+
+def test_figure_7_is_table_6_in_pictures(root, made):
+    start("figure7", root, "--methods", "ebu_added", "joint", "--sa_steps", 0)
+    assert not made
+    found = report(root, "figure7")
+    assert found["title"] == "Figure 7 on toy digits: full replay, remembered by replay"
+    pictures = root / "toy" / "figure7-full-replay" / "pictures"
+    assert len(list(pictures.iterdir())) == 10
+    with Image.open(next(pictures.glob("*_0_forgotten.png"))) as opened:
+        assert opened.height == 3 * 32  # before, EBU, plain sum
+
+
+def test_table_4_under_partial_replay(root, made, monkeypatch):
+    monkeypatch.setattr(module("rows"), "ABLATIONS", ("ebu_without_alignment",))
+    start("table4", root, "--seeds", 1, "--regime", "partial", "--loss", "crossed")
+    assert len(made) == 3
+    assert made[0] == "toy: sets, partial replay"
+    found = report(root, "table4", "-partial-crossed")
+    assert names(found)[2:4] == ["EBU added", "EBU w/o PA"]
+    assert found["protocol"]["data"]["replayed"] == ["1", "2", "3"]
+    assert all("ra_never_replayed" in row["values"] for row in found["rows"][2:4])
+
+
+def test_table_1(paper, root, made, monkeypatch):
+    worlds = {"cifar100": paper._replace(smoke="Of no use."), "stl10": paper}
+    monkeypatch.setitem(module("table1").SCALES, "small", worlds)
+    start("table1", root, "--dataset", "cifar100", "--methods", "ebu_added")
+    assert not made  # it is Table 6's run
+    assert report(root, "table1", "")["notes"][0] == "Of no use."
+
+
+def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, monkeypatch):
+    rows, runs, Setting = module("rows"), module("runs"), module("worlds").Setting
+    monkeypatch.setattr(rows, "TUNED", tmp_path / "tuned.json")
+    setting = Setting(paper, tmp_path)
+    assert rows.tuned(setting, "joint") == rows.Choice(1e-4, {})
+
+    def work(run):  # the second of six is the best: by inversion alone
+        trial = "forget_weight0.5" in run.name and "lr0.0003" in run.name
+        values = {"p_f_reject": {"value": 0.25}, "ra_never_replayed": 0.75,
+                  "inversion_100": 0.5 if trial else 0.625}  # fmt: skip
+        for c in run.commands:
+            c.folder.mkdir(parents=True)
+            last = json.dumps({"rows": [{"name": "joint", "values": values}]})
+            (c.folder / runs.LAST[c.script]).write_text(last)
+
+    monkeypatch.setattr(runs, "_work", work)
+    start("tune", tmp_path, "--methods", "joint")
+    assert rows.tuned(setting, "joint") == rows.Choice(3e-4, {"forget_weight": 0.5})
+    # with losses that were not tuned, that of the others; of a method that was not, the defaults
+    crossed = Setting(paper, tmp_path, loss="crossed")
+    assert rows.tuned(crossed, "joint") == rows.tuned(setting, "joint")
+    assert rows.tuned(setting, "pcgrad") == rows.Choice(1e-4, {})
+    (told,) = json.loads(rows.TUNED.read_text()).values()
+    assert told["joint"]["score"] == 2.0
+    assert sorted(t["score"] for t in told["joint"]["trials"]) == [1.875] * 5 + [2.0]
+
+
+def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
+    publish, error = module("publish"), module("command_line").InputError
+    (tmp_path / "r" / "plots").mkdir(parents=True)
+    for name in ("results.json", "along.gif", "plots/0.svg", "report.html"):
+        (tmp_path / "r" / name).write_text("{}")
+    publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
+    copied = {p.name for p in (tmp_path / "docs" / "r").rglob("*.*")}
+    assert copied == {"results.json", "along.gif", "0.svg"}
+    with pytest.raises(error, match="holds no report"):
+        publish.main([str(tmp_path), str(tmp_path / "docs")])
+    (tmp_path / "r" / "along.gif").write_bytes(bytes(5_000_001))
+    with pytest.raises(error, match=r"has 5\.0 MB"):
+        publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
+
+
+def test_a_folder_is_of_its_options_and_of_nothing_else(paper, tmp_path):
+    Setting = module("worlds").Setting
+
+    def commands(root: Path, *, flags: tuple = (), **options) -> list[str]:
+        setting = Setting(options.pop("world", paper), root, **options)
+        run = setting.run("x", "joint", seed=1, flags=flags)
+        made = [c for r in (*setting.ground, run) for c in r.commands]
+        return [str(c.folder.relative_to(root)) for c in made]
+
+    here = commands(tmp_path / "a")
+    assert len(set(here)) == len(here) == 6
+    assert here == commands(tmp_path / "b" / "c", data=["--parquet", "elsewhere"])
+    changed = {
+        "method": commands(tmp_path, flags=("--alpha", 0.5)),
+        "loss": commands(tmp_path, loss="crossed"),
+        "regime": commands(tmp_path, regime="partial"),
+        "base": commands(tmp_path, world=paper._replace(base=(*paper.base, "--seed", 1))),
+    }
+    others = {
+        name: [a != b for a, b in zip(here, found, strict=True)] for name, found in changed.items()
+    }
+    #                                          base   judge  reject sets   unlearn evaluate
+    assert others == {"method": [False, False, False, False, True, True],
+                      "loss": [False, False, False, False, True, True],
+                      "regime": [False, False, False, True, True, True],
+                      "base": [True, False, False, True, True, True]}  # fmt: skip
+
+
+def test_dry_run_makes_nothing(tmp_path, made, capsys):
+    start("figure4", tmp_path / "o", "--dry_run")
+    assert "20 runs, 0 of them there already; to do: 20" in capsys.readouterr().out
+    assert not made
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(paper, tmp_path, made, capsys):
+    # the judges know nothing of it; the sets are asked for a class that there is not
+    world = paper._replace(name="broken", forget="12")
+    module("command_line").SCALES["broken"] = world
+    with pytest.raises(SystemExit) as end:
+        module("command_line").main(
+            lambda: start("table6", tmp_path, "--scale", "broken", "--methods", "joint",
+                          "--sa_steps", 0)
+        )  # fmt: skip
+    del module("command_line").SCALES["broken"]
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert made == [name.replace("toy", "broken") for name in GROUND]
+    assert "broken: sets, full replay: InputError: --forget 12: there is no such class" in said
+    assert "seed 1: needs broken: sets, full replay" in said
+    (log,) = (tmp_path / "broken").glob("sets-*.log")
+    assert str(log) in said
+    assert "Traceback" in log.read_text()
+
+
+def test_what_needs_a_failed_run_is_told_so_down_to_the_last(monkeypatch, tmp_path):
+    runs = module("runs")
+
+    def run(name: str, *after: str):
+        return runs.Run(name, (runs.Command("train", (), tmp_path / name),), 1, 1, after)
+
+    chain = [run("a"), run("b", "a"), run("c", "b")]
+    monkeypatch.setattr(runs, "_work", lambda run: f"no {run.name}")
+    with pytest.raises(runs.Failed, match=r"^a: no a\nb: needs a\nc: needs b$"):
+        runs.execute(chain, 1)
+    with pytest.raises(RuntimeError, match="wait for each other: b, d"):
+        runs.execute([run("b", "d"), run("d", "b")], 1)
+
+    def killed(run):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(runs, "_work", killed)
+    with pytest.raises(runs.Failed, match=r"was killed \(out of memory\?\) while these ran: a;"):
+        runs.execute(chain, 1)
+
+
+INTERRUPTED = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import command_line, worlds
+{toy}
+if __name__ == "__main__":
+    setting = worlds.Setting(TOY, command_line.Path(sys.argv[3]))
+    args = command_line.parser(None, {{"small": TOY}}).parse_args(["--workers", "1"])
+    command_line.main(lambda: command_line.run(args, setting, setting.ground[:1]))
+"""
+
+
+def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, made):
+    steps = ("--max_train_steps", 160, "--checkpointing_steps", 10)
+    script = tmp_path / "script.py"
+    toy = f"{TOY}\nTOY = TOY._replace(base=(*TOY.base, *{steps}))"
+    script.write_text(INTERRUPTED.format(toy=toy))
+    world = paper._replace(base=(*paper.base, *steps))
+    (base, *_) = module("worlds").Setting(world, tmp_path).ground
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, script, PAPER, ROOT / "examples" / "ddpm", tmp_path], text=True, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            until = time.monotonic() + 200
+            while not list(base.folder.glob("checkpoints/step_*")) and process.poll() is None:
+                assert time.monotonic() < until, "no checkpoint yet"
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of the group
+            _, said = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, said
+    assert "interrupted; the same command goes on" in said
+    assert not base.done
+    module("runs").execute([base], 1)
+    assert made == [base.name]
+    assert base.done
+    assert "going on after step" in base.folder.with_name(f"{base.folder.name}.log").read_text()
+    rows = (base.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(10, 161, 10))
+
+
+def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path):
+    worlds, runs, data = module("worlds"), module("runs"), module("data")
+    world = worlds.STL10_SMOKE
+    setting = worlds.Setting(world, tmp_path)
+    images, base, *_ = setting.ground
+    assert base.after == (images.name,)
+    assert "mean nothing" in world.smoke
+    assert "generated" in world.title
+    assert runs._work(images) is None
+    assert images.done
+    parser = module("argparse").ArgumentParser()
+    data.add_arguments(parser)
+    given = base.commands[0].argv
+    args, _ = parser.parse_known_args(given)
+    found = data.load(args, "all")
+    assert found.images.shape == (500, 3, 16, 16)
+    assert len(found.classes) == 10
+    assert found.labels.bincount().tolist() == [50] * 10
+    others = worlds.Setting(world._replace(generated=("--seed", 1)), tmp_path)
+    assert others.base.folder != setting.base.folder
+    given = worlds.Setting(world, tmp_path, data=["--parquet", "x"])
+    assert [r.name for r in given.ground] == [r.name for r in setting.ground[1:]]
+    assert "--parquet" in given.base.options
