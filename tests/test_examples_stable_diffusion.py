@@ -205,6 +205,12 @@ def test_sets_are_made_once_and_a_run_that_finds_them_is_the_same(made, tmp_path
     assert all(torch.equal(a[n], b[n]) for n in a)
     labels = load_tensors(next(sets.glob("replay-*")))[0]["labels"]
     assert sorted(labels.tolist()) == [0, 0, 1, 2]
+    # F and what is replayed stay where something else is forgotten
+    other = unlearn(made, tmp_path / "d", *command)
+    other[other.index("--forget") + 1] = "person"
+    succeed(*other)
+    added = {p.name.partition("-")[0] for p in sets.iterdir() if p.name not in before}
+    assert added == {"text"}
     # other prompts have sets of their own
     succeed(*unlearn(made, tmp_path / "c", *command, "--remember", "a dog"))
     assert len(list(sets.glob("replay-*"))) == 2

@@ -28,7 +28,13 @@ from unlearn_losses import NOISE, kind, needs_own_images
 
 from ebu_optim import DiagonalFisher
 from ebu_optim._files import load_tensors, save_tensors
-from ebu_optim.diffusion import FisherBatches, fisher_loss, sample_set, surrogate_noise
+from ebu_optim.diffusion import (
+    FisherBatches,
+    fisher_loss,
+    model_hash,
+    sample_set,
+    surrogate_noise,
+)
 
 
 class Made(NamedTuple):
@@ -79,9 +85,8 @@ def check(args: argparse.Namespace) -> None:
 
 def passes(args: argparse.Namespace, prompts: Prompts) -> int:
     """How often the UNet is run to sample the sets."""
-    kinds = _kinds(args, prompts)
-    number = sum(n for n, labels, folder in kinds.values() if labels and not folder)
-    return number * args.num_inference_steps * 2
+    sampled = [(n, c) for n, c, folder in _kinds(args, prompts).values() if c and not folder]
+    return sum(n * (2 if _guided(c, prompts) else 1) for n, c in sampled) * args.num_inference_steps
 
 
 def embeddings(
@@ -123,17 +128,19 @@ def make(
     )
 
 
-def fisher(args: argparse.Namespace, made: Made, scheduler: Any, model: Prompted, base: str) -> Any:
-    """F of the trained weights over the replay set, by parameter of `model`."""
+def fisher(args: argparse.Namespace, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
+    """F of the UNet's trained weights over the replay set, by parameter."""
     latents, labels = made.replay
     rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
     rows = rows[: args.fisher_images]
+    # the replayed prompts alone: F is not another where another prompt is forgotten
+    number = {c: i for i, c in enumerate(made.replayed)}
+    model = Prompted(unet, table[made.replayed]).to(unet.device)
     batches = FisherBatches(
-        latents[rows], labels[rows], scheduler, timesteps=args.fisher_timesteps, batch_size=1,
-        seed=args.seed, device=next(model.parameters()).device,
+        latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]), scheduler,
+        timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed, device=unet.device,
     )  # fmt: skip
-    trained = sorted(model.trained())
-    name = _digest(base, trained, batches.protocol, args.reduction)
+    name = _digest(model_hash(model), sorted(model.trained()), batches.protocol, args.reduction)
     estimate = DiagonalFisher.estimate(
         model, fisher_loss(scheduler, reduction=args.reduction), batches, method="loop",
         path=args.sets_dir / f"fisher-{name}.safetensors",
@@ -156,6 +163,11 @@ def _kinds(
     return kinds
 
 
+def _guided(labels: list[int], prompts: Prompts) -> bool:
+    """Guidance of the empty prompt away from itself is nothing."""
+    return set(labels) != {prompts.null}
+
+
 def _sampled(
     args: argparse.Namespace, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
     base: str, device: Any, name: str, number: int, labels: list[int],
@@ -171,7 +183,8 @@ def _sampled(
     latents, rows = sample_set(
         path, Prompted(unet, table[used]).to(device), scheduler,
         torch.arange(number) % len(labels), looked.latents,
-        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale if _guided(labels, prompts) else 1.0,
         null_condition=len(labels), clip=False, batch_size=args.sample_batch_size,
         seed=args.seed + ("replay", "surrogate", "own").index(name), device=device,
     )  # fmt: skip

@@ -174,7 +174,7 @@ def learn_from(
         raw = modules.Prompted(unet, table).to(device)
         fisher = method_options.fisher_source(args, "estimate")
         if fisher == "estimate":
-            fisher = cache.fisher(args, made, looked.scheduler, raw, base)
+            fisher = cache.fisher(args, made, looked.scheduler, unet, table)
     if dtype != torch.float32:
         modules.halve_frozen(unet, dtype)
     if args.gradient_checkpointing:
