@@ -115,10 +115,10 @@ def measure(
         return probability(classify(reject, drawn(m, asked)), forget)
 
     row: dict[str, float | None] = {
-        "p_f": probability(by_reject[f], forget),
-        "p_f_ten_classes": probability(by_plain[f], forget),
-        "ra": accuracy(by_reject[~f], labels[~f]),
-        "ra_ten_classes": accuracy(by_plain[~f], labels[~f]),
+        "p_f_reject": probability(by_reject[f], forget),
+        "p_f": probability(by_plain[f], forget),
+        "ra_reject": accuracy(by_reject[~f], labels[~f]),
+        "ra": accuracy(by_plain[~f], labels[~f]),
     }
     # no scheduler: the attacks learn by the model's own loss
     row |= inversion(model, model.embedding, real, None, p_f, at=AT, loss=loss)
@@ -174,8 +174,8 @@ def compare(
         )
         plain, reject = digits.load_classifiers()
         rows["noise"] = {
-            "p_f": probability(classify(reject, noise), args.forget),
-            "p_f_ten_classes": probability(classify(plain, noise), args.forget),
+            "p_f_reject": probability(classify(reject, noise), args.forget),
+            "p_f": probability(classify(plain, noise), args.forget),
         }
         seconds["all"] = time.perf_counter() - start
         results = {
@@ -206,10 +206,10 @@ def compare(
 
 
 ROWS = (
-    ("forgotten", "p_f", "P of the forgotten digit (reject class)"),
-    ("forgotten", "p_f_ten_classes", "the same, ten-class classifier"),
-    ("kept", "ra", "accuracy on the nine kept (reject class)"),
-    ("kept", "ra_ten_classes", "the same, ten-class classifier"),
+    ("forgotten", "p_f_reject", "P of the forgotten digit (reject class)"),
+    ("forgotten", "p_f", "the same, ten-class classifier"),
+    ("kept", "ra_reject", "accuracy on the nine kept (reject class)"),
+    ("kept", "ra", "the same, ten-class classifier"),
     *(("deep", f"inversion_{n}", f"P after a new condition, {n} steps") for n in AT),
     ("deep", "relearn_steps", "steps of relearning until P is 0.5"),
 )
