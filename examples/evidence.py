@@ -4,11 +4,11 @@
     python examples/evidence.py --summary              # the table and the plot of what is there
 
 Every run forgets "0" from the quickstart's model in 200 steps and is measured on three axes:
-forgotten (P_f), kept (accuracy on the other digits; in partial replay, where only 1, 2 and 3 are
-replayed, on the six that never were) and deep (P_f after a new embedding was learned on real
-zeros against the frozen weights, and after relearning). Every method's strength is tuned on seed 0
-from the same list, for each regime and remember loss; results are reported on seeds 1, 2 and 3. One
-JSON file a run; a second start only runs what is missing.
+forgotten (P_f by a classifier with a reject class), kept (accuracy on the other digits; in partial
+replay, where only 1, 2 and 3 are replayed, on the six that never were) and deep (the same P_f after
+a new embedding was learned on real zeros against the frozen weights, and after relearning). Every
+method's strength is tuned on seed 0 from the same list, for each regime and remember loss; results
+are reported on seeds 1, 2 and 3. One JSON file a run; a second start only runs what is missing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def run(spec: dict[str, Any], folder: Path) -> None:
         logits, logits_reject = classify(plain, x), classify(reject, x)
         f = y == FORGET
         groups = {"never": NEVER, "replayed": REPLAYED, "kept": kept}
-        result = {"p_f": probability(logits_reject[f], FORGET), "ce_f": entropy(logits[f])}
+        result = {"p_f_reject": probability(logits_reject[f], FORGET), "ce_f": entropy(logits[f])}
         result["ce_r"] = entropy(logits[~f])
         for key, classes in groups.items():
             m = torch.isin(y, torch.tensor(classes))
@@ -256,7 +256,7 @@ def main() -> None:
         "never": NEVER, "steps": STEPS, "batch": BATCH, "lr": LR, "max_grad_norm": CLIP,
         "surrogate": "uniform", "reduction": "sum", "fisher": "online", "fisher_scale": "unit",
         "sampler": f"DDIM, {SAMPLER_STEPS} steps", "samples_per_class": 40, "threads": 1,
-        "accuracy_by": "the ten-class classifier", "p_f_by": "the one with a reject class",
+        "accuracy_by": "the ten-class classifier", "p_f_reject_by": "the one with a reject class",
         "shared_by_all_runs": "starting noise (seed 7, 60 images for the attacks), attack seed 0",
     }  # fmt: skip
     report.write(load(folder), folder, protocol)

@@ -15,7 +15,9 @@ GAMMAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 REGIMES, LOSSES = ("partial", "full"), ("replay", "distill", "crossed")
 TUNED = ("added", "replaced", "routed", "full", "random")
 TUNE_SEED, SEEDS = 0, (1, 2, 3)
-COLUMNS = ("p_f", "acc_kept", "acc_replayed", "acc_never", "inversion_100", "relearn_10", "ce_f")
+COLUMNS = (
+    "p_f_reject", "acc_kept", "acc_replayed", "acc_never", "inversion_100", "relearn_10", "ce_f",
+)  # fmt: skip
 NAMES = {
     "base": "before (no unlearning)",
     "joint": "plain sum",
@@ -32,7 +34,7 @@ def score(result: dict[str, Any]) -> float:
     """What strengths are tuned by, fixed beforehand: forgotten + kept + deep, equal weights."""
     regime = result["spec"]["regime"] if "spec" in result else result["regime"]
     kept = "acc_never" if regime == "partial" else "acc_kept"
-    return (1 - result["p_f"]) + result[kept] + (1 - result["inversion_100"])
+    return (1 - result["p_f_reject"]) + result[kept] + (1 - result["inversion_100"])
 
 
 def tuned(results: list[dict[str, Any]], regime: str, loss: str, method: str) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def label(row: dict[str, Any]) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """One table for each regime and remember loss."""
     columns = {
-        "p_f": "P_f", "acc_kept": "kept", "acc_never": "never replayed",
+        "p_f_reject": "P_f, reject class", "acc_kept": "kept", "acc_never": "never replayed",
         "inversion_100": "inversion", "relearn_10": "relearned", "score": "score",
     }  # fmt: skip
     lines: list[str] = []
@@ -124,8 +126,12 @@ def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
     marks = dict(zip((*TUNED, "joint", "embedding"), "ovD^xs*", strict=True))
     for ax, column, text in zip(
         axes[0],
-        ("p_f", "acc_never", "inversion_100"),
-        ("forgotten: P_f", "kept: accuracy, never replayed", "deep: P_f after inversion"),
+        ("p_f_reject", "acc_never", "inversion_100"),
+        (
+            "forgotten: P_f, reject class",
+            "kept: accuracy, never replayed",
+            "deep: P_f after inversion",
+        ),
         strict=True,
     ):
         for method in TUNED:

@@ -125,17 +125,17 @@ class Evaluation:
         return images.cpu()
 
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """CE by the ten-class classifier; P_f and accuracies by the one with a reject class."""
+        """By the ten-class classifier; ``..._reject`` by the one with a reject class."""
         f = labels == self.forget
         plain, reject = classify(self.plain, images), classify(self.reject, images)
         return {
             "ce_f": entropy(plain[f]),
             "ce_r": entropy(plain[~f]),
-            "p_f": probability(reject[f], self.forget),
-            "p_f_ten_classes": probability(plain[f], self.forget),
-            "ra": accuracy(reject[~f], labels[~f]),
-            "ra_ten_classes": accuracy(plain[~f], labels[~f]),
-            "ua": 1 - accuracy(reject[f], labels[f]),
+            "p_f_reject": probability(reject[f], self.forget),
+            "p_f": probability(plain[f], self.forget),
+            "ra_reject": accuracy(reject[~f], labels[~f]),
+            "ra": accuracy(plain[~f], labels[~f]),
+            "ua_reject": 1 - accuracy(reject[f], labels[f]),
         }
 
     def noise(self, n: int = 2000) -> dict[str, float]:
@@ -146,12 +146,12 @@ class Evaluation:
         plain, reject = classify(self.plain, x), classify(self.reject, x)
         return {
             "ce_f": entropy(plain),
-            "p_f": probability(reject, self.forget),
-            "p_f_ten_classes": probability(plain, self.forget),
+            "p_f_reject": probability(reject, self.forget),
+            "p_f": probability(plain, self.forget),
         }
 
     def depth(self, model: Any) -> dict[str, float]:
-        """P_f after the two attacks: an embedding learned in 100 steps, 10 steps of relearning."""
+        """P_f, reject class, after an embedding learned in 100 steps and after 10 of relearning."""
         x, y, _, _ = digits.images()
         real, scheduler = x[y == self.forget], digits.scheduler()
         labels = torch.full((PER_CLASS,), self.forget)
@@ -237,7 +237,7 @@ def unlearn(
             look(step)
             model.train()
             save_checkpoint(work / "run", step, run)
-            bar.set_postfix({k: f"{done['curve'][-1][k]:.3f}" for k in ("p_f", "ra")})
+            bar.set_postfix({k: f"{done['curve'][-1][k]:.3f}" for k in ("p_f_reject", "ra_reject")})
     settings = {n: getattr(opt, n) for n in ("alpha", "delta", "gamma", "penalty", "update",
                 "unrelated", "terms", "granularity", "max_grad_norm", "fisher_scale")}  # fmt: skip
     return {**done, "settings": {**settings, "fisher": "online"}}
@@ -289,7 +289,7 @@ def quickstart(args: argparse.Namespace, work: Path, options: str) -> dict[str, 
             "evaluation": {
                 "images_per_class": PER_CLASS, "sampler": "DDIM, 20 steps, eta 0", "guidance": None,
                 "sampled_weights": "the trained ones, no EMA",
-                "classifiers": "ten classes (CE) and eleven (P_f, accuracy; the last one is noise)",
+                "classifiers": "ten classes; for _reject and the attacks eleven, the last is noise",
                 "same_starting_noise_before_and_after": True,
                 "curve": "36 + 36 images, DDIM 10 steps",
             },

@@ -48,7 +48,7 @@ def curves(curve: list[dict[str, float]], noise: dict[str, float], path: Path) -
     for ax, x, xlabel in ((axes[0], steps, "step"), (axes[1], seconds, "seconds of unlearning")):
         ax.plot(x, [r["ce_f"] for r in curve], "C0-o", ms=3, label="CE, forgotten class (nats)")
         ax.plot(x, [r["ce_r"] for r in curve], "C2-o", ms=3, label="CE, kept classes (nats)")
-        ax.plot(x, [r["p_f"] for r in curve], "C3-o", ms=3, label="P of the forgotten class")
+        ax.plot(x, [r["p_f_reject"] for r in curve], "C3-o", ms=3, label="P_f, reject class")
         ax.axhline(noise["ce_f"], color="C0", ls=":", lw=1, label="CE of uniform noise")
         ax.set_xlabel(xlabel)
     axes[0].legend(fontsize=8)
@@ -66,10 +66,10 @@ def curves(curve: list[dict[str, float]], noise: dict[str, float], path: Path) -
 
 
 ROWS = (
-    ("p_f", "P of the forgotten digit (reject class)", "forgotten"),
-    ("p_f_ten_classes", "P of the forgotten digit (ten classes)", "forgotten"),
+    ("p_f_reject", "P of the forgotten digit (reject class)", "forgotten"),
+    ("p_f", "P of the forgotten digit (ten classes)", "forgotten"),
     ("ce_f", "CE of the forgotten digit, nats", "forgotten"),
-    ("ra", "accuracy on the nine kept digits", "kept"),
+    ("ra_reject", "accuracy on the nine kept digits", "kept"),
     ("ce_r", "CE of the kept digits, nats", "kept"),
     ("inversion_100", "P after a new embedding, 100 steps", "deep"),
     ("relearn_10", "P after relearning, 10 steps", "deep"),

@@ -24,7 +24,9 @@ def evidence():
 def fake(spec, **values):
     """A result whose score is best at gamma 100."""
     off = abs(len(f"{spec['options'].get('gamma', 0):g}") - 3) / 100
-    columns = ("p_f", "acc_kept", "acc_replayed", "acc_never", "relearn_10", "ce_f", "seconds")
+    columns = (
+        "p_f_reject", "acc_kept", "acc_replayed", "acc_never", "relearn_10", "ce_f", "seconds",
+    )  # fmt: skip
     return {
         "spec": spec, **dict.fromkeys(columns, 0.5), "inversion_100": 0.1 + off,
         "fisher_mean": 4e-4, **values,
@@ -43,10 +45,10 @@ def test_a_run_measures_three_axes_and_repeats(evidence, tmp_path, method):
         torch.set_num_threads(threads)
     (result,) = evidence.load(tmp_path)
     assert result["spec"] == spec
-    axes = ("p_f", "acc_kept", "acc_never", "inversion_100", "relearn_10")
+    axes = ("p_f_reject", "acc_kept", "acc_never", "inversion_100", "relearn_10")
     assert all(0 <= result[k] <= 1 for k in axes)
     if method == "base":
-        assert result["p_f"] > 0.95
+        assert result["p_f_reject"] > 0.95
         assert result["acc_kept"] > 0.95
     assert (result["fisher_mean"] is not None) == (method in ("added", "random"))
 
@@ -70,7 +72,7 @@ def test_every_method_gets_the_same_budget_and_reported_seeds_are_not_tuned_on(e
 
 
 def test_score_is_forgotten_kept_and_deep_with_equal_weights(evidence):
-    result = {"p_f": 0.1, "acc_never": 0.9, "acc_kept": 0.8, "inversion_100": 0.3}
+    result = {"p_f_reject": 0.1, "acc_never": 0.9, "acc_kept": 0.8, "inversion_100": 0.3}
     partial, full = ({**result, "spec": {"regime": r}} for r in ("partial", "full"))
     assert evidence.report.score(partial) == pytest.approx(0.9 + 0.9 + 0.7)
     assert evidence.report.score(full) == pytest.approx(0.9 + 0.8 + 0.7)
@@ -79,13 +81,13 @@ def test_score_is_forgotten_kept_and_deep_with_equal_weights(evidence):
 def test_report_has_every_setting_with_mean_and_deviation(evidence, tmp_path):
     tuning = [fake(s) for s in evidence.tuning()]
     reported = evidence.reporting(tuning)
-    results = tuning + [fake(s, p_f=0.1 * s["seed"]) for s in reported]
+    results = tuning + [fake(s, p_f_reject=0.1 * s["seed"]) for s in reported]
     evidence.report.write(results, tmp_path, {"steps": 2})
     document = json.loads((tmp_path / "evidence.json").read_text())
     assert len(document["runs"]) == len(results)
     three = [r for r in document["rows"] if r["seeds"] == 3]
-    assert all(r["p_f"] == pytest.approx(0.2) for r in three)
-    assert all(r["p_f_sd"] == pytest.approx(0.1) for r in three)
+    assert all(r["p_f_reject"] == pytest.approx(0.2) for r in three)
+    assert all(r["p_f_reject_sd"] == pytest.approx(0.1) for r in three)
     text = (tmp_path / "evidence.md").read_text()
     for name in ("plain sum", "full alignment", "random masks", "EBU routed", "0.200 ± 0.100"):
         assert name in text

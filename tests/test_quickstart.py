@@ -53,13 +53,15 @@ def test_writes_the_model_pictures_numbers_and_card(result):
 def test_metrics_have_the_three_axes_the_limits_and_the_protocol(result):
     metrics = json.loads((result / "metrics.json").read_text())
     for part in ("before", "after"):
-        assert {"ce_f", "ce_r", "p_f", "ra"} <= set(metrics[part])
-        assert 0 <= metrics[part]["p_f"] <= 1
-    assert metrics["before"]["p_f"] > 0.9
-    assert metrics["before"]["ra"] > 0.95
+        assert {"ce_f", "ce_r", "p_f", "p_f_reject", "ra", "ra_reject", "ua_reject"} <= set(
+            metrics[part]
+        )
+        assert 0 <= metrics[part]["p_f_reject"] <= 1
+    assert metrics["before"]["p_f_reject"] > 0.9
+    assert metrics["before"]["ra_reject"] > 0.95
     assert {"inversion_100", "relearn_10"} <= set(metrics["after"])
-    assert metrics["noise"]["p_f"] < 0.01  # the reject class knows noise
-    assert metrics["noise"]["p_f_ten_classes"] > 0.1  # the ten-class one calls it a seven
+    assert metrics["noise"]["p_f_reject"] < 0.01  # the reject class knows noise
+    assert metrics["noise"]["p_f"] > 0.1  # the ten-class one calls it a seven
     assert metrics["protocol"]["forget"] == 7
     assert metrics["protocol"]["alpha"] == 0.6
     assert metrics["protocol"]["base_model"]

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from ebu_optim.diffusion import denoising_loss
 from ebu_optim.metrics import inversion, relearn_steps, unlearn_steps
 from ebu_optim.metrics.depth import learn_embedding, learn_embeddings, relearn
 
@@ -116,6 +118,75 @@ def test_inversion_at_several_steps_is_one_run_and_the_same_as_several():
     measured = inversion(*run, p_f, at=(2, 4), **OPTIONS)
     assert measured == {f"inversion_{n}": pytest.approx(2 * float(found[n].sum())) for n in (2, 4)}
     assert torch.equal(row(torch.tensor([1])), row.weight[1:2])
+
+
+def test_a_given_loss_takes_the_place_of_the_denoising_loss_bit_for_bit():
+    def loss(model, x, labels, generator):
+        return denoising_loss(model, x, labels, schedule(), reduction="mean", generator=generator)
+
+    model = tiny_unet()
+    ours, theirs = (
+        (learn_embedding(model, model.class_embedding, REAL, s, steps=3, loss=given, **OPTIONS),
+         *relearn(model, REAL, 2, s, steps=3, loss=given, **OPTIONS).state_dict().values())
+        for s, given in ((schedule(), None), (None, loss))
+    )  # fmt: skip
+    assert len(ours) > 10
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+class Drawn(nn.Module):
+    """No diffusion model: it draws the same image for every label of a class, its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4)
+
+    def forward(self, labels):
+        return self.embedding(labels).view(-1, 1, 2, 2)
+
+
+def squared_error(model, x, labels, generator):
+    return (model(labels) - x).square().mean()
+
+
+def test_a_model_of_another_kind_by_its_own_loss():
+    torch.manual_seed(0)
+    model, real = Drawn(), torch.full((5, 1, 2, 2), 0.5)
+    before = model.embedding.weight.detach().clone()
+
+    def p_f(m):
+        return 1 - float((m(torch.tensor([1])) - real[:1]).abs().mean().detach())
+
+    assert p_f(model) < 0.5
+    attack = {"loss": squared_error, **OPTIONS}
+    found = inversion(model, model.embedding, real, None, p_f, at=(1, 200), **attack)
+    assert found["inversion_1"] < 0.9 < 0.99 < found["inversion_200"]
+    again = relearn_steps(model, real, 1, None, p_f, lr=0.1, every=1, level=0.9, **attack)
+    assert again["reached"]
+    assert torch.equal(model.embedding.weight, before)
+    student = relearn(model, real, 1, None, steps=2, **attack)
+    changed = (student.embedding.weight != before).any(dim=1)
+    assert changed.tolist() == [False, True, False]  # by the label that was given
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (None, "scheduler is None: .* loss="),
+        (lambda m, x, y, g: (m(y) - x).square(), "loss must return a 0-d tensor"),
+        (lambda m, x, y, g: squared_error(m, x, y, g).item(), "loss must return a 0-d tensor"),
+        (lambda m, x, y, g: (m.embedding.weight[y] - x.flatten(1)).square().mean(),
+         "with a gradient; .* have the model call its `embedding`"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_attacks_nothing_is_refused(loss, message):
+    model = Drawn()
+    before = model.embedding.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        learn_embedding(model, model.embedding, torch.zeros(2, 1, 2, 2), None, steps=2, loss=loss)
+    assert torch.equal(model.embedding.weight, before)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.embedding._forward_hooks
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
-"""How deep the forgetting goes: two attacks on an unlearned class-conditional diffusion model.
+"""How deep the forgetting goes: two attacks on an unlearned class-conditional model.
 
 Both need real images of the forgotten class. What they give back is measured like any other model:
 sample, classify, P_f. A method that only unhooks the condition falls to the first in a few steps.
+
+They learn by :func:`~ebu_optim.diffusion.denoising_loss` with mean reduction. A model of another
+kind brings the loss that it learned its images by: ``loss(model, images, labels, generator)``, with
+labels (n,) int64 and the generator of all that it draws, returns a 0-d tensor. `scheduler` is then
+not used and may be None.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -17,6 +22,8 @@ from torch import Tensor, nn
 
 from .._modules import evaluating
 from ..diffusion.losses import denoising_loss
+
+Loss = Callable[[Any, Tensor, Tensor, torch.Generator], Tensor]
 
 
 @contextmanager
@@ -41,6 +48,30 @@ def _real(images: Tensor, batch_size: int) -> None:
         raise ValueError(f"batch_size must be >= 1; got {batch_size}")
 
 
+def _attack_loss(loss: Loss | None, scheduler: Any) -> Loss:
+    if loss is None:
+        if scheduler is None:
+            raise ValueError(
+                "scheduler is None: give the diffusion model's scheduler or, for a model of "
+                "another kind, loss="
+            )
+        return lambda model, x, labels, generator: denoising_loss(
+            model, x, labels, scheduler, reduction="mean", generator=generator
+        )
+
+    def checked(model: Any, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        value = loss(model, x, labels, generator)
+        # inversion by a loss that misses the new vector would pass for deep forgetting
+        if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+            raise ValueError(
+                f"loss must return a 0-d tensor with a gradient; got {value!r}: take the mean over "
+                "the batch, detach nothing, and have the model call its `embedding` module"
+            )
+        return value
+
+    return checked
+
+
 def learn_embeddings(
     model: nn.Module,
     embedding: nn.Embedding,
@@ -51,11 +82,13 @@ def learn_embeddings(
     lr: float = 0.1,
     batch_size: int = 32,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> dict[int, Tensor]:
     """:func:`learn_embedding` at several numbers of steps, from one run of the longest.
 
     Args:
         at: numbers of steps, each >= 0.
+        loss: of a model of another kind, see the top of this module.
 
     Returns:
         number of steps -> the (d,) vector then, bit for bit that of a run of so many steps.
@@ -63,6 +96,7 @@ def learn_embeddings(
     _real(images, batch_size)
     if not len(at) or min(at) < 0:
         raise ValueError(f"at must name numbers of steps, each >= 0; got {list(at)}")
+    attack_loss = _attack_loss(loss, scheduler)
     g = torch.Generator().manual_seed(seed)
     device = embedding.weight.device
     vector = embedding.weight.detach().float().mean(dim=0).requires_grad_()
@@ -85,9 +119,7 @@ def learn_embeddings(
                 x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
                 labels = torch.zeros(batch_size, dtype=torch.long, device=device)
                 optimizer.zero_grad()
-                denoising_loss(
-                    model, x, labels, scheduler, reduction="mean", generator=g
-                ).backward()
+                attack_loss(model, x, labels, g).backward()
                 optimizer.step()
     finally:
         for p in frozen:
@@ -105,20 +137,22 @@ def learn_embedding(
     lr: float = 0.1,
     batch_size: int = 32,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> Tensor:
     """Inversion: learn a new class embedding on real images of the class, weights frozen.
 
-    Starts from the mean of the embedding's rows; Adam; denoising loss with mean reduction.
+    Starts from the mean of the embedding's rows; Adam.
 
     Args:
         embedding: e.g. ``unet.class_embedding``.
         images: (n, C, H, W) real images of the forgotten class.
         steps: 100 and 200 are reported; :func:`learn_embeddings` gives both from one run.
+        loss: of a model of another kind, see the top of this module.
 
     Returns:
         (d,) vector for :func:`condition_replaced`.
     """
-    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "loss": loss}
     return learn_embeddings(model, embedding, images, scheduler, at=(steps,), **options)[steps]
 
 
@@ -131,6 +165,7 @@ def relearning(
     lr: float = 1e-4,
     batch_size: int = 32,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> Iterator[nn.Module]:
     """The copy of :func:`relearn` after 0, 1, 2, ... steps, in eval mode, without an end.
 
@@ -138,6 +173,7 @@ def relearning(
     """
     _real(images, batch_size)
     _known(model, label)
+    attack_loss = _attack_loss(loss, scheduler)
     g = torch.Generator().manual_seed(seed)
     student = copy.deepcopy(model).eval().requires_grad_(True)
     device = next(student.parameters()).device
@@ -149,7 +185,7 @@ def relearning(
             x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
             labels = torch.full((batch_size,), label, device=device)
             optimizer.zero_grad()
-            denoising_loss(student, x, labels, scheduler, reduction="mean", generator=g).backward()
+            attack_loss(student, x, labels, g).backward()
             optimizer.step()
         student.eval()
 
@@ -170,16 +206,18 @@ def relearn(
     lr: float = 1e-4,
     batch_size: int = 32,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> nn.Module:
     """Fine-tune a copy of the model on the forget set for `steps` steps of Adam.
 
     Args:
         images: (n, C, H, W) real images of the forgotten class.
         label: its label.
+        loss: of a model of another kind, see the top of this module.
 
     Returns:
         The relearned copy in eval mode; the given model is untouched.
     """
-    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "loss": loss}
     run = relearning(model, images, label, scheduler, **options)
     return next(islice(run, steps, None))

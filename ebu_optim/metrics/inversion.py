@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .depth import condition_replaced, learn_embeddings
+from .depth import Loss, condition_replaced, learn_embeddings
 
 
 def inversion(
@@ -25,6 +25,7 @@ def inversion(
     lr: float = 0.1,
     batch_size: int = 32,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> dict[str, float]:
     """P_f with the learned embedding, at several numbers of steps from one run.
 
@@ -35,12 +36,15 @@ def inversion(
         p_f: the model -> its P_f: sample the forgotten class, with the same starting noise each
             time, and classify. Within the call every condition is the learned one, the null
             condition too: sample without guidance.
+        loss: of a model that is no diffusion model, ``loss(model, images, labels, generator)`` ->
+            0-d tensor, in the place of the denoising loss; `scheduler` may then be None. The
+            labels are zeros, which say nothing: `embedding` gives the learned vector for any.
 
     Returns:
         ``{"inversion_100": ..., "inversion_200": ...}``, in [0, 1]; lower is deeper. The base
         model's own figure says how far the attack can get.
     """
-    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "loss": loss}
     vectors = learn_embeddings(model, embedding, images, scheduler, at=at, **options)
     found = {}
     for steps in sorted(vectors):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .depth import relearning
+from .depth import Loss, relearning
 from .unlearn_steps import crossing
 
 
@@ -27,6 +27,7 @@ def relearn_steps(
     lr: float = 1e-4,
     batch_size: int = 32,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> dict[str, Any]:
     """Steps of Adam on a copy of the model until P_f is `level` again; higher is deeper.
 
@@ -38,6 +39,8 @@ def relearn_steps(
         every: steps between two measurements; P_f is interpolated linearly between them, so that
             the result is no finer than that.
         max_steps: where to give up; it is measured there too.
+        loss: of a model that is no diffusion model, ``loss(model, images, labels, generator)`` ->
+            0-d tensor, in the place of the denoising loss; `scheduler` may then be None.
 
     Returns:
         ``steps`` (None: not within `max_steps`), ``reached``, ``within`` (the last step measured)
@@ -49,7 +52,7 @@ def relearn_steps(
             raise ValueError(f"{name} must be >= 1; got {value}")
     if not 0 < level <= 1:
         raise ValueError(f"level must be in (0, 1], a probability; got {level}")
-    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "loss": loss}
     curve: list[dict[str, float]] = []
     for step, student in enumerate(relearning(model, images, label, scheduler, **options)):
         if step % every == 0 or step == max_steps:

@@ -31,7 +31,7 @@ def table(
         return tables.row(
             setting, method, [seed], steps=steps,
             flags=["--entropy_classifier", setting.judge.folder,
-                   "--validation_steps", max(1, min(25, steps), steps // 100)],
+                   "--validation_steps", max(1, min(10, steps), steps // 100)],
             **options,
         )  # fmt: skip
 

@@ -133,8 +133,9 @@ def errors(seed: int) -> dict[str, dict[str, float]]:
             sum((a - b).square().sum().double() for a, b in zip(weights, other)) ** 0.5
             for other in (exact, start)
         )
-        found[name] = {"p_f": after["p_f"], "ra": after["ra"], "off": float(off / moved)}
-        shown = f"{found[name]['off']:>10.4f}{after['p_f']:>10.4f}{after['ra']:>8.3f}"
+        found[name] = {k: after[k] for k in ("p_f_reject", "ra_reject")}
+        found[name]["off"] = float(off / moved)
+        shown = f"{found[name]['off']:>10.4f}{after['p_f_reject']:>18.4f}{after['ra_reject']:>8.3f}"
         print(f"{seed:>5} {name:40}{shown}")
     return found
 
@@ -162,7 +163,7 @@ def main() -> None:
             table.setdefault(base, {})[case] = {"held": held, "peak": peak}
             print(f"{base:8}{case:24}{held:>12.2f}{peak:>8.2f}")
     if args.seeds:
-        print(f"\n{'seed':>5} {'held as':40}{'off':>10}{'P_f':>10}{'kept':>8}")
+        print(f"\n{'seed':>5} {'held as':40}{'off':>10}{'P_f, reject class':>18}{'kept':>8}")
     result = {
         "n": n, "tensors": args.tensors, "torch": torch.__version__,
         "machine": platform.machine(), "bytes_per_scalar": table,
