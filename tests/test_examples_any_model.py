@@ -15,16 +15,14 @@ from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 ROOT = Path(__file__).parent.parent
-SHORT = {
-    "vae": ("--train_steps", "500", "--steps", "100"),
-    "gan": ("--train_steps", "700"),
-}
+SHORT = {"vae": ("--train_steps", "300", "--steps", "100"), "gan": ("--train_steps", "300")}
 COLUMNS = ("before", "plain sum", "EBU", "never saw it", "noise")
+pytestmark = pytest.mark.timeout(700)  # a start takes seconds, on a busy machine minutes
 
 
 def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -48,15 +46,15 @@ def test_forgets_and_keeps(finished):
     assert tuple(rows) == COLUMNS
     assert all(name in printed for name in ("forgotten", "kept", "deep", *COLUMNS))
     before = rows["before"]
-    assert before["p_f"] > 0.8
-    assert before["ra"] > 0.85
+    assert before["p_f_reject"] > 0.8
+    assert before["ra_reject"] > 0.85
     assert before["inversion_200"] > 0.8  # the attack works where nothing was forgotten
     assert before["relearn_steps"] == 0
-    assert rows["never saw it"]["p_f"] < 0.2
+    assert rows["never saw it"]["p_f_reject"] < 0.2
     for name in ("plain sum", "EBU"):
         after = rows[name]
-        assert after["p_f"] < 0.1, name
-        assert after["ra"] > before["ra"] - 0.05, name
+        assert after["p_f_reject"] < 0.1, name
+        assert after["ra_reject"] > before["ra_reject"] - 0.05, name
         assert after["inversion_200"] < before["inversion_200"], name
         assert after["relearn_steps"] is None or after["relearn_steps"] > 0, name
     assert rows["EBU"] != rows["plain sum"]
@@ -94,11 +92,13 @@ def test_a_finished_result_is_not_replaced_unasked(finished, examples, capsys):
     assert "something else" in capsys.readouterr().err
 
 
-def test_bad_input_ends_the_script_before_any_training(tmp_path):
+@pytest.mark.parametrize("script", sorted(SHORT))
+def test_bad_input_ends_the_script_before_any_training(script, examples, tmp_path, capsys):
     out = tmp_path / "out"
-    done = run("gan", "--forget", "10", "--output_dir", str(out))
-    assert done.returncode == 2
-    assert "--forget must be a digit, 0..9; got 10" in done.stderr
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main(["--forget", "10", "--output_dir", str(out)])
+    assert end.value.code == 2
+    assert "--forget must be a digit, 0..9; got 10" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -203,19 +203,9 @@ def test_attacks_leave_the_model_alone(script, examples, monkeypatch):
     model = module.VAE() if script == "vae" else module.Generator()
     loss = module.negative_elbo if script == "vae" else module.energy_distance
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    real = torch.rand(4, 1, 8, 8)
-    vectors = any_model.new_conditions(model, real, loss)
-    assert sorted(vectors) == [1, 3]
-    assert not torch.equal(vectors[1], vectors[3])
-    seen = []
-
-    def p_f(student):
-        seen.append(student.embedding.weight.detach().clone())
-        return 0.4
-
-    assert any_model.relearn_steps(model, 0, real, loss, 0.1, p_f) is None
-    assert len(seen) == 4
-    assert not torch.equal(seen[0], seen[3])
-    assert any_model.relearn_steps(model, 0, real, loss, 0.1, lambda m: 0.5) == 0
+    row = any_model.measure(model, 0, torch.rand(4, 1, 8, 8), loss, 1e-3)
+    assert {k for k in row if k.startswith("inversion")} == {"inversion_1", "inversion_3"}
+    assert row["inversion_1"] != row["inversion_3"]
+    assert row["relearn_steps"] is None  # not within three steps, not "three"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())

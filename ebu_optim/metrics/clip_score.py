@@ -75,7 +75,7 @@ def clip_score(
         },
     }  # fmt: skip
     try:
-        open_clip = needed("open_clip", "metrics")
+        open_clip = needed("open_clip", "text_to_image")
         judge, preprocess = _load(open_clip, model, str(pretrained))
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
@@ -102,7 +102,7 @@ def _cosines(
     judge: Any, preprocess: Any, tokenizer: Any, pictures: RGBImages, texts: list[str], size: int
 ) -> Tensor:
     """(n,) float64."""
-    image = require("PIL.Image", "metrics")
+    image = require("PIL.Image", "text_to_image")
     device = next(judge.parameters()).device
     found = []
     for i, batch in enumerate(pictures.batches(size)):

@@ -133,7 +133,9 @@ class Classifier(nn.Module):
             try:
                 from torchvision.models import resnet34
             except ImportError as error:
-                raise InputError(f"resnet34 needs torchvision ({error})") from error
+                raise InputError(
+                    f'resnet34 needs torchvision ({error}): pip install "ebu_optim[data]"'
+                ) from error
             self.body = resnet34()
             self.body.fc = nn.Identity()
             self.head = nn.Linear(512, classes)

@@ -52,7 +52,9 @@ def parquet_items(args: argparse.Namespace, split: str) -> Found:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise InputError(f"--parquet needs pyarrow ({error}): pip install datasets") from error
+        raise InputError(
+            f'--parquet needs pyarrow ({error}): pip install "ebu_optim[data]"'
+        ) from error
     items: list[Item] = []
     names: list[str] | None = None
     for file in files:
@@ -109,7 +111,7 @@ def hub_items(args: argparse.Namespace, split: str) -> Found:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"--dataset_name needs datasets ({error}): pip install datasets"
+            f'--dataset_name needs datasets ({error}): pip install "ebu_optim[data]"'
         ) from error
     try:
         splits = datasets.get_dataset_split_names(args.dataset_name, args.dataset_config_name)
