@@ -32,16 +32,18 @@ PUBLIC = {
         "sample_set", "surrogate_noise",
     ],
     "ebu_optim.metrics": [
-        "accuracy", "check_protocol", "classifier_frechet", "classifier_metrics", "classify",
-        "entropy", "fid", "frechet_distance", "inversion", "probability", "relearn_steps",
-        "unlearn_steps", "versions",
+        "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
+        "classifier_metrics", "classify", "clip_score", "entropy", "fid", "frechet_distance",
+        "imagenette_metrics", "inversion", "lpips_distance", "nudity_score", "probability",
+        "relearn_steps", "unlearn_steps", "versions",
     ],
-    "ebu_optim.report": ["fid_values", "limit_rows", "write_report"],
+    "ebu_optim.report": ["check_folder", "fid_values", "limit_rows", "write_report"],
 }  # fmt: skip
 
 # What a bare install does not have.
 EXTRAS = {
     "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
+    "cv2", "lpips", "nudenet", "onnxruntime", "open_clip", "peft", "pyarrow",
     "scipy", "sklearn", "torch_fidelity", "torchjd", "torchvision", "tqdm", "transformers",
     "triton",
 }  # fmt: skip
