@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,6 +328,33 @@ def test_what_needs_a_failed_run_is_told_so_down_to_the_last(monkeypatch, tmp_pa
     monkeypatch.setattr(runs, "_work", killed)
     with pytest.raises(runs.Failed, match=r"was killed \(out of memory\?\) while these ran: a;"):
         runs.execute(chain, 1)
+
+
+def test_a_worker_keeps_nothing_of_the_run_before(monkeypatch, tmp_path):
+    from accelerate import Accelerator
+
+    runs, seen = module("runs"), []
+
+    def main(argv):
+        precision = "bf16" if "--bf16" in argv else None
+        seen.append(Accelerator(cpu=True, mixed_precision=precision).mixed_precision)
+
+    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(main=main))
+    for options in (("--bf16",), ()):
+        c = runs.command("train", options, tmp_path, "x")
+        assert runs._work(runs.Run("a", (c,), 1, 1)) is None
+    assert seen == ["bf16", "no"]
+
+
+def test_options_that_a_script_does_not_take_are_told(tmp_path):
+    runs = module("runs")
+    c = runs.command("train", ("--digits", "--bogus"), tmp_path, "x")
+    with pytest.raises(runs.Failed, match=r"^a: train.py does not take these options \(see .*log"):
+        runs.execute([runs.Run("a", (c,), 1, 1)], 1)
+    assert "unrecognized arguments: --bogus" in next(tmp_path.glob("*.log")).read_text()
+    other = runs.command("train", ("--digits",), tmp_path, "x")
+    with pytest.raises(ValueError, match="one name for two different runs: a"):
+        runs.execute([runs.Run("a", (c,), 1, 1), runs.Run("a", (other,), 1, 1)], 1)
 
 
 INTERRUPTED = """
