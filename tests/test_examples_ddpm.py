@@ -440,6 +440,10 @@ def test_classes_that_are_not_there_or_on_both_sides(monkeypatch):
     with refused(monkeypatch, "all classes"):
         prepare.split_classes(["0", "1"], None, ["a", "b"])
     assert prepare.split_classes(["b"], None, ["a", "b", "c"]) == ([1], [0, 2])
+    # folders named by numbers, in the order of their names: the first is number 0 and called 1
+    assert prepare.split_classes(["1"], ["10"], ["1", "10", "2"]) == ([0], [1])
+    with refused(monkeypatch, "--forget 0: there is no such class; there are 1, 10, 2"):
+        prepare.split_classes(["0"], None, ["1", "10", "2"])
 
 
 def test_sets_of_another_model_or_with_the_forgotten_class(made, monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,7 +105,11 @@ def test_a_table_runs_what_is_missing_and_reuses_what_is_there(root, made, capsy
     found = report(root, "table6")
     assert names(found)[:4] == [*LIMITS, "EBU added", "plain sum"]
     assert names(found)[4:] == [f"the paper: {m}" for m in ("FT", "GA", "SA", "SalUn", "EBU")]
-    assert found["rows"][2]["values"]["ra"]["n"] == 2
+    assert found["rows"][2]["values"]["ra"]["n"] == found["rows"][2]["values"]["seeds"] == 2
+    assert "Curves and pictures: seed 1 alone" in found["notes"][0]
+    told = found["protocol"]["unlearning"]["settings"]["plain sum"]
+    assert told["seeds"] == found["protocol"]["seeds"]["unlearning"] == [1, 2]
+    assert told["tuning"] == "none: 1e-4 and the method's defaults"
     assert f"see {root / 'toy' / 'table6-full-replay' / 'report.html'}" in said
 
     made.clear()
@@ -130,7 +135,9 @@ def test_figure_2(root, made, monkeypatch):
     assert len(made) == 4  # other options than the table's runs
     assert names(found)[2:] == ["EBU added", "SA", "SalUn", "SA, published strength"]
     settings = found["protocol"]["unlearning"]["settings"]
-    assert settings["SA, published strength"] == {"learning_rate": 1e-4, "lam": 1e7, "steps": 3}
+    assert settings["SA, published strength"] == {
+        "learning_rate": 1e-4, "lam": 1e7, "steps": 3, "seeds": [1], "tuning": "none",
+    }  # fmt: skip
     assert len(found["curves"]) == 6
     for curve in found["curves"]:
         assert set(curve["limits"]) == set(LIMITS)
@@ -169,7 +176,7 @@ def test_figure_6_shows_the_way(paper, root, made):
     figure6 = module("figure6")
     assert names(report(root, "figure6"))[2:] == ["EBU added", "SA", "FT"]
     setting = module("worlds").Setting(paper, root)
-    seen = figure6.along(figure6.table(setting, 1, paper=False, steps=200, every=1))["EBU added"]
+    seen = figure6.along(figure6.table(setting, 1, paper=None, steps=200, every=1))["EBU added"]
     assert list(seen) == [0, 1, 2]
     assert seen[0].shape == (10, figure6.EACH, 1, 8, 8)
     assert not torch.equal(seen[0], seen[2])
@@ -236,6 +243,104 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
     (told,) = json.loads(rows.TUNED.read_text()).values()
     assert told["joint"]["score"] == 2.0
     assert sorted(t["score"] for t in told["joint"]["trials"]) == [1.875] * 5 + [2.0]
+    assert rows.tuning(crossed, "joint") == "6 trials (toy, remembered by replay)"
+    # worse rates that are tried later are trials too, and take nothing back
+    start("tune", tmp_path, "--methods", "joint", "--learning_rates", 1e-3)
+    assert rows.tuned(setting, "joint") == rows.Choice(3e-4, {"forget_weight": 0.5})
+    assert rows.tuning(setting, "joint").startswith("9 trials")
+    other = Setting(paper._replace(base=(*paper.base, "--seed", 1)), tmp_path)
+    assert other.base.folder.name != told["joint"]["base"] == setting.base.folder.name
+
+
+def options(row, *names: str) -> list[str]:
+    given = row.runs[0].commands[0].options
+    return [given[len(given) - 1 - given[::-1].index(n) + 1] for n in names]
+
+
+def test_at_paper_scale_steps_and_both_rates_are_the_papers(tmp_path):
+    worlds, rows, table6 = module("worlds"), module("rows"), module("table6")
+    steps = {"CIFAR10": [2000, 2000, 20000, 4000, 200], "CIFAR100": [2000, 2000, 20000, 2000, 200],
+             "STL10": [2000, 2000, 30000, 4000, 200]}  # fmt: skip
+    for name, expected in steps.items():
+        setting = worlds.Setting(getattr(worlds, name), tmp_path)
+        found = table6.table(setting, [*rows.PAPER, "joint"], [1], paper=True)
+        assert [r.steps for r in found[::2]] == [r.steps for r in found[1::2]] == [*expected, 200]
+        assert [options(r, "--max_train_steps") for r in found] == [[str(r.steps)] for r in found]
+        rates = [options(r, "--learning_rate")[0] for r in found]
+        assert rates == ["0.0001", "1e-05"] * 6
+    assert {r.name: r.choice.options for r in found}["SA, learning rate 1e-05"] == {"lam": 1e7}
+    setting = worlds.Setting(worlds.CIFAR10, tmp_path)
+    grid = module("figure4").table(setting, "ebu_added", 1, 200, 1e-5)
+    assert options(grid[0.2, 0.8], "--learning_rate", "--method_options") == [
+        "1e-05", '{"alpha": 0.2, "delta": 0.8}',
+    ]  # fmt: skip
+
+
+def test_options_that_would_be_taken_for_others_are_refused(tmp_path):
+    error = module("command_line").InputError
+    for script, given, message in (
+        ("table6", ("--seeds", 1, 1), "--seeds 1 1: give each once"),
+        ("table1", ("--seeds", 0), "--seeds 0: .* not 0, which tune.py"),
+        ("figure2", ("--seed", 0), "--seeds 0"),
+        ("table6", ("--methods", "spm"), "--methods spm: there is fine_tune"),
+        ("figure6", ("--learning_rate", 1e-5), "--learning_rate 1e-05 is of --scale paper"),
+    ):
+        with pytest.raises(error, match=message):
+            start(script, tmp_path, *given, "--dry_run")
+    assert module("rows").check_methods(["joint", "joint"]) == ["joint"]
+
+
+def test_retrain_learns_as_the_base_did_and_nothing_of_it(tmp_path):
+    worlds, table6 = module("worlds"), module("table6")
+    setting = worlds.Setting(worlds.DIGITS, tmp_path, loss="crossed")
+    (row,) = table6.table(setting, ["retrain"], [1, 2], paper=False, sa_steps=0)
+    assert row.seeds == [1]
+    names = ("--max_train_steps", "--learning_rate", "--lr_scheduler", "--train_batch_size")
+    assert options(row, *names) == ["2000", "0.002", "cosine", "64"]
+    assert options(row, "--remember") == ["replay"]
+
+
+def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path):
+    setting = module("worlds").Setting(module("worlds").DIGITS, tmp_path, loss="relabel")
+    ddpm = module("unlearn")
+    for method in module("table6").METHODS:
+        argv = setting.run("x", method, seed=1).commands[0].argv
+        found = ddpm.parse(argv).forget_loss  # it refuses what a method does not take
+        own = method in ("fine_tune", "gradient_ascent", "erasediff", "retrain")
+        assert found == (None if own else "relabel"), method
+
+
+def test_a_mean_over_seeds_is_over_all_of_them():
+    mean = module("tables")._mean
+    reached = {"reached": True, "steps": 10.0, "seconds": 1.0, "within": 200, "within_seconds": 9.0}
+    never = reached | {"reached": False, "steps": None, "seconds": None}
+    why = {"not_computed": "no weights"}
+    assert mean([reached, reached | {"steps": 20.0}], "unlearn_steps")["value"] == 15
+    assert mean([reached, reached | {"seconds": 3.0}], "ut")["value"] == 2
+    assert mean([reached, never, never], "ut") == "> 9 in 2 of 3"
+    assert mean([why, why], "fid") == why
+    assert mean([3.0, why], "fid") == {"not_computed": "in 1 of 2 seeds: no weights"}
+    assert mean([{"value": 1.0}, None], "ra") == {
+        "not_computed": "in 1 of 2 seeds: it has no such value"
+    }
+    # by hand: mean 2, deviation 1, t(0.975, 2) = 4.3027, 4.3027 / sqrt(3) = 2.4842
+    found = mean([1.0, {"value": 2.0}, 3.0], "ra")
+    assert (found["low"], found["high"]) == pytest.approx((2 - 2.4842, 2 + 2.4842), abs=1e-4)
+
+
+def test_the_first_run_draws_the_base_alone_when_the_base_is_another(paper, tmp_path):
+    setting = module("worlds").Setting(paper, tmp_path)
+    drawn = module("command_line")._base_drawn
+    (setting.root / "samples").mkdir(parents=True)
+    attack, made = setting.root / "samples" / "0.json", setting.base.folder / "README.md"
+    attack.write_text("{}")
+    assert not drawn(setting)
+    made.parent.mkdir()
+    made.write_text("")
+    os.utime(attack, (1, 1))
+    assert not drawn(setting)
+    os.utime(made, (0, 0))
+    assert drawn(setting)
 
 
 def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
@@ -327,6 +432,33 @@ def test_what_needs_a_failed_run_is_told_so_down_to_the_last(monkeypatch, tmp_pa
     monkeypatch.setattr(runs, "_work", killed)
     with pytest.raises(runs.Failed, match=r"was killed \(out of memory\?\) while these ran: a;"):
         runs.execute(chain, 1)
+
+
+def test_a_worker_keeps_nothing_of_the_run_before(monkeypatch, tmp_path):
+    from accelerate import Accelerator
+
+    runs, seen = module("runs"), []
+
+    def main(argv):
+        precision = "bf16" if "--bf16" in argv else None
+        seen.append(Accelerator(cpu=True, mixed_precision=precision).mixed_precision)
+
+    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(main=main))
+    for options in (("--bf16",), ()):
+        c = runs.command("train", options, tmp_path, "x")
+        assert runs._work(runs.Run("a", (c,), 1, 1)) is None
+    assert seen == ["bf16", "no"]
+
+
+def test_options_that_a_script_does_not_take_are_told(tmp_path):
+    runs = module("runs")
+    c = runs.command("train", ("--digits", "--bogus"), tmp_path, "x")
+    with pytest.raises(runs.Failed, match=r"^a: train.py does not take these options \(see .*log"):
+        runs.execute([runs.Run("a", (c,), 1, 1)], 1)
+    assert "unrecognized arguments: --bogus" in next(tmp_path.glob("*.log")).read_text()
+    other = runs.command("train", ("--digits",), tmp_path, "x")
+    with pytest.raises(ValueError, match="one name for two different runs: a"):
+        runs.execute([runs.Run("a", (c,), 1, 1), runs.Run("a", (other,), 1, 1)], 1)
 
 
 INTERRUPTED = """

@@ -33,6 +33,7 @@ MEASURES = {
     "inversion_200": Measure("deep", "inversion, 200 steps", PROBABILITY, "lower", 3),
     "relearn_10": Measure("deep", "relearned, 10 steps", PROBABILITY, "lower", 3),
     "relearn_steps": Measure("deep", "relearn_steps", "steps", "higher", 1),
+    "seeds": Measure("time", "seeds", "", "", 0),
     "steps": Measure("time", "steps of the run", "steps", "lower", 0),
     "unlearn_steps": Measure("time", "unlearn_steps", "steps", "lower", 1),
     "ut": Measure("time", "UT", "seconds", "lower", 2),

@@ -92,7 +92,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([
         '<div class="wide" role="region" aria-label="Results" tabindex="0"><table>',
         "<caption>Three axes, always together: forgotten, kept, deep; and the time it took. In "
-        "brackets the 95 % interval over images; ± the spread over seeds.</caption>",
+        "brackets the 95 % interval, over images, or over seeds in a row of several; ± the spread "
+        "over seeds.</caption>",
         *body, "</table></div>",
     ])  # fmt: skip
 

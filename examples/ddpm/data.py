@@ -191,16 +191,18 @@ def noise_images(n: int, generator: torch.Generator, real: Tensor) -> Tensor:
 
 
 def class_ids(given: Sequence[str], classes: Sequence[str], option: str) -> list[int]:
-    """Class numbers of numbers or names."""
+    """Class numbers of numbers or names; where names are numbers, such as folders 1, 10, 2, a
+    number is a name."""
     ids = []
+    by_number = not any(name.isdigit() for name in classes)
     for text in given:
-        number = classes.index(text) if text in classes and not text.isdigit() else None
-        number = int(text) if number is None and text.isdigit() else number
-        if number is None or number >= len(classes):
-            raise InputError(
-                f"{option} {text}: there is no such class; there are 0..{len(classes) - 1} "
-                f"({', '.join(list(classes)[:10])}{', ...' if len(classes) > 10 else ''})"
-            )
+        number = classes.index(text) if text in classes else None
+        if number is None and by_number and text.isdigit() and int(text) < len(classes):
+            number = int(text)
+        if number is None:
+            said = f"{', '.join(list(classes)[:10])}{', ...' if len(classes) > 10 else ''}"
+            there = f"0..{len(classes) - 1} ({said})" if by_number else said
+            raise InputError(f"{option} {text}: there is no such class; there are {there}")
         ids.append(number)
     return sorted(set(ids))
 

@@ -245,6 +245,8 @@ def depth_of_base(args: argparse.Namespace, base: Any, *rest: Any) -> dict[str, 
         model_hash(base), model_hash(judge), real.source, forget, args.seed, args.attack_images,
         args.inversion_steps, args.num_inference_steps, args.device,
     ]  # fmt: skip
+    if args.max_train_samples or real.skipped:  # other images of the same source
+        said.append(len(real.labels))
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     path = samples_dir(args) / f"{key}.json"
     if not path.exists():

@@ -49,7 +49,7 @@ def protocol(
         },
         "unlearning": {
             "method": made["method"], "settings": made["settings"] or {"all": "defaults"},
-            "compat": "none", "steps": said["max_train_steps"],
+            "compat": made.get("compat") or "none", "steps": said["max_train_steps"],
             "batch_size": f"{said['train_batch_size']} a process, accumulated over "
             f"{said['gradient_accumulation_steps']}",
             "optimizer": "Adam",
@@ -88,8 +88,9 @@ def protocol(
             "images": f"all of the class in {real.source}",
         },
         "timing": {
-            "unlearn_steps": f"P_f 95 % of the way from the base to noise, measured every "
-            f"{said['validation_steps']} steps on {said['validation_images']} images a class",
+            "unlearn_steps": f"P_f by {said['classifier']}, 95 % of the way from the base to "
+            f"noise, measured every {said['validation_steps']} steps on "
+            f"{said['validation_images']} images a class",
             "seconds": "of the unlearning loop, evaluations not counted",
             "hardware": f"{platform.processor() or platform.machine()}, {args.device}, "
             f"{torch.get_num_threads()} threads here",

@@ -204,8 +204,9 @@ def read(folder: Path, model: str, args: argparse.Namespace, classes: list[str])
         made = json.loads((folder / "prepared.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} was not made by prepare.py: {error}") from error
-    given = args.forget or [str(c) for c in made["forget"]]
-    replay = args.replay_classes or [str(c) for c in made["replayed"]]
+    names = dict(enumerate(classes))
+    given = args.forget or [names.get(c, str(c)) for c in made["forget"]]
+    replay = args.replay_classes or [names.get(c, str(c)) for c in made["replayed"]]
     forget, replayed = split_classes(given, replay, classes)
     missing = sorted(set(replayed) - set(made["replayed"]))
     if missing:

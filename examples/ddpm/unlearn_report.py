@@ -77,7 +77,7 @@ def finish(
     report = {
         "method": args.method, "title": method.title, "forget": made.forget,
         "replayed": made.replayed, "base_hash": base_hash,
-        "settings": settings(args, opt),
+        "settings": settings(args, opt), "compat": args.method_options.get("compat"),
         "base": str(args.pretrained_model_name_or_path), "start_from": args.start_from,
         "ema_share_of_start": ema.share if ema else None, **done,
         "options": {k: str(v) for k, v in vars(args).items()},

@@ -49,11 +49,18 @@ def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.R
     if args.dry_run:
         return False
     first = next((r for r in todo if r not in setting.ground and not r.done), None)
-    if workers > 1 and first and not any((setting.root / "samples").glob("*.json")):
+    if workers > 1 and first and not _base_drawn(setting):
         # it draws and attacks the base model, for all the others
         runs.execute([*setting.ground, first], workers)
     runs.execute(todo, workers)
     return True
+
+
+def _base_drawn(setting: worlds.Setting) -> bool:
+    """Whether an evaluation has finished with this base model, and not with one before it."""
+    made = setting.base.folder / runs.LAST["train"]
+    attacks = (setting.root / "samples").glob("*.json")
+    return made.exists() and any(p.stat().st_mtime > made.stat().st_mtime for p in attacks)
 
 
 def main(script: Callable[[], None]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import figures
 import rows
 import tables
-from table6 import PAPER_STEPS, SA_PUBLISHED
 from worlds import Setting
 
 METHODS = (
@@ -25,8 +24,12 @@ CURVES = {"ce_f": "CE_f, nats", "ce_r": "CE_r, nats", "p_f": "P_f, reject class"
 
 
 def table(
-    setting: Setting, seed: int, *, paper: bool, steps: int, sa_steps: int
+    setting: Setting, seed: int, *, paper: float | None, steps: int, sa_steps: int
 ) -> list[tables.Row]:
+    """Args:
+    paper: the learning rate at paper scale, or None.
+    """
+
     def row(method: str, steps: int, **options: Any) -> tables.Row:
         return tables.row(
             setting, method, [seed], steps=steps,
@@ -37,15 +40,14 @@ def table(
 
     if paper:
         return [
-            row(m, PAPER_STEPS.get(m, 200),
-                choice=SA_PUBLISHED if m == "selective_amnesia" else rows.Choice(1e-4, {}))
+            row(m, tables.paper_steps(setting.world, m), choice=rows.of_paper(m, paper))
             for m in METHODS
         ]  # fmt: skip
     found = [row(m, steps) for m in METHODS]
     if sa_steps:
         found.append(
-            row("selective_amnesia", sa_steps, choice=SA_PUBLISHED, tag="published",
-                name="SA, published strength")
+            row("selective_amnesia", sa_steps, choice=rows.of_paper("selective_amnesia", 1e-4),
+                tag="published", name="SA, published strength")
         )  # fmt: skip
     return found
 
@@ -74,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, argv,
         steps={"type": int, "default": 300, "help": "of every method; not at paper scale"},
         sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
+        learning_rate=figures.RATE,
     )  # fmt: skip
-    found = table(
-        setting, args.seed, paper=args.scale == "paper", steps=args.steps, sa_steps=args.sa_steps
-    )
+    paper = figures.paper_rate(args)
+    found = table(setting, args.seed, paper=paper, steps=args.steps, sa_steps=args.sa_steps)
     if not figures.run(args, setting, found):
         return
     figures.write(

@@ -24,16 +24,21 @@ Grid = Mapping[tuple[float, float], tables.Row]
 
 
 def table(
-    setting: Setting, method: str, seed: int, steps: int
+    setting: Setting, method: str, seed: int, steps: int, paper: float | None = None
 ) -> dict[tuple[float, float], tables.Row]:
-    best = rows.tuned(setting, method)
+    """Args:
+    paper: the learning rate at paper scale, or None.
+    """
+    best = rows.of_paper(method, paper) if paper else rows.tuned(setting, method)
+    tuning = "none" if paper else rows.tuning(setting, method)
     found = {}
     for a in VALUES:
         for d in VALUES:
             choice = rows.Choice(best.learning_rate, {**best.options, "alpha": a, "delta": d})
             found[a, d] = tables.row(
-                setting, method, [seed], steps=steps, choice=choice, name=f"alpha {a}, delta {d}"
-            )
+                setting, method, [seed], steps=steps, choice=choice, tuning=tuning,
+                name=f"alpha {a}, delta {d}",
+            )  # fmt: skip
     return found
 
 
@@ -83,8 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, argv,
         method={"choices": rows.EBU, "default": "ebu_added"},
         steps={"type": int, "default": 200},
+        learning_rate=figures.RATE,
     )  # fmt: skip
-    found = table(setting, args.method, args.seed, args.steps)
+    paper = figures.paper_rate(args)
+    found = table(setting, args.method, args.seed, args.steps, paper)
     if not figures.run(args, setting, list(found.values())):
         return
     figures.write(

@@ -29,13 +29,19 @@ EACH = 6
 Along = Mapping[str, Mapping[int, Tensor]]
 
 
-def table(setting: Setting, seed: int, *, paper: bool, steps: int, every: int) -> list[tables.Row]:
-    choice = rows.Choice(1e-4, {}) if paper else None
+def table(
+    setting: Setting, seed: int, *, paper: float | None, steps: int, every: int
+) -> list[tables.Row]:
+    """Args:
+    paper: the learning rate at paper scale, or None.
+    """
     flags = ["--validation_steps", every, "--validation_images", EACH,
              "--validation_pictures", EACH]  # fmt: skip
     return [
-        tables.row(setting, m, [seed], steps=steps, flags=flags, choice=choice) for m in METHODS
-    ]
+        tables.row(setting, m, [seed], steps=steps, flags=flags,
+                   choice=rows.of_paper(m, paper) if paper else None)
+        for m in METHODS
+    ]  # fmt: skip
 
 
 def along(found: Sequence[tables.Row]) -> dict[str, dict[int, Tensor]]:
@@ -95,10 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, argv,
         steps={"type": int, "default": SHOWN[-1]},
         every={"type": int, "default": 5, "help": "steps between two frames"},
+        learning_rate=figures.RATE,
     )  # fmt: skip
-    found = table(
-        setting, args.seed, paper=args.scale == "paper", steps=args.steps, every=args.every
-    )
+    paper = figures.paper_rate(args)
+    found = table(setting, args.seed, paper=paper, steps=args.steps, every=args.every)
     if not figures.run(args, setting, found):
         return
     seen = along(found)

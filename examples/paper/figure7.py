@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         methods={"nargs": "+", "help": "default: those of the table"},
         sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
     )  # fmt: skip
-    methods = args.methods or (table1.METHODS if args.scale in STL10 else table6.METHODS)
+    of_paper = args.scale in ("paper", *STL10)
+    methods = args.methods or (table1.METHODS if of_paper else table6.METHODS)
     found = table6.table(
         setting, rows.check_methods(methods), [args.seed], paper=args.scale in ("paper", "stl10"),
         sa_steps=0 if setting.world.smoke else args.sa_steps,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import command_line
+import rows
 import tables
 from runs import Run
 from torch import Tensor
@@ -28,7 +29,25 @@ def parse(
     for name, option in options.items():
         parser.add_argument(f"--{name}", **option)
     args = parser.parse_args(argv)
+    rows.check_seeds([args.seed])
     return args, command_line.setting(args, regime=args.regime, loss=args.loss)
+
+
+#: Option of what runs one learning rate at paper scale, where the paper has two.
+RATE = {"type": float, "help": "at paper scale; default: {:g}, the paper also has {:g}".format(
+    *rows.PAPER_RATES)}  # fmt: skip
+
+
+def paper_rate(args: Any) -> float | None:
+    """The learning rate at paper scale; None elsewhere, where tune.py chose it."""
+    if args.scale == "paper":
+        return args.learning_rate or rows.PAPER_RATES[0]
+    if args.learning_rate is not None:
+        raise command_line.InputError(
+            f"--learning_rate {args.learning_rate:g} is of --scale paper; at --scale {args.scale} "
+            "it is what tune.py chose"
+        )
+    return None
 
 
 def run(args: Any, setting: Setting, table: Sequence[tables.Row]) -> bool:
@@ -42,7 +61,8 @@ def write(
     script: str, title: str, plots: Sequence[Any], grids: Sequence[Any], notes: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """The report of a figure; the folder that it lies in."""
-    folder = setting.root / f"{script}-{args.regime}-{args.loss}"
+    rate = f"-lr{args.learning_rate:g}" if getattr(args, "learning_rate", None) else ""
+    folder = setting.root / f"{script}-{args.regime}-{args.loss}{rate}"
     tables.write(
         folder, setting, table, plots=plots, grids=grids, notes=notes,
         title=f"{title} on {setting.world.title}: {args.regime} replay, remembered by {args.loss}",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sources import InputError
 from worlds import DIGITS, LOSSES, Setting
 
 from ebu_optim.baselines import methods
@@ -19,6 +20,13 @@ OTHERS = ("fine_tune", "gradient_ascent", "erasediff", "retrain")
 ABLATIONS = tuple(m for m in methods if m.startswith("ebu_") and m not in EBU)
 
 RATES = (1e-4, 3e-4)
+#: Both are the paper's, which contradicts itself.
+PAPER_RATES = (1e-4, 1e-5)
+#: The methods of the paper's tables, by the names of their rows.
+PAPER = {"fine_tune": "FT", "gradient_ascent": "GA", "selective_amnesia": "SA", "salun": "SalUn",
+         "ebu_added": "EBU"}  # fmt: skip
+#: SA with the lambda = 10 of its paper, on a Fisher of the mean over timesteps instead of the sum.
+SA_PUBLISHED = {"lam": 1e7}
 #: Six trials a method, from which a seed that is not reported chooses: (its option, values), each
 #: with both learning rates; where there is none, six learning rates.
 GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -64,13 +72,32 @@ def tuned(setting: Setting, method: str) -> Choice:
     """The choice of tune.py for this world and these losses, under partial replay, where methods
     differ. A world that was not tuned has the digits'; an ablation has EBU's; a method that was not
     tuned with these losses has its choice with others, or else 1e-4 and its defaults."""
+    _, found = _trials_of(setting, method)
+    return Choice(found["learning_rate"], found["options"]) if found else Choice(1e-4, {})
+
+
+def tuning(setting: Setting, method: str) -> str:
+    """Where that choice comes from, for the protocol."""
+    where, found = _trials_of(setting, method)
+    if not found:
+        return "none: 1e-4 and the method's defaults"
+    whose = f"{title('ebu_added')}'s " if method in ABLATIONS else ""
+    return f"{whose}{len(found['trials'])} trials ({where})"
+
+
+def _trials_of(setting: Setting, method: str) -> tuple[str, dict[str, Any] | None]:
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     of = "ebu_added" if method in ABLATIONS else method
     for world in (setting.world.name, DIGITS.name):
         for loss in (setting.loss, *LOSSES):
             if found := table.get(key(world, loss), {}).get(of):
-                return Choice(found["learning_rate"], found["options"])
-    return Choice(1e-4, {})
+                return key(world, loss), found
+    return "", None
+
+
+def of_paper(method: str, learning_rate: float) -> Choice:
+    """What a method has at paper scale: its defaults, SA its published strength."""
+    return Choice(learning_rate, SA_PUBLISHED if method == "selective_amnesia" else {})
 
 
 def key(world: str, loss: str) -> str:
@@ -93,9 +120,19 @@ def title(method: str) -> str:
 
 
 def check_methods(given: Sequence[str]) -> list[str]:
-    from sources import InputError
-
+    """Each once; SPM's adapter is for transformer blocks."""
+    known = [m for m in methods if methods[m].forgets != "adapter"]
     for m in given:
-        if m not in methods:
-            raise InputError(f"--methods {m}: there is {', '.join(methods)}")
+        if m not in known:
+            raise InputError(f"--methods {m}: there is {', '.join(known)}")
+    return list(dict.fromkeys(given))
+
+
+def check_seeds(given: Sequence[int]) -> list[int]:
+    """A seed given twice would pass for two runs; on seed 0 the strengths were chosen."""
+    if len(set(given)) < len(given) or 0 in given:
+        raise InputError(
+            f"--seeds {' '.join(map(str, given))}: give each once, and not 0, which tune.py chose "
+            "the strengths on"
+        )
     return list(given)

@@ -99,6 +99,8 @@ def execute(runs: Sequence[Run], workers: int) -> None:
         Failed: some runs failed; all that do not build on them were done first.
     """
     todo = {r.name: r for r in runs if not r.done}
+    if clash := [r.name for r in runs if r.name in todo and todo[r.name] != r]:
+        raise ValueError(f"one name for two different runs: {', '.join(clash)}")
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
     failed: dict[str, str] = {}
     bar = tqdm(total=round(sum(r.seconds for r in todo.values())), unit="s of work", smoothing=0.1)
@@ -159,6 +161,8 @@ def _work(run: Run) -> str | None:
     import importlib
     import traceback
 
+    from accelerate.state import AcceleratorState, GradientState
+
     for c in run.commands:
         if c.done:
             continue
@@ -168,12 +172,17 @@ def _work(run: Run) -> str | None:
             print(f"$ {c.script}.py {' '.join(c.argv)}", file=f)
             out, err = sys.stdout, sys.stderr
             sys.stdout = sys.stderr = f
+            # a process keeps both: a run without --mixed_precision would have the one before's
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
             try:
                 importlib.import_module(c.script).main(c.argv)
             except Exception as error:
                 traceback.print_exc(file=f)
                 first = str(error).splitlines()[:1]
                 return f"{type(error).__name__}: {' '.join(first)} (see {log})"
+            except SystemExit:  # argparse; what it said is in the log
+                return f"{c.script}.py does not take these options (see {log})"
             finally:
                 sys.stdout, sys.stderr = out, err
         shutil.rmtree(c.folder / "checkpoints", ignore_errors=True)  # what is done is not resumed

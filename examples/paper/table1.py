@@ -23,7 +23,7 @@ SCALES = {
     "paper": {"cifar100": worlds.CIFAR100, "stl10": worlds.STL10},
 }
 #: The paper's rows.
-METHODS = tuple(table6.PAPER_STEPS)
+METHODS = tuple(rows.PAPER)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,15 +33,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     args = parser.parse_args(argv)
-    rows.check_methods(args.methods)
+    methods, seeds = rows.check_methods(args.methods), rows.check_seeds(args.seeds)
     for name in args.dataset:
         world = SCALES[args.scale][name]
         # a folder of --data has the images of one data set
         data = args.data if name == "cifar100" or args.dataset == ["stl10"] else []
         setting = worlds.Setting(world, args.output_dir, data=data)
-        found = table6.table(
-            setting, args.methods, args.seeds, paper=args.scale == "paper", sa_steps=0
-        )
+        found = table6.table(setting, methods, seeds, paper=args.scale == "paper", sa_steps=0)
         todo = [*setting.ground, *(run for r in found for run in r.runs)]
         if not command_line.run(args, setting, todo):
             continue

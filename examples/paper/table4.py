@@ -3,7 +3,8 @@
     python examples/paper/table4.py --scale small
 
 "w/o L_f", "w/o L_r^c" and "w/o Mitigation" leave a term out of the sum of eq. 13, or one gradient
-out of the blend of eq. 11 (alpha 0, 1, and 0.5); "w/o PA" has no penalty, or a full one.
+out of the blend of eq. 11 (alpha 0, 1, and 0.5); "w/o PA" has no penalty, or a full one. At
+paper scale with both learning rates of the paper.
 """
 
 from __future__ import annotations
@@ -23,15 +24,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--loss", choices=LOSSES, default="replay", help="to remember by")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     args = parser.parse_args(argv)
+    seeds = rows.check_seeds(args.seeds)
     setting = command_line.setting(args, regime=args.regime, loss=args.loss)
     found = []
     for method in ("ebu_added", *rows.ABLATIONS):
-        choice = rows.tuned(setting, method)
         if args.scale == "paper":
-            choice = rows.Choice(1e-4, {})
+            found += [
+                tables.row(setting, method, seeds, choice=rows.of_paper(method, lr),
+                           name=f"{rows.title(method)}, learning rate {lr:g}")
+                for lr in rows.PAPER_RATES
+            ]  # fmt: skip
+            continue
+        choice = rows.tuned(setting, method)
         if method == "ebu_without_alignment":  # no gamma without a penalty
             choice = rows.Choice(choice.learning_rate, {})
-        found.append(tables.row(setting, method, args.seeds, choice=choice))
+        tuning = rows.tuning(setting, method)
+        found.append(tables.row(setting, method, seeds, choice=choice, tuning=tuning))
     todo = [*setting.ground, *(run for r in found for run in r.runs)]
     if not command_line.run(args, setting, todo):
         return

@@ -4,8 +4,9 @@
     python examples/paper/table6.py --scale paper                      # GPUs
     python examples/paper/table6.py --scale small --regime partial --loss crossed --seeds 1 2 3 4 5
 
-Each method has the strength and learning rate that tune.py chose for it on seed 0, and 200 steps.
-At paper scale FT, GA, SA, SalUn and EBU have the paper's steps and learning rate instead.
+Each method has the strength and learning rate that tune.py chose for it on seed 0, and 200 steps;
+Retrain has what the base was trained with. At paper scale the methods are the paper's (FT, GA, SA,
+SalUn and EBU) with its steps and both of its learning rates; others that --methods names have 200.
 """
 
 from __future__ import annotations
@@ -17,13 +18,8 @@ from typing import Any
 import command_line
 import rows
 import tables
-from worlds import LOSSES, Setting
+from worlds import LOSSES, Setting, value
 
-#: At paper scale: steps as the paper's column RT has them.
-PAPER_STEPS = {"fine_tune": 2000, "gradient_ascent": 2000, "selective_amnesia": 20000,
-               "salun": 4000, "ebu_added": 200}  # fmt: skip
-#: SA with the lambda = 10 of its paper, on a Fisher of the mean over timesteps instead of the sum.
-SA_PUBLISHED = rows.Choice(1e-4, {"lam": 1e7})
 METHODS = (*rows.EBU, *rows.RIVALS, *rows.OTHERS)
 
 
@@ -31,29 +27,44 @@ def table(
     setting: Setting, methods: Any, seeds: list[int], *, paper: bool, sa_steps: int = 5000
 ) -> list[tables.Row]:
     """The rows. On paper scale the paper contradicts itself on the learning rate: both are run."""
-    if paper:
-        return [
-            tables.row(
-                setting, m, seeds, steps=PAPER_STEPS[m], choice=_paper_choice(m, lr),
-                name=f"{rows.title(m)}, learning rate {lr:g}",
-            )
-            for m in PAPER_STEPS
-            for lr in (1e-5, 1e-4)
-        ]  # fmt: skip
     once = (*rows.OTHERS, "embedding_only")  # their figures decide nothing
-    found = [tables.row(setting, m, seeds[:1] if m in once else seeds) for m in methods]
-    if sa_steps:
+    found = []
+    for m in methods:
+        if m == "retrain":
+            found.append(retrain(setting, seeds[0]))
+        elif paper:
+            found += [
+                tables.row(
+                    setting, m, seeds, steps=tables.paper_steps(setting.world, m),
+                    choice=rows.of_paper(m, lr), name=f"{rows.title(m)}, learning rate {lr:g}",
+                )
+                for lr in rows.PAPER_RATES
+            ]  # fmt: skip
+        else:
+            found.append(tables.row(setting, m, seeds[:1] if m in once else seeds))
+    if sa_steps and not paper:
         found.append(
             tables.row(
-                setting, "selective_amnesia", seeds[:1], steps=sa_steps, choice=SA_PUBLISHED,
+                setting, "selective_amnesia", seeds[:1], steps=sa_steps,
+                choice=rows.of_paper("selective_amnesia", 1e-4),
                 name="SA, published strength", tag="published",
             )
         )  # fmt: skip
     return found
 
 
-def _paper_choice(method: str, lr: float) -> rows.Choice:
-    return rows.Choice(lr, SA_PUBLISHED.options if method == "selective_amnesia" else {})
+def retrain(setting: Setting, seed: int) -> tables.Row:
+    """With the steps, learning rate and batch of the base: 200 steps from random weights draw
+    nothing at all."""
+    base = setting.world.base
+    steps = value(base, "--max_train_steps")
+    same = ("--train_batch_size", "--lr_scheduler", "--lr_warmup_steps", "--mixed_precision")
+    flags = [x for name in same if name in base for x in (name, value(base, name))]
+    return tables.row(
+        setting, "retrain", [seed], steps=steps,
+        choice=rows.Choice(value(base, "--learning_rate", 2e-4), {}),
+        flags=[*flags, "--validation_steps", max(25, steps // 10), "--checkpointing_steps", 1000],
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,14 +72,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--regime", choices=("full", "partial"), default="full")
     parser.add_argument("--loss", choices=LOSSES, default="replay", help="to remember by")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help="default: all; at paper scale the paper's")
     parser.add_argument("--sa_steps", type=int, default=5000, help="of published SA; 0: without")
     args = parser.parse_args(argv)
-    rows.check_methods(args.methods)
+    paper = args.scale == "paper"
+    methods = rows.check_methods(args.methods or (rows.PAPER if paper else METHODS))
+    seeds = rows.check_seeds(args.seeds)
     setting = command_line.setting(args, regime=args.regime, loss=args.loss)
-    found = table(
-        setting, args.methods, args.seeds, paper=args.scale == "paper", sa_steps=args.sa_steps
-    )
+    found = table(setting, methods, seeds, paper=paper, sa_steps=args.sa_steps)
     todo = [*setting.ground, *(run for r in found for run in r.runs)]
     if not command_line.run(args, setting, todo):
         return

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import rows
 import torch
 from runs import Run
-from worlds import Setting
+from worlds import Setting, World
 
 from ebu_optim._files import load_tensors
 from ebu_optim.metrics.intervals import t_interval
@@ -30,19 +30,33 @@ class Row(NamedTuple):
     runs: tuple[Run, ...]
     steps: int
     choice: rows.Choice
+    tuning: str  # how the choice was made
+
+    @property
+    def seeds(self) -> list[int]:
+        options = [run.commands[0].options for run in self.runs]
+        return [int(o[o.index("--seed") + 1]) for o in options]
 
 
 def row(
     setting: Setting, method: str, seeds: Iterable[int], *, steps: int = 200,
     choice: rows.Choice | None = None, name: str | None = None, tag: str = "",
-    flags: Sequence[Any] = (),
+    flags: Sequence[Any] = (), tuning: str = "none",
 ) -> Row:  # fmt: skip
     """A method at its tuned strength, or at `choice`; `flags` are further options of unlearn.py."""
-    choice = choice or rows.tuned(setting, method)
+    if choice is None:
+        choice, tuning = rows.tuned(setting, method), rows.tuning(setting, method)
     label = f"{method}-{setting.regime}-{setting.loss}-{tag or choice.name}-{steps}"
     given = [*choice.flags, *flags]
     runs = tuple(setting.run(label, method, seed=s, steps=steps, flags=given) for s in seeds)
-    return Row(name or rows.title(method), runs, steps, choice)
+    return Row(name or rows.title(method), runs, steps, choice, tuning)
+
+
+def paper_steps(world: World, method: str) -> int:
+    """As the paper's column RT has them; what it does not compare with has EBU's."""
+    table = json.loads(PAPER.read_text())[world.paper]
+    (steps,) = table[rows.PAPER.get(method, "EBU")]["RT"]
+    return steps
 
 
 def gather(row: Row) -> dict[str, Any]:
@@ -57,8 +71,12 @@ def gather(row: Row) -> dict[str, Any]:
 def _mean(values: Sequence[Any], key: str) -> Any:
     if len(values) == 1:
         return values[0]
-    if any(v is None or (isinstance(v, Mapping) and "not_computed" in v) for v in values):
+    lacking = [v for v in values if v is None or (isinstance(v, Mapping) and "not_computed" in v)]
+    if len(lacking) == len(values):
         return values[0]
+    if lacking:  # never the mean of some, nor the first one's figure, as if it were of all
+        why = lacking[0]["not_computed"] if lacking[0] else "it has no such value"
+        return {"not_computed": f"in {len(lacking)} of {len(values)} seeds: {why}"}
     if isinstance(values[0], Mapping) and "reached" in values[0]:
         what, within = ("seconds", "within_seconds") if key == "ut" else ("steps", "within")
         there = [v[what] for v in values if v["reached"]]
@@ -74,6 +92,7 @@ def _interval(values: Sequence[float]) -> dict[str, float]:
     return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
 
 
+CURVE = 300  # the last step of a table's curves
 AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 
 
@@ -130,33 +149,53 @@ def write(
     first = json.loads((table[0].runs[0].folder / "results.json").read_text())
     limits = first["rows"][:-1]
     said = first["protocol"]
-    settings = {r.name: {"learning_rate": r.choice.learning_rate, **r.choice.options,
-                         "steps": r.steps} for r in table}  # fmt: skip
+    settings = {
+        r.name: {"learning_rate": r.choice.learning_rate, **r.choice.options, "steps": r.steps,
+                 "seeds": r.seeds, "tuning": r.tuning}
+        for r in table
+    }  # fmt: skip
     said["unlearning"] |= {
         "method": "each row's", "settings": settings, "steps": "each row's",
         "learning_rate": "each row's, constant",
         "forget_loss": f"{said['unlearning']['forget_loss']}; GA, EraseDiff and SalUn: on the real "
         "images of the class",
         "trained": "all, but the class embedding where the row says so",
-        "tuning": "six trials a method under partial replay, on seed 0, which is not reported "
-        "(tune.py); a world without trials of its own in tuned.json has the digits'",
+        "tuning": "each row's; trials are tune.py's: partial replay, seed 0, which is not "
+        "reported, score (1 - P_f) + accuracy on what was never replayed + (1 - P_f after 100 "
+        "steps of inversion)",
     }  # fmt: skip
-    seeds = [run.commands[0].options for run in table[0].runs]
-    said["seeds"] |= {"unlearning": [o[o.index("--seed") + 1] for o in seeds]}
+    said["seeds"] |= {"unlearning": sorted({s for r in table for s in r.seeds})}
+    if "timing" in said:
+        said["timing"] |= {
+            "seconds": f"{said['timing']['seconds']}; nor is the Fisher that SA takes from "
+            "prepare.py, nor SalUn's mask",
+            "hardware": f"{said['timing']['hardware']}; other runs of the table may have been "
+            "beside it",
+        }  # fmt: skip
     notes = [*notes, *([setting.world.smoke] if setting.world.smoke else [])]
-    if len(table[0].runs) > 1:
-        notes.append("Several seeds: mean and 95 % interval (Student's t) over them. One seed: "
-                     "95 % interval over the images.")  # fmt: skip
+    most = max(len(r.runs) for r in table)
+    if most > 1:
+        notes.append(
+            "Several seeds of unlearning, with one base model and one replay set: mean and 95 % "
+            "interval (Student's t) over them. One seed: 95 % interval over the images. Curves and "
+            f"pictures: seed {table[0].seeds[0]} alone. Differences: seed by seed, intervals not "
+            "widened for the number of comparisons."
+        )
         notes += differences(table)
+    if plots is None and any(p["step"] > CURVE for r in table for p in curve(r.runs[0])):
+        notes.append(f"The curves end at step {CURVE}.")
     if paper:
         notes.append(
             f"The paper's figures are of its own model and data ({paper}); ours are of "
             f"{setting.world.title}. Compare orders, not figures."
         )
+    ours = [{"name": r.name, "values": gather(r)} for r in table]
+    if most > 1:
+        for line, r in zip(ours, table, strict=True):
+            line["values"]["seeds"] = len(r.runs)
     return write_report(
         folder, title=title, protocol=said, overwrite=folder.exists(), command=command,
-        rows=[*limits, *({"name": r.name, "values": gather(r)} for r in table),
-              *paper_rows(paper)],
+        rows=[*limits, *ours, *paper_rows(paper)],
         parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
         curves=curves(table) if plots is None else plots, notes=notes,
         grids=[pictures(setting, table, classes)] if grids is None else grids,
@@ -169,11 +208,13 @@ def curve(run: Run) -> list[dict[str, Any]]:
 
 def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
     """P_f, and what is kept, along the steps; the first seed of each row."""
-    labels = {"p_f": "P_f, reject class", "ra": "RA", "ra_never_replayed": "RA, never replayed"}
+    # all three by the classifier that measured the curve, see Setting.run
+    labels = {"p_f": "P_f, reject class", "ra": "RA, reject class",
+              "ra_never_replayed": "RA, never replayed, reject class"}  # fmt: skip
     found = []
     for key, label in labels.items():
         series = {
-            r.name: [(p[x], p[key]) for p in curve(r.runs[0]) if p[x] <= 300]
+            r.name: [(p[x], p[key]) for p in curve(r.runs[0]) if p["step"] <= CURVE]
             for r in table
             if curve(r.runs[0]) and key in curve(r.runs[0])[0]
         }

@@ -1,4 +1,5 @@
-"""Choose every method's strength and learning rate by six trials on seed 0, which is not reported.
+"""Choose every method's strength and learning rate by six trials on seed 0, which is not reported
+(more with more --learning_rates).
 
     python examples/paper/tune.py --scale small --loss crossed
 
@@ -24,7 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser(__doc__)
     parser.add_argument("--loss", choices=LOSSES, default="replay")
     parser.add_argument("--methods", nargs="+", default=list(TUNED_METHODS))
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=list(rows.RATES))
+    parser.add_argument(
+        "--learning_rates", type=float, nargs="+", default=list(rows.RATES),
+        help="of methods with a strength of their own; earlier trials on the same base count too",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     for method in rows.check_methods(args.methods):
         if method not in rows.GRIDS:
@@ -45,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if not command_line.run(args, setting, todo):
         return
     table = json.loads(rows.TUNED.read_text()) if rows.TUNED.exists() else {}
+    base = setting.base.folder.name
     mine = table.setdefault(rows.key(setting.world.name, setting.loss), {})
     for method in args.methods:
         scored = []
@@ -53,9 +58,16 @@ def main(argv: list[str] | None = None) -> None:
                 values = rows.results(run.folder)[-1]["values"]
                 scored.append((rows.score(values), choice))
         best, choice = max(scored, key=lambda pair: pair[0])
+        trials = {c.name: s for s, c in scored}
+        before = mine.get(method, {})
+        if before.get("base", base) == base:  # a worse rate tried later takes nothing back
+            trials = {t["choice"]: t["score"] for t in before.get("trials", ())} | trials
+            if before and before["score"] > best:
+                best = before["score"]
+                choice = rows.Choice(before["learning_rate"], before["options"])
         mine[method] = {
             "learning_rate": choice.learning_rate, "options": choice.options, "score": best,
-            "trials": [{"choice": c.name, "score": s} for s, c in scored],
+            "base": base, "trials": [{"choice": c, "score": s} for c, s in trials.items()],
         }  # fmt: skip
         print(f"{rows.title(method)}: {choice.name}, score {best:.4f}")
     with replacing(rows.TUNED) as work:

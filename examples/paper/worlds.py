@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from runs import Command, Run, command
 
+from ebu_optim.baselines import methods
+
 #: What is remembered by, and for the last also forgotten by, as options of unlearn.py.
 LOSSES: dict[str, tuple[Any, ...]] = {
     "replay": ("--remember", "replay"),
@@ -189,7 +191,7 @@ class Setting:
     def ground(self) -> list[Run]:
         """What every run of a method builds on."""
         w, s = self.world, self.world.seconds
-        steps, n = _value(w.base, "--max_train_steps"), _value(w.judge, "--max_train_steps", 1600)
+        steps, n = value(w.base, "--max_train_steps"), value(w.judge, "--max_train_steps", 1600)
         per = s["train_classifier"] * n
         made = [Run(self._name("images"), (self.made,), 1.0, 0)] if self.made else []
         after = tuple(r.name for r in made)
@@ -212,7 +214,7 @@ class Setting:
         unlearn = self._command(
             "unlearn",
             ("--pretrained_model_name_or_path", self.base.folder, "--prepared_dir",
-             self.sets.folder, "--method", method, *LOSSES[self.loss], "--seed", seed,
+             self.sets.folder, "--method", method, *self._losses(method), "--seed", seed,
              "--max_train_steps", steps, *w.unlearn, *flags,
              *(() if trial else ("--classifier", self.reject.folder))),
             f"models/{name}-s{seed}", data=method == "retrain",
@@ -232,9 +234,18 @@ class Setting:
             self._name(f"{name}, seed {seed}"), (unlearn, evaluate), seconds, steps, tuple(after)
         )
 
+    def _losses(self, method: str) -> tuple[Any, ...]:
+        """Retrain learns nothing of the base; a method that has a forget loss of its own, or none,
+        keeps it."""
+        if method == "retrain":
+            return LOSSES["replay"]
+        if self.loss == "relabel" and methods[method].forgets not in ("surrogate", "relabel"):
+            return LOSSES["crossed"]
+        return LOSSES[self.loss]
+
     def _name(self, what: str) -> str:
         return f"{self.world.name}: {what}"
 
 
-def _value(options: Sequence[Any], name: str, default: int = 0) -> int:
-    return int(options[options.index(name) + 1]) if name in options else default
+def value(options: Sequence[Any], name: str, default: Any = 0) -> Any:
+    return options[options.index(name) + 1] if name in options else default
