@@ -484,6 +484,8 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
     with subprocess.Popen(
         [sys.executable, script, PAPER, ROOT / "examples" / "ddpm", tmp_path], text=True, env=env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        # a process that pytest-xdist or nohup started ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         try:
             until = time.monotonic() + 200
