@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -296,9 +297,35 @@ def test_a_report_has_the_three_axes_and_its_protocol(forgotten, made, tmp_path)
     keys = {"p_f", "p_f_reject", "ce_f", "ra", "classifier_frechet", "relearn_steps", "inversion_1"}
     assert keys <= set(rows["EBU added"])
     assert report["protocol"]["sampling"]["weights"] == "trained"
+    sets = report["protocol"]["data"]["replay_set"]
+    assert re.match(r"\d+ images drawn by model [0-9a-f]{16}, DDIMScheduler, \d+ steps, ", sets)
+    assert sets.endswith("; Fisher of 8 of them, 2 timesteps each, sum; remember data: replay")
+    assert re.search(r", [\d,]{7,} parameters$", report["protocol"]["model"]["name"])
     assert (out / "results.md").read_text().startswith("# scikit-learn digits without 3")
     assert (out / "report.html").is_file()
     assert list((out / "pictures").glob("*.png"))
+
+
+def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypatch):
+    """Descending the denoising loss of the class itself would teach it."""
+    unlearn_losses, seen = module(monkeypatch, "unlearn_losses"), []
+
+    def denoising_loss(model, x, labels, scheduler, *, noise=None, reduction):
+        seen.append(noise)
+
+    monkeypatch.setattr(unlearn_losses, "denoising_loss", denoising_loss)
+    losses = object.__new__(unlearn_losses.Losses)
+    losses.own, losses.kind = [(torch.full((4, 1, 8, 8), -1.0), torch.zeros(4))], "own"
+    losses.model = losses.raw = SimpleNamespace(class_embedding=torch.nn.Embedding(2, 2))
+    losses.scheduler = None
+    losses.at(0)
+    for method in ("gradient_ascent", "erasediff"):
+        losses.args = SimpleNamespace(method=method, reduction="sum", condition_noise=0.0)
+        losses.forget()
+    assert seen[0] is None
+    assert seen[1].shape == (4, 1, 8, 8)
+    assert seen[1].min() >= 0
+    assert seen[1].unique().numel() > 200
 
 
 # -- bad input ----------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         attacked = reject or judge
         values |= depth(args, model, scheduler, forget, real, attacked, info)
         limits["base model"] |= depth_of_base(args, base, scheduler, forget, real, attacked, info)
+    info = {**info, "parameters": sum(p.numel() for p in model.parameters())}
     said, parts = protocol(args, info, made, judged, table, real)
     page = write_report(
         args.output_dir, title=f"{real.source.split(',')[0]} without "

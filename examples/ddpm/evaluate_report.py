@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ebu_optim.baselines import methods
@@ -25,7 +28,26 @@ def forget_loss(made: Mapping[str, Any]) -> str:
         "relabel": "the next kept class's prediction, on the class's real images",
         "guidance": f"ESD's, {said['esd_variant']}",
     }  # fmt: skip
+    if made["method"] == "erasediff":
+        words["own"] += " with uniform instead of Gaussian noise"
     return f"{words[kind]}; noise on the condition {said['condition_noise']}"
+
+
+def prepared(folder: Path) -> str:
+    """How prepare.py made the replay set and the Fisher, in words."""
+    said = []
+    for name, words in (
+        ("replay", "{n} images drawn by model {model}, {sampler}, {num_inference_steps} steps, "
+         "guidance {guidance_scale}, seed {seed}"),
+        ("fisher", "Fisher of {images} of them, {timesteps} timesteps each, {reduction}"),
+    ):  # fmt: skip
+        path = folder / f"{name}.safetensors"
+        if path.is_file():
+            with safe_open(path, framework="pt") as f:
+                meta = json.loads(f.metadata()["meta"])
+                n = f.get_slice("labels").get_shape()[0] if name == "replay" else None
+            said.append(words.format(n=n, **meta))
+    return "; ".join(said) or f"of {folder}, which is gone"
 
 
 def protocol(
@@ -39,12 +61,13 @@ def protocol(
         "data": {
             "name": real.source, "forget": [names[c] for c in made["forget"]],
             "replayed": [names[c] for c in made["replayed"]],
-            "replay_set": f"{said['prepared_dir']}, see the metadata of replay.safetensors; "
-            f"remember data: {said['remember_data']}",
+            "replay_set": f"{prepared(Path(said['prepared_dir']))}; remember data: "
+            f"{said['remember_data']}",
             "image_range": "[-1, 1] from uint8, the same scale for every image",
         },
         "model": {
-            "name": f"UNet2DModel of {info['source']}", "base_hash": made["base_hash"],
+            "name": f"UNet2DModel of {info['source']}, {info['parameters']:,} parameters",
+            "base_hash": made["base_hash"],
             "prediction": "epsilon, linear beta 1e-4 to 2e-2, 1000 steps",
         },
         "unlearning": {

@@ -116,7 +116,9 @@ class Losses:
                 return relabel_loss(self.model, x, labels, other, self.scheduler, **options)
             if self.kind == "own":
                 x, labels = self.own[self.i]
-                return denoising_loss(self.model, x, labels, self.scheduler, **options)
+                # EraseDiff descends what GA ascends: only with the wrong noise is that forgetting
+                noise = torch.rand_like(x) if args.method == "erasediff" else None
+                return denoising_loss(self.model, x, labels, self.scheduler, noise=noise, **options)
             labels = self.pick(self.forgotten)
             if self.kind in ("guidance", "adapter"):
                 return self.guidance(labels)

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import rows
 import torch
+from evaluate_report import prepared
 from runs import Run
+from sources import InputError
 from worlds import Setting, World
 
 from ebu_optim._files import load_tensors
@@ -157,13 +159,16 @@ def write(
     said["unlearning"] |= {
         "method": "each row's", "settings": settings, "steps": "each row's",
         "learning_rate": "each row's, constant",
-        "forget_loss": f"{said['unlearning']['forget_loss']}; GA, EraseDiff and SalUn: on the real "
-        "images of the class",
+        "forget_loss": f"{said['unlearning']['forget_loss']}; GA and SalUn on the real images of "
+        "the class, EraseDiff on these with uniform noise",
         "trained": "all, but the class embedding where the row says so",
         "tuning": "each row's; trials are tune.py's: partial replay, seed 0, which is not "
         "reported, score (1 - P_f) + accuracy on what was never replayed + (1 - P_f after 100 "
         "steps of inversion)",
     }  # fmt: skip
+    said["data"] |= {
+        "replay_set": f"{prepared(setting.sets.folder)}; remember data: replay, of Retrain real"
+    }
     said["seeds"] |= {"unlearning": sorted({s for r in table for s in r.seeds})}
     if "timing" in said:
         said["timing"] |= {
@@ -225,7 +230,10 @@ def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
 
 def samples(setting: Setting, model: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels that evaluate.py drew from the model of this hash."""
-    tensors, _ = load_tensors(setting.root / "samples" / f"{model}.safetensors")
+    path = setting.root / "samples" / f"{model}.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} is gone: delete the report of that model to have it drawn anew")
+    tensors, _ = load_tensors(path)
     return tensors["images"], tensors["labels"]
 
 
