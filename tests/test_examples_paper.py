@@ -351,6 +351,8 @@ def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
     publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
     copied = {p.name for p in (tmp_path / "docs" / "r").rglob("*.*")}
     assert copied == {"results.json", "along.gif", "0.svg"}
+    with pytest.raises(error, match="several reports are called r"):
+        publish.main([str(tmp_path / "r"), str(tmp_path / "cifar" / "r"), str(tmp_path / "docs")])
     with pytest.raises(error, match="holds no report"):
         publish.main([str(tmp_path), str(tmp_path / "docs")])
     (tmp_path / "r" / "along.gif").write_bytes(bytes(5_000_001))

@@ -25,6 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("reports", type=Path, nargs="+", help="folders that a script wrote")
     parser.add_argument("to", type=Path)
     args = parser.parse_args(argv)
+    names = [report.name for report in args.reports]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise command_line.InputError(
+            f"several reports are called {', '.join(twice)}: one would replace the other; publish "
+            "each world into a folder of its own"
+        )
     for report in args.reports:
         try:
             json.loads((report / "results.json").read_text())
