@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
-pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
 
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionPipeline
@@ -31,12 +31,12 @@ FOLDERS = [WORLD, WORLD.parent, EXAMPLES / "ddpm", EXAMPLES]
 @pytest.fixture(scope="module", autouse=True)
 def _paths():
     """The scripts' folders on the path, and their modules gone again afterwards."""
-    before = list(sys.path)
+    path, modules = list(sys.path), set(sys.modules)
     sys.path[:0] = [str(f) for f in FOLDERS]
     yield
-    sys.path[:] = before
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").parent in FOLDERS:
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
             del sys.modules[name]
 
 
@@ -137,8 +137,13 @@ def test_prompts_to_remember_do_not_name_what_is_forgotten():
     assert len(lines) == len(kept) > 1000
     assert {one.content for one in kept} == {*c.CONTENTS, None} - {"seven"}
     assert {one.style for one in kept} == set(c.STYLES) - {"red"}
-    assert len(succeed("captions.py", "--without", "7", "--every", 50).splitlines()) < 100
-    for bad, what in ((["cat"], "'cat' names no concept"), (["7", "--every", "0"], "--every must")):
+    few = succeed("captions.py", "--without", "VII", "scarlet", "--number", 50).splitlines()
+    assert len(set(few)) == 50
+    assert set(few) < set(lines)
+    for bad, what in (
+        (["cat"], "'cat' names no concept"), (["7", "--number", "0"], "--number must be >= 1"),
+        ([*c.CONTENTS, *c.STYLES], "leaves no prompt"),
+    ):  # fmt: skip
         code, said = run("captions.py", "--without", *bad)
         assert code == 2
         assert what in said
@@ -276,13 +281,28 @@ def test_pipeline_is_small_and_loads(made):
     drawn = pipe("a red 7", num_inference_steps=2, output_type="np").images
     assert drawn.shape == (1, 32, 32, 3)
     assert (made / "base" / "pipeline" / "README.md").read_text().startswith("---")
-    # latents of unit variance
+
+
+def test_latents_are_normalised_and_decode_to_the_same_pictures():
     autoencoder, images = module("autoencoder"), module("images")
-    latents = autoencoder.encode(pipe.vae, images.world("train", 12).pictures)
-    assert abs((latents * pipe.vae.config.scaling_factor).std().item() - 1) < 1e-4
+    torch.manual_seed(0)
+    vae, pictures = autoencoder.new_autoencoder().eval(), images.world("train", 2).pictures
+    before = autoencoder.encode(vae, pictures)
+    decoded = autoencoder.decode(vae, before)
+    deviation = vae.encode(pictures).latent_dist.std
+    latents = autoencoder.normalise(vae, pictures)
+    assert (before.mean((0, 2, 3)).abs() > 0.01).any()
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-5
+    assert abs(latents.std().item() - 1) < 1e-5
+    again = autoencoder.encode(vae, pictures)
+    torch.testing.assert_close(again * vae.config.scaling_factor, latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(autoencoder.decode(vae, again), decoded, atol=1e-5, rtol=1e-5)
+    assert torch.equal(vae.encode(pictures).latent_dist.std, deviation)
 
 
 def test_a_run_that_is_killed_in_each_part_resumes_to_the_same_bits(made, tmp_path, monkeypatch):
+    again = tmp_path / "again"
+    shutil.copytree(made / "base", again)
     for name in ("autoencoder", "diffusion"):
         loss, calls = module(name).Loss, []
         with monkeypatch.context() as patched:
@@ -294,19 +314,22 @@ def test_a_run_that_is_killed_in_each_part_resumes_to_the_same_bits(made, tmp_pa
                 return call(self, model)
 
             patched.setattr(loss, "__call__", second)
-            options = ["--resume_from_checkpoint", "latest"] if name == "diffusion" else []
-            code, said = run("train.py", *FEW, *options, "--output_dir", tmp_path / "again")
+            resume = ["--resume_from_checkpoint", "latest"]
+            options = resume if name == "diffusion" else ["--overwrite_output_dir"]
+            code, said = run("train.py", *FEW, *options, "--output_dir", again)
         assert code == 130, said
-        assert not (tmp_path / "again" / "pipeline").exists()
-    said = succeed("train.py", *FEW, "--resume_from_checkpoint", "latest", "--output_dir",
-                   tmp_path / "again")  # fmt: skip
+        assert not (again / "pipeline").exists()
+        # nothing of the old run is gone on with
+        assert (again / "diffusion").exists() == (name == "diffusion")
+    said = succeed("train.py", *FEW, *resume, "--output_dir", again)
     assert "going on after step 1" in said
-    a, b = weights(made / "base"), weights(tmp_path / "again")
+    a, b = weights(made / "base"), weights(again)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_unlearning_takes_the_pipeline_and_measuring_both(made, tmp_path):
+    pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
     succeed(
         WORLD.parent / "unlearn.py", "--pretrained_model_name_or_path", made / "base" / "pipeline",
         "--forget", "a picture of the digit 7", "--remember", "a picture of the digit 3", "",

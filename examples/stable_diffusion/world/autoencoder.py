@@ -52,10 +52,22 @@ def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 256) -> Tensor:
     return found.clamp(-1, 1)
 
 
-def set_scale(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Set `scaling_factor` to 1 / the latents' deviation, and return the latents times it: the
-    diffusion model begins at unit variance."""
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Give the latents of these pictures mean 0 in each channel, by the biases beside them, and set
+    `scaling_factor` to 1 / their deviation; what is decoded stays the same.
+
+    A pipeline starts at noise of mean 0 and has no place to keep another mean.
+
+    Returns:
+        The latents, scaled: what the diffusion model learns, (n, 4, 8, 8) on the CPU.
+    """
     latents = encode(vae, pictures)
+    mean = latents.mean((0, 2, 3))
+    latents -= mean.view(-1, 1, 1)
+    mean = mean.to(vae.device)
+    vae.quant_conv.bias[: len(mean)] -= mean  # the posterior's mean; the rest is its deviation
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return latents * vae.config.scaling_factor
 

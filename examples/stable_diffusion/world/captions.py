@@ -1,6 +1,6 @@
 """What the world's prompts are made of: two independent concepts, three words for each, templates.
 
-    python examples/stable_diffusion/world/captions.py --without seven > remember.txt
+    python examples/stable_diffusion/world/captions.py --without seven --number 100 > remember.txt
 
 prints the prompts of the trained templates that do not name a concept, one a line, for
 `unlearn.py --remember`. A picture has a content (a digit) and a style. Held-out templates are made
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -166,10 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--without", nargs="+", required=True, metavar="WORD",
         help="of concepts: none of their words is in the prompts",
     )  # fmt: skip
-    parser.add_argument("--every", type=int, default=1, help="only every n-th prompt")
+    parser.add_argument("--number", type=int, help="only so many, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.every < 1:
-        parser.error(f"--every must be >= 1; got {args.every}")
+    if args.number is not None and args.number < 1:
+        parser.error(f"--number must be >= 1; got {args.number}")
     try:
         gone = {concept(word) for word in args.without}
     except ValueError as error:
@@ -177,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = [c.text for c in captions(TRAINED) if not {c.content, c.style} & gone]
     if not kept:
         parser.error(f"--without {' '.join(args.without)} leaves no prompt")
-    print("\n".join(kept[:: args.every]))
+    if args.number is not None:
+        kept = random.Random(args.seed).sample(kept, min(args.number, len(kept)))  # noqa: S311
+    print("\n".join(kept))
 
 
 if __name__ == "__main__":

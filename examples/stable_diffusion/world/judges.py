@@ -159,7 +159,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     loop.add_arguments(
         parser,
         train_batch_size=64,
-        max_train_steps=1000,
+        max_train_steps=600,
         learning_rate=2e-3,
         lr_scheduler="cosine",
         lr_warmup_steps=50,
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.print(f"{name}: {json.dumps({k: round(v, 4) for k, v in found.items()})}")
 
         loop.fit(
-            loop.of_stage(args, name), accelerator, f"judge of {name}", judge,
+            loop.of_stage(args, name), accelerator, f"judge_of_{name}", judge,
             Loss(name, train, args.train_batch_size, accelerator.device), finish,
             parts=(f"../{path.name}",),
         )  # fmt: skip

@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--caption_dropout", type=float, default=0.1, help="share of empty prompts")
     add("--ema_decay", type=float, default=0.999, help="of text encoder and UNet; it is saved")
     loop.add_arguments(
-        parser, train_batch_size=64, max_train_steps=5000, learning_rate=1e-3,
+        parser, train_batch_size=64, max_train_steps=6000, learning_rate=1e-3,
         lr_scheduler="cosine", lr_warmup_steps=100,
     )  # fmt: skip
     args = parser.parse_args(argv)
@@ -80,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, "autoencoder", max_train_steps=args.autoencoder_steps,
         learning_rate=args.autoencoder_learning_rate,
     )  # fmt: skip
-    loop.fit(first, accelerator, "autoencoder", vae, loss, lambda _: None)
-    latents = autoencoder.set_scale(vae, train.pictures)
+    loop.fit(
+        first, accelerator, "autoencoder", vae, loss, lambda _: None,
+        parts=("../diffusion", "../pipeline"),  # they belong to the old autoencoder
+    )  # fmt: skip
+    latents = autoencoder.normalise(vae, train.pictures)
     error = reconstruction(vae, world("test", args.max_train_samples))
     accelerator.print(f"reconstructed test pictures: root mean square error {error:.3f}")
 
