@@ -351,6 +351,8 @@ def test_unlearning_takes_the_pipeline_and_measuring_both(made, tmp_path):
         assert found["all"]["all"]["n"] == 2 * 11 * 6
         assert {k: v["n"] for k, v in found["templates"].items()} == {"trained": 66, "held out": 66}
         assert len(found["pair"]) == 60
+        assert list(found["content"]) == list(module("captions").CONTENTS)
+        assert list(found["style"]) == list(module("captions").STYLES)
         assert sum(v["n"] for v in found["content"].values()) == 120
 
 

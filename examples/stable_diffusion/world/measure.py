@@ -134,13 +134,16 @@ def groups(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
         "template": lambda c: c.template,
         "pair": lambda c: c.content and f"{c.content} {c.style}",
     }
+    words = [w for part in (CONTENTS, STYLES) for ws in part.values() for w in ws]
+    rank = {k: i for i, k in enumerate((*words, *TRAINED))}
     found: dict[str, dict[str, Any]] = {"all": {"all": summary(answers)}}
     for name, key in by.items():
         parts: dict[str, list[Answer]] = {}
         for a in answers:
             if (k := key(a.caption)) is not None:
                 parts.setdefault(k, []).append(a)
-        found[name] = {k: summary(rows) for k, rows in parts.items()}
+        order = sorted(parts, key=lambda k: rank.get(k, len(rank)))
+        found[name] = {k: summary(parts[k]) for k in order}
     return found
 
 
