@@ -157,13 +157,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     loop.add_arguments(
-        parser,
-        train_batch_size=64,
-        max_train_steps=600,
-        learning_rate=2e-3,
-        lr_scheduler="cosine",
-        lr_warmup_steps=50,
-    )
+        parser, train_batch_size=64, max_train_steps=600, learning_rate=2e-3,
+        lr_scheduler="cosine", lr_warmup_steps=50,
+    )  # fmt: skip
     args = parser.parse_args(argv)
     loop.check(args)
     return args
@@ -187,7 +183,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         loop.fit(
             loop.of_stage(args, name), accelerator, f"judge_of_{name}", judge,
             Loss(name, train, args.train_batch_size, accelerator.device), finish,
-            parts=(f"../{path.name}",),
         )  # fmt: skip
 
 
