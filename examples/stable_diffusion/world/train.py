@@ -7,9 +7,9 @@ and UNet together on the latents.
 2.9 M parameters, 32x32 pictures. --resume_from_checkpoint latest goes on after a kill, bit for bit
 on a CPU.
 
-The defaults cost about 38 minutes of one busy CPU core by profiles of single steps (0.22 s a step of
-the autoencoder, 0.31 s of the rest). They have not been run to their end: how well the result draws
-what it is asked is not known until measure.py has been run on it.
+The defaults cost about 38 minutes of one busy CPU core by profiles of single steps (0.22 s for one
+of the autoencoder, 0.31 s for one of the rest). They have not been run to their end: how well the
+result draws what it is asked is not known until measure.py has been run on it.
 """
 
 from __future__ import annotations
