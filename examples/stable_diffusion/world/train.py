@@ -8,9 +8,9 @@ and UNet together on the latents.
 on a CPU.
 
 The defaults cost about 38 minutes of one busy CPU core by profiles of single steps (0.22 s for one
-of the autoencoder, 0.31 s for one of the rest). They have not been run to their end. After 700 steps
-at a constant learning rate, on an autoencoder of 300, the style was the asked one in 36 of 36
-pictures and the digit in 4, which is chance: whether 6000 steps teach the digits is not known.
+of the autoencoder, 0.31 s for one of the rest). They have not been run to their end. After 700
+steps at a constant learning rate, on an autoencoder of 300, the style was the asked one in 36 of
+36 pictures and the digit in 4, which is chance: whether 6000 steps teach the digits is not known.
 """
 
 from __future__ import annotations
