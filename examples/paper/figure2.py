@@ -55,7 +55,7 @@ def table(
 def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
     """Each measure over seconds and over steps, on log scales; what is at 0 is the base's limit."""
     run = found[0].runs[0]
-    noise = {k: figures.value(v) for k, v in rows.results(run.folder)[1]["values"].items()}
+    noise = {k: tables.value(v) for k, v in rows.results(run.folder)[1]["values"].items()}
     noise["p_f"] = figures.about(run)["noise_p_f"]
     charts = []
     for key, label in CURVES.items():

@@ -53,10 +53,9 @@ def plots(found: Grid) -> list[dict[str, Any]]:
     for key, label in {**PLOTS, **inverted}.items():
         if key in first[-1]["values"]:
             series = {
-                f"delta {d}": [(a, figures.value(values[a, d][key])) for a in VALUES]
-                for d in VALUES
+                f"delta {d}": [(a, tables.value(values[a, d][key])) for a in VALUES] for d in VALUES
             }
-            lines = {n: figures.value(v[key]) for n, v in limits.items() if key in v}
+            lines = {n: tables.value(v[key]) for n, v in limits.items() if key in v}
             charts.append(
                 {"title": f"{label.split(',')[0]} over alpha", "x": "alpha", "y": label,
                  "series": series, "limits": lines}

@@ -92,9 +92,3 @@ def samples(setting: Setting, run: Run) -> tuple[Tensor, Tensor]:
     """Images and labels that evaluate.py drew from a run's model."""
     info = json.loads((run.commands[0].folder / "classes.json").read_text())
     return tables.samples(setting, info["hash"])
-
-
-def value(cell: Any) -> float | None:
-    """A cell of a table as a number, where it is one."""
-    found = cell.get("value") if isinstance(cell, dict) else cell
-    return float(found) if isinstance(found, (int, float)) else None

@@ -106,7 +106,7 @@ def differences(table: Sequence[Row]) -> list[str]:
         said = []
         for key in AXES:
             pairs = [
-                [_plain(rows.results(run.folder)[-1]["values"].get(key)) for run in both]
+                [value(rows.results(run.folder)[-1]["values"].get(key)) for run in both]
                 for both in zip(first.runs, other.runs, strict=True)
             ]
             gaps = [a - b for a, b in pairs if a is not None and b is not None]
@@ -119,7 +119,8 @@ def differences(table: Sequence[Row]) -> list[str]:
     return found
 
 
-def _plain(cell: Any) -> float | None:
+def value(cell: Any) -> float | None:
+    """A cell of a table as a number, where it is one."""
     cell = cell.get("value") if isinstance(cell, Mapping) else cell
     return float(cell) if isinstance(cell, (int, float)) else None
 
