@@ -250,13 +250,14 @@ def test_a_picture_is_trained_under_prompts_that_ask_for_it():
 FEW = ["--max_train_samples", 12, "--autoencoder_steps", 2, "--max_train_steps", 2,
        "--train_batch_size", 4, "--lr_warmup_steps", 0, "--logging_steps", 1,
        "--checkpointing_steps", 1]  # fmt: skip
+TEXT = ["--text_encoder_steps", 2]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """The world after two steps of everything."""
     out = tmp_path_factory.mktemp("world")
-    succeed("train.py", *FEW, "--output_dir", out / "base")
+    succeed("train.py", *FEW, *TEXT, "--output_dir", out / "base")
     few = [*FEW[:2], *FEW[4:]]
     said = succeed("judges.py", *few, "--output_dir", out / "judges")
     assert "without_digit" in said
@@ -300,10 +301,27 @@ def test_latents_are_normalised_and_decode_to_the_same_pictures():
     assert torch.equal(vae.encode(pictures).latent_dist.std, deviation)
 
 
+def test_the_text_encoder_learns_what_is_asked_for():
+    text, c = module("text"), module("captions")
+    torch.manual_seed(0)
+    words, known = c.tokenizer(), c.captions(c.TRAINED)
+    reader, loss = text.Reader(words), text.Loss(words, 64, "cpu")
+    opt = torch.optim.AdamW(reader.parameters(), 2e-3)
+    assert text.understood(reader, known, words) < 0.1
+    for _ in range(80):
+        opt.zero_grad()
+        loss(reader).backward()
+        opt.step()
+    assert text.understood(reader, known, words) > 0.5
+    drawn = loss.weights * len(known) / loss.weights.sum()
+    each = [drawn[[k.template == t for k in known]].sum() for t in c.TRAINED]
+    torch.testing.assert_close(torch.stack(each), torch.full((12,), len(known) / 12.0))
+
+
 def test_a_run_that_is_killed_in_each_part_resumes_to_the_same_bits(made, tmp_path, monkeypatch):
     again = tmp_path / "again"
     shutil.copytree(made / "base", again)
-    for name in ("autoencoder", "diffusion"):
+    for name in ("autoencoder", "text", "diffusion"):
         loss, calls = module(name).Loss, []
         with monkeypatch.context() as patched:
 
@@ -315,13 +333,14 @@ def test_a_run_that_is_killed_in_each_part_resumes_to_the_same_bits(made, tmp_pa
 
             patched.setattr(loss, "__call__", second)
             resume = ["--resume_from_checkpoint", "latest"]
-            options = resume if name == "diffusion" else ["--overwrite_output_dir"]
-            code, said = run("train.py", *FEW, *options, "--output_dir", again)
+            options = resume if name != "autoencoder" else ["--overwrite_output_dir"]
+            code, said = run("train.py", *FEW, *TEXT, *options, "--output_dir", again)
         assert code == 130, said
         assert not (again / "pipeline").exists()
         # nothing of the old run is gone on with
+        assert (again / "text_encoder").exists() == (name != "autoencoder")
         assert (again / "diffusion").exists() == (name == "diffusion")
-    said = succeed("train.py", *FEW, *resume, "--output_dir", again)
+    said = succeed("train.py", *FEW, *TEXT, *resume, "--output_dir", again)
     assert "going on after step 1" in said
     a, b = weights(made / "base"), weights(again)
     assert a.keys() == b.keys()
@@ -414,6 +433,11 @@ def test_prompts_that_are_measured_are_balanced():
     [
         ("train.py", ["--caption_dropout", 1], "--caption_dropout must be in [0, 1); got 1.0"),
         ("train.py", ["--autoencoder_steps", 0], "--autoencoder_steps must be >= 1; got 0"),
+        (
+            "train.py",
+            ["--text_encoder_learning_rate", 0],
+            "--text_encoder_learning_rate must be > 0; got 0",
+        ),
         ("train.py", ["--autoencoder_learning_rate", 0], "--autoencoder_learning_rate must be > 0"),
         ("train.py", ["--max_train_steps", 0], "--max_train_steps must be >= 1; got 0"),
         ("judges.py", ["--max_train_samples", 0], "--max_train_samples must be >= 1; got 0"),

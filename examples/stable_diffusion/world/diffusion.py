@@ -1,34 +1,26 @@
-"""The world's text encoder and UNet, trained together on latents, and the pipeline of all."""
+"""The world's UNet, trained on latents under the frozen text encoder, and the pipeline of all."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from captions import CONTENTS, LENGTH, STYLES, TRAINED, captions, token_ids
+from captions import CONTENTS, STYLES, TRAINED, captions, token_ids
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from text import WIDTH
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from ebu_optim.diffusion import denoising_loss
 
-WIDTH = 96  # of a token's embedding
-
 
 class TextToImage(nn.Module):
-    """Both networks as one module: latents (n, 4, 8, 8), timesteps (n,), token ids (n, LENGTH)."""
+    """Both networks as one module: latents (n, 4, 8, 8), timesteps (n,), token ids (n, LENGTH).
+    train.py freezes the text encoder, as Stable Diffusion's is."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
-        # 0.24 M parameters
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH,
-                num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=LENGTH,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )  # fmt: skip
+        self.text_encoder = text_encoder
         # 2.4 M; what this version of diffusers calls attention_head_dim is the number of heads
         self.unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(48, 96), layers_per_block=1,
