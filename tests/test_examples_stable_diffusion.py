@@ -211,9 +211,13 @@ def test_sets_are_made_once_and_a_run_that_finds_them_is_the_same(made, tmp_path
     succeed(*other)
     added = {p.name.partition("-")[0] for p in sets.iterdir() if p.name not in before}
     assert added == {"text"}
+    # what is sampled in other batches has other noise: another file, and no error
+    less = ["--sample_batch_size", 2, "--max_train_steps", 1]
+    succeed(*unlearn(made, tmp_path / "e", *command, *less))
+    assert len(list(sets.glob("replay-*"))) == 2
     # other prompts have sets of their own
     succeed(*unlearn(made, tmp_path / "c", *command, "--remember", "a dog"))
-    assert len(list(sets.glob("replay-*"))) == 2
+    assert len(list(sets.glob("replay-*"))) == 3
 
 
 def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path):
@@ -229,6 +233,11 @@ def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path
                      "--surrogate_prompt", "dog"))  # fmt: skip
     (encoded,) = sets.glob("encoded-*")  # the same images
     latents = load_tensors(encoded)[0]["latents"]
+    # in float32 whatever the run computes in: the file's name does not tell
+    succeed(*unlearn(made, tmp_path / "c", "--sets_dir", tmp_path / "bf16", "--max_train_steps", 1,
+                     "--surrogate", "folder", "--surrogate_dir", folder, "--mixed_precision",
+                     "bf16"))  # fmt: skip
+    assert torch.equal(load_tensors(tmp_path / "bf16" / encoded.name)[0]["latents"], latents)
     pipe = StableDiffusionPipeline.from_pretrained(made / "base")
     x = torch.tensor([160.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
     with torch.no_grad():
@@ -294,6 +303,8 @@ def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(meth
     assert np.abs(found - before).max() > 1e-3
     whole = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline" / "pipeline")
     np.testing.assert_allclose(drawn(whole), found, atol=1e-5)
+    for kind in ("lora", "pipeline", "changed"):  # by the lines of their cards
+        np.testing.assert_allclose(loaded(tmp_path / kind / kind / "README.md"), found, atol=1e-5)
     tensors = load_file(tmp_path / "changed" / "changed" / "unet_changed.safetensors")
     partly = StableDiffusionPipeline.from_pretrained(made / "base")
     assert 0 < len(tensors) < len(partly.unet.state_dict())
@@ -346,6 +357,143 @@ def test_transport_of_two_spms_is_the_sum_of_the_papers_formula(made, tmp_path):
     )  # fmt: skip
     assert f"'a car': erased_0 {m[0]:.2f}, erased_1 {m[1]:.2f}" in said
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+# -- the hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub, replaced: what was asked of it, in order, and what is to fail."""
+    import huggingface_hub
+
+    asked: list[tuple] = []
+    fails: dict[str, Exception] = {}
+
+    def call(name: str, answer):
+        def asks(*args, **kwargs):
+            asked.append((name, args, kwargs))
+            if name in fails:
+                raise fails[name]
+            return answer(*args, **kwargs)
+
+        monkeypatch.setattr(huggingface_hub, name, asks)
+
+    def uploaded(*, folder_path, **_):
+        asked.append(("holds", sorted(p.name for p in Path(folder_path).iterdir())))
+
+    call("create_repo", lambda name, **_: SimpleNamespace(repo_id=f"me/{name.split('/')[-1]}"))
+    call("model_info", lambda name: SimpleNamespace(private="public" not in name))
+    call("upload_folder", uploaded)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_of_a_test")
+    return SimpleNamespace(asked=asked, fails=fails)
+
+
+def test_the_result_goes_to_the_hub_and_its_card_loads_it(hub, made, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import metadata_load
+
+    out = tmp_path / "without_cat"
+    said = succeed(*unlearn(made, out, "--push_to_hub", "--hub_private_repo", "--save_as",
+                            "changed"))  # fmt: skip
+    assert "uploaded https://huggingface.co/me/without_cat" in said
+    assert hub.asked[0] == (
+        "create_repo", ("without_cat",), {"private": True, "exist_ok": True})  # fmt: skip
+    (_, _, sent), holds = hub.asked[-2:]
+    assert sent["repo_id"] == "me/without_cat"
+    assert sent["folder_path"] == out / "changed"
+    assert sent["commit_message"] == "Forgets cat (EBU added)"
+    assert holds[1] == ["README.md", "unet_changed.safetensors", "unlearn.json"]
+    assert "hf_of_a_test" not in (out / "run.json").read_text()
+    card = out / "changed" / "README.md"
+    assert metadata_load(card)["library_name"] == "diffusers"
+    monkeypatch.setattr(
+        huggingface_hub,
+        "hf_hub_download",
+        lambda name, file: out / name.replace("me/without_cat", "changed") / file,
+    )
+    assert not np.allclose(
+        loaded(card), drawn(StableDiffusionPipeline.from_pretrained(made / "base"))
+    )
+
+
+def loaded(card: Path, place: str = "<this repository or folder>") -> np.ndarray:
+    """What the pipeline of a card's own lines draws."""
+    (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    namespace: dict = {}
+    exec(code.replace(place, str(card.parent)), namespace)  # noqa: S102
+    return drawn(namespace["pipe"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "fails", "message"),
+    [([], {"create_repo": OSError("403 Forbidden")},
+      "--hub_model_id o cannot be made on the hub (OSError: 403 Forbidden)"),
+     (["--hub_model_id", "a/b/c"], {}, "--hub_model_id a/b/c: Repo id must be in the form"),
+     (["--hub_private_repo", "--hub_model_id", "me/public"], {},
+      "--hub_private_repo: me/public is on the hub already, and public")],
+)  # fmt: skip
+def test_what_the_hub_would_refuse_is_told_before_any_time_is_spent(
+    asked, fails, message, hub, made, tmp_path
+):
+    hub.fails.update(fails)
+    sets = tmp_path / "sets"
+    code, said = run(*unlearn(made, tmp_path / "o", "--sets_dir", sets, "--push_to_hub", *asked))
+    assert code == 2
+    assert message in said, said
+    assert not sets.exists()
+    assert "upload_folder" not in [call[0] for call in hub.asked]
+
+
+def test_without_a_token_nothing_begins(hub, made, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    code, said = run(*unlearn(made, tmp_path / "o", "--push_to_hub"))
+    assert code == 2
+    assert "--push_to_hub: there is no token here: log in with `hf auth login`" in said
+    assert hub.asked == []
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_failed_upload_loses_nothing_and_says_how_to_go_on(hub, made, tmp_path):
+    hub.fails["upload_folder"] = ConnectionError("the line is gone\nand more")
+    command = unlearn(made, tmp_path / "o", "--push_to_hub", "--hub_model_id", "me/x")
+    code, said = run(*command)
+    assert code == 2
+    assert "the upload to me/x failed (ConnectionError: the line is gone)" in said
+    assert f"\n  hf upload me/x {tmp_path / 'o' / 'pipeline'}\n" in said
+    StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "pipeline")
+    hub.fails.clear()
+    said = succeed(*command, "--resume_from_checkpoint", "latest")
+    assert "going on after step 2" in said
+    assert "uploaded https://huggingface.co/me/x" in said
+
+
+def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
+    card = module("card")
+    said = {"forget": ["cat"], "title": "EBU added", "seconds": 1.0, "train_modules": "lora",
+            "trained": 7, "instead": "noise"}  # fmt: skip
+    args = SimpleNamespace(
+        pretrained_model_name_or_path="a/b", save_as="lora", method="ebu_added", push_to_hub=True,
+        hub_model_id="me/x", max_train_steps=2,
+    )  # fmt: skip
+    header = "---\nlicense: other\nlicense_name: its-own\ntags: [x]\n---\n# base\n"
+    (tmp_path / "README.md").write_text(header)
+    (tmp_path / "card.md").write_text(card.write(args, tmp_path, said))
+    from huggingface_hub import metadata_load
+
+    found = metadata_load(tmp_path / "card.md")
+    assert found.pop("tags")[-2:] == ["machine-unlearning", "lora"]
+    assert found == {
+        "library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": "a/b",
+        "base_model_relation": "adapter", "license": "other", "license_name": "its-own",
+    }  # fmt: skip
+    assert "licence (`other`) holds for this one too" in (tmp_path / "card.md").read_text()
+    for broken in ("no header", "---\nlicense: [\n---\n", "---\nlicense: [a, b]\n---\n"):
+        (tmp_path / "README.md").write_text(broken)
+        assert card.licence(tmp_path) == {}
+    assert card.licence(tmp_path / "none") == {}
 
 
 # -- its parts against the library's ------------------------------------------------------------
@@ -525,6 +673,9 @@ def refused(match: str):
     return pytest.raises(module("sources").InputError, match=match)
 
 
+CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+
+
 def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made, tmp_path):
     def broken(name: str, change) -> Path:
         shutil.copytree(made / "base", tmp_path / name)
@@ -534,6 +685,11 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
     def config(folder: Path, file: str, **values) -> None:
         path = folder / file
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    def unsafe(folder: Path) -> None:
+        config(folder, "model_index.json", safety_checker=CHECKER)
+        (folder / "safety_checker").mkdir()
+        (folder / "safety_checker" / "pytorch_model.bin").touch()
 
     cases = {
         "is no diffusion pipeline: model_index.json is missing": tmp_path,
@@ -566,6 +722,11 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
         "scheduler is incomplete": broken(
             "j", lambda f: (f / "scheduler" / "scheduler_config.json").unlink()
         ),
+        # read when the result is saved, that is, after the hours
+        "the subfolder safety_checker is missing": broken(
+            "k", lambda f: config(f, "model_index.json", safety_checker=CHECKER)
+        ),
+        "safety_checker holds no weights as safetensors": broken("l", unsafe),
     }  # fmt: skip
     for message, folder in cases.items():
         command = unlearn(made, tmp_path / "o")
@@ -609,6 +770,18 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--method joint has no option alpha": ["--method", "joint", "--alpha", 0.5],
         "--alpha must be in [0, 1]; got 2.0": ["--alpha", 2],
         "--guided_steps must be >= 2": ["--guided_steps", 1],
+        "--mixed_precision fp16 needs a GPU": ["--mixed_precision", "fp16", "--cpu"],
+        "--num_inference_steps must be <= 1000, the model's; got 1001": [
+            "--num_inference_steps", 1001],
+        "--guided_steps must be <= 1000": ["--method", "esd", "--guided_steps", 1001],
+        "--validation_inference_steps must be <= 1000": ["--validation_inference_steps", 1001],
+        "--guidance_scale must be finite, >= 0; got nan": ["--guidance_scale", "nan"],
+        "--guided_scale must be finite": ["--guided_scale", "inf"],
+        "--validation_guidance_scale must be finite": ["--validation_guidance_scale", -1],
+        "--lora_alpha must be finite, > 0": ["--train_modules", "lora", "--lora_alpha", 0],
+        "--condition_noise must be finite, >= 0; got -1.0": ["--condition_noise", -1],
+        "--condition_noise: not with --method esd": ["--method", "esd", "--condition_noise", 1],
+        "--hub_model_id is for --push_to_hub": ["--hub_model_id", "me/model"],
         "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
     }  # fmt: skip
     for message, wrong in cases.items():
@@ -636,6 +809,18 @@ def test_modules_that_select_nothing(made):
         module("modules").spm_layers(torch.nn.Linear(2, 2))
 
 
+def test_spm_samples_in_eval_mode(made, tmp_path, monkeypatch):
+    losses, modes = module("losses"), []
+
+    def denoised(model, *args, of=losses.partly_denoised, **kwargs):
+        modes.append(model.training)
+        return of(model, *args, **kwargs)
+
+    monkeypatch.setattr(losses, "partly_denoised", denoised)
+    succeed(*unlearn(made, tmp_path / "o", "--method", "spm", "--max_train_steps", 1))
+    assert modes == [False]
+
+
 def test_another_base_model_is_not_resumed(made, tmp_path):
     shutil.copytree(made / "base", tmp_path / "base")
     command = unlearn(tmp_path, tmp_path / "o")
@@ -650,12 +835,24 @@ def test_another_base_model_is_not_resumed(made, tmp_path):
 
 
 def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
-    (tmp_path / "some.txt").write_text('a photo of a cat in a car\n\n""\n')
+    (tmp_path / "some.txt").write_text('a photo of a CAT, in a car\n\n""\n')
     said = succeed(*unlearn(made, tmp_path / "o", "--remember", tmp_path / "some.txt",
                             "--max_train_steps", 1))  # fmt: skip
     assert "1 of the prompts to remember mention what is to be forgotten" in said
     report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
-    assert report["remember"] == ["a photo of a cat in a car", ""]
+    assert report["remember"] == ["a photo of a CAT, in a car", ""]
+
+
+def test_options_without_effect_and_prompts_without_images_are_told(made, tmp_path):
+    said = succeed(
+        *unlearn(made, tmp_path / "a", "--method", "esd", "--surrogate", "gaussian", "--fisher",
+                 "estimate", "--esd_eta", 1, "--max_train_steps", 1)
+    )  # fmt: skip
+    assert "without effect on this run: --surrogate, --remember, --fisher\n" in said
+    assert "remembers nothing" in said
+    said = succeed(*unlearn(made, tmp_path / "b", "--replay_images", 2, "--max_train_steps", 1))
+    assert "--replay_images 2 are of the first as many of 3 prompts" in said
+    assert "without effect" not in said
 
 
 def test_the_shipped_prompts_are_many_and_short_enough():

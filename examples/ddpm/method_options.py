@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ def check(args: argparse.Namespace, aliases: Mapping[str, str]) -> None:
         args.guided_steps = 30 if methods[args.method].forgets == "adapter" else 50
     if args.guided_steps < 2:
         raise InputError(f"--guided_steps must be >= 2; got {args.guided_steps}")
+    if not 0 <= args.guided_scale < math.inf:
+        raise InputError(f"--guided_scale must be finite, >= 0; got {args.guided_scale}")
     given = {f"ebu_{n}": getattr(args, n) for n in EBU if getattr(args, n) is not None}
     try:
         _checks.group(given)

@@ -39,7 +39,7 @@ from ebu_optim.checkpoint import latest_checkpoint, load_checkpoint, save_checkp
 FREE = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
     "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
-    "validation_pictures",
+    "validation_pictures", "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 # what a run has before its first checkpoint
@@ -122,6 +122,9 @@ def new_accelerator(args: argparse.Namespace) -> Accelerator:
         cpu=args.cpu
         or not any(m.is_available() for m in (torch.cuda, torch.xpu, torch.backends.mps)),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate takes it, scales nothing, and the first Linear layer fails
+        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU give bf16, or no")
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise InputError(f"{asked} processes were started, accelerate joined them not: give --cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -45,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str
 
 
 def check(args: argparse.Namespace) -> None:
+    if not 0 <= args.condition_noise < math.inf:
+        raise InputError(f"--condition_noise must be finite, >= 0; got {args.condition_noise}")
+    if args.condition_noise and kind(args) in ("guidance", "adapter"):
+        raise InputError(
+            f"--condition_noise: not with --method {args.method}, whose target compares conditions "
+            "and would get the noise too, the empty one as well"
+        )
     if args.forget_loss and methods[args.method].forgets not in ("surrogate", "relabel"):
         raise InputError(f"--forget_loss: {args.method} has a forget loss of its own")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from unlearn_losses import NOISE, kind, needs_own_images
 
 from ebu_optim import DiagonalFisher
 from ebu_optim._files import load_tensors, save_tensors
+from ebu_optim._modules import tensor_hash
 from ebu_optim.diffusion import (
     FisherBatches,
     fisher_loss,
@@ -35,6 +37,7 @@ from ebu_optim.diffusion import (
     sample_set,
     surrogate_noise,
 )
+from ebu_optim.diffusion.sampling import scheduler_protocol
 
 
 class Made(NamedTuple):
@@ -72,6 +75,8 @@ def check(args: argparse.Namespace) -> None:
                  "sample_batch_size", "fisher_images"):  # fmt: skip
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    if not 0 <= args.guidance_scale < math.inf:
+        raise InputError(f"--guidance_scale must be finite, >= 0; got {args.guidance_scale}")
     if args.fisher_timesteps < 2 or args.fisher_timesteps % 2:
         raise InputError(f"--fisher_timesteps must be even, >= 2; got {args.fisher_timesteps}")
     if (args.surrogate == "folder") != (args.surrogate_dir is not None):
@@ -173,13 +178,14 @@ def _sampled(
     base: str, device: Any, name: str, number: int, labels: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     used = [*labels, prompts.null]
+    scheduler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
     texts = [prompts.texts[i] for i in used]
     how = [
         texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, args.seed,
-        args.mixed_precision,
+        args.mixed_precision, args.sample_batch_size, tensor_hash(table[used]),
+        scheduler_protocol(scheduler),
     ]  # fmt: skip
     path = args.sets_dir / f"{name}-{_digest(base, how)}.safetensors"
-    scheduler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
     latents, rows = sample_set(
         path, Prompted(unet, table[used]).to(device), scheduler,
         torch.arange(number) % len(labels), looked.latents,
@@ -211,7 +217,9 @@ def _encoded(
             items = [Image(p, 0, p.name) for p in given]
             stack, _, _ = decode(items, ["image"], str(images), resolution=size, skip=False)
             pixels = stack.float().div_(127.5).sub_(1)
-        latents = [vae.encode(x[None].to(device)).latent_dist.mode().cpu() for x in pixels]
+        # in float32 whatever --mixed_precision is, as the name of the file says nothing of it
+        with torch.autocast(torch.device(device).type, enabled=False):
+            latents = [vae.encode(x[None].to(device)).latent_dist.mode().cpu() for x in pixels]
         scaled = torch.cat(latents) * vae.config.scaling_factor
         save_tensors(path, {"latents": scaled}, {})
     return load_tensors(path)[0]["latents"]

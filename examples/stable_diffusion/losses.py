@@ -12,6 +12,7 @@ import unlearn_losses
 from prompts import Prompts
 from torch import Tensor
 
+from ebu_optim._modules import evaluating
 from ebu_optim.baselines import anchor_loss, esd_loss, partly_denoised, random_anchors
 
 ANCHORS = 4  # SPM's random embeddings a step
@@ -36,11 +37,12 @@ class Losses(unlearn_losses.Losses):
         if self.kind != "adapter":
             return super().guidance(labels)
         args = self.args
-        self.x_t, self.t = partly_denoised(
-            self.raw, self.sampler, labels, self.null, self.shape[1:],
-            num_inference_steps=args.guided_steps, guidance_scale=args.guided_scale, earliest=1,
-            device=self.device,
-        )  # fmt: skip
+        with evaluating(self.raw):
+            self.x_t, self.t = partly_denoised(
+                self.raw, self.sampler, labels, self.null, self.shape[1:],
+                num_inference_steps=args.guided_steps, guidance_scale=args.guided_scale,
+                earliest=1, device=self.device,
+            )  # fmt: skip
         self.erased = labels[0]
         return esd_loss(
             self.model, self.teacher, self.x_t, self.t, labels,

@@ -62,7 +62,7 @@ def look(args: argparse.Namespace) -> Looked:
     if not local:
         import huggingface_hub
 
-        patterns = ["model_index.json", "*/*.json", "*/*.txt"]
+        patterns = ["model_index.json", "README.md", "*/*.json", "*/*.txt"]
         folder = Path(
             _hub(
                 args, huggingface_hub.snapshot_download, revision=args.revision,
@@ -80,6 +80,7 @@ def look(args: argparse.Namespace) -> Looked:
     if local:
         for part in ("unet", "vae", "text_encoder"):
             weights(folder, part, args.variant)
+        _check_rest(name, folder, index)
     _check_configs(name, configs)
     unet, vae = configs["unet"], configs["vae"]
     factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
@@ -176,6 +177,18 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
             raise InputError(f"{name} ({found}) has no {part}: {known}")
         if kind and not str(entry[1]).startswith(kind):  # CLIPTokenizerFast is one too
             raise InputError(f"{name}: its {part} is a {entry[1]}, not a {kind}: {known}")
+
+
+def _check_rest(name: str, folder: Path, index: dict[str, Any]) -> None:
+    """The safety checker and the like, which are read when the result is saved: late to fail."""
+    for part, entry in index.items():
+        if part in PARTS or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        remedy = f'get it, or set "{part}" to [null, null] in model_index.json'
+        if not (folder / part).is_dir():
+            raise InputError(f"{name}: the subfolder {part} is missing: {remedy}")
+        if entry[-1].endswith("SafetyChecker") and not any((folder / part).glob("*.safetensors")):
+            raise InputError(f"{name}: {part} holds no weights as safetensors: {remedy}")
 
 
 def _check_configs(name: str, configs: dict[str, dict[str, Any]]) -> None:

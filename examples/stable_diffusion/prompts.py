@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,8 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
                 f"{option} {both[0]!r} is also to be forgotten: the two losses would pull the same "
                 "prompt both ways; take it out of one"
             )
-    mention = [t for t in remember if any(f" {c.lower()} " in f" {t.lower()} " for c in concepts)]
+    named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, concepts))})(?!\w)", re.IGNORECASE)
+    mention = [t for t in remember if named.search(t)]
     if mention:
         warn(
             f"warning: {len(mention)} of the prompts to remember mention what is to be forgotten, "

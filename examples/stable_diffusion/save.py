@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import card
 import torch
 from diffusers import StableDiffusionPipeline
 from modules import Prompted, is_adapter
@@ -20,24 +21,6 @@ from ebu_optim._files import replacing_folder
 CHANGED = "unet_changed.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDERS = ("pipeline", "changed", "lora")
-
-LOAD = {
-    "pipeline": """from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{result}")
-""",
-    "changed": """from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
-
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
-pipe.unet.load_state_dict(load_file("{result}/unet_changed.safetensors"), strict=False)
-""",
-    "lora": """from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("{result}")
-""",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +60,7 @@ def save(args: argparse.Namespace, model: Prompted, base: Path, report: Mapping[
                 if isinstance(part, nn.Module):
                     nn.Module.to(part, dtype)  # diffusers' own logs a warning for each part
             pipe.save_pretrained(work)
-        (work / "README.md").write_text(card(args, report), encoding="utf-8")
+        (work / "README.md").write_text(card.write(args, base, report), encoding="utf-8")
         (work / "unlearn.json").write_text(text)
     (args.output_dir / "unlearn.json").write_text(text)
     return folder
@@ -123,35 +106,3 @@ def lora_layers(unet: Any) -> dict[str, Tensor]:
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}
-
-
-def card(args: argparse.Namespace, report: Mapping[str, Any]) -> str:
-    """README.md for the hub."""
-    base = str(args.pretrained_model_name_or_path)
-    on_hub = not Path(base).is_dir()
-    gone = ", ".join(f"`{t}`" for t in report["forget"])
-    code = LOAD[args.save_as].format(base=base, result="<this repository or folder>")
-    spm = (
-        "\nSeveral SPM adapters, each scaled for each prompt: `examples/stable_diffusion/"
-        "transport.py`.\n"
-    )
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-{f"base_model: {base}" if on_hub else "# base_model: a hub id"}
-tags: [stable-diffusion, text-to-image, machine-unlearning{", lora" * (args.save_as == "lora")}]
----
-
-# {base if on_hub else Path(base).name} without {gone}
-
-Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) of
-`examples/stable_diffusion/unlearn.py` of ebu_optim; trained: {report["train_modules"]},
-{report["trained"]:,} numbers. `unlearn.json` has every option.
-
-```python
-{code}```
-{spm * (args.method == "spm")}
-Asked for {gone}, the model is to draw {report["instead"]}. How well that is reached, what it costs
-elsewhere, and how easily the concept comes back have not been measured by this script. Weights that
-hide a concept do not prove that it is gone. The base model's licence holds for this one too.
-"""

@@ -12,6 +12,7 @@ images of the empty prompt as what the concept becomes. docs/stable_diffusion.md
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "ddpm"))  # training loop, options and losses are shared
 
 import cache  # noqa: E402
+import hub  # noqa: E402
 import memory  # noqa: E402
 import method_options  # noqa: E402
 import modules  # noqa: E402
@@ -62,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method_options.add_arguments(parser, METHODS, "estimate")
     modules.add_arguments(parser)
     unlearn_losses.add_arguments(parser, "--remember_loss", reduction="mean")
-    for part in (cache, validation, save):
+    for part in (cache, validation, save, hub):
         part.add_arguments(parser)
     training.add_arguments(parser, train_batch_size=1, learning_rate=None, max_grad_norm=None)
     args = parser.parse_args(argv)
@@ -81,7 +83,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.train_modules = "xattn"
     if args.rank < 1:
         raise InputError(f"--rank must be >= 1; got {args.rank}")
-    for part in (unlearn_losses, cache, validation, save):
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        raise InputError(f"--lora_alpha must be finite, > 0; got {args.lora_alpha}")
+    for part in (unlearn_losses, cache, validation, save, hub):
         part.check(args)
     return args
 
@@ -90,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
     args = parse(argv)
     looked = pipelines.look(args)
+    for name in ("num_inference_steps", "guided_steps", "validation_inference_steps"):
+        if getattr(args, name) > (most := looked.scheduler.config.num_train_timesteps):
+            raise InputError(f"--{name} must be <= {most}, the model's; got {getattr(args, name)}")
     texts = prompts.collect(args, looked.tokenizer)
     accelerator = training.new_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
@@ -103,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, accelerator, "unlearn_text_to_image", size=size, parts=(*save.FOLDERS, "validation"),
         result=whole if args.save_as == "pipeline" else size,
     ) as run:  # fmt: skip
+        hub.create(args, accelerator)
         folder, base, made, raw, fisher = learn_from(args, accelerator, looked, texts)
         trained = list(raw.trained().values())
         teacher, anchor = None, None
@@ -154,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = describe(args, texts, cost, base, opt, done)
             print(f"saved {save.save(args, raw, folder, report)}")
         accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:
+        forgot = f"Forgets {', '.join(args.forget)} ({methods[args.method].title})"
+        print(f"uploaded {hub.upload(args, args.output_dir / args.save_as, forgot)}")
 
 
 def learn_from(
@@ -197,18 +208,53 @@ def instead(args: argparse.Namespace) -> str:
     return "something else"
 
 
+def unused(args: argparse.Namespace) -> list[str]:
+    """Options that were given and do nothing with this method."""
+    kind, by = unlearn_losses.kind(args), methods[args.method].forgets
+    images = kind == "surrogate"
+    remembers = "remember" in method_options.needs(args) and by != "adapter"
+    no_fisher = method_options.fisher_source(args, "estimate") is None
+    prompted = kind == "relabel" or (images and args.surrogate == "prompt")
+    found = {
+        "--surrogate": args.surrogate != "prompt" and not images,
+        "--surrogate_prompt": args.surrogate_prompt != [""] and not prompted,
+        "--forget_dir": args.forget_dir is not None and not unlearn_losses.needs_own_images(args),
+        "--remember": args.remember_prompts != [str(prompts.REMEMBER)] and not remembers,
+        "--remember_loss": args.remember != "replay" and not remembers,
+        "--fisher": args.fisher is not None and no_fisher,
+        "--esd_variant": args.esd_variant != "paper" and by != "guidance",
+        "--esd_eta": args.esd_eta is not None and by not in ("guidance", "adapter"),
+        "--lora_alpha": args.lora_alpha is not None and args.train_modules != "lora",
+        "--lora_target_modules": args.lora_target_modules != modules.LORA_TARGETS
+        and args.train_modules != "lora",
+    }
+    return [option for option, idle in found.items() if idle]
+
+
 def say(accelerator: Any, args: argparse.Namespace, texts: prompts.Prompts, cost: Any) -> None:
     """What will be done, and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
     module = "adapters" if args.method == "spm" else args.train_modules
+    remembered = f"{len(texts.remember)} prompts"
+    if methods[args.method].forgets == "adapter":
+        remembered = "random embeddings"
+    elif "remember" not in method_options.needs(args):
+        remembered = "nothing"
     accelerator.print(
         f"{methods[args.method].title}: forgets {', '.join(map(repr, names[:5]))}"
         f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; instead {instead(args)}; "
-        f"remembers {len(texts.remember)} prompts; {accelerator.num_processes} process(es) on "
+        f"remembers {remembered}; {accelerator.num_processes} process(es) on "
         f"{accelerator.device}\n"
         f"trained: {module}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
         f"memory of each process, without about 1 GiB of the libraries:\n{cost.table()}"
     )
+    if idle := unused(args):
+        accelerator.print(f"without effect on this run: {', '.join(idle)}")
+    if remembered[0].isdigit() and args.replay_images < len(texts.remember):
+        accelerator.print(
+            f"warning: --replay_images {args.replay_images} are of the first as many of "
+            f"{len(texts.remember)} prompts; the others are not replayed"
+        )
     passes = cache.passes(args, texts)
     if passes:
         accelerator.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     if args.validation_steps < 0:
         raise InputError(f"--validation_steps must be >= 0; got {args.validation_steps}")
+    scale = args.validation_guidance_scale
+    if not 0 <= scale < math.inf:
+        raise InputError(f"--validation_guidance_scale must be finite, >= 0; got {scale}")
     for name in ("num_validation_images", "validation_inference_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
