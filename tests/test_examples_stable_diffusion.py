@@ -245,6 +245,48 @@ def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path
     torch.testing.assert_close(latents[2:], expected)
 
 
+def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp_path):
+    from transformers import CLIPTokenizer
+
+    Losses, collect = module("losses").Losses, module("prompts").collect
+
+    words = CLIPTokenizer.from_pretrained(made / "base" / "tokenizer")
+    given = SimpleNamespace(
+        forget=["cat", "red cat"], forget_templates=["a {}", "{}"], surrogate_prompt=[""],
+        surrogate_concept=["dog", "car"], surrogate="prompt", remember_prompts=["a house"],
+        validation_prompts=None, train_batch_size=64,
+    )  # fmt: skip
+    texts = collect(given, words)
+
+    def names(numbers):
+        return [texts.texts[i] for i in numbers]
+
+    assert names(texts.surrogate) == ["a dog", "a car", "dog", "car"]
+    for prompt, others in {"a cat": ["a dog", "a car"], "red cat": ["dog", "car"]}.items():
+        assert names(texts.instead[texts.texts.index(prompt)]) == others
+    losses = object.__new__(Losses)
+    losses.args, losses.prompts, losses.device = given, texts, "cpu"
+    torch.manual_seed(0)
+    forgotten = torch.tensor(texts.forget).repeat(16)
+    for label, other in zip(names(forgotten), names(losses.other(forgotten))):
+        assert other.startswith("a ") == label.startswith("a ")
+    shown = torch.tensor(texts.surrogate).repeat(16)
+    asked = losses.asked(shown, torch.full_like(shown, texts.null))
+    for image, label in zip(names(shown), names(asked)):
+        assert label.startswith("a ") == image.startswith("a ")
+    assert set(names(asked)) == {"a cat", "a red cat", "cat", "red cat"}
+    # with prompts, or images of something else, any takes the place of any
+    losses.args.surrogate_concept = []
+    assert losses.asked(shown, forgotten) is forgotten
+    plain = collect(SimpleNamespace(**{**vars(given), "surrogate_prompt": ["dog", ""]}), words)
+    assert set(map(tuple, plain.instead.values())) == {tuple(plain.surrogate)}
+
+    for method in ("ebu", "salun"):
+        succeed(*unlearn(made, tmp_path / method, "--method", method, "--surrogate_concept", "dog"))
+    card = (tmp_path / "ebu" / "pipeline" / "README.md").read_text()
+    assert "`dog` in the same words" in card
+
+
 def test_a_variant_in_16_bits_at_another_resolution(made, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(made / "base")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -749,6 +791,9 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--remember 'cat' is also to be forgotten": ["--remember", "a dog", "cat"],
         "--remember 'CAT' is also to be forgotten": ["--remember", "CAT"],  # CLIP lowers it
         "--surrogate_prompt 'cat' is also to be forgotten": ["--surrogate_prompt", "cat"],
+        "--surrogate_concept 'cat' is also to be forgotten": ["--surrogate_concept", "cat"],
+        "--surrogate_concept and --surrogate_prompt: give one": [
+            "--surrogate_concept", "dog", "--surrogate_prompt", "a dog"],
         'the empty prompt is the unconditional model': ["--forget", ""],
         "needs one": ["--forget_templates", "a photo"],
         "empty.txt holds no prompt": ["--remember", tmp_path / "empty.txt"],

@@ -137,13 +137,19 @@ class Losses:
             if args.surrogate in NOISE:
                 x = surrogate_noise(args.surrogate, self.shape, device=self.device)
             else:
-                x, _ = self.own[self.i]
+                x, shown = self.own[self.i]
+                labels = self.asked(shown, labels)
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
 
     def pick(self, among: list[int]) -> Tensor:
         """Labels (batch,), drawn from `among`."""
         drawn = torch.randint(len(among), (self.args.train_batch_size,))
         return torch.tensor(among)[drawn].to(self.device)
+
+    def asked(self, shown: Tensor, labels: Tensor) -> Tensor:
+        """The forgotten labels that the surrogate's images, which show `shown`, are learned
+        under; `labels` were drawn for them."""
+        return labels
 
     def other(self, labels: Tensor) -> Tensor:
         """What SalUn is to answer with instead."""

@@ -31,7 +31,16 @@ class Losses(unlearn_losses.Losses):
         self.crossed = torch.tensor(prompts.remember)
 
     def other(self, labels: Tensor) -> Tensor:
-        return self.pick(self.prompts.surrogate)[: len(labels)]
+        return torch.cat([self.pick(self.prompts.instead[i])[:1] for i in labels.tolist()])
+
+    def asked(self, shown: Tensor, labels: Tensor) -> Tensor:
+        if not self.args.surrogate_concept or self.args.surrogate != "prompt":
+            return labels
+        forgotten = {
+            s: [f for f, others in self.prompts.instead.items() if s in others]
+            for s in shown.unique().tolist()
+        }
+        return torch.cat([self.pick(forgotten[s])[:1] for s in shown.tolist()])
 
     def guidance(self, labels: Tensor) -> Tensor:
         if self.kind != "adapter":

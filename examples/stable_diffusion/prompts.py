@@ -16,7 +16,8 @@ REMEMBER = Path(__file__).with_name("remember_prompts.txt")
 
 
 class Prompts(NamedTuple):
-    """All prompts, and the numbers of those with a part to play; `shown` is for validation."""
+    """All prompts, and the numbers of those with a part to play; `shown` is for validation,
+    `instead` has what may take the place of each forgotten one."""
 
     texts: list[str]
     forget: list[int]
@@ -24,6 +25,7 @@ class Prompts(NamedTuple):
     remember: list[int]
     null: int
     shown: list[int]
+    instead: dict[int, list[int]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--surrogate_prompt", nargs="+", default=[""],
         help="whose images, or for SalUn predictions, take the place; default: the empty prompt",
+    )  # fmt: skip
+    add(
+        "--surrogate_concept", nargs="+", default=[], metavar="CONCEPT",
+        help="in place of --surrogate_prompt: what each concept becomes in its own template, so "
+        "that the rest of a prompt keeps its meaning",
     )  # fmt: skip
     add(
         "--remember", dest="remember_prompts", nargs="+", default=[str(REMEMBER)],
@@ -74,7 +81,15 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
         if template.count("{}") != 1:
             raise InputError(f'--forget_templates needs one "{{}}" in each; got {template!r}')
     forget = [t.replace("{}", c) for c in concepts for t in args.forget_templates]
-    surrogate = read(args.surrogate_prompt, "--surrogate_prompt")
+    others = read(args.surrogate_concept, "--surrogate_concept")
+    if others and args.surrogate_prompt != [""]:
+        raise InputError("--surrogate_concept and --surrogate_prompt: give one of them")
+    # of each template, what may stand in it instead
+    filled = {t: [t.replace("{}", c) for c in others] for t in args.forget_templates}
+    option = "--surrogate_concept" if others else "--surrogate_prompt"
+    surrogate = read(args.surrogate_prompt, option)
+    if others:
+        surrogate = list(dict.fromkeys(text for texts in filled.values() for text in texts))
     remember = read(args.remember_prompts, "--remember")
     shown = args.validation_prompts or [forget[0], *remember[:3]]
     if not all(concepts):
@@ -90,11 +105,11 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
                 f"and the tokenizer takes {tokenizer.model_max_length}: shorten it"
             )
     gone = {ids[t] for t in forget}
-    for option, others in (("--remember", remember), ("--surrogate_prompt", surrogate)):
-        both = [t for t in others if ids[t] in gone]
+    for name, texts in (("--remember", remember), (option, surrogate)):
+        both = [t for t in texts if ids[t] in gone]
         if both:
             raise InputError(
-                f"{option} {both[0]!r} is also to be forgotten: the two losses would pull the same "
+                f"{name} {both[0]!r} is also to be forgotten: the two losses would pull the same "
                 "prompt both ways; take it out of one"
             )
     named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, concepts))})(?!\w)", re.IGNORECASE)
@@ -108,7 +123,11 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
     number = {t: i for i, t in enumerate(texts)}
     forget = list(dict.fromkeys(forget))
     parts = [[number[t] for t in part] for part in (forget, surrogate, remember, shown)]
-    return Prompts(texts, *parts[:3], number[""], parts[3])
+    instead: dict[int, list[int]] = {i: [] for i in parts[0]}
+    for t in args.forget_templates:
+        for c in concepts:
+            instead[number[t.replace("{}", c)]] += [number[o] for o in filled[t]] or parts[1]
+    return Prompts(texts, *parts[:3], number[""], parts[3], instead)
 
 
 @torch.no_grad()

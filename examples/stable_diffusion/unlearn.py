@@ -197,6 +197,8 @@ def instead(args: argparse.Namespace) -> str:
     """What is drawn in place of the forgotten, in words."""
     kind = unlearn_losses.kind(args)
     prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
+    if args.surrogate_concept:
+        prompt = f"{' or '.join(f'`{c}`' for c in args.surrogate_concept)} in the same words"
     if kind == "surrogate":
         other = {"folder": f"images like those in `{args.surrogate_dir}`", "pixels": "noise"}
         return other.get(args.surrogate, f"what {prompt} draws" if args.surrogate == "prompt"
@@ -218,6 +220,7 @@ def unused(args: argparse.Namespace) -> list[str]:
     found = {
         "--surrogate": args.surrogate != "prompt" and not images,
         "--surrogate_prompt": args.surrogate_prompt != [""] and not prompted,
+        "--surrogate_concept": bool(args.surrogate_concept) and not prompted,
         "--forget_dir": args.forget_dir is not None and not unlearn_losses.needs_own_images(args),
         "--remember": args.remember_prompts != [str(prompts.REMEMBER)] and not remembers,
         "--remember_loss": args.remember != "replay" and not remembers,
