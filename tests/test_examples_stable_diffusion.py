@@ -251,8 +251,9 @@ def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp
     Losses, collect = module("losses").Losses, module("prompts").collect
 
     words = CLIPTokenizer.from_pretrained(made / "base" / "tokenizer")
+    (tmp_path / "templates.txt").write_text("# two\na {}\n{}\n")
     given = SimpleNamespace(
-        forget=["cat", "red cat"], forget_templates=["a {}", "{}"], surrogate_prompt=[""],
+        forget=["cat", "red cat"], forget_templates=[str(tmp_path / "templates.txt")], surrogate_prompt=[""],
         surrogate_concept=["dog", "car"], surrogate="prompt", remember_prompts=["a house"],
         validation_prompts=None, train_batch_size=64,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--forget", nargs="+", required=True, help="prompts, concepts or classes, or .txt files")
     add(
         "--forget_templates", nargs="+", default=["{}"],
-        help='each concept is put into each, e.g. "an image of {}"',
+        help='each concept is put into each, e.g. "an image of {}"; or .txt files',
     )  # fmt: skip
     add(
         "--surrogate_prompt", nargs="+", default=[""],
@@ -77,15 +77,16 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
             prompt to forget that is also remembered or the surrogate.
     """
     concepts = read(args.forget, "--forget")
-    for template in args.forget_templates:
+    templates = read(args.forget_templates, "--forget_templates")
+    for template in templates:
         if template.count("{}") != 1:
             raise InputError(f'--forget_templates needs one "{{}}" in each; got {template!r}')
-    forget = [t.replace("{}", c) for c in concepts for t in args.forget_templates]
+    forget = [t.replace("{}", c) for c in concepts for t in templates]
     others = read(args.surrogate_concept, "--surrogate_concept")
     if others and args.surrogate_prompt != [""]:
         raise InputError("--surrogate_concept and --surrogate_prompt: give one of them")
     # of each template, what may stand in it instead
-    filled = {t: [t.replace("{}", c) for c in others] for t in args.forget_templates}
+    filled = {t: [t.replace("{}", c) for c in others] for t in templates}
     option = "--surrogate_concept" if others else "--surrogate_prompt"
     surrogate = read(args.surrogate_prompt, option)
     if others:
@@ -124,7 +125,7 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
     forget = list(dict.fromkeys(forget))
     parts = [[number[t] for t in part] for part in (forget, surrogate, remember, shown)]
     instead: dict[int, list[int]] = {i: [] for i in parts[0]}
-    for t in args.forget_templates:
+    for t in templates:
         for c in concepts:
             instead[number[t.replace("{}", c)]] += [number[o] for o in filled[t]] or parts[1]
     return Prompts(texts, *parts[:3], number[""], parts[3], instead)
