@@ -69,6 +69,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         no_downloads(monkeypatch, tmp_path)
     if page.name == "stable_diffusion.md":
         namespace |= text_to_image(tmp_path)
+        on_the_hub(tmp_path, monkeypatch)
     with one_process() if page.name == "processes.md" else nullcontext():
         for code in blocks(page, "python"):
             exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
@@ -83,6 +84,30 @@ def text_to_image(folder: Path) -> dict[str, object]:
     pipe = StableDiffusionPipeline.from_pretrained(pipeline(folder / "base"))
     latents = torch.randn(2, 1, 4, 8, 8)
     return {"pipe": pipe, "surrogate_latents": latents, "replay_latents": latents.flip(0)}
+
+
+def on_the_hub(folder: Path, monkeypatch) -> None:
+    """What the guide loads by hub ids, as folders of these names where the blocks run."""
+    import huggingface_hub
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    from .text_to_image import pipeline
+
+    monkeypatch.chdir(folder)
+    unet = StableDiffusionPipeline.from_pretrained(
+        pipeline(Path("CompVis/stable-diffusion-v1-4"))
+    ).unet
+    pipeline(Path("you/sd-v1-4-without-cassette-player"))
+    changed, lora = (Path(f"you/without-cassette-player-{kind}") for kind in ("changed", "lora"))
+    changed.mkdir()
+    cross = {n: p.detach() for n, p in unet.named_parameters() if "attn2" in n}
+    save_file(cross, changed / "unet_changed.safetensors")
+    unet.add_adapter(LoraConfig(r=1, target_modules=["attn2.to_k"]))
+    StableDiffusionPipeline.save_lora_weights(lora, get_peft_model_state_dict(unet))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *path: str(Path(*path)))
 
 
 def no_downloads(monkeypatch, folder):

@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -695,6 +696,53 @@ def test_the_papers_setting_fits_16_gb_and_the_full_unet_40():
     assert less.rows["activations"] < paper.rows["activations"] / 2
     joint = count(options(method="joint"), SD14, (4, 64, 64), 77)
     assert paper.total - joint.total == 8 * paper.trained  # theta0 and F
+
+
+def passes_of_the_guide() -> dict[str, tuple[int, int]]:
+    """A step's passes with and without a backward one, by the row of the table."""
+    _, text = PAGE.read_text().split("## Time\n")
+    cells = [
+        line.split("|")[1:-1] for line in text.partition("\n## ")[0].splitlines() if "|" in line
+    ]
+    return {c[0].strip(): (int(c[1]), int(c[2])) for c in cells[2:]}
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [("`ebu`, `joint`", ["--method", "ebu"]), ("`ebu`, `joint`", ["--method", "joint"]),
+     ("`ebu`, `joint` with `--remember_loss crossed` or `distill`",
+      ["--method", "ebu", "--remember_loss", "crossed"]),
+     ("`sa`", ["--method", "sa", "--fisher", "online"]),
+     ("`salun`", ["--method", "salun", "--surrogate_prompt", "dog", "--remember", "a red car"]),
+     ("`esd`", ["--method", "esd"]), ("`spm`", ["--method", "spm"])],
+)  # fmt: skip
+def test_a_step_makes_the_passes_of_the_guide(row, options, made, tmp_path, monkeypatch):
+    count, sampling = {True: 0, False: 0}, []
+    forward = UNet2DConditionModel.forward
+
+    def counted(self, sample, *args, **kwargs):
+        if not sampling:
+            count[torch.is_grad_enabled()] += len(sample)
+        return forward(self, sample, *args, **kwargs)
+
+    def denoised(*args, of, **kwargs):
+        sampling.append(1)
+        try:
+            return of(*args, **kwargs)
+        finally:
+            sampling.pop()
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
+    for name in ("losses", "unlearn_losses"):
+        of = partial(denoised, of=module(name).partly_denoised)
+        monkeypatch.setattr(module(name), "partly_denoised", of)
+    found = []
+    for i, steps in enumerate((1, 1, 3)):  # the first makes the sets
+        count.update({True: 0, False: 0})
+        succeed(*unlearn(made, tmp_path / str(i), *options, "--max_train_steps", steps))
+        found.append(tuple(count.values()))
+    _, one, three = found
+    assert tuple((b - a) / 2 for a, b in zip(one, three, strict=True)) == passes_of_the_guide()[row]
 
 
 def test_counted_activations_are_those_of_a_real_pass(made):
