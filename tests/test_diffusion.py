@@ -222,6 +222,10 @@ def test_noisy_condition_is_bounded_by_the_spread_and_leaves_nothing_behind():
     assert widths.max() < 0.5 * spread * 1.1
     assert float(widths.mean().detach()) == pytest.approx(0.25 * spread, rel=0.15)
     assert torch.equal(embedding(label), clean)
+    mixed, only = torch.tensor([0, 1, 2, 1]), torch.tensor([1])
+    with D.noisy_condition(embedding, 1.0, only=only, generator=gen()):
+        moved = (embedding(mixed) != embedding.weight[mixed]).any(1)
+    assert moved.tolist() == [False, True, False, True]
     with pytest.raises(ValueError, match="scale must be"), D.noisy_condition(embedding, -1.0):
         pass
 

@@ -915,6 +915,23 @@ def test_spm_samples_in_eval_mode(made, tmp_path, monkeypatch):
     assert modes == [False]
 
 
+def test_noise_is_on_the_forgotten_condition_and_not_on_what_it_is_compared_with(
+    made, tmp_path, monkeypatch
+):
+    losses, seen = module("unlearn_losses"), []
+
+    def relabelled(model, x, labels, other, *args, **kwargs):
+        clean = model.class_embedding.weight
+        seen.extend((model.class_embedding(c) != clean[c]).any(1).tolist() for c in (labels, other))
+        return losses_of(model, x, labels, other, *args, **kwargs)
+
+    losses_of = losses.relabel_loss
+    monkeypatch.setattr(losses, "relabel_loss", relabelled)
+    succeed(*unlearn(made, tmp_path / "o", "--method", "salun", "--surrogate_prompt", "dog",
+                     "--condition_noise", 1, "--max_train_steps", 1))  # fmt: skip
+    assert seen == [[True], [False]]
+
+
 def test_another_base_model_is_not_resumed(made, tmp_path):
     shutil.copytree(made / "base", tmp_path / "base")
     command = unlearn(tmp_path, tmp_path / "o")

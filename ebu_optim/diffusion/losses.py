@@ -246,7 +246,11 @@ def anchored(model: nn.Module, optimizer: Any) -> Model:
 
 @contextmanager
 def noisy_condition(
-    embedding: nn.Module, scale: float, *, generator: torch.Generator | None = None
+    embedding: nn.Module,
+    scale: float,
+    *,
+    only: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[None]:
     """Add noise to the output of a condition's embedding inside the block.
 
@@ -257,6 +261,8 @@ def noisy_condition(
     Args:
         embedding: e.g. ``unet.class_embedding``; its output has shape (n, ...).
         scale: >= 0; 1 goes up to the spread of the embedding itself.
+        only: 1-d labels: the others stay as they are. For losses that run other conditions too,
+            such as :func:`~ebu_optim.baselines.relabel_loss`; None is all.
     """
     if not scale >= 0:
         raise ValueError(f"scale must be >= 0; got {scale}")
@@ -265,9 +271,11 @@ def noisy_condition(
         raise ValueError(f"embedding has no parameters to take its spread from; got {embedding!r}")
     spread = float(weight.detach().std())
 
-    def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def add(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         source = generator.device if generator is not None else output.device
         width = torch.rand(len(output), generator=generator, device=source).to(output)
+        if only is not None:
+            width = width * torch.isin(args[0], only.to(args[0].device))
         width = (width * scale * spread).view(-1, *[1] * (output.dim() - 1))
         return output + width * randn(output.shape, generator, output)
 

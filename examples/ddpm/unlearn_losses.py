@@ -116,7 +116,9 @@ class Losses:
 
     def forget(self) -> Tensor:
         args, options = self.args, {"reduction": self.args.reduction}
-        noisy = noisy_condition(self.raw.class_embedding, args.condition_noise)
+        noisy = noisy_condition(
+            self.raw.class_embedding, args.condition_noise, only=torch.tensor(self.forgotten)
+        )
         with noisy if args.condition_noise else nullcontext():
             if self.kind == "relabel":
                 x, labels = self.own[self.i]

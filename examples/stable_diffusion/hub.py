@@ -64,7 +64,8 @@ def create(args: argparse.Namespace, accelerator: Any) -> None:
 def _create(name: str, private: bool) -> str:
     # a repository that is there keeps its visibility, whatever is asked
     try:
-        name = huggingface_hub.create_repo(name, private=private or None, exist_ok=True).repo_id
+        visible = {"private": True} if private else {}
+        name = huggingface_hub.create_repo(name, exist_ok=True, **visible).repo_id
         public = private and not huggingface_hub.model_info(name).private
     except Exception as error:  # the client's own kinds, and those of what it is made of
         raise InputError(
