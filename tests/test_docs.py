@@ -88,6 +88,7 @@ def text_to_image(folder: Path) -> dict[str, object]:
 
 def on_the_hub(folder: Path, monkeypatch) -> None:
     """What the guide loads by hub ids, as folders of these names where the blocks run."""
+    pytest.importorskip("peft", reason="peft comes with the extra examples")
     import huggingface_hub
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig

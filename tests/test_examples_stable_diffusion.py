@@ -936,6 +936,10 @@ def test_another_base_model_is_not_resumed(made, tmp_path):
     shutil.copytree(made / "base", tmp_path / "base")
     command = unlearn(tmp_path, tmp_path / "o")
     succeed(*command)
+    other = [made / "base" if part == tmp_path / "base" else part for part in command]
+    code, said = run(*other, "--resume_from_checkpoint", "latest")
+    assert code == 2
+    assert f"has pretrained_model_name_or_path {tmp_path / 'base'}, this one {made}" in said
     file = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     from safetensors.torch import save_file
 
