@@ -456,16 +456,20 @@ def test_the_result_goes_to_the_hub_and_its_card_loads_it(hub, made, tmp_path, m
         "hf_hub_download",
         lambda name, file: out / name.replace("me/without_cat", "changed") / file,
     )
-    assert not np.allclose(
-        loaded(card), drawn(StableDiffusionPipeline.from_pretrained(made / "base"))
-    )
+    assert str(made) not in card.read_text()
+    before = drawn(StableDiffusionPipeline.from_pretrained(made / "base"))
+    assert not np.allclose(loaded(card, made / "base"), before)
 
 
-def loaded(card: Path, place: str = "<this repository or folder>") -> np.ndarray:
+BASE = "<the base model>"
+
+
+def loaded(card: Path, base: Path | None = None) -> np.ndarray:
     """What the pipeline of a card's own lines draws."""
+    place = "<this repository or folder>"
     (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
     namespace: dict = {}
-    exec(code.replace(place, str(card.parent)), namespace)  # noqa: S102
+    exec(code.replace(place, str(card.parent)).replace(BASE, str(base)), namespace)  # noqa: S102
     return drawn(namespace["pipe"])
 
 

@@ -35,7 +35,7 @@ pipe = StableDiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors")
 """,
 }
-PLACE = "<this repository or folder>"
+PLACE, BASE = "<this repository or folder>", "<the base model>"
 
 
 def write(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> str:
@@ -63,7 +63,9 @@ def write(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> st
         "transport.py`.\n"
     )
     kind = "changed on the hub" if args.push_to_hub and args.save_as == "changed" else args.save_as
-    code = LOAD[kind].format(base=name, result=args.hub_model_id if args.push_to_hub else PLACE)
+    # a folder of this machine says nothing to whoever reads it on the hub
+    of = name if on_hub or not args.push_to_hub else BASE
+    code = LOAD[kind].format(base=of, result=args.hub_model_id if args.push_to_hub else PLACE)
     terms = f" (`{given['license']}`)" if "license" in given else ""
     return f"""---
 {header.to_yaml()}
