@@ -254,9 +254,9 @@ def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp
     words = CLIPTokenizer.from_pretrained(made / "base" / "tokenizer")
     (tmp_path / "templates.txt").write_text("# two\na {}\n{}\n")
     given = SimpleNamespace(
-        forget=["cat", "red cat"], forget_templates=[str(tmp_path / "templates.txt")], surrogate_prompt=[""],
-        surrogate_concept=["dog", "car"], surrogate="prompt", remember_prompts=["a house"],
-        validation_prompts=None, train_batch_size=64,
+        forget=["cat", "red cat"], forget_templates=[str(tmp_path / "templates.txt")],
+        surrogate_prompt=[""], surrogate_concept=["dog", "car"], surrogate="prompt",
+        remember_prompts=["a house"], validation_prompts=None, train_batch_size=64,
     )  # fmt: skip
     texts = collect(given, words)
 
@@ -965,9 +965,12 @@ def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
 def test_options_without_effect_and_prompts_without_images_are_told(made, tmp_path):
     said = succeed(
         *unlearn(made, tmp_path / "a", "--method", "esd", "--surrogate", "gaussian", "--fisher",
-                 "estimate", "--esd_eta", 1, "--max_train_steps", 1)
+                 "estimate", "--esd_eta", 1, "--surrogate_concept", "dog", "--max_train_steps", 1)
     )  # fmt: skip
-    assert "without effect on this run: --surrogate, --remember, --fisher\n" in said
+    assert (
+        "without effect on this run: --surrogate, --surrogate_concept, --remember, --fisher\n"
+        in said
+    )
     assert "remembers nothing" in said
     said = succeed(*unlearn(made, tmp_path / "b", "--replay_images", 2, "--max_train_steps", 1))
     assert "--replay_images 2 are of the first as many of 3 prompts" in said
