@@ -116,10 +116,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     look_at_folder(args)
     names = args.pretrained_model_name_or_path, args.base_model
     looked, base_looked = (look(args, name) for name in names)
-    if base_looked.latents != looked.latents:
+    sizes = [(one.resolution, one.latents) for one in (looked, base_looked)]
+    if sizes[0] != sizes[1]:
         raise InputError(
-            f"--base_model {args.base_model} has latents {base_looked.latents}, {names[0]} "
-            f"{looked.latents}: it is not its base"
+            f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
+            f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
         )
     questions = attack_prompts.collect(args, looked.tokenizer)
     files = attacks.target_files(args.instance_data_dir)

@@ -38,7 +38,8 @@ class Attacked:
         self, pipe: Any, looked: pipelines.Looked, args: argparse.Namespace, device: Any
     ) -> None:
         self.unet, self.vae, self.text_encoder = (
-            m.to(device, torch.float32).eval().requires_grad_(False)
+            # not diffusers' own `to`, which logs a warning for each part
+            nn.Module.to(m, device, torch.float32).eval().requires_grad_(False)
             for m in (pipe.unet, pipe.vae, pipe.text_encoder)
         )
         self.tokenizer, self.schedule, self.shape = (
