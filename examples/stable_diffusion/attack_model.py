@@ -100,7 +100,7 @@ def load(args: argparse.Namespace, name: str) -> StableDiffusionPipeline:
     """
     folder, own = Path(name), _whole(args, name)
     pipe = StableDiffusionPipeline.from_pretrained(
-        pipelines.fetch(own), variant=args.variant, use_safetensors=True, safety_checker=None
+        pipelines.fetch(own), variant=own.variant, use_safetensors=True, safety_checker=None
     )
     pipe.unet.float()
     part = _part(folder)
@@ -131,7 +131,10 @@ def _part(folder: Path) -> str | None:
 
 def _whole(args: argparse.Namespace, name: str) -> argparse.Namespace:
     whole = args.base_model if _part(Path(name)) else name
-    return argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": whole})
+    own = argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": whole})
+    if Path(whole).is_dir():  # the base may be a variant of the hub's, and the result a folder
+        own.variant = own.revision = None
+    return own
 
 
 class NewWord(nn.Module):
