@@ -46,7 +46,7 @@ OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "ta
 SMALL = {
     "num_inference_steps": (10, 50), "guidance_scale": (3.0, 7.5), "sample_batch_size": (64, 4),
     "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
-    "inversion_learning_rates": ([0.02], [5e-3]),
+    "inversion_learning_rates": ([3e-3], [5e-3]),
 }  # fmt: skip
 SHOWN = 8  # pictures in a row
 #: Options that change no figure.
