@@ -43,6 +43,8 @@ TRAINED = (
     "an image of the number {content}, {style}",
     "{content} in {style}",
     "{style} {content}",
+    "a picture of {a} {style} {content}",
+    "the number {content}, {a} {style} drawing",
     "the digit {content}",
     "a picture of number {content}",
     "an image of {content}",

@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--caption_dropout", type=float, default=0.1, help="share of empty prompts")
     add("--ema_decay", type=float, default=0.999, help="of the UNet; it is saved")
     loop.add_arguments(
-        parser, train_batch_size=64, max_train_steps=2400, learning_rate=2e-3,
+        parser, train_batch_size=64, max_train_steps=3000, learning_rate=2e-3,
         lr_scheduler="cosine", lr_warmup_steps=100,
     )  # fmt: skip
     args = parser.parse_args(argv)
