@@ -93,7 +93,7 @@ class Attack:
         return {
             "base": self.base.hash(), "judge": self.judge.said, "files": files, "seed": a.seed,
             "asked": [x.text for x in self.asked],
-            "drawn": [] if files else [x.text for x in self.drawn],
+            "drawn": [x.text for x in self.drawn],
             "sampler": [a.num_inference_steps, a.guidance_scale, a.sample_batch_size],
             "shape": list(self.base.shape),
         }  # fmt: skip
