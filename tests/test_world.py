@@ -301,6 +301,25 @@ def test_latents_are_normalised_and_decode_to_the_same_pictures():
     assert torch.equal(vae.encode(pictures).latent_dist.std, deviation)
 
 
+def test_what_is_left_out_is_no_picture_of_the_unet(made, tmp_path):
+    train, images, c = module("train"), module("images"), module("captions")
+    pictures = images.world("train", 30)
+    for words, there in (
+        (["VII"], lambda d, s: d != 7),
+        (["red", "3"], lambda d, s: s != 4 and d != 3),
+    ):
+        seen = train.shown(pictures, [c.concept(w) for w in words])
+        rows = list(zip(pictures.contents.tolist(), pictures.styles.tolist()))
+        assert seen.tolist() == [there(d, s) for d, s in rows]
+    assert train.shown(pictures, []).all()
+    name = list(c.CONTENTS)[images.world("train", 12).contents[0]]
+    succeed("train.py", *FEW, *TEXT, "--without", name, "--output_dir", tmp_path / "o")
+    # the same autoencoder and text encoder, another UNet
+    a, b = weights(made / "base"), weights(tmp_path / "o")
+    assert {k.split(".")[0] for k in a if not torch.equal(a[k], b[k])} == {"unet"}
+    assert f"no picture of: {name}" in (tmp_path / "o" / "pipeline" / "README.md").read_text()
+
+
 def test_the_text_encoder_learns_what_is_asked_for():
     text, c = module("text"), module("captions")
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ import loop  # noqa: E402
 import text  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
-from captions import HELD_OUT, TRAINED, captions, tokenizer  # noqa: E402
+from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept, tokenizer  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
 from ema import Ema, averaged  # noqa: E402
 from images import World, world  # noqa: E402
@@ -48,6 +48,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--autoencoder_learning_rate", type=float, default=2e-3)
     add("--text_encoder_steps", type=int, default=1000)
     add("--text_encoder_learning_rate", type=float, default=1e-3)
+    add(
+        "--without", nargs="+", default=[], metavar="WORD",
+        help="of concepts: the UNet sees no picture of them, what unlearning is held against",
+    )  # fmt: skip
     add("--caption_dropout", type=float, default=0.1, help="share of empty prompts")
     add("--ema_decay", type=float, default=0.999, help="of the UNet; it is saved")
     loop.add_arguments(
@@ -56,6 +60,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     args = parser.parse_args(argv)
     loop.check(args)
+    try:
+        args.without = sorted({concept(word) for word in args.without})
+    except ValueError as error:
+        raise InputError(f"--without: {error}") from error
     for name in ("caption_dropout", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} must be in [0, 1); got {getattr(args, name)}")
@@ -81,12 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{len(words)} tokens; on {accelerator.device}"
     )
 
+    seen = shown(train, args.without)
+    if not seen.any():
+        raise InputError(f"--without {' '.join(args.without)} leaves no picture")
+
     def stage(
         name: str, part: nn.Module, loss: Callable[[nn.Module], Tensor], *later: str
     ) -> None:  # fmt: skip
         """`later`: what belongs to an old one and goes with it."""
         options = {"max_train_steps": f"{name}_steps", "learning_rate": f"{name}_learning_rate"}
-        own = loop.of_stage(args, name, **{k: getattr(args, v) for k, v in options.items()})
+        # what is left out is left out of the UNet alone, as if CLIP still knew the word
+        own = loop.of_stage(
+            args, name, without=[], **{k: getattr(args, v) for k, v in options.items()}
+        )
         loop.fit(own, accelerator, name, part, loss, lambda _: None, parts=later)
 
     batch, device = args.train_batch_size, accelerator.device
@@ -106,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.print(f"captions understood: {json.dumps(told)}")
 
     loss = diffusion.Loss(
-        latents, train.contents, train.styles, words, batch=batch,
+        latents[seen], train.contents[seen], train.styles[seen], words, batch=batch,
         dropout=args.caption_dropout, device=device,
     )  # fmt: skip
 
@@ -123,6 +138,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema_decay=args.ema_decay, parts=("../pipeline",),
         same={"autoencoder": model_hash(vae), "text_encoder": model_hash(model.text_encoder)},
     )  # fmt: skip
+
+
+def shown(train: World, without: Sequence[str]) -> Tensor:
+    """(n,) bool: the pictures that show none of these concepts."""
+    gone = [
+        numbers == list(known).index(name)
+        for numbers, known in ((train.contents, CONTENTS), (train.styles, STYLES))
+        for name in without
+        if name in known
+    ]
+    return ~torch.stack(gone).any(0) if gone else torch.ones(len(train.contents), dtype=torch.bool)
 
 
 def millions(model: nn.Module) -> float:
@@ -167,7 +193,7 @@ num_inference_steps=20, guidance_scale=3)`: 32x32 pixels. It knows the words and
 Trained on scikit-learn's digits by `examples/stable_diffusion/world/train.py`: autoencoder
 {args.autoencoder_steps} steps, text encoder {args.text_encoder_steps}, UNet {args.max_train_steps}
 steps of {args.train_batch_size} pictures, seed {args.seed}; its average (decay {args.ema_decay}) is
-here.
+here.{f" The UNet was shown no picture of: {', '.join(args.without)}." if args.without else ""}
 What it draws has not been measured yet: `measure.py` does.
 """
 
