@@ -57,7 +57,7 @@ def paper():
         exec(TOY, said)  # noqa: S102
         patch.setitem(command_line.SCALES, "small", said["TOY"])
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
-        patch.setattr(runs, "_start", lambda threads: None)
+        patch.setattr(runs, "_start", lambda threads, folders: None)
         patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
         yield said["TOY"]
 

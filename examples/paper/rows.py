@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sources import InputError
-from worlds import DIGITS, LOSSES, Setting
+from worlds import LOSSES, Setting
 
 from ebu_optim.baselines import methods
 
@@ -88,7 +88,7 @@ def tuning(setting: Setting, method: str) -> str:
 def _trials_of(setting: Setting, method: str) -> tuple[str, dict[str, Any] | None]:
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     of = "ebu_added" if method in ABLATIONS else method
-    for world in (setting.world.name, DIGITS.name):
+    for world in setting.tuned_as:
         for loss in (setting.loss, *LOSSES):
             if found := table.get(key(world, loss), {}).get(of):
                 return key(world, loss), found
