@@ -23,7 +23,7 @@ def parser(doc: str | None, scales: Mapping[str, Any] | None = None, *, data: bo
     data: whether the scripts run on images that may be elsewhere.
     """
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    found.add_argument("--scale", choices=scales or SCALES, default="small", 
+    found.add_argument("--scale", choices=scales or SCALES, default="small",
                        help=worlds.__doc__ if data else None)  # fmt: skip
     found.add_argument("--output_dir", type=Path, default=Path("outputs/paper"))
     if data:

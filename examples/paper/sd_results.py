@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,46 +99,55 @@ def read(run: Run, script: str) -> dict[str, Any]:
     return json.loads((c.folder / LAST[c.script]).read_text())
 
 
-def protocol(setting: TextSetting, run: Run, tuning: str) -> dict[str, Any]:
-    """Of a table, from its first run; what differs between rows is said in the settings."""
-    made, measured, attacked = (read(run, s) for s in ("unlearn", "world/measure", "attack"))
-    said, drawn, at = made["options"], measured["protocol"], attacked["protocol"]
-    index = json.loads((setting.base.folder / "scheduler" / "scheduler_config.json").read_text())
-    judges = drawn["judges_measured"]
-    kind = setting.kind
-    parameters = f"{made['trained']:,} of the UNet's parameters"
-    others = {m: methods[m].forgets for m in methods}
-    own = ", ".join(methods[m].title for m in others if others[m] not in ("surrogate", None))
+def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, Any]:
+    """The parts of a table's protocol that do not depend on how it is judged.
+
+    Args:
+        setting: a TextSetting or a PaperSetting.
+        made: what unlearn.py wrote of the first run.
+    """
+    said, about = made["options"], setting.about()
+    own = [m.title for m in methods.values() if m.forgets not in ("surrogate", None)]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "data": {
-            "name": f"{setting.world.title}: scikit-learn's digits, drawn by "
-            "examples/stable_diffusion/world/images.py",
-            "forget": made["forget"], "replayed": setting.replayed,
+            "name": about["data"], "forget": made["forget"], "replayed": about["replayed"],
             "replay_set": f"{said['replay_images']} pictures of {len(made['remember'])} prompts, "
             f"drawn by the base in {said['num_inference_steps']} DDIM steps, guidance "
-            f"{said['guidance_scale']}, a set for every seed; instead of the target: "
-            f"{made['instead'][:200]}",
+            f"{said['guidance_scale']}, a set for every seed",
             "image_range": "[-1, 1]; the sets are latents",
         },
         "model": {
-            "name": f"StableDiffusionPipeline of {setting.base.folder.parent.name}, "
-            f"{sum(json.loads((setting.base.folder / 'world.json').read_text())['parameters'].values()):,} parameters"
-            if (setting.base.folder / "world.json").is_file() else "StableDiffusionPipeline",
-            "base_hash": made["base_hash"],
-            "prediction": f"{index['prediction_type']}, {index['beta_schedule']}, "
-            f"{index['num_train_timesteps']} steps",
+            "name": about["model"], "base_hash": made["base_hash"],
+            "prediction": about["prediction"],
         },
         "unlearning": {
             "method": "each row's", "settings": "each row's", "compat": "none",
             "steps": "each row's", "batch_size": said["train_batch_size"], "optimizer": "Adam",
             "learning_rate": "each row's, constant",
-            "forget_loss": f"{setting.loss}, in place of the target: {setting.surrogate}; {own} "
-            "have their own",
+            "forget_loss": f"{made['instead'][:200]}; of their own: {', '.join(own)}",
             "remember_loss": said["remember"], "reduction": said["reduction"],
             "timesteps": "antithetic", "condition_dropout": "0", "dropout": "none in the model",
-            "clipping": "1.0; none for ESD and SPM", "ema": "none",
-            "trained": f"{setting.modules}, {parameters}; of SPM its adapters", "tuning": tuning,
+            "clipping": "1.0 before masks; ESD and SPM: none", "ema": "none",
+            "trained": f"{setting.modules}, {made['trained']:,} of the UNet's parameters; of SPM "
+            "its adapters", "tuning": tuning,
         },
+        "timing": {
+            "unlearn_steps": "not measured: no look on the way",
+            "seconds": "of the unlearning loop; sets, the Fisher and masks are not counted",
+            "hardware": f"{platform.processor() or platform.machine()}, {gpu}; other runs may have "
+            "been beside it",
+        },
+        "seeds": {"unlearning": said["seed"], "evaluation": 0},
+        "versions": made["versions"],
+    }  # fmt: skip
+
+
+def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
+    """The other parts, of the world of digits in styles."""
+    drawn, attacked = (read(run, s)["protocol"] for s in ("world/measure", "attack"))
+    judges = drawn["judges_measured"]
+    return {
         "sampling": {
             "weights": "trained", "sampler": f"DDIM, {drawn['num_inference_steps']} steps, eta 0",
             "guidance": f"{drawn['guidance_scale']}: eps_null + w (eps_c - eps_null)",
@@ -148,23 +156,16 @@ def protocol(setting: TextSetting, run: Run, tuning: str) -> dict[str, Any]:
             "starting_noise": "the same before and after",
         },
         "classifier": {
-            "name": f"judges.py's CNN of {kind} and of the other, on 32x32",
+            "name": "CNNs of world/judges.py, one of content and one of style, on 32x32",
             "classes": f"{len(CONTENTS)} contents, {len(STYLES)} styles, in each a reject class",
             "test_accuracy": {n: j["accuracy"] for n, j in judges.items()},
             "base_accuracy": _row(setting, setting.ground[-1], setting.ground[-1])["ra"],
-            "noise": {n: j["without_digit"] for n, j in judges.items()},
+            "noise": {n: f"{j['without_digit']:.3f} of noise and of pictures without a digit are "
+                         "told as such" for n, j in judges.items()},
         },
         "attacks": {
             "inversion": "a new embedding, learned against the frozen weights",
             "relearning": "fine-tuning on pictures of the target",
-            "images": "real pictures of the target", **at,
+            "images": "pictures of the target", **attacked,
         },
-        "timing": {
-            "unlearn_steps": "not measured: no look on the way",
-            "seconds": "of the unlearning loop; sets, the Fisher and masks are not counted",
-            "hardware": f"{platform.processor() or platform.machine()}, "
-            f"{'GPU' if torch.cuda.is_available() else 'CPU'}; other runs may have been beside it",
-        },
-        "seeds": {"unlearning": said["seed"], "evaluation": drawn["seed"]},
-        "versions": made["versions"],
     }  # fmt: skip

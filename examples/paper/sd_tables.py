@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from typing import Any
 import command_line
 import numpy as np
 import rows
+import sd_paper
 import sd_results
 import tables
 import torch
 from PIL import Image
-from runs import Run
+from runs import SD, Run
+from sd_paper import SD14, PaperSetting, Task
 from sd_worlds import REGIMES, STYLED_DIGITS, SURROGATES, TextSetting
 from sources import InputError
 from torch import Tensor
@@ -27,6 +30,10 @@ from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = ("ebu_added", "ebu_replaced", "ebu_routed", "joint", "selective_amnesia", "salun", "esd",
            "spm", "fine_tune")  # fmt: skip
+#: The paper's rows by our methods.
+PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
+MOST = 10  # prompts in a grid
+STEPS = 100  # of unlearning, at small scale
 AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_200")
 TUNING = (
     "each row's; trials are sd_tune.py's: the same number and the same steps for each method, "
@@ -35,8 +42,9 @@ TUNING = (
 )
 
 
-def parser(doc: str | None) -> Any:
-    found = command_line.parser(doc, {"small": STYLED_DIGITS, "paper": None}, data=False)
+def parser(doc: str | None, *, small_alone: bool = False) -> Any:
+    scales = {"small": STYLED_DIGITS} if small_alone else {"small": STYLED_DIGITS, "paper": SD14}
+    found = command_line.parser(doc, scales, data=False)
     add = found.add_argument_group("at --scale small").add_argument
     add("--base", type=Path, help="a pipeline of world/train.py, in place of training one")
     add("--judges", type=Path, help="folder of world/judges.py, in place of training them")
@@ -48,13 +56,17 @@ def parser(doc: str | None) -> Any:
         "another concept, what the empty prompt draws (of a content, every tenth picture is the "
         "target itself), Gaussian latents")  # fmt: skip
     add("--train_modules", default="xattn", help="as of unlearn.py; SPM has adapters of its own")
-    add("--steps", type=int, help="default: 100; at paper scale 1000")
+    add = found.add_argument
+    add("--steps", type=int, help="of unlearning; default: 100, at --scale paper the paper's")
+    if not small_alone:
+        add("--real_images", type=Path, help="at --scale paper: real images of the kept classes, "
+            "for FID")  # fmt: skip
     return found
 
 
 def add_methods(parser: Any) -> None:
     add = parser.add_argument
-    add("--methods", nargs="+", default=list(METHODS))
+    add("--methods", nargs="+", help=f"default: {', '.join(METHODS)}; at paper scale the paper's")
     add("--seeds", type=int, nargs="+", default=[1], help="of EBU, the plain sum and --best")
     add("--seeds_rest", type=int, nargs="+", help="of the others; default: --seeds")
     add("--best", default="salun", help="the best baseline")
@@ -81,19 +93,30 @@ def setting(args: Any, target: str) -> TextSetting:
 
 def table(args: Any, setting: TextSetting) -> list[tables.Row]:
     """The chosen methods, the first ones with all seeds."""
-    names = check_methods(args.methods)
+    names = check_methods(args.methods or METHODS)
     (best,) = check_methods([args.best])
     most = rows.check_seeds(args.seeds)
     rest = rows.check_seeds(args.seeds_rest or args.seeds)
     return [
-        row(setting, m, most if m in ("ebu_added", "joint", best) else rest, args.steps or 100)
+        row(setting, m, most if m in ("ebu_added", "joint", best) else rest, args.steps or STEPS)
         for m in names
     ]  # fmt: skip
 
 
 def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> tables.Row:
-    tag = f"{setting.surrogate}-{setting.modules}-{rows.tuned(setting, method).name}"
+    tag = _tag(setting, rows.tuned(setting, method))
     return tables.row(setting, method, seeds, steps=steps, tag=tag)
+
+
+def trial(args: Any, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
+    """Of tuning, on seed 0."""
+    steps = args.steps or STEPS
+    name = f"{method}-{setting.regime}-{setting.loss}-{_tag(setting, choice)}-{steps}"
+    return setting.run(name, method, seed=0, steps=steps, flags=choice.flags, trial=True)
+
+
+def _tag(setting: TextSetting, choice: rows.Choice) -> str:
+    return f"{setting.surrogate}-{setting.modules}-{choice.name}"
 
 
 def pictures(setting: TextSetting, found: Sequence[tables.Row]) -> list[Run]:
@@ -102,14 +125,17 @@ def pictures(setting: TextSetting, found: Sequence[tables.Row]) -> list[Run]:
     return [setting.base_pictures(), *drawn]
 
 
-def run(args: Any, setting: TextSetting, todo: Sequence[Run]) -> bool:
+def run(args: Any, setting: TextSetting | PaperSetting, todo: Sequence[Run]) -> bool:
     """Say what it costs, then run what is missing; False after a --dry_run."""
     if not command_line.announce(args, setting.world, todo):
         return False
     setting.write_prompts()
     command_line.runs.execute(todo, command_line.workers(args))
-    judged = [r for r in todo if len(r.commands) == 3 and r.done]
-    sd_results.write(setting, judged)
+    judged = [r for r in todo if len(r.commands) > 1 and r not in setting.ground]
+    if isinstance(setting, PaperSetting):
+        setting.write_results(judged)
+    else:
+        sd_results.write(setting, judged)
     return True
 
 
@@ -123,31 +149,60 @@ def small(
     drawn = pictures(s, found)
     if not run(args, s, [*s.ground, *(run for r in found for run in r.runs), *drawn]):
         return None
-    return write(args, s, found, drawn, argv, script=script, title=title, paper=paper, notes=notes)
-
-
-def write(
-    args: Any, setting: TextSetting, found: Sequence[tables.Row], drawn: Sequence[Run],
-    argv: Sequence[str] | None, *, script: str, title: str, paper: str | None = None,
-    notes: Sequence[str] = (),
-) -> Path:  # fmt: skip
-    folder = setting.root / "-".join(
-        [script, setting.target, setting.regime, setting.loss, setting.surrogate, setting.modules]
-    )
-    said = sd_results.protocol(setting, found[0].runs[0], TUNING)
+    first = found[0].runs[0]
+    said = sd_results.training(s, sd_results.read(first, "unlearn"), TUNING)
     said["unlearning"]["settings"] = tables.settings(found)
+    name = "-".join([script, s.target, s.regime, s.loss, s.surrogate, s.modules])
     tables.report(
-        folder, setting, found, said=said,
-        limits=[rows.results(found[0].runs[0].folder)[0]], paper=paper,
-        title=f"{title}: {setting.target!r} forgotten, prompts remembered: {setting.regime}, "
-        f"remembered by {setting.loss}, instead: {setting.surrogate}",
-        command=shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])]),
-        notes=[*notes, *marks(found)], parts=TEXT_TO_IMAGE, plots=plots(found),
-        grids=[grid(setting, found, drawn)], axes=AXES,
+        s.root / name, s, found, said=said | sd_results.judging(s, first),
+        limits=rows.results(first.folder)[:1], paper=paper,
+        title=f"{title}: {s.target!r} forgotten, prompts remembered: {s.regime}, by {s.loss}; "
+        f"instead: {s.surrogate}",
+        command=_command(script, argv), notes=[*notes, *marks(found)], parts=TEXT_TO_IMAGE,
+        plots=plots(found), grids=[grid(found, drawn, [s.target])], axes=AXES,
         one="one base model, and sets of their own", shown="Curves and pictures",
     )  # fmt: skip
-    tables.say(folder)
-    return folder
+    tables.say(s.root / name)
+    return s.root / name
+
+
+def large(
+    args: Any, task: Task, argv: Sequence[str] | None, *, script: str, title: str
+) -> Path | None:
+    """A table at the paper's scale; its folder, or None after a --dry_run."""
+    s = PaperSetting(args.scales[args.scale], args.output_dir, task, args.real_images)
+    steps = paper_steps(task)
+    found = [
+        tables.row(s, m, rows.check_seeds(args.seeds), choice=sd_paper.choice(m),
+                   steps=args.steps or steps.get(m, 1000))
+        for m in check_methods(args.methods or task.methods)
+    ]  # fmt: skip
+    if not run(args, s, [*s.ground, *(run for r in found for run in r.runs)]):
+        return None
+    first = found[0].runs[0]
+    said = sd_results.training(s, sd_results.read(first, "unlearn"), "none: published settings")
+    said["unlearning"]["settings"] = tables.settings(found)
+    tables.report(
+        s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
+        limits=rows.results(first.folder)[:1], paper=task.paper,
+        title=f"{title}: {task.title} forgotten", command=_command(script, argv), notes=(),
+        parts=[part for part in TEXT_TO_IMAGE if part not in ("classifier", "attacks")], plots=(),
+        grids=[grid(found, [s.ground[0], *(r.runs[0] for r in found)], [task.title], 4)],
+        axes=("ce_f", "ra", "nudity_score", "clip_score", "lpips_f"),
+        one="one base model, and sets of their own", shown="Pictures",
+    )  # fmt: skip
+    tables.say(s.root / f"{script}-{task.name}")
+    return s.root / f"{script}-{task.name}"
+
+
+def paper_steps(task: Task) -> dict[str, int]:
+    """As the paper's column RT has them; where there is none, 1000 for all."""
+    lines = json.loads(tables.PAPER.read_text())[task.paper] if task.paper else {}
+    return {m: lines[name]["RT"][0] for m, name in PAPER.items() if "RT" in lines.get(name, {})}
+
+
+def _command(script: str, argv: Sequence[str] | None) -> str:
+    return shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])])
 
 
 def marks(found: Sequence[tables.Row]) -> list[str]:
@@ -174,25 +229,31 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
     return [{"title": label, "x": "steps", "y": label, "series": series}]
 
 
-def grid(setting: TextSetting, found: Sequence[tables.Row], drawn: Sequence[Run]) -> dict[str, Any]:
-    """Prompts downwards, methods across; every column from the same noise."""
+def grid(
+    found: Sequence[tables.Row], drawn: Sequence[Run], forgotten: Sequence[str], each: int = 100
+) -> dict[str, Any]:
+    """Prompts downwards, methods across, `each` pictures of a prompt; every column from the same
+    noise."""
     names = ["base model", *(r.name for r in found)]
-    shown = [shown_in(run) for run in drawn]
+    shown = [shown_in(run, each) for run in drawn]
     texts = list(shown[0])
     return {
         "title": "pictures of every method, from the same noise", "rows": texts,
         "columns": {
             n: torch.stack([s[t] for t in texts]) for n, s in zip(names, shown, strict=True)
         },
-        "forgotten": [t for t in texts if f" {setting.target} " in f" {t} "],
+        "forgotten": [t for t in texts if any(f" {f} " in f" {t} " for f in forgotten)],
     }  # fmt: skip
 
 
-def shown_in(run: Run) -> dict[str, Tensor]:
-    """Prompt -> pictures (n, 3, H, W) uint8 that evaluate.py drew."""
+def shown_in(run: Run, each: int) -> dict[str, Tensor]:
+    """Prompt -> pictures (n, 3, H, W) uint8 that evaluate.py drew first; at most ten prompts."""
+    c = next(c for c in run.commands if c.script == f"{SD}/evaluate")
     found: dict[str, list[Tensor]] = {}
-    for file, prompt in sd_results.read(run, "evaluate")["images"].items():
-        with Image.open(run.folder / "images" / file) as opened:
-            pixels = torch.from_numpy(np.array(opened.convert("RGB")))
-        found.setdefault(prompt, []).append(pixels.permute(2, 0, 1))
-    return {prompt: torch.stack(images) for prompt, images in found.items()}
+    for file, prompt in sd_paper.evaluation(c)["images"].items():
+        images = found.setdefault(prompt, [])
+        if len(images) < each and len(found) <= MOST:
+            with Image.open(c.folder / "images" / file) as opened:
+                pixels = torch.from_numpy(np.array(opened.convert("RGB")))
+            images.append(pixels.permute(2, 0, 1))
+    return {prompt: torch.stack(images) for prompt, images in found.items() if images}

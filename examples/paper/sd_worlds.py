@@ -7,9 +7,11 @@ paper     Stable Diffusion 1.4; a GPU
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from ebu_optim.baselines import methods
 
 sys.path.append(str(EXAMPLES / SD / "world"))
 
-from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept  # noqa: E402
+from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept
 
 #: How the remembered prompts are chosen: many that do not name the target, or those of few others.
 REGIMES = ("list", "few")
@@ -84,6 +86,7 @@ class TextSetting:
         target: any word of the concept.
         modules: as --train_modules of unlearn.py.
         base, judges: folders of a trained pipeline and of judges, in place of training them.
+        beside: more concepts of the same kind that are forgotten with it; they are not judged.
 
     Raises:
         InputError: `target` names nothing of this world, or what every prompt asks for that names
@@ -93,7 +96,7 @@ class TextSetting:
     def __init__(
         self, world: TextWorld, root: Path, *, target: str, regime: str = "list",
         loss: str = "crossed", surrogate: str = "other", modules: str = "xattn",
-        base: Path | None = None, judges: Path | None = None,
+        base: Path | None = None, judges: Path | None = None, beside: Sequence[str] = (),
     ) -> None:  # fmt: skip
         try:
             self.target = concept(target)
@@ -111,7 +114,8 @@ class TextSetting:
         self.files: dict[Path, str] = {}  # of prompts
         self.sets: dict[tuple[str, int], str] = {}  # what a seed's runs share -> who makes it
         concepts = CONTENTS if self.kind == "content" else STYLES
-        self.others = [name for name in concepts if name != self.target]
+        self.gone = [self.target, *beside]
+        self.others = [name for name in concepts if name not in self.gone]
         self.replayed = self.others[: FEW[self.kind]] if regime == "few" else self.others
 
     def _given(
@@ -129,11 +133,19 @@ class TextSetting:
         return Given(folder.resolve(), digest.hexdigest()[:8], None)
 
     @property
+    def base_key(self) -> str:
+        return self.base.key
+
+    @property
     def tuned_as(self) -> list[str]:
-        """The names under which tune.py may have left strengths, the nearest first."""
+        """The names under which sd_tune.py may have left strengths, the nearest first."""
+        kinds = dict.fromkeys((self.kind, *FEW))
+        places = dict.fromkeys((self.surrogate, *SURROGATES))
         modules = dict.fromkeys((self.modules, "xattn", "full"))
-        kinds = dict.fromkeys((self.kind, "content", "style"))
-        return [f"{self.world.name}, {kind}, {m}" for m in modules for kind in kinds]
+        return [
+            f"{self.world.name}, {kind}, {m}, instead {instead}"
+            for m, instead, kind in product(modules, places, kinds)
+        ]
 
     @property
     def ground(self) -> list[Run]:
@@ -166,7 +178,7 @@ class TextSetting:
             ("--forget", self._prompts("forget")), ("--remember", self._prompts("remember")),
             ("--surrogate_prompt", self._prompts("surrogate")),
         ]  # fmt: skip
-        label = f"{self.target}-{name}-s{seed}"
+        label = f"{'-'.join(self.gone)}-{name}-s{seed}"
         unlearned = command(
             f"{SD}/unlearn",
             ("--method", method, *losses(self.loss, method, "--remember_loss"), "--seed", seed,
@@ -240,23 +252,24 @@ class TextSetting:
         """A file of prompts, written here; its name has a hash of what is in it."""
         text = "\n".join(p or '""' for p in getattr(self, f"_{part}")()) + "\n"
         key = hashlib.sha256(text.encode()).hexdigest()[:8]
-        path = self.root / "prompts" / f"{part}-{self.target}-{key}.txt"
+        path = self.root / "prompts" / f"{part}-{'-'.join(self.gone)}-{key}.txt"
         self.files[path] = text
         return path
 
     def _forget(self) -> list[str]:
-        return [c.text for c in self._named(self.target)]
+        return [c.text for name in self.gone for c in self._named(name)]
 
     def _surrogate(self) -> list[str]:
         if self.surrogate == "empty":
             return [""]
         if self.kind == "style":  # the plain one
             return [c.text for c in self._named(self.others[0])]
-        names = list(CONTENTS)  # the next
-        return [c.text for c in self._named(names[(names.index(self.target) + 1) % len(names)])]
+        at = list(CONTENTS).index(self.target)
+        after = (*list(CONTENTS)[at:], *CONTENTS)
+        return [c.text for c in self._named(next(n for n in after if n in self.others))]
 
     def _remember(self) -> list[str]:
-        kept = [c for c in captions(TRAINED) if self.target not in (c.content, c.style)]
+        kept = [c for c in captions(TRAINED) if not {c.content, c.style} & set(self.gone)]
         if self.regime == "few":
             kept = [c for c in kept if getattr(c, self.kind) in self.replayed]
         texts = [c.text for c in kept]
@@ -278,6 +291,21 @@ class TextSetting:
         first = (*CONTENTS, *STYLES, None)
         return [c for c in captions(TRAINED) if name in (c.content_word, c.style_word)
                 and c.content_word in first and c.style_word in first]  # fmt: skip
+
+    def about(self) -> dict[str, Any]:
+        """For the protocol."""
+        folder = self.base.folder
+        noise = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        parameters = json.loads((folder / "world.json").read_text())["parameters"]
+        return {
+            "data": f"{self.world.title}: scikit-learn's digits, drawn by "
+            "examples/stable_diffusion/world/images.py",
+            "model": f"StableDiffusionPipeline of world/train.py, {sum(parameters.values()):,} "
+            "parameters",
+            "replayed": self.replayed,
+            "prediction": f"{noise['prediction_type']}, {noise['beta_schedule']}, "
+            f"{noise['num_train_timesteps']} steps",
+        }  # fmt: skip
 
     def write_prompts(self) -> None:
         for path, text in self.files.items():

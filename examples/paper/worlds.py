@@ -172,6 +172,7 @@ class Setting:
         if world.generated and not data:
             self.made = command("shapes", world.generated, self.root, "images")
         self.base = self._command("train", world.base, "base")
+        self.base_key = self.base.folder.name
         self.judge = self._command("train_classifier", world.judge, "judge")
         self.reject = self._command("train_classifier", (*world.judge, "--reject"), "judge-reject")
         model = ("--pretrained_model_name_or_path", self.base.folder)

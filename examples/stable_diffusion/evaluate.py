@@ -222,12 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.overwrite:
             (out / RESULT).unlink(missing_ok=True)
         before = json.loads(mark.read_text()) if mark.exists() else None
-        if before != identity and folder.exists():
-            if before is None or not args.overwrite:
-                raise InputError(
-                    f"--output_dir {out} holds pictures of other options: give another folder"
-                    + (", or --overwrite" if before else "")
-                )
+        ours = before == identity or (before is not None and args.overwrite)
+        if folder.exists() and not ours:
+            raise InputError(
+                f"--output_dir {out} holds pictures of other options: give another folder"
+                f"{', or --overwrite' if before else ''}"
+            )
         if args.overwrite and before is not None:
             for name in folder.glob("*_*.png"):
                 name.unlink()
