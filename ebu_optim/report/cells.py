@@ -23,6 +23,7 @@ MEASURES = {
     "ua": Measure("forgotten", "UA", PROBABILITY, "higher", 3),
     "ua_reject": Measure("forgotten", "UA, reject class", PROBABILITY, "higher", 3),
     "ce_f": Measure("forgotten", "CE_f", "nats", "higher", 3),
+    "lpips_f": Measure("forgotten", "LPIPS, forgotten", "", "higher", 3),
     "nudity_score": Measure("forgotten", "nudity score", "", "lower", 4),
     "ra": Measure("kept", "RA", PROBABILITY, "higher", 3),
     "ra_reject": Measure("kept", "RA, reject class", PROBABILITY, "higher", 3),
@@ -33,7 +34,6 @@ MEASURES = {
     "kid_mean": Measure("kept", "KID", "", "lower", 4),
     "classifier_frechet": Measure("kept", "Frechet, classifier", "", "lower", 2),
     "clip_score": Measure("kept", "CLIP score", "cosine", "higher", 4),
-    "lpips_f": Measure("forgotten", "LPIPS, forgotten", "", "higher", 3),
     "lpips_r": Measure("kept", "LPIPS, kept", "", "lower", 3),
     "paraphrase": Measure("deep", "paraphrases", PROBABILITY, "lower", 3),
     "paraphrase_worst": Measure("deep", "worst paraphrase", PROBABILITY, "lower", 3),
@@ -41,13 +41,18 @@ MEASURES = {
     "inversion_200": Measure("deep", "inversion, 200 steps", PROBABILITY, "lower", 3),
     "relearn_10": Measure("deep", "relearned, 10 steps", PROBABILITY, "lower", 3),
     "relearn_steps": Measure("deep", "relearn_steps", "steps", "higher", 1),
+    "forget_share": Measure("overlap", "forgetting", "share", "", 3),
+    "remember_share": Measure("overlap", "remembering", "share", "", 3),
+    "overlap_share": Measure("overlap", "overlapped", "share", "", 3),
+    "overlap_lift": Measure("overlap", "lift over chance", "", "", 3),
+    "overlap_opposed": Measure("overlap", "opposed, of the overlapped", "share", "", 3),
     "seeds": Measure("time", "seeds", "", "", 0),
     "steps": Measure("time", "steps of the run", "steps", "lower", 0),
     "seconds": Measure("time", "seconds of the run", "seconds", "lower", 1),
     "unlearn_steps": Measure("time", "unlearn_steps", "steps", "lower", 1),
     "ut": Measure("time", "UT", "seconds", "lower", 2),
 }
-AXES = ("forgotten", "kept", "deep", "time", "other")
+AXES = ("forgotten", "kept", "deep", "overlap", "time", "other")
 
 
 def measure(key: str) -> Measure:

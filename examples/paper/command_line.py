@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ddpm"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "ddpm"))
 
 import runs
 import worlds

@@ -121,26 +121,39 @@ class PaperSetting:
     def _drawing(self) -> float:
         return self.world.seconds["picture"] * sum(e.pictures for e in self.task.evaluations)
 
-    def run(
-        self, name: str, method: str, *, seed: int, steps: int = 1000, flags: Sequence[Any] = ()
+    #: The model is the hub's.
+    trained: tuple[Run, ...] = ()
+
+    def unlearned(
+        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
     ) -> Run:
+        """A method's run, without looking at the result."""
         w, label = self.world, f"{self.task.name}-{name}-s{seed}"
         given = w.unlearn
         if method == "spm":  # adapters of its own
             at = given.index("--train_modules")
             given = (*given[:at], *given[at + 2 :])
-        unlearned = command(
+        made = command(
             f"{SD}/unlearn",
             ("--pretrained_model_name_or_path", w.pipeline, "--method", method, *self.task.forget,
              "--seed", seed, "--max_train_steps", steps, *given, *flags, "--save_as", "pipeline",
              "--validation_steps", 0),
             self.root, f"models/{label}", ("--sets_dir", self.root / "sets"),
         )  # fmt: skip
-        pipeline = unlearned.folder / "pipeline"
+        seconds = w.seconds["unlearn"] * steps
+        return Run(self._name(f"{label}, not judged"), (made,), seconds, steps)
+
+    def run(
+        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
+    ) -> Run:
+        """The same, and what it draws."""
+        alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
+        (c,) = alone.commands
         (base,) = self.ground
-        judged = self._evaluated(str(pipeline), [unlearned.folder.name], label, base)
-        seconds = w.seconds["unlearn"] * steps + self._drawing
-        return Run(self._name(label), (unlearned, *judged), seconds, steps, (base.name,))
+        label = c.folder.name.rpartition("-")[0]
+        judged = self._evaluated(str(c.folder / "pipeline"), [c.folder.name], label, base)
+        return Run(self._name(label), (c, *judged), alone.seconds + self._drawing, steps,
+                   (base.name,))  # fmt: skip
 
     def _evaluated(
         self, pipeline: str, of: list[str], label: str, base: Run | None = None

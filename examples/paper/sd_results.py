@@ -50,7 +50,7 @@ def values(
     gone = measured[kind][target]
     kept, before = (accuracies(m, target) for m in (measured, base))
     found: dict[str, Any] = {"p_f": gone[f"p_{kind}"], "ua": 1 - gone[kind], "ra": _mean(kept)}
-    never = {n: kept[n] for n in others if n != target and n not in replayed}
+    never = {n: kept[n] for n in others if n in kept and n not in replayed}
     if never:
         found["ra_never_replayed"] = _mean(never)
     found["worst_drop"] = max(before[n] - kept[n] for n in kept)

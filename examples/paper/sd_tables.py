@@ -81,14 +81,18 @@ def check_methods(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def setting(args: Any, target: str) -> TextSetting:
+def setting(args: Any, target: str, beside: Sequence[str] = ()) -> TextSetting:
+    _check(args)
+    return TextSetting(
+        args.scales[args.scale], args.output_dir, target=target, beside=beside,
+        regime=args.regime, loss=args.loss, surrogate=args.surrogate, modules=args.train_modules,
+        base=args.base, judges=args.judges,
+    )  # fmt: skip
+
+
+def _check(args: Any) -> None:
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps must be >= 1; got {args.steps}")
-    return TextSetting(
-        args.scales[args.scale], args.output_dir, target=target, regime=args.regime,
-        loss=args.loss, surrogate=args.surrogate, modules=args.train_modules, base=args.base,
-        judges=args.judges,
-    )  # fmt: skip
 
 
 def table(args: Any, setting: TextSetting) -> list[tables.Row]:
@@ -104,18 +108,18 @@ def table(args: Any, setting: TextSetting) -> list[tables.Row]:
 
 
 def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> tables.Row:
-    tag = _tag(setting, rows.tuned(setting, method))
-    return tables.row(setting, method, seeds, steps=steps, tag=tag)
+    chosen = tag(setting, rows.tuned(setting, method))
+    return tables.row(setting, method, seeds, steps=steps, tag=chosen)
 
 
 def trial(args: Any, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
     """Of tuning, on seed 0."""
     steps = args.steps or STEPS
-    name = f"{method}-{setting.regime}-{setting.loss}-{_tag(setting, choice)}-{steps}"
+    name = f"{method}-{setting.regime}-{setting.loss}-{tag(setting, choice)}-{steps}"
     return setting.run(name, method, seed=0, steps=steps, flags=choice.flags, trial=True)
 
 
-def _tag(setting: TextSetting, choice: rows.Choice) -> str:
+def tag(setting: TextSetting | PaperSetting, choice: rows.Choice) -> str:
     return f"{setting.surrogate}-{setting.modules}-{choice.name}"
 
 
@@ -158,7 +162,7 @@ def small(
         limits=rows.results(first.folder)[:1], paper=paper,
         title=f"{title}: {s.target!r} forgotten, prompts remembered: {s.regime}, by {s.loss}; "
         f"instead: {s.surrogate}",
-        command=_command(script, argv), notes=[*notes, *marks(found)], parts=TEXT_TO_IMAGE,
+        command=command(script, argv), notes=[*notes, *marks(found)], parts=TEXT_TO_IMAGE,
         plots=plots(found), grids=[grid(found, drawn, [s.target])], axes=AXES,
         one="one base model, and sets of their own", shown="Curves and pictures",
     )  # fmt: skip
@@ -170,7 +174,7 @@ def large(
     args: Any, task: Task, argv: Sequence[str] | None, *, script: str, title: str
 ) -> Path | None:
     """A table at the paper's scale; its folder, or None after a --dry_run."""
-    s = PaperSetting(args.scales[args.scale], args.output_dir, task, args.real_images)
+    s = paper_setting(args, task)
     steps = paper_steps(task)
     found = [
         tables.row(s, m, rows.check_seeds(args.seeds), choice=sd_paper.choice(m),
@@ -185,7 +189,7 @@ def large(
     tables.report(
         s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
         limits=rows.results(first.folder)[:1], paper=task.paper,
-        title=f"{title}: {task.title} forgotten", command=_command(script, argv), notes=(),
+        title=f"{title}: {task.title} forgotten", command=command(script, argv), notes=(),
         parts=[part for part in TEXT_TO_IMAGE if part not in ("classifier", "attacks")], plots=(),
         grids=[grid(found, [s.ground[0], *(r.runs[0] for r in found)], [task.title], 4)],
         axes=("ce_f", "ra", "nudity_score", "clip_score", "lpips_f"),
@@ -195,13 +199,20 @@ def large(
     return s.root / f"{script}-{task.name}"
 
 
+def paper_setting(args: Any, task: Task) -> PaperSetting:
+    _check(args)
+    if args.base or args.judges:
+        raise InputError("--base and --judges are of --scale small; leave them out")
+    return PaperSetting(args.scales[args.scale], args.output_dir, task, args.real_images)
+
+
 def paper_steps(task: Task) -> dict[str, int]:
     """As the paper's column RT has them; where there is none, 1000 for all."""
     lines = json.loads(tables.PAPER.read_text())[task.paper] if task.paper else {}
     return {m: lines[name]["RT"][0] for m, name in PAPER.items() if "RT" in lines.get(name, {})}
 
 
-def _command(script: str, argv: Sequence[str] | None) -> str:
+def command(script: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])])
 
 

@@ -99,7 +99,7 @@ class TextSetting:
         base: Path | None = None, judges: Path | None = None, beside: Sequence[str] = (),
     ) -> None:  # fmt: skip
         try:
-            self.target = concept(target)
+            self.target, *more = map(concept, (target, *beside))
         except ValueError as error:
             raise InputError(f"--target {target}: {error}") from error
         self.kind = "content" if self.target in CONTENTS else "style"
@@ -114,7 +114,7 @@ class TextSetting:
         self.files: dict[Path, str] = {}  # of prompts
         self.sets: dict[tuple[str, int], str] = {}  # what a seed's runs share -> who makes it
         concepts = CONTENTS if self.kind == "content" else STYLES
-        self.gone = [self.target, *beside]
+        self.gone = [self.target, *more]
         self.others = [name for name in concepts if name not in self.gone]
         self.replayed = self.others[: FEW[self.kind]] if regime == "few" else self.others
 
@@ -148,28 +148,55 @@ class TextSetting:
         ]
 
     @property
-    def ground(self) -> list[Run]:
-        """What every run of a method builds on."""
+    def trained(self) -> list[Run]:
+        """The base and the judges, where they are not given."""
         w, s = self.world, self.world.seconds
         steps = value(w.base, "--max_train_steps")
         parts = [
             (self.base.made, "base", s["base"] * steps, steps),
             (self.judges.made, "judges", s["judges"], 0),
         ]
-        made = [Run(self._name(n), (c,), t, k) for c, n, t, k in parts if c]
-        after = tuple(r.name for r in made)
+        return [Run(self._name(n), (c,), t, k) for c, n, t, k in parts if c]
+
+    @property
+    def ground(self) -> list[Run]:
+        """What every run of a method builds on; last what the base scores itself."""
+        s, made = self.world.seconds, self.trained
         # the base is not relearned: it never forgot
         attacks = ("--attacks", "paraphrase", "inversion")
         judged = self._judged(self.base.folder, [self.base.key], "base", attacks=attacks)
-        return [*made, Run(self._name(f"base, {self.target}"), judged, s["measure"] + s["attack"],
-                           0, after)]  # fmt: skip
+        name = self._name(f"base, {self.target}")
+        return [*made, Run(name, judged, s["measure"] + s["attack"], 0,
+                           tuple(r.name for r in made))]  # fmt: skip
 
     def run(
-        self, name: str, method: str, *, seed: int, steps: int = 100, flags: Sequence[Any] = (),
+        self,
+        name: str,
+        method: str,
+        *,
+        seed: int,
+        steps: int = 100,
+        flags: Sequence[Any] = (),
         trial: bool = False,
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """A method unlearned, measured and attacked; `flags` are options of unlearn.py. A `trial`
         of tuning is attacked by 100 steps of inversion alone."""
+        w = self.world
+        alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
+        (c,) = alone.commands
+        label = c.folder.name.rpartition("-")[0]
+        judged = self._judged(
+            c.folder / "pipeline", [c.folder.name], label, attacks=w.trial if trial else ()
+        )
+        full = self._name(f"{label}, trial" if trial else label)
+        after = (*(r.name for r in self.ground), *self._makers(full, method, seed))
+        seconds = alone.seconds + w.seconds["measure"] + w.seconds["attack"]
+        return Run(full, (c, *judged), seconds, steps, after)
+
+    def unlearned(
+        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
+    ) -> Run:
+        """As `run`, without looking at the result."""
         w, forgets = self.world, methods[method].forgets
         own = w.guided if forgets in ("guidance", "adapter") else ()
         if forgets != "adapter":
@@ -179,7 +206,7 @@ class TextSetting:
             ("--surrogate_prompt", self._prompts("surrogate")),
         ]  # fmt: skip
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
-        unlearned = command(
+        made = command(
             f"{SD}/unlearn",
             ("--method", method, *losses(self.loss, method, "--remember_loss"), "--seed", seed,
              *(x for pair in named for x in pair),
@@ -190,16 +217,9 @@ class TextSetting:
             ("--pretrained_model_name_or_path", self.base.folder, "--sets_dir", self.root / "sets"),
             [self.base.key],
         )  # fmt: skip
-        judged = self._judged(
-            unlearned.folder / "pipeline", [unlearned.folder.name], label,
-            attacks=w.trial if trial else (),
-        )  # fmt: skip
-        seconds = w.seconds["unlearn"] * steps + w.seconds["measure"] + w.seconds["attack"]
-        run = Run(
-            self._name(f"{label}, trial" if trial else label), (unlearned, *judged), seconds, steps,
-            tuple(r.name for r in self.ground),
-        )  # fmt: skip
-        return run._replace(after=(*run.after, *self._makers(run.name, method, seed)))
+        after = tuple(r.name for r in self.trained if self.base.made in r.commands)
+        return Run(self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps,
+                   after)  # fmt: skip
 
     def pictures(self, row: str, run: Run) -> Run:
         """Pictures of what the model of a run draws, of the target and of its neighbours."""
@@ -207,7 +227,7 @@ class TextSetting:
                           (run.name,))  # fmt: skip
 
     def base_pictures(self) -> Run:
-        after = tuple(r.name for r in self.ground if self.base.made in r.commands)
+        after = tuple(r.name for r in self.trained if self.base.made in r.commands)
         return self._draw("base", self.base.folder, self.base.key, after)
 
     def _draw(self, row: str, pipeline: Path, key: str, after: tuple[str, ...]) -> Run:

@@ -67,11 +67,12 @@ def gather(row: Row) -> dict[str, Any]:
     mean and its 95 % interval over the seeds."""
     found = [rows.results(run.folder)[-1]["values"] for run in row.runs]
     keys = dict.fromkeys(k for values in found for k in values)
-    together = {k: _mean([values.get(k) for values in found], k) for k in keys}
+    together = {k: mean([values.get(k) for values in found], k) for k in keys}
     return {**together, "steps": row.steps}
 
 
-def _mean(values: Sequence[Any], key: str) -> Any:
+def mean(values: Sequence[Any], key: str) -> Any:
+    """Of the cells of several seeds, with its interval; of one its cell."""
     if len(values) == 1:
         return values[0]
     lacking = [v for v in values if v is None or (isinstance(v, Mapping) and "not_computed" in v)]

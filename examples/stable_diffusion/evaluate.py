@@ -44,6 +44,7 @@ from ebu_optim.metrics import (  # noqa: E402
     versions,
 )
 from ebu_optim.metrics.imagenette import CLASSES, METRICS  # noqa: E402
+from ebu_optim.metrics.intervals import estimate  # noqa: E402
 
 KNOWN = ("imagenette", "nudity", "clip_score", "lpips", "fid")
 RESULT = "evaluation.json"
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--metrics", nargs="*", choices=KNOWN, default=[], help="none: pictures alone")
     add("--reference_dir", type=Path, help="what this script made of the base, for lpips")
     add("--real_images", type=Path, help="a folder of real images of the kept, for fid")
+    add("--noise_images", type=int, default=64, help="that ResNet-50 judges beside the model's")
     add("--over", choices=("imagenet", "imagenette"), default="imagenet", help="classes of CE, RA")
     for name, whose in (("resnet", "ResNet-50"), ("alexnet", "AlexNet"), ("inception", "FID's")):
         add(f"--{name}_weights", type=Path, help=f"file of {whose} weights, without a network")
@@ -83,7 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size"):
+    for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size", "noise_images"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
     if bool(args.prompts) == args.imagenette:
@@ -174,7 +176,8 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
     if "imagenette" in args.metrics:
         judged = imagenette_metrics(
             load(folder, names), [args.texts.index(drawn[n]) for n in names], args.forget,
-            over=args.over, weights_file=args.resnet_weights, seed=args.seed, device=device,
+            over=args.over, weights_file=args.resnet_weights, noise_images=args.noise_images,
+            seed=args.seed, device=device,
         )  # fmt: skip
         keep("imagenette", judged, **{m: m for m in METRICS})
     if "nudity" in args.metrics:
@@ -194,11 +197,14 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
                 f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
                 "pictures: measure the base with the same options"
             )
+        found = lpips_distance(
+            folder, args.reference_dir / "images", weights_file=args.alexnet_weights, device=device
+        )
         for key, part in (("lpips_f", gone), ("lpips_r", kept)):
-            if part:
-                pair = (load(folder, part), load(args.reference_dir / "images", part))
-                keep(key, lpips_distance(*pair, weights_file=args.alexnet_weights, device=device,
-                                         seed=args.seed), **{key: "lpips"})  # fmt: skip
+            if part and not found["not_computed"]:
+                each = torch.tensor([found["per_image"][names.index(n)] for n in part])
+                found[key] = estimate(each, seed=args.seed)
+            keep("lpips", {key: None, **found}, **({key: key} if part else {}))
     if "fid" in args.metrics:
         keep("fid", fid(
             load(folder, kept or names), args.real_images, reference_split=str(args.real_images),
