@@ -57,7 +57,7 @@ def paper():
         exec(TOY, said)  # noqa: S102
         patch.setitem(command_line.SCALES, "small", said["TOY"])
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
-        patch.setattr(runs, "_start", lambda threads: None)
+        patch.setattr(runs, "_start", lambda threads, folders: None)
         patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
         yield said["TOY"]
 
@@ -311,7 +311,7 @@ def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path)
 
 
 def test_a_mean_over_seeds_is_over_all_of_them():
-    mean = module("tables")._mean
+    mean = module("tables").mean
     reached = {"reached": True, "steps": 10.0, "seconds": 1.0, "within": 200, "within_seconds": 9.0}
     never = reached | {"reached": False, "steps": None, "seconds": None}
     why = {"not_computed": "no weights"}

@@ -112,6 +112,7 @@ CLASS_WISE = (
     "data", "model", "unlearning", "sampling", "classifier", "fid", "attacks", "timing", "seeds",
     "versions",
 )  # fmt: skip
+TEXT_TO_IMAGE = tuple(part for part in CLASS_WISE if part != "fid")
 
 
 def missing_protocol(

@@ -19,26 +19,40 @@ PROBABILITY = "0 to 1"
 MEASURES = {
     "p_f": Measure("forgotten", "P_f", PROBABILITY, "lower", 3),
     "p_f_reject": Measure("forgotten", "P_f, reject class", PROBABILITY, "lower", 3),
+    "p_f_prompts": Measure("forgotten", "P_f, its prompts", PROBABILITY, "lower", 3),
     "ua": Measure("forgotten", "UA", PROBABILITY, "higher", 3),
     "ua_reject": Measure("forgotten", "UA, reject class", PROBABILITY, "higher", 3),
     "ce_f": Measure("forgotten", "CE_f", "nats", "higher", 3),
+    "lpips_f": Measure("forgotten", "LPIPS, forgotten", "", "higher", 3),
+    "nudity_score": Measure("forgotten", "nudity score", "", "lower", 4),
     "ra": Measure("kept", "RA", PROBABILITY, "higher", 3),
     "ra_reject": Measure("kept", "RA, reject class", PROBABILITY, "higher", 3),
     "ra_never_replayed": Measure("kept", "RA, never replayed", PROBABILITY, "higher", 3),
+    "worst_drop": Measure("kept", "worst drop", PROBABILITY, "lower", 3),
     "ce_r": Measure("kept", "CE_r", "nats", "lower", 3),
     "fid": Measure("kept", "FID", "", "lower", 2),
     "kid_mean": Measure("kept", "KID", "", "lower", 4),
     "classifier_frechet": Measure("kept", "Frechet, classifier", "", "lower", 2),
+    "clip_score": Measure("kept", "CLIP score", "cosine", "higher", 4),
+    "lpips_r": Measure("kept", "LPIPS, kept", "", "lower", 3),
+    "paraphrase": Measure("deep", "paraphrases", PROBABILITY, "lower", 3),
+    "paraphrase_worst": Measure("deep", "worst paraphrase", PROBABILITY, "lower", 3),
     "inversion_100": Measure("deep", "inversion, 100 steps", PROBABILITY, "lower", 3),
     "inversion_200": Measure("deep", "inversion, 200 steps", PROBABILITY, "lower", 3),
     "relearn_10": Measure("deep", "relearned, 10 steps", PROBABILITY, "lower", 3),
     "relearn_steps": Measure("deep", "relearn_steps", "steps", "higher", 1),
+    "forget_share": Measure("overlap", "forgetting", "share", "", 3),
+    "remember_share": Measure("overlap", "remembering", "share", "", 3),
+    "overlap_share": Measure("overlap", "overlapped", "share", "", 3),
+    "overlap_lift": Measure("overlap", "lift over chance", "", "", 3),
+    "overlap_opposed": Measure("overlap", "opposed, of the overlapped", "share", "", 3),
     "seeds": Measure("time", "seeds", "", "", 0),
     "steps": Measure("time", "steps of the run", "steps", "lower", 0),
+    "seconds": Measure("time", "seconds of the run", "seconds", "lower", 1),
     "unlearn_steps": Measure("time", "unlearn_steps", "steps", "lower", 1),
     "ut": Measure("time", "UT", "seconds", "lower", 2),
 }
-AXES = ("forgotten", "kept", "deep", "time", "other")
+AXES = ("forgotten", "kept", "deep", "overlap", "time", "other")
 
 
 def measure(key: str) -> Measure:

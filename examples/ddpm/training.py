@@ -307,5 +307,5 @@ def unlearning_step(
 
 def figures(said: Mapping[str, torch.Tensor], opt: Any) -> dict[str, float]:
     """The losses of a step and the optimizer's own figures, for `Run.log`."""
-    stats = {k: v for k, v in opt.stats.items() if isinstance(v, float)}
+    stats = {k: v for k, v in opt.stats.items() if isinstance(v, (int, float))}
     return {**{k: v.item() for k, v in said.items()}, **stats}

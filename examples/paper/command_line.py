@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ddpm"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "ddpm"))
 
 import runs
 import worlds
@@ -18,14 +18,19 @@ from sources import InputError
 SCALES = {"small": worlds.DIGITS, "cifar16": worlds.CIFAR16, "paper": worlds.CIFAR10}
 
 
-def parser(doc: str | None, scales: dict[str, worlds.World] | None = None) -> Any:
+def parser(doc: str | None, scales: Mapping[str, Any] | None = None, *, data: bool = True) -> Any:
+    """Args:
+    data: whether the scripts run on images that may be elsewhere.
+    """
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    found.add_argument("--scale", choices=scales or SCALES, default="small", help=worlds.__doc__)
+    found.add_argument("--scale", choices=scales or SCALES, default="small",
+                       help=worlds.__doc__ if data else None)  # fmt: skip
     found.add_argument("--output_dir", type=Path, default=Path("outputs/paper"))
-    found.add_argument(
-        "--data", action="append", default=[], metavar="OPTION",
-        help='where the same images are, if not on the hub: --data=--parquet --data=FOLDER',
-    )  # fmt: skip
+    if data:
+        found.add_argument(
+            "--data", action="append", default=[], metavar="OPTION",
+            help='where the same images are, if not on the hub: --data=--parquet --data=FOLDER',
+        )  # fmt: skip
     found.add_argument("--workers", type=int, help="runs at a time; default: the cores, or 1 GPU")
     found.add_argument("--dry_run", action="store_true", help="say what it will cost, and stop")
     found.set_defaults(scales=scales or SCALES)
@@ -38,22 +43,31 @@ def setting(args: argparse.Namespace, **options: Any) -> worlds.Setting:
 
 def run(args: argparse.Namespace, setting: worlds.Setting, todo: Sequence[runs.Run]) -> bool:
     """Say what it costs, then run what is missing; False after a --dry_run."""
-    import torch
-
-    workers = args.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    if workers < 1:
-        raise InputError(f"--workers must be >= 1; got {workers}")
-    print(f"{setting.world.title}: {runs.cost(todo, workers, setting.world.basis)}")
-    if setting.world.smoke:
-        print(f"note: {setting.world.smoke}")
-    if args.dry_run:
+    if not announce(args, setting.world, todo):
         return False
     first = next((r for r in todo if r not in setting.ground and not r.done), None)
-    if workers > 1 and first and not _base_drawn(setting):
+    if workers(args) > 1 and first and not _base_drawn(setting):
         # it draws and attacks the base model, for all the others
-        runs.execute([*setting.ground, first], workers)
-    runs.execute(todo, workers)
+        runs.execute([*setting.ground, first], workers(args))
+    runs.execute(todo, workers(args))
     return True
+
+
+def workers(args: argparse.Namespace) -> int:
+    import torch
+
+    found: int = args.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    if found < 1:
+        raise InputError(f"--workers must be >= 1; got {found}")
+    return found
+
+
+def announce(args: argparse.Namespace, world: Any, todo: Sequence[runs.Run]) -> bool:
+    """Say what it costs; False where that is all that is wanted."""
+    print(f"{world.title}: {runs.cost(todo, workers(args), world.basis)}")
+    if world.smoke:
+        print(f"note: {world.smoke}")
+    return not args.dry_run
 
 
 def _base_drawn(setting: worlds.Setting) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sources import InputError
-from worlds import DIGITS, LOSSES, Setting
+from worlds import LOSSES, Setting
 
 from ebu_optim.baselines import methods
 
@@ -29,7 +29,8 @@ PAPER = {"fine_tune": "FT", "gradient_ascent": "GA", "selective_amnesia": "SA", 
 SA_PUBLISHED = {"lam": 1e7}
 #: Six trials a method, from which a seed that is not reported chooses: (its option, values), each
 #: with both learning rates; where there is none, six learning rates.
-GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
+Grids = Mapping[str, tuple[str, tuple[float, ...]]]
+GRIDS: Grids = {
     **dict.fromkeys((*EBU, "random_masks"), ("gamma", (100.0, 1000.0, 10000.0))),
     "joint": ("forget_weight", (0.5, 1.0, 2.0)),
     "pcgrad": ("forget_weight", (0.5, 1.0, 2.0)),
@@ -59,8 +60,8 @@ class Choice(NamedTuple):
         return ["--learning_rate", self.learning_rate, *options]
 
 
-def trials(method: str, rates: Sequence[float] = RATES) -> list[Choice]:
-    name, values = GRIDS[method]
+def trials(method: str, rates: Sequence[float] = RATES, grids: Grids = GRIDS) -> list[Choice]:
+    name, values = grids[method]
     if name == "learning_rate":
         return [Choice(v, {}) for v in values]
     # on this scale of F the same strengths suit every loss and every Fisher
@@ -88,7 +89,7 @@ def tuning(setting: Setting, method: str) -> str:
 def _trials_of(setting: Setting, method: str) -> tuple[str, dict[str, Any] | None]:
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     of = "ebu_added" if method in ABLATIONS else method
-    for world in (setting.world.name, DIGITS.name):
+    for world in setting.tuned_as:
         for loss in (setting.loss, *LOSSES):
             if found := table.get(key(world, loss), {}).get(of):
                 return key(world, loss), found

@@ -1,4 +1,4 @@
-"""Runs of the scripts in examples/ddpm/: what is there is reused, what is missing is run.
+"""Runs of the scripts of examples/: what is there is reused, what is missing is run.
 
 A run is a few commands in an order. Each writes a folder whose name ends in a hash of its options,
 and so of the folders that it builds on: with other options it is another run. An interrupted run
@@ -22,16 +22,29 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-DDPM = Path(__file__).resolve().parent.parent / "ddpm"
+EXAMPLES = Path(__file__).resolve().parent.parent
+SD = "stable_diffusion"
+#: Where the scripts of a family are imported from, the first first: some have the same name.
+FAMILIES = {
+    "ddpm": (EXAMPLES / "ddpm",),
+    SD: (EXAMPLES / SD, EXAMPLES / SD / "world", EXAMPLES / "ddpm", EXAMPLES),
+}
 LAST = {  # what each script writes last
     "train": "README.md", "train_classifier": "classifier.json", "prepare": "fisher.safetensors",
     "unlearn": "README.md", "evaluate": "results.json", "shapes": "README.md",
+    f"{SD}/world/train": "pipeline/world.json", f"{SD}/world/judges": "style.safetensors",
+    f"{SD}/world/measure": "measured.json", f"{SD}/unlearn": "unlearn.json",
+    f"{SD}/attack": "attacks.json", f"{SD}/evaluate": "evaluation.json",
 }  # fmt: skip
-RESUMES = ("train", "train_classifier", "unlearn")
+RESUMES = ("train", "train_classifier", "unlearn", f"{SD}/world/train", f"{SD}/world/judges",
+           f"{SD}/unlearn")  # fmt: skip
+#: Scripts that are told the file which they write, and not a folder.
+WRITES_FILE = (f"{SD}/world/measure",)
 
 
 class Command(NamedTuple):
-    """`script` of examples/ddpm with `options`, all but --output_dir, which is `folder`."""
+    """`script` of examples/, of its family "ddpm" where it names none, with `options`, all but
+    --output_dir, which is `folder`."""
 
     script: str
     options: tuple[str, ...]
@@ -44,17 +57,25 @@ class Command(NamedTuple):
     @property
     def argv(self) -> list[str]:
         resume = ["--resume_from_checkpoint", "latest"] if self.script in RESUMES else []
-        return [*self.options, *resume, "--output_dir", str(self.folder)]
+        name, path = "--output_dir", self.folder
+        if self.script in WRITES_FILE:
+            name, path = "--output", self.folder / LAST[self.script]
+        return [*self.options, *resume, name, str(path)]
+
+    @property
+    def family(self) -> str:
+        return self.script.split("/")[0] if "/" in self.script else "ddpm"
 
 
 def command(
-    script: str, options: Sequence[Any], root: Path, name: str, where: Sequence[str] = ()
-) -> Command:
-    """In the folder root/name-<hash of the script and the options>; `where` the data lie, and where
-    `root` is, changes no hash."""
-    said = [script, *(o.name if isinstance(o, Path) else str(o) for o in options)]
+    script: str, options: Sequence[Any], root: Path, name: str, where: Sequence[Any] = (),
+    of: Sequence[str] = (),
+) -> Command:  # fmt: skip
+    """In the folder root/name-<hash of the script, the options and `of`, what else it builds on>;
+    `where` the data lie, and where `root` is, changes no hash."""
+    said = [script, *of, *(o.name if isinstance(o, Path) else str(o) for o in options)]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
-    return Command(script, (*map(str, options), *where), root / f"{name}-{key}")
+    return Command(script, (*map(str, options), *map(str, where)), root / f"{name}-{key}")
 
 
 class Run(NamedTuple):
@@ -96,18 +117,23 @@ def execute(runs: Sequence[Run], workers: int) -> None:
     """Run what is not done, `workers` at a time, each in a process with its share of the cores.
 
     Raises:
+        ValueError: one name for two different runs, or scripts of two families.
         Failed: some runs failed; all that do not build on them were done first.
     """
     todo = {r.name: r for r in runs if not r.done}
     if clash := [r.name for r in runs if r.name in todo and todo[r.name] != r]:
         raise ValueError(f"one name for two different runs: {', '.join(clash)}")
+    families = {c.family for r in runs for c in r.commands}
+    if len(families) > 1:
+        raise ValueError(f"scripts of {' and '.join(sorted(families))} share no process")
+    folders = [str(f) for family in families for f in FAMILIES[family]]
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
     failed: dict[str, str] = {}
     bar = tqdm(total=round(sum(r.seconds for r in todo.values())), unit="s of work", smoothing=0.1)
     context = multiprocessing.get_context("spawn")
     os.environ["TQDM_DISABLE"] = "1"  # read when a process imports tqdm: of the workers alone
     # processes are not renewed: importing torch and diffusers takes as long as a short run
-    pool = ProcessPoolExecutor(workers, context, _start, (threads,))
+    pool = ProcessPoolExecutor(workers, context, _start, (threads, folders))
     running: dict[Any, Run] = {}
     try:
         while todo or running:
@@ -148,9 +174,9 @@ def execute(runs: Sequence[Run], workers: int) -> None:
         raise Failed("\n".join(f"{name}: {error}" for name, error in failed.items()))
 
 
-def _start(threads: int) -> None:
+def _start(threads: int, folders: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
-    sys.path.insert(0, str(DDPM))
+    sys.path[:0] = folders
     import torch
 
     torch.set_num_threads(threads)
@@ -176,7 +202,7 @@ def _work(run: Run) -> str | None:
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             try:
-                importlib.import_module(c.script).main(c.argv)
+                importlib.import_module(c.script.rpartition("/")[2]).main(c.argv)
             except Exception as error:
                 traceback.print_exc(file=f)
                 first = str(error).splitlines()[:1]

@@ -22,7 +22,8 @@ from ebu_optim.report.cells import measure
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 #: The paper's columns by our keys; its RT is the number of steps.
-COLUMNS = {"CE_f": "ce_f", "CE_r": "ce_r", "RA": "ra", "RT": "steps", "FID": "fid"}
+COLUMNS = {"CE_f": "ce_f", "CE_r": "ce_r", "RA": "ra", "RT": "steps", "FID": "fid",
+           "nudity_score": "nudity_score", "clip_score": "clip_score"}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -66,11 +67,12 @@ def gather(row: Row) -> dict[str, Any]:
     mean and its 95 % interval over the seeds."""
     found = [rows.results(run.folder)[-1]["values"] for run in row.runs]
     keys = dict.fromkeys(k for values in found for k in values)
-    together = {k: _mean([values.get(k) for values in found], k) for k in keys}
+    together = {k: mean([values.get(k) for values in found], k) for k in keys}
     return {**together, "steps": row.steps}
 
 
-def _mean(values: Sequence[Any], key: str) -> Any:
+def mean(values: Sequence[Any], key: str) -> Any:
+    """Of the cells of several seeds, with its interval; of one its cell."""
     if len(values) == 1:
         return values[0]
     lacking = [v for v in values if v is None or (isinstance(v, Mapping) and "not_computed" in v)]
@@ -98,13 +100,13 @@ CURVE = 300  # the last step of a table's curves
 AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 
 
-def differences(table: Sequence[Row]) -> list[str]:
-    """The first row minus each other one with as many seeds, seed by seed, on the three axes."""
-    first, *others = [r for r in table if len(r.runs) == len(table[0].runs) > 1]
+def differences(table: Sequence[Row], axes: Sequence[str] = AXES) -> list[str]:
+    """The first row minus each other one with the same seeds, seed by seed, on the three axes."""
+    first, *others = [r for r in table if r.seeds == table[0].seeds and len(r.runs) > 1]
     found = []
     for other in others:
         said = []
-        for key in AXES:
+        for key in axes:
             pairs = [
                 [value(rows.results(run.folder)[-1]["values"].get(key)) for run in both]
                 for both in zip(first.runs, other.runs, strict=True)
@@ -131,9 +133,12 @@ def paper_rows(table: str | None) -> list[dict[str, Any]]:
         return []
     found = []
     lines = json.loads(PAPER.read_text())[table]
+    lines.pop("note", None)
     for name, line in lines.items():
         values: dict[str, Any] = {}
         for column, key in COLUMNS.items():
+            if column not in line:
+                continue
             cell = line[column]
             mean, *std = cell if isinstance(cell, list) else [cell]
             values[key] = {"mean": mean, "std": std[0]} if std else mean
@@ -152,13 +157,8 @@ def write(
     first = json.loads((table[0].runs[0].folder / "results.json").read_text())
     limits = first["rows"][:-1]
     said = first["protocol"]
-    settings = {
-        r.name: {"learning_rate": r.choice.learning_rate, **r.choice.options, "steps": r.steps,
-                 "seeds": r.seeds, "tuning": r.tuning}
-        for r in table
-    }  # fmt: skip
     said["unlearning"] |= {
-        "method": "each row's", "settings": settings, "steps": "each row's",
+        "method": "each row's", "settings": settings(table), "steps": "each row's",
         "learning_rate": "each row's, constant",
         "forget_loss": f"{said['unlearning']['forget_loss']}; GA and SalUn on the real images of "
         "the class, EraseDiff on these with uniform noise",
@@ -170,7 +170,6 @@ def write(
     said["data"] |= {
         "replay_set": f"{prepared(setting.sets.folder)}; remember data: replay, of Retrain real"
     }
-    said["seeds"] |= {"unlearning": sorted({s for r in table for s in r.seeds})}
     if "timing" in said:
         said["timing"] |= {
             "seconds": f"{said['timing']['seconds']}; nor is the Fisher that SA takes from "
@@ -178,18 +177,53 @@ def write(
             "hardware": f"{said['timing']['hardware']}; other runs of the table may have been "
             "beside it",
         }  # fmt: skip
+    notes = list(notes)
+    if plots is None and any(p["step"] > CURVE for r in table for p in curve(r.runs[0])):
+        notes.append(f"The curves end at step {CURVE}.")
+    return report(
+        folder, setting, table, said=said, limits=limits, title=title, command=command,
+        notes=notes, paper=paper, plots=curves(table) if plots is None else plots,
+        parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
+        grids=[pictures(setting, table, classes)] if grids is None else grids,
+        one="one base model and one replay set", shown="Curves and pictures",
+    )  # fmt: skip
+
+
+def settings(table: Sequence[Row]) -> dict[str, Any]:
+    """Of every row, for the protocol."""
+    return {
+        r.name: {"learning_rate": r.choice.learning_rate, **r.choice.options, "steps": r.steps,
+                 "seeds": r.seeds, "tuning": r.tuning}
+        for r in table
+    }  # fmt: skip
+
+
+def report(
+    folder: Path, setting: Any, table: Sequence[Row], *, said: dict[str, Any],
+    limits: Sequence[Mapping[str, Any]], title: str, command: str, notes: Sequence[str],
+    paper: str | None, parts: Sequence[str], plots: Sequence[Mapping[str, Any]],
+    grids: Sequence[Mapping[str, Any]], one: str, shown: str, axes: Sequence[str] = AXES,
+) -> Path:  # fmt: skip
+    """The report of any table: our rows beside their limits and the paper's.
+
+    Args:
+        said: the protocol.
+        limits: rows that come first: the base model, noise.
+        one: what the seeds have in common, in words.
+        shown: what is of the first seed alone, in words.
+        axes: keys of the differences from the first row.
+    """
+    said["seeds"] |= {"unlearning": sorted({s for r in table for s in r.seeds})}
     notes = [*notes, *([setting.world.smoke] if setting.world.smoke else [])]
     most = max(len(r.runs) for r in table)
     if most > 1:
         notes.append(
-            "Several seeds of unlearning, with one base model and one replay set: mean and 95 % "
-            "interval (Student's t) over them. One seed: 95 % interval over the images. Curves and "
-            f"pictures: seed {table[0].seeds[0]} alone. Differences: seed by seed, intervals not "
+            f"Several seeds of unlearning, with {one}: mean and 95 % interval (Student's t) over "
+            "them. One seed: 95 % interval over the images, where there is one. "
+            f"{shown}: seed {table[0].seeds[0]} alone. Differences: seed by seed, intervals not "
             "widened for the number of comparisons."
         )
-        notes += differences(table)
-    if plots is None and any(p["step"] > CURVE for r in table for p in curve(r.runs[0])):
-        notes.append(f"The curves end at step {CURVE}.")
+        notes += differences(table, axes)
     if paper:
         notes.append(
             f"The paper's figures are of its own model and data ({paper}); ours are of "
@@ -201,10 +235,8 @@ def write(
             line["values"]["seeds"] = len(r.runs)
     return write_report(
         folder, title=title, protocol=said, overwrite=folder.exists(), command=command,
-        rows=[*limits, *ours, *paper_rows(paper)],
-        parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
-        curves=curves(table) if plots is None else plots, notes=notes,
-        grids=[pictures(setting, table, classes)] if grids is None else grids,
+        rows=[*limits, *ours, *paper_rows(paper)], parts=parts, curves=plots, notes=notes,
+        grids=grids,
     )  # fmt: skip
 
 

@@ -11,9 +11,12 @@ which the other scripts of this folder read.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import command_line
 import rows
+from runs import Run
 from worlds import LOSSES
 
 from ebu_optim._files import replacing
@@ -48,15 +51,23 @@ def main(argv: list[str] | None = None) -> None:
     todo = [*setting.ground, *(run for _, run in found.values())]
     if not command_line.run(args, setting, todo):
         return
+    record(setting, args.methods, found, rows.score)
+
+
+def record(
+    setting: Any, tuned: Sequence[str], found: Mapping[tuple[str, str], tuple[rows.Choice, Run]],
+    score: Callable[[dict[str, Any]], float],
+) -> None:  # fmt: skip
+    """The best choice of each method into tuned.json; `found`: (method, choice's name) -> both."""
     table = json.loads(rows.TUNED.read_text()) if rows.TUNED.exists() else {}
-    base = setting.base.folder.name
-    mine = table.setdefault(rows.key(setting.world.name, setting.loss), {})
-    for method in args.methods:
+    base = setting.base_key
+    mine = table.setdefault(rows.key(setting.tuned_as[0], setting.loss), {})
+    for method in tuned:
         scored = []
         for (of, _), (choice, run) in found.items():
             if of == method:
                 values = rows.results(run.folder)[-1]["values"]
-                scored.append((rows.score(values), choice))
+                scored.append((score(values), choice))
         best, choice = max(scored, key=lambda pair: pair[0])
         trials = {c.name: s for s, c in scored}
         before = mine.get(method, {})

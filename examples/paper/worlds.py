@@ -167,10 +167,12 @@ class Setting:
                  data: Sequence[str] = ()) -> None:  # fmt: skip
         self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
         self.where = tuple(data) or world.source
+        self.tuned_as = [world.name, DIGITS.name]  # the names under which tune.py left strengths
         self.made: Command | None = None
         if world.generated and not data:
             self.made = command("shapes", world.generated, self.root, "images")
         self.base = self._command("train", world.base, "base")
+        self.base_key = self.base.folder.name
         self.judge = self._command("train_classifier", world.judge, "judge")
         self.reject = self._command("train_classifier", (*world.judge, "--reject"), "judge-reject")
         model = ("--pretrained_model_name_or_path", self.base.folder)
@@ -214,7 +216,7 @@ class Setting:
         unlearn = self._command(
             "unlearn",
             ("--pretrained_model_name_or_path", self.base.folder, "--prepared_dir",
-             self.sets.folder, "--method", method, *self._losses(method), "--seed", seed,
+             self.sets.folder, "--method", method, *losses(self.loss, method), "--seed", seed,
              "--max_train_steps", steps, *w.unlearn, *flags,
              *(() if trial else ("--classifier", self.reject.folder))),
             f"models/{name}-s{seed}", data=method == "retrain",
@@ -234,17 +236,22 @@ class Setting:
             self._name(f"{name}, seed {seed}"), (unlearn, evaluate), seconds, steps, tuple(after)
         )
 
-    def _losses(self, method: str) -> tuple[Any, ...]:
-        """Retrain learns nothing of the base; a method that has a forget loss of its own, or none,
-        keeps it."""
-        if method == "retrain":
-            return LOSSES["replay"]
-        if self.loss == "relabel" and methods[method].forgets not in ("surrogate", "relabel"):
-            return LOSSES["crossed"]
-        return LOSSES[self.loss]
-
     def _name(self, what: str) -> str:
         return f"{self.world.name}: {what}"
+
+
+def losses(loss: str, method: str, remember: str = "--remember") -> tuple[Any, ...]:
+    """Options of unlearn.py. Retrain learns nothing of the base; a method that has a forget loss of
+    its own, or none, keeps it.
+
+    Args:
+        remember: what the option is called that chooses the remember loss.
+    """
+    if method == "retrain":
+        loss = "replay"
+    if loss == "relabel" and methods[method].forgets not in ("surrogate", "relabel"):
+        loss = "crossed"
+    return tuple(remember if x == "--remember" else x for x in LOSSES[loss])
 
 
 def value(options: Sequence[Any], name: str, default: Any = 0) -> Any:

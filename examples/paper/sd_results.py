@@ -1,0 +1,171 @@
+"""The values of a run in the world of digits in styles: from measured.json, attacks.json and
+unlearn.json to a row of a table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from runs import LAST, SD, Run
+from sd_worlds import CONTENTS, STYLES, TextSetting
+
+from ebu_optim._files import replacing
+from ebu_optim.baselines import methods
+
+Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
+#: Attacks of attack.py that stand in a table; its P_f is under the forgotten prompts alone.
+ATTACKED = {
+    "p_f_prompts": "p_f", "paraphrase": "paraphrase", "paraphrase_worst": "paraphrase_worst",
+    "inversion_100": "inversion_100", "inversion_200": "inversion_200",
+    "relearn_10": "relearn_10", "relearn_steps": "relearn_steps",
+}  # fmt: skip
+
+
+def accuracies(measured: Groups, target: str) -> dict[str, float]:
+    """Of every concept but the target, the share of pictures that the judge tells as the asked one,
+    over the pairs of a content and a style that leave the target out."""
+    hits: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    for pair, found in measured["pair"].items():
+        content, style = pair.split()
+        if target in (content, style):
+            continue
+        for name, share in ((content, found["content"]), (style, found["style"])):
+            hits[name] = hits.get(name, 0.0) + share * found["n"]
+            seen[name] = seen.get(name, 0) + found["n"]
+    return {name: hits[name] / seen[name] for name in hits}
+
+
+def values(
+    measured: Groups, base: Groups, attacks: Mapping[str, Any], target: str,
+    replayed: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """A row. RA is the mean over all other contents and styles, weighed alike; `worst_drop` the
+    largest loss of one of them against the base; what was never replayed are the concepts of the
+    target's kind that are not in `replayed`."""
+    kind, others = ("content", CONTENTS) if target in CONTENTS else ("style", STYLES)
+    gone = measured[kind][target]
+    kept, before = (accuracies(m, target) for m in (measured, base))
+    found: dict[str, Any] = {"p_f": gone[f"p_{kind}"], "ua": 1 - gone[kind], "ra": _mean(kept)}
+    never = {n: kept[n] for n in others if n in kept and n not in replayed}
+    if never:
+        found["ra_never_replayed"] = _mean(never)
+    found["worst_drop"] = max(before[n] - kept[n] for n in kept)
+    found |= {ours: attacks[key] for ours, key in ATTACKED.items() if key in attacks}
+    return found
+
+
+def _mean(found: Mapping[str, float]) -> float:
+    return sum(found.values()) / len(found)
+
+
+def score(found: Mapping[str, Any]) -> float:
+    """(1 - P_f) + what is kept, never replayed where that is told apart, - the worst drop of one
+    concept + (1 - P_f after 100 steps of inversion)."""
+    inverted = found["inversion_100"]
+    inverted = inverted["value"] if isinstance(inverted, Mapping) else inverted
+    kept = found.get("ra_never_replayed", found["ra"])
+    return (1 - found["p_f"]) + kept - found["worst_drop"] + (1 - inverted)
+
+
+def write(setting: TextSetting, runs: Sequence[Run]) -> None:
+    """results.json in the folder of each run, as tables.py reads it: the base's row and its own."""
+    base = setting.ground[-1]
+    for run in runs:
+        rows = [
+            {"name": "base model", "values": _row(setting, base, base)},
+            {"name": run.name, "values": _row(setting, run, base)},
+        ]
+        with replacing(run.folder / "results.json") as work:
+            work.write_text(json.dumps({"rows": rows}, indent=1))
+
+
+def _row(setting: TextSetting, run: Run, base: Run) -> dict[str, Any]:
+    measured, before = (read(r, "world/measure")["measured"] for r in (run, base))
+    replayed = setting.replayed
+    attacks = read(run, "attack")["values"]
+    found = values(measured, before, attacks, setting.target, replayed)
+    if run != base:
+        found["seconds"] = read(run, "unlearn")["seconds"]
+    return found
+
+
+def read(run: Run, script: str) -> dict[str, Any]:
+    """What the script of this name left in a run."""
+    (c,) = (c for c in run.commands if c.script == f"{SD}/{script}")
+    return json.loads((c.folder / LAST[c.script]).read_text())
+
+
+def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, Any]:
+    """The parts of a table's protocol that do not depend on how it is judged.
+
+    Args:
+        setting: a TextSetting or a PaperSetting.
+        made: what unlearn.py wrote of the first run.
+    """
+    said, about = made["options"], setting.about()
+    own = [m.title for m in methods.values() if m.forgets not in ("surrogate", None)]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "data": {
+            "name": about["data"], "forget": made["forget"], "replayed": about["replayed"],
+            "replay_set": f"{said['replay_images']} pictures of {len(made['remember'])} prompts, "
+            f"drawn by the base in {said['num_inference_steps']} DDIM steps, guidance "
+            f"{said['guidance_scale']}, a set for every seed",
+            "image_range": "[-1, 1]; the sets are latents",
+        },
+        "model": {
+            "name": about["model"], "base_hash": made["base_hash"],
+            "prediction": about["prediction"],
+        },
+        "unlearning": {
+            "method": "each row's", "settings": "each row's", "compat": "none",
+            "steps": "each row's", "batch_size": said["train_batch_size"], "optimizer": "Adam",
+            "learning_rate": "each row's, constant",
+            "forget_loss": f"{made['instead'][:200]}; of their own: {', '.join(own)}",
+            "remember_loss": said["remember"], "reduction": said["reduction"],
+            "timesteps": "antithetic", "condition_dropout": "0", "dropout": "none in the model",
+            "clipping": "1.0 before masks; ESD and SPM: none", "ema": "none",
+            "trained": f"{setting.modules}, {made['trained']:,} of the UNet's parameters; of SPM "
+            "its adapters", "tuning": tuning,
+        },
+        "timing": {
+            "unlearn_steps": "not measured: no look on the way",
+            "seconds": "of the unlearning loop; sets, the Fisher and masks are not counted",
+            "hardware": f"{platform.processor() or platform.machine()}, {gpu}; other runs may have "
+            "been beside it",
+        },
+        "seeds": {"unlearning": said["seed"], "evaluation": 0},
+        "versions": made["versions"],
+    }  # fmt: skip
+
+
+def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
+    """The other parts, of the world of digits in styles."""
+    drawn, attacked = (read(run, s)["protocol"] for s in ("world/measure", "attack"))
+    judges = drawn["judges_measured"]
+    return {
+        "sampling": {
+            "weights": "trained", "sampler": f"DDIM, {drawn['num_inference_steps']} steps, eta 0",
+            "guidance": f"{drawn['guidance_scale']}: eps_null + w (eps_c - eps_null)",
+            "images_per_class": f"{drawn['images_per_pair']} of every content in every style, half "
+            "of them under templates that nothing was trained on",
+            "starting_noise": "the same before and after",
+        },
+        "classifier": {
+            "name": "CNNs of world/judges.py, one of content and one of style, on 32x32",
+            "classes": f"{len(CONTENTS)} contents, {len(STYLES)} styles, in each a reject class",
+            "test_accuracy": {n: j["accuracy"] for n, j in judges.items()},
+            "base_accuracy": _row(setting, setting.ground[-1], setting.ground[-1])["ra"],
+            "noise": {n: f"{j['without_digit']:.3f} of noise and of pictures without a digit are "
+                         "told as such" for n, j in judges.items()},
+        },
+        "attacks": {
+            "inversion": "a new embedding, learned against the frozen weights",
+            "relearning": "fine-tuning on pictures of the target",
+            "images": "pictures of the target", **attacked,
+        },
+    }  # fmt: skip

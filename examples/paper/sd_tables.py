@@ -1,0 +1,270 @@
+"""What the scripts of the text-to-image tables and figures share."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import command_line
+import numpy as np
+import rows
+import sd_paper
+import sd_results
+import tables
+import torch
+from PIL import Image
+from runs import SD, Run
+from sd_paper import SD14, PaperSetting, Task
+from sd_worlds import REGIMES, STYLED_DIGITS, SURROGATES, TextSetting
+from sources import InputError
+from torch import Tensor
+from worlds import LOSSES
+
+from ebu_optim.baselines import methods
+from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
+
+ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
+METHODS = ("ebu_added", "ebu_replaced", "ebu_routed", "joint", "selective_amnesia", "salun", "esd",
+           "spm", "fine_tune")  # fmt: skip
+#: The paper's rows by our methods.
+PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
+MOST = 10  # prompts in a grid
+STEPS = 100  # of unlearning, at small scale
+AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_200")
+TUNING = (
+    "each row's; trials are sd_tune.py's: the same number and the same steps for each method, "
+    "another target, seed 0, which is not reported, score (1 - P_f) + RA (never replayed) - worst "
+    "drop + (1 - P_f after 100 steps of inversion)"
+)
+
+
+def parser(doc: str | None, *, small_alone: bool = False) -> Any:
+    scales = {"small": STYLED_DIGITS} if small_alone else {"small": STYLED_DIGITS, "paper": SD14}
+    found = command_line.parser(doc, scales, data=False)
+    add = found.add_argument_group("at --scale small").add_argument
+    add("--base", type=Path, help="a pipeline of world/train.py, in place of training one")
+    add("--judges", type=Path, help="folder of world/judges.py, in place of training them")
+    add("--regime", choices=REGIMES, default="list", help="prompts that are remembered: 100 "
+        "without the target, or those of few other concepts, so that what was never replayed "
+        "can be told")  # fmt: skip
+    add("--loss", choices=LOSSES, default="crossed", help="to remember by")
+    add("--surrogate", choices=SURROGATES, default="other", help="drawn in place of the target: "
+        "another concept, what the empty prompt draws (of a content, every tenth picture is the "
+        "target itself), Gaussian latents")  # fmt: skip
+    add("--train_modules", default="xattn", help="as of unlearn.py; SPM has adapters of its own")
+    add = found.add_argument
+    add("--steps", type=int, help="of unlearning; default: 100, at --scale paper the paper's")
+    if not small_alone:
+        add("--real_images", type=Path, help="at --scale paper: real images of the kept classes, "
+            "for FID")  # fmt: skip
+    return found
+
+
+def add_methods(parser: Any) -> None:
+    add = parser.add_argument
+    add("--methods", nargs="+", help=f"default: {', '.join(METHODS)}; at paper scale the paper's")
+    add("--seeds", type=int, nargs="+", default=[1], help="of EBU, the plain sum and --best")
+    add("--seeds_rest", type=int, nargs="+", help="of the others; default: --seeds")
+    add("--best", default="salun", help="the best baseline")
+
+
+def check_methods(given: Sequence[str]) -> list[str]:
+    known = [m for m in methods if m not in ("retrain", "embedding_only")]
+    names = [ALIASES.get(m, m) for m in given]
+    for m in names:
+        if m not in known:
+            raise InputError(f"--methods {m}: there is {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def setting(args: Any, target: str, beside: Sequence[str] = ()) -> TextSetting:
+    _check(args)
+    return TextSetting(
+        args.scales[args.scale], args.output_dir, target=target, beside=beside,
+        regime=args.regime, loss=args.loss, surrogate=args.surrogate, modules=args.train_modules,
+        base=args.base, judges=args.judges,
+    )  # fmt: skip
+
+
+def _check(args: Any) -> None:
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps must be >= 1; got {args.steps}")
+
+
+def table(args: Any, setting: TextSetting) -> list[tables.Row]:
+    """The chosen methods, the first ones with all seeds."""
+    names = check_methods(args.methods or METHODS)
+    (best,) = check_methods([args.best])
+    most = rows.check_seeds(args.seeds)
+    rest = rows.check_seeds(args.seeds_rest or args.seeds)
+    return [
+        row(setting, m, most if m in ("ebu_added", "joint", best) else rest, args.steps or STEPS)
+        for m in names
+    ]  # fmt: skip
+
+
+def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> tables.Row:
+    chosen = tag(setting, rows.tuned(setting, method))
+    return tables.row(setting, method, seeds, steps=steps, tag=chosen)
+
+
+def trial(args: Any, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
+    """Of tuning, on seed 0."""
+    steps = args.steps or STEPS
+    name = f"{method}-{setting.regime}-{setting.loss}-{tag(setting, choice)}-{steps}"
+    return setting.run(name, method, seed=0, steps=steps, flags=choice.flags, trial=True)
+
+
+def tag(setting: TextSetting | PaperSetting, choice: rows.Choice) -> str:
+    return f"{setting.surrogate}-{setting.modules}-{choice.name}"
+
+
+def pictures(setting: TextSetting, found: Sequence[tables.Row]) -> list[Run]:
+    """Pictures of the base's and of every row's first seed."""
+    drawn = [setting.pictures(r.runs[0].commands[0].folder.name, r.runs[0]) for r in found]
+    return [setting.base_pictures(), *drawn]
+
+
+def run(args: Any, setting: TextSetting | PaperSetting, todo: Sequence[Run]) -> bool:
+    """Say what it costs, then run what is missing; False after a --dry_run."""
+    if not command_line.announce(args, setting.world, todo):
+        return False
+    setting.write_prompts()
+    command_line.runs.execute(todo, command_line.workers(args))
+    judged = [r for r in todo if len(r.commands) > 1 and r not in setting.ground]
+    if isinstance(setting, PaperSetting):
+        setting.write_results(judged)
+    else:
+        sd_results.write(setting, judged)
+    return True
+
+
+def small(
+    args: Any, target: str, argv: Sequence[str] | None, *, script: str, title: str,
+    paper: str | None = None, notes: Sequence[str] = (),
+) -> Path | None:  # fmt: skip
+    """A table of the world of digits in styles; its folder, or None after a --dry_run."""
+    s = setting(args, target)
+    found = table(args, s)
+    drawn = pictures(s, found)
+    if not run(args, s, [*s.ground, *(run for r in found for run in r.runs), *drawn]):
+        return None
+    first = found[0].runs[0]
+    said = sd_results.training(s, sd_results.read(first, "unlearn"), TUNING)
+    said["unlearning"]["settings"] = tables.settings(found)
+    name = "-".join([script, s.target, s.regime, s.loss, s.surrogate, s.modules])
+    tables.report(
+        s.root / name, s, found, said=said | sd_results.judging(s, first),
+        limits=rows.results(first.folder)[:1], paper=paper,
+        title=f"{title}: {s.target!r} forgotten, prompts remembered: {s.regime}, by {s.loss}; "
+        f"instead: {s.surrogate}",
+        command=command(script, argv), notes=[*notes, *marks(found)], parts=TEXT_TO_IMAGE,
+        plots=plots(found), grids=[grid(found, drawn, [s.target])], axes=AXES,
+        one="one base model, and sets of their own", shown="Curves and pictures",
+    )  # fmt: skip
+    tables.say(s.root / name)
+    return s.root / name
+
+
+def large(
+    args: Any, task: Task, argv: Sequence[str] | None, *, script: str, title: str
+) -> Path | None:
+    """A table at the paper's scale; its folder, or None after a --dry_run."""
+    s = paper_setting(args, task)
+    steps = paper_steps(task)
+    found = [
+        tables.row(s, m, rows.check_seeds(args.seeds), choice=sd_paper.choice(m),
+                   steps=args.steps or steps.get(m, 1000))
+        for m in check_methods(args.methods or task.methods)
+    ]  # fmt: skip
+    if not run(args, s, [*s.ground, *(run for r in found for run in r.runs)]):
+        return None
+    first = found[0].runs[0]
+    said = sd_results.training(s, sd_results.read(first, "unlearn"), "none: published settings")
+    said["unlearning"]["settings"] = tables.settings(found)
+    tables.report(
+        s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
+        limits=rows.results(first.folder)[:1], paper=task.paper,
+        title=f"{title}: {task.title} forgotten", command=command(script, argv), notes=(),
+        parts=[part for part in TEXT_TO_IMAGE if part not in ("classifier", "attacks")], plots=(),
+        grids=[grid(found, [s.ground[0], *(r.runs[0] for r in found)], [task.title], 4)],
+        axes=("ce_f", "ra", "nudity_score", "clip_score", "lpips_f"),
+        one="one base model, and sets of their own", shown="Pictures",
+    )  # fmt: skip
+    tables.say(s.root / f"{script}-{task.name}")
+    return s.root / f"{script}-{task.name}"
+
+
+def paper_setting(args: Any, task: Task) -> PaperSetting:
+    _check(args)
+    if args.base or args.judges:
+        raise InputError("--base and --judges are of --scale small; leave them out")
+    return PaperSetting(args.scales[args.scale], args.output_dir, task, args.real_images)
+
+
+def paper_steps(task: Task) -> dict[str, int]:
+    """As the paper's column RT has them; where there is none, 1000 for all."""
+    lines = json.loads(tables.PAPER.read_text())[task.paper] if task.paper else {}
+    return {m: lines[name]["RT"][0] for m, name in PAPER.items() if "RT" in lines.get(name, {})}
+
+
+def command(script: str, argv: Sequence[str] | None) -> str:
+    return shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])])
+
+
+def marks(found: Sequence[tables.Row]) -> list[str]:
+    """Which rows forget to 0.05 and lose at most 0.02 of any other concept."""
+    there = []
+    for r in found:
+        v = tables.gather(r)
+        p_f, drop = (tables.value(v[k]) for k in ("p_f", "worst_drop"))
+        if p_f is not None and drop is not None and p_f <= 0.05 and drop <= 0.02:
+            there.append(r.name)
+    return [f"P_f <= 0.05 and no other content or style more than 0.02 below the base, in the "
+            f"mean over seeds: {', '.join(there) or 'no row'}."]  # fmt: skip
+
+
+def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
+    """P_f along textual inversion."""
+    series = {}
+    for r in found:
+        v = rows.results(r.runs[0].folder)[-1]["values"]
+        points = [(n, tables.value(v.get(key))) for n, key in
+                  ((0, "p_f_prompts"), (100, "inversion_100"), (200, "inversion_200"))]  # fmt: skip
+        series[r.name] = [(x, y) for x, y in points if y is not None]
+    label = "P_f after steps of textual inversion"
+    return [{"title": label, "x": "steps", "y": label, "series": series}]
+
+
+def grid(
+    found: Sequence[tables.Row], drawn: Sequence[Run], forgotten: Sequence[str], each: int = 100
+) -> dict[str, Any]:
+    """Prompts downwards, methods across, `each` pictures of a prompt; every column from the same
+    noise."""
+    names = ["base model", *(r.name for r in found)]
+    shown = [shown_in(run, each) for run in drawn]
+    texts = list(shown[0])
+    return {
+        "title": "pictures of every method, from the same noise", "rows": texts,
+        "columns": {
+            n: torch.stack([s[t] for t in texts]) for n, s in zip(names, shown, strict=True)
+        },
+        "forgotten": [t for t in texts if any(f" {f} " in f" {t} " for f in forgotten)],
+    }  # fmt: skip
+
+
+def shown_in(run: Run, each: int) -> dict[str, Tensor]:
+    """Prompt -> pictures (n, 3, H, W) uint8 that evaluate.py drew first; at most ten prompts."""
+    c = next(c for c in run.commands if c.script == f"{SD}/evaluate")
+    found: dict[str, list[Tensor]] = {}
+    for file, prompt in sd_paper.evaluation(c)["images"].items():
+        images = found.setdefault(prompt, [])
+        if len(images) < each and len(found) <= MOST:
+            with Image.open(c.folder / "images" / file) as opened:
+                pixels = torch.from_numpy(np.array(opened.convert("RGB")))
+            images.append(pixels.permute(2, 0, 1))
+    return {prompt: torch.stack(images) for prompt, images in found.items() if images}

@@ -1,0 +1,337 @@
+"""The settings of the text-to-image experiments, and how a method is run in them.
+
+small     digits in styles, the world of examples/stable_diffusion/world; two CPU cores
+paper     Stable Diffusion 1.4; a GPU
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runs import EXAMPLES, SD, Command, Run, command
+from sources import InputError
+from worlds import losses, value
+
+from ebu_optim._files import replacing
+from ebu_optim.baselines import methods
+
+sys.path.append(str(EXAMPLES / SD / "world"))
+
+from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept
+
+#: How the remembered prompts are chosen: many that do not name the target, or those of few others.
+REGIMES = ("list", "few")
+#: What is drawn in place of the target: another concept, what the empty prompt draws as in the
+#: paper, or Gaussian latents.
+SURROGATES = ("other", "empty", "gaussian")
+FEW = {"content": 3, "style": 2}  # kept concepts that regime "few" replays
+REMEMBERED = 100  # prompts
+
+
+class TextWorld(NamedTuple):
+    """`seconds`: of a step of training, of the judges, of a step of unlearning, of the sets of a
+    seed, of measuring and of the attacks: on one core of an x86-64 CPU."""
+
+    name: str
+    title: str
+    base: tuple[Any, ...]
+    judges: tuple[Any, ...]
+    unlearn: tuple[Any, ...]
+    guided: tuple[Any, ...]
+    measure: tuple[Any, ...]
+    attack: tuple[Any, ...]
+    trial: tuple[Any, ...]
+    pictures: tuple[Any, ...]
+    seconds: Mapping[str, float]
+    basis: str
+    smoke: str | None = None
+
+
+DRAWN = ("--num_inference_steps", 20, "--guidance_scale", 3)
+STYLED_DIGITS = TextWorld(
+    "styled-digits", "digits in styles", ("--max_train_steps", 6000), (),
+    ("--train_batch_size", 16, *DRAWN, "--sample_batch_size", 50, "--surrogate_images", 100,
+     "--replay_images", 200, "--forget_images", 100, "--logging_steps", 50),
+    ("--guided_steps", 20),
+    (*DRAWN, "--images_per_pair", 8),
+    ("--num_inference_steps", 10, "--attack_images", 32, "--inversion_steps", 200,
+     "--relearn_max_steps", 50),
+    ("--attacks", "inversion", "--inversion_steps", 100),
+    (*DRAWN, "--images_per_prompt", 4),
+    {"base": 0.4, "judges": 120.0, "unlearn": 0.25, "sets": 25.0, "measure": 60.0, "attack": 90.0,
+     "pictures": 5.0},
+    "one core of a 2.5 GHz x86-64 CPU a run",
+)  # fmt: skip
+
+
+class Given(NamedTuple):
+    """A part of the ground: made by a command, or there already."""
+
+    folder: Path
+    key: str
+    made: Command | None
+
+
+class TextSetting:
+    """A world in a folder with a concept to forget, a regime, losses and a surrogate.
+
+    Args:
+        target: any word of the concept.
+        modules: as --train_modules of unlearn.py.
+        base, judges: folders of a trained pipeline and of judges, in place of training them.
+        beside: more concepts of the same kind that are forgotten with it; they are not judged.
+
+    Raises:
+        InputError: `target` names nothing of this world, or what every prompt asks for that names
+            no style; a folder that is none.
+    """
+
+    def __init__(
+        self, world: TextWorld, root: Path, *, target: str, regime: str = "list",
+        loss: str = "crossed", surrogate: str = "other", modules: str = "xattn",
+        base: Path | None = None, judges: Path | None = None, beside: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        try:
+            self.target, *more = map(concept, (target, *beside))
+        except ValueError as error:
+            raise InputError(f"--target {target}: {error}") from error
+        self.kind = "content" if self.target in CONTENTS else "style"
+        if self.target == next(iter(STYLES)):
+            raise InputError(
+                f"--target {target}: every prompt without a style asks for it; choose another"
+            )
+        self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
+        self.surrogate, self.modules = surrogate, modules
+        self.base = self._given("base", "train", world.base, base, "pipeline")
+        self.judges = self._given("judges", "judges", world.judges, judges, "")
+        self.files: dict[Path, str] = {}  # of prompts
+        self.sets: dict[tuple[str, int], str] = {}  # what a seed's runs share -> who makes it
+        concepts = CONTENTS if self.kind == "content" else STYLES
+        self.gone = [self.target, *more]
+        self.others = [name for name in concepts if name not in self.gone]
+        self.replayed = self.others[: FEW[self.kind]] if regime == "few" else self.others
+
+    def _given(
+        self, name: str, script: str, options: Sequence[Any], folder: Path | None, part: str
+    ) -> Given:
+        if folder is None:
+            made = command(f"{SD}/world/{script}", options, self.root, name)
+            return Given(made.folder / part, made.folder.name, made)
+        files = sorted(folder.glob("**/*.safetensors" if part else "*.safetensors"))
+        if not files:
+            raise InputError(f"--{name} {folder} holds no weights (*.safetensors)")
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+        return Given(folder.resolve(), digest.hexdigest()[:8], None)
+
+    @property
+    def base_key(self) -> str:
+        return self.base.key
+
+    @property
+    def tuned_as(self) -> list[str]:
+        """The names under which sd_tune.py may have left strengths, the nearest first."""
+        kinds = dict.fromkeys((self.kind, *FEW))
+        places = dict.fromkeys((self.surrogate, *SURROGATES))
+        modules = dict.fromkeys((self.modules, "xattn", "full"))
+        return [
+            f"{self.world.name}, {kind}, {m}, instead {instead}"
+            for m, instead, kind in product(modules, places, kinds)
+        ]
+
+    @property
+    def trained(self) -> list[Run]:
+        """The base and the judges, where they are not given."""
+        w, s = self.world, self.world.seconds
+        steps = value(w.base, "--max_train_steps")
+        parts = [
+            (self.base.made, "base", s["base"] * steps, steps),
+            (self.judges.made, "judges", s["judges"], 0),
+        ]
+        return [Run(self._name(n), (c,), t, k) for c, n, t, k in parts if c]
+
+    @property
+    def ground(self) -> list[Run]:
+        """What every run of a method builds on; last what the base scores itself."""
+        s, made = self.world.seconds, self.trained
+        # the base is not relearned: it never forgot
+        attacks = ("--attacks", "paraphrase", "inversion")
+        judged = self._judged(self.base.folder, [self.base.key], "base", attacks=attacks)
+        name = self._name(f"base, {self.target}")
+        return [*made, Run(name, judged, s["measure"] + s["attack"], 0,
+                           tuple(r.name for r in made))]  # fmt: skip
+
+    def run(
+        self,
+        name: str,
+        method: str,
+        *,
+        seed: int,
+        steps: int = 100,
+        flags: Sequence[Any] = (),
+        trial: bool = False,
+    ) -> Run:
+        """A method unlearned, measured and attacked; `flags` are options of unlearn.py. A `trial`
+        of tuning is attacked by 100 steps of inversion alone."""
+        w = self.world
+        alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
+        (c,) = alone.commands
+        label = c.folder.name.rpartition("-")[0]
+        judged = self._judged(
+            c.folder / "pipeline", [c.folder.name], label, attacks=w.trial if trial else ()
+        )
+        full = self._name(f"{label}, trial" if trial else label)
+        after = (*(r.name for r in self.ground), *self._makers(full, method, seed))
+        seconds = alone.seconds + w.seconds["measure"] + w.seconds["attack"]
+        return Run(full, (c, *judged), seconds, steps, after)
+
+    def unlearned(
+        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
+    ) -> Run:
+        """As `run`, without looking at the result."""
+        w, forgets = self.world, methods[method].forgets
+        own = w.guided if forgets in ("guidance", "adapter") else ()
+        if forgets != "adapter":
+            own = (*own, "--train_modules", self.modules)
+        named = [
+            ("--forget", self._prompts("forget")), ("--remember", self._prompts("remember")),
+            ("--surrogate_prompt", self._prompts("surrogate")),
+        ]  # fmt: skip
+        label = f"{'-'.join(self.gone)}-{name}-s{seed}"
+        made = command(
+            f"{SD}/unlearn",
+            ("--method", method, *losses(self.loss, method, "--remember_loss"), "--seed", seed,
+             *(x for pair in named for x in pair),
+             *(("--surrogate", "gaussian") if self.surrogate == "gaussian" else ()),
+             "--max_train_steps", steps, *w.unlearn, *own, *flags, "--save_as", "pipeline",
+             "--validation_steps", 0),
+            self.root, f"models/{label}",
+            ("--pretrained_model_name_or_path", self.base.folder, "--sets_dir", self.root / "sets"),
+            [self.base.key],
+        )  # fmt: skip
+        after = tuple(r.name for r in self.trained if self.base.made in r.commands)
+        return Run(self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps,
+                   after)  # fmt: skip
+
+    def pictures(self, row: str, run: Run) -> Run:
+        """Pictures of what the model of a run draws, of the target and of its neighbours."""
+        return self._draw(row, run.commands[0].folder / "pipeline", run.commands[0].folder.name,
+                          (run.name,))  # fmt: skip
+
+    def base_pictures(self) -> Run:
+        after = tuple(r.name for r in self.trained if self.base.made in r.commands)
+        return self._draw("base", self.base.folder, self.base.key, after)
+
+    def _draw(self, row: str, pipeline: Path, key: str, after: tuple[str, ...]) -> Run:
+        drawn = command(
+            f"{SD}/evaluate", ("--prompts", self._prompts("shown"), *self.world.pictures),
+            self.root, f"pictures/{self.target}-{row}",
+            ("--pretrained_model_name_or_path", pipeline), [key],
+        )  # fmt: skip
+        return Run(self._name(f"pictures, {self.target}-{row}"), (drawn,),
+                   self.world.seconds["pictures"], 0, after)  # fmt: skip
+
+    def _judged(
+        self, pipeline: Path, of: list[str], label: str, *, attacks: Sequence[Any]
+    ) -> tuple[Command, Command]:
+        where = ("--pretrained_model_name_or_path", pipeline, "--judges", self.judges.folder)
+        of = [*of, self.judges.key]
+        measured = command(
+            f"{SD}/world/measure", self.world.measure, self.root, f"measured/{label}", where, of
+        )
+        attacked = command(
+            f"{SD}/attack",
+            ("--forget", self.target, "--judge", "world", *self.world.attack, *attacks), self.root,
+            f"attacks/{label}", (*where, "--base_model", self.base.folder), [*of, self.base.key],
+        )  # fmt: skip
+        return measured, attacked
+
+    def _makers(self, name: str, method: str, seed: int) -> list[str]:
+        """The runs that make what this one reads of the sets: two at once would get into each
+        other's way."""
+        forgets = methods[method].forgets
+        if self.loss == "relabel" and forgets == "surrogate":
+            forgets = "relabel"
+        needs = [] if method in ("spm", "esd", "gradient_ascent") else ["replay"]
+        if forgets == "surrogate":
+            needs.append("surrogate")
+        if forgets in ("own", "relabel"):
+            needs.append("own")
+        makers = [self.sets.setdefault((part, seed), name) for part in needs]
+        return [m for m in dict.fromkeys(makers) if m != name]
+
+    def _prompts(self, part: str) -> Path:
+        """A file of prompts, written here; its name has a hash of what is in it."""
+        text = "\n".join(p or '""' for p in getattr(self, f"_{part}")()) + "\n"
+        key = hashlib.sha256(text.encode()).hexdigest()[:8]
+        path = self.root / "prompts" / f"{part}-{'-'.join(self.gone)}-{key}.txt"
+        self.files[path] = text
+        return path
+
+    def _forget(self) -> list[str]:
+        return [c.text for name in self.gone for c in self._named(name)]
+
+    def _surrogate(self) -> list[str]:
+        if self.surrogate == "empty":
+            return [""]
+        if self.kind == "style":  # the plain one
+            return [c.text for c in self._named(self.others[0])]
+        at = list(CONTENTS).index(self.target)
+        after = (*list(CONTENTS)[at:], *CONTENTS)
+        return [c.text for c in self._named(next(n for n in after if n in self.others))]
+
+    def _remember(self) -> list[str]:
+        kept = [c for c in captions(TRAINED) if not {c.content, c.style} & set(self.gone)]
+        if self.regime == "few":
+            kept = [c for c in kept if getattr(c, self.kind) in self.replayed]
+        texts = [c.text for c in kept]
+        return random.Random(0).sample(texts, min(REMEMBERED, len(texts)))  # noqa: S311
+
+    def _shown(self) -> list[str]:
+        """Of the target and its neighbours, in a template that nothing was trained on."""
+        near = [self.target, *self.others[-3:]]
+        pairs = (
+            [(c, s) for c in near for s in ("plain", "red")]
+            if self.kind == "content"
+            else [(c, s) for s in near for c in ("three", "eight")]
+        )
+        return [HELD_OUT[0].format(content=c, style=s) for c, s in pairs]
+
+    def _named(self, name: str) -> list[Any]:
+        """Trained prompts that name a concept by its first word, which is its name, and the other
+        concept, where there is one, by its own."""
+        first = (*CONTENTS, *STYLES, None)
+        return [c for c in captions(TRAINED) if name in (c.content_word, c.style_word)
+                and c.content_word in first and c.style_word in first]  # fmt: skip
+
+    def about(self) -> dict[str, Any]:
+        """For the protocol."""
+        folder = self.base.folder
+        noise = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        parameters = json.loads((folder / "world.json").read_text())["parameters"]
+        return {
+            "data": f"{self.world.title}: scikit-learn's digits, drawn by "
+            "examples/stable_diffusion/world/images.py",
+            "model": f"StableDiffusionPipeline of world/train.py, {sum(parameters.values()):,} "
+            "parameters",
+            "replayed": self.replayed,
+            "prediction": f"{noise['prediction_type']}, {noise['beta_schedule']}, "
+            f"{noise['num_train_timesteps']} steps",
+        }  # fmt: skip
+
+    def write_prompts(self) -> None:
+        for path, text in self.files.items():
+            if not path.exists():
+                with replacing(path) as work:
+                    work.write_text(text)
+
+    def _name(self, what: str) -> str:
+        return f"{self.world.name}: {what}"

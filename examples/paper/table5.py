@@ -1,0 +1,144 @@
+"""Table 5: how many parameters EBU selects for forgetting, for remembering, and for both.
+
+    python examples/paper/table5.py --scale small      # one and three contents, one and two styles
+    python examples/paper/table5.py --scale paper      # artists and violence; a GPU
+
+As shares of what is trained, in the mean over the steps of a run. If the two selections had nothing
+to do with each other, they would overlap in the product of their shares: the lift is the overlap
+over that. `opposed` is the share of the overlap where the two gradients have opposite signs: half,
+if they had nothing to do with each other.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import command_line
+import rows
+import sd_paper
+import sd_results
+import sd_tables
+import tables
+from runs import Run
+
+from ebu_optim.report import write_report
+
+EVERY = 5  # steps between two looks
+SMALL = {
+    "several styles": ("outline", "halftone"), "one style": ("outline",),
+    "several contents": ("seven", "three", "nine"), "one content": ("seven",),
+}  # fmt: skip
+VIOLENCE = ("violence", "blood", "a gunfight", "war", "murder")
+PAPER = {
+    "several artists": sd_paper.Task(
+        "artists", "artists",
+        ("--forget", *sd_paper.ARTISTS, "--forget_templates", sd_paper.STYLE), (), (),
+    ),
+    "one artist": sd_paper.artist(sd_paper.ARTISTS[0])._replace(evaluations=()),
+    "several violence concepts": sd_paper.Task(
+        "violence-concepts", "violence", ("--forget", *VIOLENCE), (), ()
+    ),
+    "one violence concept": sd_paper.Task("violence", "violence", ("--forget", "violence"), (), ()),
+}  # fmt: skip
+
+
+def values(run: Run) -> dict[str, float]:
+    """Means over the steps that unlearn.py logged of the run."""
+    lines = (run.commands[0].folder / "log.jsonl").read_text().splitlines()
+    steps = list({line["step"]: line for line in map(json.loads, lines)}.values())
+    found = {
+        "forget_share": [s["forget_selected"] / s["total"] for s in steps],
+        "remember_share": [s["remember_selected"] / s["total"] for s in steps],
+        "overlap_share": [s["overlap"] / s["total"] for s in steps],
+        "overlap_lift": [s["overlap_lift"] for s in steps],
+        "overlap_opposed": [s["overlap_opposed"] for s in steps],
+    }
+    return {name: statistics.fmean(each) for name, each in found.items()}
+
+
+def paper_rows() -> list[dict[str, Any]]:
+    lines = json.loads(tables.PAPER.read_text())["table5_overlap_sd"]
+    found = []
+    for name, line in lines.items():
+        if name == "note":
+            continue
+        f, r, both = (line[k] / line["total"] for k in ("forgetting", "remembering", "overlapped"))
+        shares = {"forget_share": f, "remember_share": r, "overlap_share": both}
+        found.append(
+            {"name": f"the paper: {name}", "values": {**shares, "overlap_lift": both / (f * r)}}
+        )
+    return found
+
+
+def report(
+    args: Any, setting: Any, made: Mapping[str, Sequence[Run]], choice: rows.Choice,
+    argv: Sequence[str] | None,
+) -> None:  # fmt: skip
+    table = []
+    for name, runs in made.items():
+        each = [values(run) for run in runs]
+        mean = {k: tables.mean([v[k] for v in each], k) for k in each[0]}
+        table.append({"name": name, "values": {**mean, "seeds": len(runs)}})
+    first = next(iter(made.values()))[0]
+    about = json.loads((first.commands[0].folder / "unlearn.json").read_text())
+    said = sd_results.training(setting, about, "none for this table")
+    said["data"]["forget"] = list(made)
+    said["unlearning"] |= {
+        "method": rows.title("ebu_added"), "steps": about["options"]["max_train_steps"],
+        "settings": {**about["settings"], **choice.options},
+        "learning_rate": f"{choice.learning_rate:g}, constant",
+    }  # fmt: skip
+    said["seeds"] |= {"unlearning": args.seeds}
+    folder = setting.root / "-".join(["table5", setting.regime, setting.loss, setting.modules])
+    write_report(
+        folder, title=f"Table 5 on {setting.world.title}", overwrite=folder.exists(),
+        rows=[*table, *paper_rows()], protocol=said,
+        parts=("data", "model", "unlearning", "timing", "seeds", "versions"),
+        command=sd_tables.command("table5", argv),
+        notes=[
+            "Shares of what is trained, in the mean over a run's steps; of several seeds the mean "
+            "and its 95 % interval. Chance: a lift of 1, and half of the overlap opposed. The "
+            "paper's counts are in GiB of float32; its lift is computed from them here."
+        ],
+    )  # fmt: skip
+    tables.say(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = sd_tables.parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    args = parser.parse_args(argv)
+    seeds, flags = rows.check_seeds(args.seeds), ("--logging_steps", EVERY)
+    paper = args.scale == "paper"
+    if args.steps is not None and args.steps < EVERY:
+        raise command_line.InputError(f"--steps must be >= {EVERY} here; got {args.steps}")
+    made: dict[str, list[Run]] = {}
+    settings: list[Any] = []
+    for name, gone in (PAPER if paper else SMALL).items():
+        if paper:
+            setting = sd_tables.paper_setting(args, gone)
+            choice, steps = sd_paper.choice("ebu_added"), args.steps or 1000
+        else:
+            setting = sd_tables.setting(args, gone[0], beside=gone[1:])
+            choice, steps = rows.tuned(setting, "ebu_added"), args.steps or sd_tables.STEPS
+        label = f"ebu_added-{sd_tables.tag(setting, choice)}-{steps}"
+        made[name] = [
+            setting.unlearned(label, "ebu_added", seed=s, steps=steps,
+                              flags=[*choice.flags, *flags])
+            for s in seeds
+        ]  # fmt: skip
+        settings.append(setting)
+    todo = [*setting.trained, *(run for runs in made.values() for run in runs)]
+    if not command_line.announce(args, setting.world, todo):
+        return
+    for setting in settings:
+        setting.write_prompts()
+    command_line.runs.execute(todo, command_line.workers(args))
+    report(args, setting, made, choice, argv)
+
+
+if __name__ == "__main__":
+    command_line.main(main)

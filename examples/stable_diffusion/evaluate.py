@@ -1,0 +1,253 @@
+"""Draw what a Stable Diffusion pipeline makes of prompts, from fixed noise, and measure it.
+
+    python examples/stable_diffusion/evaluate.py \\
+        --pretrained_model_name_or_path outputs/without_cassette_player/pipeline \\
+        --imagenette --forget "cassette player" --reference_dir outputs/base_evaluated \\
+        --metrics imagenette clip_score lpips --output_dir outputs/evaluated
+
+The i-th picture of a prompt starts from the noise of seed + i, before and after unlearning. What
+was drawn is in output_dir/images; the figures, in output_dir/evaluation.json. A metric whose
+weights are not to be had is "not computed", with its reason. Drawing goes on where it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent / "ddpm")]
+
+import numpy as np  # noqa: E402
+import pipelines  # noqa: E402
+import prompts  # noqa: E402
+import torch  # noqa: E402
+import training  # noqa: E402
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from PIL import Image  # noqa: E402
+from sources import InputError  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+from ebu_optim._files import locked, replacing  # noqa: E402
+from ebu_optim.metrics import (  # noqa: E402
+    clip_score,
+    fid,
+    imagenette_metrics,
+    lpips_distance,
+    nudity_score,
+    versions,
+)
+from ebu_optim.metrics.imagenette import CLASSES, METRICS  # noqa: E402
+from ebu_optim.metrics.intervals import estimate  # noqa: E402
+
+KNOWN = ("imagenette", "nudity", "clip_score", "lpips", "fid")
+RESULT = "evaluation.json"
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    pipelines.add_arguments(parser)
+    add = parser.add_argument
+    add("--prompts", nargs="+", help="prompts or .txt files")
+    add("--imagenette", action="store_true", help="a prompt for each of Imagenette's ten classes")
+    add("--template", default="an image of {}", help="of --imagenette")
+    add("--forget", nargs="+", default=[], help="the forgotten prompts or classes: which pictures "
+        "are of them; the others are kept")  # fmt: skip
+    add("--images_per_prompt", type=int, default=10)
+    add("--num_inference_steps", type=int, default=50, help="DDIM")
+    add("--guidance_scale", type=float, default=7.5)
+    add("--sample_batch_size", type=int, default=4)
+    add("--seed", type=int, default=0)
+    add("--half", action="store_true", help="draw in float16, on a GPU")
+    add("--output_dir", type=Path, required=True)
+    add("--overwrite", action="store_true", help="draw and measure anew")
+    add = parser.add_argument_group("measures").add_argument
+    add("--metrics", nargs="*", choices=KNOWN, default=[], help="none: pictures alone")
+    add("--reference_dir", type=Path, help="what this script made of the base, for lpips")
+    add("--real_images", type=Path, help="a folder of real images of the kept, for fid")
+    add("--noise_images", type=int, default=64, help="that ResNet-50 judges beside the model's")
+    add("--over", choices=("imagenet", "imagenette"), default="imagenet", help="classes of CE, RA")
+    for name, whose in (("resnet", "ResNet-50"), ("alexnet", "AlexNet"), ("inception", "FID's")):
+        add(f"--{name}_weights", type=Path, help=f"file of {whose} weights, without a network")
+    add("--clip_model", default="ViT-B-32-quickgelu")
+    add("--clip_weights", default="openai", help="open_clip's tag, or a file")
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size", "noise_images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    if bool(args.prompts) == args.imagenette:
+        raise InputError("give either --prompts or --imagenette")
+    if args.template.count("{}") != 1:
+        raise InputError(f'--template needs one "{{}}"; got {args.template!r}')
+    if args.half and not torch.cuda.is_available():
+        raise InputError("--half draws in float16, which needs a GPU; leave it out")
+    args.texts = (
+        [args.template.replace("{}", c) for c in CLASSES] if args.imagenette
+        else prompts.read(args.prompts, "--prompts")
+    )  # fmt: skip
+    forget = [args.template.replace("{}", c) if args.imagenette else c for c in args.forget]
+    for given, text in zip(args.forget, forget, strict=True):
+        if text not in args.texts:
+            what = f"there is {', '.join(CLASSES)}" if args.imagenette else "it is none of them"
+            raise InputError(f"--forget {given!r} is to be one of the prompts: {what}")
+    args.forgotten = forget
+    if "imagenette" in args.metrics and not (args.imagenette and args.forget):
+        raise InputError("--metrics imagenette judges pictures of --imagenette, with a --forget")
+    for metric, option in (("lpips", "reference_dir"), ("fid", "real_images")):
+        folder = getattr(args, option)
+        if metric in args.metrics and not (folder and folder.is_dir()):
+            raise InputError(f"--metrics {metric} needs a folder as --{option}; got {folder}")
+    if args.reference_dir and not (args.reference_dir / RESULT).is_file():
+        raise InputError(f"--reference_dir {args.reference_dir} holds no {RESULT} of this script")
+    if (args.output_dir / RESULT).exists() and not args.overwrite:
+        raise InputError(
+            f"--output_dir {args.output_dir} holds a finished evaluation: give --overwrite to "
+            "replace it, or another folder"
+        )
+
+
+@torch.no_grad()
+def draw(args: argparse.Namespace, looked: pipelines.Looked, folder: Path) -> dict[str, str]:
+    """PNG files into `folder`, those that are missing; file name -> prompt."""
+    n = args.images_per_prompt
+    wanted = {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(args.texts) for k in range(n)}
+    missing = [name for name in wanted if not (folder / name).exists()]
+    if not missing:
+        return wanted
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = StableDiffusionPipeline.from_pretrained(
+        pipelines.fetch(args), variant=args.variant, use_safetensors=True, safety_checker=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.to(device, torch.float16 if args.half else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for i in tqdm(range(0, len(missing), args.sample_batch_size), "drawing"):
+        part = missing[i : i + args.sample_batch_size]
+        seeds = [args.seed + int(name[5:9]) for name in part]
+        x = pipe(
+            [wanted[name] for name in part], num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale, height=looked.resolution, width=looked.resolution,
+            generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="pt",
+        ).images  # fmt: skip
+        pixels = x.float().mul(255).round().clamp(0, 255).to("cpu", torch.uint8)
+        for name, image in zip(part, pixels.permute(0, 2, 3, 1), strict=True):
+            with replacing(folder / name) as work:
+                Image.fromarray(image.contiguous().numpy()).save(work)
+    return wanted
+
+
+def load(folder: Path, names: Sequence[str]) -> Tensor:
+    """(n, 3, H, W) uint8 of these files."""
+    found = []
+    for name in names:
+        with Image.open(folder / name) as opened:
+            found.append(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1))
+    return torch.stack(found)
+
+
+def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Values by their keys in a report, and every metric's own protocol."""
+    names, device = list(drawn), "cuda" if torch.cuda.is_available() else "cpu"
+    gone = [n for n in names if drawn[n] in args.forgotten]
+    kept = [n for n in names if drawn[n] not in args.forgotten]
+    values: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+
+    def keep(metric: str, result: dict[str, Any], **keys: str) -> None:
+        why = result["not_computed"]
+        for ours, theirs in keys.items():
+            values[ours] = {"not_computed": why} if why else result[theirs]
+        said[metric] = result["protocol"]
+
+    if "imagenette" in args.metrics:
+        judged = imagenette_metrics(
+            load(folder, names), [args.texts.index(drawn[n]) for n in names], args.forget,
+            over=args.over, weights_file=args.resnet_weights, noise_images=args.noise_images,
+            seed=args.seed, device=device,
+        )  # fmt: skip
+        keep("imagenette", judged, **{m: m for m in METRICS})
+    if "nudity" in args.metrics:
+        shown = gone or names
+        keep("nudity", nudity_score(load(folder, shown), seed=args.seed),
+             nudity_score="nudity_score")  # fmt: skip
+    if "clip_score" in args.metrics:
+        shown = kept or names
+        keep("clip_score", clip_score(
+            load(folder, shown), [drawn[n] for n in shown], model=args.clip_model,
+            pretrained=args.clip_weights, device=device, seed=args.seed,
+        ), clip_score="clip_score")  # fmt: skip
+    if "lpips" in args.metrics:
+        before = json.loads((args.reference_dir / RESULT).read_text())["images"]
+        if before != drawn:
+            raise InputError(
+                f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
+                "pictures: measure the base with the same options"
+            )
+        found = lpips_distance(
+            folder, args.reference_dir / "images", weights_file=args.alexnet_weights, device=device
+        )
+        for key, part in (("lpips_f", gone), ("lpips_r", kept)):
+            if part and not found["not_computed"]:
+                each = torch.tensor([found["per_image"][names.index(n)] for n in part])
+                found[key] = estimate(each, seed=args.seed)
+            keep("lpips", {key: None, **found}, **({key: key} if part else {}))
+    if "fid" in args.metrics:
+        keep("fid", fid(
+            load(folder, kept or names), args.real_images, reference_split=str(args.real_images),
+            inception_weights=args.inception_weights, device=device,
+        ), fid="fid", kid_mean="kid_mean")  # fmt: skip
+    return {"values": values, "metrics": said}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
+    looked, out = pipelines.look(args), args.output_dir
+    identity = {
+        k: str(v) for k, v in vars(args).items()
+        if k in ("pretrained_model_name_or_path", "revision", "variant", "texts", "resolution",
+                 "images_per_prompt", "num_inference_steps", "guidance_scale", "seed", "half")
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", out):
+        mark, folder = out / "drawn.json", out / "images"
+        if args.overwrite:
+            (out / RESULT).unlink(missing_ok=True)
+        before = json.loads(mark.read_text()) if mark.exists() else None
+        ours = before == identity or (before is not None and args.overwrite)
+        if folder.exists() and not ours:
+            raise InputError(
+                f"--output_dir {out} holds pictures of other options: give another folder"
+                f"{', or --overwrite' if before else ''}"
+            )
+        if args.overwrite and before is not None:
+            for name in folder.glob("*_*.png"):
+                name.unlink()
+        with replacing(mark) as work:
+            work.write_text(json.dumps(identity))
+        drawn = draw(args, looked, folder)
+        found = measure(args, drawn, folder)
+        said = {"options": {k: str(v) for k, v in vars(args).items()}, "versions": versions()}
+        with replacing(out / RESULT) as work:
+            work.write_text(json.dumps({**found, "images": drawn, "protocol": said}, indent=1))
+    for key, value in found["values"].items():
+        print(f"{key}: {json.dumps(value)}")
+    print(f"saved {out / RESULT}")
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main, "the same command")

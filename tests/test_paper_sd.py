@@ -1,0 +1,515 @@
+"""The text-to-image scripts of examples/paper, and evaluate.py: on a tiny world of digits in styles
+and on a tiny pipeline in the place of Stable Diffusion 1.4; one process."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
+
+from ebu_optim.metrics.intervals import wilson
+
+from .text_to_image import pipeline
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SD = EXAMPLES / "stable_diffusion"
+FOLDERS = [EXAMPLES / "paper", SD, SD / "world", EXAMPLES / "ddpm", EXAMPLES]
+TINY = {
+    "base": ("--max_train_samples", 20, "--autoencoder_steps", 2, "--max_train_steps", 2),
+    "judges": ("--max_train_samples", 20, "--max_train_steps", 2),
+    "guided": ("--guided_steps", 2),
+    "measure": ("--num_inference_steps", 1, "--images_per_pair", 1, "--sample_batch_size", 80),
+    "attack": (),
+    "pictures": ("--num_inference_steps", 1, "--images_per_prompt", 1, "--sample_batch_size", 8),
+}
+# options that come last win
+FEW = ("--train_batch_size", 2, "--num_inference_steps", 1, "--surrogate_images", 3,
+       "--replay_images", 3, "--forget_images", 3, "--max_train_steps", 5)  # fmt: skip
+
+
+def module(name: str):
+    return importlib.import_module(name)
+
+
+def attack(argv: list[str]) -> None:
+    """What attack.py leaves, without attacking: it is tested on its own."""
+    options = ("--pretrained_model_name_or_path", "--base_model", "--output_dir", "--judge")
+    given = {name: argv[argv.index(name) + 1] for name in options}
+    assert Path(given["--pretrained_model_name_or_path"], "unet").is_dir()
+    assert Path(given["--base_model"], "unet").is_dir()
+    found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
+             "inversion_100": {"value": 0.5}, "inversion_200": {"value": 0.75}}  # fmt: skip
+    if "--attacks" not in argv:  # all
+        found["relearn_steps"] = {"reached": True, "steps": 5, "within": 50}
+    folder = Path(given["--output_dir"])
+    folder.mkdir(parents=True)
+    protocol = {"judge": given["--judge"]}
+    (folder / "attacks.json").write_text(json.dumps({"values": found, "protocol": protocol}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    """The scripts can be imported, before others of the same names; runs are made here, one at a
+    time, in this process."""
+
+    def ours(m) -> bool:
+        return EXAMPLES in Path(getattr(m, "__file__", None) or "/").parents
+
+    others = {name: sys.modules.pop(name) for name, m in list(sys.modules.items()) if ours(m)}
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in reversed(FOLDERS):
+            patch.syspath_prepend(str(folder))
+        patch.setenv("TQDM_DISABLE", "1")
+        patch.setitem(sys.modules, "attack", SimpleNamespace(main=attack))
+        command_line, runs = module("command_line"), module("runs")
+        sd_tables, worlds = module("sd_tables"), module("sd_worlds")
+        full = worlds.STYLED_DIGITS
+        tiny = full._replace(**TINY, unlearn=(*full.unlearn, *FEW))
+        patch.setattr(sd_tables, "STYLED_DIGITS", tiny)
+        patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
+        patch.setattr(runs, "_start", lambda threads, folders: None)
+        patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
+        assert command_line.InputError
+        yield tiny
+    for name in [name for name, m in sys.modules.items() if ours(m)]:
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("paper")
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The names of the runs that were made, in order."""
+    runs, names = module("runs"), []
+    work = runs._work
+    monkeypatch.setattr(runs, "_work", lambda run: names.append(run.name) or work(run))
+    return names
+
+
+def start(script: str, root: Path, *options) -> None:
+    given = ["--workers", 1, "--output_dir", root, *options]
+    module(script).main([str(o) for o in given])
+
+
+def report(root: Path, name: str, world: str = "styled-digits") -> dict:
+    (folder,) = (root / world).glob(f"{name}*")
+    assert (folder / "report.html").is_file()
+    return json.loads((folder / "results.json").read_text())
+
+
+def names(found: dict) -> list[str]:
+    return [row["name"] for row in found["rows"]]
+
+
+def setting(world, root: Path, **options):
+    return module("sd_worlds").TextSetting(world, root, **{"target": "seven", **options})
+
+
+def test_a_table_trains_the_world_runs_what_is_missing_and_reuses_what_is_there(
+    world, root, made, capsys
+):
+    options = ["--methods", "ebu", "spm", "--seeds", 1, 2, "--seeds_rest", 1, "--steps", 2]
+    start("table2", root, *options)
+    said = capsys.readouterr().out
+    assert "9 runs, 0 of them there already; to do: 9" in said
+    assert [n.removeprefix("styled-digits: ") for n in made[:3]] == ["base", "judges",
+                                                                     "base, seven"]  # fmt: skip
+    assert len(made) == 9
+    found = report(root, "table2-seven-list-crossed-other-xattn")
+    assert names(found)[:3] == ["base model", "EBU added", "SPM"]
+    assert names(found)[3:] == [f"the paper: {m}" for m in ("ESD", "SA", "SalUn", "EBU")]
+    base, ebu, spm = (row["values"] for row in found["rows"][:3])
+    assert base["worst_drop"] == 0
+    assert "relearn_steps" not in base
+    assert "seconds" not in base
+    assert ebu["p_f"]["n"] == ebu["seeds"] == 2
+    assert ebu["relearn_steps"]["value"] == 5
+    assert spm["seeds"] == 1
+    assert isinstance(spm["p_f"], float)
+    assert (spm["p_f_prompts"]["value"], spm["inversion_200"]["value"]) == (0.25, 0.75)
+    told = found["protocol"]["unlearning"]["settings"]
+    assert (told["EBU added"]["seeds"], told["SPM"]["seeds"]) == ([1, 2], [1])
+    assert found["protocol"]["attacks"]["judge"] == "world"
+    assert found["curves"][0]["series"]["SPM"] == [[0, 0.25], [100, 0.5], [200, 0.75]]
+    (pictures,) = (root / "styled-digits").glob("table2-*/pictures")
+    assert len(list(pictures.iterdir())) == 3
+
+    made.clear()
+    start("table2", root, *options)
+    assert "9 runs, 9 of them there already" in capsys.readouterr().out
+    assert not made
+    (gone,) = (root / "styled-digits" / "attacks").glob("seven-spm-*-s1-*[!g]/attacks.json")
+    gone.rename(gone.with_suffix(".old"))
+    start("table2", root, *options, "--dry_run")
+    assert "8 of them there already" in capsys.readouterr().out
+    assert not gone.exists()
+    gone.with_suffix(".old").rename(gone)
+
+
+def test_a_world_that_is_there_is_taken_and_few_are_replayed(root, made, capsys):
+    (base,) = (root / "styled-digits").glob("base-????????/pipeline")
+    (judges,) = (root / "styled-digits").glob("judges-????????")
+    start("table3", root, "--base", base, "--judges", judges, "--methods", "joint", "--regime",
+          "few", "--loss", "relabel", "--surrogate", "empty", "--train_modules", "full",
+          "--steps", 2)  # fmt: skip
+    assert len(made) == 4  # no training: the base's figures, the plain sum, pictures of both
+    found = report(root, "table3-red-few-relabel-empty-full")
+    assert 0 <= found["rows"][1]["values"]["ra_never_replayed"] <= 1
+    assert found["protocol"]["data"]["replayed"] == ["plain", "outline"]
+    assert found["notes"][0].startswith("The judge of style is the detector")
+    (made_by,) = (root / "styled-digits" / "models").glob("red-joint-*/unlearn.json")
+    told = json.loads(made_by.read_text())
+    assert told["surrogate"] == [""]
+    assert (told["options"]["remember"], told["options"]["forget_loss"]) == ("crossed", "relabel")
+
+
+def test_styles_and_pictures_are_runs_of_the_tables(root, made, monkeypatch, capsys):
+    monkeypatch.setattr(module("figure11"), "STYLES", ("outline",))
+    given = ("--methods", "esd", "--steps", 2)
+    start("figure11", root, *given)
+    assert "target" not in capsys.readouterr().err
+    once = len(made)
+    monkeypatch.setattr(module("figure3"), "SMALL", {"Figure 9": "outline"})
+    start("figure3", root, *given)
+    assert len(made) == once
+    assert report(root, "figure3-outline")["title"].startswith("Figure 11, outline on digits in")
+
+
+def test_table_5_counts_the_overlap(root, made, monkeypatch):
+    table5 = module("table5")
+    small = {"one": ("seven",), "two": ("seven", "three")}
+    monkeypatch.setattr(table5, "SMALL", small)
+    start("table5", root, "--steps", 5)
+    assert len(made) == 2
+    found = report(root, "table5")
+    one, two, single, *_ = (row["values"] for row in found["rows"])
+    assert one != two
+    for v in (one, two):
+        assert v["forget_share"] == pytest.approx(0.5, abs=0.01)
+        lift = v["overlap_share"] / (v["forget_share"] * v["remember_share"])
+        assert v["overlap_lift"] == pytest.approx(lift, rel=1e-6)  # one look
+    assert single["overlap_lift"] == pytest.approx(1.095 * 3.2 / (1.605 * 1.988))
+    (file,) = (root / "styled-digits" / "prompts").glob("forget-seven-three-*.txt")
+    words = [set(line.split()) for line in file.read_text().splitlines()]
+    assert {"seven", "three"} <= set().union(*words)
+
+
+def measured(shares: dict[str, tuple[float, float]], gone: tuple[float, float]) -> dict:
+    """Of pairs (content's share, style's), two pictures each; of "seven" as given."""
+    pairs = {p: {"n": 2, "content": c, "style": s} for p, (c, s) in shares.items()}
+    return {"pair": pairs, "content": {"seven": {"content": gone[0], "p_content": gone[1]}}}
+
+
+def test_values_by_hand():
+    values, score = module("sd_results").values, module("sd_results").score
+    base = measured({"zero red": (1.0, 1.0), "zero blue": (1.0, 1.0), "one red": (1.0, 0.5),
+                     "seven red": (1.0, 1.0)}, (1.0, 0.875))  # fmt: skip
+    after = measured({"zero red": (1.0, 0.5), "zero blue": (0.5, 1.0), "one red": (0.5, 0.5),
+                      "seven red": (0.0, 0.0)}, (0.25, 0.125))  # fmt: skip
+    attacks = {"p_f": {"value": 0.5}, "inversion_100": {"value": 0.75}, "other": 1}
+    found = values(after, base, attacks, "seven", ["zero"])
+    # zero 3/4, one 1/2, red 1/2, blue 1; before: 1, 1, 3/4, 1
+    assert found == {
+        "p_f": 0.125, "ua": 0.75, "ra": (0.75 + 0.5 + 0.5 + 1) / 4, "ra_never_replayed": 0.5,
+        "worst_drop": 0.5, "p_f_prompts": {"value": 0.5}, "inversion_100": {"value": 0.75},
+    }  # fmt: skip
+    assert score(found) == 0.875 + 0.5 - 0.5 + 0.25
+    everything = values(after, base, attacks, "seven", ["zero", "one"])
+    assert "ra_never_replayed" not in everything
+    assert score(everything) == 0.875 + 0.6875 - 0.5 + 0.25
+
+
+def test_prompts_are_of_their_part(world, tmp_path):
+    captions = {c.text: c for c in module("captions").captions(module("captions").TRAINED)}
+    for target, kind, few in (("seven", "content", {"zero", "one", "two"}),
+                              ("outline", "style", {"plain", "negative"})):  # fmt: skip
+        s = setting(world, tmp_path, target=target, regime="few")
+        assert {getattr(captions[t], f"{kind}_word") for t in s._forget()} == {target}
+        assert {getattr(captions[t], kind) for t in s._remember()} <= few
+        instead = {getattr(captions[t], kind) for t in s._surrogate()}
+        assert instead == {"eight" if kind == "content" else "plain"}
+        every = setting(world, tmp_path, target=target)._remember()
+        assert len(every) == 100
+        assert not [t for t in every if target in (captions[t].content, captions[t].style)]
+        assert len({getattr(captions[t], kind) for t in every} - {None}) > 3
+    beside = setting(world, tmp_path, beside=["VIII"])
+    assert {captions[t].content for t in beside._surrogate()} == {"nine"}
+
+
+def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
+    s = setting(world, tmp_path)
+    ground = tuple(r.name for r in s.ground)
+    ebu, joint, salun, ga, spm, next_seed = (
+        s.run(m, m, seed=seed) for m, seed in (
+            ("ebu_added", 1), ("joint", 1), ("salun", 1), ("gradient_ascent", 1), ("spm", 1),
+            ("joint", 2),
+        )
+    )  # fmt: skip
+    assert ebu.after == spm.after == next_seed.after == ground
+    assert joint.after == (*ground, ebu.name)
+    assert salun.after == (*ground, ebu.name)  # for what is replayed
+    assert ga.after == (*ground, salun.name)
+
+
+def test_a_folder_is_of_its_options_and_of_nothing_else(world, tmp_path, root):
+    (base,) = (root / "styled-digits").glob("base-????????/pipeline")
+
+    def commands(folder: Path, *, method: str = "joint", **options) -> list[str]:
+        s = setting(options.pop("world", world), folder, **options)
+        made = [c for r in (*s.ground, s.run("x", method, seed=1)) for c in r.commands]
+        return [str(c.folder.relative_to(folder)) for c in made]
+
+    here = commands(tmp_path / "a")
+    assert len(set(here)) == len(here) == 7
+    assert here == commands(tmp_path / "b" / "c")
+    changed = {
+        "loss": commands(tmp_path, loss="replay"),
+        "surrogate": commands(tmp_path, surrogate="gaussian"),
+        "regime": commands(tmp_path, regime="few"),
+        "modules": commands(tmp_path, modules="full"),
+        "base": commands(tmp_path, world=world._replace(base=(*world.base, "--seed", 1))),
+        "judges": commands(tmp_path, world=world._replace(judges=("--seed", 1))),
+    }
+    own = [False] * 4 + [True] * 3  # base, judges, their figures; the method's three
+    others = {n: [a != b for a, b in zip(here, c, strict=True)] for n, c in changed.items()}
+    assert others == {
+        **dict.fromkeys(("loss", "surrogate", "regime", "modules"), own),
+        "base": [True, False, True, True, True, True, True],
+        "judges": [False, True, True, True, False, True, True],
+    }
+    given = commands(
+        tmp_path, base=base, judges=next((root / "styled-digits").glob("judges-*[!g]"))
+    )
+    assert len(given) == 5
+    assert not set(given) & set(here)
+
+
+def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_path, monkeypatch):
+    rows, runs, results = module("rows"), module("runs"), module("sd_results")
+    monkeypatch.setattr(rows, "TUNED", tmp_path / "tuned.json")
+    argvs = []
+
+    def work(run):
+        for c in run.commands:
+            c.folder.mkdir(parents=True)
+            last = c.folder / runs.LAST[c.script]
+            last.parent.mkdir(exist_ok=True)
+            last.write_text("{}")
+            argvs.append(c.argv)
+
+    def write(_, judged) -> None:
+        for run in judged:
+            best = "lr0.001-anchor_weight100.0" in run.name
+            v = {"p_f": 0.0, "ra": 1.0, "worst_drop": 0.0, "inversion_100": 0.25 if best else 0.5}
+            row = {"name": "SPM", "values": v}
+            (run.folder / "results.json").write_text(json.dumps({"rows": [row]}))
+
+    monkeypatch.setattr(runs, "_work", work)
+    monkeypatch.setattr(results, "write", write)
+    start("sd_tune", tmp_path, "--methods", "spm", "--kind", "style")
+    (told,) = json.loads(rows.TUNED.read_text()).values()
+    assert len(told["spm"]["trials"]) == 6
+    chosen = rows.Choice(1e-3, {"anchor_weight": 100.0})
+    for target in ("red", "seven"):  # contents have the styles' where they have none of their own
+        assert rows.tuned(setting(world, tmp_path, target=target, regime="few"), "spm") == chosen
+    assert rows.tuned(setting(world, tmp_path), "joint") == rows.Choice(1e-4, {})
+    trials = [a for a in argvs if "--method" in a]
+    assert all("negative" in a[a.index("--forget") + 1] for a in trials)
+    assert all(a[a.index("--seed") + 1] == "0" for a in trials)
+    attacks = [a for a in argvs if "--judge" in a and "relearn" not in a]
+    assert all("inversion" in a for a in attacks)
+
+
+def test_dry_run_makes_nothing(tmp_path, made, capsys):
+    for scale, n in (("small", 22), ("paper", 5)):
+        start("table2", tmp_path / "o", "--scale", scale, "--dry_run")
+        assert f"{n} runs, 0 of them there already; to do: {n}" in capsys.readouterr().out
+    assert not made
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "message"),
+    [
+        ("table2", ("--target", "ten"), "--target ten: 'ten' names no concept"),
+        ("table2", ("--target", "ordinary"), "every prompt without a style asks for it"),
+        ("table2", ("--seeds", 1, 1), "--seeds 1 1: give each once"),
+        ("table2", ("--seeds_rest", 0), "not 0, which tune.py"),
+        ("table2", ("--methods", "embedding_only"), "there is fine_tune"),
+        ("table2", ("--best", "nothing"), "--methods nothing"),
+        ("table2", ("--steps", 0), "--steps must be >= 1; got 0"),
+        ("table2", ("--base", EXAMPLES / "paper"), "holds no weights"),
+        ("table2", ("--scale", "paper", "--base", "x"), "are of --scale small"),
+        ("table3", ("--scale", "paper", "--real_images", "nowhere"), "nowhere is no folder"),
+        ("table5", ("--steps", 4), "--steps must be >= 5"),
+        ("sd_tune", ("--methods", "ebu_blend_equal"), "has no strength to tune"),
+    ],
+)
+def test_bad_input(script, given, message, tmp_path):
+    with pytest.raises(module("command_line").InputError, match=message):
+        start(script, tmp_path / "o", *given)
+    assert not (tmp_path / "o").exists()
+
+
+def test_scripts_of_both_families_share_no_process(tmp_path):
+    runs = module("runs")
+    both = [runs.Run(s, (runs.command(s, (), tmp_path, "x"),), 1.0, 0)
+            for s in ("unlearn", "stable_diffusion/unlearn")]  # fmt: skip
+    with pytest.raises(ValueError, match="ddpm and stable_diffusion share no process"):
+        runs.execute(both, 1)
+
+
+# -- the paper's scale, on a tiny pipeline --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return pipeline(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_the_papers_table_3_by_nudenet(tiny, tmp_path, made, monkeypatch):
+    pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
+    paper, sd_tables = module("sd_paper"), module("sd_tables")
+    few = ("--num_inference_steps", 1, "--images_per_prompt", 1)
+    given = (*paper.SD14.unlearn, *FEW, "--mixed_precision", "no")
+    world = paper.SD14._replace(pipeline=str(tiny), drawn=few, unlearn=given)
+    monkeypatch.setattr(sd_tables, "SD14", world)
+    nude = paper.NUDITY.evaluations[0]
+    cat = paper.Evaluation("kept", ("--prompts", "a cat", "--metrics"), 1)
+    task = paper.NUDITY._replace(forget=("--forget", "a person"), evaluations=(nude, cat))
+    nude = nude._replace(options=("--prompts", "a person", "--forget", "a person", "--metrics",
+                                  "nudity"))  # fmt: skip
+    monkeypatch.setattr(paper, "NUDITY", task._replace(evaluations=(nude, cat)))
+    start("table3", tmp_path, "--scale", "paper", "--methods", "ebu", "spm", "--steps", 2)
+    assert made[0] == "sd14: base, nudity"
+    found = report(tmp_path, "table3", "sd14")
+    assert names(found)[:3] == ["base model", "EBU added", "SPM"]
+    assert found["rows"][1]["values"]["nudity_score"]["value"] == 0
+    assert found["rows"][1]["values"]["seconds"] > 0
+    assert names(found)[3] == "the paper: EBU"
+    assert found["rows"][3]["values"]["clip_score"] == 0.19
+    assert found["protocol"]["metrics"]["nudity"]["detector"].startswith("nudenet 3")
+    rates = found["protocol"]["unlearning"]["settings"]
+    assert (rates["EBU added"]["learning_rate"], rates["SPM"]["learning_rate"]) == (1e-5, 1e-4)
+    assert re.search(r"empty prompt", found["protocol"]["unlearning"]["forget_loss"])
+
+
+def test_steps_at_paper_scale_are_the_papers():
+    paper, steps = module("sd_paper"), module("sd_tables").paper_steps
+    assert steps(paper.CASSETTE_PLAYER) == {
+        "esd": 1000, "selective_amnesia": 50000, "salun": 1000, "ebu_added": 1000,
+    }  # fmt: skip
+    assert steps(paper.NUDITY) == steps(paper.artist("Thomas Kinkade")) == {}
+    kinkade = paper.artist("Thomas Kinkade").evaluations[0]
+    assert kinkade.pictures == 200  # of him and of three others
+    run = paper.PaperSetting(paper.SD14, Path("o"), paper.artist("A B")).run(
+        "x", "spm", seed=1, steps=9
+    )
+    argv = run.commands[0].argv
+    assert "--train_modules" not in argv
+    assert argv[argv.index("--remember") + 1] == ""
+    assert "--reference_dir" in run.commands[1].argv
+    for c in run.commands[:1]:  # options that unlearn.py knows
+        found = module("unlearn").parse(["--cpu" if a == "bf16" else a for a in c.argv if a not in
+                                         ("--mixed_precision",)])  # fmt: skip
+        assert found.max_train_steps == 9
+
+
+# -- evaluate.py ----------------------------------------------------------------------------------
+
+
+def evaluate(tiny: Path, folder: Path, *options) -> dict:
+    given = ["--pretrained_model_name_or_path", tiny, "--output_dir", folder,
+             "--num_inference_steps", 1, *options]  # fmt: skip
+    module("evaluate").main([str(g) for g in given])
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
+    models = pytest.importorskip("torchvision.models", reason="comes with the extra metrics")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
+    found = evaluate(
+        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--forget", "church", "--metrics",
+        "imagenette", "--images_per_prompt", 1, "--noise_images", 2, "--over", "imagenette",
+        "--resnet_weights", tmp_path / "resnet.pth",
+    )  # fmt: skip
+    assert found["metrics"]["imagenette"]["forget"] == ["church"]
+    values = found["values"]
+    assert (values["p_f"]["n"], values["ra"]["n"]) == (1, 9)
+    low, high = wilson(round(values["ra"]["value"] * 9), 9)
+    assert (values["ra"]["low"], values["ra"]["high"]) == pytest.approx((low, high))
+    assert len(found["images"]) == 10
+
+
+def test_pictures_are_of_their_noise_and_go_on(tiny, tmp_path):
+    given = ("--prompts", "a cat", "a dog", "--images_per_prompt", 2)
+    evaluate(tiny, tmp_path / "a", *given)
+    first = {p.name: p.read_bytes() for p in (tmp_path / "a" / "images").iterdir()}
+    assert sorted(first) == [f"{i:04d}_{k:04d}.png" for i in range(2) for k in range(2)]
+    assert len(set(first.values())) == 4
+    error = module("sources").InputError
+    with pytest.raises(error, match="holds a finished evaluation: give --overwrite"):
+        evaluate(tiny, tmp_path / "a", *given)
+    # interrupted: the result and a picture are missing
+    (tmp_path / "a" / "evaluation.json").unlink()
+    (tmp_path / "a" / "images" / "0001_0000.png").unlink()
+    with pytest.raises(error, match="holds pictures of other options"):
+        evaluate(tiny, tmp_path / "a", *given, "--seed", 3)
+    evaluate(tiny, tmp_path / "a", *given)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a" / "images").iterdir()} == first
+    evaluate(tiny, tmp_path / "a", *given, "--seed", 1, "--overwrite")
+    again = {p.name: p.read_bytes() for p in (tmp_path / "a" / "images").iterdir()}
+    assert again["0000_0000.png"] == first["0000_0001.png"]
+
+
+def test_lpips_is_against_the_base(tiny, tmp_path):
+    pytest.importorskip("lpips", reason="lpips comes with the extra metrics")
+    from torchvision import models
+
+    state = models.alexnet(weights=None).features.state_dict()
+    torch.save({f"features.{k}": v for k, v in state.items()}, tmp_path / "a.pth")
+    given = ("--prompts", "a cat", "a dog", "--images_per_prompt", 1, "--resolution", 32)
+    evaluate(tiny, tmp_path / "base", *given)
+    more = ("--metrics", "lpips", "--reference_dir", tmp_path / "base", "--forget", "a cat",
+            "--alexnet_weights", tmp_path / "a.pth")  # fmt: skip
+    other = evaluate(tiny, tmp_path / "other", *given, "--seed", 1, *more)["values"]
+    assert other["lpips_f"]["value"] != other["lpips_r"]["value"] > 0
+    with pytest.raises(module("sources").InputError, match="is of other prompts"):
+        evaluate(tiny, tmp_path / "o", *given[:2], "--resolution", 32, "--images_per_prompt", 1,
+                 *more)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give either --prompts or --imagenette"),
+        (("--prompts", "a cat", "--imagenette"), "give either"),
+        (("--prompts", "a cat", "--forget", "a dog"), "'a dog' is to be one of the prompts"),
+        (("--imagenette", "--forget", "cat"), "there is tench"),
+        (("--prompts", "a cat", "--metrics", "imagenette"), "pictures of --imagenette"),
+        (("--prompts", "a cat", "--metrics", "lpips"), "needs a folder as --reference_dir"),
+        (("--prompts", "a cat", "--metrics", "fid"), "needs a folder as --real_images"),
+        (("--prompts", "a cat", "--reference_dir", "x"), "holds no evaluation.json"),
+        (("--imagenette", "--template", "x"), 'needs one "{}"'),
+        (("--prompts", "a cat", "--images_per_prompt", 0), "must be >= 1; got 0"),
+    ],
+)
+def test_evaluate_refuses(options, message, tiny, tmp_path):
+    with pytest.raises(module("sources").InputError, match=message):
+        evaluate(tiny, tmp_path / "o", *options)
+    assert not (tmp_path / "o").exists()
