@@ -88,7 +88,7 @@ def _row(setting: TextSetting, run: Run, base: Run) -> dict[str, Any]:
     replayed = setting.replayed
     attacks = read(run, "attack")["values"]
     found = values(measured, before, attacks, setting.target, replayed)
-    if run != base:
+    if run.commands[0].script == f"{SD}/unlearn":
         found["seconds"] = read(run, "unlearn")["seconds"]
     return found
 

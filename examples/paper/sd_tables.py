@@ -22,14 +22,13 @@ from sd_paper import SD14, PaperSetting, Task
 from sd_worlds import REGIMES, STYLED_DIGITS, SURROGATES, TextSetting
 from sources import InputError
 from torch import Tensor
-from worlds import LOSSES
+from worlds import LOSSES, value
 
 from ebu_optim.baselines import methods
 from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
 
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
-METHODS = ("ebu_added", "ebu_replaced", "ebu_routed", "joint", "selective_amnesia", "salun", "esd",
-           "spm", "fine_tune")  # fmt: skip
+METHODS = ("ebu_added", "ebu_replaced", "joint", "selective_amnesia", "salun", "esd", "spm")
 #: The paper's rows by our methods.
 PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
 MOST = 10  # prompts in a grid
@@ -66,14 +65,19 @@ def parser(doc: str | None, *, small_alone: bool = False) -> Any:
 
 def add_methods(parser: Any) -> None:
     add = parser.add_argument
-    add("--methods", nargs="+", help=f"default: {', '.join(METHODS)}; at paper scale the paper's")
+    add(
+        "--methods",
+        nargs="+",
+        help=f"default: {', '.join(METHODS)}; at paper scale the paper's; "
+        "retrain is a base of its own that never saw the target, at small scale",
+    )
     add("--seeds", type=int, nargs="+", default=[1], help="of EBU, the plain sum and --best")
     add("--seeds_rest", type=int, nargs="+", help="of the others; default: --seeds")
     add("--best", default="salun", help="the best baseline")
 
 
 def check_methods(given: Sequence[str]) -> list[str]:
-    known = [m for m in methods if m not in ("retrain", "embedding_only")]
+    known = [m for m in methods if m != "embedding_only"]
     names = [ALIASES.get(m, m) for m in given]
     for m in names:
         if m not in known:
@@ -108,6 +112,12 @@ def table(args: Any, setting: TextSetting) -> list[tables.Row]:
 
 
 def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> tables.Row:
+    if method == "retrain":  # one, of the base's seed
+        base = rows.Choice(2e-3, {})
+        run = setting.run("retrain", "retrain", seed=0)
+        return tables.Row(
+            rows.title(method), (run,), value(setting.world.base, "--max_train_steps"), base, "none"
+        )
     chosen = tag(setting, rows.tuned(setting, method))
     return tables.row(setting, method, seeds, steps=steps, tag=chosen)
 

@@ -56,11 +56,11 @@ class TextWorld(NamedTuple):
 
 DRAWN = ("--num_inference_steps", 20, "--guidance_scale", 3)
 STYLED_DIGITS = TextWorld(
-    "styled-digits", "digits in styles", ("--max_train_steps", 6000), (),
+    "styled-digits", "digits in styles", ("--max_train_steps", 3000), (),
     ("--train_batch_size", 16, *DRAWN, "--sample_batch_size", 50, "--surrogate_images", 100,
      "--replay_images", 200, "--forget_images", 100, "--logging_steps", 50),
     ("--guided_steps", 20),
-    (*DRAWN, "--images_per_pair", 8),
+    ("--num_inference_steps", 10, "--guidance_scale", 3, "--images_per_pair", 8),
     ("--num_inference_steps", 10, "--attack_images", 32, "--inversion_steps", 200,
      "--relearn_max_steps", 50),
     ("--attacks", "inversion", "--inversion_steps", 100),
@@ -182,7 +182,10 @@ class TextSetting:
         """A method unlearned, measured and attacked; `flags` are options of unlearn.py. A `trial`
         of tuning is attacked by 100 steps of inversion alone."""
         w = self.world
-        alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
+        if method == "retrain":
+            alone = self.retrained()
+        else:
+            alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
         (c,) = alone.commands
         label = c.folder.name.rpartition("-")[0]
         judged = self._judged(
@@ -201,16 +204,17 @@ class TextSetting:
         own = w.guided if forgets in ("guidance", "adapter") else ()
         if forgets != "adapter":
             own = (*own, "--train_modules", self.modules)
-        named = [
-            ("--forget", self._prompts("forget")), ("--remember", self._prompts("remember")),
-            ("--surrogate_prompt", self._prompts("surrogate")),
-        ]  # fmt: skip
+        named = ("--forget", *self.gone, "--forget_templates", self._prompts("templates"),
+                 "--remember", self._prompts("remember"))  # fmt: skip
+        place = {
+            "other": ("--surrogate_concept", self.instead), "empty": (),
+            "gaussian": ("--surrogate", "gaussian"),
+        }  # fmt: skip
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
         made = command(
             f"{SD}/unlearn",
             ("--method", method, *losses(self.loss, method, "--remember_loss"), "--seed", seed,
-             *(x for pair in named for x in pair),
-             *(("--surrogate", "gaussian") if self.surrogate == "gaussian" else ()),
+             *named, *place[self.surrogate],
              "--max_train_steps", steps, *w.unlearn, *own, *flags, "--save_as", "pipeline",
              "--validation_steps", 0),
             self.root, f"models/{label}",
@@ -220,6 +224,16 @@ class TextSetting:
         after = tuple(r.name for r in self.trained if self.base.made in r.commands)
         return Run(self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps,
                    after)  # fmt: skip
+
+    def retrained(self) -> Run:
+        """The world, trained with the base's seed without what the others forget: the same
+        autoencoder and the same text encoder, which knows the word."""
+        steps = value(self.world.base, "--max_train_steps")
+        made = command(
+            f"{SD}/world/train", (*self.world.base, "--without", *self.gone, "--seed", 0),
+            self.root, f"models/{'-'.join(self.gone)}-retrain-s0",
+        )  # fmt: skip
+        return Run(self._name(made.folder.name), (made,), self.world.seconds["base"] * steps, steps)
 
     def pictures(self, row: str, run: Run) -> Run:
         """Pictures of what the model of a run draws, of the target and of its neighbours."""
@@ -260,7 +274,8 @@ class TextSetting:
         forgets = methods[method].forgets
         if self.loss == "relabel" and forgets == "surrogate":
             forgets = "relabel"
-        needs = [] if method in ("spm", "esd", "gradient_ascent") else ["replay"]
+        alone = ("spm", "esd", "gradient_ascent", "retrain")
+        needs = [] if method in alone else ["replay"]
         if forgets == "surrogate":
             needs.append("surrogate")
         if forgets in ("own", "relabel"):
@@ -276,17 +291,27 @@ class TextSetting:
         self.files[path] = text
         return path
 
-    def _forget(self) -> list[str]:
-        return [c.text for name in self.gone for c in self._named(name)]
-
-    def _surrogate(self) -> list[str]:
-        if self.surrogate == "empty":
-            return [""]
-        if self.kind == "style":  # the plain one
-            return [c.text for c in self._named(self.others[0])]
+    @property
+    def instead(self) -> str:
+        """The next content that is kept, or the plain style."""
+        if self.kind == "style":
+            return self.others[0]
         at = list(CONTENTS).index(self.target)
-        after = (*list(CONTENTS)[at:], *CONTENTS)
-        return [c.text for c in self._named(next(n for n in after if n in self.others))]
+        return next(n for n in (*list(CONTENTS)[at:], *CONTENTS) if n in self.others)
+
+    def _templates(self) -> list[str]:
+        """What the target's word is put into: trained templates, the other concept, where there is
+        one, by its first word. Styles that need different articles have no place for one."""
+        words = (*self.gone, self.instead)
+        one_article = len({w[0] in "aeiou" for w in words}) == 1
+        found = []
+        for c in captions(TRAINED if one_article else [t for t in TRAINED if "{a}" not in t]):
+            mine, other = c.content_word, c.style_word
+            if self.kind == "style":
+                mine, other = other, mine
+            if mine == self.target and other in (*CONTENTS, *STYLES, None):
+                found.append(c.text.replace(mine, "{}"))
+        return found
 
     def _remember(self) -> list[str]:
         kept = [c for c in captions(TRAINED) if not {c.content, c.style} & set(self.gone)]
@@ -304,13 +329,6 @@ class TextSetting:
             else [(c, s) for s in near for c in ("three", "eight")]
         )
         return [HELD_OUT[0].format(content=c, style=s) for c, s in pairs]
-
-    def _named(self, name: str) -> list[Any]:
-        """Trained prompts that name a concept by its first word, which is its name, and the other
-        concept, where there is one, by its own."""
-        first = (*CONTENTS, *STYLES, None)
-        return [c for c in captions(TRAINED) if name in (c.content_word, c.style_word)
-                and c.content_word in first and c.style_word in first]  # fmt: skip
 
     def about(self) -> dict[str, Any]:
         """For the protocol."""
