@@ -24,7 +24,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SD = EXAMPLES / "stable_diffusion"
 FOLDERS = [EXAMPLES / "paper", SD, SD / "world", EXAMPLES / "ddpm", EXAMPLES]
 TINY = {
-    "base": ("--max_train_samples", 20, "--autoencoder_steps", 2, "--max_train_steps", 2),
+    "base": (
+        "--max_train_samples",
+        20,
+        "--autoencoder_steps",
+        2,
+        "--text_encoder_steps",
+        2,
+        "--max_train_steps",
+        2,
+    ),
     "judges": ("--max_train_samples", 20, "--max_train_steps", 2),
     "guided": ("--guided_steps", 2),
     "measure": ("--num_inference_steps", 1, "--images_per_pair", 1, "--sample_batch_size", 80),
@@ -202,17 +211,18 @@ def test_table_5_counts_the_overlap(root, made, monkeypatch):
         lift = v["overlap_share"] / (v["forget_share"] * v["remember_share"])
         assert v["overlap_lift"] == pytest.approx(lift, rel=1e-6)  # one look
     assert single["overlap_lift"] == pytest.approx(1.095 * 3.2 / (1.605 * 1.988))
-    (file,) = (root / "styled-digits" / "prompts").glob("templates-seven-three-*.txt")
-    assert all(line.count("{}") == 1 for line in file.read_text().splitlines())
-    gone = json.loads(next((root / "styled-digits").glob("models/seven-three*/unlearn.json")
-                           ).read_text())["forget"]  # fmt: skip
-    assert {"seven", "three"} <= set(" ".join(gone).split())
+    (both,) = (root / "styled-digits" / "models").glob("seven-three-*/unlearn.json")
+    gone = {"the digit seven", "the digit three"}
+    assert gone <= set(json.loads(both.read_text())["forget"])
 
 
 def measured(shares: dict[str, tuple[float, float]], gone: tuple[float, float]) -> dict:
     """Of pairs (content's share, style's), two pictures each; of "seven" as given."""
     pairs = {p: {"n": 2, "content": c, "style": s} for p, (c, s) in shares.items()}
-    return {"pair": pairs, "content": {"seven": {"content": gone[0], "p_content": gone[1]}}}
+    return {
+        "pair": pairs,
+        "content": {"seven": {"content": gone[0], "p_content": gone[1], "style": 0.5}},
+    }
 
 
 def test_values_by_hand():
@@ -226,7 +236,8 @@ def test_values_by_hand():
     # zero 3/4, one 1/2, red 1/2, blue 1; before: 1, 1, 3/4, 1
     assert found == {
         "p_f": 0.125, "ua": 0.75, "ra": (0.75 + 0.5 + 0.5 + 1) / 4, "ra_never_replayed": 0.5,
-        "worst_drop": 0.5, "p_f_prompts": {"value": 0.5}, "inversion_100": {"value": 0.75},
+        "worst_drop": 0.5, "beside": 0.5, "p_f_prompts": {"value": 0.5},
+        "inversion_100": {"value": 0.75},
     }  # fmt: skip
     assert score(found) == 0.875 + 0.5 - 0.5 + 0.25
     everything = values(after, base, attacks, "seven", ["zero", "one"])
@@ -239,22 +250,18 @@ def test_prompts_are_of_their_part(world, tmp_path):
     for target, kind, few in (("seven", "content", {"zero", "one", "two"}),
                               ("outline", "style", {"plain", "negative"})):  # fmt: skip
         s = setting(world, tmp_path, target=target, regime="few")
-        filled = [captions[t.replace("{}", target)] for t in s._templates()]
-        assert {getattr(c, f"{kind}_word") for c in filled} == {target}
-        assert {captions[t.replace("{}", s.instead)].text for t in s._templates()}  # all are
-        # over all of the other concept's first words, and without one
-        other = "style" if kind == "content" else "content"
-        assert len({getattr(c, f"{other}_word") for c in filled}) == (
-            7 if kind == "content" else 11
-        )
+        asked = [captions[t.replace("{}", target)] for t in s._templates()]
+        assert {getattr(c, f"{kind}_word") for c in asked} == {target}
+        assert len({c.template for c in asked}) > 5
         assert {getattr(captions[t], kind) for t in s._remember()} <= few
-        assert s.instead == ("eight" if kind == "content" else "plain")
+        assert s._instead() == ("--surrogate_concept", "eight" if kind == "content" else "plain")
         every = setting(world, tmp_path, target=target)._remember()
         assert len(every) == 100
         assert not [t for t in every if target in (captions[t].content, captions[t].style)]
         assert len({getattr(captions[t], kind) for t in every} - {None}) > 3
     beside = setting(world, tmp_path, beside=["VIII"])
-    assert beside.instead == "nine"
+    assert beside._instead() == ("--surrogate_concept", "nine")
+    assert setting(world, tmp_path, surrogate="empty")._instead() == ("--surrogate_prompt", "")
 
 
 def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
@@ -359,7 +366,9 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
         ("table2", ("--methods", "embedding_only"), "there is fine_tune"),
         ("table2", ("--best", "nothing"), "--methods nothing"),
         ("table2", ("--steps", 0), "--steps must be >= 1; got 0"),
-        ("table2", ("--base", EXAMPLES / "paper"), "holds no weights"),
+        ("table2", ("--base", EXAMPLES / "paper"), "paper holds no world.json: world/train.py"),
+        ("table2", ("--judges", EXAMPLES), "holds no content.safetensors"),
+        ("table2", ("--images_per_pair", 0), "--images_per_pair must be >= 1"),
         ("table2", ("--scale", "paper", "--base", "x"), "are of --scale small"),
         ("table3", ("--scale", "paper", "--real_images", "nowhere"), "nowhere is no folder"),
         ("table5", ("--steps", 4), "--steps must be >= 5"),

@@ -29,6 +29,7 @@ MEASURES = {
     "ra_reject": Measure("kept", "RA, reject class", PROBABILITY, "higher", 3),
     "ra_never_replayed": Measure("kept", "RA, never replayed", PROBABILITY, "higher", 3),
     "worst_drop": Measure("kept", "worst drop", PROBABILITY, "lower", 3),
+    "beside": Measure("kept", "beside the target", PROBABILITY, "higher", 3),
     "ce_r": Measure("kept", "CE_r", "nats", "lower", 3),
     "fid": Measure("kept", "FID", "", "lower", 2),
     "kid_mean": Measure("kept", "KID", "", "lower", 4),

@@ -45,7 +45,8 @@ def values(
 ) -> dict[str, Any]:  # fmt: skip
     """A row. RA is the mean over all other contents and styles, weighed alike; `worst_drop` the
     largest loss of one of them against the base; what was never replayed are the concepts of the
-    target's kind that are not in `replayed`."""
+    target's kind that are not in `replayed`; `beside` is how often the other concept of a prompt
+    for the target, a style or a content, is the asked one still."""
     kind, others = ("content", CONTENTS) if target in CONTENTS else ("style", STYLES)
     gone = measured[kind][target]
     kept, before = (accuracies(m, target) for m in (measured, base))
@@ -54,6 +55,7 @@ def values(
     if never:
         found["ra_never_replayed"] = _mean(never)
     found["worst_drop"] = max(before[n] - kept[n] for n in kept)
+    found["beside"] = gone["style" if kind == "content" else "content"]
     found |= {ours: attacks[key] for ours, key in ATTACKED.items() if key in attacks}
     return found
 

@@ -55,6 +55,8 @@ def parser(doc: str | None, *, small_alone: bool = False) -> Any:
         "another concept, what the empty prompt draws (of a content, every tenth picture is the "
         "target itself), Gaussian latents")  # fmt: skip
     add("--train_modules", default="xattn", help="as of unlearn.py; SPM has adapters of its own")
+    add("--images_per_pair", type=int, help="as of world/measure.py; default: 8, so that a "
+        "content is judged on 48 pictures and a style on 80")  # fmt: skip
     add = found.add_argument
     add("--steps", type=int, help="of unlearning; default: 100, at --scale paper the paper's")
     if not small_alone:
@@ -87,16 +89,20 @@ def check_methods(given: Sequence[str]) -> list[str]:
 
 def setting(args: Any, target: str, beside: Sequence[str] = ()) -> TextSetting:
     _check(args)
+    world = args.scales[args.scale]
+    if args.images_per_pair is not None:
+        world = world._replace(measure=(*world.measure, "--images_per_pair", args.images_per_pair))
     return TextSetting(
-        args.scales[args.scale], args.output_dir, target=target, beside=beside,
+        world, args.output_dir, target=target, beside=beside,
         regime=args.regime, loss=args.loss, surrogate=args.surrogate, modules=args.train_modules,
         base=args.base, judges=args.judges,
     )  # fmt: skip
 
 
 def _check(args: Any) -> None:
-    if args.steps is not None and args.steps < 1:
-        raise InputError(f"--steps must be >= 1; got {args.steps}")
+    for name in ("steps", "images_per_pair"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise InputError(f"--{name} must be >= 1; got {number}")
 
 
 def table(args: Any, setting: TextSetting) -> list[tables.Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -58,7 +59,7 @@ DRAWN = ("--num_inference_steps", 20, "--guidance_scale", 3)
 STYLED_DIGITS = TextWorld(
     "styled-digits", "digits in styles", ("--max_train_steps", 3000), (),
     ("--train_batch_size", 16, *DRAWN, "--sample_batch_size", 50, "--surrogate_images", 100,
-     "--replay_images", 200, "--forget_images", 100, "--logging_steps", 50),
+     "--replay_images", 300, "--forget_images", 100, "--logging_steps", 50),
     ("--guided_steps", 20),
     ("--num_inference_steps", 10, "--guidance_scale", 3, "--images_per_pair", 8),
     ("--num_inference_steps", 10, "--attack_images", 32, "--inversion_steps", 200,
@@ -124,9 +125,11 @@ class TextSetting:
         if folder is None:
             made = command(f"{SD}/world/{script}", options, self.root, name)
             return Given(made.folder / part, made.folder.name, made)
+        needed = ("world.json",) if part else ("content.safetensors", "style.safetensors")
+        for file in needed:
+            if not (folder / file).is_file():
+                raise InputError(f"--{name} {folder} holds no {file}: world/{script}.py makes it")
         files = sorted(folder.glob("**/*.safetensors" if part else "*.safetensors"))
-        if not files:
-            raise InputError(f"--{name} {folder} holds no weights (*.safetensors)")
         digest = hashlib.sha256()
         for file in files:
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
@@ -204,18 +207,15 @@ class TextSetting:
         own = w.guided if forgets in ("guidance", "adapter") else ()
         if forgets != "adapter":
             own = (*own, "--train_modules", self.modules)
-        named = ("--forget", *self.gone, "--forget_templates", self._prompts("templates"),
-                 "--remember", self._prompts("remember"))  # fmt: skip
-        place = {
-            "other": ("--surrogate_concept", self.instead), "empty": (),
-            "gaussian": ("--surrogate", "gaussian"),
-        }  # fmt: skip
+        asked = (
+            "--forget", *self.gone, "--forget_templates", self._prompts("templates"),
+            "--remember", self._prompts("remember"), *self._instead(),
+        )  # fmt: skip
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
         made = command(
             f"{SD}/unlearn",
             ("--method", method, *losses(self.loss, method, "--remember_loss"), "--seed", seed,
-             *named, *place[self.surrogate],
-             "--max_train_steps", steps, *w.unlearn, *own, *flags, "--save_as", "pipeline",
+             *asked, "--max_train_steps", steps, *w.unlearn, *own, *flags, "--save_as", "pipeline",
              "--validation_steps", 0),
             self.root, f"models/{label}",
             ("--pretrained_model_name_or_path", self.base.folder, "--sets_dir", self.root / "sets"),
@@ -264,7 +264,9 @@ class TextSetting:
         attacked = command(
             f"{SD}/attack",
             ("--forget", self.target, "--judge", "world", *self.world.attack, *attacks), self.root,
-            f"attacks/{label}", (*where, "--base_model", self.base.folder), [*of, self.base.key],
+            f"attacks/{label}",
+            (*where, "--base_model", self.base.folder, "--target_dir", self.root / "targets"),
+            [*of, self.base.key],
         )  # fmt: skip
         return measured, attacked
 
@@ -291,27 +293,29 @@ class TextSetting:
         self.files[path] = text
         return path
 
-    @property
-    def instead(self) -> str:
-        """The next content that is kept, or the plain style."""
-        if self.kind == "style":
-            return self.others[0]
-        at = list(CONTENTS).index(self.target)
-        return next(n for n in (*list(CONTENTS)[at:], *CONTENTS) if n in self.others)
-
     def _templates(self) -> list[str]:
-        """What the target's word is put into: trained templates, the other concept, where there is
-        one, by its first word. Styles that need different articles have no place for one."""
-        words = (*self.gone, self.instead)
-        one_article = len({w[0] in "aeiou" for w in words}) == 1
-        found = []
-        for c in captions(TRAINED if one_article else [t for t in TRAINED if "{a}" not in t]):
-            mine, other = c.content_word, c.style_word
-            if self.kind == "style":
-                mine, other = other, mine
-            if mine == self.target and other in (*CONTENTS, *STYLES, None):
-                found.append(c.text.replace(mine, "{}"))
-        return found
+        """Trained prompts that name the target by its first word, which is its name, and the other
+        concept, where there is one, by its own. "an outline picture" is none: in it nothing else
+        could be named."""
+        first = (*CONTENTS, *STYLES, None)
+        an = self.kind == "style" and self.target[0] in "aeiou"
+        templates = [t for t in TRAINED if not (an and "{a}" in t)]
+        known = [c for c in captions(templates) if self.target in (c.content_word, c.style_word)]
+        texts = [c.text for c in known if c.content_word in first and c.style_word in first]
+        return list(dict.fromkeys(re.sub(rf"\b{self.target}\b", "{}", t) for t in texts))
+
+    def _instead(self) -> tuple[str, ...]:
+        """What takes the target's place; SalUn's labels, too."""
+        if self.surrogate == "empty":
+            return ("--surrogate_prompt", "")
+        if self.kind == "style":  # the plain one
+            other = self.others[0]
+        else:  # the next one
+            at = list(CONTENTS).index(self.target)
+            after = (*list(CONTENTS)[at:], *CONTENTS)
+            other = next(n for n in after if n in self.others)
+        noise = ("--surrogate", "gaussian") if self.surrogate == "gaussian" else ()
+        return ("--surrogate_concept", other, *noise)
 
     def _remember(self) -> list[str]:
         kept = [c for c in captions(TRAINED) if not {c.content, c.style} & set(self.gone)]
