@@ -1,7 +1,7 @@
 """The world's text encoder: it learns to say which digit and which style a caption asks for.
 
 Stable Diffusion's comes from CLIP, trained on captions and pictures before there was a UNet.
-Trained together with the UNet instead, this one had taught it the styles after 1000 steps, and no
+Trained together with the UNet instead, this one had taught it the styles after 750 steps, and no
 digit.
 """
 
