@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(sd_tables.METHODS))
     parser.add_argument(
         "--learning_rates", type=float, nargs="+", default=list(RATES),
-        help="of methods with a strength, SPM ten times these; earlier trials on the same base count",
+        help="of methods with a strength, SPM ten times these; earlier trials on this base count",
     )  # fmt: skip
     parser.set_defaults(regime="few")
     args = parser.parse_args(argv)

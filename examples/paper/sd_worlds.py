@@ -66,7 +66,7 @@ STYLED_DIGITS = TextWorld(
      "--relearn_max_steps", 50),
     ("--attacks", "inversion", "--inversion_steps", 100),
     (*DRAWN, "--images_per_prompt", 4),
-    {"base": 0.4, "judges": 120.0, "unlearn": 0.25, "sets": 25.0, "measure": 60.0, "attack": 90.0,
+    {"base": 0.4, "judges": 40.0, "unlearn": 0.25, "sets": 15.0, "measure": 15.0, "attack": 27.0,
      "pictures": 5.0},
     "one core of a 2.5 GHz x86-64 CPU a run",
 )  # fmt: skip
