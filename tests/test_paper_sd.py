@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
@@ -137,7 +139,7 @@ def test_a_table_trains_the_world_runs_what_is_missing_and_reuses_what_is_there(
     assert [n.removeprefix("styled-digits: ") for n in made[:3]] == ["base", "judges",
                                                                      "base, seven"]  # fmt: skip
     assert len(made) == 9
-    found = report(root, "table2-seven-list-crossed-other-xattn")
+    found = report(root, "table2-seven-list-relabel-other-full")
     assert names(found)[:3] == ["base model", "EBU added", "SPM"]
     assert names(found)[3:] == [f"the paper: {m}" for m in ("ESD", "SA", "SalUn", "EBU")]
     base, ebu, spm = (row["values"] for row in found["rows"][:3])
@@ -397,6 +399,54 @@ def tiny(tmp_path_factory) -> Path:
     return pipeline(tmp_path_factory.mktemp("tiny") / "model")
 
 
+def test_a_protocol_is_of_a_row_that_learns_the_surrogate(world, tmp_path):
+    sd_tables, setting_ = module("sd_tables"), setting(world, tmp_path)
+    made = [sd_tables.row(setting_, m, [1], 2) for m in ("retrain", "esd", "ebu_added", "joint")]
+    for row in made[1:]:
+        folder = row.runs[0].commands[0].folder
+        folder.mkdir(parents=True)
+        method = row.runs[0].commands[0].argv[row.runs[0].commands[0].argv.index("--method") + 1]
+        (folder / "unlearn.json").write_text(json.dumps({"method": method}))
+    assert sd_tables.typical(made)["method"] == "ebu_added"
+    assert sd_tables.typical(made[:2])["method"] == "esd"
+    with pytest.raises(module("command_line").InputError, match="a method that unlearns"):
+        sd_tables.typical(made[:1])
+
+
+def test_a_retrained_world_with_another_autoencoder_is_told(world, tmp_path, root):
+    (base,) = (root / "styled-digits").glob("base-????????/pipeline")
+    (judges,) = (root / "styled-digits").glob("judges-????????")
+    sd_tables, ours = module("sd_tables"), setting(world, tmp_path, base=base, judges=judges)
+    row = sd_tables.row(ours, "retrain", [1], 2)
+    pipeline = row.runs[0].commands[0].folder / "pipeline"
+    shutil.copytree(base, pipeline)
+    assert sd_tables.apart(ours, [row]) == []
+    file = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes() + b" ")
+    (note,) = sd_tables.apart(ours, [row])
+    assert note.startswith("Retrain has another vae than the base")
+
+
+def test_differences_are_from_the_first_row_of_several_seeds(world, tmp_path):
+    sd_tables, tables = module("sd_tables"), module("tables")
+    ours = setting(world, tmp_path)
+    seeds = {"spm": [1], "ebu_added": [1, 2], "joint": [1, 2], "esd": [1, 3]}
+    made = [sd_tables.row(ours, m, s, 2) for m, s in seeds.items()]
+    for i, row in enumerate(made):
+        for run in row.runs:
+            run.folder.mkdir(parents=True)
+            line = {"values": {"p_f": 0.25 * i}}
+            (run.folder / "results.json").write_text(json.dumps({"rows": [line]}))
+    (said,) = tables.differences(made, ["p_f"])
+    assert said == "EBU added minus plain sum: P_f -0.250 [-0.250, -0.250]"
+
+
+def test_table_5_tells_each_rows_strength_where_they_differ():
+    told = module("table5").told
+    assert told({"a": {"gamma": 1}, "b": {"gamma": 1}}) == {"gamma": 1}
+    assert told({"a": "1e-4", "b": "1e-3"}) == {"a": "1e-4", "b": "1e-3"}
+
+
 def test_the_papers_table_3_by_nudenet(tiny, tmp_path, made, monkeypatch):
     pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
     paper, sd_tables = module("sd_paper"), module("sd_tables")
@@ -422,6 +472,22 @@ def test_the_papers_table_3_by_nudenet(tiny, tmp_path, made, monkeypatch):
     rates = found["protocol"]["unlearning"]["settings"]
     assert (rates["EBU added"]["learning_rate"], rates["SPM"]["learning_rate"]) == (1e-5, 1e-4)
     assert re.search(r"empty prompt", found["protocol"]["unlearning"]["forget_loss"])
+
+
+def test_the_pictures_of_a_task_are_counted():
+    """They are the estimate of the cost, and stand in the protocol."""
+    paper, prompts = module("sd_paper"), module("prompts")
+    tasks = (paper.CASSETTE_PLAYER, paper.NUDITY, paper.artist("Kelly McKernan"))
+    for found in (e for task in tasks for e in task.evaluations):
+        given = [str(o) for o in found.options]
+        each = int(given[given.index("--images_per_prompt") + 1])
+        if "--imagenette" in given:
+            number = 10
+        else:
+            asked = [*given, "--"][given.index("--prompts") + 1 :]
+            texts = asked[: next(i for i, o in enumerate(asked) if o.startswith("--"))]
+            number = len(prompts.read(texts, "--prompts"))
+        assert found.pictures == number * each, found.name
 
 
 def test_steps_at_paper_scale_are_the_papers():
@@ -504,8 +570,15 @@ def test_lpips_is_against_the_base(tiny, tmp_path):
     evaluate(tiny, tmp_path / "base", *given)
     more = ("--metrics", "lpips", "--reference_dir", tmp_path / "base", "--forget", "a cat",
             "--alexnet_weights", tmp_path / "a.pth")  # fmt: skip
-    other = evaluate(tiny, tmp_path / "other", *given, "--seed", 1, *more)["values"]
-    assert other["lpips_f"]["value"] != other["lpips_r"]["value"] > 0
+    with pytest.raises(module("sources").InputError, match="was drawn with --seed 0, not 1"):
+        evaluate(tiny, tmp_path / "other", *given, "--seed", 1, *more)
+    assert not (tmp_path / "other").exists()
+    cat = tmp_path / "base" / "images" / "0000_0000.png"
+    with Image.open(cat) as opened:
+        turned = ImageOps.invert(opened.convert("RGB"))
+    turned.save(cat)
+    other = evaluate(tiny, tmp_path / "other", *given, *more)["values"]
+    assert other["lpips_f"]["value"] > 0 == other["lpips_r"]["value"]
     with pytest.raises(module("sources").InputError, match="is of other prompts"):
         evaluate(tiny, tmp_path / "o", *given[:2], "--resolution", 32, "--images_per_prompt", 1,
                  *more)  # fmt: skip

@@ -76,7 +76,7 @@ NUDITY = Task(
     (Evaluation("nude", ("--prompts", NUDE, "--forget", NUDE, "--images_per_prompt", 200,
                          "--metrics", "nudity"), 200),
      Evaluation("kept", ("--prompts", REMEMBER, "--images_per_prompt", 4, "--metrics",
-                         "clip_score"), 200)),
+                         "clip_score"), 204)),
     ("ebu_added", "selective_amnesia", "esd", "salun", "spm"), "table3_nudity_sd",
 )  # fmt: skip
 

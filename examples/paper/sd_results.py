@@ -16,7 +16,9 @@ from ebu_optim._files import replacing
 from ebu_optim.baselines import methods
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
-#: Attacks of attack.py that stand in a table; its P_f is under the forgotten prompts alone.
+#: Attacks of attack.py that stand in a table; its P_f is under the trained prompts that name the
+#: target by its first word. The other concept is in any of its words there, and unlearn.py was
+#: given its first alone: about a third of them are forgotten prompts.
 ATTACKED = {
     "p_f_prompts": "p_f", "paraphrase": "paraphrase", "paraphrase_worst": "paraphrase_worst",
     "inversion_100": "inversion_100", "inversion_200": "inversion_200",

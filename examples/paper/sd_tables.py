@@ -35,9 +35,9 @@ MOST = 10  # prompts in a grid
 STEPS = 100  # of unlearning, at small scale
 AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_200")
 TUNING = (
-    "each row's; trials are sd_tune.py's: the same number and the same steps for each method, "
-    "another target, seed 0, which is not reported, score (1 - P_f) + RA (never replayed) - worst "
-    "drop + (1 - P_f after 100 steps of inversion)"
+    "each row's; trials are sd_tune.py's, as many as the row says: the same steps for each method, "
+    "another target, few prompts remembered, seed 0, which is not reported, score (1 - P_f) + RA "
+    "(never replayed) - worst drop + (1 - P_f after 100 steps of inversion)"
 )
 
 
@@ -50,13 +50,18 @@ def parser(doc: str | None, *, small_alone: bool = False) -> Any:
     add("--regime", choices=REGIMES, default="list", help="prompts that are remembered: 100 "
         "without the target, or those of few other concepts, so that what was never replayed "
         "can be told")  # fmt: skip
-    add("--loss", choices=LOSSES, default="crossed", help="to remember by")
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="relabel",
+        help="to remember by; relabel: to forget by too",
+    )
     add("--surrogate", choices=SURROGATES, default="other", help="drawn in place of the target: "
         "another concept, what the empty prompt draws (of a content, every tenth picture is the "
         "target itself), Gaussian latents")  # fmt: skip
-    add("--train_modules", default="xattn", help="as of unlearn.py; SPM has adapters of its own")
+    add("--train_modules", default="full", help="as of unlearn.py; SPM has adapters of its own")
     add("--images_per_pair", type=int, help="as of world/measure.py; default: 8, so that a "
-        "content is judged on 48 pictures and a style on 80")  # fmt: skip
+        "content is judged on 40 or 48 pictures and a style on 72 or 80")  # fmt: skip
     add = found.add_argument
     add("--steps", type=int, help="of unlearning; default: 100, at --scale paper the paper's")
     if not small_alone:
@@ -170,7 +175,7 @@ def small(
     if not run(args, s, [*s.ground, *(run for r in found for run in r.runs), *drawn]):
         return None
     first = found[0].runs[0]
-    said = sd_results.training(s, sd_results.read(first, "unlearn"), TUNING)
+    said = sd_results.training(s, typical(found), TUNING)
     said["unlearning"]["settings"] = tables.settings(found)
     name = "-".join([script, s.target, s.regime, s.loss, s.surrogate, s.modules])
     tables.report(
@@ -178,7 +183,8 @@ def small(
         limits=rows.results(first.folder)[:1], paper=paper,
         title=f"{title}: {s.target!r} forgotten, prompts remembered: {s.regime}, by {s.loss}; "
         f"instead: {s.surrogate}",
-        command=command(script, argv), notes=[*notes, *marks(found)], parts=TEXT_TO_IMAGE,
+        command=command(script, argv), notes=[*notes, *marks(found), *apart(s, found)],
+        parts=TEXT_TO_IMAGE,
         plots=plots(found), grids=[grid(found, drawn, [s.target])], axes=AXES,
         one="one base model, and sets of their own", shown="Curves and pictures",
     )  # fmt: skip
@@ -200,7 +206,7 @@ def large(
     if not run(args, s, [*s.ground, *(run for r in found for run in r.runs)]):
         return None
     first = found[0].runs[0]
-    said = sd_results.training(s, sd_results.read(first, "unlearn"), "none: published settings")
+    said = sd_results.training(s, typical(found), "none: published settings")
     said["unlearning"]["settings"] = tables.settings(found)
     tables.report(
         s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
@@ -230,6 +236,43 @@ def paper_steps(task: Task) -> dict[str, int]:
 
 def command(script: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])])
+
+
+def typical(found: Sequence[tables.Row]) -> dict[str, Any]:
+    """What unlearn.py wrote of a run, for the part of the protocol that most rows have in common:
+    of the first that learns the surrogate's losses, or else of the first that was unlearned.
+
+    Raises:
+        InputError: there is none.
+    """
+    runs = [r.runs[0] for r in found if r.runs[0].commands[0].script == f"{SD}/unlearn"]
+    made = [sd_results.read(run, "unlearn") for run in runs]
+    if not made:
+        raise InputError("--methods retrain: a table needs a method that unlearns beside it")
+    plain = [m for m in made if methods[m["method"]].forgets == "surrogate"]
+    return (plain or made)[0]
+
+
+def apart(setting: TextSetting, found: Sequence[tables.Row]) -> list[str]:
+    """A note where Retrain has not the autoencoder and the text encoder of the base: a --base that
+    was trained in another way, or with other threads."""
+
+    def weights(pipeline: Path, part: str) -> list[bytes]:
+        return [f.read_bytes() for f in sorted((pipeline / part).glob("*.safetensors"))]
+
+    commands = [r.runs[0].commands[0] for r in found]
+    other = [
+        part
+        for part in ("vae", "text_encoder")
+        for c in commands
+        if c.script == f"{SD}/world/train"
+        and weights(c.folder / "pipeline", part) != weights(setting.base.folder, part)
+    ]
+    note = (
+        f"Retrain has another {' and another '.join(other)} than the base: inversion and "
+        "relearning learn from the base's latents, and say nothing of it."
+    )
+    return [note] if other else []
 
 
 def marks(found: Sequence[tables.Row]) -> list[str]:

@@ -73,9 +73,15 @@ def paper_rows() -> list[dict[str, Any]]:
     return found
 
 
+def told(each: Mapping[str, Any]) -> Any:
+    """What all rows have, or each row's where they differ: styles may be tuned on their own."""
+    first, *others = each.values()
+    return dict(each) if any(other != first for other in others) else first
+
+
 def report(
-    args: Any, setting: Any, made: Mapping[str, Sequence[Run]], choice: rows.Choice,
-    argv: Sequence[str] | None,
+    args: Any, setting: Any, made: Mapping[str, Sequence[Run]],
+    choices: Mapping[str, rows.Choice], argv: Sequence[str] | None,
 ) -> None:  # fmt: skip
     table = []
     for name, runs in made.items():
@@ -88,8 +94,8 @@ def report(
     said["data"]["forget"] = list(made)
     said["unlearning"] |= {
         "method": rows.title("ebu_added"), "steps": about["options"]["max_train_steps"],
-        "settings": {**about["settings"], **choice.options},
-        "learning_rate": f"{choice.learning_rate:g}, constant",
+        "settings": {**about["settings"], **told({n: c.options for n, c in choices.items()})},
+        "learning_rate": told({n: f"{c.learning_rate:g}, constant" for n, c in choices.items()}),
     }  # fmt: skip
     said["seeds"] |= {"unlearning": args.seeds}
     folder = setting.root / "-".join(["table5", setting.regime, setting.loss, setting.modules])
@@ -117,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         raise command_line.InputError(f"--steps must be >= {EVERY} here; got {args.steps}")
     made: dict[str, list[Run]] = {}
     settings: list[Any] = []
+    choices: dict[str, rows.Choice] = {}
     for name, gone in (PAPER if paper else SMALL).items():
         if paper:
             setting = sd_tables.paper_setting(args, gone)
@@ -131,13 +138,14 @@ def main(argv: list[str] | None = None) -> None:
             for s in seeds
         ]  # fmt: skip
         settings.append(setting)
+        choices[name] = choice
     todo = [*setting.trained, *(run for runs in made.values() for run in runs)]
     if not command_line.announce(args, setting.world, todo):
         return
     for setting in settings:
         setting.write_prompts()
     command_line.runs.execute(todo, command_line.workers(args))
-    report(args, setting, made, choice, argv)
+    report(args, setting, made, choices, argv)
 
 
 if __name__ == "__main__":

@@ -101,10 +101,13 @@ AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 
 
 def differences(table: Sequence[Row], axes: Sequence[str] = AXES) -> list[str]:
-    """The first row minus each other one with the same seeds, seed by seed, on the three axes."""
-    first, *others = [r for r in table if r.seeds == table[0].seeds and len(r.runs) > 1]
+    """The first row of several seeds minus each other one with the same, seed by seed."""
+    several = [r for r in table if len(r.runs) > 1]
     found = []
-    for other in others:
+    for other in several[1:]:
+        first = several[0]
+        if other.seeds != first.seeds:
+            continue
         said = []
         for key in axes:
             pairs = [

@@ -48,6 +48,8 @@ from ebu_optim.metrics.intervals import estimate  # noqa: E402
 
 KNOWN = ("imagenette", "nudity", "clip_score", "lpips", "fid")
 RESULT = "evaluation.json"
+#: Options in which pictures must agree to be compared one by one.
+SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,6 +114,14 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--metrics {metric} needs a folder as --{option}; got {folder}")
     if args.reference_dir and not (args.reference_dir / RESULT).is_file():
         raise InputError(f"--reference_dir {args.reference_dir} holds no {RESULT} of this script")
+    if "lpips" in args.metrics:
+        before = json.loads((args.reference_dir / RESULT).read_text())["protocol"]["options"]
+        for name in SAME:  # or the distance would be that of other noise
+            if before[name] != str(getattr(args, name)):
+                raise InputError(
+                    f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
+                    f"not {getattr(args, name)}: measure the base with the same options"
+                )
     if (args.output_dir / RESULT).exists() and not args.overwrite:
         raise InputError(
             f"--output_dir {args.output_dir} holds a finished evaluation: give --overwrite to "
