@@ -1,7 +1,7 @@
 """Choose every method's learning rate and strength in the world of digits in styles, by four trials
 on seed 0 and on a target that no table reports.
 
-    python examples/paper/sd_tune.py --kind content --loss crossed
+    python examples/paper/sd_tune.py --kind content
 
 Prompts of few other concepts are remembered, where methods differ. The choice with the best score
 = (1 - P_f) + accuracy on what was never replayed - the worst drop of one concept + (1 - P_f after
@@ -20,7 +20,7 @@ import tune
 
 #: What is forgotten in the trials: in no table.
 TARGETS = {"content": "three", "style": "negative"}
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4)
 #: Where there is no strength, as many learning rates.
 ALONE = ("learning_rate", (1e-5, 3e-5, 1e-4, 3e-4))
 #: The ends of the grids of class-conditional models.
