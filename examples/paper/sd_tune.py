@@ -34,7 +34,7 @@ ADAPTER = 10
 
 
 def rates(method: str, given: Sequence[float]) -> list[float]:
-    return [r * (ADAPTER if method == "spm" else 1) for r in given]
+    return [float(f"{r * (ADAPTER if method == 'spm' else 1):g}") for r in given]
 
 
 def main(argv: list[str] | None = None) -> None:
