@@ -151,6 +151,8 @@ def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
     """The other parts, of the world of digits in styles."""
     drawn, attacked = (read(run, s)["protocol"] for s in ("world/measure", "attack"))
     judges = drawn["judges_measured"]
+    # where the folders are says nothing elsewhere; the hashes stay
+    attacked = {k: v for k, v in attacked.items() if k not in ("model", "base_model")}
     return {
         "sampling": {
             "weights": "trained", "sampler": f"DDIM, {drawn['num_inference_steps']} steps, eta 0",
