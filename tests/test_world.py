@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -384,7 +385,7 @@ def test_unlearning_takes_the_pipeline_and_measuring_both(made, tmp_path):
             "measure.py", "--pretrained_model_name_or_path", folder / "pipeline", "--judges",
             made / "judges", "--images_per_pair", 2, "--num_inference_steps", 1, "--output", output,
         )  # fmt: skip
-        assert "| content word | VII |" in said
+        assert re.search(r"\| content word \| \w+ \|", said)
         tables[name] = json.loads(output.read_text())["measured"]
     assert tables["base"] != tables["gone"]
     for found in tables.values():
