@@ -317,7 +317,7 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
     losses = object.__new__(unlearn_losses.Losses)
     losses.own, losses.kind = [(torch.full((4, 1, 8, 8), -1.0), torch.zeros(4))], "own"
     losses.model = losses.raw = SimpleNamespace(class_embedding=torch.nn.Embedding(2, 2))
-    losses.scheduler = None
+    losses.scheduler, losses.forgotten = None, [0]
     losses.at(0)
     for method in ("gradient_ascent", "erasediff"):
         losses.args = SimpleNamespace(method=method, reduction="sum", condition_noise=0.0)
