@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,11 @@ def _base_drawn(setting: worlds.Setting) -> bool:
     made = setting.base.folder / runs.LAST["train"]
     attacks = (setting.root / "samples").glob("*.json")
     return made.exists() and any(p.stat().st_mtime > made.stat().st_mtime for p in attacks)
+
+
+def typed(script: str, argv: Sequence[str] | None) -> str:
+    """The command that was given, for a report."""
+    return shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])])
 
 
 def main(script: Callable[[], None]) -> None:

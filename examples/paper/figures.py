@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,7 @@ def write(
     tables.write(
         folder, setting, table, plots=plots, grids=grids, notes=notes,
         title=f"{title} on {setting.world.title}: {args.regime} replay, remembered by {args.loss}",
-        command=shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])]),
+        command=command_line.typed(script, argv),
     )  # fmt: skip
     tables.say(folder)
     return folder

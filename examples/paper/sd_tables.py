@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +134,7 @@ def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> 
 def trial(args: Any, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
     """Of tuning, on seed 0."""
     steps = args.steps or STEPS
-    name = f"{method}-{setting.regime}-{setting.loss}-{tag(setting, choice)}-{steps}"
+    name = tables.label(setting, method, tag(setting, choice), steps)
     return setting.run(name, method, seed=0, steps=steps, flags=choice.flags, trial=True)
 
 
@@ -183,7 +181,7 @@ def small(
         limits=rows.results(first.folder)[:1], paper=paper,
         title=f"{title}: {s.target!r} forgotten, prompts remembered: {s.regime}, by {s.loss}; "
         f"instead: {s.surrogate}",
-        command=command(script, argv), notes=[*notes, *marks(found), *apart(s, found)],
+        command=command_line.typed(script, argv), notes=[*notes, *marks(found), *apart(s, found)],
         parts=TEXT_TO_IMAGE,
         plots=plots(found), grids=[grid(found, drawn, [s.target])], axes=AXES,
         one="one base model, and sets of their own", shown="Curves and pictures",
@@ -211,7 +209,8 @@ def large(
     tables.report(
         s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
         limits=rows.results(first.folder)[:1], paper=task.paper,
-        title=f"{title}: {task.title} forgotten", command=command(script, argv), notes=(),
+        title=f"{title}: {task.title} forgotten", notes=(),
+        command=command_line.typed(script, argv),
         parts=[part for part in TEXT_TO_IMAGE if part not in ("classifier", "attacks")], plots=(),
         grids=[grid(found, [s.ground[0], *(r.runs[0] for r in found)], [task.title], 4)],
         axes=("ce_f", "ra", "nudity_score", "clip_score", "lpips_f"),
@@ -232,10 +231,6 @@ def paper_steps(task: Task) -> dict[str, int]:
     """As the paper's column RT has them; where there is none, 1000 for all."""
     lines = json.loads(tables.PAPER.read_text())[task.paper] if task.paper else {}
     return {m: lines[name]["RT"][0] for m, name in PAPER.items() if "RT" in lines.get(name, {})}
-
-
-def command(script: str, argv: Sequence[str] | None) -> str:
-    return shlex.join(["python", f"examples/paper/{script}.py", *(argv or sys.argv[1:])])
 
 
 def typical(found: Sequence[tables.Row]) -> dict[str, Any]:

@@ -9,9 +9,6 @@ as a smoke run on generated images, whose figures mean nothing. Each says so in 
 
 from __future__ import annotations
 
-import shlex
-import sys
-
 import command_line
 import rows
 import table6
@@ -46,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = setting.root / "table1"
         tables.write(
             folder, setting, found, paper=world.paper, title=f"Table 1 on {world.title}",
-            command=shlex.join(["python", "examples/paper/table1.py", *(argv or sys.argv[1:])]),
+            command=command_line.typed("table1", argv),
         )  # fmt: skip
         tables.say(folder)
 

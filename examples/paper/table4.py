@@ -9,9 +9,6 @@ paper scale with both learning rates of the paper.
 
 from __future__ import annotations
 
-import shlex
-import sys
-
 import command_line
 import rows
 import tables
@@ -47,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     tables.write(
         folder, setting, found, paper="table4_ablation_cifar10",
         title=f"Table 4 on {setting.world.title}: {args.regime} replay, remembered by {args.loss}",
-        command=shlex.join(["python", "examples/paper/table4.py", *(argv or sys.argv[1:])]),
+        command=command_line.typed("table4", argv),
     )  # fmt: skip
     tables.say(folder)
 

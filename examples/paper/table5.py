@@ -103,7 +103,7 @@ def report(
         folder, title=f"Table 5 on {setting.world.title}", overwrite=folder.exists(),
         rows=[*table, *paper_rows()], protocol=said,
         parts=("data", "model", "unlearning", "timing", "seeds", "versions"),
-        command=sd_tables.command("table5", argv),
+        command=command_line.typed("table5", argv),
         notes=[
             "Shares of what is trained, in the mean over a run's steps; of several seeds the mean "
             "and its 95 % interval. Chance: a lift of 1, and half of the overlap opposed. The "

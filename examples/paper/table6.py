@@ -11,8 +11,6 @@ SalUn and EBU) with its steps and both of its learning rates; others that --meth
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Any
 
 import command_line
@@ -88,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     tables.write(
         folder, setting, found, paper=world.paper,
         title=f"Table 6 on {world.title}: {args.regime} replay, remembered by {args.loss}",
-        command=shlex.join(["python", "examples/paper/table6.py", *(argv or sys.argv[1:])]),
+        command=command_line.typed("table6", argv),
     )  # fmt: skip
     tables.say(folder)
 

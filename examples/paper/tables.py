@@ -49,10 +49,15 @@ def row(
     """A method at its tuned strength, or at `choice`; `flags` are further options of unlearn.py."""
     if choice is None:
         choice, tuning = rows.tuned(setting, method), rows.tuning(setting, method)
-    label = f"{method}-{setting.regime}-{setting.loss}-{tag or choice.name}-{steps}"
+    name_of_runs = label(setting, method, tag or choice.name, steps)
     given = [*choice.flags, *flags]
-    runs = tuple(setting.run(label, method, seed=s, steps=steps, flags=given) for s in seeds)
+    runs = tuple(setting.run(name_of_runs, method, seed=s, steps=steps, flags=given) for s in seeds)
     return Row(name or rows.title(method), runs, steps, choice, tuning)
+
+
+def label(setting: Any, method: str, tag: str, steps: int) -> str:
+    """What the runs of a method in a setting are called; `tag` tells its strengths apart."""
+    return f"{method}-{setting.regime}-{setting.loss}-{tag}-{steps}"
 
 
 def paper_steps(world: World, method: str) -> int:

@@ -16,7 +16,8 @@ import torch
 from attack_judges import Judge
 from attack_model import Attacked, NewWord, initial_words
 from attack_prompts import Questions
-from sources import ENDINGS, InputError, Item, decode
+from cache import encode_images, image_files, read_images
+from sources import ENDINGS, InputError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -271,7 +272,7 @@ def target_files(folder: Path | None) -> list[Path]:
     """Pictures of --instance_data_dir; none where the base is to draw them."""
     if folder is None:
         return []
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+    found = image_files(folder)
     if not found:
         raise InputError(
             f"--instance_data_dir {folder}: no picture of the target ({', '.join(ENDINGS)}) in it"
@@ -279,16 +280,10 @@ def target_files(folder: Path | None) -> list[Path]:
     return found
 
 
-@torch.no_grad()
 def encoded(model: Attacked, files: list[Path]) -> Tensor:
-    """Latents (n, C, H, W) of image files, by the mode of the VAE's posterior."""
-    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
-    size = model.shape[1] * factor
-    items = [Item(p, 0, p.name) for p in files]
-    stack, _, _ = decode(items, ["target"], "--instance_data_dir", resolution=size, skip=False)
-    pixels = stack.float().div_(127.5).sub_(1)
-    parts = [model.vae.encode(x[None].to(model.device)).latent_dist.mode().cpu() for x in pixels]
-    return torch.cat(parts) * model.vae.config.scaling_factor
+    """Latents (n, C, H, W) of image files."""
+    size = model.shape[1] * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return encode_images(model.vae, read_images(files, "--instance_data_dir", size))
 
 
 def mean(values: list[float]) -> float:

@@ -83,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--surrogate folder and --surrogate_dir go together")
     for name in ("surrogate_dir", "forget_dir"):
         folder = getattr(args, name)
-        if folder is not None and not _files(folder):
+        if folder is not None and not image_files(folder):
             raise InputError(f"--{name} {folder}: no image ({', '.join(ENDINGS)}) in it")
     args.sets_dir = args.sets_dir or args.output_dir / "sets"
 
@@ -207,7 +207,7 @@ def _encoded(
     """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""
     files = weights(folder, "vae", args.variant)
     size = looked.resolution
-    given = _files(images) if images else []
+    given = image_files(images) if images else []
     how = [_content(files), _content(given), number if images is None else 0, size, args.seed]
     path = args.sets_dir / f"encoded-{_digest(how)}.safetensors"
     if not path.exists():
@@ -216,18 +216,28 @@ def _encoded(
             g = torch.Generator().manual_seed(args.seed)
             pixels = surrogate_noise("uniform", (number, 3, size, size), generator=g)
         else:
-            items = [Image(p, 0, p.name) for p in given]
-            stack, _, _ = decode(items, ["image"], str(images), resolution=size, skip=False)
-            pixels = stack.float().div_(127.5).sub_(1)
+            pixels = read_images(given, str(images), size)
         # in float32 whatever --mixed_precision is, as the name of the file says nothing of it
         with torch.autocast(torch.device(device).type, enabled=False):
-            latents = [vae.encode(x[None].to(device)).latent_dist.mode().cpu() for x in pixels]
-        scaled = torch.cat(latents) * vae.config.scaling_factor
-        save_tensors(path, {"latents": scaled}, {})
+            save_tensors(path, {"latents": encode_images(vae, pixels)}, {})
     return load_tensors(path)[0]["latents"]
 
 
-def _files(folder: Path) -> list[Path]:
+def read_images(files: Sequence[Path], where: str, size: int) -> Tensor:
+    """(n, 3, size, size) in [-1, 1]; `where` they come from is for errors."""
+    items = [Image(p, 0, p.name) for p in files]
+    stack, _, _ = decode(items, ["image"], where, resolution=size, skip=False)
+    return stack.float().div_(127.5).sub_(1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents (n, C, H, W) on the CPU: the mode of the posterior, one image at a time."""
+    latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
 
 
