@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ebu_optim._files import save_tensors
 
+from .scripts import importable
 from .text_to_image import pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -30,14 +30,8 @@ FOLDERS = [SCRIPTS, SCRIPTS / "world", EXAMPLES / "ddpm", EXAMPLES]
 
 @pytest.fixture(scope="module", autouse=True)
 def _paths():
-    """The scripts' folders on the path, and their modules gone again afterwards."""
-    path, modules = list(sys.path), set(sys.modules)
-    sys.path[:0] = [str(f) for f in FOLDERS]
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
-            del sys.modules[name]
+    with importable(FOLDERS):
+        yield
 
 
 def module(name: str):

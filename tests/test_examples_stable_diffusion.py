@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,13 +20,13 @@ import torch
 pytest.importorskip("transformers", reason="transformers comes with the extra examples")
 pytest.importorskip("peft", reason="peft comes with the extra examples")
 
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from ebu_optim._files import load_tensors
 
+from .scripts import importable, run_script
 from .text_to_image import LENGTH, pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -40,14 +37,8 @@ PAGE = ROOT / "docs" / "stable_diffusion.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def _paths():
-    """The scripts' folders on the path, and their modules gone again afterwards."""
-    before = list(sys.path)
-    sys.path[:0] = [str(f) for f in FOLDERS]
-    yield
-    sys.path[:] = before
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").parent in FOLDERS:
-            del sys.modules[name]
+    with importable(FOLDERS):
+        yield
 
 
 def module(name: str):
@@ -55,20 +46,7 @@ def module(name: str):
 
 
 def run(*args, script: Path = SCRIPT) -> tuple[int, str]:
-    """Exit status and what was said, in this process: importing takes longer than running."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    said, argv, path = io.StringIO(), sys.argv, list(sys.path)
-    sys.argv = [str(script), *map(str, args)]
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            runpy.run_path(str(script), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv, sys.path[:] = argv, path
-    return code, said.getvalue()
+    return run_script(script, *args)
 
 
 def succeed(*args, **options) -> str:

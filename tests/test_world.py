@@ -3,14 +3,10 @@ pipeline is one which the other scripts take, and what bad input is told."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +14,12 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ebu_optim._files import save_tensors
+
+from .scripts import importable, run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORLD = EXAMPLES / "stable_diffusion" / "world"
@@ -31,14 +28,8 @@ FOLDERS = [WORLD, WORLD.parent, EXAMPLES / "ddpm", EXAMPLES]
 
 @pytest.fixture(scope="module", autouse=True)
 def _paths():
-    """The scripts' folders on the path, and their modules gone again afterwards."""
-    path, modules = list(sys.path), set(sys.modules)
-    sys.path[:0] = [str(f) for f in FOLDERS]
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
-            del sys.modules[name]
+    with importable(FOLDERS):
+        yield
 
 
 def module(name: str):
@@ -46,20 +37,8 @@ def module(name: str):
 
 
 def run(script: str | Path, *args) -> tuple[int, str]:
-    """Exit status and what was said, in this process: importing takes longer than running."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    said, argv, path = io.StringIO(), sys.argv, list(sys.path)
-    sys.argv = [str(script), *map(str, args)]
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            runpy.run_path(str(WORLD / script), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv, sys.path[:] = argv, path
-    return code or 0, said.getvalue()
+    code, said = run_script(WORLD / script, *args)
+    return code or 0, said
 
 
 def succeed(script: str | Path, *args) -> str:
