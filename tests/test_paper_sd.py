@@ -281,6 +281,18 @@ def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
     assert ga.after == (*ground, salun.name)
 
 
+def test_guided_methods_forget_the_bare_word_in_their_published_modules(world, tmp_path):
+    s = setting(world, tmp_path, modules="full")
+    bare = {}
+    for method in ("ebu_added", "esd", "spm"):
+        argv = s.run("x", method, seed=1).commands[0].argv
+        told = argv[argv.index("--forget_templates") + 1]
+        modules = argv[argv.index("--train_modules") + 1] if "--train_modules" in argv else None
+        bare[method] = (told == "{}", "--surrogate_concept" in argv, modules)
+    assert bare == {"ebu_added": (False, True, "full"), "esd": (True, False, "xattn"),
+                    "spm": (True, False, None)}  # fmt: skip
+
+
 def test_a_folder_is_of_its_options_and_of_nothing_else(world, tmp_path, root):
     (base,) = (root / "styled-digits").glob("base-????????/pipeline")
 
@@ -338,13 +350,16 @@ def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_pat
     monkeypatch.setattr(results, "write", write)
     start("sd_tune", tmp_path, "--methods", "spm", "--kind", "style")
     (told,) = json.loads(rows.TUNED.read_text()).values()
-    assert len(told["spm"]["trials"]) == 4
+    assert len(told["spm"]["trials"]) == 6
     chosen = rows.Choice(3e-3, {"anchor_weight": 100.0})
     for target in ("red", "seven"):  # contents have the styles' where they have none of their own
         assert rows.tuned(setting(world, tmp_path, target=target, regime="few"), "spm") == chosen
     assert rows.tuned(setting(world, tmp_path), "joint") == rows.Choice(1e-4, {})
+    told = {"styled-digits, content, xattn, few, instead other, remembered by relabel": told}
+    (tmp_path / "tuned.json").write_text(json.dumps(told))
+    assert rows.tuned(setting(world, tmp_path), "spm") == chosen  # of the other regime
     trials = [a for a in argvs if "--method" in a]
-    assert all(a[a.index("--forget") + 1] == "negative" for a in trials)
+    assert all(a[a.index("--forget") + 1] == "blue" for a in trials)
     assert all(a[a.index("--seed") + 1] == "0" for a in trials)
     attacks = [a for a in argvs if "--judge" in a and "relearn" not in a]
     assert all("inversion" in a for a in attacks)

@@ -33,9 +33,9 @@ MOST = 10  # prompts in a grid
 STEPS = 100  # of unlearning, at small scale
 AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_200")
 TUNING = (
-    "each row's; trials are sd_tune.py's, as many as the row says: the same steps for each method, "
-    "another target, few prompts remembered, seed 0, which is not reported, score (1 - P_f) + RA "
-    "(never replayed) - worst drop + (1 - P_f after 100 steps of inversion)"
+    "each row's; trials are sd_tune.py's, as many as the row says, in the setting it names: the "
+    "same steps for each method, another target, seed 0, which is not reported, score (1 - P_f) + "
+    "RA (never replayed, where that is told) - worst drop + (1 - P_f after 100 steps of inversion)"
 )
 
 
@@ -127,19 +127,22 @@ def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> 
         return tables.Row(
             rows.title(method), (run,), value(setting.world.base, "--max_train_steps"), base, "none"
         )
-    chosen = tag(setting, rows.tuned(setting, method))
+    chosen = tag(setting, rows.tuned(setting, method), setting.trains(method))
     return tables.row(setting, method, seeds, steps=steps, tag=chosen)
 
 
 def trial(args: Any, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
     """Of tuning, on seed 0."""
     steps = args.steps or STEPS
-    name = tables.label(setting, method, tag(setting, choice), steps)
+    chosen = tag(setting, choice, setting.trains(method))
+    name = tables.label(setting, method, chosen, steps)
     return setting.run(name, method, seed=0, steps=steps, flags=choice.flags, trial=True)
 
 
-def tag(setting: TextSetting | PaperSetting, choice: rows.Choice) -> str:
-    return f"{setting.surrogate}-{setting.modules}-{choice.name}"
+def tag(
+    setting: TextSetting | PaperSetting, choice: rows.Choice, modules: str | None = None
+) -> str:
+    return f"{setting.surrogate}-{modules or setting.modules}-{choice.name}"
 
 
 def pictures(setting: TextSetting, found: Sequence[tables.Row]) -> list[Run]:
@@ -175,6 +178,8 @@ def small(
     first = found[0].runs[0]
     said = sd_results.training(s, typical(found), TUNING)
     said["unlearning"]["settings"] = tables.settings(found)
+    said["unlearning"]["forget_loss"] += ": ESD and SPM forget the bare word"
+    said["unlearning"]["trained"] += ", of ESD cross attention"
     name = "-".join([script, s.target, s.regime, s.loss, s.surrogate, s.modules])
     tables.report(
         s.root / name, s, found, said=said | sd_results.judging(s, first),

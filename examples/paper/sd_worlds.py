@@ -34,6 +34,10 @@ REGIMES = ("list", "few")
 SURROGATES = ("other", "empty", "gaussian")
 FEW = {"content": 3, "style": 2}  # kept concepts that regime "few" replays
 REMEMBERED = 100  # prompts
+#: What methods that learn a guided prediction train, and what they forget, as published: ESD cross
+#: attention, SPM its adapters, both the bare word. Their target points away from the whole prompt.
+GUIDED = ("guidance", "adapter")
+BARE = ("--forget_templates", "{}")
 
 
 class TextWorld(NamedTuple):
@@ -145,10 +149,17 @@ class TextSetting:
         kinds = dict.fromkeys((self.kind, *FEW))
         places = dict.fromkeys((self.surrogate, *SURROGATES))
         modules = dict.fromkeys((self.modules, "xattn", "full"))
+        regimes = dict.fromkeys((self.regime, *REGIMES))
         return [
-            f"{self.world.name}, {kind}, {m}, instead {instead}"
-            for m, instead, kind in product(modules, places, kinds)
+            f"{self.world.name}, {kind}, {m}, {regime}, instead {instead}"
+            for m, instead, kind, regime in product(modules, places, kinds, regimes)
         ]
+
+    def trains(self, method: str) -> str:
+        """The modules that a method trains here."""
+        return {"guidance": "xattn", "adapter": "adapters"}.get(
+            methods[method].forgets or "", self.modules
+        )
 
     @property
     def trained(self) -> list[Run]:
@@ -204,12 +215,13 @@ class TextSetting:
     ) -> Run:
         """As `run`, without looking at the result."""
         w, forgets = self.world, methods[method].forgets
-        own = w.guided if forgets in ("guidance", "adapter") else ()
+        own = w.guided if forgets in GUIDED else ()
         if forgets != "adapter":
-            own = (*own, "--train_modules", self.modules)
+            own = (*own, "--train_modules", self.trains(method))
+        told = ("--forget_templates", self._prompts("templates"), *self._instead())
         asked = (
-            "--forget", *self.gone, "--forget_templates", self._prompts("templates"),
-            "--remember", self._prompts("remember"), *self._instead(),
+            "--forget", *self.gone, *(BARE if forgets in GUIDED else told),
+            "--remember", self._prompts("remember"),
         )  # fmt: skip
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
         made = command(
