@@ -281,6 +281,24 @@ def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
     assert ga.after == (*ground, salun.name)
 
 
+@pytest.mark.parametrize(
+    ("p_f", "drop", "there"),
+    [(0.05, [0.01, 0.02, 0.03], True), (0.0501, [0.01], False), (0.0, [0.0201], False)],
+)
+def test_the_mark_is_met_up_to_its_edge(p_f, drop, there, tmp_path):
+    tables, runs = [], module("runs")
+    for i, d in enumerate(drop):
+        made = runs.Command("stable_diffusion/attack", (), tmp_path / str(i))
+        made.folder.mkdir()
+        rows_ = [{"name": "x", "values": {"p_f": p_f, "worst_drop": d}}]
+        (made.folder / "results.json").write_text(json.dumps({"rows": rows_}))
+        tables.append(runs.Run(str(i), (made,), 1.0, 1))
+    choice = module("rows").Choice(1e-4, {})
+    row = module("tables").Row("EBU", tuple(tables), 1, choice, "none")
+    (note,) = module("sd_tables").marks([row])
+    assert note.endswith("EBU." if there else "no row.")
+
+
 def test_guided_methods_forget_the_bare_word_in_their_published_modules(world, tmp_path):
     s = setting(world, tmp_path, modules="full")
     bare = {}

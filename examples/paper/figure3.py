@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--methods", nargs="+", help="default: those of the tables")
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    args.seeds, args.seeds_rest, args.best = rows.check_seeds([args.seed]), None, "salun"
+    args.seeds, args.seeds_rest, args.best = rows.check_seeds([args.seed]), None, ["salun"]
     if args.scale == "paper":
         for title, task in PAPER.items():
             sd_tables.large(args, task, argv, script="figure3", title=title)

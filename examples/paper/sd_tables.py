@@ -78,7 +78,7 @@ def add_methods(parser: Any) -> None:
     )
     add("--seeds", type=int, nargs="+", default=[1], help="of EBU, the plain sum and --best")
     add("--seeds_rest", type=int, nargs="+", help="of the others; default: --seeds")
-    add("--best", default="salun", help="the best baseline")
+    add("--best", nargs="+", default=["salun"], help="the best baselines")
 
 
 def check_methods(given: Sequence[str]) -> list[str]:
@@ -111,11 +111,11 @@ def _check(args: Any) -> None:
 def table(args: Any, setting: TextSetting) -> list[tables.Row]:
     """The chosen methods, the first ones with all seeds."""
     names = check_methods(args.methods or METHODS)
-    (best,) = check_methods([args.best])
+    full = ("ebu_added", "joint", *check_methods(args.best))
     most = rows.check_seeds(args.seeds)
     rest = rows.check_seeds(args.seeds_rest or args.seeds)
     return [
-        row(setting, m, most if m in ("ebu_added", "joint", best) else rest, args.steps or STEPS)
+        row(setting, m, most if m in full else rest, args.steps or STEPS)
         for m in names
     ]  # fmt: skip
 
@@ -281,7 +281,10 @@ def marks(found: Sequence[tables.Row]) -> list[str]:
     for r in found:
         v = tables.gather(r)
         p_f, drop = (tables.value(v[k]) for k in ("p_f", "worst_drop"))
-        if p_f is not None and drop is not None and p_f <= 0.05 and drop <= 0.02:
+        if p_f is None or drop is None:
+            continue
+        off = 1e-9  # of a mean of shares of pictures
+        if p_f <= 0.05 + off and drop <= 0.02 + off:
             there.append(r.name)
     return [f"P_f <= 0.05 and no other content or style more than 0.02 below the base, in the "
             f"mean over seeds: {', '.join(there) or 'no row'}."]  # fmt: skip
