@@ -78,7 +78,7 @@ def test_world_is_asked_in_all_words_and_templates_of_the_concept_once(words):
 def arguments(**options) -> SimpleNamespace:
     return SimpleNamespace(**{
         "judge": "nudity", "forget": ["cat"], "forget_templates": None, "paraphrases": [],
-        "attacks": ["paraphrase", "inversion"], "initializer_token": None, **options,
+        "attacks": ["paraphrase", "inversion"], "initializer_token": [], **options,
     })  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_a_paraphrase_is_judged_alone_and_the_worst_is_told(attack):
 def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(attack, tmp_path):
     m, model = module("attack_model"), attack.model
     before, known = state(model), dict(model.tokenizer.get_vocab())
-    (initial,) = m.initial_words(model, None, 1, 0)
+    (initial,) = m.initial_words(model, [], 0).values()
     vectors, losses = attack.learn(initial, 0.05, [20, 40])
     assert len(losses) == 40
     assert set(vectors) == {20, 40}
@@ -215,19 +215,24 @@ def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(a
     ours = m.NewWord(model, ["an image of {}"], vectors[40]).embeddings(torch.tensor([0]))
     torch.testing.assert_close(ours, theirs)
     # and the concept's own embedding in that place is the prompt with the concept
-    (cat,) = m.initial_words(model, "cat", 1, 0)
+    cat = m.initial_words(model, ["cat"], 0)["cat"]
     word = m.NewWord(model, ["an image of {}"], cat).embeddings(torch.tensor([0]))
     torch.testing.assert_close(word, model.encode(["an image of cat"]))
 
 
-def test_the_strongest_of_several_learning_rates_counts(attack):
+def test_the_strongest_of_several_starts_and_learning_rates_counts(attack):
     attack.args.inversion_learning_rates = [0.01, 0.3]
+    attack.args.initializer_token = ["cat"]
     attack.args.inversion_steps = 10
     found = attack.make("inversion")
-    last = [r["p_f"][10] for r in found.said["runs"]]
-    assert last[0] != last[1]
+    runs = found.said["runs"]
+    tried = [(r["start"], r["learning_rate"]) for r in runs]
+    assert tried == [("random", 0.01), ("random", 0.3), ("cat", 0.01), ("cat", 0.3)]
+    last = [r["p_f"][10] for r in runs]
+    assert len(set(last)) == 4
     assert found.values["inversion_10"]["value"] == max(last)
-    assert found.said["learning_rate"] == [0.01, 0.3][last.index(max(last))]
+    best = tried[last.index(max(last))]
+    assert (found.said["start"], found.said["learning_rate"]) == best
 
 
 def test_relearning_trains_a_copy_of_the_unet_alone_until_half_of_the_base(attack, monkeypatch):

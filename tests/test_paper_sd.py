@@ -58,7 +58,7 @@ def attack(argv: list[str]) -> None:
     assert Path(given["--pretrained_model_name_or_path"], "unet").is_dir()
     assert Path(given["--base_model"], "unet").is_dir()
     found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
-             "inversion_100": {"value": 0.5}, "inversion_200": {"value": 0.75}}  # fmt: skip
+             "inversion_100": {"value": 0.75}}  # fmt: skip
     if "--attacks" not in argv:  # all
         found["relearn_steps"] = {"reached": True, "steps": 5, "within": 50}
     folder = Path(given["--output_dir"])
@@ -150,7 +150,7 @@ def test_a_table_trains_the_world_runs_what_is_missing_and_reuses_what_is_there(
     assert ebu["relearn_steps"]["value"] == 5
     assert spm["seeds"] == 1
     assert isinstance(spm["p_f"], float)
-    assert (spm["p_f_prompts"]["value"], spm["inversion_200"]["value"]) == (0.25, 0.75)
+    assert (spm["p_f_prompts"]["value"], spm["inversion_100"]["value"]) == (0.25, 0.75)
     told = found["protocol"]["unlearning"]["settings"]
     assert (told["EBU added"]["seeds"], told["SPM"]["seeds"]) == ([1, 2], [1])
     assert found["protocol"]["attacks"]["judge"] == "world"

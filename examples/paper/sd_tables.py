@@ -31,7 +31,7 @@ METHODS = ("ebu_added", "ebu_replaced", "joint", "selective_amnesia", "salun", "
 PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
 MOST = 10  # prompts in a grid
 STEPS = 100  # of unlearning, at small scale
-AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_200")
+AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_100")
 TUNING = (
     "each row's; trials are sd_tune.py's, as many as the row says, in the setting it names: the "
     "same steps for each method, another target, seed 0, which is not reported, score (1 - P_f) + "

@@ -66,9 +66,9 @@ STYLED_DIGITS = TextWorld(
      "--replay_images", 300, "--forget_images", 100, "--logging_steps", 50),
     ("--guided_steps", 20),
     ("--num_inference_steps", 10, "--guidance_scale", 3, "--images_per_pair", 8),
-    ("--num_inference_steps", 10, "--attack_images", 32, "--inversion_steps", 200,
+    ("--num_inference_steps", 10, "--attack_images", 32, "--inversion_steps", 100,
      "--relearn_max_steps", 50),
-    ("--attacks", "inversion", "--inversion_steps", 100),
+    ("--attacks", "inversion"),
     (*DRAWN, "--images_per_prompt", 4),
     {"base": 0.4, "judges": 40.0, "unlearn": 0.25, "sets": 15.0, "measure": 15.0, "attack": 27.0,
      "pictures": 5.0},
@@ -270,13 +270,14 @@ class TextSetting:
     ) -> tuple[Command, Command]:
         where = ("--pretrained_model_name_or_path", pipeline, "--judges", self.judges.folder)
         of = [*of, self.judges.key]
+        words = {**CONTENTS, **STYLES}[self.target]
         measured = command(
             f"{SD}/world/measure", self.world.measure, self.root, f"measured/{label}", where, of
         )
         attacked = command(
             f"{SD}/attack",
-            ("--forget", self.target, "--judge", "world", *self.world.attack, *attacks), self.root,
-            f"attacks/{label}",
+            ("--forget", self.target, "--judge", "world", *self.world.attack, *attacks,
+             "--initializer_token", words[1]), self.root, f"attacks/{label}",
             (*where, "--base_model", self.base.folder, "--target_dir", self.root / "targets"),
             [*of, self.base.key],
         )  # fmt: skip

@@ -71,8 +71,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target_dir", type=Path, help="keeps them for all attacks on a base; default: output_dir")
     add("--attack_images", type=int, default=32, help="of each look, and of each wording")
     add("--inversion_steps", type=int, default=200)
-    add("--inversion_learning_rates", type=float, nargs="+", help="one run each, strongest counts")
-    add("--initializer_token", help="where inversion begins; default: a random embedding")
+    add("--inversion_learning_rates", type=float, nargs="+", help="a run each, strongest counts")
+    add("--initializer_token", nargs="+", default=[], help="where inversion begins beside a random "
+        "embedding, a run from each: another word of the concept, a neighbour")  # fmt: skip
     add("--relearn_max_steps", type=int, default=50)
     add("--relearn_learning_rate", type=float)
     add("--train_batch_size", type=int, help="of inversion and relearning")

@@ -176,12 +176,11 @@ class NewWord(nn.Module):
             handle.remove()
 
 
-def initial_words(model: Attacked, token: str | None, number: int, seed: int) -> list[Tensor]:
-    """Where inversion begins, (D,) each: the embedding of a token, or without one a random draw
-    with the mean and the spread of the whole vocabulary, anew for each of `number` runs."""
+def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Where inversion begins, (D,) each: a random draw with the mean and the spread of the whole
+    vocabulary, and the embeddings of tokens."""
     table = model.text_encoder.get_input_embeddings().weight.detach()
-    if token is None:
-        mean, spread = table.mean(0).cpu(), table.std(0).cpu()
-        draws = [torch.randn(mean.shape, generator=stream(seed, i)) for i in range(number)]
-        return [(mean + spread * d).to(table) for d in draws]
-    return [table[one_token(model.tokenizer, token)].clone()] * number
+    mean, spread = table.mean(0).cpu(), table.std(0).cpu()
+    draw = torch.randn(mean.shape, generator=stream(seed, 0))
+    named = {t: table[one_token(model.tokenizer, t)].clone() for t in tokens}
+    return {"random": (mean + spread * draw).to(table), **named}

@@ -85,8 +85,8 @@ def collect(args: argparse.Namespace, tokenizer: Any) -> Questions:
     if "inversion" in args.attacks:
         for one in forget:
             tokens_around(tokenizer, one.template)
-        if args.initializer_token is not None:
-            one_token(tokenizer, args.initializer_token)
+        for token in args.initializer_token:
+            one_token(tokenizer, token)
     return Questions(forget, paraphrases)
 
 

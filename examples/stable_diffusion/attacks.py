@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,13 +158,14 @@ class Attack:
         return Found(values, said, {"pictures worst paraphrase": rows[worst]})
 
     def inversion(self) -> Found:
-        """A run for each learning rate; the one with the highest P_f at the end counts."""
+        """A run for each start and each learning rate; the one with the highest P_f at the end
+        counts. From one random start it often ends at a neighbour, on models too that never forgot.
+        """
         args, model = self.args, self.model
         at = sorted({s for s in AT if s < args.inversion_steps} | {args.inversion_steps})
-        rates = args.inversion_learning_rates
         runs = []
-        begin = initial_words(model, args.initializer_token, len(rates), args.seed)
-        for rate, initial in zip(rates, begin):
+        begin = initial_words(model, args.initializer_token, args.seed)
+        for (start, initial), rate in product(begin.items(), args.inversion_learning_rates):
             vectors, losses = self.learn(initial, rate, at)
             asked = NewWord(model, [x.template for x in self.asked], initial)
             looks = {}
@@ -171,15 +173,16 @@ class Attack:
                 with condition_replaced(asked.word, vector), torch.no_grad():
                     embeddings = asked.embeddings(torch.arange(len(self.asked)))
                 looks[steps] = self.look(model, embeddings)
-            runs.append((rate, vectors, looks, losses))
-        rate, vectors, looks, _ = max(runs, key=lambda run: run[2][at[-1]][0]["value"])
+            told = {
+                "start": start, "learning_rate": rate,
+                "p_f": {steps: score["value"] for steps, (score, _) in looks.items()},
+                "loss_first_20": mean(losses[:20]), "loss_last_20": mean(losses[-20:]),
+            }  # fmt: skip
+            runs.append((told, vectors, looks))
+        best, vectors, looks = max(runs, key=lambda run: run[0]["p_f"][at[-1]])
         said = {
-            "learning_rate": rate,
-            "runs": [
-                {"learning_rate": r, "p_f": {s: p["value"] for s, (p, _) in lk.items()},
-                 "loss_first_20": mean(ls[:20]), "loss_last_20": mean(ls[-20:])}
-                for r, _, lk, ls in runs
-            ],
+            "start": best["start"], "learning_rate": best["learning_rate"],
+            "runs": [told for told, _, _ in runs],
         }  # fmt: skip
         return Found(
             {f"inversion_{s}": looks[s][0] for s in at}, said,
