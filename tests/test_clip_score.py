@@ -12,33 +12,19 @@ from PIL import Image
 
 from ebu_optim.metrics import clip_score
 
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the extra metrics")
+pytest.importorskip("open_clip", reason="open_clip comes with the extra metrics")
 
-NAME = "ebu-optim-tiny"
-CONFIG = {
-    "embed_dim": 32,
-    "vision_cfg": {
-        "image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32,
-    },
-    "text_cfg": {
-        "context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2,
-    },
-}  # fmt: skip
+from .clip import NAME, by_hand, random_weights
+
 PROMPTS = ["a cassette player", "a church", "a person", "a photo of a church at night", ""]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The model's config, known to open_clip, and two files of weights: ±the text projection."""
+    """Two files of weights: ±the text projection."""
     folder = tmp_path_factory.mktemp("clip")
-    (folder / "configs").mkdir()
-    (folder / "configs" / f"{NAME}.json").write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(folder / "configs")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        state = open_clip.CLIP(**CONFIG).state_dict()
-    state["visual.proj"] *= 10
-    torch.save(state, folder / "plus.pt")
+    random_weights(folder / "plus.pt")
+    state = torch.load(folder / "plus.pt", weights_only=True)
     state["text_projection"] *= -1
     torch.save(state, folder / "minus.pt")
     return folder
@@ -50,24 +36,6 @@ def pictures(n: int = 5) -> torch.Tensor:
     x = torch.rand(n, 3, 4, 6, generator=g)
     x[:, 2] *= 0.3  # no channel like another
     return (torch.nn.functional.interpolate(x, scale_factor=10) * 255).to(torch.uint8)
-
-
-def by_hand(x: torch.Tensor, prompts: list[str], weights) -> np.ndarray:
-    model = open_clip.CLIP(**CONFIG).eval()
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])
-    std = np.array([0.26862954, 0.26130258, 0.27577711])
-    found = []
-    for picture, prompt in zip(x, prompts, strict=True):
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        image = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
-        pixels = (np.asarray(image) / 255 - mean) / std
-        with torch.no_grad():
-            a = model.encode_image(torch.tensor(pixels.transpose(2, 0, 1)[None]).float())
-            b = model.encode_text(open_clip.tokenize([prompt]))
-        a, b = a[0].double().numpy(), b[0].double().numpy()
-        found.append(a @ b / np.sqrt((a @ a) * (b @ b)))
-    return np.array(found)
 
 
 @pytest.mark.parametrize("name", ["plus.pt", "minus.pt"])

@@ -1,5 +1,5 @@
-"""The text-to-image scripts of examples/paper, and evaluate.py: on a tiny world of digits in styles
-and on a tiny pipeline in the place of Stable Diffusion 1.4; one process."""
+"""The text-to-image scripts of examples/paper: on a tiny world of digits in styles and on a
+tiny pipeline in the place of Stable Diffusion 1.4; one process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from PIL import Image, ImageOps
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
-
-from ebu_optim.metrics.intervals import wilson
 
 from .text_to_image import pipeline
 
@@ -542,97 +538,3 @@ def test_steps_at_paper_scale_are_the_papers():
         found = module("unlearn").parse(["--cpu" if a == "bf16" else a for a in c.argv if a not in
                                          ("--mixed_precision",)])  # fmt: skip
         assert found.max_train_steps == 9
-
-
-# -- evaluate.py ----------------------------------------------------------------------------------
-
-
-def evaluate(tiny: Path, folder: Path, *options) -> dict:
-    given = ["--pretrained_model_name_or_path", tiny, "--output_dir", folder,
-             "--num_inference_steps", 1, *options]  # fmt: skip
-    module("evaluate").main([str(g) for g in given])
-    return json.loads((folder / "evaluation.json").read_text())
-
-
-def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
-    models = pytest.importorskip("torchvision.models", reason="comes with the extra metrics")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
-    found = evaluate(
-        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--forget", "church", "--metrics",
-        "imagenette", "--images_per_prompt", 1, "--noise_images", 2, "--over", "imagenette",
-        "--resnet_weights", tmp_path / "resnet.pth",
-    )  # fmt: skip
-    assert found["metrics"]["imagenette"]["forget"] == ["church"]
-    values = found["values"]
-    assert (values["p_f"]["n"], values["ra"]["n"]) == (1, 9)
-    low, high = wilson(round(values["ra"]["value"] * 9), 9)
-    assert (values["ra"]["low"], values["ra"]["high"]) == pytest.approx((low, high))
-    assert len(found["images"]) == 10
-
-
-def test_pictures_are_of_their_noise_and_go_on(tiny, tmp_path):
-    given = ("--prompts", "a cat", "a dog", "--images_per_prompt", 2)
-    evaluate(tiny, tmp_path / "a", *given)
-    first = {p.name: p.read_bytes() for p in (tmp_path / "a" / "images").iterdir()}
-    assert sorted(first) == [f"{i:04d}_{k:04d}.png" for i in range(2) for k in range(2)]
-    assert len(set(first.values())) == 4
-    error = module("sources").InputError
-    with pytest.raises(error, match="holds a finished evaluation: give --overwrite"):
-        evaluate(tiny, tmp_path / "a", *given)
-    # interrupted: the result and a picture are missing
-    (tmp_path / "a" / "evaluation.json").unlink()
-    (tmp_path / "a" / "images" / "0001_0000.png").unlink()
-    with pytest.raises(error, match="holds pictures of other options"):
-        evaluate(tiny, tmp_path / "a", *given, "--seed", 3)
-    evaluate(tiny, tmp_path / "a", *given)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a" / "images").iterdir()} == first
-    evaluate(tiny, tmp_path / "a", *given, "--seed", 1, "--overwrite")
-    again = {p.name: p.read_bytes() for p in (tmp_path / "a" / "images").iterdir()}
-    assert again["0000_0000.png"] == first["0000_0001.png"]
-
-
-def test_lpips_is_against_the_base(tiny, tmp_path):
-    pytest.importorskip("lpips", reason="lpips comes with the extra metrics")
-    from torchvision import models
-
-    state = models.alexnet(weights=None).features.state_dict()
-    torch.save({f"features.{k}": v for k, v in state.items()}, tmp_path / "a.pth")
-    given = ("--prompts", "a cat", "a dog", "--images_per_prompt", 1, "--resolution", 32)
-    evaluate(tiny, tmp_path / "base", *given)
-    more = ("--metrics", "lpips", "--reference_dir", tmp_path / "base", "--forget", "a cat",
-            "--alexnet_weights", tmp_path / "a.pth")  # fmt: skip
-    with pytest.raises(module("sources").InputError, match="was drawn with --seed 0, not 1"):
-        evaluate(tiny, tmp_path / "other", *given, "--seed", 1, *more)
-    assert not (tmp_path / "other").exists()
-    cat = tmp_path / "base" / "images" / "0000_0000.png"
-    with Image.open(cat) as opened:
-        turned = ImageOps.invert(opened.convert("RGB"))
-    turned.save(cat)
-    other = evaluate(tiny, tmp_path / "other", *given, *more)["values"]
-    assert other["lpips_f"]["value"] > 0 == other["lpips_r"]["value"]
-    with pytest.raises(module("sources").InputError, match="is of other prompts"):
-        evaluate(tiny, tmp_path / "o", *given[:2], "--resolution", 32, "--images_per_prompt", 1,
-                 *more)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "give either --prompts or --imagenette"),
-        (("--prompts", "a cat", "--imagenette"), "give either"),
-        (("--prompts", "a cat", "--forget", "a dog"), "'a dog' is to be one of the prompts"),
-        (("--imagenette", "--forget", "cat"), "there is tench"),
-        (("--prompts", "a cat", "--metrics", "imagenette"), "pictures of --imagenette"),
-        (("--prompts", "a cat", "--metrics", "lpips"), "needs a folder as --reference_dir"),
-        (("--prompts", "a cat", "--metrics", "fid"), "needs a folder as --real_images"),
-        (("--prompts", "a cat", "--reference_dir", "x"), "holds no evaluation.json"),
-        (("--imagenette", "--template", "x"), 'needs one "{}"'),
-        (("--prompts", "a cat", "--images_per_prompt", 0), "must be >= 1; got 0"),
-    ],
-)
-def test_evaluate_refuses(options, message, tiny, tmp_path):
-    with pytest.raises(module("sources").InputError, match=message):
-        evaluate(tiny, tmp_path / "o", *options)
-    assert not (tmp_path / "o").exists()

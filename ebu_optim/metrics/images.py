@@ -66,7 +66,7 @@ class RGBImages(Dataset[Tensor]):
         whole = []
         for file in files:
             try:
-                size = tuple(_read(file).shape)
+                size = tuple(read_image(file).shape)
             except Exception as error:  # PIL raises many kinds on what is no image
                 self.skipped.append(f"{file.relative_to(folder)} ({error})")
                 continue
@@ -92,7 +92,7 @@ class RGBImages(Dataset[Tensor]):
 
     def __getitem__(self, i: int) -> Tensor:
         if not isinstance(self.source, Tensor):
-            return _read(self.source[i])
+            return read_image(self.source[i])
         return to_uint8(self.source[i].detach().cpu()).expand(3, -1, -1)
 
     def batches(self, size: int) -> Iterator[Tensor]:
@@ -108,7 +108,8 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _read(file: Path) -> Tensor:
+def read_image(file: Path) -> Tensor:
+    """(3, H, W) uint8, whatever the file's mode."""
     image: Any = require("PIL.Image", "metrics")
     with image.open(file) as opened:
         rgb = opened.convert("RGB")

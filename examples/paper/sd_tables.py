@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import command_line
-import numpy as np
 import rows
 import sd_paper
 import sd_results
 import tables
 import torch
-from PIL import Image
 from runs import SD, Run
 from sd_paper import SD14, PaperSetting, Task
 from sd_worlds import REGIMES, STYLED_DIGITS, SURROGATES, TextSetting
@@ -23,6 +21,7 @@ from torch import Tensor
 from worlds import LOSSES, value
 
 from ebu_optim.baselines import methods
+from ebu_optim.metrics.images import read_image
 from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
 
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
@@ -322,11 +321,10 @@ def grid(
 def shown_in(run: Run, each: int) -> dict[str, Tensor]:
     """Prompt -> pictures (n, 3, H, W) uint8 that evaluate.py drew first; at most ten prompts."""
     c = next(c for c in run.commands if c.script == f"{SD}/evaluate")
-    found: dict[str, list[Tensor]] = {}
+    files: dict[str, list[Path]] = {}
     for file, prompt in sd_paper.evaluation(c)["images"].items():
-        images = found.setdefault(prompt, [])
-        if len(images) < each and len(found) <= MOST:
-            with Image.open(c.folder / "images" / file) as opened:
-                pixels = torch.from_numpy(np.array(opened.convert("RGB")))
-            images.append(pixels.permute(2, 0, 1))
-    return {prompt: torch.stack(images) for prompt, images in found.items() if images}
+        files.setdefault(prompt, []).append(c.folder / "images" / file)
+    return {
+        prompt: torch.stack([read_image(f) for f in files[prompt][:each]])
+        for prompt in list(files)[:MOST]
+    }

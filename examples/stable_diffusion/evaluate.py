@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "ddpm")]
 
-import numpy as np  # noqa: E402
 import pipelines  # noqa: E402
 import prompts  # noqa: E402
 import torch  # noqa: E402
@@ -31,7 +31,6 @@ import training  # noqa: E402
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from PIL import Image  # noqa: E402
 from sources import InputError  # noqa: E402
-from torch import Tensor  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from ebu_optim._files import locked, replacing  # noqa: E402
@@ -44,9 +43,21 @@ from ebu_optim.metrics import (  # noqa: E402
     versions,
 )
 from ebu_optim.metrics.imagenette import CLASSES, METRICS  # noqa: E402
+from ebu_optim.metrics.images import RGBImages, read_image  # noqa: E402
 from ebu_optim.metrics.intervals import estimate  # noqa: E402
 
-KNOWN = ("imagenette", "nudity", "clip_score", "lpips", "fid")
+#: The figures of each metric, as a report calls them.
+KNOWN = {
+    "imagenette": METRICS, "nudity": ("nudity_score",), "clip_score": ("clip_score",),
+    "lpips": ("lpips_f", "lpips_r"), "fid": ("fid", "kid_mean"),
+}  # fmt: skip
+#: What the metrics' functions call an option of this script: their messages say what to give.
+ARGUMENTS = {
+    "imagenette": {"weights_file": "resnet_weights"}, "nudity": {},
+    "clip_score": {"pretrained": "clip_weights", "model": "clip_model"},
+    "lpips": {"weights_file": "alexnet_weights", "reference": "reference_dir"},
+    "fid": {"inception_weights": "inception_weights", "reference": "real_images"},
+}  # fmt: skip
 RESULT = "evaluation.json"
 #: Options in which pictures must agree to be compared one by one.
 SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
@@ -112,31 +123,54 @@ def check(args: argparse.Namespace) -> None:
         folder = getattr(args, option)
         if metric in args.metrics and not (folder and folder.is_dir()):
             raise InputError(f"--metrics {metric} needs a folder as --{option}; got {folder}")
+    for name in ("resnet_weights", "alexnet_weights", "inception_weights"):
+        if (file := getattr(args, name)) and not file.is_file():
+            raise InputError(f"--{name} {file}: there is no such file")
+    if "fid" in args.metrics:
+        kept = sum(text not in args.forgotten for text in args.texts) or len(args.texts)
+        if kept * args.images_per_prompt < 2:
+            raise InputError("--metrics fid needs two pictures or more: give --images_per_prompt 2")
+        try:
+            RGBImages(args.real_images, "--real_images", least=2)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     if args.reference_dir and not (args.reference_dir / RESULT).is_file():
         raise InputError(f"--reference_dir {args.reference_dir} holds no {RESULT} of this script")
     if "lpips" in args.metrics:
-        before = json.loads((args.reference_dir / RESULT).read_text())["protocol"]["options"]
+        reference = json.loads((args.reference_dir / RESULT).read_text())
+        before = reference["protocol"]["options"]
         for name in SAME:  # or the distance would be that of other noise
             if before[name] != str(getattr(args, name)):
                 raise InputError(
                     f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
                     f"not {getattr(args, name)}: measure the base with the same options"
                 )
+        if reference["images"] != files(args):
+            raise InputError(
+                f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
+                "pictures: measure the base with the same options"
+            )
     if (args.output_dir / RESULT).exists() and not args.overwrite:
         raise InputError(
-            f"--output_dir {args.output_dir} holds a finished evaluation: give --overwrite to "
-            "replace it, or another folder"
+            f"--output_dir {args.output_dir} holds a finished evaluation: delete its {RESULT} to "
+            "measure the same pictures anew, give --overwrite to draw anew too, or another folder"
         )
 
 
-@torch.no_grad()
-def draw(args: argparse.Namespace, looked: pipelines.Looked, folder: Path) -> dict[str, str]:
-    """PNG files into `folder`, those that are missing; file name -> prompt."""
+def files(args: argparse.Namespace) -> dict[str, str]:
+    """Name of each picture -> its prompt."""
     n = args.images_per_prompt
-    wanted = {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(args.texts) for k in range(n)}
+    return {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(args.texts) for k in range(n)}
+
+
+@torch.no_grad()
+def draw(
+    args: argparse.Namespace, looked: pipelines.Looked, wanted: dict[str, str], folder: Path
+) -> None:
+    """PNG files into `folder`, those that are missing."""
     missing = [name for name in wanted if not (folder / name).exists()]
     if not missing:
-        return wanted
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = StableDiffusionPipeline.from_pretrained(
         pipelines.fetch(args), variant=args.variant, use_safetensors=True, safety_checker=None,
@@ -147,80 +181,79 @@ def draw(args: argparse.Namespace, looked: pipelines.Looked, folder: Path) -> di
     pipe.set_progress_bar_config(disable=True)
     for i in tqdm(range(0, len(missing), args.sample_batch_size), "drawing"):
         part = missing[i : i + args.sample_batch_size]
-        seeds = [args.seed + int(name[5:9]) for name in part]
+        seeds = [args.seed + int(Path(name).stem.split("_")[1]) for name in part]
         x = pipe(
             [wanted[name] for name in part], num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale, height=looked.resolution, width=looked.resolution,
             generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="pt",
         ).images  # fmt: skip
+        if not x.isfinite().all():  # as uint8 it would be black, and seem to be forgotten
+            raise InputError(
+                f"{args.pretrained_model_name_or_path} draws NaN: its weights have diverged"
+                f"{', or float16 is too small for it: leave --half out' if args.half else ''}"
+            )
         pixels = x.float().mul(255).round().clamp(0, 255).to("cpu", torch.uint8)
         for name, image in zip(part, pixels.permute(0, 2, 3, 1), strict=True):
             with replacing(folder / name) as work:
                 Image.fromarray(image.contiguous().numpy()).save(work)
-    return wanted
-
-
-def load(folder: Path, names: Sequence[str]) -> Tensor:
-    """(n, 3, H, W) uint8 of these files."""
-    found = []
-    for name in names:
-        with Image.open(folder / name) as opened:
-            found.append(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1))
-    return torch.stack(found)
 
 
 def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> dict[str, Any]:
     """Values by their keys in a report, and every metric's own protocol."""
-    names, device = list(drawn), "cuda" if torch.cuda.is_available() else "cpu"
-    gone = [n for n in names if drawn[n] in args.forgotten]
-    kept = [n for n in names if drawn[n] not in args.forgotten]
-    values: dict[str, Any] = {}
-    said: dict[str, Any] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gone = [n for n in drawn if drawn[n] in args.forgotten]
+    kept = [n for n in drawn if drawn[n] not in args.forgotten]
 
-    def keep(metric: str, result: dict[str, Any], **keys: str) -> None:
-        why = result["not_computed"]
-        for ours, theirs in keys.items():
-            values[ours] = {"not_computed": why} if why else result[theirs]
-        said[metric] = result["protocol"]
+    def pixels(names: Sequence[str]) -> torch.Tensor:
+        return torch.stack([read_image(folder / n) for n in names])
 
-    if "imagenette" in args.metrics:
-        judged = imagenette_metrics(
-            load(folder, names), [args.texts.index(drawn[n]) for n in names], args.forget,
-            over=args.over, weights_file=args.resnet_weights, noise_images=args.noise_images,
-            seed=args.seed, device=device,
-        )  # fmt: skip
-        keep("imagenette", judged, **{m: m for m in METRICS})
-    if "nudity" in args.metrics:
-        shown = gone or names
-        keep("nudity", nudity_score(load(folder, shown), seed=args.seed),
-             nudity_score="nudity_score")  # fmt: skip
-    if "clip_score" in args.metrics:
-        shown = kept or names
-        keep("clip_score", clip_score(
-            load(folder, shown), [drawn[n] for n in shown], model=args.clip_model,
-            pretrained=args.clip_weights, device=device, seed=args.seed,
-        ), clip_score="clip_score")  # fmt: skip
-    if "lpips" in args.metrics:
-        before = json.loads((args.reference_dir / RESULT).read_text())["images"]
-        if before != drawn:
-            raise InputError(
-                f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
-                "pictures: measure the base with the same options"
-            )
+    def lpips() -> dict[str, Any]:
         found = lpips_distance(
             folder, args.reference_dir / "images", weights_file=args.alexnet_weights, device=device
         )
+        each = dict(zip(sorted(drawn), found["per_image"] or ()))  # folders are read by name
         for key, part in (("lpips_f", gone), ("lpips_r", kept)):
-            if part and not found["not_computed"]:
-                each = torch.tensor([found["per_image"][names.index(n)] for n in part])
-                found[key] = estimate(each, seed=args.seed)
-            keep("lpips", {key: None, **found}, **({key: key} if part else {}))
-    if "fid" in args.metrics:
-        keep("fid", fid(
-            load(folder, kept or names), args.real_images, reference_split=str(args.real_images),
+            if part:
+                d = torch.tensor([each[n] for n in part]) if each else None
+                found[key] = None if d is None else estimate(d, seed=args.seed)
+        return found
+
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "imagenette": lambda: imagenette_metrics(
+            pixels(list(drawn)), [args.texts.index(t) for t in drawn.values()], args.forget,
+            over=args.over, weights_file=args.resnet_weights, noise_images=args.noise_images,
+            seed=args.seed, device=device,
+        ),
+        "nudity": lambda: nudity_score(pixels(gone or kept), seed=args.seed),
+        "clip_score": lambda: clip_score(
+            pixels(kept or gone), [drawn[n] for n in kept or gone], model=args.clip_model,
+            pretrained=args.clip_weights, device=device, seed=args.seed,
+        ),
+        "lpips": lpips,
+        "fid": lambda: fid(
+            pixels(kept or gone), args.real_images, reference_split=str(args.real_images),
             inception_weights=args.inception_weights, device=device,
-        ), fid="fid", kid_mean="kid_mean")  # fmt: skip
+        ),
+    }  # fmt: skip
+    values: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+    for metric in dict.fromkeys(args.metrics):
+        try:
+            found = measures[metric]()
+        except ValueError as error:
+            raise InputError(f"--metrics {metric}: {_as_options(metric, str(error))}") from error
+        why = found["not_computed"] and _as_options(metric, found["not_computed"])
+        values |= {
+            k: {"not_computed": why} if why else found[k] for k in KNOWN[metric] if k in found
+        }
+        said[metric] = found["protocol"]
     return {"values": values, "metrics": said}
+
+
+def _as_options(metric: str, message: str) -> str:
+    for argument, option in ARGUMENTS[metric].items():
+        message = re.sub(rf"(?<![\w-]){argument}(?=[:=]| must| holds)", f"--{option}", message)
+    return message
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -235,8 +268,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", out):
         mark, folder = out / "drawn.json", out / "images"
-        if args.overwrite:
-            (out / RESULT).unlink(missing_ok=True)
         before = json.loads(mark.read_text()) if mark.exists() else None
         ours = before == identity or (before is not None and args.overwrite)
         if folder.exists() and not ours:
@@ -244,12 +275,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--output_dir {out} holds pictures of other options: give another folder"
                 f"{', or --overwrite' if before else ''}"
             )
-        if args.overwrite and before is not None:
+        if args.overwrite:
+            (out / RESULT).unlink(missing_ok=True)
             for name in folder.glob("*_*.png"):
                 name.unlink()
         with replacing(mark) as work:
             work.write_text(json.dumps(identity))
-        drawn = draw(args, looked, folder)
+        drawn = files(args)
+        draw(args, looked, drawn, folder)
         found = measure(args, drawn, folder)
         said = {"options": {k: str(v) for k, v in vars(args).items()}, "versions": versions()}
         with replacing(out / RESULT) as work:
