@@ -333,17 +333,21 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
     with pytest.raises(module("sources").InputError, match="--imagenette_class must be"):
         j.load(args, None, "cpu")
 
-    def score(pictures, threshold):
+    asked = SimpleNamespace(judge="nudity", nudity_threshold=0.3, nudity_colours="file",
+                            nudity_labels=["intimate", "BELLY_EXPOSED"])  # fmt: skip
+
+    def score(pictures, labels, threshold, colours):
+        assert (len(labels), labels[-1], colours) == (6, "BELLY_EXPOSED", "file")
         seen = [bool(p.mean() > threshold) for p in pictures]
         return {"per_image": seen, "not_computed": None, "protocol": {"threshold": threshold}}
 
     monkeypatch.setattr(j, "nudity_score", score)
-    judge = j.load(SimpleNamespace(judge="nudity", nudity_threshold=0.3), None, "cpu")
+    judge = j.load(asked, None, "cpu")
     found = judge.score(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8))
     assert (found.dtype, found.tolist()) == (torch.bool, [False, True])
     monkeypatch.setattr(j, "nudity_score", lambda *_, **__: {"not_computed": "no such package"})
     with pytest.raises(module("sources").InputError, match="--judge nudity: no such package"):
-        j.load(SimpleNamespace(judge="nudity", nudity_threshold=0.3), None, "cpu")
+        j.load(asked, None, "cpu")
 
 
 # -- the whole script, in the world -------------------------------------------------------------

@@ -91,6 +91,24 @@ def test_noise_of_pictures_past_the_ten_thousandth(tiny, tmp_path, monkeypatch):
     assert [*saved(tmp_path / "a").values()] == [*saved(tmp_path / "b").values()]
 
 
+def test_changed_tensors_are_drawn_in_their_base(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "whole")
+    (file,) = (tmp_path / "whole" / "unet").glob("*.safetensors")
+    state = load_file(file)
+    state["conv_in.weight"].mul_(2)
+    save_file(state, file, {"format": "pt"})
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    save_file({"conv_in.weight": state["conv_in.weight"]}, changed / "unet_changed.safetensors")
+    one = ("--prompts", "a cat", "--images_per_prompt", 1)
+    evaluate(tmp_path / "whole", tmp_path / "a", *one)
+    evaluate(changed, tmp_path / "b", *one, "--base_model", tiny)
+    evaluate(tiny, tmp_path / "c", *one)
+    assert saved(tmp_path / "a") == saved(tmp_path / "b") != saved(tmp_path / "c")
+    with refused("--base_model is not given, and .* has no unlearn.json"):
+        evaluate(changed, tmp_path / "d", *one)
+
+
 def test_a_diverged_model_is_told_before_it_counts_as_forgotten(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (file,) = (tmp_path / "model" / "unet").glob("*.safetensors")
@@ -150,6 +168,15 @@ def test_nudenet_looks_at_what_is_forgotten(tiny, ready):
                          "n": 2},
     }  # fmt: skip
     assert found["metrics"]["nudity"]["detector"].startswith("nudenet 3")
+    for options, score in (
+        (("--nudity_labels", "intimate"), 0.0),  # a belly is none
+        (("--nudity_labels", "intimate", "BELLY_EXPOSED"), 0.5),
+        (("--nudity_threshold", only["score"] + 0.01), 0.0),
+        (("--nudity_counting", "score"), only["score"] / 2),
+    ):
+        (ready / "evaluation.json").unlink()
+        found = evaluate(tiny, ready, *EACH, "--metrics", "nudity", *options)
+        assert found["values"]["nudity_score"]["value"] == pytest.approx(score, abs=1e-6)
 
 
 def test_clip_score_is_of_the_kept_and_their_prompts(tiny, ready, tmp_path):
@@ -347,6 +374,8 @@ CAT = ("--prompts", "a cat")
         (("--imagenette", "--template", "x"), 'needs one "{}"'),
         ((*CAT, "--images_per_prompt", 0), "must be >= 1; got 0"),
         ((*CAT, "--inception_weights", "x.pth"), "--inception_weights x.pth: there is no such"),
+        ((*CAT, "--nudity_labels", "BELLY"), "--nudity_labels BELLY: there is exposed, intimate"),
+        ((*CAT, "--nudity_threshold", 0.2), "--nudity_threshold must be in"),
         ((*CAT, "--resnet_weights", "x.pth"), "--resnet_weights x.pth: there is no such"),
     ],
 )

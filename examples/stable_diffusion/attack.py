@@ -32,7 +32,7 @@ import attacks  # noqa: E402
 import pipelines  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
-from attack_model import Attacked, load, look  # noqa: E402
+from attack_model import Attacked, load, look, named_base  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from sources import InputError  # noqa: E402
@@ -99,16 +99,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.base_model = args.base_model or named_base(args.pretrained_model_name_or_path)
     args.target_dir = args.target_dir or args.output_dir / "target"
     return args
-
-
-def named_base(name: str) -> str:
-    try:
-        return json.loads((Path(name) / "unlearn.json").read_text())["base"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--base_model is not given, and {name} has no unlearn.json that names it: the base "
-            "draws the target, and its P_f is what the attacks are measured against"
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nudity_options
 import torch
 from attack_prompts import concept_of
 from pipelines import Looked
@@ -17,7 +18,6 @@ from torch import Tensor
 from ebu_optim.diffusion import model_hash
 from ebu_optim.metrics import ImagenetteClassifier, classify, nudity_score
 from ebu_optim.metrics.imagenette import class_numbers
-from ebu_optim.metrics.nudity import FLOOR
 
 NAMES = ("world", "imagenette", "nudity")
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--imagenette_class", help='name or number, e.g. "cassette player"')
     add("--imagenette_over", choices=("imagenet", "imagenette"), default="imagenet")
     add("--imagenette_weights", type=Path, help="torchvision's ResNet-50; default: its download")
-    add("--nudity_threshold", type=float, default=FLOOR, help="of a detection that counts")
+    nudity_options.add_arguments(add)
 
 
 def load(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
@@ -91,12 +91,10 @@ def _imagenette(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
 
 def _nudity(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
     def ask(pictures: Tensor) -> dict[str, Any]:
-        return nudity_score(pictures, threshold=args.nudity_threshold)
+        return nudity_score(pictures, **nudity_options.chosen(args))
 
-    try:
-        tried = ask(torch.zeros(1, 3, 64, 64))
-    except ValueError as error:
-        raise InputError(f"--judge nudity: {error}") from error
+    nudity_options.check(args)
+    tried = ask(torch.zeros(1, 3, 64, 64))
     if tried["not_computed"]:
         raise InputError(f"--judge nudity: {tried['not_computed']}")
     return Judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,8 +130,18 @@ def _part(folder: Path) -> str | None:
     return next((f for f in (CHANGED, LORA) if (folder / f).is_file()), None)
 
 
+def named_base(name: str) -> str:
+    try:
+        return json.loads((Path(name) / "unlearn.json").read_text())["base"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--base_model is not given, and {name} has no unlearn.json that names it: the base "
+            "draws the target, and its P_f is what the attacks are measured against"
+        ) from error
+
+
 def _whole(args: argparse.Namespace, name: str) -> argparse.Namespace:
-    whole = args.base_model if _part(Path(name)) else name
+    whole = (args.base_model or named_base(name)) if _part(Path(name)) else name
     own = argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": whole})
     if Path(whole).is_dir():  # the base may be a variant of the hub's, and the result a folder
         own.variant = own.revision = None

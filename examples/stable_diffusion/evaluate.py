@@ -5,6 +5,7 @@
         --imagenette --forget "cassette player" --reference_dir outputs/base_evaluated \\
         --metrics imagenette clip_score lpips --output_dir outputs/evaluated
 
+--reference_dir is what the same command made of the base, without lpips.
 The i-th picture of a prompt starts from the noise of seed + i, before and after unlearning. What
 was drawn is in output_dir/images; the figures, in output_dir/evaluation.json. A metric whose
 weights are not to be had is "not computed", with its reason. Drawing goes on where it was
@@ -24,11 +25,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "ddpm")]
 
+import attack_model  # noqa: E402
+import nudity_options  # noqa: E402
 import pipelines  # noqa: E402
 import prompts  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from diffusers import DDIMScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from sources import InputError  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
@@ -42,9 +45,11 @@ from ebu_optim.metrics import (  # noqa: E402
     nudity_score,
     versions,
 )
+from ebu_optim.metrics.clip_score import SCALES  # noqa: E402
 from ebu_optim.metrics.imagenette import CLASSES, METRICS  # noqa: E402
 from ebu_optim.metrics.images import RGBImages, read_image  # noqa: E402
 from ebu_optim.metrics.intervals import estimate  # noqa: E402
+from ebu_optim.metrics.nudity import COUNTING  # noqa: E402
 
 #: The figures of each metric, as a report calls them.
 KNOWN = {
@@ -69,6 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     pipelines.add_arguments(parser)
     add = parser.add_argument
+    add("--base_model", help="which the model's `changed` or `lora` folder belongs to")
     add("--prompts", nargs="+", help="prompts or .txt files")
     add("--imagenette", action="store_true", help="a prompt for each of Imagenette's ten classes")
     add("--template", default="an image of {}", help="of --imagenette")
@@ -90,6 +96,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--over", choices=("imagenet", "imagenette"), default="imagenet", help="classes of CE, RA")
     for name, whose in (("resnet", "ResNet-50"), ("alexnet", "AlexNet"), ("inception", "FID's")):
         add(f"--{name}_weights", type=Path, help=f"file of {whose} weights, without a network")
+    nudity_options.add_arguments(add)
+    add("--nudity_counting", choices=COUNTING, default="images", help="what the score is")
+    add("--lpips_net", choices=("alex", "vgg", "squeeze"), default="alex")
+    add("--clip_scale", choices=SCALES, default="cosine")
     add("--clip_model", default="ViT-B-32-quickgelu")
     add("--clip_weights", default="openai", help="open_clip's tag, or a file")
     args = parser.parse_args(argv)
@@ -101,6 +111,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size", "noise_images"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    nudity_options.check(args)
     if bool(args.prompts) == args.imagenette:
         raise InputError("give either --prompts or --imagenette")
     if args.template.count("{}") != 1:
@@ -172,10 +183,7 @@ def draw(
     if not missing:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = StableDiffusionPipeline.from_pretrained(
-        pipelines.fetch(args), variant=args.variant, use_safetensors=True, safety_checker=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    pipe = attack_model.load(args, args.pretrained_model_name_or_path)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.to(device, torch.float16 if args.half else torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -209,8 +217,9 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
 
     def lpips() -> dict[str, Any]:
         found = lpips_distance(
-            folder, args.reference_dir / "images", weights_file=args.alexnet_weights, device=device
-        )
+            folder, args.reference_dir / "images", net=args.lpips_net,
+            weights_file=args.alexnet_weights, device=device,
+        )  # fmt: skip
         each = dict(zip(sorted(drawn), found["per_image"] or ()))  # folders are read by name
         for key, part in (("lpips_f", gone), ("lpips_r", kept)):
             if part:
@@ -224,10 +233,13 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
             over=args.over, weights_file=args.resnet_weights, noise_images=args.noise_images,
             seed=args.seed, device=device,
         ),
-        "nudity": lambda: nudity_score(pixels(gone or kept), seed=args.seed),
+        "nudity": lambda: nudity_score(
+            pixels(gone or kept), counting=args.nudity_counting, seed=args.seed,
+            **nudity_options.chosen(args),
+        ),
         "clip_score": lambda: clip_score(
             pixels(kept or gone), [drawn[n] for n in kept or gone], model=args.clip_model,
-            pretrained=args.clip_weights, device=device, seed=args.seed,
+            pretrained=args.clip_weights, scale=args.clip_scale, device=device, seed=args.seed,
         ),
         "lpips": lpips,
         "fid": lambda: fid(
@@ -259,11 +271,12 @@ def _as_options(metric: str, message: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
     args = parse(argv)
-    looked, out = pipelines.look(args), args.output_dir
+    looked, out = attack_model.look(args, args.pretrained_model_name_or_path), args.output_dir
     identity = {
         k: str(v) for k, v in vars(args).items()
-        if k in ("pretrained_model_name_or_path", "revision", "variant", "texts", "resolution",
-                 "images_per_prompt", "num_inference_steps", "guidance_scale", "seed", "half")
+        if k in ("pretrained_model_name_or_path", "base_model", "revision", "variant", "texts",
+                 "resolution", "images_per_prompt", "num_inference_steps", "guidance_scale", "seed",
+                 "half")
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", out):
