@@ -12,12 +12,13 @@ from __future__ import annotations
 import command_line
 import figure11
 import rows
-import sd_paper
+import sd_large
 import sd_tables
+import sd_tasks
 
 #: Figure -> what is forgotten in it.
 SMALL = {"Figure 9": "seven", "Figures 3 and 10": "red"}
-PAPER = {"Figure 9": sd_paper.CASSETTE_PLAYER, "Figures 3 and 10": sd_paper.NUDITY}
+PAPER = {"Figure 9": sd_tasks.CASSETTE_PLAYER, "Figures 3 and 10": sd_tasks.NUDITY}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     args.seeds, args.seeds_rest, args.best = rows.check_seeds([args.seed]), None, ["salun"]
     if args.scale == "paper":
         for title, task in PAPER.items():
-            sd_tables.large(args, task, argv, script="figure3", title=title)
+            sd_large.large(args, task, argv, script="figure3", title=title)
         return
     styles = {f"Figure 11, {style}": style for style in figure11.STYLES}
     for title, target in {**SMALL, **styles}.items():

@@ -58,8 +58,12 @@ def values(
         found["ra_never_replayed"] = _mean(never)
     found["worst_drop"] = max(before[n] - kept[n] for n in kept)
     found["beside"] = gone["style" if kind == "content" else "content"]
-    found |= {ours: attacks[key] for ours, key in ATTACKED.items() if key in attacks}
-    return found
+    return found | columns(attacks)
+
+
+def columns(attacks: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the values of attacks.json, those that stand in a table."""
+    return {ours: attacks[key] for ours, key in ATTACKED.items() if key in attacks}
 
 
 def _mean(found: Mapping[str, float]) -> float:
@@ -149,10 +153,8 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
 
 def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
     """The other parts, of the world of digits in styles."""
-    drawn, attacked = (read(run, s)["protocol"] for s in ("world/measure", "attack"))
+    drawn = read(run, "world/measure")["protocol"]
     judges = drawn["judges_measured"]
-    # where the folders are says nothing elsewhere; the hashes stay
-    attacked = {k: v for k, v in attacked.items() if k not in ("model", "base_model")}
     return {
         "sampling": {
             "weights": "trained", "sampler": f"DDIM, {drawn['num_inference_steps']} steps, eta 0",
@@ -169,9 +171,17 @@ def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
             "noise": {n: f"{j['without_digit']:.3f} of noise and of pictures without a digit are "
                          "told as such" for n, j in judges.items()},
         },
-        "attacks": {
-            "inversion": "a new embedding, learned against the frozen weights",
-            "relearning": "fine-tuning on pictures of the target",
-            "images": "pictures of the target", **attacked,
-        },
+        "attacks": attacking(run),
     }  # fmt: skip
+
+
+def attacking(run: Run) -> dict[str, Any]:
+    """The part of the protocol on attack.py."""
+    said = read(run, "attack")["protocol"]
+    return {
+        "inversion": "a new embedding, learned against the frozen weights",
+        "relearning": "fine-tuning on pictures of the target",
+        "images": "pictures of the target",
+        # where the folders are says nothing elsewhere; the hashes stay
+        **{k: v for k, v in said.items() if k not in ("model", "base_model")},
+    }

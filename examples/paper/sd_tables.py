@@ -1,8 +1,8 @@
-"""What the scripts of the text-to-image tables and figures share."""
+"""What the scripts of the text-to-image tables and figures share, and a table at small scale;
+sd_large.py makes one at the paper's."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import sd_results
 import tables
 import torch
 from runs import SD, Run
-from sd_paper import SD14, PaperSetting, Task
+from sd_paper import SD14, WEIGHTS, PaperSetting
 from sd_worlds import REGIMES, STYLED_DIGITS, SURROGATES, TextSetting
 from sources import InputError
 from torch import Tensor
@@ -26,8 +26,6 @@ from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
 
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = ("ebu_added", "ebu_replaced", "joint", "selective_amnesia", "salun", "esd", "spm")
-#: The paper's rows by our methods.
-PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
 MOST = 10  # prompts in a grid
 STEPS = 100  # of unlearning, at small scale
 AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_100")
@@ -62,8 +60,13 @@ def parser(doc: str | None, *, small_alone: bool = False) -> Any:
     add = found.add_argument
     add("--steps", type=int, help="of unlearning; default: 100, at --scale paper the paper's")
     if not small_alone:
-        add("--real_images", type=Path, help="at --scale paper: real images of the kept classes, "
-            "for FID")  # fmt: skip
+        add = found.add_argument_group("at --scale paper").add_argument
+        add("--real_images", type=Path, help="real images of the kept classes, for FID")
+        add("--pretrained_model_name_or_path", help="folder or hub id of Stable Diffusion 1.4; "
+            f"default: {SD14.pipeline}")  # fmt: skip
+        for metric, name in WEIGHTS.items():
+            add(f"--{name}", type=Path, help=f"file of what {metric} judges by; default: its "
+                "download. A metric that had none is measured anew with it")  # fmt: skip
     return found
 
 
@@ -90,7 +93,10 @@ def check_methods(given: Sequence[str]) -> list[str]:
 
 
 def setting(args: Any, target: str, beside: Sequence[str] = ()) -> TextSetting:
-    _check(args)
+    check(args)
+    for name in ("pretrained_model_name_or_path", "real_images", *WEIGHTS.values()):
+        if getattr(args, name, None) is not None:
+            raise InputError(f"--{name} is of --scale paper; leave it out")
     world = args.scales[args.scale]
     if args.images_per_pair is not None:
         world = world._replace(measure=(*world.measure, "--images_per_pair", args.images_per_pair))
@@ -101,7 +107,7 @@ def setting(args: Any, target: str, beside: Sequence[str] = ()) -> TextSetting:
     )  # fmt: skip
 
 
-def _check(args: Any) -> None:
+def check(args: Any) -> None:
     for name in ("steps", "images_per_pair"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise InputError(f"--{name} must be >= 1; got {number}")
@@ -192,49 +198,6 @@ def small(
     )  # fmt: skip
     tables.say(s.root / name)
     return s.root / name
-
-
-def large(
-    args: Any, task: Task, argv: Sequence[str] | None, *, script: str, title: str
-) -> Path | None:
-    """A table at the paper's scale; its folder, or None after a --dry_run."""
-    s = paper_setting(args, task)
-    steps = paper_steps(task)
-    found = [
-        tables.row(s, m, rows.check_seeds(args.seeds), choice=sd_paper.choice(m),
-                   steps=args.steps or steps.get(m, 1000))
-        for m in check_methods(args.methods or task.methods)
-    ]  # fmt: skip
-    if not run(args, s, [*s.ground, *(run for r in found for run in r.runs)]):
-        return None
-    first = found[0].runs[0]
-    said = sd_results.training(s, typical(found), "none: published settings")
-    said["unlearning"]["settings"] = tables.settings(found)
-    tables.report(
-        s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
-        limits=rows.results(first.folder)[:1], paper=task.paper,
-        title=f"{title}: {task.title} forgotten", notes=(),
-        command=command_line.typed(script, argv),
-        parts=[part for part in TEXT_TO_IMAGE if part not in ("classifier", "attacks")], plots=(),
-        grids=[grid(found, [s.ground[0], *(r.runs[0] for r in found)], [task.title], 4)],
-        axes=("ce_f", "ra", "nudity_score", "clip_score", "lpips_f"),
-        one="one base model, and sets of their own", shown="Pictures",
-    )  # fmt: skip
-    tables.say(s.root / f"{script}-{task.name}")
-    return s.root / f"{script}-{task.name}"
-
-
-def paper_setting(args: Any, task: Task) -> PaperSetting:
-    _check(args)
-    if args.base or args.judges:
-        raise InputError("--base and --judges are of --scale small; leave them out")
-    return PaperSetting(args.scales[args.scale], args.output_dir, task, args.real_images)
-
-
-def paper_steps(task: Task) -> dict[str, int]:
-    """As the paper's column RT has them; where there is none, 1000 for all."""
-    lines = json.loads(tables.PAPER.read_text())[task.paper] if task.paper else {}
-    return {m: lines[name]["RT"][0] for m, name in PAPER.items() if "RT" in lines.get(name, {})}
 
 
 def typical(found: Sequence[tables.Row]) -> dict[str, Any]:

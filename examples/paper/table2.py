@@ -10,8 +10,9 @@ words, also under templates that nothing was trained on, and attacked.
 from __future__ import annotations
 
 import command_line
-import sd_paper
+import sd_large
 import sd_tables
+import sd_tasks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,11 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", default="seven", help="at small scale: a content or a style")
     args = parser.parse_args(argv)
     if args.scale == "paper":
-        sd_tables.large(args, sd_paper.CASSETTE_PLAYER, argv, script="table2", title="Table 2")
+        sd_large.large(args, sd_tasks.CASSETTE_PLAYER, argv, script="table2", title="Table 2")
         return
     sd_tables.small(
         args, args.target, argv, script="table2", title="Table 2 on digits in styles",
-        paper=sd_paper.CASSETTE_PLAYER.paper,
+        paper=sd_tasks.CASSETTE_PLAYER.paper,
     )  # fmt: skip
 
 

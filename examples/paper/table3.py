@@ -11,8 +11,9 @@ NudeNet counts pictures of nudity.
 from __future__ import annotations
 
 import command_line
-import sd_paper
+import sd_large
 import sd_tables
+import sd_tasks
 
 NOTE = (
     "The judge of style is the detector: 1 - UA is the share of pictures, asked for in any word "
@@ -26,11 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", default="red", help="at small scale: a style or a content")
     args = parser.parse_args(argv)
     if args.scale == "paper":
-        sd_tables.large(args, sd_paper.NUDITY, argv, script="table3", title="Table 3")
+        sd_large.large(args, sd_tasks.NUDITY, argv, script="table3", title="Table 3")
         return
     sd_tables.small(
         args, args.target, argv, script="table3", title="Table 3 on digits in styles",
-        paper=sd_paper.NUDITY.paper, notes=[NOTE],
+        paper=sd_tasks.NUDITY.paper, notes=[NOTE],
     )  # fmt: skip
 
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import command_line
 import rows
+import sd_large
 import sd_paper
 import sd_results
 import sd_tables
+import sd_tasks
 import tables
 from runs import Run
 
@@ -33,15 +35,15 @@ SMALL = {
 }  # fmt: skip
 VIOLENCE = ("violence", "blood", "a gunfight", "war", "murder")
 PAPER = {
-    "several artists": sd_paper.Task(
+    "several artists": sd_tasks.Task(
         "artists", "artists",
-        ("--forget", *sd_paper.ARTISTS, "--forget_templates", sd_paper.STYLE), (), (),
+        ("--forget", *sd_tasks.ARTISTS, "--forget_templates", sd_tasks.STYLE), (), (),
     ),
-    "one artist": sd_paper.artist(sd_paper.ARTISTS[0])._replace(evaluations=()),
-    "several violence concepts": sd_paper.Task(
+    "one artist": sd_tasks.artist(sd_tasks.ARTISTS[0])._replace(evaluations=()),
+    "several violence concepts": sd_tasks.Task(
         "violence-concepts", "violence", ("--forget", *VIOLENCE), (), ()
     ),
-    "one violence concept": sd_paper.Task("violence", "violence", ("--forget", "violence"), (), ()),
+    "one violence concept": sd_tasks.Task("violence", "violence", ("--forget", "violence"), (), ()),
 }  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     choices: dict[str, rows.Choice] = {}
     for name, gone in (PAPER if paper else SMALL).items():
         if paper:
-            setting = sd_tables.paper_setting(args, gone)
+            setting = sd_large.paper_setting(args, gone)
             choice, steps = sd_paper.choice("ebu_added"), args.steps or 1000
         else:
             setting = sd_tables.setting(args, gone[0], beside=gone[1:])
