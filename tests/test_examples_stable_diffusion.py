@@ -496,6 +496,37 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_go_on(hub, made, tmp_path
     assert "uploaded https://huggingface.co/me/x" in said
 
 
+def test_a_finished_run_is_uploaded_with_the_card_as_it_was_edited(hub, made, tmp_path):
+    out = tmp_path / "o"
+    command = unlearn(made, out, "--save_as", "changed", "--checkpointing_steps", 1)
+    again = [*command, "--resume_from_checkpoint", "latest"]
+    upload = [*again, "--push_to_hub", "--hub_model_id", "me/x"]
+    succeed(*command)
+    folder = out / "changed"
+    card, file = folder / "README.md", folder / "unet_changed.safetensors"
+    first = file.stat().st_mtime_ns
+    # nobody edited it: its lines load from the hub, and name no folder of this machine
+    assert f"saved {folder} before, with its README.md\nuploaded" in succeed(*upload)
+    assert 'hf_hub_download("me/x"' in card.read_text()
+    assert str(made) not in card.read_text()
+    card.write_text(card.read_text() + "\nMeasured: CLIP score 0.31.\n")
+    edited = card.read_text()
+    succeed(*upload)
+    assert card.read_text() == edited
+    assert file.stat().st_mtime_ns == first
+    # what is not whole, or of other steps, is saved again
+    shutil.copytree(folder, tmp_path / "old")
+    file.unlink()
+    assert f"saved {folder}\n" in succeed(*again)
+    assert file.exists()
+    succeed(*again, "--max_train_steps", 3)
+    newer = load_file(file)
+    shutil.rmtree(folder)
+    (tmp_path / "old").rename(folder)
+    assert f"saved {folder}\n" in succeed(*again, "--max_train_steps", 3)
+    assert all(torch.equal(t, newer[n]) for n, t in load_file(file).items())
+
+
 def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
     card = module("card")
     said = {"forget": ["cat"], "title": "EBU added", "seconds": 1.0, "train_modules": "lora",
