@@ -638,6 +638,7 @@ def test_train_modules_are_the_published_selections(made):
     assert len(left) == 8
     assert names("noxattn", unet) == every - cross - left
     assert "conv_in.weight" in names("noxattn", unet)
+    assert names("notime", unet) == every - left
 
 
 def test_an_adapter_begins_as_the_base_and_the_same_each_time(made):
@@ -674,6 +675,23 @@ SD14 = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_scale_factor": 1,
     "act_fn": "silu", "norm_eps": 1e-5, "downsample_padding": 1, "center_input_sample": False,
 }  # fmt: skip
+
+
+def test_single_layers_are_those_of_the_published_numbers():
+    """LDM counts the blocks of a half through, diffusers by resolution: of SD, three by three."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(SD14)
+    layers = {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
+
+    def inside(half: str, number: int, attention: str) -> set[str]:
+        block = f"{half}_blocks.{number // 3}.attentions.{number % 3}.transformer_blocks.0"
+        return {f"{block}.{attention}.{layer}" for layer in layers}
+
+    # conv_in is the first of LDM's input_blocks
+    assert names("selflayer", unet) == inside("down", 4 - 1, "attn1") | inside(
+        "down", 7 - 1, "attn1"
+    )
+    assert names("xlayer", unet) == inside("up", 6, "attn2") | inside("up", 8, "attn2")
 
 
 def options(**given) -> SimpleNamespace:
@@ -865,6 +883,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
         "attn9: the UNet has no such Linear or Conv2d layer; their names end in": [
             "--train_modules", "lora", "--lora_target_modules", "to_k", "attn9"],
+        "--train_modules xlayer selects no parameter of this UNet": ["--train_modules", "xlayer"],
         "is in use by something else": ["--output_dir", tmp_path / "mine"],
         "--resolution must be a multiple of 4": ["--resolution", 18],
         "--variant fp16; it holds": ["--variant", "fp16"],
