@@ -153,17 +153,21 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
     both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--method", "ebu"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(*unlearn(made, whole, *both, pictures=True))
-    first = unlearn(made, parts, *both, pictures=True)
+    first = unlearn(made, parts, *both, "--sets_dir", parts / "sets", pictures=True)
     first[first.index("--max_train_steps") + 1] = 2
     first[first.index("--max_train_steps", first.index("--max_train_steps") + 1) + 1] = 2
     succeed(*first)
     code, said = run(*unlearn(made, parts, *both, pictures=True))
     assert code == 2
     assert "holds a run: go on with --resume_from_checkpoint" in said
+    parts = parts.rename(tmp_path / "moved")  # with its sets, which are found there
+    sets = {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()}
     said = succeed(
-        *unlearn(made, parts, *both, "--resume_from_checkpoint", "latest", pictures=True)
-    )
+        *unlearn(made, parts, *both, "--sets_dir", parts / "sets", "--gradient_checkpointing",
+                 "--resume_from_checkpoint", "latest", pictures=True)
+    )  # fmt: skip
     assert "going on after step 2" in said
+    assert {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()} == sets
     a, b = weights(whole / "pipeline"), weights(parts / "pipeline")
     assert all(torch.equal(a[n], b[n]) for n in a)
     for step in (0, 2, 4):
@@ -982,6 +986,22 @@ def test_another_base_model_is_not_resumed(made, tmp_path):
     code, said = run(*command, "--resume_from_checkpoint", "latest")
     assert code == 2
     assert "the run is of a model of hash" in said
+
+
+def test_a_full_gpu_is_told_with_what_takes_less(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/unlearn.py"])
+
+    def full():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nFrames")
+
+    with pytest.raises(SystemExit) as end:
+        module("training").exit_on_input_errors(full)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("unlearn.py: error: CUDA out of memory. Tried to allocate 2 GiB.\nA ")
+    assert "smaller batch takes less" in said
+    assert "--resume_from_checkpoint latest goes on" in said
+    assert "Frames" not in said
 
 
 def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
