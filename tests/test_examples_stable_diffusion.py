@@ -113,7 +113,13 @@ RUNS = {
                          '{"remember_weight": 0.1}'], "attn2."),
     "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
                       "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
+    **{m: ([], "attn2.") for m in (
+        "fine_tune", "erasediff", "pcgrad", "random_masks", "ebu_without_forget",
+        "ebu_without_remember", "ebu_without_mitigation", "ebu_full_alignment",
+        "ebu_blend_remember", "ebu_blend_forget", "ebu_blend_equal",
+    )},
 }  # fmt: skip
+ADAPTERS = ["ebu", "spm"]
 
 
 @pytest.mark.parametrize("method", RUNS)
@@ -132,6 +138,15 @@ def test_a_method_trains_what_it_names(method, made, tmp_path):
     assert "have not been measured" in card
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "pipeline")
     assert drawn(pipe).shape == (1, 16, 16, 3)
+
+
+def test_every_method_is_run():
+    script = module("unlearn")
+    ours, theirs = (
+        {script.ALIASES.get(m, m) for m in methods}
+        for methods in ([*RUNS, *ADAPTERS], script.METHODS)
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -311,7 +326,7 @@ def test_two_processes(made, tmp_path):
 # -- what comes out -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ebu", "spm"])
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(method, made, tmp_path):
     options = ["--method", method, "--learning_rate", 0.05]
     if method == "ebu":
