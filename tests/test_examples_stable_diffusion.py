@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ pytest.importorskip("transformers", reason="transformers comes with the extra ex
 pytest.importorskip("peft", reason="peft comes with the extra examples")
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -189,6 +193,101 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
         file = f"validation/step_{step:08d}.png"
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
     assert Image.open(whole / "validation" / "step_00000004.png").size == (16, 4 * 16)
+
+
+def test_figures_and_validation_images_go_to_tensorboard(made, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard comes with the extra test")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    succeed(*unlearn(made, tmp_path / "o", "--report_to", "tensorboard", "--logging_steps", 1,
+                     pictures=True))  # fmt: skip
+    files = (tmp_path / "o" / "logs").rglob("events*")
+    found = [EventAccumulator(str(file)).Reload() for file in files]
+    (events,) = [e for e in found if "loss_forget" in e.Tags()["scalars"]]
+    rows = [json.loads(r) for r in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
+    losses = events.Scalars("loss_forget")
+    assert [e.step for e in losses] == [r["step"] for r in rows] == [1, 2]
+    assert [e.value for e in losses] == pytest.approx([r["loss_forget"] for r in rows])
+    images = events.Images("validation")
+    assert [e.step for e in images] == [0, 2]
+    row = np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))
+    file = Image.open(tmp_path / "o" / "validation" / "step_00000002.png")
+    # four prompts, beside one another there and below one another here
+    assert (np.concatenate(np.split(row, 4, axis=1)) == np.asarray(file)).all()
+
+
+def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypatch):
+    cache, validation, training = map(module, ("cache", "validation", "training"))
+    held, alive, step_of = [], [], training.unlearning_step
+
+    def loads(kind, *args, of=cache.load):
+        part = of(kind, *args)
+        held.append((kind.__name__, weakref.ref(part)))
+        return part
+
+    def step(*args):
+        gc.collect()
+        alive.extend(name for name, part in held if part() is not None)
+        return step_of(*args)
+
+    for user in (cache, validation):
+        monkeypatch.setattr(user, "load", loads)
+    monkeypatch.setattr(training, "unlearning_step", step)
+    succeed(*unlearn(made, tmp_path / "o", "--sets_dir", tmp_path / "sets", "--surrogate",
+                     "pixels", pictures=True))  # fmt: skip
+    # embeddings, noise through the VAE, two rows of pictures
+    assert [name for name, _ in held] == ["CLIPTextModel", *["AutoencoderKL"] * 3]
+    assert alive == []
+
+
+def test_a_bf16_step_is_nearly_the_float32_one(made):
+    modules, steps = module("modules"), []
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([5, 300, 600, 900]), torch.randn(4, LENGTH, 16)
+    for half in (False, True):
+        unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+        chosen = names("xattn", unet)
+        before = {n: p.detach().clone() for n, p in unet.named_parameters()}
+        if half:
+            modules.halve_frozen(unet, torch.bfloat16)
+            for n, p in unet.named_parameters():
+                norm = ".norm" in n or "norm_out." in n
+                kept = torch.float32 if n in chosen or norm else torch.bfloat16
+                assert p.dtype == kept, n
+        opt = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=1.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            unet(*inputs).sample.square().mean().backward()
+        opt.step()
+        steps.append(torch.cat([(p.detach() - before[n]).flatten()
+                                for n, p in unet.named_parameters() if n in chosen]))  # fmt: skip
+    whole, halved = steps
+    assert 0 < (halved - whole).norm() < 0.05 * whole.norm()
+
+
+def test_gradient_checkpointing_computes_again_and_the_same(made, tmp_path, monkeypatch):
+    calls, forward = [0], BasicTransformerBlock.forward
+
+    def counted(*args, **kwargs):
+        calls[-1] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(BasicTransformerBlock, "forward", counted)
+    succeed(*unlearn(made, tmp_path / "sets"))  # makes them where they are not there yet
+    for name, more in (("a", []), ("b", ["--gradient_checkpointing"])):
+        calls.append(0)
+        succeed(*unlearn(made, tmp_path / name, *more))
+    assert calls[2] > calls[1] > 0
+    a, b = (weights(tmp_path / n / "pipeline") for n in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_file_of_prompts_is_forgotten(made, tmp_path):
+    (tmp_path / "gone.txt").write_text("# two\ncat\n\nperson in red\n")
+    command = ["--forget", tmp_path / "gone.txt", "--forget_templates", "a photo of {}"]
+    said = succeed(*unlearn(made, tmp_path / "o", *command, "--max_train_steps", 1))
+    assert "forgets 'a photo of cat', 'a photo of person in red'" in said
+    report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
+    assert report["forget"] == ["a photo of cat", "a photo of person in red"]
 
 
 def test_sets_are_made_once_and_a_run_that_finds_them_is_the_same(made, tmp_path):
