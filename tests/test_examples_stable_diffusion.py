@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ pytest.importorskip("transformers", reason="transformers comes with the extra ex
 pytest.importorskip("peft", reason="peft comes with the extra examples")
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -113,7 +117,13 @@ RUNS = {
                          '{"remember_weight": 0.1}'], "attn2."),
     "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
                       "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
+    **{m: ([], "attn2.") for m in (
+        "fine_tune", "erasediff", "pcgrad", "random_masks", "ebu_without_forget",
+        "ebu_without_remember", "ebu_without_mitigation", "ebu_full_alignment",
+        "ebu_blend_remember", "ebu_blend_forget", "ebu_blend_equal",
+    )},
 }  # fmt: skip
+ADAPTERS = ["ebu", "spm"]
 
 
 @pytest.mark.parametrize("method", RUNS)
@@ -132,6 +142,15 @@ def test_a_method_trains_what_it_names(method, made, tmp_path):
     assert "have not been measured" in card
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "pipeline")
     assert drawn(pipe).shape == (1, 16, 16, 3)
+
+
+def test_every_method_is_run():
+    script = module("unlearn")
+    ours, theirs = (
+        {script.ALIASES.get(m, m) for m in methods}
+        for methods in ([*RUNS, *ADAPTERS], script.METHODS)
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -153,23 +172,122 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
     both = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--method", "ebu"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(*unlearn(made, whole, *both, pictures=True))
-    first = unlearn(made, parts, *both, pictures=True)
+    first = unlearn(made, parts, *both, "--sets_dir", parts / "sets", pictures=True)
     first[first.index("--max_train_steps") + 1] = 2
     first[first.index("--max_train_steps", first.index("--max_train_steps") + 1) + 1] = 2
     succeed(*first)
     code, said = run(*unlearn(made, parts, *both, pictures=True))
     assert code == 2
     assert "holds a run: go on with --resume_from_checkpoint" in said
+    parts = parts.rename(tmp_path / "moved")  # with its sets, which are found there
+    sets = {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()}
     said = succeed(
-        *unlearn(made, parts, *both, "--resume_from_checkpoint", "latest", pictures=True)
-    )
+        *unlearn(made, parts, *both, "--sets_dir", parts / "sets", "--gradient_checkpointing",
+                 "--resume_from_checkpoint", "latest", pictures=True)
+    )  # fmt: skip
     assert "going on after step 2" in said
+    assert {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()} == sets
     a, b = weights(whole / "pipeline"), weights(parts / "pipeline")
     assert all(torch.equal(a[n], b[n]) for n in a)
     for step in (0, 2, 4):
         file = f"validation/step_{step:08d}.png"
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
     assert Image.open(whole / "validation" / "step_00000004.png").size == (16, 4 * 16)
+
+
+def test_figures_and_validation_images_go_to_tensorboard(made, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard comes with the extra test")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    succeed(*unlearn(made, tmp_path / "o", "--report_to", "tensorboard", "--logging_steps", 1,
+                     pictures=True))  # fmt: skip
+    files = (tmp_path / "o" / "logs").rglob("events*")
+    found = [EventAccumulator(str(file)).Reload() for file in files]
+    (events,) = [e for e in found if "loss_forget" in e.Tags()["scalars"]]
+    rows = [json.loads(r) for r in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
+    losses = events.Scalars("loss_forget")
+    assert [e.step for e in losses] == [r["step"] for r in rows] == [1, 2]
+    assert [e.value for e in losses] == pytest.approx([r["loss_forget"] for r in rows])
+    images = events.Images("validation")
+    assert [e.step for e in images] == [0, 2]
+    row = np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))
+    file = Image.open(tmp_path / "o" / "validation" / "step_00000002.png")
+    # four prompts, beside one another there and below one another here
+    assert (np.concatenate(np.split(row, 4, axis=1)) == np.asarray(file)).all()
+
+
+def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypatch):
+    cache, validation, training = map(module, ("cache", "validation", "training"))
+    held, alive, step_of = [], [], training.unlearning_step
+
+    def loads(kind, *args, of=cache.load):
+        part = of(kind, *args)
+        held.append((kind.__name__, weakref.ref(part)))
+        return part
+
+    def step(*args):
+        gc.collect()
+        alive.extend(name for name, part in held if part() is not None)
+        return step_of(*args)
+
+    for user in (cache, validation):
+        monkeypatch.setattr(user, "load", loads)
+    monkeypatch.setattr(training, "unlearning_step", step)
+    succeed(*unlearn(made, tmp_path / "o", "--sets_dir", tmp_path / "sets", "--surrogate",
+                     "pixels", pictures=True))  # fmt: skip
+    # embeddings, noise through the VAE, two rows of pictures
+    assert [name for name, _ in held] == ["CLIPTextModel", *["AutoencoderKL"] * 3]
+    assert alive == []
+
+
+def test_a_bf16_step_is_nearly_the_float32_one(made):
+    modules, steps = module("modules"), []
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor([5, 300, 600, 900]), torch.randn(4, LENGTH, 16)
+    for half in (False, True):
+        unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+        chosen = names("xattn", unet)
+        before = {n: p.detach().clone() for n, p in unet.named_parameters()}
+        if half:
+            modules.halve_frozen(unet, torch.bfloat16)
+            for n, p in unet.named_parameters():
+                norm = ".norm" in n or "norm_out." in n
+                kept = torch.float32 if n in chosen or norm else torch.bfloat16
+                assert p.dtype == kept, n
+        opt = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=1.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            unet(*inputs).sample.square().mean().backward()
+        opt.step()
+        steps.append(torch.cat([(p.detach() - before[n]).flatten()
+                                for n, p in unet.named_parameters() if n in chosen]))  # fmt: skip
+    whole, halved = steps
+    assert 0 < (halved - whole).norm() < 0.05 * whole.norm()
+
+
+def test_gradient_checkpointing_computes_again_and_the_same(made, tmp_path, monkeypatch):
+    calls, forward = [0], BasicTransformerBlock.forward
+
+    def counted(*args, **kwargs):
+        calls[-1] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(BasicTransformerBlock, "forward", counted)
+    succeed(*unlearn(made, tmp_path / "sets"))  # makes them where they are not there yet
+    for name, more in (("a", []), ("b", ["--gradient_checkpointing"])):
+        calls.append(0)
+        succeed(*unlearn(made, tmp_path / name, *more))
+    assert calls[2] > calls[1] > 0
+    a, b = (weights(tmp_path / n / "pipeline") for n in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_file_of_prompts_is_forgotten(made, tmp_path):
+    (tmp_path / "gone.txt").write_text("# two\ncat\n\nperson in red\n")
+    command = ["--forget", tmp_path / "gone.txt", "--forget_templates", "a photo of {}"]
+    said = succeed(*unlearn(made, tmp_path / "o", *command, "--max_train_steps", 1))
+    assert "forgets 'a photo of cat', 'a photo of person in red'" in said
+    report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
+    assert report["forget"] == ["a photo of cat", "a photo of person in red"]
 
 
 def test_sets_are_made_once_and_a_run_that_finds_them_is_the_same(made, tmp_path):
@@ -307,7 +425,7 @@ def test_two_processes(made, tmp_path):
 # -- what comes out -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ebu", "spm"])
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(method, made, tmp_path):
     options = ["--method", method, "--learning_rate", 0.05]
     if method == "ebu":
@@ -496,6 +614,37 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_go_on(hub, made, tmp_path
     assert "uploaded https://huggingface.co/me/x" in said
 
 
+def test_a_finished_run_is_uploaded_with_the_card_as_it_was_edited(hub, made, tmp_path):
+    out = tmp_path / "o"
+    command = unlearn(made, out, "--save_as", "changed", "--checkpointing_steps", 1)
+    again = [*command, "--resume_from_checkpoint", "latest"]
+    upload = [*again, "--push_to_hub", "--hub_model_id", "me/x"]
+    succeed(*command)
+    folder = out / "changed"
+    card, file = folder / "README.md", folder / "unet_changed.safetensors"
+    first = file.stat().st_mtime_ns
+    # nobody edited it: its lines load from the hub, and name no folder of this machine
+    assert f"saved {folder} before, with its README.md\nuploaded" in succeed(*upload)
+    assert 'hf_hub_download("me/x"' in card.read_text()
+    assert str(made) not in card.read_text()
+    card.write_text(card.read_text() + "\nMeasured: CLIP score 0.31.\n")
+    edited = card.read_text()
+    succeed(*upload)
+    assert card.read_text() == edited
+    assert file.stat().st_mtime_ns == first
+    # what is not whole, or of other steps, is saved again
+    shutil.copytree(folder, tmp_path / "old")
+    file.unlink()
+    assert f"saved {folder}\n" in succeed(*again)
+    assert file.exists()
+    succeed(*again, "--max_train_steps", 3)
+    newer = load_file(file)
+    shutil.rmtree(folder)
+    (tmp_path / "old").rename(folder)
+    assert f"saved {folder}\n" in succeed(*again, "--max_train_steps", 3)
+    assert all(torch.equal(t, newer[n]) for n, t in load_file(file).items())
+
+
 def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
     card = module("card")
     said = {"forget": ["cat"], "title": "EBU added", "seconds": 1.0, "train_modules": "lora",
@@ -607,6 +756,7 @@ def test_train_modules_are_the_published_selections(made):
     assert len(left) == 8
     assert names("noxattn", unet) == every - cross - left
     assert "conv_in.weight" in names("noxattn", unet)
+    assert names("notime", unet) == every - left
 
 
 def test_an_adapter_begins_as_the_base_and_the_same_each_time(made):
@@ -643,6 +793,23 @@ SD14 = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_scale_factor": 1,
     "act_fn": "silu", "norm_eps": 1e-5, "downsample_padding": 1, "center_input_sample": False,
 }  # fmt: skip
+
+
+def test_single_layers_are_those_of_the_published_numbers():
+    """LDM counts the blocks of a half through, diffusers by resolution: of SD, three by three."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(SD14)
+    layers = {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
+
+    def inside(half: str, number: int, attention: str) -> set[str]:
+        block = f"{half}_blocks.{number // 3}.attentions.{number % 3}.transformer_blocks.0"
+        return {f"{block}.{attention}.{layer}" for layer in layers}
+
+    # conv_in is the first of LDM's input_blocks
+    assert names("selflayer", unet) == inside("down", 4 - 1, "attn1") | inside(
+        "down", 7 - 1, "attn1"
+    )
+    assert names("xlayer", unet) == inside("up", 6, "attn2") | inside("up", 8, "attn2")
 
 
 def options(**given) -> SimpleNamespace:
@@ -834,6 +1001,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
         "attn9: the UNet has no such Linear or Conv2d layer; their names end in": [
             "--train_modules", "lora", "--lora_target_modules", "to_k", "attn9"],
+        "--train_modules xlayer selects no parameter of this UNet": ["--train_modules", "xlayer"],
         "is in use by something else": ["--output_dir", tmp_path / "mine"],
         "--resolution must be a multiple of 4": ["--resolution", 18],
         "--variant fp16; it holds": ["--variant", "fp16"],
@@ -932,6 +1100,22 @@ def test_another_base_model_is_not_resumed(made, tmp_path):
     code, said = run(*command, "--resume_from_checkpoint", "latest")
     assert code == 2
     assert "the run is of a model of hash" in said
+
+
+def test_a_full_gpu_is_told_with_what_takes_less(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/unlearn.py"])
+
+    def full():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nFrames")
+
+    with pytest.raises(SystemExit) as end:
+        module("training").exit_on_input_errors(full)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("unlearn.py: error: CUDA out of memory. Tried to allocate 2 GiB.\nA ")
+    assert "smaller batch takes less" in said
+    assert "--resume_from_checkpoint latest goes on" in said
+    assert "Frames" not in said
 
 
 def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,19 +50,19 @@ def module(name: str):
     return importlib.import_module(name)
 
 
-def attack(argv: list[str]) -> None:
-    """What attack.py leaves, without attacking: it is tested on its own."""
-    options = ("--pretrained_model_name_or_path", "--base_model", "--output_dir", "--judge")
-    given = {name: argv[argv.index(name) + 1] for name in options}
-    assert Path(given["--pretrained_model_name_or_path"], "unet").is_dir()
-    assert Path(given["--base_model"], "unet").is_dir()
+def attack(argv: list[str], parse) -> None:
+    """What attack.py leaves, without attacking: it is tested on its own. It has to take the
+    options."""
+    args = parse(argv)
+    assert Path(args.pretrained_model_name_or_path, "unet").is_dir()
+    assert Path(args.base_model, "unet").is_dir()
     found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
              "inversion_100": {"value": 0.75}}  # fmt: skip
     if "--attacks" not in argv:  # all
         found["relearn_steps"] = {"reached": True, "steps": 5, "within": 50}
-    folder = Path(given["--output_dir"])
+    folder = args.output_dir
     folder.mkdir(parents=True)
-    protocol = {"judge": given["--judge"]}
+    protocol = {"judge": args.judge}
     (folder / "attacks.json").write_text(json.dumps({"values": found, "protocol": protocol}))
 
 
@@ -78,7 +79,9 @@ def world():
         for folder in reversed(FOLDERS):
             patch.syspath_prepend(str(folder))
         patch.setenv("TQDM_DISABLE", "1")
-        patch.setitem(sys.modules, "attack", SimpleNamespace(main=attack))
+        parse = module("attack").parse
+        stub = SimpleNamespace(main=partial(attack, parse=parse), parse=parse)
+        patch.setitem(sys.modules, "attack", stub)
         command_line, runs = module("command_line"), module("runs")
         sd_tables, worlds = module("sd_tables"), module("sd_worlds")
         full = worlds.STYLED_DIGITS
@@ -378,7 +381,7 @@ def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_pat
     assert all(a[a.index("--forget") + 1] == "blue" for a in trials)
     assert all(a[a.index("--seed") + 1] == "0" for a in trials)
     attacks = [a for a in argvs if "--judge" in a and "relearn" not in a]
-    assert all("inversion" in a for a in attacks)
+    assert all("inversion" in module("attack").parse(a).attacks for a in attacks)
 
 
 def test_dry_run_makes_nothing(tmp_path, made, capsys):

@@ -40,6 +40,8 @@ FREE = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
     "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
     "validation_pictures", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "gradient_checkpointing",  # the same numbers in less memory
+    "sets_dir",  # its files' names say what they are
 }  # fmt: skip
 
 # what a run has before its first checkpoint
@@ -90,6 +92,15 @@ def exit_on_input_errors(
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        what = str(error).partition("\n")[0]
+        print(
+            f"{Path(sys.argv[0]).name}: error: {what}\nA smaller batch takes less, and so do "
+            "--gradient_checkpointing and --mixed_precision bf16, where the script has them. "
+            f"Where something else filled the memory, {goes_on} goes on",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):

@@ -21,20 +21,24 @@ def _cross(name: str) -> bool:
     return "attn2." in name
 
 
-def _noxattn(name: str, _: nn.Module) -> bool:
-    """What Selective Amnesia and ESD's first code leave: not the output layers, not the cross
-    attention, not the embedding of time."""
-    return not (
-        name.startswith(("conv_norm_out.", "conv_out.")) or _cross(name) or "time_embedding" in name
-    )
+def _notime(name: str) -> bool:
+    """Not the output layers, not the embedding of time: Selective Amnesia and ESD's first code."""
+    return not (name.startswith(("conv_norm_out.", "conv_out.")) or "time_embedding" in name)
 
+
+#: Of ESD's first code: LDM's output_blocks 6 and 8, input_blocks 4 and 7, by diffusers' names.
+XLAYER = ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")
+SELFLAYER = ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")
 
 #: --train_modules: (a parameter's name, its module) -> whether it is trained.
 CHOICES: dict[str, Callable[[str, nn.Module], bool]] = {
     "xattn": lambda name, _: _cross(name),
-    "noxattn": _noxattn,
+    "noxattn": lambda name, _: _notime(name) and not _cross(name),
     "selfattn": lambda name, _: "attn1." in name,
     "full": lambda name, _: True,
+    "notime": lambda name, _: _notime(name),
+    "xlayer": lambda name, _: _cross(name) and name.startswith(XLAYER),
+    "selflayer": lambda name, _: "attn1." in name and name.startswith(SELFLAYER),
     "esd-x": _layers(_cross),
     "esd-x-strict": _layers(lambda name: _cross(name) and (".to_k." in name or ".to_v." in name)),
     "esd-u": _layers(lambda name: not _cross(name)),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sources import InputError
 from torch import Tensor, nn
 
-from ebu_optim._files import replacing_folder
+from ebu_optim._files import replacing, replacing_folder
 
 CHANGED = "unet_changed.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,6 +63,32 @@ def save(args: argparse.Namespace, model: Prompted, base: Path, report: Mapping[
         (work / "README.md").write_text(card.write(args, base, report), encoding="utf-8")
         (work / "unlearn.json").write_text(text)
     (args.output_dir / "unlearn.json").write_text(text)
+    return folder
+
+
+def kept(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> Path | None:
+    """The folder where the run with this report left its result; None: it is not there, or not
+    whole.
+
+    Its card stays as it is, since it is there to be edited; one that was not is written anew for
+    where it goes now.
+    """
+    folder = args.output_dir / args.save_as
+    weights = (folder / "unet" if args.save_as == "pipeline" else folder).glob("*.safetensors")
+    card_file = folder / "README.md"
+    try:
+        text = card_file.read_text(encoding="utf-8")
+        before = json.loads((folder / "unlearn.json").read_text())
+        # they come with the checkpoint: what another one left has other seconds
+        if before["seconds"] != report["seconds"] or not any(weights):
+            return None
+        push, name = (before["options"][n] for n in ("push_to_hub", "hub_model_id"))
+    except (OSError, ValueError, KeyError):
+        return None
+    then = {**vars(args), "push_to_hub": push == "True", "hub_model_id": name}
+    if text == card.write(argparse.Namespace(**then), base, before):
+        with replacing(card_file) as work:
+            work.write_text(card.write(args, base, report), encoding="utf-8")
     return folder
 
 

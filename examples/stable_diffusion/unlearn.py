@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 look(step)
         if accelerator.is_main_process:
             report = describe(args, texts, cost, base, opt, done)
-            print(f"saved {save.save(args, raw, folder, report)}")
+            there = save.kept(args, folder, report) if begin == args.max_train_steps else None
+            saved = f"saved {there or save.save(args, raw, folder, report)}"
+            print(f"{saved} before, with its README.md" if there else saved)
         accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         forgot = f"Forgets {', '.join(args.forget)} ({methods[args.method].title})"
