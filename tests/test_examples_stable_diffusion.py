@@ -1089,6 +1089,10 @@ def test_another_base_model_is_not_resumed(made, tmp_path):
     shutil.copytree(made / "base", tmp_path / "base")
     command = unlearn(tmp_path, tmp_path / "o")
     succeed(*command)
+    fewer = ("--resume_from_checkpoint", "latest", "--max_train_steps", 1)
+    code, said = run(*command, *fewer)
+    assert code == 2
+    assert "--max_train_steps 1: the checkpoint is of step 2" in said
     other = [made / "base" if part == tmp_path / "base" else part for part in command]
     code, said = run(*other, "--resume_from_checkpoint", "latest")
     assert code == 2

@@ -249,6 +249,11 @@ class Run:
             step = load_checkpoint(path, self.objects, fallback=given == "latest")
         except (OSError, ValueError) as error:
             raise InputError(f"--resume_from_checkpoint {given}: {error}") from error
+        if step > self.args.max_train_steps:  # its weights would pass for those of fewer steps
+            raise InputError(
+                f"--max_train_steps {self.args.max_train_steps}: the checkpoint is of step {step}; "
+                "give as many or more, or an earlier one as --resume_from_checkpoint"
+            )
         log = self.folder / "log.jsonl"
         if self.main and log.exists():  # what follows the checkpoint is done, and logged, again
             rows = log.read_text().splitlines(keepends=True)
