@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +23,16 @@ import torch
 pytest.importorskip("transformers", reason="transformers comes with the extra examples")
 pytest.importorskip("peft", reason="peft comes with the extra examples")
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity
 
 from ebu_optim._files import load_tensors
 
@@ -137,6 +143,8 @@ def test_a_method_trains_what_it_names(method, made, tmp_path):
     report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
     assert report["forget"] == ["cat"]
     assert f"trained: {report['train_modules']}, {report['trained']:,} of" in said
+    phases = dict(report["memory_counted"])
+    assert phases.pop("peak") == max(sum(rows.values()) for rows in phases.values())
     card = (tmp_path / "o" / "pipeline" / "README.md").read_text()
     assert "without `cat`" in card
     assert "have not been measured" in card
@@ -812,39 +820,77 @@ def test_single_layers_are_those_of_the_published_numbers():
     assert names("xlayer", unet) == inside("up", 6, "attn2") | inside("up", 8, "attn2")
 
 
-def options(**given) -> SimpleNamespace:
-    usual = {
-        "method": "ebu_added", "train_modules": "xattn", "mixed_precision": "no", "fisher": None,
-        "train_batch_size": 1, "gradient_checkpointing": False, "remember": "replay", "seed": 0,
-        "method_options": {}, "alpha": None, "delta": None, "gamma": None, "forget_loss": None,
-        "learning_rate": 1e-5, "max_grad_norm": 1.0,
-    }  # fmt: skip
-    return SimpleNamespace(**{**usual, **given})
+VAE = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 512,
+}  # fmt: skip
+UNET = 859_520_964  # numbers of SD 1.4's
+
+
+@cache
+def counted(*options):
+    """memory.count for SD 1.4: one prompt is forgotten, the empty one is the surrogate."""
+    base = ["--pretrained_model_name_or_path", "-", "--forget", "cat", "--output_dir", "-"]
+    args = module("unlearn").parse([*base, *map(str, options)])
+    tokenizer = SimpleNamespace(model_max_length=77)
+    looked = module("pipelines").Looked(Path(), SD14, VAE, 512, (4, 64, 64), None, tokenizer)
+    texts = module("prompts").Prompts([""] * 54, [0], [1], [*range(2, 54)], 1, [0], {})
+    return module("memory").count(args, looked, texts)
 
 
 def test_the_papers_setting_fits_16_gb_and_the_full_unet_40():
-    count = module("memory").count
-    paper = count(options(), SD14, (4, 64, 64), 77)
-    assert paper.trained + paper.frozen == 859_520_964  # SD 1.4
-    assert paper.trained == 43_962_560
-    assert paper.total + 2**30 < 16e9
-    full = count(options(train_modules="full"), SD14, (4, 64, 64), 77)
+    paper = counted()
+    assert (paper.trained, paper.trained + paper.frozen) == (43_962_560, UNET)
+    assert paper.peak + 2**30 < 16e9
+    full = counted("--train_modules", "full")
     assert full.frozen == 0
-    # weights, two gradients, two moments, theta0, F
-    assert full.total - full.rows["activations"] == 7 * 4 * 859_520_964
-    assert full.total + 2**30 < 40e9
-    rows = (
-        line.split("|")
+    # weights, two gradients, two moments, theta0, F; Adam's step needs more than the activations
+    assert sum(full.phases["unlearning"].values()) == 8 * 4 * UNET + 54 * 77 * 768 * 4
+    assert full.peak + 2**30 < 40e9
+    half = counted("--gradient_checkpointing", "--mixed_precision", "fp16")
+    said = {
+        line.split("|")[1].strip(): [float(cell) for cell in line.split("|")[2:5]]
         for line in PAGE.read_text().splitlines()
-        if line.startswith("| `ebu`, `sa`: ")
-    )
-    said = {cells[1].strip(): float(cells[2]) for cells in rows}
-    for name, cost in (("xattn", paper), ("full", full)):
-        assert said[f"`ebu`, `sa`: {name}"] == round(cost.total / 2**30, 1)
-    less = count(options(gradient_checkpointing=True), SD14, (4, 64, 64), 77)
-    assert less.rows["activations"] < paper.rows["activations"] / 2
-    joint = count(options(method="joint"), SD14, (4, 64, 64), 77)
-    assert paper.total - joint.total == 8 * paper.trained  # theta0 and F
+        if line.startswith("| `ebu`: ")
+    }
+    assert said["`ebu`: xattn"][0] == round(paper.peak / 2**30, 1)
+    assert said["`ebu`: xattn"][2] == round(half.peak / 2**30, 1)
+    assert said["`ebu`: full"][0] == round(full.peak / 2**30, 1)
+    assert f"{half.peak / 2**30:.2f}" == "3.58"  # validation, no longer the unlearning
+    less = half.phases["unlearning"]["activations"]
+    assert less < paper.phases["unlearning"]["activations"] / 2
+    joint = counted("--method", "joint").phases["unlearning"]
+    # theta0 and F
+    assert sum(paper.phases["unlearning"].values()) - sum(joint.values()) == 8 * paper.trained
+
+
+def test_memory_is_counted_for_every_phase():
+    paper, half = counted(), counted("--mixed_precision", "bf16")
+    assert list(paper.phases) == ["sets", "unlearning", "validation"]
+    assert paper.peak == max(sum(rows.values()) for rows in paper.phases.values())
+    # the whole UNet samples four images with guidance, and in 16 bits where autocast would
+    sets, drawn = paper.phases["sets"], paper.phases["sets"]["activations"] / 8
+    assert sets["frozen weights"] == 4 * UNET == 2 * half.phases["sets"]["frozen weights"]
+    one = counted("--sample_batch_size", 1, "--validation_steps", 0).phases
+    assert "validation" not in one
+    assert one["sets"]["activations"] == 2 * drawn
+    assert counted("--guidance_scale", 1).phases["sets"]["activations"] == 4 * drawn
+    # the VAE in float32, and what it has at once when it decodes 512x512 pixels
+    pictures = paper.phases["validation"]
+    assert pictures["VAE"] == 4 * 83_653_863
+    assert 0.7 < pictures["activations"] / 2**30 < 0.8
+    between = sum(pictures.values()) - pictures["VAE"] - pictures["activations"]
+    step = sum(paper.phases["unlearning"].values()) - paper.phases["unlearning"]["activations"]
+    assert between == step - 4 * paper.trained  # one of the two gradients is gone
+    # a Fisher of four timesteps at once: two gradients and F
+    sa = counted("--method", "sa").phases["Fisher"]
+    assert sa["activations"] == 4 * paper.phases["unlearning"]["activations"]
+    assert sum(sa.values()) - sa["activations"] == 4 * UNET + 12 * paper.trained
+    assert "sets" not in counted("--method", "esd").phases
+    table = paper.table().splitlines()
+    assert table[0].split() == ["GiB", "sets", "unlearning", "validation"]
+    assert table[-1].split() == ["peak", f"{paper.peak / 2**30:.2f}"]
 
 
 def passes_of_the_guide() -> dict[str, tuple[int, int]]:
@@ -897,16 +943,72 @@ def test_a_step_makes_the_passes_of_the_guide(row, options, made, tmp_path, monk
     assert tuple((b - a) / 2 for a, b in zip(one, three, strict=True)) == passes_of_the_guide()[row]
 
 
+def passes_counted(made: Path, size: int):
+    """memory.passes of the small pipeline, of one image."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(made / "base" / "unet")
+        )
+    vae = AutoencoderKL.load_config(made / "base" / "vae")
+    tokenizer = SimpleNamespace(model_max_length=LENGTH)
+    latents = (4, size, size)
+    looked = module("pipelines").Looked(Path(), {}, vae, 2 * size, latents, None, tokenizer)
+    return module("memory").passes(unet, looked)
+
+
 def test_counted_activations_are_those_of_a_real_pass(made):
-    memory = module("memory")
     unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet").train()
-    with memory.saved(unet) as (units, _):
+    with module("memory").saved(unet) as (units, _):
         unet(torch.randn(3, 4, 8, 8), torch.zeros(3), torch.randn(3, LENGTH, 16))
-    config = UNet2DConditionModel.load_config(made / "base" / "unet")
-    args = options(train_modules="full", train_batch_size=3)
-    counted = memory.count(args, config, (4, 8, 8), LENGTH).rows["activations"]
     # an attention on a CPU keeps one number a row beside
-    assert counted == pytest.approx(sum(units.values()), rel=0.05)
+    assert 3 * passes_counted(made, 8).kept == pytest.approx(sum(units.values()), rel=0.05)
+
+
+def test_what_sampling_is_counted_to_need_is_what_it_allocates(made, tmp_path):
+    """By PyTorch's allocator, which knows nothing of the count."""
+    unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+    model = module("modules").Prompted(unet, torch.randn(1, LENGTH, 16))
+    given = torch.randn(8, 4, 16, 16), torch.zeros(8), torch.zeros(8, dtype=torch.long)
+    with torch.no_grad():
+        model(*given)  # the first pass makes what stays
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            model(*given)
+    seen.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    allocated = max(np.cumsum([e["args"]["Bytes"] for e in events]))
+    assert 8 * passes_counted(made, 16).drawn == pytest.approx(allocated, rel=0.02)
+
+
+def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypatch):
+    sets_of, modules, found = module("cache"), module("modules"), []
+    for name in ("copy", "autocast"):
+
+        def halve(unet, dtype, name=name):
+            found.append(weakref.ref(unet))
+            if name == "copy":
+                modules.halve_frozen(unet, dtype)
+
+        monkeypatch.setattr(sets_of, "halve_frozen", halve)
+        args = module("unlearn").parse([str(a) for a in unlearn(
+            made, tmp_path / name, "--mixed_precision", "bf16", "--sets_dir", tmp_path / name
+        )])  # fmt: skip
+        looked = module("pipelines").look(args)
+        texts = module("prompts").collect(args, looked.tokenizer)
+        unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+        table = torch.randn(
+            len(texts.texts), LENGTH, 16, generator=torch.Generator().manual_seed(0)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            sets = sets_of.make(args, looked, made / "base", texts, unet, table, "", "cpu")
+        assert {p.dtype for p in unet.parameters()} == {torch.float32}
+        assert all(p.requires_grad for p in unet.parameters())
+        assert found[-1]() is None  # its memory is free
+        found.append(sets)
+    _, ours, _, theirs = found
+    for a, b in ((ours.replay, theirs.replay), (ours.surrogate, theirs.surrogate)):
+        assert torch.equal(a[0], b[0])
+        assert a[0].std() > 0.1
 
 
 # -- bad input ----------------------------------------------------------------------------------

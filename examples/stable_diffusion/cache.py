@@ -9,6 +9,7 @@ images from a folder the mode of the VAE's posterior.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from method_options import needs
-from modules import Prompted
+from modules import Prompted, halve_frozen
 from pipelines import Looked, load, weights
 from prompts import Prompts, encode
+from save import DTYPES
 from sources import ENDINGS, InputError, decode
 from sources import Item as Image
 from torch import Tensor
@@ -88,10 +90,18 @@ def check(args: argparse.Namespace) -> None:
     args.sets_dir = args.sets_dir or args.output_dir / "sets"
 
 
+def sampled(args: argparse.Namespace, prompts: Prompts) -> list[tuple[int, int]]:
+    """For each set that is sampled: how many images, and passes of each a step (guidance: 2)."""
+    return [
+        (n, 2 if args.guidance_scale != 1 and _guided(labels, prompts) else 1)
+        for n, labels, folder in kinds(args, prompts).values()
+        if labels and folder is None
+    ]
+
+
 def passes(args: argparse.Namespace, prompts: Prompts) -> int:
     """How often the UNet is run to sample the sets."""
-    sampled = [(n, c) for n, c, folder in _kinds(args, prompts).values() if c and not folder]
-    return sum(n * (2 if _guided(c, prompts) else 1) for n, c in sampled) * args.num_inference_steps
+    return sum(n * each for n, each in sampled(args, prompts)) * args.num_inference_steps
 
 
 def embeddings(
@@ -113,13 +123,19 @@ def make(
     table: Tensor, base: str, device: Any,
 ) -> Made:  # fmt: skip
     """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
-    is their hash, `table` the embeddings of all prompts.
+    is their hash, `table` the embeddings of all prompts. Under mixed precision a copy in 16 bits
+    samples, and `unet` stays where it is.
 
     Raises:
         InputError: unreadable images.
     """
+    if sampled(args, prompts):
+        if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
+            unet = copy.deepcopy(unet).requires_grad_(False)
+            halve_frozen(unet, DTYPES[args.mixed_precision])
+        unet = unet.to(device)
     made: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, (number, labels, images) in _kinds(args, prompts).items():
+    for name, (number, labels, images) in kinds(args, prompts).items():
         if labels and images is None:
             made[name] = _sampled(
                 args, looked, prompts, unet, table, base, device, name, number, labels
@@ -153,19 +169,19 @@ def fisher(args: argparse.Namespace, made: Made, scheduler: Any, unet: Any, tabl
     return estimate.for_model(model)
 
 
-def _kinds(
+def kinds(
     args: argparse.Namespace, prompts: Prompts
 ) -> dict[str, tuple[int, list[int], Path | None]]:
     """For each set: how many images, of which prompts (none: noise), or of which folder."""
-    forgets, kinds = kind(args), {}
+    forgets, found = kind(args), {}
     if forgets == "surrogate" and args.surrogate not in NOISE:
         labels = prompts.surrogate if args.surrogate == "prompt" else []
-        kinds["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
+        found["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
     if needs_own_images(args):
-        kinds["own"] = (args.forget_images, prompts.forget, args.forget_dir)
+        found["own"] = (args.forget_images, prompts.forget, args.forget_dir)
     if "remember" in needs(args) and forgets != "adapter":
-        kinds["replay"] = (args.replay_images, prompts.remember, None)
-    return kinds
+        found["replay"] = (args.replay_images, prompts.remember, None)
+    return found
 
 
 def _guided(labels: list[int], prompts: Prompts) -> bool:

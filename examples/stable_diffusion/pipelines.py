@@ -26,13 +26,14 @@ PARTS = {
 class Looked(NamedTuple):
     """Attributes:
     folder: with the configurations; `fetch` gives the one with the weights.
-    unet: the UNet's configuration.
+    unet, vae: their configurations.
     latents: (C, H, W) at --resolution.
     scheduler: the noise schedule, as a DDPMScheduler.
     """
 
     folder: Path
     unet: dict[str, Any]
+    vae: dict[str, Any]
     resolution: int
     latents: tuple[int, int, int]
     scheduler: Any
@@ -89,7 +90,7 @@ def look(args: argparse.Namespace) -> Looked:
     if size < 1 or size % step:
         raise InputError(f"--resolution must be a multiple of {step} for this model; got {size}")
     return Looked(
-        folder, unet, size, (unet.get("in_channels", 4), size // factor, size // factor),
+        folder, unet, vae, size, (unet.get("in_channels", 4), size // factor, size // factor),
         DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         _tokenizer(name, folder, configs["text_encoder"]),
     )  # fmt: skip

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision not in save.DTYPES:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
-    cost = memory.count(args, looked.unet, looked.latents, looked.tokenizer.model_max_length)
+    cost = memory.count(args, looked, texts)
     say(accelerator, args, texts, cost)
     whole = 6 * (cost.trained + cost.frozen)  # the UNet with VAE and text encoder
     size = 4 * cost.trained
@@ -182,7 +182,7 @@ def learn_from(
     with accelerator.main_process_first():
         table = cache.embeddings(args, folder, looked.tokenizer, texts.texts, device)
         with accelerator.autocast():
-            made = cache.make(args, looked, folder, texts, unet.to(device), table, base, device)
+            made = cache.make(args, looked, folder, texts, unet, table, base, device)
         modules.choose(unet, args)
         raw = modules.Prompted(unet, table).to(device)
         fisher = method_options.fisher_source(args, "estimate")
@@ -280,7 +280,7 @@ def describe(
         "instead": instead(args), "base": args.pretrained_model_name_or_path,
         "revision": args.revision, "base_hash": base, "seconds": done["seconds"],
         "train_modules": "SPM's adapters" if args.method == "spm" else args.train_modules,
-        "trained": cost.trained, "memory_counted": cost.rows, "memory_measured": peak,
+        "trained": cost.trained, "memory_counted": cost.report(), "memory_measured": peak,
         "settings": settings(args, opt), "versions": versions(),
         "options": {k: str(v) for k, v in vars(args).items()},
     }  # fmt: skip

@@ -59,8 +59,8 @@ def draw(
             g = torch.Generator().manual_seed(args.seed + i % args.num_validation_images)
             latents.append(sample(model, ddim, rows[i : i + 1], shape, generator=g, **options))
         vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
-        images = [vae.decode(x / vae.config.scaling_factor).sample for x in latents]
-    return torch.cat(images).add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+        images = [vae.decode(x / vae.config.scaling_factor).sample.cpu() for x in latents]
+    return torch.cat(images).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def write(args: argparse.Namespace, accelerator: Any, images: Tensor, step: int) -> None:
