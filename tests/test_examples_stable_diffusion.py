@@ -1303,6 +1303,7 @@ def test_a_scheduler_of_the_pipeline_and_ours_have_the_same_noise(made):
 def test_the_guide_names_real_options():
     files = [*FOLDERS[0].rglob("*.py"), *(FOLDERS[1] / f"{n}.py" for n in ("training", "sources"))]
     files += [FOLDERS[1] / f"{n}.py" for n in ("method_options", "unlearn_losses")]
+    files.append(ROOT / "examples" / "paper" / "command_line.py")
     code = "\n".join(f.read_text() for f in files)
     code += "".join(f'"--{n}"' for n in ("alpha", "delta", "gamma"))  # from a loop over names
     named = set(re.findall(r"--([a-z_]+)", PAGE.read_text()))
