@@ -12,7 +12,7 @@ from PIL import Image
 
 from ebu_optim.metrics import clip_score
 
-pytest.importorskip("open_clip", reason="open_clip comes with the extra metrics")
+pytest.importorskip("open_clip", reason="open_clip comes with the extra text_to_image")
 
 from .clip import NAME, by_hand, random_weights
 

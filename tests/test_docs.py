@@ -76,7 +76,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 def text_to_image(folder: Path) -> dict[str, object]:
-    pytest.importorskip("transformers", reason="transformers comes with the extra examples")
+    pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
     from diffusers import StableDiffusionPipeline
 
     from .text_to_image import pipeline
@@ -88,7 +88,7 @@ def text_to_image(folder: Path) -> dict[str, object]:
 
 def on_the_hub(folder: Path, monkeypatch) -> None:
     """What the guide loads by hub ids, as folders of these names where the blocks run."""
-    pytest.importorskip("peft", reason="peft comes with the extra examples")
+    pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
     import huggingface_hub
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig

@@ -180,7 +180,7 @@ def test_nudenet_looks_at_what_is_forgotten(tiny, ready):
 
 
 def test_clip_score_is_of_the_kept_and_their_prompts(tiny, ready, tmp_path):
-    pytest.importorskip("open_clip", reason="open_clip comes with the extra metrics")
+    pytest.importorskip("open_clip", reason="open_clip comes with the extra text_to_image")
     from .clip import NAME, by_hand, random_weights
 
     weights = random_weights(tmp_path / "clip.pt")
@@ -228,7 +228,7 @@ def test_fid_is_of_the_kept_against_real_images(tiny, ready, tmp_path):
 
 
 def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
-    models = pytest.importorskip("torchvision.models", reason="comes with the extra metrics")
+    models = pytest.importorskip("torchvision.models", reason="comes with the extra text_to_image")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
@@ -247,7 +247,7 @@ def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory) -> Path:
-    pytest.importorskip("lpips", reason="lpips comes with the extra metrics")
+    pytest.importorskip("lpips", reason="lpips comes with the extra text_to_image")
     from torchvision import models
 
     path = tmp_path_factory.mktemp("alexnet") / "a.pth"
@@ -333,7 +333,7 @@ def test_what_cannot_be_computed_says_which_option_helps(tiny, tmp_path, monkeyp
     ],
 )
 def test_other_weights_are_told_by_the_option_and_pictures_stay(options, message, tiny, ready):
-    pytest.importorskip("open_clip", reason="open_clip comes with the extra metrics")
+    pytest.importorskip("open_clip", reason="open_clip comes with the extra text_to_image")
     before = saved(ready)
     with refused(message):
         evaluate(tiny, ready, *EACH, "--metrics", "clip_score", *options)
@@ -346,7 +346,7 @@ def test_other_weights_are_told_by_the_option_and_pictures_stay(options, message
      ("fid", "inception_weights", "torch_fidelity")],
 )  # fmt: skip
 def test_a_file_of_other_weights(metric, option, package, tiny, ready, tmp_path):
-    pytest.importorskip(package, reason="comes with the extra metrics")
+    pytest.importorskip(package, reason="comes with the extras metrics and text_to_image")
     file = tmp_path / "other.pt"
     torch.save({"w": torch.ones(1)}, file)
     with refused(f"--metrics {metric}: --{option}:? .*holds (no|other) weights"):

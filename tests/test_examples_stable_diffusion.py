@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers comes with the extra examples")
-pytest.importorskip("peft", reason="peft comes with the extra examples")
+pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
+pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
 
 from diffusers import (
     AutoencoderKL,

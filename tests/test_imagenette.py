@@ -14,7 +14,7 @@ from ebu_optim.metrics import ImagenetteClassifier, imagenette_metrics
 from ebu_optim.metrics.imagenette import CLASSES, METRICS, SYNSETS
 
 models = pytest.importorskip(
-    "torchvision.models", reason="torchvision comes with the extra metrics"
+    "torchvision.models", reason="torchvision comes with the extra text_to_image"
 )
 
 INDICES = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ebu_optim.metrics import lpips_distance
 
-package = pytest.importorskip("lpips", reason="lpips comes with the extra metrics")
+package = pytest.importorskip("lpips", reason="lpips comes with the extra text_to_image")
 from torchvision import models  # noqa: E402  (a requirement of lpips)
 
 # the modules of torchvision's `features` whose outputs are compared

@@ -490,7 +490,7 @@ def test_table_5_tells_each_rows_strength_where_they_differ():
 @pytest.fixture
 def resnet(tmp_path, monkeypatch) -> Path:
     """Weights of what is built in the place of ResNet-50: it judges the mean colour."""
-    models = pytest.importorskip("torchvision.models", reason="comes with the extra metrics")
+    models = pytest.importorskip("torchvision.models", reason="comes with the extra text_to_image")
 
     def build(weights):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
@@ -502,7 +502,7 @@ def resnet(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def alexnet(tmp_path) -> Path:
-    pytest.importorskip("lpips", reason="lpips comes with the extra metrics")
+    pytest.importorskip("lpips", reason="lpips comes with the extra text_to_image")
     from torchvision import models
 
     state = models.alexnet(weights=None).features.state_dict()

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(sd_tables.METHODS))
     parser.add_argument(
         "--learning_rates", type=float, nargs="+", default=list(RATES),
-        help="of methods with a strength, SPM ten times these; earlier trials on this base count",
+        help=f"of methods with a strength, SPM {ADAPTER} times these; earlier trials on this base "
+        "count",
     )  # fmt: skip
     args = parser.parse_args(argv)
     methods = sd_tables.check_methods(args.methods)

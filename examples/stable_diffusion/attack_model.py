@@ -135,8 +135,8 @@ def named_base(name: str) -> str:
         return json.loads((Path(name) / "unlearn.json").read_text())["base"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"--base_model is not given, and {name} has no unlearn.json that names it: the base "
-            "draws the target, and its P_f is what the attacks are measured against"
+            f"--base_model is not given, and {name} has no unlearn.json that names it: give the "
+            "model before unlearning, a hub id or a folder"
         ) from error
 
 

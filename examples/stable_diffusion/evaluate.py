@@ -94,7 +94,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--real_images", type=Path, help="a folder of real images of the kept, for fid")
     add("--noise_images", type=int, default=64, help="that ResNet-50 judges beside the model's")
     add("--over", choices=("imagenet", "imagenette"), default="imagenet", help="classes of CE, RA")
-    for name, whose in (("resnet", "ResNet-50"), ("alexnet", "AlexNet"), ("inception", "FID's")):
+    for name, whose in (
+        ("resnet", "ResNet-50"),
+        ("alexnet", "--lpips_net's"),
+        ("inception", "FID's"),
+    ):
         add(f"--{name}_weights", type=Path, help=f"file of {whose} weights, without a network")
     nudity_options.add_arguments(add)
     add("--nudity_counting", choices=COUNTING, default="images", help="what the score is")

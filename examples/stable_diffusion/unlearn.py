@@ -161,8 +161,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             report = describe(args, texts, cost, base, opt, done)
             there = save.kept(args, folder, report) if begin == args.max_train_steps else None
-            saved = f"saved {there or save.save(args, raw, folder, report)}"
-            print(f"{saved} before, with its README.md" if there else saved)
+            if there:
+                print(f"saved {there} before, with its README.md")
+            else:
+                print(f"saved {save.save(args, raw, folder, report)}")
         accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         forgot = f"Forgets {', '.join(args.forget)} ({methods[args.method].title})"
