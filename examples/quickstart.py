@@ -26,8 +26,9 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 import ebu_optim
-from ebu_optim import EBUOptimizer, _checks
+from ebu_optim import EBUOptimizer
 from ebu_optim._files import replacing_folder
+from ebu_optim.baselines import methods
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 from ebu_optim.diffusion import (
     denoising_loss,
@@ -75,9 +76,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
-    given = {f"ebu_{n}": getattr(args, n) for n in ("alpha", "delta", "gamma")}
+    given = {n: getattr(args, n) for n in ("alpha", "delta", "gamma")}
     try:
-        _checks.group({name: value for name, value in given.items() if value is not None})
+        methods["ebu_added"].needs(**{n: v for n, v in given.items() if v is not None})
     except ValueError as error:
         parser.error(f"--{error}")
     try:

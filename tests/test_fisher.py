@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
-from ebu_optim._fisher_run import Run
-from ebu_optim._per_sample import METHODS
 from ebu_optim.diffusion import FisherBatches, fisher_loss
+from ebu_optim.fisher._per_sample import METHODS
+from ebu_optim.fisher._run import Run
 
 from .models import schedule, tiny_unet
 

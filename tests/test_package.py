@@ -19,11 +19,15 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
+    "ebu_optim.checkpoint": ["latest_checkpoint", "load_checkpoint", "save_checkpoint"],
+    "ebu_optim.fisher": ["DiagonalFisher"],
+    "ebu_optim.optim": ["EBUOptimizer", "PhasedOptimizer", "Rule", "Slot", "Step", "TensorMap"],
+    "ebu_optim.optimizer": ["EBUOptimizer"],
     "ebu_optim.baselines": [
         "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method",
-        "PCGrad", "RandomMasks", "Retrain", "SPM", "SalUn", "SelectiveAmnesia", "anchor_loss",
-        "esd_loss", "esd_target", "fisher_images", "methods", "next_class", "partly_denoised",
-        "random_anchors", "relabel_loss", "replayed_images", "reset_weights", "transport",
+        "PCGrad", "RandomMasks", "Recipe", "Retrain", "SPM", "SalUn", "SelectiveAmnesia",
+        "anchor_loss", "esd_loss", "esd_target", "fisher_images", "methods", "next_class",
+        "partly_denoised", "random_anchors", "relabel_loss", "replayed_images", "reset_weights", "transport",
     ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._modules import evaluating
 from ..diffusion.losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
-from ._rule import compat as _paper
+from ._compat import compat as _paper
 
 
 def next_class(

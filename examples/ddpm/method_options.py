@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from sources import InputError
 
-from ebu_optim import _checks
 from ebu_optim.baselines import methods
 
 EBU = ("alpha", "delta", "gamma")
@@ -47,9 +46,9 @@ def check(args: argparse.Namespace, aliases: Mapping[str, str]) -> None:
         raise InputError(f"--guided_steps must be >= 2; got {args.guided_steps}")
     if not 0 <= args.guided_scale < math.inf:
         raise InputError(f"--guided_scale must be finite, >= 0; got {args.guided_scale}")
-    given = {f"ebu_{n}": getattr(args, n) for n in EBU if getattr(args, n) is not None}
+    given = {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
     try:
-        _checks.group(given)
+        methods["ebu_added"].needs(**given)
     except ValueError as error:
         raise InputError(f"--{error}") from error
     if not isinstance(args.method_options, dict):

@@ -23,7 +23,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return value
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """A number, or a tensor that holds one, as a float."""
     scalar = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
         raise ValueError(f"{name} must be a number; got {value!r}")
@@ -33,7 +34,7 @@ def _number(name: str, value: Any) -> float:
 def group(values: Mapping[str, Any]) -> None:
     """ebu_alpha, ebu_delta, ebu_gamma, as far as they are there."""
     if "ebu_alpha" in values:
-        alpha = _number("alpha", values["ebu_alpha"])
+        alpha = number("alpha", values["ebu_alpha"])
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1]; got {alpha}")
     if "ebu_delta" in values:
@@ -42,10 +43,10 @@ def group(values: Mapping[str, Any]) -> None:
         if len(pair) != 2:
             raise ValueError(f"delta must be a number or a pair (forget, remember); got {delta!r}")
         for d in pair:
-            if not 0 < _number("delta", d) <= 1:
+            if not 0 < number("delta", d) <= 1:
                 raise ValueError(f"delta must be in (0, 1], a share of the parameters; got {d}")
     if "ebu_gamma" in values:
-        gamma = _number("gamma", values["ebu_gamma"])
+        gamma = number("gamma", values["ebu_gamma"])
         if not (gamma >= 0 and math.isfinite(gamma)):
             raise ValueError(f"gamma must be finite and >= 0; got {gamma}")
 
@@ -65,10 +66,10 @@ def terms(given: Sequence[str], update: str) -> tuple[str, ...]:
 def max_grad_norm(value: Any) -> float | None:
     if value is None:
         return None
-    number = _number("max_grad_norm", value)
-    if not number > 0:
-        raise ValueError(f"max_grad_norm must be > 0 or None; got {number}")
-    return number
+    norm = number("max_grad_norm", value)
+    if not norm > 0:
+        raise ValueError(f"max_grad_norm must be > 0 or None; got {norm}")
+    return norm
 
 
 def base(optimizer: Any) -> None:

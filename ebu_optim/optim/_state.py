@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ._phases import Key, Slot
+from ._slots import Key, Slot
 
 COUNTERS = ("ebu_step", "ebu_skipped", "ebu_fisher_mean", "ebu_fisher_frozen", "ebu_started",
             "ebu_anchor_source", "ebu_anchor_hash")  # fmt: skip
-TENSORS = ("ebu_anchor", "ebu_fisher", "ebu_fisher_count", "ebu_mask")
 
 
 def _by_position(
@@ -77,7 +76,7 @@ def split(
             state[saved_id] = entry
             continue
         key, p = positions[saved_id]
-        ours = {k: v for k, v in entry.items() if k in TENSORS}
+        ours = {k: v for k, v in entry.items() if k.startswith("ebu_")}
         for name, value in (entry if shaped else ours).items():
             if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
                 raise ValueError(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import reference
+from ..kernels import reference
 
 # What has to be equal, in the order of the checksums, and what to do where it is not. The first
 # that differs is named with its remedy: what comes later may differ because of it.

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._extras import require
-from ._files import load_tensors, save_tensors
-from ._fisher_run import Run, same_run
-from ._modules import evaluating, model_hash
+from .._extras import require
+from .._files import load_tensors, save_tensors
+from .._modules import evaluating, model_hash
 from ._per_sample import METHODS, Batch, Loss, choose
+from ._run import Run, same_run
 
 
 class DiagonalFisher(Mapping[str, Tensor]):

@@ -1,32 +1,39 @@
-"""Which gradient belongs to which loss: the two phases of a step, and who owns a buffer when.
+"""Which gradient belongs to which loss: the phases of a step, and who owns a buffer when.
 
-Outside a phase the remember gradient lies on the parameters, where GradScaler and gradient hooks
-expect one, and the forget gradient is kept here. Nothing is copied: buffers change owner.
+A phase puts its gradients onto the parameters when it is entered and takes them off when it is
+left. Between the phases one of them lies on the parameters all the same, where GradScaler and
+gradient hooks expect one: that of the phase which is *shown*, the last that the rule needs. Nothing
+is copied: buffers change owner.
+
+================== ============================== ======================= =========================
+when               ``param.grad`` holds           kept here               whoever writes param.grad
+================== ============================== ======================= =========================
+before a phase     nothing, or G of the last step nothing                 raises, but for zeros
+in ``forget()``    g_f of the micro-batches       g_r, where it ran       is the forget loss
+in ``remember()``  g_r of the micro-batches       g_f, where it ran       is the remember loss
+between them       the shown gradient (g_r; g_f   the other one           raises; the scaler's probe
+                   where the rule needs it alone)                         alone is added
+in ``step()``      G in the buffer of a spent     nothing                 is the rule
+                   gradient
+after ``step()``   G, until the next phase        nothing                 may: G is spent
+================== ============================== ======================= =========================
+
+A phase that the rule does not need runs all the same, and what it makes is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import _checks, kernels
+from .. import kernels
+from . import _checks
 from ._shards import is_sharded, local
-
-Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
-
-
-class Slot(NamedTuple):
-    """A parameter and its place in the optimizer."""
-
-    key: Key
-    group: dict[str, Any]
-    param: Tensor
-    name: str
+from ._slots import Key, Slot
 
 
 class Phases:
@@ -35,20 +42,19 @@ class Phases:
     Args:
         slots: returns the optimizer's parameters as they are now.
         first: called with them when a step's first phase begins.
-        needs: the phases that a step needs. Of one alone the gradient lies on the parameters, as
-            the remember gradient of two does; what the other makes is dropped.
+        needs: the phases that a step needs, of "forget" and "remember".
     """
 
     def __init__(
         self,
-        slots: Callable[[], Iterable[Slot]],
+        slots: Callable[[], Sequence[Slot]],
         first: Callable[[Sequence[Slot]], None],
         needs: Sequence[str] = ("forget", "remember"),
     ) -> None:
         self._slots = slots
         self._first = first
         self.needs = tuple(needs)
-        self._moved = "forget" if len(self.needs) == 2 else None
+        self.shown = self.needs[-1]
         # G of the last step and its version, still on the parameters: the next phase discards it
         self.update: dict[Key, tuple[Tensor, int]] = {}
         self.reset()
@@ -56,8 +62,9 @@ class Phases:
     def reset(self) -> None:
         self.active: str | None = None
         self.done: frozenset[str] = frozenset()
-        self.forget: dict[Key, Tensor] = {}
-        self.remember: dict[Key, tuple[Tensor, int]] = {}  # gradient and its version
+        #: By phase and position. Those of the shown phase lie on the parameters too.
+        self.grads: dict[str, dict[Key, Tensor]] = {name: {} for name in ("forget", "remember")}
+        self._versions: dict[Key, int] = {}  # of the shown gradients
         self._poison: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -97,11 +104,12 @@ class Phases:
     @_disable_dynamo
     def _set_aside(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
         """Before a phase that the step does not need: the parameters and their gradients."""
-        slots = list(self._slots())
+        slots = self._slots()
         self._begin(slots, name)
         self.check_untouched(slots)
-        self._own_remembered()
-        aside = [(s.param, self.remember.get(s.key, (None, 0))[0]) for s in slots]
+        self._own_shown()
+        shown = self.grads[self.shown]
+        aside = [(s.param, shown.get(s.key)) for s in slots]
         for param, _ in aside:
             param.grad = None
         self.active = name
@@ -113,12 +121,13 @@ class Phases:
         for param, grad in aside:
             param.grad = grad
 
-    def _own_remembered(self) -> None:
+    def _own_shown(self) -> None:
         """Before another backward pass fills the buckets that gradients lie in."""
-        for key, (grad, _) in self.remember.items():
+        shown = self.grads[self.shown]
+        for key, grad in shown.items():
             if _shares_storage(grad):
-                grad = grad.clone()
-                self.remember[key] = (grad, grad._version)
+                shown[key] = grad = grad.clone()
+                self._versions[key] = grad._version
 
     def _begin(self, slots: Sequence[Slot], name: str) -> None:
         """At a step's first phase: nothing but the G of the last step may lie on the parameters."""
@@ -139,21 +148,22 @@ class Phases:
 
     @_disable_dynamo
     def _enter(self, name: str) -> None:
-        slots = list(self._slots())
+        slots = self._slots()
         self._begin(slots, name)
         self.check_untouched(slots)
         self.unpoison()
-        if name == self._moved:
+        if name != self.shown:
+            own = self.grads[name]
             for slot in slots:
-                slot.param.grad = self.forget.pop(slot.key, None)
-            self._own_remembered()
+                slot.param.grad = own.pop(slot.key, None)
+            self._own_shown()
         self.active = name
 
     @_disable_dynamo
     def _leave(self, name: str) -> None:
         self.active = None
         self.done |= {name}
-        slots = list(self._slots())
+        slots = self._slots()
         try:
             for slot in slots:
                 _checks.gradient(slot)
@@ -161,29 +171,32 @@ class Phases:
         except (TypeError, RuntimeError):
             self.discard()
             raise
-        if name == self._moved:
+        if name != self.shown:
+            own, shown = self.grads[name], self.grads[self.shown]
             for slot in slots:
                 grad = slot.param.grad
                 if grad is not None:
-                    self.forget[slot.key] = grad.clone() if _shares_storage(grad) else grad
-                slot.param.grad = self.remember.get(slot.key, (None, 0))[0]
-        self.remember = {
-            s.key: (s.param.grad, s.param.grad._version) for s in slots if s.param.grad is not None
-        }
+                    own[slot.key] = grad.clone() if _shares_storage(grad) else grad
+                slot.param.grad = shown.get(slot.key)
+        self.grads[self.shown] = {s.key: grad for s in slots if (grad := s.param.grad) is not None}
+        self._remark()
         if self.complete:
             self._carry_nonfinite()
 
     @torch.no_grad()
     def _carry_nonfinite(self) -> None:
-        """Let GradScaler see a non-finite forget gradient.
+        """Let GradScaler see a non-finite gradient that is not shown.
 
-        Before `step` it looks into param.grad alone, where g_f no longer is. A probe that is NaN
-        where g_f is not finite is added to one element of param.grad on the device, and taken back
-        before that gradient is used.
+        Before `step` it looks into param.grad alone. A probe that is NaN where the other gradient
+        is not finite is added to one element of param.grad on the device, and taken back before
+        that gradient is used.
         """
-        forget = [local(g) for g in self.forget.values()]
-        probe = kernels.backend(forget, None).finite_probe(forget)
-        parts = (local(g) for g, _ in self.remember.values())
+        others = [g for n in self.needs if n != self.shown for g in self.grads[n].values()]
+        if not others:
+            return
+        hidden = [local(g) for g in others]
+        probe = kernels.backend(hidden, None).finite_probe(hidden)
+        parts = (local(g) for g in self.grads[self.shown].values())
         grad = next((g for g in parts if g.numel()), None)
         if probe is None or grad is None:
             return
@@ -201,13 +214,15 @@ class Phases:
             self._remark()
 
     def _remark(self) -> None:
-        self.remember = {k: (g, g._version) for k, (g, _) in self.remember.items()}
+        self._versions = {k: g._version for k, g in self.grads[self.shown].items()}
 
     def check_untouched(self, slots: Iterable[Slot]) -> None:
         """Between the phases and step nobody may clip, unscale, clear or add to the gradients."""
+        shown = self.grads[self.shown]
         for slot in slots:
-            grad, version = self.remember.get(slot.key, (None, 0))
-            if slot.param.grad is grad and (grad is None or grad._version == version):
+            grad = shown.get(slot.key)
+            same = slot.param.grad is grad
+            if same and (grad is None or grad._version == self._versions[slot.key]):
                 continue
             self.discard()
             raise RuntimeError(
@@ -222,10 +237,7 @@ class Phases:
         if self.active is not None:
             raise RuntimeError(f"step inside {self.active}(): leave the phase first")
         for name in self.needs:
-            moved = name == self._moved
-            if name in self.done and any(
-                s.key in self.forget if moved else s.param.grad is not None for s in slots
-            ):
+            if name in self.done and any(s.key in self.grads[name] for s in slots):
                 continue
             what = "made no gradient" if name in self.done else "is missing"
             ran = ", ".join(sorted(self.done)) or "none"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import _checkpoint_files as files
+from . import _files as files
 from . import _run_state as run
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, kernels
-from ._penalty import Penalty
-from ._phases import Slot
+from .. import kernels
+from ..kernels import reference
+from . import _checks
+from ._anchors import Anchors
 from ._shards import Shards, local
-from .kernels import reference
+from ._slots import Slot
 
 
 class Selection(NamedTuple):
@@ -30,14 +31,6 @@ class Selection(NamedTuple):
     total: int  # scalars
     dtype: torch.dtype
     backend: Any
-
-
-class Combined(NamedTuple):
-    """G per slot; what `unrelated="freeze"` has to put back; the figures for `stats`."""
-
-    grads: list[Tensor]
-    held: list[Tensor] | None
-    last: tuple[Tensor, Tensor, int] | None
 
 
 def select(
@@ -88,16 +81,21 @@ def combine(
     g_f: Sequence[Tensor | None],
     g_r: Sequence[Tensor | None],
     selection: Selection,
-    penalty: Penalty,
+    anchors: Anchors,
     *,
+    penalty: str,
     update: str,
     unrelated: str,
     terms: Sequence[str],
-    max_grad_norm: float | None,
     inv_scale: Tensor | None,
     shards: Shards,
-) -> Combined:
-    """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None); an online F is updated."""
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor, Tensor]:
+    """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None); an online F is updated.
+
+    Returns:
+        G per slot; what ``unrelated="freeze"`` has to put back, or None; the `STATS` over all
+        processes; the thresholds as magnitudes, loss scale undone.
+    """
     out: list[Tensor] = [
         r if r is not None else f  # type: ignore[misc]
         for f, r in zip(g_f, g_r, strict=True)
@@ -113,18 +111,18 @@ def combine(
     (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
     uncounted = torch.zeros_like(stats)  # of what another process counts
-    scale = penalty.scale(shards)
+    scale = anchors.scale(shards)
     device = stats.device
     if isinstance(scale, Tensor):
         scale = scale.to(device)
-    for rows, counted in _buckets(slots, penalty, shards):
+    for rows, counted in _buckets(slots, anchors, shards):
         first = slots[rows[0]]
-        fishers = [penalty.fisher.get(slots[i].key) if penalty.active else None for i in rows]
+        fishers = [anchors.fisher.get(slots[i].key) if anchors.active else None for i in rows]
         backend.combine(
             [slots[i].param for i in rows],
             [full_f[i] for i in rows],
             [full_r[i] for i in rows],
-            [local(penalty.anchor.get(slots[i].key)) for i in rows],
+            [local(anchors.anchor.get(slots[i].key)) for i in rows],
             [local(f) for f in fishers],
             [out[i] for i in rows],
             [held[i] if held is not None else None for i in rows],
@@ -133,24 +131,21 @@ def combine(
             [pool_r[i] for i in rows],
             alpha=float(first.group["ebu_alpha"]),
             gamma=scale * float(first.group["ebu_gamma"]),
-            penalty=penalty.kind,
+            penalty=penalty,
             update=update,
             terms=tuple(t in terms for t in _checks.TERMS),
-            online=penalty.online_weight(first.key),
+            online=anchors.online_weight(first.key),
             inv_scale=inv_scale,
             dtype=dtype,
             stats=stats if counted else uncounted,
         )
     shards.add(stats)
-    if penalty.mode == "online" and penalty.active:
-        penalty.counted((s.key for s in slots), stats[_AT["fisher_sum"]] / total)
-    if max_grad_norm is not None:
-        norm = stats[_AT["update_sq"]].sqrt()
-        backend.scale(out, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    if anchors.mode == "online" and anchors.active:
+        anchors.counted((s.key for s in slots), stats[_AT["fisher_sum"]] / total)
     values = reference.key_to_value(taus, dtype)
     if inv_scale is not None:
         values = values * inv_scale.to(values)
-    return Combined(out, held, (stats, values, total))
+    return out, held, stats, values
 
 
 _AT = {name: i for i, name in enumerate(reference.STATS)}
@@ -178,14 +173,14 @@ def _pools(
 
 
 def _buckets(
-    slots: Sequence[Slot], penalty: Penalty, shards: Shards
+    slots: Sequence[Slot], anchors: Anchors, shards: Shards
 ) -> list[tuple[list[int], bool]]:
     """Slots that share their group and count of squares go through one call; and whether this
     process is the one that counts them."""
     buckets: dict[Any, list[int]] = {}
     for i, s in enumerate(slots):
         if s.param.numel():
-            online = penalty.online_weight(s.key)
-            held = (s.key in penalty.anchor, s.key in penalty.fisher)
+            online = anchors.online_weight(s.key)
+            held = (s.key in anchors.anchor, s.key in anchors.fisher)
             buckets.setdefault((s.key[0], held, online, shards.counts(s.key)), []).append(i)
     return [(members, kind[-1]) for kind, members in buckets.items()]

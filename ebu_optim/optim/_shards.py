@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import reference
+from ..kernels import reference
 
 if TYPE_CHECKING:
-    from ._phases import Key, Slot
+    from ._slots import Key, Slot
 
 T = TypeVar("T", bound="Tensor | None")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernels.reference import STATS
+from ..kernels.reference import STATS
 
 
 def read_stats(last: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""theta0 and F: what the penalty needs, kept by position and never in the base's state."""
+"""theta0 and F: what penalties need, kept by position and never in the base's state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._modules import tensor_hash
 from . import _checks
-from ._modules import tensor_hash
-from ._phases import Key, Slot
 from ._shards import Shards, is_sharded, local, local_gradient, spread
+from ._slots import Key, Slot
+
+TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
 
 
 class Holding(NamedTuple):
@@ -68,14 +70,14 @@ class Holding(NamedTuple):
         return held.copy_(t)
 
 
-class Penalty:
+class Anchors:
     """The anchor theta0 and the Fisher F of every trainable parameter.
 
     Args:
         slots: the optimizer's parameters.
         fisher: "online", None or a mapping; see EBUOptimizer.
         anchor: a mapping, or None to take theta0 at the first phase.
-        kind: "partial", "full" or "none".
+        used: whether the rule has a penalty; False holds what is given and takes nothing.
         unit: scale F by 1 / sqrt(mean F).
         holding: how theta0 and F are held.
 
@@ -89,13 +91,13 @@ class Penalty:
     def __init__(
         self,
         slots: Sequence[Slot],
-        fisher: str | Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None,
-        anchor: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None,
-        kind: str,
+        fisher: str | TensorMap | None,
+        anchor: TensorMap | None,
+        used: bool,
         unit: bool,
         holding: Holding | None = None,
     ) -> None:
-        self.kind, self.unit, self.holding = kind, unit, holding or Holding()
+        self.used, self.unit, self.holding = used, unit, holding or Holding()
         self.holding.check()
         self._hash: str | None = None
         self.anchor: dict[Key, Tensor] = {}
@@ -121,7 +123,7 @@ class Penalty:
 
     @property
     def active(self) -> bool:
-        return self.mode != "none" and self.kind != "none"
+        return self.mode != "none" and self.used
 
     @torch.no_grad()
     def take(self, slots: Sequence[Slot]) -> None:
@@ -177,6 +179,21 @@ class Penalty:
     def online_weight(self, key: Key) -> float | None:
         """Weight of the next squared gradient in the cumulative mean; None where F is fixed."""
         return 1 / (self.count.get(key, 0) + 1) if self.mode == "online" and self.active else None
+
+    def pull(self, slot: Slot, like: Tensor, scale: Tensor | float) -> Tensor:
+        """F (theta - theta0) of one parameter in the dtype and place of `like`, F times `scale`."""
+        anchor, fisher = (local(m[slot.key]).to(like) for m in (self.anchor, self.fisher))
+        scale = scale.to(like) if isinstance(scale, Tensor) else scale
+        return fisher * scale * (slot.param.to(like) - anchor)
+
+    def average(self, slots: Iterable[Slot], squares: Iterable[Tensor]) -> None:
+        """Squares of the remember gradients go into an online F."""
+        slots = list(slots)
+        for slot, square in zip(slots, squares, strict=True):
+            f, weight = local(self.fisher[slot.key]), self.online_weight(slot.key)
+            square = square.to(f.device)
+            f.copy_(torch.lerp(f.to(square), square, weight or 0.0))
+        self.counted((s.key for s in slots), None)
 
     def counted(self, keys: Iterable[Key], mean: Tensor | None) -> None:
         """One more square has gone into the F of `keys`; their mean, None where not known."""
