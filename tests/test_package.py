@@ -27,7 +27,8 @@ PUBLIC = {
         "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method",
         "PCGrad", "RandomMasks", "Recipe", "Retrain", "SPM", "SalUn", "SelectiveAmnesia",
         "anchor_loss", "esd_loss", "esd_target", "fisher_images", "methods", "next_class",
-        "partly_denoised", "random_anchors", "relabel_loss", "replayed_images", "reset_weights", "transport",
+        "partly_denoised", "random_anchors", "relabel_loss", "replayed_images", "reset_weights",
+        "transport",
     ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
