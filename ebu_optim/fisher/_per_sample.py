@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -77,7 +78,6 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     params = _trainable(model)
     names = {id(p): name for name, p in params.items()}
     found: Grads = {}
-    handles: list[Any] = []
 
     def add(p: Tensor | None, grad: Callable[[], Tensor]) -> None:
         if p is None or id(p) not in names:
@@ -89,53 +89,51 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach()
         if output.requires_grad:
-            output.register_hook(lambda g: rule(module, x, g.detach()))
+            output.register_hook(lambda g: _of_module(module, x, g.detach(), n, add))
 
-    def rule(module: nn.Module, x: Tensor, g: Tensor) -> None:
-        if x.is_floating_point():
-            x = x.to(g.dtype)  # under autocast
-        if isinstance(module, nn.Linear):
-            rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
-            add(module.weight, lambda: torch.bmm(out.transpose(1, 2), rows))
-            add(module.bias, lambda: out.sum(1))
-        elif isinstance(module, nn.Conv2d):
-            add(module.weight, lambda: _conv_weight(module, x, g, n))
-            add(module.bias, lambda: g.reshape(n, -1, *g.shape[1:]).sum((1, 3, 4)))
-        elif isinstance(module, nn.GroupNorm):
-            normal = F.group_norm(x, module.num_groups, eps=module.eps)
-            add(module.weight, lambda: _channels(g * normal, n))
-            add(module.bias, lambda: _channels(g, n))
-        elif isinstance(module, nn.LayerNorm):
-            normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-            shape = (n, -1, *module.normalized_shape)
-            add(module.weight, lambda: (g * normal).reshape(shape).sum(1))
-            add(module.bias, lambda: g.reshape(shape).sum(1))
-        elif isinstance(module, nn.Embedding):
-            index, out = x.reshape(n, -1), g.reshape(n, -1, g.shape[-1])
-            zero = out.new_zeros(n, *module.weight.shape)
-            where = index.unsqueeze(-1).expand_as(out)
-            add(module.weight, lambda: zero.scatter_add_(1, where, out))
-
-    for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if not own:
-            continue
-        if not _known(module):
-            for handle in handles:
-                handle.remove()
-            raise TypeError(f'method="hooks" does not know {module}; use "vmap" or "loop"')
-        handles.append(module.register_forward_hook(forward))
-    try:
+    with ExitStack() as handles:
+        for module in model.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                if not _known(module):
+                    raise TypeError(f'method="hooks" does not know {module}; use "vmap" or "loop"')
+                handles.callback(module.register_forward_hook(forward).remove)
         total = loss(model, batch).sum()
         # only the graph is walked: .grad of the parameters stays as it was
         torch.autograd.grad(total, list(params.values()), allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     yield {
         name: found.get(name, torch.zeros((), dtype=p.dtype, device=p.device).expand(n, *p.shape))
         for name, p in params.items()
     }
+
+
+def _of_module(
+    module: nn.Module, x: Tensor, g: Tensor, n: int,
+    add: Callable[[Tensor | None, Callable[[], Tensor]], None],
+) -> None:  # fmt: skip
+    """Per-sample gradients of one module's parameters, from its input and its output's gradient."""
+    if x.is_floating_point():
+        x = x.to(g.dtype)  # under autocast
+    if isinstance(module, nn.Linear):
+        rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
+        add(module.weight, lambda: torch.bmm(out.transpose(1, 2), rows))
+        add(module.bias, lambda: out.sum(1))
+    elif isinstance(module, nn.Conv2d):
+        add(module.weight, lambda: _conv_weight(module, x, g, n))
+        add(module.bias, lambda: g.reshape(n, -1, *g.shape[1:]).sum((1, 3, 4)))
+    elif isinstance(module, nn.GroupNorm):
+        normal = F.group_norm(x, module.num_groups, eps=module.eps)
+        add(module.weight, lambda: _channels(g * normal, n))
+        add(module.bias, lambda: _channels(g, n))
+    elif isinstance(module, nn.LayerNorm):
+        normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        shape = (n, -1, *module.normalized_shape)
+        add(module.weight, lambda: (g * normal).reshape(shape).sum(1))
+        add(module.bias, lambda: g.reshape(shape).sum(1))
+    elif isinstance(module, nn.Embedding):
+        index, out = x.reshape(n, -1), g.reshape(n, -1, g.shape[-1])
+        zero = out.new_zeros(n, *module.weight.shape)
+        where = index.unsqueeze(-1).expand_as(out)
+        add(module.weight, lambda: zero.scatter_add_(1, where, out))
 
 
 def _known(module: nn.Module) -> bool:

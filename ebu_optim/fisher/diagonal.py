@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .._extras import require
 from .._files import load_tensors, save_tensors
 from .._modules import evaluating, model_hash
 from ._per_sample import METHODS, Batch, Loss, choose
@@ -122,7 +123,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
                 call is resumed from ``<path>.partial`` with the same result, bit for bit.
             save_every: batches between two savings of the partial result.
             protocol: whatever else identifies the data and the loss (JSON); compared on resuming.
-            progress: show a tqdm bar.
+            progress: show a tqdm bar, where tqdm is installed.
 
         Raises:
             ValueError: unknown method; a file of another protocol, model or damaged; a loss that is
@@ -148,29 +149,10 @@ class DiagonalFisher(Mapping[str, Tensor]):
             partial.unlink(missing_ok=True)
             return done
         with evaluating(model):
-            if partial is not None and partial.exists():
-                run = Run.load(partial, identity, params)
-                if method not in ("auto", run.method):
-                    raise ValueError(
-                        f'{partial} was begun with method="{run.method}", this call has '
-                        f'"{method}": give method="auto" to go on, or delete it'
-                    )
-            else:
+            run = _resumed(partial, identity, params, method)
+            if run is None:
                 run = Run.begin(params, choose(model, loss, batches[0], method), identity)
-            steps: Any = range(run.next, len(batches))
-            if progress:
-                tqdm = require("tqdm.auto", "diffusion").tqdm
-                steps = tqdm(steps, desc="Fisher", initial=run.next, total=len(batches))
-            try:
-                for i in steps:
-                    run.add(model, loss, batches[i])
-                    if partial is not None and run.next % save_every == 0:
-                        run.save(partial)
-            except BaseException:
-                # in the middle of an update the last saved part stands
-                if partial is not None and run.next and run.whole:
-                    run.save(partial)
-                raise
+            _go_on(run, model, loss, batches, partial, save_every, progress)
         result = cls(*run.finish())
         if path is not None and partial is not None:
             try:
@@ -180,6 +162,45 @@ class DiagonalFisher(Mapping[str, Tensor]):
                 raise
             partial.unlink(missing_ok=True)
         return result
+
+
+def _resumed(
+    partial: Path | None, identity: dict[str, Any], params: Mapping[str, Tensor], method: str
+) -> Run | None:
+    """The interrupted run of the same protocol, None where there is none."""
+    if partial is None or not partial.exists():
+        return None
+    run = Run.load(partial, identity, params)
+    if method not in ("auto", run.method):
+        raise ValueError(
+            f'{partial} was begun with method="{run.method}", this call has "{method}": give '
+            'method="auto" to go on, or delete it'
+        )
+    return run
+
+
+def _go_on(
+    run: Run, model: nn.Module, loss: Loss, batches: Any, partial: Path | None, save_every: int,
+    progress: bool,
+) -> None:  # fmt: skip
+    """Add the batches that are missing; what an interrupt leaves is saved."""
+    try:
+        for i in _bar(range(run.next, len(batches)), run.next, len(batches), progress):
+            run.add(model, loss, batches[i])
+            if partial is not None and run.next % save_every == 0:
+                run.save(partial)
+    except BaseException:
+        # in the middle of an update the last saved part stands
+        if partial is not None and run.next and run.whole:
+            run.save(partial)
+        raise
+
+
+def _bar(steps: Iterable[int], begin: int, total: int, progress: bool) -> Iterable[int]:
+    """With a tqdm bar where there is tqdm: the bare install has none."""
+    if not progress or find_spec("tqdm") is None:
+        return steps
+    return import_module("tqdm.auto").tqdm(steps, desc="Fisher", initial=begin, total=total)
 
 
 def _identity(
