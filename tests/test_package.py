@@ -21,7 +21,9 @@ PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
     "ebu_optim.checkpoint": ["latest_checkpoint", "load_checkpoint", "save_checkpoint"],
     "ebu_optim.fisher": ["DiagonalFisher"],
-    "ebu_optim.optim": ["EBUOptimizer", "PhasedOptimizer", "Rule", "Slot", "Step", "TensorMap"],
+    "ebu_optim.optim": [
+        "EBUOptimizer", "Holding", "PhasedOptimizer", "Rule", "Slot", "Step", "TensorMap",
+    ],
     "ebu_optim.optimizer": ["EBUOptimizer"],
     "ebu_optim.baselines": [
         "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method",
