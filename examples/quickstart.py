@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import digits
 import torch
 from diffusers import DDIMScheduler
 from quickstart_report import card, curves, grid, table
@@ -27,7 +26,6 @@ from tqdm.auto import tqdm
 
 import ebu_optim
 from ebu_optim import EBUOptimizer
-from ebu_optim._files import replacing_folder
 from ebu_optim.baselines import methods
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 from ebu_optim.diffusion import (
@@ -39,8 +37,10 @@ from ebu_optim.diffusion import (
     sample_set,
     surrogate_noise,
 )
+from ebu_optim.files import replacing_folder
 from ebu_optim.metrics import accuracy, classify, entropy, probability
 from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
+from ebu_optim.worlds import digits
 
 PER_CLASS = 50  # images of each class that before and after are measured on
 CURVE_EVERY = 25

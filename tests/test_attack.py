@@ -16,9 +16,8 @@ import torch
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
-
 from ebu_optim._files import save_tensors
+from safetensors.torch import load_file, save_file
 
 from .scripts import importable
 from .text_to_image import pipeline

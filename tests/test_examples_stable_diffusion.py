@@ -30,11 +30,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention import BasicTransformerBlock
+from ebu_optim._files import load_tensors
 from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity
-
-from ebu_optim._files import load_tensors
 
 from .scripts import importable, run_script
 from .text_to_image import LENGTH, pipeline

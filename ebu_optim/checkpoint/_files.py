@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .. import __version__
-from .._files import locked, replacing_folder, writable
+from ..files import locked, replacing_folder, writable
 
 FORMAT = 1  # a reader refuses what is newer than itself
 MANIFEST = "manifest.json"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import evaluating
+from ..modules import evaluating
 
 Condition = Tensor | Mapping[str, Any]
 Model = Callable[..., Any]

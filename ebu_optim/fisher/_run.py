@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import load_tensors, save_tensors
+from ..files import load_tensors, save_tensors
 from ._per_sample import METHODS, Batch, Loss, size
 
 _PROBES = 4096

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._files import load_tensors, save_tensors
-from .._modules import evaluating, model_hash
+from ..files import load_tensors, save_tensors
+from ..modules import evaluating, model_hash
 from ._per_sample import METHODS, Batch, Loss, choose
 from ._run import Run, same_run
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._modules import tensor_hash
+from ..modules import tensor_hash
 from . import _checks
 from ._shards import Shards, is_sharded, local, local_gradient, spread
 from ._slots import Key, Slot

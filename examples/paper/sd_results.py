@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from ebu_optim._files import replacing
 from runs import LAST, SD, Run
 from sd_worlds import CONTENTS, STYLES, TextSetting
 
-from ebu_optim._files import replacing
 from ebu_optim.baselines import methods
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]

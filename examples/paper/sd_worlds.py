@@ -16,11 +16,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ebu_optim._files import replacing
 from runs import EXAMPLES, SD, Command, Run, command
 from sources import InputError
 from worlds import losses, value
 
-from ebu_optim._files import replacing
 from ebu_optim.baselines import methods
 
 sys.path.append(str(EXAMPLES / SD / "world"))

@@ -33,12 +33,12 @@ import pipelines  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
 from attack_model import Attacked, load, look, named_base  # noqa: E402
+from ebu_optim._files import load_tensors, locked, replacing, save_tensors  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from sources import InputError  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ebu_optim._files import load_tensors, locked, replacing, save_tensors  # noqa: E402
 from ebu_optim.metrics import versions  # noqa: E402
 
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}

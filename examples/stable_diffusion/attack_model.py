@@ -13,6 +13,7 @@ import pipelines
 import torch
 from attack_prompts import one_token, tokens_around
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from ebu_optim._modules import stream
 from prompts import encode
 from safetensors.torch import load_file
 from save import CHANGED
@@ -20,7 +21,6 @@ from sources import InputError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ebu_optim._modules import stream
 from ebu_optim.diffusion import model_hash, sample
 
 LORA = "pytorch_lora_weights.safetensors"

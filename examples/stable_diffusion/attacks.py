@@ -18,11 +18,11 @@ from attack_judges import Judge
 from attack_model import Attacked, NewWord, initial_words
 from attack_prompts import Questions
 from cache import encode_images, image_files, read_images
+from ebu_optim._modules import stream
 from sources import ENDINGS, InputError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ebu_optim._modules import stream
 from ebu_optim.diffusion import denoising_loss
 from ebu_optim.metrics.depth import condition_replaced, learn_embeddings, relearning
 from ebu_optim.metrics.images import to_uint8

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from ebu_optim._files import load_tensors, save_tensors
+from ebu_optim._modules import tensor_hash
 from method_options import needs
 from modules import Prompted, halve_frozen
 from pipelines import Looked, load, weights
@@ -30,8 +32,6 @@ from torch import Tensor
 from unlearn_losses import NOISE, kind, needs_own_images
 
 from ebu_optim import DiagonalFisher
-from ebu_optim._files import load_tensors, save_tensors
-from ebu_optim._modules import tensor_hash
 from ebu_optim.diffusion import (
     FisherBatches,
     fisher_loss,

@@ -32,11 +32,11 @@ import prompts  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
 from diffusers import DDIMScheduler  # noqa: E402
+from ebu_optim._files import locked, replacing  # noqa: E402
 from PIL import Image  # noqa: E402
 from sources import InputError  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from ebu_optim._files import locked, replacing  # noqa: E402
 from ebu_optim.metrics import (  # noqa: E402
     clip_score,
     fid,

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import unlearn_losses
+from ebu_optim._modules import evaluating
 from prompts import Prompts
 from torch import Tensor
 
-from ebu_optim._modules import evaluating
 from ebu_optim.baselines import anchor_loss, esd_loss, partly_denoised, random_anchors
 
 ANCHORS = 4  # SPM's random embeddings a step

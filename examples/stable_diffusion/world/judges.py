@@ -26,11 +26,11 @@ import torch.nn.functional as F  # noqa: E402
 import training  # noqa: E402
 from captions import CONTENTS, STYLES  # noqa: E402
 from data import noise_images  # noqa: E402
+from ebu_optim._files import load_tensors, save_tensors  # noqa: E402
 from images import SIZE, World, paper, world  # noqa: E402
 from sources import InputError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from ebu_optim._files import load_tensors, save_tensors  # noqa: E402
 from ebu_optim.metrics import accuracy, classify  # noqa: E402
 
 NONE = "none"

@@ -27,13 +27,13 @@ import torch  # noqa: E402
 import training  # noqa: E402
 from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, Caption, captions, tokenizer  # noqa: E402
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from ebu_optim._files import replacing  # noqa: E402
 from images import SIZE  # noqa: E402
 from judges import CLASSES, NONE, Judges, load_judges  # noqa: E402
 from sources import InputError  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from ebu_optim._files import replacing  # noqa: E402
 from ebu_optim.metrics import classify  # noqa: E402
 from ebu_optim.metrics.intervals import wilson  # noqa: E402
 

@@ -31,12 +31,12 @@ import torch  # noqa: E402
 import training  # noqa: E402
 from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept, tokenizer  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
+from ebu_optim._files import replacing_folder  # noqa: E402
 from ema import Ema, averaged  # noqa: E402
 from images import World, world  # noqa: E402
 from sources import InputError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from ebu_optim._files import replacing_folder  # noqa: E402
 from ebu_optim.diffusion import model_hash  # noqa: E402
 
 

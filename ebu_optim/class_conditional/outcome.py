@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from method_options import EBU
-from models import save_unet
 from torch import Tensor
 
-from ebu_optim._files import save_tensors
-from ebu_optim.baselines import methods
-from ebu_optim.diffusion import model_hash, sample, surrogate_noise
-from ebu_optim.metrics import accuracy, classify, entropy, probability
+from ..baselines import methods
+from ..diffusion import model_hash, sample, surrogate_noise
+from ..files import save_tensors
+from ..metrics import accuracy, classify, entropy, probability
+from ..training.method import EBU
+from .models import save_unet
 
 
 def draw(args: argparse.Namespace, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from sources import InputError
 
-from ebu_optim.baselines import methods
+from ..baselines import methods
+from ..errors import InputError
 
 EBU = ("alpha", "delta", "gamma")
 

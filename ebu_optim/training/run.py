@@ -1,4 +1,4 @@
-"""What the training scripts share: diffusers' flags, the accelerator, the output folder, resuming.
+"""One run in its output folder: its options, its checkpoints, its log.
 
 An output folder belongs to one run: `run.json` holds its options, `checkpoints` where it can go on
 (made by ebu_optim.checkpoint: whole or not there), `log.jsonl` its figures.
@@ -7,33 +7,20 @@ An output folder belongs to one run: `run.json` holds its options, `checkpoints`
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    set_seed,
-)
-from diffusers.optimization import SchedulerType, get_scheduler
-from models import need_disk
-from sources import InputError
+from accelerate.utils import broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
-from ebu_optim._files import locked
-from ebu_optim.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ..errors import InputError
+from ..files import locked, need_disk
 
 # options that a resumed run may change
 FREE = {
@@ -46,101 +33,6 @@ FREE = {
 
 # what a run has before its first checkpoint
 LEFT = {"run.json", ".lock", "logs", "log.jsonl", "sets", "validation"}
-
-
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Flags named as in diffusers' scripts; `defaults` are the script's own."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", type=Path, required=True)
-    group.add_argument("--overwrite_output_dir", action="store_true", help="of an earlier run")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--train_batch_size", type=int, default=128, help="of each process")
-    group.add_argument("--max_train_steps", type=int, default=1000)
-    group.add_argument("--learning_rate", type=float, default=1e-4)
-    group.add_argument(
-        "--lr_scheduler", default="constant", choices=[s.value for s in SchedulerType]
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
-    group.add_argument("--cpu", action="store_true", help="even where there is a GPU")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
-    group.add_argument("--resume_from_checkpoint", help='"latest", or a checkpoint\'s folder')
-    group.add_argument("--report_to", default="none", help="tensorboard, wandb, ..., all or none")
-    group.add_argument("--logging_dir", default="logs", help="in the output folder")
-    group.add_argument("--logging_steps", type=int, default=10)
-    parser.set_defaults(**defaults)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Numbers that cannot be; the scripts call it before anything is loaded."""
-    for name in ("train_batch_size", "max_train_steps", "gradient_accumulation_steps",
-                 "checkpointing_steps", "checkpoints_total_limit", "logging_steps"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    if not args.learning_rate > 0:
-        raise InputError(f"--learning_rate must be > 0; got {args.learning_rate}")
-
-
-def exit_on_input_errors(
-    main: Callable[[], None], goes_on: str = "--resume_from_checkpoint latest"
-) -> None:
-    """Run `main`; what the user can put right is printed in one line, with exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.cuda.OutOfMemoryError as error:
-        what = str(error).partition("\n")[0]
-        print(
-            f"{Path(sys.argv[0]).name}: error: {what}\nA smaller batch takes less, and so do "
-            "--gradient_checkpointing and --mixed_precision bf16, where the script has them. "
-            f"Where something else filled the memory, {goes_on} goes on",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}. {goes_on} goes on", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {goes_on} goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-def new_accelerator(args: argparse.Namespace) -> Accelerator:
-    reports = None if args.report_to == "none" else args.report_to
-    available = [str(t) for t in get_available_trackers()]
-    if reports not in (None, "all") and reports not in available:
-        # accelerate itself would drop it without a word
-        raise InputError(
-            f"--report_to {reports}: not installed; there is {', '.join(available) or 'nothing'}"
-        )
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=reports,
-        project_config=ProjectConfiguration(
-            str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
-        ),
-        # the main process may make sets for hours while the others wait
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-        # several processes without a GPU would each train alone, and nobody would say so
-        cpu=args.cpu
-        or not any(m.is_available() for m in (torch.cuda, torch.xpu, torch.backends.mps)),
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate takes it, scales nothing, and the first Linear layer fails
-        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU give bf16, or no")
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise InputError(f"{asked} processes were started, accelerate joined them not: give --cpu")
-    set_seed(args.seed)  # the same weights everywhere; Run seeds the draws of each process
-    return accelerator
 
 
 class Run:
@@ -285,43 +177,3 @@ class Run:
         self.accelerator.log(figures, step=step)
         with open(self.folder / "log.jsonl", "a") as f:
             f.write(json.dumps({"step": step, **figures}) + "\n")
-
-
-def new_schedule(args: argparse.Namespace, optimizer: Any) -> Any:
-    """Stepped once an optimizer step, by hand: it is not given to accelerate."""
-    return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )  # fmt: skip
-
-
-def unlearning_step(
-    accelerator: Accelerator, model: Any, opt: Any, optimizer: Any, losses: Any, step: int
-) -> dict[str, torch.Tensor]:
-    """One step of any method, with its micro-batches; the last micro-batch's losses.
-
-    Args:
-        model, optimizer: as accelerate prepared them; `opt` is the optimizer inside.
-        losses: ``at(i)`` chooses the i-th micro-batches, ``forget()`` and ``remember()`` are
-            their losses.
-        step: from 1.
-    """
-    said = {}
-    micros = accelerator.gradient_accumulation_steps
-    for micro in range(micros):
-        losses.at((step - 1) * micros + micro)
-        with accelerator.accumulate(model):
-            for name in opt.needs:
-                with getattr(opt, name)():
-                    loss = getattr(losses, name)()
-                    accelerator.backward(loss)
-                    said[f"loss_{name}"] = loss.detach()
-            optimizer.step()
-            optimizer.zero_grad()
-    return said
-
-
-def figures(said: Mapping[str, torch.Tensor], opt: Any) -> dict[str, float]:
-    """The losses of a step and the optimizer's own figures, for `Run.log`."""
-    stats = {k: v for k, v in opt.stats.items() if isinstance(v, (int, float))}
-    return {**{k: v.item() for k, v in said.items()}, **stats}

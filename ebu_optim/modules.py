@@ -47,3 +47,8 @@ def stream(seed: int, i: int) -> torch.Generator:
     """The i-th generator of a seed, on the CPU, where a generator keeps 32 bits of its seed."""
     mixed = seed * 0x9E3779B1 + (seed >> 32) * 0x85EBCA6B + i
     return torch.Generator().manual_seed(mixed % 2**32)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())

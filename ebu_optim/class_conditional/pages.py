@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ebu_optim.baselines import methods
-from ebu_optim.metrics import versions
-from ebu_optim.metrics.protocol import CLASS_WISE
+from ..baselines import methods
+from ..metrics import versions
+from ..metrics.protocol import CLASS_WISE
 
 
 def forget_loss(made: Mapping[str, Any]) -> str:

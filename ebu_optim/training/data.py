@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sources import InputError, decode, folder_items, hub_items, parquet_items
 from torch import Tensor
+
+from ..errors import InputError
+from ..training.sources import decode, folder_items, hub_items, parquet_items
 
 
 class Data(NamedTuple):

@@ -15,13 +15,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import InputError
+
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TRAIN, TEST = ("train",), ("test", "val")
 NAMED = 5  # unreadable images that a message names; it counts all
-
-
-class InputError(Exception):
-    """What the user can put right: the scripts print it without a traceback and exit with 2."""
 
 
 class Item(NamedTuple):

@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ebu_optim._files import replacing_folder
+from ..files import replacing_folder
 
 ASSETS = Path(__file__).parent / "assets" / "digits"
 CLASSES = tuple(range(10))

@@ -9,26 +9,26 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from data import Batches
 from diffusers import DDIMScheduler
-from sources import InputError
 from torch import Tensor
 
-from ebu_optim._modules import evaluating
-from ebu_optim.baselines import (
+from ..baselines import (
     esd_loss,
     methods,
     next_class,
     partly_denoised,
     relabel_loss,
 )
-from ebu_optim.diffusion import (
+from ..diffusion import (
     denoising_loss,
     distillation_loss,
+    evaluating,
     gaussian_forget_loss,
     noisy_condition,
     surrogate_noise,
 )
+from ..errors import InputError
+from ..training.data import Batches
 
 
 def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str = "sum") -> None:
@@ -77,7 +77,7 @@ def needs_teacher(args: argparse.Namespace) -> bool:
 NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
 
 
-class Losses:
+class Objectives:
     """``at(i)`` chooses the i-th batches; ``forget()`` and ``remember()`` are the losses on them.
 
     Args:

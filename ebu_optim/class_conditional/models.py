@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
-from sources import InputError
 from torch import Tensor, nn
 
-from ebu_optim._files import replacing_folder
+from ..errors import InputError
+from ..files import replacing_folder
 
 WEIGHTS = {"trained": "unet", "ema": "unet_ema"}
 
@@ -183,20 +182,3 @@ def load_classifier(folder: Path, classes: Iterable[str]) -> tuple[Classifier, d
     model = Classifier(info["kind"], info["shape"], len(ours) + info["reject"])
     model.load_state_dict(state)
     return model.eval(), info
-
-
-def need_disk(folder: Path, size: float, what: str) -> None:
-    """Refuse to begin what does not fit on the disk; `size` in bytes, an estimate."""
-    there = folder.resolve()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    if free < size:
-        raise InputError(
-            f"{folder} needs about {size / 1e9:.2f} GB for {what}, and the disk has "
-            f"{free / 1e9:.2f} GB left: free some space, or give another folder"
-        )
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())

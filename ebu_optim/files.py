@@ -18,6 +18,20 @@ from typing import Any
 from torch import Tensor
 
 from ._extras import require
+from .errors import InputError
+from .modules import tensor_hash
+
+__all__ = [
+    "load_tensors",
+    "locked",
+    "need_disk",
+    "replacing",
+    "replacing_folder",
+    "save_tensors",
+    "sync",
+    "tensor_hash",
+    "writable",
+]
 
 
 @contextmanager
@@ -206,3 +220,16 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): delete it and make it again"
         ) from error
+
+
+def need_disk(folder: Path, size: float, what: str) -> None:
+    """Refuse to begin what does not fit on the disk; `size` in bytes, an estimate."""
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise InputError(
+            f"{folder} needs about {size / 1e9:.2f} GB for {what}, and the disk has "
+            f"{free / 1e9:.2f} GB left: free some space, or give another folder"
+        )
