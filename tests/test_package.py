@@ -33,9 +33,10 @@ PUBLIC = {
     ],
     "ebu_optim.metrics": [
         "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
-        "classifier_metrics", "classify", "clip_score", "entropy", "fid", "frechet_distance",
-        "imagenette_metrics", "inversion", "lpips_distance", "nudity_score", "probability",
-        "relearn_steps", "unlearn_steps", "versions",
+        "classifier_metrics", "classify", "clip_score", "condition_replaced", "entropy", "fid",
+        "frechet_distance", "imagenette_metrics", "inversion", "learn_embedding",
+        "learn_embeddings", "lpips_distance", "nudity_score", "probability", "relearn",
+        "relearn_steps", "relearning", "unlearn_steps", "versions",
     ],
     "ebu_optim.report": ["check_folder", "fid_values", "limit_rows", "write_report"],
 }  # fmt: skip
