@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import rows
 import sd_results
-from ebu_optim._files import replacing
 from runs import LAST, SD, Command, Run, command
 from sd_tasks import Task
-from sources import InputError
 from worlds import value
+
+from ebu_optim.errors import InputError
+from ebu_optim.files import replacing
 
 
 class PaperWorld(NamedTuple):

@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attack_judges import Judge
-from attack_model import Attacked, NewWord, initial_words
-from attack_prompts import Questions
-from cache import encode_images, image_files, read_images
-from ebu_optim._modules import stream
-from sources import ENDINGS, InputError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ebu_optim.diffusion import denoising_loss
-from ebu_optim.metrics.depth import condition_replaced, learn_embeddings, relearning
-from ebu_optim.metrics.images import to_uint8
-from ebu_optim.metrics.intervals import estimate
-from ebu_optim.metrics.unlearn_steps import crossing
+from ..diffusion import denoising_loss
+from ..errors import InputError
+from ..metrics.depth import condition_replaced, learn_embeddings, relearning
+from ..metrics.images import to_uint8
+from ..metrics.intervals import estimate
+from ..metrics.unlearn_steps import crossing
+from ..modules import stream
+from ..text_to_image.sets import encode_images, image_files, read_images
+from ..training.sources import ENDINGS
+from .judges import Judge
+from .model import Attacked, NewWord, initial_words
+from .prompts import Questions
 
 WORD = "<attack>"
 SHARE = 0.5  # of the base's P_f: so much of it is the concept back

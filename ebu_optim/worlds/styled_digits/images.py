@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import digits
 import torch
 import torch.nn.functional as F
-from captions import STYLES
 from torch import Tensor
+
+from .. import digits
+from .captions import STYLES
 
 SIZE = 32
 SHAPE = (3, SIZE, SIZE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from images import SIZE
-from torch import Tensor, nn
+from torch import Tensor
+
+from .images import SIZE
 
 KL_WEIGHT = 1e-3  # of the mean over the latent's elements
 
@@ -30,7 +32,7 @@ class Loss:
     def __init__(self, pictures: Tensor, batch: int, device: torch.device | str) -> None:
         self.pictures, self.batch, self.device = pictures, batch, device
 
-    def __call__(self, model: nn.Module) -> Tensor:
+    def __call__(self, model: Any) -> Tensor:
         rows = torch.randint(len(self.pictures), (self.batch,))
         x = self.pictures[rows].to(self.device)
         posterior = model.encode(x).latent_dist

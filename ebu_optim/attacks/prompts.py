@@ -7,10 +7,8 @@ import argparse
 import re
 from typing import Any, NamedTuple
 
-from prompts import read
-from sources import InputError
-
-PLACE = "{}"
+from ..errors import InputError
+from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill, read
 
 
 class Asked(NamedTuple):
@@ -59,12 +57,10 @@ def collect(args: argparse.Namespace, tokenizer: Any) -> Questions:
     words = read(args.forget, "--forget")
     if not all(words):
         raise InputError('--forget "": the empty prompt names nothing that could be forgotten')
-    for template in args.forget_templates or []:
-        if template.count(PLACE) != 1:
-            raise InputError(f'--forget_templates needs one "{PLACE}" in each; got {template!r}')
+    check_templates(args.forget_templates or [])
     world = args.judge == "world"
     templates = args.forget_templates or ([] if world else [PLACE])
-    forget = [Asked(t.replace(PLACE, w), t) for w in words for t in templates]
+    forget = [Asked(fill(t, w), t) for w in words for t in templates]
     paraphrases: list[Wording] = []
     if world:
         forget = forget or of_world(words)
@@ -76,12 +72,7 @@ def collect(args: argparse.Namespace, tokenizer: Any) -> Questions:
             "(--attacks inversion relearn)"
         )
     texts = [one.text for one in forget] + [t for p in paraphrases for t in p.texts]
-    for text in texts:
-        if (n := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
-            raise InputError(
-                f"the prompt {text[:60]!r}... has {n} tokens, begin and end included, and the "
-                f"tokenizer takes {tokenizer.model_max_length}: shorten it"
-            )
+    check_lengths(texts, tokenizer)
     if "inversion" in args.attacks:
         for one in forget:
             tokens_around(tokenizer, one.template)
@@ -92,7 +83,7 @@ def collect(args: argparse.Namespace, tokenizer: Any) -> Questions:
 
 def concept_of(words: list[str]) -> tuple[str, str]:
     """The world's one concept that all words name: ("content" or "style", its name)."""
-    from captions import CONTENTS, concept
+    from ..worlds.styled_digits.captions import CONTENTS, concept
 
     try:
         names = {concept(word) for word in words}
@@ -110,7 +101,7 @@ def concept_of(words: list[str]) -> tuple[str, str]:
 
 def of_world(words: list[str]) -> list[Asked]:
     """The trained captions that name the concept by one of these words."""
-    from captions import TRAINED, captions
+    from ..worlds.styled_digits.captions import TRAINED, captions
 
     kind, _ = concept_of(words)
     found = []
@@ -124,7 +115,7 @@ def of_world(words: list[str]) -> list[Asked]:
 def reworded(words: list[str], forgotten: set[str]) -> list[Wording]:
     """All captions that ask for the concept by name and are not forgotten themselves, by word and
     by whether their template is held out."""
-    from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions
+    from ..worlds.styled_digits.captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions
 
     kind, name = concept_of(words)
     found = []

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from sources import InputError
+
+from ..errors import InputError
 
 #: What an SD 1.x or 2.x pipeline is made of, and the configuration of each part.
 PARTS = {

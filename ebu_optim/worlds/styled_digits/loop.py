@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import training
-from ema import Ema
-from models import parameter_bytes
-from sources import InputError
 from torch import Tensor, nn
+
+from ... import training
+from ...errors import InputError
+from ...modules import parameter_bytes
+from ...training.ema import Ema
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:

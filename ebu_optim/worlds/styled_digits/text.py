@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from captions import CONTENTS, LENGTH, STYLES, TRAINED, Caption, captions, token_ids
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from .captions import CONTENTS, LENGTH, STYLES, TRAINED, Caption, captions, token_ids
 
 WIDTH = 96  # of a token's embedding
 _CONTENTS, _STYLES = (*CONTENTS, None), tuple(STYLES)

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import pipelines
 import torch
-from attack_prompts import one_token, tokens_around
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from ebu_optim._modules import stream
-from prompts import encode
-from safetensors.torch import load_file
-from save import CHANGED
-from sources import InputError
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ebu_optim.diffusion import model_hash, sample
-
-LORA = "pytorch_lora_weights.safetensors"
+from ..diffusion import model_hash, sample
+from ..modules import stream
+from ..text_to_image import pipelines
+from ..text_to_image.prompts import encode
+from .prompts import one_token, tokens_around
 
 
 class Attacked:
@@ -85,67 +78,6 @@ class Attacked:
         return torch.cat(
             [self.vae.decode(x.to(self.device) / scale).sample.clamp(-1, 1).cpu() for x in parts]
         )
-
-
-def look(args: argparse.Namespace, name: str) -> pipelines.Looked:
-    """Configurations of the pipeline `name`, or of --base_model where that is changed."""
-    return pipelines.look(_whole(args, name))
-
-
-def load(args: argparse.Namespace, name: str) -> StableDiffusionPipeline:
-    """The pipeline `name`, a hub id or a folder; or what unlearn.py changed, its `changed` or
-    `lora` folder, put into --base_model.
-
-    Raises:
-        InputError: the changes do not fit the base.
-    """
-    folder, own = Path(name), _whole(args, name)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        pipelines.fetch(own), variant=own.variant, use_safetensors=True, safety_checker=None
-    )
-    pipe.unet.float()
-    part = _part(folder)
-    if part == CHANGED:
-        state, ours = load_file(folder / CHANGED), pipe.unet.state_dict()
-        other = [n for n, t in state.items() if n not in ours or ours[n].shape != t.shape]
-        if other:
-            raise InputError(
-                f"{folder} does not fit --base_model {args.base_model}, which has no such "
-                f"{other[0]}"
-            )
-        pipe.unet.load_state_dict(state, strict=False)
-    elif part == LORA:
-        try:
-            pipe.load_lora_weights(folder, weight_name=LORA)
-        except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{folder} does not fit --base_model {args.base_model}: {error}"
-            ) from error
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    return pipe
-
-
-def _part(folder: Path) -> str | None:
-    return next((f for f in (CHANGED, LORA) if (folder / f).is_file()), None)
-
-
-def named_base(name: str) -> str:
-    try:
-        return json.loads((Path(name) / "unlearn.json").read_text())["base"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--base_model is not given, and {name} has no unlearn.json that names it: give the "
-            "model before unlearning, a hub id or a folder"
-        ) from error
-
-
-def _whole(args: argparse.Namespace, name: str) -> argparse.Namespace:
-    whole = (args.base_model or named_base(name)) if _part(Path(name)) else name
-    own = argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": whole})
-    if Path(whole).is_dir():  # the base may be a variant of the hub's, and the result a folder
-        own.variant = own.revision = None
-    return own
 
 
 class NewWord(nn.Module):

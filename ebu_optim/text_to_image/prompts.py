@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sources import InputError
 from torch import Tensor
 
+from ..errors import InputError
+
+PLACE = "{}"  # of the concept in a template
 REMEMBER = Path(__file__).with_name("remember_prompts.txt")
 
 
@@ -78,41 +81,77 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
     """
     concepts = read(args.forget, "--forget")
     templates = read(args.forget_templates, "--forget_templates")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise InputError(f'--forget_templates needs one "{{}}" in each; got {template!r}')
-    forget = [t.replace("{}", c) for c in concepts for t in templates]
-    others = read(args.surrogate_concept, "--surrogate_concept")
-    if others and args.surrogate_prompt != [""]:
-        raise InputError("--surrogate_concept and --surrogate_prompt: give one of them")
-    # of each template, what may stand in it instead
-    filled = {t: [t.replace("{}", c) for c in others] for t in templates}
-    option = "--surrogate_concept" if others else "--surrogate_prompt"
-    surrogate = read(args.surrogate_prompt, option)
-    if others:
-        surrogate = list(dict.fromkeys(text for texts in filled.values() for text in texts))
-    remember = read(args.remember_prompts, "--remember")
-    shown = args.validation_prompts or [forget[0], *remember[:3]]
+    check_templates(templates)
     if not all(concepts):
         raise InputError(
             '--forget "": the empty prompt is the unconditional model, on which guidance of every '
             "prompt rests; name what is to be forgotten"
         )
-    ids = {t: tuple(tokenizer(t).input_ids) for t in (*forget, *surrogate, *remember, *shown, "")}
-    for text, tokens in ids.items():
-        if len(tokens) > tokenizer.model_max_length:
+    others = read(args.surrogate_concept, "--surrogate_concept")
+    if others and args.surrogate_prompt != [""]:
+        raise InputError("--surrogate_concept and --surrogate_prompt: give one of them")
+    option = "--surrogate_concept" if others else "--surrogate_prompt"
+    plain = read(args.surrogate_prompt, option)
+    # each forgotten prompt, and what may stand in its template instead
+    instead: dict[str, list[str]] = {fill(t, c): [] for c, t in product(concepts, templates)}
+    for t, c in product(templates, concepts):
+        instead[fill(t, c)] += [fill(t, o) for o in others] or plain
+    forget = list(instead)
+    surrogate = [fill(t, o) for t in templates for o in others] or plain
+    remember = read(args.remember_prompts, "--remember")
+    shown = args.validation_prompts or [forget[0], *remember[:3]]
+    check_lengths((*forget, *surrogate, *remember, *shown), tokenizer)
+    _check_apart(forget, {"--remember": remember, option: surrogate}, tokenizer)
+    _warn_of_mentions(concepts, remember, warn)
+    texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown)))
+    number = {t: i for i, t in enumerate(texts)}
+
+    def numbers(of: Iterable[str]) -> list[int]:
+        return [number[t] for t in of]
+
+    return Prompts(
+        texts, numbers(forget), numbers(dict.fromkeys(surrogate)), numbers(remember), number[""],
+        numbers(shown), {number[t]: numbers(found) for t, found in instead.items()},
+    )  # fmt: skip
+
+
+def fill(template: str, word: str) -> str:
+    return template.replace(PLACE, word)
+
+
+def check_templates(templates: Iterable[str], option: str = "--forget_templates") -> None:
+    """Raises:
+    InputError: one without a place for the concept, or with several.
+    """
+    for template in templates:
+        if template.count(PLACE) != 1:
+            raise InputError(f'{option} needs one "{PLACE}" in each; got {template!r}')
+
+
+def check_lengths(texts: Iterable[str], tokenizer: Any) -> None:
+    """Raises:
+    InputError: a prompt has more tokens than the tokenizer takes.
+    """
+    for text in texts:
+        if (n := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
             raise InputError(
-                f"the prompt {text[:60]!r}... has {len(tokens)} tokens, begin and end included, "
-                f"and the tokenizer takes {tokenizer.model_max_length}: shorten it"
+                f"the prompt {text[:60]!r}... has {n} tokens, begin and end included, and the "
+                f"tokenizer takes {tokenizer.model_max_length}: shorten it"
             )
-    gone = {ids[t] for t in forget}
-    for name, texts in (("--remember", remember), (option, surrogate)):
-        both = [t for t in texts if ids[t] in gone]
+
+
+def _check_apart(forget: list[str], others: Mapping[str, list[str]], tokenizer: Any) -> None:
+    gone = {tuple(tokenizer(t).input_ids) for t in forget}
+    for name, texts in others.items():
+        both = [t for t in texts if tuple(tokenizer(t).input_ids) in gone]
         if both:
             raise InputError(
                 f"{name} {both[0]!r} is also to be forgotten: the two losses would pull the same "
                 "prompt both ways; take it out of one"
             )
+
+
+def _warn_of_mentions(concepts: list[str], remember: list[str], warn: Any) -> None:
     named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, concepts))})(?!\w)", re.IGNORECASE)
     mention = [t for t in remember if named.search(t)]
     if mention:
@@ -120,15 +159,6 @@ def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prom
             f"warning: {len(mention)} of the prompts to remember mention what is to be forgotten, "
             f"e.g. {mention[0]!r}: their images are held fast"
         )
-    texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown)))
-    number = {t: i for i, t in enumerate(texts)}
-    forget = list(dict.fromkeys(forget))
-    parts = [[number[t] for t in part] for part in (forget, surrogate, remember, shown)]
-    instead: dict[int, list[int]] = {i: [] for i in parts[0]}
-    for t in templates:
-        for c in concepts:
-            instead[number[t.replace("{}", c)]] += [number[o] for o in filled[t]] or parts[1]
-    return Prompts(texts, *parts[:3], number[""], parts[3], instead)
 
 
 @torch.no_grad()

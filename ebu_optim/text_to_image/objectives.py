@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import unlearn_losses
-from ebu_optim._modules import evaluating
-from prompts import Prompts
 from torch import Tensor
 
-from ebu_optim.baselines import anchor_loss, esd_loss, partly_denoised, random_anchors
+from ..baselines import anchor_loss, esd_loss, partly_denoised, random_anchors
+from ..diffusion import evaluating
+from ..diffusion.objectives import Objectives
+from .prompts import Prompts
 
 ANCHORS = 4  # SPM's random embeddings a step
 
 
-class Losses(unlearn_losses.Losses):
+class TextObjectives(Objectives):
     """As of class-conditional models. Beside what these take, `prompts` says which prompt has which
     part, and `raw` is a `modules.Prompted`."""
 

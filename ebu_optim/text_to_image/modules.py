@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sources import InputError
 from torch import Tensor, nn
+
+from ..errors import InputError
 
 
 def _layers(inside: Callable[[str], bool]) -> Callable[[str, nn.Module], bool]:
@@ -68,7 +69,7 @@ def is_adapter(args: argparse.Namespace) -> bool:
     return args.method == "spm" or args.train_modules == "lora"
 
 
-def choose(unet: nn.Module, args: argparse.Namespace) -> None:
+def choose(unet: Any, args: argparse.Namespace) -> None:
     """Set requires_grad of the UNet's parameters; put in an adapter where one is trained.
 
     Raises:

@@ -11,7 +11,8 @@ import huggingface_hub
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from sources import InputError
+
+from ..errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +57,9 @@ def create(args: argparse.Namespace, accelerator: Any) -> None:
         except InputError as error:
             said[1] = str(error)
     broadcast_object_list(said)
-    args.hub_model_id, error = said
-    if error:
-        raise InputError(error)
+    args.hub_model_id, failed = said
+    if failed:
+        raise InputError(failed)
 
 
 def _create(name: str, private: bool) -> str:

@@ -19,27 +19,27 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from ebu_optim._files import load_tensors, save_tensors
-from ebu_optim._modules import tensor_hash
-from method_options import needs
-from modules import Prompted, halve_frozen
-from pipelines import Looked, load, weights
-from prompts import Prompts, encode
-from save import DTYPES
-from sources import ENDINGS, InputError, decode
-from sources import Item as Image
 from torch import Tensor
-from unlearn_losses import NOISE, kind, needs_own_images
 
-from ebu_optim import DiagonalFisher
-from ebu_optim.diffusion import (
+from .. import DiagonalFisher
+from ..diffusion import (
     FisherBatches,
     fisher_loss,
     model_hash,
     sample_set,
     surrogate_noise,
 )
-from ebu_optim.diffusion.sampling import scheduler_protocol
+from ..diffusion.objectives import NOISE, kind, needs_own_images
+from ..diffusion.sampling import scheduler_protocol
+from ..errors import InputError
+from ..files import load_tensors, save_tensors, tensor_hash
+from ..training.method import needs
+from ..training.sources import ENDINGS, decode
+from ..training.sources import Item as Image
+from .modules import Prompted, halve_frozen
+from .pipelines import Looked, load, weights
+from .prompts import Prompts, encode
+from .save import DTYPES
 
 
 class Made(NamedTuple):
@@ -151,6 +151,7 @@ def make(
 
 def fisher(args: argparse.Namespace, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
     """F of the UNet's trained weights over the replay set, by parameter."""
+    assert made.replay  # whatever has a Fisher remembers
     latents, labels = made.replay
     rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
     rows = rows[: args.fisher_images]
@@ -262,7 +263,7 @@ def _content(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(file.name.encode())
         with open(file, "rb") as f:
-            for block in iter(lambda f=f: f.read(2**20), b""):
+            while block := f.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sources import InputError
-
-from ebu_optim.metrics.nudity import COLOURS, EXPOSED, FLOOR, INTIMATE, LABELS
+from ..errors import InputError
+from ..metrics.nudity import COLOURS, EXPOSED, FLOOR, INTIMATE, LABELS
 
 SETS = {"exposed": EXPOSED, "intimate": INTIMATE}
 

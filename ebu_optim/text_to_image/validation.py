@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from ebu_optim._modules import evaluating
-from modules import Prompted
 from PIL import Image
-from pipelines import load
-from sources import InputError
 from torch import Tensor
 
-from ebu_optim.diffusion import sample
+from ..diffusion import evaluating, sample
+from ..errors import InputError
+from .modules import Prompted
+from .pipelines import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

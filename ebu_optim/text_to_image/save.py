@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import card
 import torch
 from diffusers import StableDiffusionPipeline
-from ebu_optim._files import replacing, replacing_folder
-from modules import Prompted, is_adapter
 from safetensors.torch import save_file
-from sources import InputError
 from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import replacing, replacing_folder
+from . import card
+from .modules import Prompted, is_adapter
 
 CHANGED = "unet_changed.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

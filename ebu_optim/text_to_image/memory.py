@@ -7,21 +7,21 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
-import cache
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from losses import ANCHORS
-from method_options import fisher_source, needs
-from modules import Prompted, choose
-from pipelines import Looked
-from prompts import Prompts
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from unlearn_losses import needs_teacher
 
-from ebu_optim.baselines import methods
+from ..baselines import methods
+from ..diffusion.objectives import needs_teacher
+from ..training.method import fisher_source, needs
+from . import sets
+from .modules import Prompted, choose
+from .objectives import ANCHORS
+from .pipelines import Looked
+from .prompts import Prompts
 
 #: Modules that diffusers' gradient checkpointing recomputes one by one.
 UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -79,36 +79,17 @@ def count(args: argparse.Namespace, looked: Looked, prompts: Prompts) -> Cost:
     trained = _numel(p for p in unet.parameters() if p.requires_grad)
     frozen = _numel(unet.parameters()) - trained
     one = passes(unet, looked)
-    penalty = methods[args.method].build.keywords.get("penalty") != "none"
     source = fisher_source(args, "estimate")
-    held = source is not None and penalty and args.fisher != "none"
-    mask = args.method == "salun"
     copies = {"16-bit copies (autocast)": trained * 2 if half else 0}
     between = {
         "frozen weights": frozen * (2 if half else 4),
         "trained weights": trained * 4,
         "prompts": len(prompts.texts) * one.prompt,
-        "gradients": trained * 4,  # the last step's is held until the next
-        "Adam's moments": trained * 8,
-        "theta0": trained * 4 if held or needs_teacher(args) else 0,
-        "F": trained * 4 if held else 0,
-        "SalUn's mask": trained if mask else 0,
+        **_between_steps(args, trained, source),
     }
-    n = max(args.train_batch_size, ANCHORS) if args.method == "spm" else args.train_batch_size
-    kept = n * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
-    # torch's Adam takes the square roots of all second moments at once, on a GPU; weights that are
-    # to stay are put back afterwards
-    step = trained * 4 * (2 if mask or args.method_options.get("unrelated") == "freeze" else 1)
-
     phases = {}
-    if kinds := cache.kinds(args, prompts):
-        sampled = cache.sampled(args, prompts)
-        images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
-        encoding = one.encoded if len(sampled) < len(kinds) else {}
-        phases["sets"] = {
-            "frozen weights": whole * (2 if half else 4) if sampled else 0,
-            **_larger({"activations": images * one.drawn}, encoding),
-        }
+    if kinds := sets.kinds(args, prompts):
+        phases["sets"] = _sets(args, prompts, len(kinds), one, whole * (2 if half else 4))
     if source == "estimate":
         draws = args.fisher_timesteps // 2
         phases["Fisher"] = {
@@ -118,13 +99,51 @@ def count(args: argparse.Namespace, looked: Looked, prompts: Prompts) -> Cost:
         }  # fmt: skip
     phases["unlearning"] = {
         **between, "gradients": trained * 4 * len(needs(args)),
-        **_larger({**copies, "activations": kept}, {"the optimizer's step": step}),
+        **_larger({**copies, "activations": _kept(args, one)},
+                  {"the optimizer's step": _step(args, trained)}),
     }  # fmt: skip
     if args.validation_steps:
         guided = 2 if args.validation_guidance_scale != 1 else 1
         sampling = {**copies, "activations": guided * one.drawn}
         phases["validation"] = {**between, **_larger(sampling, one.decoded)}
     return Cost(phases, trained, frozen)
+
+
+def _between_steps(args: argparse.Namespace, trained: int, source: str | None) -> Rows:
+    """What the optimizer holds from one step to the next."""
+    penalty = methods[args.method].build.keywords.get("penalty") != "none"
+    held = source is not None and penalty and args.fisher != "none"
+    return {
+        "gradients": trained * 4,  # the last step's is held until the next
+        "Adam's moments": trained * 8,
+        "theta0": trained * 4 if held or needs_teacher(args) else 0,
+        "F": trained * 4 if held else 0,
+        "SalUn's mask": trained if args.method == "salun" else 0,
+    }
+
+
+def _sets(args: argparse.Namespace, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
+    """Making the sets, of which there are `kinds`, with a UNet of so many bytes."""
+    sampled = sets.sampled(args, prompts)
+    images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
+    encoding = one.encoded if len(sampled) < kinds else {}
+    return {
+        "frozen weights": unet if sampled else 0,
+        **_larger({"activations": images * one.drawn}, encoding),
+    }
+
+
+def _kept(args: argparse.Namespace, one: Passes) -> int:
+    """What a batch keeps for its backward pass."""
+    n = max(args.train_batch_size, ANCHORS) if args.method == "spm" else args.train_batch_size
+    return n * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
+
+
+def _step(args: argparse.Namespace, trained: int) -> int:
+    """Torch's Adam takes the square roots of all second moments at once, on a GPU; weights that are
+    to stay are put back afterwards."""
+    frozen = args.method == "salun" or args.method_options.get("unrelated") == "freeze"
+    return trained * 4 * (2 if frozen else 1)
 
 
 def _numel(tensors: Iterator[Tensor]) -> int:
@@ -147,7 +166,7 @@ class Passes(NamedTuple):
     prompt: int
 
 
-def passes(unet: nn.Module, looked: Looked) -> Passes:
+def passes(unet: Any, looked: Looked) -> Passes:
     """What a forward pass keeps for its backward pass (with gradient checkpointing: the rest, the
     units' inputs and the largest unit), and the most that a pass without one has at once."""
     length, width = looked.tokenizer.model_max_length, unet.config.cross_attention_dim
@@ -157,7 +176,7 @@ def passes(unet: nn.Module, looked: Looked) -> Passes:
         x, number = torch.empty(1, *looked.latents), torch.zeros(1, dtype=torch.long)
         picture = torch.empty(1, 3, looked.resolution, looked.resolution)
     weights = _numel(vae.parameters()) * 4
-    with patch("torch.nn.functional.scaled_dot_product_attention", _attention):
+    with _Fused():
         with saved(unet) as (units, inputs):
             model(x, number, number)
         drawn = alive(model, lambda: model(x, number, number))
@@ -250,5 +269,13 @@ class _Flash(torch.autograd.Function):
         return out
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _Flash.apply(q, k, v)
+class _Fused(TorchFunctionMode):
+    """Every attention is `_Flash`: the default one has no fused kernel for tensors without data."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            given = {**dict(zip(("query", "key", "value"), args)), **(kwargs or {})}
+            return _Flash.apply(given["query"], given["key"], given["value"])
+        return func(*args, **(kwargs or {}))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from captions import CONTENTS, STYLES, TRAINED, captions, token_ids
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from text import WIDTH
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from ebu_optim.diffusion import denoising_loss
+from ...diffusion import denoising_loss
+from .captions import CONTENTS, STYLES, TRAINED, captions, token_ids
+from .text import WIDTH
 
 
 class TextToImage(nn.Module):

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nudity_options
 import torch
-from attack_prompts import concept_of
-from pipelines import Looked
-from prompts import read
-from sources import InputError
 from torch import Tensor
 
-from ebu_optim.diffusion import model_hash
-from ebu_optim.metrics import ImagenetteClassifier, classify, nudity_score
-from ebu_optim.metrics.imagenette import class_numbers
+from ..diffusion import model_hash
+from ..errors import InputError
+from ..metrics import ImagenetteClassifier, classify, nudity_score
+from ..metrics.imagenette import class_numbers
+from ..text_to_image import nudity
+from ..text_to_image.pipelines import Looked
+from ..text_to_image.prompts import read
+from .prompts import concept_of
 
 NAMES = ("world", "imagenette", "nudity")
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--imagenette_class", help='name or number, e.g. "cassette player"')
     add("--imagenette_over", choices=("imagenet", "imagenette"), default="imagenet")
     add("--imagenette_weights", type=Path, help="torchvision's ResNet-50; default: its download")
-    nudity_options.add_arguments(add)
+    nudity.add_arguments(add)
 
 
 def load(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
@@ -52,9 +52,9 @@ def load(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
 def _world(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
     if args.judges is None:
         raise InputError("--judge world needs --judges, the folder made by world/judges.py")
-    from captions import tokenizer
-    from images import SIZE
-    from judges import CLASSES, load_judges
+    from ..worlds.styled_digits.captions import tokenizer
+    from ..worlds.styled_digits.images import SIZE
+    from ..worlds.styled_digits.judges import CLASSES, load_judges
 
     kind, name = concept_of(read(args.forget, "--forget"))
     pipeline = args.pretrained_model_name_or_path
@@ -91,9 +91,9 @@ def _imagenette(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
 
 def _nudity(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
     def ask(pictures: Tensor) -> dict[str, Any]:
-        return nudity_score(pictures, **nudity_options.chosen(args))
+        return nudity_score(pictures, **nudity.chosen(args))
 
-    nudity_options.check(args)
+    nudity.check(args)
     tried = ask(torch.zeros(1, 3, 64, 64))
     if tried["not_computed"]:
         raise InputError(f"--judge nudity: {tried['not_computed']}")

@@ -1,0 +1,225 @@
+"""Attack a text-to-image model that was made to forget: is the concept gone, or its word unhooked?
+
+    python examples/stable_diffusion/attack.py \\
+        --pretrained_model_name_or_path outputs/without_seven/pipeline \\
+        --base_model outputs/world/pipeline --forget seven --judge world --judges outputs/judges \\
+        --output_dir outputs/without_seven_attacked
+
+Three attacks: the prompt in other words; a new word learned against the frozen model on pictures
+of the target (textual inversion); the UNet fine-tuned on these (relearning). Every look draws the
+same prompts from the same noise. `attacks.json` in the output folder is written last; each attack
+is kept in `parts` when it is done, and the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import load_tensors, replacing, save_tensors
+from ..metrics import versions
+from ..text_to_image import pipelines
+from ..text_to_image.results import held, load, look, named_base
+from . import attacks, judges, prompts
+from .model import Attacked
+
+OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
+#: What depends on the size of the model: in the world, elsewhere.
+SMALL = {
+    "num_inference_steps": (10, 50), "guidance_scale": (3.0, 7.5), "sample_batch_size": (64, 4),
+    "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
+    "inversion_learning_rates": ([3e-3], [5e-3]),
+}  # fmt: skip
+SHOWN = 8  # pictures in a row
+#: Options that change no figure.
+FREE = {
+    "output_dir", "target_dir", "overwrite", "attacks", "device", "pretrained_model_name_or_path",
+    "base_model", "judges", "imagenette_weights",
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    pipelines.add_arguments(parser)
+    add = parser.add_argument
+    add("--base_model", help="before unlearning; default: the one that unlearn.json names")
+    prompts.add_arguments(parser)
+    judges.add_arguments(parser)
+    add("--attacks", nargs="+", choices=tuple(attacks.ATTACKS), default=list(attacks.ATTACKS))
+    add("--instance_data_dir", type=Path, help="pictures of the target; default: the base's own")
+    add("--target_images", type=int, default=64, help="that the base draws")
+    add("--target_dir", type=Path, help="keeps them for all attacks on a base; default: output_dir")
+    add("--attack_images", type=int, default=32, help="of each look, and of each wording")
+    add("--inversion_steps", type=int, default=200)
+    add("--inversion_learning_rates", type=float, nargs="+", help="a run each, strongest counts")
+    add("--initializer_token", nargs="+", default=[], help="where inversion begins beside a random "
+        "embedding, a run from each: another word of the concept, a neighbour")  # fmt: skip
+    add("--relearn_max_steps", type=int, default=50)
+    add("--relearn_learning_rate", type=float)
+    add("--train_batch_size", type=int, help="of inversion and relearning")
+    add("--num_inference_steps", type=int, help="DDIM; default: 10 in the world, 50 elsewhere")
+    add("--guidance_scale", type=float, help="default: 3 in the world, 7.5 elsewhere")
+    add("--sample_batch_size", type=int)
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output_dir", type=Path, required=True)
+    add("--overwrite", action="store_true", help="what an earlier run left there")
+    args = parser.parse_args(argv)
+    for name, (world, elsewhere) in SMALL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, world if args.judge == "world" else elsewhere)
+    for name in ("target_images", "attack_images", "inversion_steps", "relearn_max_steps",
+                 "train_batch_size", "num_inference_steps", "sample_batch_size"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    for name in ("relearn_learning_rate", "inversion_learning_rates"):
+        value = getattr(args, name)
+        if not min(value if isinstance(value, list) else [value]) > 0:
+            raise InputError(f"--{name} must be > 0; got {value}")
+    args.base_model = args.base_model or named_base(args.pretrained_model_name_or_path)
+    args.target_dir = args.target_dir or args.output_dir / "target"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
+    look_at_folder(args)
+    names = args.pretrained_model_name_or_path, args.base_model
+    looked, base_looked = (look(args, name) for name in names)
+    sizes = [(one.resolution, one.latents) for one in (looked, base_looked)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
+            f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
+        )
+    questions = prompts.collect(args, looked.tokenizer)
+    files = attacks.target_files(args.instance_data_dir)
+    device = torch.device(args.device)
+    judge = judges.load(args, looked, device)
+    model = Attacked(load(args, names[0]), looked, args, device)
+    base = Attacked(load(args, names[1]), base_looked, args, device)
+    run = attacks.Attack(args, model, base, questions, judge, files)
+    options = {k: str(v) for k, v in vars(args).items() if k not in FREE}
+    same = {"options": options, "judge": judge.said, "model": model.hash(), "base": base.hash()}
+    with held(args.output_dir):
+        if args.overwrite:
+            for name in OURS - {".lock", "target"}:
+                remove(args.output_dir / name)
+        found = {
+            name: part(args, name, same, run)
+            for name in ("target", "p_f", *attacks.ATTACKS)
+            if name in ("target", "p_f", *args.attacks)
+        }
+        write(args, found, same, judge.said)
+
+
+def look_at_folder(args: argparse.Namespace) -> None:
+    folder = args.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file")
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    # with its own left-overs of a kill
+    if other := {n for n in there if not n.startswith(".")} - OURS:
+        raise InputError(
+            f"--output_dir {folder} is in use by something else ({min(other)}): give another folder"
+        )
+    if "attacks.json" in there and not args.overwrite:
+        raise InputError(
+            f"--output_dir {folder} holds finished attacks: --overwrite replaces them, or give "
+            "another folder"
+        )
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def part(
+    args: argparse.Namespace, name: str, same: dict[str, Any], run: attacks.Attack
+) -> attacks.Found:
+    """One attack's result, made now or read from the run that was interrupted. The target, which
+    depends on the base alone, is kept in --target_dir."""
+    path = args.output_dir / "parts" / f"{name}.safetensors"
+    if name == "target":
+        of = run.target_protocol()
+        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+        path = args.target_dir / f"target-{key}.safetensors"
+    else:
+        of = same
+    of = json.loads(json.dumps(of))  # as it comes back from the file
+    if path.exists():
+        try:
+            tensors, meta = load_tensors(path)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if meta["of"] != of:
+            raise InputError(
+                f"{path} is of another model or of other options: --overwrite begins anew, or give "
+                "another --output_dir"
+            )
+        found = attacks.Found(meta["values"], meta["said"], tensors)
+    else:
+        found = run.make(name)
+        save_tensors(path, found.tensors, {"of": of, "values": found.values, "said": found.said})
+    run.known(name, found)
+    return found
+
+
+def write(
+    args: argparse.Namespace, found: dict[str, attacks.Found], same: dict[str, Any],
+    judged: dict[str, Any],
+) -> None:  # fmt: skip
+    """learned_word.safetensors, pictures.png and, last, attacks.json."""
+    rows = {k: t for f in found.values() for k, t in f.tensors.items() if k.startswith("pictures")}
+    names = [k.removeprefix("pictures ") for k in rows]
+    with replacing(args.output_dir / "pictures.png") as temporary:
+        grid([t[:SHOWN] for t in rows.values()]).save(temporary, format="PNG")
+    if "inversion" in found:
+        with replacing(args.output_dir / "learned_word.safetensors") as temporary:
+            # by its name pipe.load_textual_inversion knows the token
+            save_file({attacks.WORD: found["inversion"].tensors["word"]}, temporary)
+    values = {k: v for name, f in found.items() if name != "target" for k, v in f.values.items()}
+    result = {
+        "values": values,
+        "base": found["target"].values,
+        "details": {name: f.said for name, f in found.items()},
+        "rows": names,
+        "protocol": {
+            **same["options"], "judged_by": judged,
+            "model": args.pretrained_model_name_or_path, "model_hash": same["model"],
+            "base_model": args.base_model, "base_hash": same["base"], "device": args.device,
+        },
+        "versions": versions(),
+    }  # fmt: skip
+    with replacing(args.output_dir / "attacks.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    print(f"P_f of the base {found['target'].values['p_f']['value']:.3f}; of what was unlearned:")
+    for key, value in values.items():
+        if key == "relearn_steps":
+            n = f"{value['steps']:.1f}" if value["reached"] else f"more than {value['within']}"
+            print(f"  steps until half of the base's P_f: {n}")
+        else:
+            print(f"  {key}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+    print(f"see {args.output_dir / 'attacks.json'} and pictures.png (rows: {', '.join(names)})")
+
+
+def grid(rows: list[Tensor]) -> Image.Image:
+    """Rows of pictures (n, 3, H, W) uint8; a short row ends in black."""
+    wide = max(map(len, rows))
+    full = [torch.cat([r, r.new_zeros(wide - len(r), *r.shape[1:])]) for r in rows]
+    pixels = torch.stack(full).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return Image.fromarray(pixels.contiguous().numpy())
