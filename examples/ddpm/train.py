@@ -10,43 +10,24 @@ null class with probability 0.1, antithetic timesteps, squared error summed over
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 
 from ebu_optim import training
 from ebu_optim.class_conditional.models import new_scheduler, new_unet, save_unet
+from ebu_optim.class_conditional.options import Train
 from ebu_optim.diffusion import denoising_loss, model_hash
 from ebu_optim.errors import InputError
 from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
 from ebu_optim.training.ema import Ema
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", choices=("paper", "small"), default="paper")
-    parser.add_argument("--cond_dropout", type=float, default=0.1)
-    parser.add_argument("--reduction", choices=("sum", "mean"), default="sum")
-    parser.add_argument("--random_flip", action="store_true")
-    parser.add_argument("--use_ema", action="store_true", help="save an average as unet_ema too")
-    parser.add_argument("--ema_decay", type=float, default=0.9999)
-    data.add_arguments(parser)
-    training.add_arguments(parser, learning_rate=2e-4)
-    args = parser.parse_args(argv)
-    training.check(args)
-    for name in ("cond_dropout", "ema_decay"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name} must be in [0, 1); got {getattr(args, name)}")
-    return args
+from ebu_optim.training.options import parse
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(Train, argv, __doc__)
     images = data.load(args, "all")
     accelerator = training.new_accelerator(args)
     channels, height, width = images.images.shape[1:]
@@ -102,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.wait_for_everyone()
 
 
-def card(args: argparse.Namespace, info: dict) -> str:
+def card(args: Train, info: dict) -> str:
     ema = f"; `unet_ema` is their average (decay {args.ema_decay})" if args.use_ema else ""
     return f"""---
 library_name: diffusers

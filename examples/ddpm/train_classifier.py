@@ -9,7 +9,6 @@ to 224x224, mirrored at random (--random_flip), Adam 1e-5 (1e-4 for the last lay
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,34 +18,12 @@ from torch import Tensor, nn
 
 from ebu_optim import training
 from ebu_optim.class_conditional.models import Classifier, save_classifier
+from ebu_optim.class_conditional.options import TrainClassifier
 from ebu_optim.errors import InputError
 from ebu_optim.metrics import accuracy, classify
 from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", choices=("resnet34", "small"), default="resnet34")
-    parser.add_argument(
-        "--pretrained_weights", default="imagenet",
-        help='of resnet34: "imagenet" (a download of 83 MB), the file of a state_dict, or "none"',
-    )  # fmt: skip
-    parser.add_argument("--reject", action="store_true", help="add a class that means noise")
-    parser.add_argument("--num_train_epochs", type=int, default=10, help="if no --max_train_steps")
-    parser.add_argument("--random_flip", action="store_true")
-    parser.add_argument("--weight_decay", type=float)
-    data.add_arguments(parser)
-    training.add_arguments(parser, learning_rate=None, max_train_steps=None)
-    args = parser.parse_args(argv)
-    resnet = args.model == "resnet34"
-    if args.learning_rate is None:
-        args.learning_rate = 1e-5 if resnet else 2e-3
-    if args.weight_decay is None:
-        args.weight_decay = 5e-4 if resnet else 1e-2
-    return args
+from ebu_optim.training.options import parse
 
 
 def pretrained(model: Classifier, given: str) -> None:
@@ -74,11 +51,9 @@ def pretrained(model: Classifier, given: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(TrainClassifier, argv, __doc__)
     train, test = data.load(args, "train"), data.load(args, "test")
-    per_epoch = max(len(train.labels) // args.train_batch_size, 1)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * per_epoch
-    training.check(args)
+    args = args.resolved(len(train.labels))
     accelerator = training.new_accelerator(args)
     shape = train.images.shape[1:]
     raw = Classifier(args.model, shape, len(train.classes) + args.reject)
