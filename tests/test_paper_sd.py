@@ -721,6 +721,6 @@ def test_steps_at_paper_scale_are_the_papers():
     assert argv[argv.index("--remember") + 1] == ""
     assert "--reference_dir" in run.commands[1].argv
     for c in run.commands[:1]:  # options that unlearn.py knows
-        found = options.parse(["--cpu" if a == "bf16" else a for a in c.argv if a not in
+        found = options.read(["--cpu" if a == "bf16" else a for a in c.argv if a not in
                                          ("--mixed_precision",)])  # fmt: skip
         assert found.max_train_steps == 9
