@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ebu_optim._files import load_tensors
+from ebu_optim.files import load_tensors
 
 from .crash_loop import KILLS
 from .distributed.launch import ROOT, environment

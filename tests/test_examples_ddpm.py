@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from ebu_optim._files import load_tensors, locked
+from ebu_optim.files import load_tensors, locked
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "ddpm"

@@ -26,7 +26,7 @@ from ebu_optim.worlds.styled_digits import captions as words
 from .text_to_image import pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FOLDERS = [EXAMPLES / "paper", EXAMPLES / "ddpm", EXAMPLES]
+FOLDERS = [EXAMPLES / "paper"]
 TINY = {
     "base": (
         "--max_train_samples",

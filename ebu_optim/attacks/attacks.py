@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._modules import stream
 from ..diffusion import denoising_loss
 from ..errors import InputError
 from ..metrics.depth import condition_replaced, learn_embeddings, relearning
 from ..metrics.images import to_uint8
 from ..metrics.intervals import estimate
 from ..metrics.unlearn_steps import crossing
+from ..modules import stream
 from ..text_to_image.sets import encode_images, image_files, read_images
 from ..training.sources import ENDINGS
 from .judges import Judge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Judge(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions(NudityOptions):
     """Who judges."""
+
+    group: ClassVar[str] = "judge"
 
     judge: Literal["world", "imagenette", "nudity"] = option()
     judges: Path | None = option(None, help="world: folder made by world/judges.py")

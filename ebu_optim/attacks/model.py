@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._modules import stream
 from ..diffusion import model_hash, sample
+from ..modules import stream
 from ..text_to_image import pipelines
 from ..text_to_image.prompts import encode
 from .prompts import one_token, tokens_around

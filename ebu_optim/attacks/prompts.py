@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..errors import InputError
 from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill, read
@@ -35,6 +35,8 @@ class Questions(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions:
     """What is asked for."""
+
+    group: ClassVar[str] = "prompts"
 
     forget: list[str] = option(
         help="what was forgotten, as unlearn.py was told; with --judge world words of one concept"

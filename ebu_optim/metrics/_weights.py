@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from .._files import load_tensors
+from ..files import load_tensors
 from .naming import name_of
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from .._files import replacing
+from ..files import replacing
 from ._weights import NotComputed, needed
 from .images import RGBImages
 from .naming import name_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 from accelerate.utils import broadcast_object_list
@@ -19,6 +19,8 @@ from ..training.options import option
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
     """Whether and where to the result is uploaded."""
+
+    group: ClassVar[str] = "hub"
 
     push_to_hub: bool = option(False, help="upload the result, once it is saved")
     hub_model_id: str | None = option(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,8 @@ LORA_TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 @dataclass(frozen=True, kw_only=True)
 class ModuleOptions:
     """What is trained."""
+
+    group: ClassVar[str] = "what is trained"
 
     train_modules: Modules | None = option(
         None, help="of the UNet; default: xattn. SPM trains adapters of its own"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 from ..baselines import methods
-from ..diffusion.objectives import LossOptions
+from ..diffusion import objectives
 from ..errors import InputError
-from ..training.method import MethodOptions
-from ..training.options import TrainingOptions, option, parse
+from ..training import method as method_options
+from ..training.options import TrainingOptions, as_dict, option, parse
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
@@ -23,11 +24,45 @@ from .validation import ValidationOptions
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_only")))
 
-#: Numbers of the published text-to-image runs; SA's lambda of 50 belongs to an F of the loss summed
-#: over 1000 timesteps, ours is of their mean.
-PUBLISHED = {"selective_amnesia": {"lam": 5e7}, "salun": {"remember_weight": 0.5}}
-LEARNING_RATE = {"spm": 1e-4}
-UNCLIPPED = ("esd", "spm")
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """How it is forgotten."""
+
+    group: ClassVar[str] = "method"
+
+    method: str = option("ebu")
+    alpha: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    delta: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    gamma: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    method_options: dict[str, Any] = option({}, help="JSON, e.g. '{\"lam\": 10}'")
+    fisher: str | None = option(None)
+    esd_variant: Literal["paper", "released"] = option("paper", help="of ESD's target")
+    esd_eta: float | None = option(None, help="default: 1 for paper, 2 for released")
+    guided_steps: int | None = option(
+        None, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30"
+    )
+    guided_scale: float = option(3.0, help="guidance on the way to x_t")
+
+    def check_method(self) -> None:
+        method_options.check(SimpleNamespace(**as_dict(self)), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """By what losses."""
+
+    group: ClassVar[str] = "losses"
+
+    condition_noise: float = option(0.0, help="in the forget loss, 1: its own spread")
+    forget_loss: Literal["surrogate", "relabel"] | None = option(
+        None, help="relabel: SalUn's, on images of what is forgotten; default: the method's own"
+    )
+    remember: Literal["replay", "distill", "crossed"] = option("replay", flag="--remember_loss")
+    reduction: Literal["sum", "mean"] = option("mean", help="over C, H, W")
+
+    def check_losses(self) -> None:
+        objectives.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +80,6 @@ class Unlearn(
     fisher: Literal["online", "estimate", "none"] | None = option(
         None, help="default: online; SA: estimate"
     )
-    remember: Literal["replay", "distill", "crossed"] = option("replay", flag="--remember_loss")
-    reduction: Literal["sum", "mean"] = option("mean", help="over C, H, W")
     train_batch_size: int = option(1, help="of each process")
     learning_rate: float | None = option(None)  # type: ignore[assignment]
     max_grad_norm: float | None = option(  # type: ignore[assignment]
@@ -56,13 +89,13 @@ class Unlearn(
     def resolved(self) -> Unlearn:
         """With the defaults that depend on other options; `self` where it has them all."""
         method = ALIASES.get(self.method, self.method)
-        spm = method == "spm"
-        adapter = spm or self.train_modules == "lora"
+        recipe = methods[method]
+        adapter = recipe.adapter or self.train_modules == "lora"
         own: dict[str, Any] = {
-            "learning_rate": LEARNING_RATE.get(method, 1e-5),
-            "max_grad_norm": 0.0 if method in UNCLIPPED else 1.0,
-            "guided_steps": 30 if spm else 50,
-            "train_modules": None if spm else "xattn",
+            "learning_rate": recipe.learning_rate,
+            "max_grad_norm": 1.0 if recipe.clips else 0.0,
+            "guided_steps": 30 if recipe.adapter else 50,
+            "train_modules": None if recipe.adapter else "xattn",
             "sets_dir": self.output_dir / "sets",
             "save_as": "lora" if adapter else "pipeline",
             "hub_model_id": self.output_dir.resolve().name if self.push_to_hub else None,
@@ -70,7 +103,7 @@ class Unlearn(
         found = {k: v for k, v in own.items() if getattr(self, k) is None and v is not None}
         if method != self.method:
             found["method"] = method
-        ours = PUBLISHED.get(method, {})
+        ours = recipe.published
         if isinstance(self.method_options, dict) and not ours.keys() <= self.method_options.keys():
             found["method_options"] = {**ours, **self.method_options}
         return replace(self, **found) if found else self
@@ -80,7 +113,7 @@ class Unlearn(
             return  # that one is checked
         self.check_training()
         self.check_method()
-        if self.method == "spm" and self.train_modules is not None:
+        if methods[self.method].adapter and self.train_modules is not None:
             raise InputError(
                 f"--train_modules {self.train_modules}: SPM trains adapters of its own; leave it "
                 "out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
@@ -28,6 +28,8 @@ PARTS = {
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Which pipeline."""
+
+    group: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: str = option(help="hub id or folder: SD 1.x or 2.x")
     revision: str | None = option(None, help="of the hub: branch, tag or commit")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Prompts(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     """Which prompts play which part."""
+
+    group: ClassVar[str] = "prompts"
 
     forget: list[str] = option(help="prompts, concepts or classes, or .txt files")
     forget_templates: list[str] = option(

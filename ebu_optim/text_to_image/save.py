@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -26,6 +26,8 @@ FOLDERS = ("pipeline", "changed", "lora")
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
     """How the result is kept."""
+
+    group: ClassVar[str] = "result"
 
     save_as: Literal["pipeline", "changed", "lora"] | None = option(
         None, help="default: lora for adapters, else pipeline"

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -56,6 +56,8 @@ class Made(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class SetOptions:
     """What is learned from."""
+
+    group: ClassVar[str] = "sets"
 
     sets_dir: Path | None = option(
         None, help="may be shared between runs; default: output_dir/sets"

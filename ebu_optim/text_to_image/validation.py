@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -22,6 +22,8 @@ from .pipelines import load
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
     """What is drawn on the way."""
+
+    group: ClassVar[str] = "validation"
 
     validation_prompts: list[str] | None = option(
         None, help="default: one forgotten, three remembered"

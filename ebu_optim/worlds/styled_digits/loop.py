@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import training
-from ...class_conditional.models import parameter_bytes
 from ...errors import InputError
+from ...modules import parameter_bytes
 from ...training.ema import Ema
 
 
