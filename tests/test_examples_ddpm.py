@@ -32,7 +32,6 @@ import json, runpy, sys, traceback
 from accelerate.state import AcceleratorState, GradientState
 sys.stdout = sys.stderr  # one stream, in order
 folder, commands = sys.argv[1], json.loads(sys.argv[2])
-sys.path.insert(0, folder)
 for script, *args in commands:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -314,7 +313,7 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
         seen.append(noise)
 
     monkeypatch.setattr(unlearn_losses, "denoising_loss", denoising_loss)
-    losses = object.__new__(unlearn_losses.Losses)
+    losses = object.__new__(unlearn_losses.Objectives)
     losses.own, losses.kind = [(torch.full((4, 1, 8, 8), -1.0), torch.zeros(4))], "own"
     losses.model = losses.raw = SimpleNamespace(class_embedding=torch.nn.Embedding(2, 2))
     losses.scheduler, losses.forgotten = None, [0]
@@ -331,9 +330,18 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
 # -- bad input ----------------------------------------------------------------------------------
 
 
+ROOMS = {
+    "data": "training", "sources": "training", "models": "class_conditional",
+    "prepare": "class_conditional.sets", "unlearn_losses": "diffusion.objectives",
+}  # fmt: skip
+
+
 def module(monkeypatch, name: str):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module(name)
+    if name not in ROOMS:
+        monkeypatch.syspath_prepend(str(SCRIPTS))
+        return importlib.import_module(name)
+    room = ROOMS[name]
+    return importlib.import_module(f"ebu_optim.{room}" + ("" if "." in room else f".{name}"))
 
 
 def source(monkeypatch, *args):

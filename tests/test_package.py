@@ -35,8 +35,8 @@ PUBLIC = {
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
         "FisherBatches", "anchored", "antithetic_timesteps", "denoising_loss", "distillation_loss",
-        "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition", "sample",
-        "sample_set", "surrogate_noise",
+        "evaluating", "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition",
+        "sample", "sample_set", "surrogate_noise",
     ],
     "ebu_optim.metrics": [
         "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
@@ -140,7 +140,9 @@ def assert_contents(names, extension):
     tops = {n.partition("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"ebu_optim"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
-    others = {"ebu_optim/py.typed"}
+    others = {"ebu_optim/py.typed", "ebu_optim/text_to_image/remember_prompts.txt"}
+    assets = (ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*")
+    others |= {str(p.relative_to(ROOT)) for p in assets}
     if extension:
         others.add("ebu_optim/kernels/_cpu.abi3.so")
     assert {n for n in names if n.startswith("ebu_optim/")} == sources | others

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import training
 from ..diffusion import model_hash, sample, sample_set
 from ..errors import InputError
-from ..files import replacing
+from ..files import need_disk, replacing
 from ..metrics import (
     accuracy,
     classifier_frechet,

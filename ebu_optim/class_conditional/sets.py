@@ -29,8 +29,9 @@ from torch import Tensor
 from .. import training
 from ..diffusion import FisherBatches, fisher_loss, model_hash, sample_set
 from ..errors import InputError
-from ..files import load_tensors, locked, save_tensors
+from ..files import load_tensors, locked, need_disk, save_tensors
 from ..fisher import DiagonalFisher
+from ..modules import parameter_bytes
 from ..training import data
 from .models import WEIGHTS, load_unet
 
@@ -127,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     model, fisher_loss(scheduler, reduction=args.fisher_reduction), batches,
                     path=out / "fisher.safetensors",
                 )  # fmt: skip
-                error = fisher.protocol["convergence"]
-                print(f"Fisher over {len(rows)} images; relative standard error {error}")
+                spread = fisher.protocol["convergence"]
+                print(f"Fisher over {len(rows)} images; relative standard error {spread}")
         except ValueError as error:  # a file of another protocol
             raise InputError(str(error)) from error
     print(f"{len(labels)} replay images of {len(replayed)} classes in {out}")

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,15 +98,16 @@ class Objectives:
         self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
         self.kind = kind(args)
         self.classes = raw.config.num_class_embeds - 1
-        shared = {
+        shared: dict[str, Any] = {
             "process": accelerator.process_index, "processes": accelerator.num_processes,
             "device": accelerator.device,
         }  # fmt: skip
-        pairs, size = kept or made.replay, args.train_batch_size
-        self.replayed = pairs and Batches(*pairs, size, seed=args.seed, **shared)
-        source = made.own if self.kind in ("own", "relabel") else None
+        pairs: Any = kept or made.replay
+        size = args.train_batch_size
+        self.replayed: Any = pairs and Batches(pairs[0], pairs[1], size, **shared, seed=args.seed)
+        source: Any = made.own if self.kind in ("own", "relabel") else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
-        self.own = source and Batches(*source, size, seed=args.seed + 1, **shared)
+        self.own: Any = source and Batches(source[0], source[1], size, **shared, seed=args.seed + 1)
         self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
         self.null = self.classes
         self.shape = (args.train_batch_size, *shape)
@@ -190,4 +192,4 @@ class Objectives:
                 denoising_loss(self.model, x, labels, self.scheduler).backward()
 
         for i in range(len(self.own)):
-            yield lambda i=i: one(i)
+            yield partial(one, i)

@@ -268,7 +268,7 @@ def _content(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(file.name.encode())
         with open(file, "rb") as f:
-            for block in iter(lambda f=f: f.read(2**20), b""):
+            while block := f.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
 

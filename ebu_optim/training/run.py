@@ -56,7 +56,7 @@ class Run:
         free = FREE if args.lr_scheduler.startswith("constant") else FREE - {"max_train_steps"}
         options = {k: str(v) for k, v in vars(args).items() if k not in free}
         same = {**(same or {}), "processes": accelerator.num_processes}
-        self.identity = {"script": script, "options": options, "same": same}
+        self.identity: dict[str, Any] = {"script": script, "options": options, "same": same}
         self._held = ExitStack()
 
     def __enter__(self) -> Run:

@@ -1,6 +1,6 @@
 """The world of the quickstart: real 8x8 digits, a small conditional UNet, two classifiers.
 
-``python examples/quickstart.py --train`` makes everything under ``examples/assets/digits/`` again
+``python examples/quickstart.py --train`` makes everything under ``ASSETS`` again
 from the data that scikit-learn embeds (Optical Recognition of Handwritten Digits, UCI; 1,797
 images).
 """
@@ -182,4 +182,4 @@ def train_unet(folder: Path, *, steps: int, batch: int = 128, seed: int = 0) -> 
         ema.update_parameters(model)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    ema.module.half().save_pretrained(folder / "unet")
+    ema.module.to(torch.float16).save_pretrained(folder / "unet")

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 
 from ebu_optim import training
-from ebu_optim.class_conditional.models import new_scheduler, new_unet, parameter_bytes, save_unet
+from ebu_optim.class_conditional.models import new_scheduler, new_unet, save_unet
 from ebu_optim.diffusion import denoising_loss, model_hash
 from ebu_optim.errors import InputError
+from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
 from ebu_optim.training.ema import Ema
 

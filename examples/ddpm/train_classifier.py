@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebu_optim import training
-from ebu_optim.class_conditional.models import Classifier, parameter_bytes, save_classifier
+from ebu_optim.class_conditional.models import Classifier, save_classifier
 from ebu_optim.errors import InputError
 from ebu_optim.metrics import accuracy, classify
+from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
 
 

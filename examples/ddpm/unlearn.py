@@ -21,12 +21,13 @@ from torch import Tensor
 from ebu_optim import training
 from ebu_optim.baselines import SalUn, methods, reset_weights
 from ebu_optim.class_conditional import sets as prepare
-from ebu_optim.class_conditional.models import WEIGHTS, load_classifier, load_unet, parameter_bytes
+from ebu_optim.class_conditional.models import WEIGHTS, load_classifier, load_unet
 from ebu_optim.class_conditional.outcome import draw, finish, measure, noise_p_f, pictures
 from ebu_optim.diffusion import model_hash
 from ebu_optim.diffusion import objectives as unlearn_losses
 from ebu_optim.diffusion.objectives import Losses, needs_own_images, needs_teacher
 from ebu_optim.errors import InputError
+from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
 from ebu_optim.training import method as method_options
 from ebu_optim.training.ema import Ema, averaged
