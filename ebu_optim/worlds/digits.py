@@ -182,4 +182,4 @@ def train_unet(folder: Path, *, steps: int, batch: int = 128, seed: int = 0) -> 
         ema.update_parameters(model)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    ema.module.to(torch.float16).save_pretrained(folder / "unet")
+    ema.module.to(torch.float16).save_pretrained(folder / "unet")  # type: ignore[operator]
