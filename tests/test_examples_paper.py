@@ -13,7 +13,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -448,7 +447,7 @@ def test_a_worker_keeps_nothing_of_the_run_before(monkeypatch, tmp_path):
         precision = "bf16" if "--bf16" in argv else None
         seen.append(Accelerator(cpu=True, mixed_precision=precision).mixed_precision)
 
-    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(main=main))
+    monkeypatch.setattr(runs.Command, "run", lambda self: main(self.argv))
     for options in (("--bf16",), ()):
         c = runs.command("train", options, tmp_path, "x")
         assert runs._work(runs.Run("a", (c,), 1, 1)) is None
