@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -61,18 +60,6 @@ class LossOptions:
             )
         if self.forget_loss and methods[self.method].forgets not in ("surrogate", "relabel"):
             raise InputError(f"--forget_loss: {self.method} has a forget loss of its own")
-
-
-def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str = "sum") -> None:
-    for f in fields(LossOptions):
-        flag = remember if f.name == "remember" else f"--{f.name}"
-        kind = float if f.name == "condition_noise" else str
-        parser.add_argument(flag, dest=f.name, type=kind, default=f.default)
-    parser.set_defaults(reduction=reduction)
-
-
-def check(args: Any) -> None:
-    LossOptions.check_losses(args)
 
 
 def kind(args: Any) -> str | None:

@@ -1,17 +1,19 @@
 """How a run goes: options, output folder, loop, resuming; images to learn from."""
 
 from .loop import figures, fit, new_accelerator, new_schedule, unlearning_step
-from .options import add_arguments, check, exit_on_input_errors
+from .options import TrainingOptions, as_dict, exit_on_input_errors, option, parse
 from .run import Run
 
 __all__ = [
     "Run",
-    "add_arguments",
-    "check",
+    "TrainingOptions",
+    "as_dict",
     "exit_on_input_errors",
     "figures",
     "fit",
     "new_accelerator",
     "new_schedule",
+    "option",
+    "parse",
     "unlearning_step",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +11,7 @@ import torch
 
 from ..baselines import methods
 from ..errors import InputError
-from .options import add_flags, option
+from .options import option
 
 EBU = ("alpha", "delta", "gamma")
 
@@ -102,14 +101,3 @@ def build(args: Any, parameters: Iterable[Any], fisher: Any, anchor: Any = None)
 def _options(args: Any) -> dict[str, Any]:
     given = {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
     return {**args.method_options, **given}
-
-
-def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], estimated: str) -> None:
-    add_flags(parser, MethodOptions)
-    parser.set_defaults(method="ebu")
-
-
-def check(args: Any, aliases: Mapping[str, str]) -> None:
-    args.method = aliases.get(args.method, args.method)
-    args.guided_steps = args.guided_steps or guided_steps(args.method)
-    MethodOptions.check_method(args)

@@ -21,7 +21,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -106,8 +106,6 @@ def _argument(f: Field[Any], kind: Any) -> dict[str, Any]:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The options by name, as they are."""
-    if not is_dataclass(config):
-        return vars(config)
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
@@ -153,16 +151,6 @@ class TrainingOptions:
                  "checkpointing_steps", "checkpoints_total_limit", "logging_steps")  # fmt: skip
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"--learning_rate must be > 0; got {self.learning_rate}")
-
-
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The flags of `TrainingOptions`; `defaults` are the script's own."""
-    add_flags(parser, TrainingOptions)
-    parser.set_defaults(**defaults)
-
-
-def check(args: Any) -> None:
-    TrainingOptions.check_training(args)
 
 
 def exit_on_input_errors(

@@ -160,7 +160,7 @@ class Setting:
     """A world in a folder, with a regime (which classes are replayed) and a remember loss.
 
     Args:
-        data: options of examples/ddpm/data.py that find the same images elsewhere.
+        data: options of `DataOptions` that find the same images elsewhere.
     """
 
     def __init__(self, world: World, root: Path, *, regime: str = "full", loss: str = "replay",
