@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ebu_optim.baselines import methods
 
-from .launch import leave
+from .launch import join, leave
 
 STEPS = 3
 NAMES = [n for n in methods if not n.startswith("ebu_")]
@@ -74,7 +74,7 @@ def refused() -> str:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join()
     orders = {"fr": ("forget", "remember"), "rf": ("remember", "forget")}
     results: dict[str, Any] = {
         f"{name} ddp {o}": train(name, "ddp", order)
