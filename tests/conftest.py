@@ -5,6 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+from . import devices
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu",
+        help="where tests make the tensors that name no device; kernels are then those of it",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--device")
+    try:
+        devices.chosen = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device {name} cannot be used here: {reason}") from error
+    if name != "cpu":
+        mode = devices.OnDevice(devices.chosen)
+        mode.__enter__()
+        config.add_cleanup(lambda: mode.__exit__(None, None, None))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """That of --device."""
+    return devices.chosen
 
 
 @pytest.fixture
