@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: more threads would wait for each other
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
     name = config.getoption("--device")
     try:
         devices.chosen = torch.empty(1, device=name).device

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-#: Seconds. A deadline only ends a hang: what it ends takes less than a tenth on an idle machine, and
-#: no test asserts a time. pytest's own, in pyproject.toml, comes after this one.
+#: Seconds. A deadline only ends a hang: what it ends takes less than a tenth of it on an idle
+#: machine, and no test asserts a time. That of pytest, in pyproject.toml, comes after this one.
 PATIENCE = 900
 
 

@@ -1,6 +1,7 @@
 """Training through accelerate, with one process or several.
 
-The tests call `train` themselves; `accelerate launch` runs this file: FOLDER and a page of the docs.
+The tests call `train` themselves; `accelerate launch` runs this file with FOLDER and a page of
+the docs.
 """
 
 from __future__ import annotations

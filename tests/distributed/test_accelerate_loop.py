@@ -104,9 +104,9 @@ def two(tmp_path_factory):
     """What `accelerated` found on each of two ranks, in one launch."""
     folder = tmp_path_factory.mktemp("two")
     done = python(
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
-        "--module", "tests.distributed.accelerated", folder, PAGE,
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
+        "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", 0, "--module", "tests.distributed.accelerated", folder, PAGE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
