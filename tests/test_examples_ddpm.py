@@ -21,6 +21,8 @@ from PIL import Image
 
 from ebu_optim._files import load_tensors, locked
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "ddpm"
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
@@ -54,7 +56,7 @@ def several(*commands: list) -> list[tuple[int, str]]:
     given = json.dumps([[str(a) for a in c] for c in commands])
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL, str(SCRIPTS), given],
-        capture_output=True, text=True, env=ENV, timeout=280,
+        capture_output=True, text=True, env=ENV, timeout=PATIENCE,
     )  # fmt: skip
     found, rest = [], done.stderr
     for script, *_ in commands:
@@ -179,7 +181,7 @@ def test_two_processes_accumulate_and_agree(made, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(SCRIPTS / command[0]), *map(str, command[1:])],
-        capture_output=True, text=True, env=ENV, timeout=280,
+        capture_output=True, text=True, env=ENV, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
