@@ -4,7 +4,7 @@ VENV := .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test sanitize lint bench docs dist clean
+.PHONY: demo check test sanitize lint bench docs dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -19,8 +19,16 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py --overwrite
 
 # a file stays in one process: its tests share what they launch
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# what a change to the optimizer breaks first, in a minute or so; the rest is in `make test`
+CORE := bad_input baselines_rules baselines_shape checkpoint checkpoint_files combine contract cpu \
+	files fisher half_precision half_weights kernels limits mistakes phases rule rule_by_hand scaler
+check: lint
+	$(PYTEST) $(CORE:%=tests/test_%.py)
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST)
 
 # the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
 SANITIZED := build/sanitized

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ebu_optim.kernels import cpu, reference, triton
 
-from . import oracle
+from . import devices, oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHAPES = ((), (0,), (1,), (7,), (3, 5), (2, 0, 3), (2, 3, 2, 4), (1, 6, 1), (40,))
@@ -39,6 +39,8 @@ class Native:
 
 def _native(lanes):
     reason = cpu.available()
+    if devices.chosen.type != "cpu":
+        reason = "for tensors on the CPU"
     if reason is None:
         try:
             cpu._cpu.lanes(lanes)
@@ -51,8 +53,10 @@ def _native(lanes):
 
 
 NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
-#: For parametrize: every backend that runs on a CPU, as `kernels`.
+#: For parametrize: every backend of the device, as `kernels`.
 BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
+if devices.chosen.type == "cuda":
+    BACKENDS.append(pytest.param(triton, id="triton"))
 if os.environ.get("TRITON_INTERPRET") == "1":  # a process of `test_triton.py`
     BACKENDS = [pytest.param(triton, id="triton")]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS)
@@ -113,7 +117,7 @@ def gradients(draw, kinds=KINDS):
 
 
 def numpy(tensors):
-    return [t.detach().double().clone().numpy() for t in tensors]
+    return [t.detach().double().clone().cpu().numpy() for t in tensors]
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
@@ -69,7 +71,7 @@ def bare(tmp_path_factory):
     def run(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-S", "-c", start + code],
-            capture_output=True, text=True, timeout=120, cwd="/",
+            capture_output=True, text=True, timeout=PATIENCE, cwd="/",
         )  # fmt: skip
 
     return run
@@ -109,7 +111,7 @@ def build(what, source, into, **environment):
     """The one file that `python -m build` makes of a source tree."""
     done = subprocess.run(
         [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", into, source],
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+
+from .processes import python
+from .stopping import signalled
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "quickstart.py"
@@ -19,12 +20,8 @@ STEPS = 26  # one more than to the first checkpoint
 OPTIONS = ("--forget", "7", "--steps", str(STEPS))
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *args]
-
-
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=280)
+    return python(SCRIPT, *args)
 
 
 @pytest.fixture(scope="module")
@@ -115,27 +112,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.timeout(900)  # four starts of the whole job
 def test_killed_and_interrupted_the_same_command_goes_on_to_the_same_result(result, tmp_path):
     """Interrupted in the unlearning, then killed when its results are written: there is no half
     result at any time, and in the end the one of an unbroken run."""
     out, work = tmp_path / "out", tmp_path / ".out.partial"
-    arguments = command(*OPTIONS, "--output_dir", str(out))
     begun = []
     moments = {"run/step_00000025": signal.SIGINT, "before_after.png": signal.SIGKILL}
     for moment, how in moments.items():
-        process = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            # a shell's background job ignores it
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-        deadline = time.monotonic() + 200
-        while not (work / moment).exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(how)
-        said = process.communicate()[1]
-        assert process.returncode == (130 if how == signal.SIGINT else -how), said
+        code, said = signalled(how, work / moment, SCRIPT, *OPTIONS, "--output_dir", out)
+        assert code == (130 if how == signal.SIGINT else -how), said
         assert not out.exists()
         assert ("goes on from here" in said) == (how == signal.SIGINT)
         begun.append((work / "replay.safetensors").stat().st_ino)

@@ -25,7 +25,7 @@ from ebu_optim.class_conditional.models import WEIGHTS, load_classifier, load_un
 from ebu_optim.class_conditional.outcome import draw, finish, measure, noise_p_f, pictures
 from ebu_optim.diffusion import model_hash
 from ebu_optim.diffusion import objectives as unlearn_losses
-from ebu_optim.diffusion.objectives import Losses, needs_own_images, needs_teacher
+from ebu_optim.diffusion.objectives import Objectives, needs_own_images, needs_teacher
 from ebu_optim.errors import InputError
 from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ema.model.to(device)
         done: dict[str, Any] = {"seconds": 0.0, "curve": [], "pictures": {}}
         objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
-        losses = Losses(
+        losses = Objectives(
             args, made, model, raw, teacher, scheduler, accelerator, info["shape"], kept
         )
         begin = run.resume({**objects, "ema": ema} if ema else objects)

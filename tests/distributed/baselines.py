@@ -15,7 +15,7 @@ from ebu_optim.baselines import methods
 from ebu_optim.optim import PhasedOptimizer
 
 from ..test_own_rule import Agreeing
-from .launch import leave
+from .launch import join, leave
 
 STEPS = 3
 OWN = "a rule of one's own"
@@ -80,7 +80,7 @@ def refused() -> str:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join()
     orders = {"fr": ("forget", "remember"), "rf": ("remember", "forget")}
     results: dict[str, Any] = {
         f"{name} ddp {o}": train(name, "ddp", order)
