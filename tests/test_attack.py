@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,7 +112,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def attack(tiny, tmp_path):
     """An attack on a tiny pipeline by itself, with its target made."""
-    args = module("run").parse([
+    args = module("run").read([
         "--pretrained_model_name_or_path", str(tiny), "--base_model", str(tiny), "--forget", "cat",
         "--forget_templates", "an image of {}", "a {} in red", "--judge", "nudity",
         "--paraphrases", "the cat", "a blue cat", "--attack_images", "3", "--target_images", "6",
@@ -120,8 +121,8 @@ def attack(tiny, tmp_path):
         "--relearn_learning_rate", "0.005", "--output_dir", str(tmp_path / "out"),
     ])  # fmt: skip
     m, r = module("model"), module(".text_to_image.results")
-    looked = r.look(args, str(tiny))
-    models = [m.Attacked(r.load(args, str(tiny)), looked, args, torch.device("cpu")) for _ in "ab"]
+    looked = module(".text_to_image.pipelines").look(args)
+    models = [m.Attacked(r.load(args), looked, args, torch.device("cpu")) for _ in "ab"]
     questions = module("prompts").collect(args, looked.tokenizer)
     judge = module("judges").Judge(bright, {"judge": "how bright it is"})
     made = module("attacks").Attack(args, *models, questions, judge, [])
@@ -211,9 +212,10 @@ def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(a
 
 
 def test_the_strongest_of_several_starts_and_learning_rates_counts(attack):
-    attack.args.inversion_learning_rates = [0.01, 0.3]
-    attack.args.initializer_token = ["cat"]
-    attack.args.inversion_steps = 10
+    attack.args = replace(
+        attack.args, inversion_learning_rates=[0.01, 0.3], initializer_token=["cat"],
+        inversion_steps=10,
+    )  # fmt: skip
     found = attack.make("inversion")
     runs = found.said["runs"]
     tried = [(r["start"], r["learning_rate"]) for r in runs]
@@ -269,13 +271,17 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     from peft import LoraConfig
 
     r, save = module(".text_to_image.results"), module(".text_to_image.save")
-    args = SimpleNamespace(base_model=str(tiny), variant=None, revision=None, resolution=None)
-    unet = r.load(args, str(tiny)).unet
+
+    def load(folder: Path):
+        model = module(".text_to_image.pipelines").Model(pretrained_model_name_or_path=str(folder))
+        return r.load(model, str(tiny)).unet
+
+    unet = load(tiny)
     own = {k: v.clone() for k, v in unet.state_dict().items()}
     name = next(k for k in own if "attn2.to_k" in k)
     (tmp_path / "changed").mkdir()
     save_file({name: own[name] + 1}, tmp_path / "changed" / save.CHANGED)
-    found = r.load(args, str(tmp_path / "changed")).unet.state_dict()
+    found = load(tmp_path / "changed").state_dict()
     assert [k for k in own if not torch.equal(own[k], found[k])] == [name]
     torch.testing.assert_close(found[name], own[name] + 1)
 
@@ -284,7 +290,7 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     for k in layers:
         layers[k] = torch.randn_like(layers[k])
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", layers)
-    found = r.load(args, str(tmp_path / "lora")).unet.state_dict()
+    found = load(tmp_path / "lora").state_dict()
     assert found.keys() == own.keys()
     a, b = (next(v for k, v in layers.items() if f"lora_{x}" in k) for x in "AB")
     torch.testing.assert_close(found[name], own[name] + b @ a)
@@ -293,7 +299,7 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
 
     save_file({"no.such": torch.ones(1)}, tmp_path / "changed" / save.CHANGED)
     with pytest.raises(InputError, match=r"does not fit .* no such no\.such"):
-        r.load(args, str(tmp_path / "changed"))
+        load(tmp_path / "changed")
 
 
 # -- the judges ---------------------------------------------------------------------------------
@@ -323,7 +329,7 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
     with pytest.raises(InputError, match="--imagenette_class must be"):
         j.load(args, None, "cpu")
 
-    asked = SimpleNamespace(judge="nudity", nudity_threshold=0.3, nudity_colours="file",
+    asked = j.JudgeOptions(judge="nudity", nudity_threshold=0.3, nudity_colours="file",
                             nudity_labels=["intimate", "BELLY_EXPOSED"])  # fmt: skip
 
     def score(pictures, labels, threshold, colours):

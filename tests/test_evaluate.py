@@ -84,7 +84,7 @@ def test_pictures_are_of_their_noise_and_go_on(tiny, tmp_path):
 def test_noise_of_pictures_past_the_ten_thousandth(tiny, tmp_path, monkeypatch):
     evaluate(tiny, tmp_path / "a", "--prompts", "a cat", "--images_per_prompt", 1, "--seed", 10001)
     script = module("evaluation")
-    monkeypatch.setattr(script, "files", lambda _: {"10000_10001.png": "a cat"})
+    monkeypatch.setattr(script.Evaluation, "files", {"10000_10001.png": "a cat"})
     evaluate(tiny, tmp_path / "b", "--prompts", "a cat")
     assert [*saved(tmp_path / "a").values()] == [*saved(tmp_path / "b").values()]
 
@@ -279,7 +279,7 @@ def test_lpips_is_against_the_base(tiny, tmp_path, alexnet):
 
 def test_lpips_pairs_numbers_of_more_digits(tiny, tmp_path, alexnet, monkeypatch):
     names = {"1000_0000.png": "a cat", "10000_0000.png": "a dog"}  # a folder is read by name
-    monkeypatch.setattr(module("evaluation"), "files", lambda _: names)
+    monkeypatch.setattr(module("evaluation").Evaluation, "files", names)
     evaluate(tiny, tmp_path / "base", *CAT_AND_DOG)
     invert(tmp_path / "base" / "images" / "1000_0000.png")
     found = evaluate(

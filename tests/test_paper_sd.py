@@ -26,7 +26,7 @@ from ebu_optim.worlds.styled_digits import captions as words
 from .text_to_image import pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FOLDERS = [EXAMPLES / "paper", EXAMPLES / "ddpm", EXAMPLES]
+FOLDERS = [EXAMPLES / "paper"]
 TINY = {
     "base": (
         "--max_train_samples",
@@ -57,7 +57,7 @@ def module(name: str):
 def stub(argv: list[str]) -> None:
     """What attack.py leaves, without attacking: it is tested on its own. It has to take the
     options."""
-    args = attack.parse(argv)
+    args = attack.read(argv)
     assert Path(args.pretrained_model_name_or_path, "unet").is_dir()
     assert Path(args.base_model, "unet").is_dir()
     found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
@@ -383,7 +383,7 @@ def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_pat
     assert all(a[a.index("--forget") + 1] == "blue" for a in trials)
     assert all(a[a.index("--seed") + 1] == "0" for a in trials)
     attacks = [a for a in argvs if "--judge" in a and "relearn" not in a]
-    assert all("inversion" in attack.parse(a).attacks for a in attacks)
+    assert all("inversion" in attack.read(a).attacks for a in attacks)
 
 
 def test_dry_run_makes_nothing(tmp_path, made, capsys):
@@ -636,7 +636,7 @@ def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path):
     for task in (tasks.CASSETTE_PLAYER, tasks.NUDITY):
         ours = paper.PaperSetting(paper.SD14, tmp_path, task)
         run = ours.run("x", "esd", seed=1, steps=9)
-        base, given = (attack.parse(r.commands[-1].argv) for r in (ours.ground[0], run))
+        base, given = (attack.read(r.commands[-1].argv) for r in (ours.ground[0], run))
         assert given.base_model == base.pretrained_model_name_or_path == paper.SD14.pipeline
         assert given.target_dir == base.target_dir
         assert (base.attacks, given.attacks) == (["paraphrase", "inversion"], [*counted.ATTACKS])
@@ -721,6 +721,6 @@ def test_steps_at_paper_scale_are_the_papers():
     assert argv[argv.index("--remember") + 1] == ""
     assert "--reference_dir" in run.commands[1].argv
     for c in run.commands[:1]:  # options that unlearn.py knows
-        found = options.parse(["--cpu" if a == "bf16" else a for a in c.argv if a not in
+        found = options.read(["--cpu" if a == "bf16" else a for a in c.argv if a not in
                                          ("--mixed_precision",)])  # fmt: skip
         assert found.max_train_steps == 9

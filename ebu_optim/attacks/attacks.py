@@ -6,7 +6,6 @@ from, and the P_f of which half is to be reached, come from the base.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from itertools import product
@@ -55,7 +54,7 @@ class Attack:
     made before."""
 
     def __init__(
-        self, args: argparse.Namespace, model: Attacked, base: Attacked, questions: Questions,
+        self, args: Any, model: Attacked, base: Attacked, questions: Questions,
         judge: Judge, files: list[Path],
     ) -> None:  # fmt: skip
         self.args, self.model, self.base = args, model, base

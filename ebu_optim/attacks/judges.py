@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,11 @@ from ..diffusion import model_hash
 from ..errors import InputError
 from ..metrics import ImagenetteClassifier, classify, nudity_score
 from ..metrics.imagenette import class_numbers
-from ..text_to_image import nudity
+from ..text_to_image.nudity import NudityOptions
 from ..text_to_image.pipelines import Looked
 from ..text_to_image.prompts import read
+from ..training.options import option
 from .prompts import concept_of
-
-NAMES = ("world", "imagenette", "nudity")
 
 
 class Judge(NamedTuple):
@@ -30,17 +29,22 @@ class Judge(NamedTuple):
     said: dict[str, Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("judge").add_argument
-    add("--judge", choices=NAMES, required=True)
-    add("--judges", type=Path, help="world: folder made by world/judges.py")
-    add("--imagenette_class", help='name or number, e.g. "cassette player"')
-    add("--imagenette_over", choices=("imagenet", "imagenette"), default="imagenet")
-    add("--imagenette_weights", type=Path, help="torchvision's ResNet-50; default: its download")
-    nudity.add_arguments(add)
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions(NudityOptions):
+    """Who judges."""
+
+    group: ClassVar[str] = "judge"
+
+    judge: Literal["world", "imagenette", "nudity"] = option()
+    judges: Path | None = option(None, help="world: folder made by world/judges.py")
+    imagenette_class: str | None = option(None, help='name or number, e.g. "cassette player"')
+    imagenette_over: Literal["imagenet", "imagenette"] = option("imagenet")
+    imagenette_weights: Path | None = option(
+        None, help="torchvision's ResNet-50; default: its download"
+    )
 
 
-def load(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
+def load(args: Any, looked: Looked, device: Any) -> Judge:
     """Raises:
     InputError: the judge, or what it needs, is not there.
     """
@@ -49,7 +53,7 @@ def load(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
     )
 
 
-def _world(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
+def _world(args: Any, looked: Looked, device: Any) -> Judge:
     if args.judges is None:
         raise InputError("--judge world needs --judges, the folder made by world/judges.py")
     from ..worlds.styled_digits.captions import tokenizer
@@ -70,7 +74,7 @@ def _world(args: argparse.Namespace, looked: Looked, device: Any) -> Judge:
     )
 
 
-def _imagenette(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
+def _imagenette(args: Any, _: Looked, device: Any) -> Judge:
     if args.imagenette_class is None:
         raise InputError("--judge imagenette needs --imagenette_class")
     given = args.imagenette_class
@@ -89,11 +93,11 @@ def _imagenette(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
     )  # fmt: skip
 
 
-def _nudity(args: argparse.Namespace, _: Looked, device: Any) -> Judge:
+def _nudity(args: Any, _: Looked, device: Any) -> Judge:
     def ask(pictures: Tensor) -> dict[str, Any]:
-        return nudity_score(pictures, **nudity.chosen(args))
+        return nudity_score(pictures, **args.nudity)
 
-    nudity.check(args)
+    args.check_nudity()
     tried = ask(torch.zeros(1, 3, 64, 64))
     if tried["not_computed"]:
         raise InputError(f"--judge nudity: {tried['not_computed']}")

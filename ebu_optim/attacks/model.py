@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,9 +27,7 @@ class Attacked:
         args: how pictures are drawn.
     """
 
-    def __init__(
-        self, pipe: Any, looked: pipelines.Looked, args: argparse.Namespace, device: Any
-    ) -> None:
+    def __init__(self, pipe: Any, looked: pipelines.Looked, args: Any, device: Any) -> None:
         self.unet, self.vae, self.text_encoder = (
             # not diffusers' own `to`, which logs a warning for each part
             nn.Module.to(m, device, torch.float32).eval().requires_grad_(False)

@@ -3,12 +3,13 @@ word, and the same in other words."""
 
 from __future__ import annotations
 
-import argparse
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from ..errors import InputError
 from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill, read
+from ..training.options import option
 
 
 class Asked(NamedTuple):
@@ -31,25 +32,26 @@ class Questions(NamedTuple):
     paraphrases: list[Wording]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("prompts").add_argument
-    add(
-        "--forget", nargs="+", required=True,
-        help="what was forgotten, as unlearn.py was told; with --judge world words of one concept",
-    )  # fmt: skip
-    add(
-        "--forget_templates",
-        nargs="+",
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """What is asked for."""
+
+    group: ClassVar[str] = "prompts"
+
+    forget: list[str] = option(
+        help="what was forgotten, as unlearn.py was told; with --judge world words of one concept"
+    )
+    forget_templates: list[str] | None = option(
+        None,
         help='default: "{}"; with --judge world its trained templates, in all styles or digits',
     )
-    add(
-        "--paraphrases", nargs="+", default=[],
-        help="the same in other words: prompts or .txt files; with --judge world the concept's "
+    paraphrases: list[str] = option(
+        [], help="the same in other words: prompts or .txt files; with --judge world the concept's "
         "other words and the held-out templates come by themselves",
     )  # fmt: skip
 
 
-def collect(args: argparse.Namespace, tokenizer: Any) -> Questions:
+def collect(args: Any, tokenizer: Any) -> Questions:
     """Raises:
     InputError: a word of no concept, no paraphrase, a template without a place, too long a prompt,
         an --initializer_token that is not one token.

@@ -13,13 +13,13 @@ is kept in `parts` when it is done, and the same command goes on after a kill.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -29,10 +29,13 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import load_tensors, replacing, save_tensors
 from ..metrics import versions
-from ..text_to_image import pipelines
-from ..text_to_image.results import held, load, look, named_base
+from ..text_to_image.pipelines import Model, look
+from ..text_to_image.results import held, load, named_base, whole
+from ..training.options import as_dict, option, parse
 from . import attacks, judges, prompts
+from .judges import JudgeOptions
 from .model import Attacked
+from .prompts import QuestionOptions
 
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
 #: What depends on the size of the model: in the world, elsewhere.
@@ -49,57 +52,75 @@ FREE = {
 }  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(Model, QuestionOptions, JudgeOptions):
+    """What is attacked, and how hard.
+
+    Raises:
+        InputError: a number that cannot be; a model that nothing says the base of.
+    """
+
+    base_model: str | None = option(
+        None, help="before unlearning; default: the one that unlearn.json names"
     )
-    pipelines.add_arguments(parser)
-    add = parser.add_argument
-    add("--base_model", help="before unlearning; default: the one that unlearn.json names")
-    prompts.add_arguments(parser)
-    judges.add_arguments(parser)
-    add("--attacks", nargs="+", choices=tuple(attacks.ATTACKS), default=list(attacks.ATTACKS))
-    add("--instance_data_dir", type=Path, help="pictures of the target; default: the base's own")
-    add("--target_images", type=int, default=64, help="that the base draws")
-    add("--target_dir", type=Path, help="keeps them for all attacks on a base; default: output_dir")
-    add("--attack_images", type=int, default=32, help="of each look, and of each wording")
-    add("--inversion_steps", type=int, default=200)
-    add("--inversion_learning_rates", type=float, nargs="+", help="a run each, strongest counts")
-    add("--initializer_token", nargs="+", default=[], help="where inversion begins beside a random "
+    attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(list(attacks.ATTACKS))
+    instance_data_dir: Path | None = option(
+        None, help="pictures of the target; default: the base's own"
+    )
+    target_images: int = option(64, help="that the base draws")
+    target_dir: Path | None = option(
+        None, help="keeps them for all attacks on a base; default: output_dir"
+    )
+    attack_images: int = option(32, help="of each look, and of each wording")
+    inversion_steps: int = option(200)
+    inversion_learning_rates: list[float] | None = option(None, help="a run each, strongest counts")
+    initializer_token: list[str] = option([], help="where inversion begins beside a random "
         "embedding, a run from each: another word of the concept, a neighbour")  # fmt: skip
-    add("--relearn_max_steps", type=int, default=50)
-    add("--relearn_learning_rate", type=float)
-    add("--train_batch_size", type=int, help="of inversion and relearning")
-    add("--num_inference_steps", type=int, help="DDIM; default: 10 in the world, 50 elsewhere")
-    add("--guidance_scale", type=float, help="default: 3 in the world, 7.5 elsewhere")
-    add("--sample_batch_size", type=int)
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output_dir", type=Path, required=True)
-    add("--overwrite", action="store_true", help="what an earlier run left there")
-    args = parser.parse_args(argv)
-    for name, (world, elsewhere) in SMALL.items():
-        if getattr(args, name) is None:
-            setattr(args, name, world if args.judge == "world" else elsewhere)
-    for name in ("target_images", "attack_images", "inversion_steps", "relearn_max_steps",
-                 "train_batch_size", "num_inference_steps", "sample_batch_size"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    for name in ("relearn_learning_rate", "inversion_learning_rates"):
-        value = getattr(args, name)
-        if not min(value if isinstance(value, list) else [value]) > 0:
-            raise InputError(f"--{name} must be > 0; got {value}")
-    args.base_model = args.base_model or named_base(args.pretrained_model_name_or_path)
-    args.target_dir = args.target_dir or args.output_dir / "target"
-    return args
+    relearn_max_steps: int = option(50)
+    relearn_learning_rate: float | None = option(None)
+    train_batch_size: int | None = option(None, help="of inversion and relearning")
+    num_inference_steps: int | None = option(
+        None, help="DDIM; default: 10 in the world, 50 elsewhere"
+    )
+    guidance_scale: float | None = option(None, help="default: 3 in the world, 7.5 elsewhere")
+    sample_batch_size: int | None = option(None)
+    seed: int = option(0)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
+    output_dir: Path = option()
+    overwrite: bool = option(False, help="what an earlier run left there")
+
+    def resolved(self) -> AttackOptions:
+        """With the defaults that depend on other options."""
+        base = self.base_model or named_base(self.pretrained_model_name_or_path)
+        own: dict[str, Any] = {"base_model": base, "target_dir": self.output_dir / "target"}
+        for name, (world, elsewhere) in SMALL.items():
+            own[name] = world if self.judge == "world" else elsewhere
+        return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
+
+    def __post_init__(self) -> None:
+        for name in ("target_images", "attack_images", "inversion_steps", "relearn_max_steps",
+                     "train_batch_size", "num_inference_steps", "sample_batch_size"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} must be >= 1; got {value}")
+        for name in ("relearn_learning_rate", "inversion_learning_rates"):
+            value = getattr(self, name)
+            if value is not None and not min(value if isinstance(value, list) else [value]) > 0:
+                raise InputError(f"--{name} must be > 0; got {value}")
+
+
+def read(argv: Sequence[str] | None = None) -> AttackOptions:
+    """Those of the command line, whole."""
+    return parse(AttackOptions, argv, __doc__).resolved()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = read(argv)
     look_at_folder(args)
-    names = args.pretrained_model_name_or_path, args.base_model
-    looked, base_looked = (look(args, name) for name in names)
+    names = args.pretrained_model_name_or_path, str(args.base_model)
+    # either may be a folder of changes, whose base is the one that is named, or unlearn.json's
+    own, base_own = (replace(args, pretrained_model_name_or_path=name) for name in names)
+    looked, base_looked = (look(whole(one, args.base_model)) for one in (own, base_own))
     sizes = [(one.resolution, one.latents) for one in (looked, base_looked)]
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -110,10 +131,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = attacks.target_files(args.instance_data_dir)
     device = torch.device(args.device)
     judge = judges.load(args, looked, device)
-    model = Attacked(load(args, names[0]), looked, args, device)
-    base = Attacked(load(args, names[1]), base_looked, args, device)
+    model = Attacked(load(own, args.base_model), looked, args, device)
+    base = Attacked(load(base_own, args.base_model), base_looked, args, device)
     run = attacks.Attack(args, model, base, questions, judge, files)
-    options = {k: str(v) for k, v in vars(args).items() if k not in FREE}
+    options = {k: str(v) for k, v in as_dict(args).items() if k not in FREE}
     same = {"options": options, "judge": judge.said, "model": model.hash(), "base": base.hash()}
     with held(args.output_dir):
         if args.overwrite:
@@ -127,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(args, found, same, judge.said)
 
 
-def look_at_folder(args: argparse.Namespace) -> None:
+def look_at_folder(args: AttackOptions) -> None:
     folder = args.output_dir
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file")
@@ -149,7 +170,7 @@ def remove(path: Path) -> None:
 
 
 def part(
-    args: argparse.Namespace, name: str, same: dict[str, Any], run: attacks.Attack
+    args: AttackOptions, name: str, same: dict[str, Any], run: attacks.Attack
 ) -> attacks.Found:
     """One attack's result, made now or read from the run that was interrupted. The target, which
     depends on the base alone, is kept in --target_dir."""
@@ -157,7 +178,7 @@ def part(
     if name == "target":
         of = run.target_protocol()
         key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
-        path = args.target_dir / f"target-{key}.safetensors"
+        path = Path(args.target_dir or "") / f"target-{key}.safetensors"
     else:
         of = same
     of = json.loads(json.dumps(of))  # as it comes back from the file
@@ -180,7 +201,7 @@ def part(
 
 
 def write(
-    args: argparse.Namespace, found: dict[str, attacks.Found], same: dict[str, Any],
+    args: AttackOptions, found: dict[str, attacks.Found], same: dict[str, Any],
     judged: dict[str, Any],
 ) -> None:  # fmt: skip
     """learned_word.safetensors, pictures.png and, last, attacks.json."""

@@ -6,8 +6,9 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler
@@ -30,47 +31,63 @@ from ..diffusion import (
 )
 from ..errors import InputError
 from ..training.data import Batches
+from ..training.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Which losses a method learns from, where it is not its own."""
+
+    group: ClassVar[str] = "losses"
+
+    condition_noise: float = option(0.0, help="in the forget loss, 1: its own spread")
+    forget_loss: Literal["surrogate", "relabel"] | None = option(
+        None,
+        help="relabel: SalUn's, on images of what is forgotten; default: the method's own",
+    )
+    remember: Literal["replay", "distill", "crossed"] = option("replay")
+    reduction: Literal["sum", "mean"] = option("sum", help="over C, H, W")
+
+    def check_losses(self: Any) -> None:
+        """Raises:
+        InputError: noise on a condition that is compared; a forget loss for a method that has one.
+        """
+        if not 0 <= self.condition_noise < math.inf:
+            raise InputError(f"--condition_noise must be finite, >= 0; got {self.condition_noise}")
+        if self.condition_noise and kind(self) in ("guidance", "adapter"):
+            raise InputError(
+                f"--condition_noise: not with --method {self.method}, whose target compares "
+                "conditions and would get the noise too, the empty one as well"
+            )
+        if self.forget_loss and methods[self.method].forgets not in ("surrogate", "relabel"):
+            raise InputError(f"--forget_loss: {self.method} has a forget loss of its own")
 
 
 def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str = "sum") -> None:
-    """Args:
-    remember: what the option is called that chooses the remember loss, ``args.remember``.
-    """
-    add = parser.add_argument_group("losses").add_argument
-    add("--condition_noise", type=float, default=0.0, help="in the forget loss, 1: its own spread")
-    add(
-        "--forget_loss", choices=("surrogate", "relabel"),
-        help="relabel: SalUn's, on images of what is forgotten; default: the method's own",
-    )  # fmt: skip
-    add(remember, dest="remember", choices=("replay", "distill", "crossed"), default="replay")
-    add("--reduction", choices=("sum", "mean"), default=reduction, help="over C, H, W")
+    for f in fields(LossOptions):
+        flag = remember if f.name == "remember" else f"--{f.name}"
+        kind = float if f.name == "condition_noise" else str
+        parser.add_argument(flag, dest=f.name, type=kind, default=f.default)
+    parser.set_defaults(reduction=reduction)
 
 
-def check(args: argparse.Namespace) -> None:
-    if not 0 <= args.condition_noise < math.inf:
-        raise InputError(f"--condition_noise must be finite, >= 0; got {args.condition_noise}")
-    if args.condition_noise and kind(args) in ("guidance", "adapter"):
-        raise InputError(
-            f"--condition_noise: not with --method {args.method}, whose target compares conditions "
-            "and would get the noise too, the empty one as well"
-        )
-    if args.forget_loss and methods[args.method].forgets not in ("surrogate", "relabel"):
-        raise InputError(f"--forget_loss: {args.method} has a forget loss of its own")
+def check(args: Any) -> None:
+    LossOptions.check_losses(args)
 
 
-def kind(args: argparse.Namespace) -> str | None:
+def kind(args: Any) -> str | None:
     """What the forget loss is: --forget_loss, or the method's, see `Method.forgets`."""
     return args.forget_loss or methods[args.method].forgets
 
 
-def needs_own_images(args: argparse.Namespace) -> str | None:
+def needs_own_images(args: Any) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
     if kind(args) in ("own", "relabel"):
         return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
     return None
 
 
-def needs_teacher(args: argparse.Namespace) -> bool:
+def needs_teacher(args: Any) -> bool:
     """Whether the losses compare with the frozen model."""
     return args.remember != "replay" or methods[args.method].forgets in ("guidance", "adapter")
 
@@ -90,7 +107,7 @@ class Objectives:
     """
 
     def __init__(
-        self, args: argparse.Namespace, made: Any, model: Any, raw: Any, teacher: Any,
+        self, args: Any, made: Any, model: Any, raw: Any, teacher: Any,
         scheduler: Any, accelerator: Any, shape: Sequence[int],
         kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,13 @@ pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors
 PLACE, BASE = "<this repository or folder>", "<the base model>"
 
 
-def write(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> str:
+def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> str:
     """README.md.
 
     Args:
         base: the folder of the pretrained pipeline, whose own card says its licence.
         report: ``unlearn.json``.
+        hub: where it is uploaded to, if it is.
     """
     name = str(args.pretrained_model_name_or_path)
     on_hub = not Path(name).is_dir()
@@ -62,10 +62,10 @@ def write(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> st
         "\nSeveral SPM adapters, each scaled for each prompt: `examples/stable_diffusion/"
         "transport.py`.\n"
     )
-    kind = "changed on the hub" if args.push_to_hub and args.save_as == "changed" else args.save_as
+    kind = "changed on the hub" if hub and args.save_as == "changed" else args.save_as
     # a folder of this machine says nothing to whoever reads it on the hub
-    of = name if on_hub or not args.push_to_hub else BASE
-    code = LOAD[kind].format(base=of, result=args.hub_model_id if args.push_to_hub else PLACE)
+    of = name if on_hub or not hub else BASE
+    code = LOAD[kind].format(base=of, result=hub or PLACE)
     terms = f" (`{given['license']}`)" if "license" in given else ""
     return f"""---
 {header.to_yaml()}

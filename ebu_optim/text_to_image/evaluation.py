@@ -14,11 +14,12 @@ interrupted.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -33,13 +34,15 @@ from ..metrics import (
     nudity_score,
     versions,
 )
-from ..metrics.clip_score import SCALES
 from ..metrics.imagenette import CLASSES, METRICS
 from ..metrics.images import RGBImages, read_image
 from ..metrics.intervals import estimate
 from ..metrics.naming import called
-from ..metrics.nudity import COUNTING
-from . import drawing, nudity, pipelines, prompts, results
+from ..training.options import as_dict, option, parse
+from . import drawing, pipelines, results
+from .nudity import NudityOptions
+from .pipelines import Model
+from .prompts import fill, read
 
 #: The figures of each metric, as a report calls them.
 KNOWN = {
@@ -54,101 +57,120 @@ ARGUMENTS = {
     "fid": {"inception_weights": "--inception_weights", "reference": "--real_images"},
 }  # fmt: skip
 RESULT = "evaluation.json"
+WEIGHTS = "file of {} weights, without a network"
 #: Options in which pictures must agree to be compared one by one.
 SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    pipelines.add_arguments(parser)
-    add = parser.add_argument
-    add("--base_model", help="which the model's `changed` or `lora` folder belongs to")
-    add("--prompts", nargs="+", help="prompts or .txt files")
-    add("--imagenette", action="store_true", help="a prompt for each of Imagenette's ten classes")
-    add("--template", default="an image of {}", help="of --imagenette")
-    add("--forget", nargs="+", default=[], help="the forgotten prompts or classes: which pictures "
-        "are of them; the others are kept")  # fmt: skip
-    add("--images_per_prompt", type=int, default=10)
-    add("--num_inference_steps", type=int, default=50, help="DDIM")
-    add("--guidance_scale", type=float, default=7.5)
-    add("--sample_batch_size", type=int, default=4)
-    add("--seed", type=int, default=0)
-    add("--half", action="store_true", help="draw in float16, on a GPU")
-    add("--output_dir", type=Path, required=True)
-    add("--overwrite", action="store_true", help="draw and measure anew")
-    add = parser.add_argument_group("measures").add_argument
-    add("--metrics", nargs="*", choices=KNOWN, default=[], help="none: pictures alone")
-    add("--reference_dir", type=Path, help="what this script made of the base, for lpips")
-    add("--real_images", type=Path, help="a folder of real images of the kept, for fid")
-    add("--noise_images", type=int, default=64, help="that ResNet-50 judges beside the model's")
-    add("--over", choices=("imagenet", "imagenette"), default="imagenet", help="classes of CE, RA")
-    for name, whose in (
-        ("resnet", "ResNet-50"),
-        ("alexnet", "--lpips_net's"),
-        ("inception", "FID's"),
-    ):
-        add(f"--{name}_weights", type=Path, help=f"file of {whose} weights, without a network")
-    nudity.add_arguments(add)
-    add("--nudity_counting", choices=COUNTING, default="images", help="what the score is")
-    add("--lpips_net", choices=("alex", "vgg", "squeeze"), default="alex")
-    add("--clip_scale", choices=SCALES, default="cosine")
-    add("--clip_model", default="ViT-B-32-quickgelu")
-    add("--clip_weights", default="openai", help="open_clip's tag, or a file")
-    args = parser.parse_args(argv)
-    check(args)
-    return args
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Model, NudityOptions):
+    """What is drawn, and how it is measured.
 
-
-def check(args: argparse.Namespace) -> None:
-    """Raises:
-    InputError: a number that cannot be; prompts, folders or files that do not fit the metrics; a
-        folder that holds a finished evaluation.
+    Raises:
+        InputError: a number that cannot be; prompts, folders or files that do not fit the metrics;
+            an output folder that holds a finished evaluation.
     """
-    for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size", "noise_images"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    nudity.check(args)
-    if args.half and not torch.cuda.is_available():
-        raise InputError("--half draws in float16, which needs a GPU; leave it out")
-    _check_prompts(args)
-    _check_metrics(args)
-    if args.reference_dir and not (args.reference_dir / RESULT).is_file():
-        raise InputError(f"--reference_dir {args.reference_dir} holds no {RESULT} of this script")
-    if "lpips" in args.metrics:
-        _check_reference(args)
-    if (args.output_dir / RESULT).exists() and not args.overwrite:
-        raise InputError(
-            f"--output_dir {args.output_dir} holds a finished evaluation: delete its {RESULT} to "
-            "measure the same pictures anew, give --overwrite to draw anew too, or another folder"
-        )
+
+    base_model: str | None = option(
+        None, help="which the model's `changed` or `lora` folder belongs to"
+    )
+    prompts: list[str] | None = option(None, help="prompts or .txt files")
+    imagenette: bool = option(False, help="a prompt for each of Imagenette's ten classes")
+    template: str = option("an image of {}", help="of --imagenette")
+    forget: list[str] = option([], help="the forgotten prompts or classes: which pictures are of "
+                               "them; the others are kept")  # fmt: skip
+    images_per_prompt: int = option(10)
+    num_inference_steps: int = option(50, help="DDIM")
+    guidance_scale: float = option(7.5)
+    sample_batch_size: int = option(4)
+    seed: int = option(0)
+    half: bool = option(False, help="draw in float16, on a GPU")
+    output_dir: Path = option()
+    overwrite: bool = option(False, help="draw and measure anew")
+    metrics: list[Literal["imagenette", "nudity", "clip_score", "lpips", "fid"]] = option(
+        [], nargs="*", help="none: pictures alone"
+    )
+    reference_dir: Path | None = option(None, help="what this script made of the base, for lpips")
+    real_images: Path | None = option(None, help="a folder of real images of the kept, for fid")
+    noise_images: int = option(64, help="that ResNet-50 judges beside the model's")
+    over: Literal["imagenet", "imagenette"] = option("imagenet", help="classes of CE, RA")
+    resnet_weights: Path | None = option(None, help=WEIGHTS.format("ResNet-50"))
+    alexnet_weights: Path | None = option(None, help=WEIGHTS.format("--lpips_net's"))
+    inception_weights: Path | None = option(None, help=WEIGHTS.format("FID's"))
+    nudity_counting: Literal["images", "detections", "score"] = option(
+        "images", help="what the score is"
+    )
+    lpips_net: Literal["alex", "vgg", "squeeze"] = option("alex")
+    clip_scale: Literal["cosine", "x100", "w2.5"] = option("cosine")
+    clip_model: str = option("ViT-B-32-quickgelu")
+    clip_weights: str = option("openai", help="open_clip's tag, or a file")
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        if self.imagenette:
+            return [fill(self.template, c) for c in CLASSES]
+        return read(self.prompts or [], "--prompts")
+
+    @cached_property
+    def forgotten(self) -> list[str]:
+        """Those that are not to be drawn any more."""
+        return [fill(self.template, c) if self.imagenette else c for c in self.forget]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Name of each picture -> its prompt."""
+        n = self.images_per_prompt
+        return {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(self.texts) for k in range(n)}
+
+    def said(self) -> dict[str, str]:
+        """All options, and what they come to."""
+        return {
+            k: str(v)
+            for k, v in {**as_dict(self), "texts": self.texts, "forgotten": self.forgotten}.items()
+        }
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size",
+                     "noise_images"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
+        self.check_nudity()
+        if self.half and not torch.cuda.is_available():
+            raise InputError("--half draws in float16, which needs a GPU; leave it out")
+        _check_prompts(self)
+        _check_metrics(self)
+        folder = self.reference_dir
+        if folder and not (folder / RESULT).is_file():
+            raise InputError(f"--reference_dir {folder} holds no {RESULT} of this script")
+        if "lpips" in self.metrics:
+            _check_reference(self)
+        if (self.output_dir / RESULT).exists() and not self.overwrite:
+            raise InputError(
+                f"--output_dir {self.output_dir} holds a finished evaluation: delete its {RESULT} "
+                "to measure the same pictures anew, give --overwrite to draw anew too, or another "
+                "folder"
+            )
 
 
-def _check_prompts(args: argparse.Namespace) -> None:
+def _check_prompts(args: Evaluation) -> None:
     if bool(args.prompts) == args.imagenette:
         raise InputError("give either --prompts or --imagenette")
     if args.template.count("{}") != 1:
         raise InputError(f'--template needs one "{{}}"; got {args.template!r}')
-    args.texts = (
-        [args.template.replace("{}", c) for c in CLASSES] if args.imagenette
-        else prompts.read(args.prompts, "--prompts")
-    )  # fmt: skip
-    forget = [args.template.replace("{}", c) if args.imagenette else c for c in args.forget]
-    for given, text in zip(args.forget, forget, strict=True):
+    for given, text in zip(args.forget, args.forgotten, strict=True):
         if text not in args.texts:
             what = f"there is {', '.join(CLASSES)}" if args.imagenette else "it is none of them"
             raise InputError(f"--forget {given!r} is to be one of the prompts: {what}")
-    args.forgotten = forget
 
 
-def _check_metrics(args: argparse.Namespace) -> None:
+def _check_metrics(args: Evaluation) -> None:
     if "imagenette" in args.metrics and not (args.imagenette and args.forget):
         raise InputError("--metrics imagenette judges pictures of --imagenette, with a --forget")
-    for metric, option in (("lpips", "reference_dir"), ("fid", "real_images")):
-        folder = getattr(args, option)
+    for metric, name in (("lpips", "reference_dir"), ("fid", "real_images")):
+        folder = getattr(args, name)
         if metric in args.metrics and not (folder and folder.is_dir()):
-            raise InputError(f"--metrics {metric} needs a folder as --{option}; got {folder}")
+            raise InputError(f"--metrics {metric} needs a folder as --{name}; got {folder}")
     for name in ("resnet_weights", "alexnet_weights", "inception_weights"):
         if (file := getattr(args, name)) and not file.is_file():
             raise InputError(f"--{name} {file}: there is no such file")
@@ -156,14 +178,16 @@ def _check_metrics(args: argparse.Namespace) -> None:
         kept = sum(text not in args.forgotten for text in args.texts) or len(args.texts)
         if kept * args.images_per_prompt < 2:
             raise InputError("--metrics fid needs two pictures or more: give --images_per_prompt 2")
+        assert args.real_images
         try:
             RGBImages(args.real_images, "--real_images", least=2)
         except ValueError as error:
             raise InputError(str(error)) from error
 
 
-def _check_reference(args: argparse.Namespace) -> None:
+def _check_reference(args: Evaluation) -> None:
     """That its pictures pair up with those which are to be drawn."""
+    assert args.reference_dir
     reference = json.loads((args.reference_dir / RESULT).read_text())
     before = reference["protocol"]["options"]
     for name in SAME:  # or the distance would be that of other noise
@@ -172,28 +196,20 @@ def _check_reference(args: argparse.Namespace) -> None:
                 f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
                 f"not {getattr(args, name)}: measure the base with the same options"
             )
-    if reference["images"] != files(args):
+    if reference["images"] != args.files:
         raise InputError(
             f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
             "pictures: measure the base with the same options"
         )
 
 
-def files(args: argparse.Namespace) -> dict[str, str]:
-    """Name of each picture -> its prompt."""
-    n = args.images_per_prompt
-    return {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(args.texts) for k in range(n)}
-
-
-def draw(
-    args: argparse.Namespace, looked: pipelines.Looked, wanted: dict[str, str], folder: Path
-) -> None:
+def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, str], folder: Path) -> None:
     """PNG files into `folder`, those that are missing."""
     missing = [name for name in wanted if not (folder / name).exists()]
     if not missing:
         return
     pipe = drawing.ready(
-        results.load(args, args.pretrained_model_name_or_path),
+        results.load(args, args.base_model),
         torch.float16 if args.half else torch.float32,
     )
     seeds = [args.seed + int(Path(name).stem.split("_")[1]) for name in missing]
@@ -213,9 +229,11 @@ def draw(
             Image.fromarray(pixels.contiguous().numpy()).save(work)
 
 
-def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> dict[str, Any]:
+def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, Any]:
     """Values by their keys in a report, and every metric's own protocol."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # of the metrics that need them
+    reference, real = args.reference_dir or Path(), args.real_images or Path()
     gone = [n for n in drawn if drawn[n] in args.forgotten]
     kept = [n for n in drawn if drawn[n] not in args.forgotten]
 
@@ -224,7 +242,7 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
 
     def lpips() -> dict[str, Any]:
         found = lpips_distance(
-            folder, args.reference_dir / "images", net=args.lpips_net,
+            folder, reference / "images", net=args.lpips_net,
             weights_file=args.alexnet_weights, device=device,
         )  # fmt: skip
         each = dict(zip(sorted(drawn), found["per_image"] or ()))  # folders are read by name
@@ -242,7 +260,7 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
         ),
         "nudity": lambda: nudity_score(
             pixels(gone or kept), counting=args.nudity_counting, seed=args.seed,
-            **nudity.chosen(args),
+            **args.nudity,
         ),
         "clip_score": lambda: clip_score(
             pixels(kept or gone), [drawn[n] for n in kept or gone], model=args.clip_model,
@@ -250,7 +268,7 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
         ),
         "lpips": lpips,
         "fid": lambda: fid(
-            pixels(kept or gone), args.real_images, reference_split=str(args.real_images),
+            pixels(kept or gone), real, reference_split=str(args.real_images),
             inception_weights=args.inception_weights, device=device,
         ),
     }  # fmt: skip
@@ -272,10 +290,10 @@ def measure(args: argparse.Namespace, drawn: dict[str, str], folder: Path) -> di
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
-    looked, out = results.look(args, args.pretrained_model_name_or_path), args.output_dir
+    args = parse(Evaluation, argv, __doc__)
+    looked, out = pipelines.look(results.whole(args, args.base_model)), args.output_dir
     identity = {
-        k: str(v) for k, v in vars(args).items()
+        k: v for k, v in args.said().items()
         if k in ("pretrained_model_name_or_path", "base_model", "revision", "variant", "texts",
                  "resolution", "images_per_prompt", "num_inference_steps", "guidance_scale", "seed",
                  "half")
@@ -295,10 +313,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name.unlink()
         with replacing(mark) as work:
             work.write_text(json.dumps(identity))
-        drawn = files(args)
+        drawn = args.files
         draw(args, looked, drawn, folder)
         found = measure(args, drawn, folder)
-        said = {"options": {k: str(v) for k, v in vars(args).items()}, "versions": versions()}
+        said = {"options": args.said(), "versions": versions()}
         with replacing(out / RESULT) as work:
             work.write_text(json.dumps({**found, "images": drawn, "protocol": said}, indent=1))
     for key, value in found["values"].items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 from accelerate.utils import broadcast_object_list
@@ -13,43 +13,59 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
+from ..training.options import option
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("hub").add_argument
-    add("--push_to_hub", action="store_true", help="upload the result, once it is saved")
-    add("--hub_model_id", help="name or owner/name; default: the name of --output_dir")
-    add("--hub_private_repo", action="store_true", help="nobody else sees it")
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Whether and where to the result is uploaded."""
+
+    group: ClassVar[str] = "hub"
+
+    push_to_hub: bool = option(False, help="upload the result, once it is saved")
+    hub_model_id: str | None = option(
+        None, help="name or owner/name; default: the name of --output_dir"
+    )
+    hub_private_repo: bool = option(False, help="nobody else sees it")
+
+    @property
+    def hub(self) -> str | None:
+        """Where the result is uploaded to, if it is."""
+        return self.hub_model_id if self.push_to_hub else None
+
+    def check_hub(self) -> None:
+        """What can be said without a network.
+
+        Raises:
+            InputError: no name for the hub; no token here; options without --push_to_hub.
+        """
+        if not self.push_to_hub:
+            for name in ("hub_model_id", "hub_private_repo"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"--{name} is for --push_to_hub: give that too, or leave it out"
+                    )
+            return
+        try:
+            validate_repo_id(self.hub_model_id)
+        except HFValidationError as error:
+            raise InputError(f"--hub_model_id {self.hub_model_id}: {error}") from error
+        if huggingface_hub.get_token() is None:
+            raise InputError(
+                "--push_to_hub: there is no token here: log in with `hf auth login`, with a token "
+                "that may write"
+            )
 
 
-def check(args: argparse.Namespace) -> None:
-    """What can be said without a network."""
-    if not args.push_to_hub:
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(args, name):
-                raise InputError(f"--{name} is for --push_to_hub: give that too, or leave it out")
-        return
-    args.hub_model_id = args.hub_model_id or args.output_dir.resolve().name
-    try:
-        validate_repo_id(args.hub_model_id)
-    except HFValidationError as error:
-        raise InputError(f"--hub_model_id {args.hub_model_id}: {error}") from error
-    if huggingface_hub.get_token() is None:
-        raise InputError(
-            "--push_to_hub: there is no token here: log in with `hf auth login`, with a token that "
-            "may write"
-        )
-
-
-def create(args: argparse.Namespace, accelerator: Any) -> None:
-    """Make the repository, where it is not there yet, and --hub_model_id its whole name.
+def create(args: Any, accelerator: Any) -> str | None:
+    """Make the repository, where it is not there yet; its whole name, None without --push_to_hub.
 
     Raises:
         InputError: in all processes: no network, a token that may not write there, or the
             repository is public and --hub_private_repo is asked for.
     """
     if not args.push_to_hub:
-        return
+        return None
     said: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -57,9 +73,9 @@ def create(args: argparse.Namespace, accelerator: Any) -> None:
         except InputError as error:
             said[1] = str(error)
     broadcast_object_list(said)
-    args.hub_model_id, failed = said
-    if failed:
-        raise InputError(failed)
+    if said[1]:
+        raise InputError(said[1])
+    return str(said[0])
 
 
 def _create(name: str, private: bool) -> str:
@@ -82,7 +98,7 @@ def _create(name: str, private: bool) -> str:
     return name
 
 
-def upload(args: argparse.Namespace, folder: Path, message: str) -> str:
+def upload(args: Any, folder: Path, message: str) -> str:
     """Upload the folder in one commit; the address.
 
     Raises:

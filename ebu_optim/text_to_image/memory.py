@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +58,7 @@ class Cost(NamedTuple):
         return "\n".join([*lines, f"  {'peak':<26}{self.peak / unit:12.2f}"])
 
 
-def count(args: argparse.Namespace, looked: Looked, prompts: Prompts) -> Cost:
+def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     """The cost of --method with --train_modules on this pipeline, phase by phase; the text encoder,
     which is alone on the device before all of them, is left out.
 
@@ -109,7 +108,7 @@ def count(args: argparse.Namespace, looked: Looked, prompts: Prompts) -> Cost:
     return Cost(phases, trained, frozen)
 
 
-def _between_steps(args: argparse.Namespace, trained: int, source: str | None) -> Rows:
+def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
     """What the optimizer holds from one step to the next."""
     penalty = methods[args.method].build.keywords.get("penalty") != "none"
     held = source is not None and penalty and args.fisher != "none"
@@ -122,7 +121,7 @@ def _between_steps(args: argparse.Namespace, trained: int, source: str | None) -
     }
 
 
-def _sets(args: argparse.Namespace, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
+def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
     """Making the sets, of which there are `kinds`, with a UNet of so many bytes."""
     sampled = sets.sampled(args, prompts)
     images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
@@ -133,13 +132,13 @@ def _sets(args: argparse.Namespace, prompts: Prompts, kinds: int, one: Passes, u
     }
 
 
-def _kept(args: argparse.Namespace, one: Passes) -> int:
+def _kept(args: Any, one: Passes) -> int:
     """What a batch keeps for its backward pass."""
     n = max(args.train_batch_size, ANCHORS) if args.method == "spm" else args.train_batch_size
     return n * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
 
 
-def _step(args: argparse.Namespace, trained: int) -> int:
+def _step(args: Any, trained: int) -> int:
     """Torch's Adam takes the square roots of all second moments at once, on a GPU; weights that are
     to stay are put back afterwards."""
     frozen = args.method == "salun" or args.method_options.get("unrelated") == "freeze"

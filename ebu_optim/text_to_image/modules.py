@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..training.options import option
 
 
 def _layers(inside: Callable[[str], bool]) -> Callable[[str, nn.Module], bool]:
@@ -46,30 +48,44 @@ CHOICES: dict[str, Callable[[str, nn.Module], bool]] = {
     "esd-all": _layers(lambda name: True),
 }
 
+Modules = Literal[
+    "xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer", "esd-x",
+    "esd-x-strict", "esd-u", "esd-all", "lora",
+]  # fmt: skip
+
 #: Where --train_modules lora puts its adapters.
 LORA_TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what is trained").add_argument
-    add(
-        "--train_modules", choices=(*CHOICES, "lora"),
-        help="of the UNet; default: xattn. SPM trains adapters of its own",
-    )  # fmt: skip
-    add("--rank", type=int, default=4, help="of lora")
-    add("--lora_alpha", type=float, help="of lora; default: the rank")
-    add(
-        "--lora_target_modules", nargs="+", default=LORA_TARGETS,
-        help="names of layers, or their ends",
-    )  # fmt: skip
-    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+@dataclass(frozen=True, kw_only=True)
+class ModuleOptions:
+    """What is trained."""
+
+    group: ClassVar[str] = "what is trained"
+
+    train_modules: Modules | None = option(
+        None, help="of the UNet; default: xattn. SPM trains adapters of its own"
+    )
+    rank: int = option(4, help="of lora")
+    lora_alpha: float | None = option(None, help="of lora; default: the rank")
+    lora_target_modules: list[str] = option(LORA_TARGETS, help="names of layers, or their ends")
+    gradient_checkpointing: bool = option(False, help="less memory, a third more time")
+
+    def check_modules(self) -> None:
+        """Raises:
+        InputError: a number that cannot be.
+        """
+        if self.rank < 1:
+            raise InputError(f"--rank must be >= 1; got {self.rank}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise InputError(f"--lora_alpha must be finite, > 0; got {self.lora_alpha}")
 
 
-def is_adapter(args: argparse.Namespace) -> bool:
+def is_adapter(args: Any) -> bool:
     return args.method == "spm" or args.train_modules == "lora"
 
 
-def choose(unet: Any, args: argparse.Namespace) -> None:
+def choose(unet: Any, args: Any) -> None:
     """Set requires_grad of the UNet's parameters; put in an adapter where one is trained.
 
     Raises:

@@ -3,7 +3,6 @@ prompts, and SPM's."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ class TextObjectives(Objectives):
     part, and `raw` is a `modules.Prompted`."""
 
     def __init__(
-        self, args: argparse.Namespace, prompts: Prompts, made: Any, model: Any, raw: Any,
+        self, args: Any, prompts: Prompts, made: Any, model: Any, raw: Any,
         teacher: Any, scheduler: Any, accelerator: Any, shape: Sequence[int],
     ) -> None:  # fmt: skip
         super().__init__(args, made, model, raw, teacher, scheduler, accelerator, shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from ..class_conditional.outcome import settings
 from ..diffusion import objectives
 from ..metrics import versions
 from ..training import method as method_options
+from ..training.options import as_dict
 from . import modules, prompts, sets
 
 
-def instead(args: argparse.Namespace) -> str:
+def instead(args: Any) -> str:
     """What is drawn in place of the forgotten, in words."""
     kind = objectives.kind(args)
     prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
@@ -32,7 +32,7 @@ def instead(args: argparse.Namespace) -> str:
     return "something else"
 
 
-def unused(args: argparse.Namespace) -> list[str]:
+def unused(args: Any) -> list[str]:
     """Options that were given and do nothing with this method."""
     kind, by = objectives.kind(args), methods[args.method].forgets
     images = kind == "surrogate"
@@ -56,7 +56,7 @@ def unused(args: argparse.Namespace) -> list[str]:
     return [option for option, idle in found.items() if idle]
 
 
-def say(accelerator: Any, args: argparse.Namespace, texts: prompts.Prompts, cost: Any) -> None:
+def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
     """What will be done, and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
     module = "adapters" if args.method == "spm" else args.train_modules
@@ -88,7 +88,7 @@ def say(accelerator: Any, args: argparse.Namespace, texts: prompts.Prompts, cost
 
 
 def describe(
-    args: argparse.Namespace, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict
+    args: Any, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict
 ) -> dict[str, Any]:
     """unlearn.json."""
     named = {
@@ -102,5 +102,5 @@ def describe(
         "train_modules": "SPM's adapters" if args.method == "spm" else args.train_modules,
         "trained": cost.trained, "memory_counted": cost.report(), "memory_measured": peak,
         "settings": settings(args, opt), "versions": versions(),
-        "options": {k: str(v) for k, v in vars(args).items()},
+        "options": {k: str(v) for k, v in as_dict(args).items()},
     }  # fmt: skip

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from ..errors import InputError
+from ..training.options import option
 
 #: What an SD 1.x or 2.x pipeline is made of, and the configuration of each part.
 PARTS = {
@@ -22,6 +23,18 @@ PARTS = {
     "tokenizer": ("CLIPTokenizer", "tokenizer_config.json"),
     "scheduler": (None, "scheduler_config.json"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which pipeline."""
+
+    group: ClassVar[str] = "model"
+
+    pretrained_model_name_or_path: str = option(help="hub id or folder: SD 1.x or 2.x")
+    revision: str | None = option(None, help="of the hub: branch, tag or commit")
+    variant: str | None = option(None, help="of the files, e.g. fp16")
+    resolution: int | None = option(None, help="default: the model's own")
 
 
 class Looked(NamedTuple):
@@ -41,19 +54,11 @@ class Looked(NamedTuple):
     tokenizer: Any
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="hub id or folder: SD 1.x or 2.x")
-    add("--revision", help="of the hub: branch, tag or commit")
-    add("--variant", help="of the files, e.g. fp16")
-    add("--resolution", type=int, help="default: the model's own")
-
-
-def look(args: argparse.Namespace) -> Looked:
+def look(model: Model) -> Looked:
     """Raises:
     InputError: no network, gated, not found; no Stable Diffusion pipeline; parts missing.
     """
-    name = args.pretrained_model_name_or_path
+    name = model.pretrained_model_name_or_path
     folder = Path(name)
     local = folder.is_dir()
     if folder.is_file():
@@ -67,7 +72,7 @@ def look(args: argparse.Namespace) -> Looked:
         patterns = ["model_index.json", "README.md", "*/*.json", "*/*.txt"]
         folder = Path(
             _hub(
-                args, huggingface_hub.snapshot_download, revision=args.revision,
+                model, huggingface_hub.snapshot_download, revision=model.revision,
                 allow_patterns=patterns,
             )
         )  # fmt: skip
@@ -81,12 +86,12 @@ def look(args: argparse.Namespace) -> Looked:
             configs[part] = _json(folder / part / file, f"{name}: {part} is incomplete")
     if local:
         for part in ("unet", "vae", "text_encoder"):
-            weights(folder, part, args.variant)
+            weights(folder, part, model.variant)
         _check_rest(name, folder, index)
     _check_configs(name, configs)
     unet, vae = configs["unet"], configs["vae"]
     factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    size = args.resolution or unet.get("sample_size", 64) * factor
+    size = model.resolution or unet.get("sample_size", 64) * factor
     step = factor * 2 ** (len(unet.get("block_out_channels", [0] * 4)) - 1)
     if size < 1 or size % step:
         raise InputError(f"--resolution must be a multiple of {step} for this model; got {size}")
@@ -97,13 +102,13 @@ def look(args: argparse.Namespace) -> Looked:
     )  # fmt: skip
 
 
-def fetch(args: argparse.Namespace) -> Path:
+def fetch(model: Model) -> Path:
     """The folder with the weights, downloaded where it is not here yet."""
-    if Path(args.pretrained_model_name_or_path).is_dir():
-        return Path(args.pretrained_model_name_or_path)
+    if Path(model.pretrained_model_name_or_path).is_dir():
+        return Path(model.pretrained_model_name_or_path)
     return Path(
         _hub(
-            args, StableDiffusionPipeline.download, revision=args.revision, variant=args.variant,
+            model, StableDiffusionPipeline.download, revision=model.revision, variant=model.variant,
             use_safetensors=True,
         )
     )  # fmt: skip
@@ -128,7 +133,7 @@ def load(kind: Any, folder: Path, variant: str | None) -> Any:
     return kind.from_pretrained(folder, variant=variant, use_safetensors=True).float().eval()
 
 
-def _hub(args: argparse.Namespace, get: Any, **options: Any) -> str:
+def _hub(model: Model, get: Any, **options: Any) -> str:
     """What `get` downloads, its dozen kinds of errors told apart for the user."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -136,7 +141,7 @@ def _hub(args: argparse.Namespace, get: Any, **options: Any) -> str:
         RevisionNotFoundError,
     )
 
-    name = args.pretrained_model_name_or_path
+    name = model.pretrained_model_name_or_path
     try:
         return get(name, **options)
     except GatedRepoError as error:
@@ -150,7 +155,7 @@ def _hub(args: argparse.Namespace, get: Any, **options: Any) -> str:
             "name, or log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"{name} has no --revision {args.revision}") from error
+        raise InputError(f"{name} has no --revision {model.revision}") from error
     except Exception as error:
         raise InputError(
             f"{name} is no folder here, and cannot be had from the hub ({type(error).__name__}: "

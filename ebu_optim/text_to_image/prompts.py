@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..training.options import option
 
 PLACE = "{}"  # of the concept in a template
 REMEMBER = Path(__file__).with_name("remember_prompts.txt")
@@ -31,24 +32,26 @@ class Prompts(NamedTuple):
     instead: dict[int, list[int]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("prompts").add_argument
-    add("--forget", nargs="+", required=True, help="prompts, concepts or classes, or .txt files")
-    add(
-        "--forget_templates", nargs="+", default=["{}"],
-        help='each concept is put into each, e.g. "an image of {}"; or .txt files',
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Which prompts play which part."""
+
+    group: ClassVar[str] = "prompts"
+
+    forget: list[str] = option(help="prompts, concepts or classes, or .txt files")
+    forget_templates: list[str] = option(
+        [PLACE], help='each concept is put into each, e.g. "an image of {}"; or .txt files'
+    )
+    surrogate_prompt: list[str] = option(
+        [""], help="whose images, or for SalUn predictions, take the place; default: the empty "
+        "prompt",
     )  # fmt: skip
-    add(
-        "--surrogate_prompt", nargs="+", default=[""],
-        help="whose images, or for SalUn predictions, take the place; default: the empty prompt",
+    surrogate_concept: list[str] = option(
+        [], metavar="CONCEPT", help="in place of --surrogate_prompt: what each concept becomes in "
+        "its own template, so that the rest of a prompt keeps its meaning",
     )  # fmt: skip
-    add(
-        "--surrogate_concept", nargs="+", default=[], metavar="CONCEPT",
-        help="in place of --surrogate_prompt: what each concept becomes in its own template, so "
-        "that the rest of a prompt keeps its meaning",
-    )  # fmt: skip
-    add(
-        "--remember", dest="remember_prompts", nargs="+", default=[str(REMEMBER)],
+    remember_prompts: list[str] = option(
+        [str(REMEMBER)], flag="--remember",
         help=f'prompts or .txt files; "" is the empty prompt; default: {REMEMBER.name}',
     )  # fmt: skip
 
@@ -72,7 +75,7 @@ def read(values: Iterable[str], option: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def collect(args: argparse.Namespace, tokenizer: Any, warn: Any = print) -> Prompts:
+def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
     """Read and check the prompts that the options name.
 
     Raises:

@@ -2,67 +2,81 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ..errors import InputError
 from ..files import locked
-from . import pipelines
+from .pipelines import Model, fetch
 from .save import CHANGED
 
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def look(args: argparse.Namespace, name: str) -> pipelines.Looked:
-    """Configurations of the pipeline `name`, or of --base_model where that is changed."""
-    return pipelines.look(_whole(args, name))
+def whole(model: Model, base_model: str | None = None) -> Model:
+    """The pipeline `model` itself; where that is a folder of changes, the one they belong to.
+
+    Args:
+        base_model: its name, if not what ``unlearn.json`` says.
+
+    Raises:
+        InputError: nothing says which.
+    """
+    name = model.pretrained_model_name_or_path
+    if part(Path(name)):
+        name = base_model or named_base(name)
+    # the base may be a variant of the hub's, and the result a folder
+    local = Path(name).is_dir()
+    return Model(
+        pretrained_model_name_or_path=name, resolution=model.resolution,
+        revision=None if local else model.revision, variant=None if local else model.variant,
+    )  # fmt: skip
 
 
-def load(args: argparse.Namespace, name: str) -> StableDiffusionPipeline:
-    """The pipeline `name`, a hub id or a folder; or what unlearn.py changed, its `changed` or
-    `lora` folder, put into --base_model.
+def load(model: Model, base_model: str | None = None) -> Any:
+    """The StableDiffusionPipeline of a hub id or a folder; or what unlearn.py changed, its
+    `changed` or `lora` folder, put into the base.
 
     Raises:
         InputError: the changes do not fit the base.
     """
-    folder, own = Path(name), _whole(args, name)
+    folder, base = Path(model.pretrained_model_name_or_path), whole(model, base_model)
     pipe = StableDiffusionPipeline.from_pretrained(
-        pipelines.fetch(own), variant=own.variant, use_safetensors=True, safety_checker=None
+        fetch(base), variant=base.variant, use_safetensors=True, safety_checker=None
     )
     pipe.unet.float()
-    part = _part(folder)
-    if part == CHANGED:
+    kind = part(folder)
+    if kind == CHANGED:
         state, ours = load_file(folder / CHANGED), pipe.unet.state_dict()
         other = [n for n, t in state.items() if n not in ours or ours[n].shape != t.shape]
         if other:
             raise InputError(
-                f"{folder} does not fit --base_model {args.base_model}, which has no such "
-                f"{other[0]}"
+                f"{folder} does not fit --base_model {base_model}, which has no such {other[0]}"
             )
         pipe.unet.load_state_dict(state, strict=False)
-    elif part == LORA:
+    elif kind == LORA:
         try:
             pipe.load_lora_weights(folder, weight_name=LORA)
         except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{folder} does not fit --base_model {args.base_model}: {error}"
-            ) from error
+            raise InputError(f"{folder} does not fit --base_model {base_model}: {error}") from error
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     return pipe
 
 
-def _part(folder: Path) -> str | None:
+def part(folder: Path) -> str | None:
+    """The file of changes in a folder, where it holds no whole pipeline."""
     return next((f for f in (CHANGED, LORA) if (folder / f).is_file()), None)
 
 
 def named_base(name: str) -> str:
+    """Of which model the folder `name` holds the changes, as its ``unlearn.json`` says."""
     try:
         return json.loads((Path(name) / "unlearn.json").read_text())["base"]
     except (OSError, ValueError, KeyError) as error:
@@ -70,14 +84,6 @@ def named_base(name: str) -> str:
             f"--base_model is not given, and {name} has no unlearn.json that names it: give the "
             "model before unlearning, a hub id or a folder"
         ) from error
-
-
-def _whole(args: argparse.Namespace, name: str) -> argparse.Namespace:
-    whole = (args.base_model or named_base(name)) if _part(Path(name)) else name
-    own = argparse.Namespace(**{**vars(args), "pretrained_model_name_or_path": whole})
-    if Path(whole).is_dir():  # the base may be a variant of the hub's, and the result a folder
-        own.variant = own.revision = None
-    return own
 
 
 @contextmanager

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..files import replacing, replacing_folder
+from ..training.options import option
 from . import card
 from .modules import Prompted, is_adapter
 
@@ -23,22 +23,21 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDERS = ("pipeline", "changed", "lora")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("result").add_argument
-    add("--save_as", choices=FOLDERS, help="default: lora for adapters, else pipeline")
-    add("--save_precision", choices=DTYPES, default="no", help="of the saved weights; no: float32")
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """How the result is kept."""
+
+    group: ClassVar[str] = "result"
+
+    save_as: Literal["pipeline", "changed", "lora"] | None = option(
+        None, help="default: lora for adapters, else pipeline"
+    )
+    save_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", help="of the saved weights; no: float32"
+    )
 
 
-def check(args: argparse.Namespace) -> None:
-    args.save_as = args.save_as or ("lora" if is_adapter(args) else "pipeline")
-    if args.save_as == "lora" and not is_adapter(args):
-        raise InputError(
-            f"--save_as lora: --train_modules {args.train_modules} changes the weights themselves; "
-            "train with --train_modules lora, or give --save_as changed, which is as small"
-        )
-
-
-def save(args: argparse.Namespace, model: Prompted, base: Path, report: Mapping[str, Any]) -> Path:
+def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> Path:
     """Write the result into output_dir/<save_as>, whole or not at all.
 
     Args:
@@ -60,13 +59,13 @@ def save(args: argparse.Namespace, model: Prompted, base: Path, report: Mapping[
                 if isinstance(part, nn.Module):
                     nn.Module.to(part, dtype)  # diffusers' own logs a warning for each part
             pipe.save_pretrained(work)
-        (work / "README.md").write_text(card.write(args, base, report), encoding="utf-8")
+        (work / "README.md").write_text(card.write(args, base, report, args.hub), encoding="utf-8")
         (work / "unlearn.json").write_text(text)
     (args.output_dir / "unlearn.json").write_text(text)
     return folder
 
 
-def kept(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> Path | None:
+def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
     """The folder where the run with this report left its result; None: it is not there, or not
     whole.
 
@@ -83,16 +82,16 @@ def kept(args: argparse.Namespace, base: Path, report: Mapping[str, Any]) -> Pat
         if before["seconds"] != report["seconds"] or not any(weights):
             return None
         push, name = (before["options"][n] for n in ("push_to_hub", "hub_model_id"))
+        then = name if push == "True" else None
     except (OSError, ValueError, KeyError):
         return None
-    then = {**vars(args), "push_to_hub": push == "True", "hub_model_id": name}
-    if text == card.write(argparse.Namespace(**then), base, before):
+    if text == card.write(args, base, before, then):
         with replacing(card_file) as work:
-            work.write_text(card.write(args, base, report), encoding="utf-8")
+            work.write_text(card.write(args, base, report, args.hub), encoding="utf-8")
     return folder
 
 
-def merged(args: argparse.Namespace, model: Prompted, base: Path) -> StableDiffusionPipeline:
+def merged(args: Any, model: Prompted, base: Path) -> StableDiffusionPipeline:
     """The base pipeline in float32 on the CPU with the trained weights in it."""
     pipe = StableDiffusionPipeline.from_pretrained(base, variant=args.variant, use_safetensors=True)
     pipe.unet.float()
@@ -106,7 +105,7 @@ def merged(args: argparse.Namespace, model: Prompted, base: Path) -> StableDiffu
     return pipe
 
 
-def changed(args: argparse.Namespace, model: Prompted, base: Path) -> dict[str, Tensor]:
+def changed(args: Any, model: Prompted, base: Path) -> dict[str, Tensor]:
     """The tensors that differ from the base's, by the UNet's names."""
     if not is_adapter(args):
         return model.trained()

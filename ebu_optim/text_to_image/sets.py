@@ -8,14 +8,14 @@ images from a folder the mode of the VAE's posterior.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -34,6 +34,7 @@ from ..diffusion.sampling import scheduler_protocol
 from ..errors import InputError
 from ..files import load_tensors, save_tensors, tensor_hash
 from ..training.method import needs
+from ..training.options import option
 from ..training.sources import ENDINGS, decode
 from ..training.sources import Item as Image
 from .modules import Prompted, halve_frozen
@@ -52,45 +53,53 @@ class Made(NamedTuple):
     surrogate: tuple[Tensor, Tensor] | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("sets").add_argument
-    add("--sets_dir", type=Path, help="may be shared between runs; default: output_dir/sets")
-    add(
-        "--surrogate", choices=("prompt", "folder", "pixels", "gaussian", "analytic"),
-        default="prompt", help="what the forgotten prompt is to draw: images of the surrogate "
-        "prompt or of a folder, uniform noise through the VAE, Gaussian latents",
+@dataclass(frozen=True, kw_only=True)
+class SetOptions:
+    """What is learned from."""
+
+    group: ClassVar[str] = "sets"
+
+    sets_dir: Path | None = option(
+        None, help="may be shared between runs; default: output_dir/sets"
+    )
+    surrogate: Literal["prompt", "folder", "pixels", "gaussian", "analytic"] = option(
+        "prompt", help="what the forgotten prompt is to draw: images of the surrogate prompt or of "
+        "a folder, uniform noise through the VAE, Gaussian latents",
     )  # fmt: skip
-    add("--surrogate_dir", type=Path, help="images for --surrogate folder")
-    add("--surrogate_images", type=int, default=100)
-    add("--replay_images", type=int, default=200, help="over all prompts to remember")
-    add("--forget_images", type=int, default=100, help="of the forgotten prompts: SalUn, GA")
-    add("--forget_dir", type=Path, help="images of what is forgotten, instead of sampled ones")
-    add("--num_inference_steps", type=int, default=50, help="DDIM, for the sets")
-    add("--guidance_scale", type=float, default=7.5, help="for the sets")
-    add("--sample_batch_size", type=int, default=4)
-    add("--fisher_images", type=int, default=100, help="of the replay set")
-    add("--fisher_timesteps", type=int, default=8, help="an image; even")
+    surrogate_dir: Path | None = option(None, help="images for --surrogate folder")
+    surrogate_images: int = option(100)
+    replay_images: int = option(200, help="over all prompts to remember")
+    forget_images: int = option(100, help="of the forgotten prompts: SalUn, GA")
+    forget_dir: Path | None = option(
+        None, help="images of what is forgotten, instead of sampled ones"
+    )
+    num_inference_steps: int = option(50, help="DDIM, for the sets")
+    guidance_scale: float = option(7.5, help="for the sets")
+    sample_batch_size: int = option(4)
+    fisher_images: int = option(100, help="of the replay set")
+    fisher_timesteps: int = option(8, help="an image; even")
+
+    def check_sets(self) -> None:
+        """Raises:
+        InputError: a number that cannot be; a folder that is missing or holds no image.
+        """
+        for name in ("surrogate_images", "replay_images", "forget_images", "num_inference_steps",
+                     "sample_batch_size", "fisher_images"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise InputError(f"--guidance_scale must be finite, >= 0; got {self.guidance_scale}")
+        if self.fisher_timesteps < 2 or self.fisher_timesteps % 2:
+            raise InputError(f"--fisher_timesteps must be even, >= 2; got {self.fisher_timesteps}")
+        if (self.surrogate == "folder") != (self.surrogate_dir is not None):
+            raise InputError("--surrogate folder and --surrogate_dir go together")
+        for name in ("surrogate_dir", "forget_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not image_files(folder):
+                raise InputError(f"--{name} {folder}: no image ({', '.join(ENDINGS)}) in it")
 
 
-def check(args: argparse.Namespace) -> None:
-    for name in ("surrogate_images", "replay_images", "forget_images", "num_inference_steps",
-                 "sample_batch_size", "fisher_images"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    if not 0 <= args.guidance_scale < math.inf:
-        raise InputError(f"--guidance_scale must be finite, >= 0; got {args.guidance_scale}")
-    if args.fisher_timesteps < 2 or args.fisher_timesteps % 2:
-        raise InputError(f"--fisher_timesteps must be even, >= 2; got {args.fisher_timesteps}")
-    if (args.surrogate == "folder") != (args.surrogate_dir is not None):
-        raise InputError("--surrogate folder and --surrogate_dir go together")
-    for name in ("surrogate_dir", "forget_dir"):
-        folder = getattr(args, name)
-        if folder is not None and not image_files(folder):
-            raise InputError(f"--{name} {folder}: no image ({', '.join(ENDINGS)}) in it")
-    args.sets_dir = args.sets_dir or args.output_dir / "sets"
-
-
-def sampled(args: argparse.Namespace, prompts: Prompts) -> list[tuple[int, int]]:
+def sampled(args: Any, prompts: Prompts) -> list[tuple[int, int]]:
     """For each set that is sampled: how many images, and passes of each a step (guidance: 2)."""
     return [
         (n, 2 if args.guidance_scale != 1 and _guided(labels, prompts) else 1)
@@ -99,14 +108,12 @@ def sampled(args: argparse.Namespace, prompts: Prompts) -> list[tuple[int, int]]
     ]
 
 
-def passes(args: argparse.Namespace, prompts: Prompts) -> int:
+def passes(args: Any, prompts: Prompts) -> int:
     """How often the UNet is run to sample the sets."""
     return sum(n * each for n, each in sampled(args, prompts)) * args.num_inference_steps
 
 
-def embeddings(
-    args: argparse.Namespace, folder: Path, tokenizer: Any, texts: list[str], device: Any
-) -> Tensor:
+def embeddings(args: Any, folder: Path, tokenizer: Any, texts: list[str], device: Any) -> Tensor:
     """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
     from transformers import CLIPTextModel
 
@@ -119,7 +126,7 @@ def embeddings(
 
 
 def make(
-    args: argparse.Namespace, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
+    args: Any, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
     table: Tensor, base: str, device: Any,
 ) -> Made:  # fmt: skip
     """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
@@ -149,7 +156,7 @@ def make(
     )
 
 
-def fisher(args: argparse.Namespace, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
+def fisher(args: Any, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
     """F of the UNet's trained weights over the replay set, by parameter."""
     assert made.replay  # whatever has a Fisher remembers
     latents, labels = made.replay
@@ -170,9 +177,7 @@ def fisher(args: argparse.Namespace, made: Made, scheduler: Any, unet: Any, tabl
     return estimate.for_model(model)
 
 
-def kinds(
-    args: argparse.Namespace, prompts: Prompts
-) -> dict[str, tuple[int, list[int], Path | None]]:
+def kinds(args: Any, prompts: Prompts) -> dict[str, tuple[int, list[int], Path | None]]:
     """For each set: how many images, of which prompts (none: noise), or of which folder."""
     forgets, found = kind(args), {}
     if forgets == "surrogate" and args.surrogate not in NOISE:
@@ -191,7 +196,7 @@ def _guided(labels: list[int], prompts: Prompts) -> bool:
 
 
 def _sampled(
-    args: argparse.Namespace, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
+    args: Any, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
     base: str, device: Any, name: str, number: int, labels: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     used = [*labels, prompts.null]
@@ -218,7 +223,7 @@ def _sampled(
 
 @torch.no_grad()
 def _encoded(
-    args: argparse.Namespace, looked: Looked, folder: Path, images: Path | None, number: int,
+    args: Any, looked: Looked, folder: Path, images: Path | None, number: int,
     device: Any,
 ) -> Tensor:  # fmt: skip
     """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""

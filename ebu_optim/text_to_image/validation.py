@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -14,33 +14,42 @@ from torch import Tensor
 
 from ..diffusion import evaluating, sample
 from ..errors import InputError
+from ..training.options import option
 from .modules import Prompted
 from .pipelines import load
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="default: one forgotten, three remembered")
-    add("--validation_steps", type=int, default=250, help="0: no pictures")
-    add("--num_validation_images", type=int, default=2, help="of each prompt")
-    add("--validation_inference_steps", type=int, default=25, help="DDIM")
-    add("--validation_guidance_scale", type=float, default=7.5)
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """What is drawn on the way."""
 
+    group: ClassVar[str] = "validation"
 
-def check(args: argparse.Namespace) -> None:
-    if args.validation_steps < 0:
-        raise InputError(f"--validation_steps must be >= 0; got {args.validation_steps}")
-    scale = args.validation_guidance_scale
-    if not 0 <= scale < math.inf:
-        raise InputError(f"--validation_guidance_scale must be finite, >= 0; got {scale}")
-    for name in ("num_validation_images", "validation_inference_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    validation_prompts: list[str] | None = option(
+        None, help="default: one forgotten, three remembered"
+    )
+    validation_steps: int = option(250, help="0: no pictures")
+    num_validation_images: int = option(2, help="of each prompt")
+    validation_inference_steps: int = option(25, help="DDIM")
+    validation_guidance_scale: float = option(7.5)
+
+    def check_validation(self) -> None:
+        """Raises:
+        InputError: a number that cannot be.
+        """
+        if self.validation_steps < 0:
+            raise InputError(f"--validation_steps must be >= 0; got {self.validation_steps}")
+        scale = self.validation_guidance_scale
+        if not 0 <= scale < math.inf:
+            raise InputError(f"--validation_guidance_scale must be finite, >= 0; got {scale}")
+        for name in ("num_validation_images", "validation_inference_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
 
 
 @torch.no_grad()
 def draw(
-    args: argparse.Namespace, model: Prompted, scheduler: Any, labels: list[int], null: int,
+    args: Any, model: Prompted, scheduler: Any, labels: list[int], null: int,
     shape: tuple[int, ...], folder: Path,
 ) -> Tensor:  # fmt: skip
     """Images (n, 3, H, W) uint8 on the CPU, those of one prompt behind one another. The VAE is on
@@ -62,7 +71,7 @@ def draw(
     return torch.cat(images).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def write(args: argparse.Namespace, accelerator: Any, images: Tensor, step: int) -> None:
+def write(args: Any, accelerator: Any, images: Tensor, step: int) -> None:
     """A PNG with a row for each prompt, and the images to the trackers."""
     path = args.output_dir / "validation" / f"step_{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -17,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from ..errors import InputError
 
 
-def new_accelerator(args: argparse.Namespace) -> Accelerator:
+def new_accelerator(args: Any) -> Accelerator:
     reports = None if args.report_to == "none" else args.report_to
     available = [str(t) for t in get_available_trackers()]
     if reports not in (None, "all") and reports not in available:
@@ -48,7 +47,7 @@ def new_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def new_schedule(args: argparse.Namespace, optimizer: Any) -> Any:
+def new_schedule(args: Any, optimizer: Any) -> Any:
     """Stepped once an optimizer step, by hand: it is not given to accelerate."""
     return get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,

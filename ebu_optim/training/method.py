@@ -3,95 +3,113 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..baselines import methods
 from ..errors import InputError
+from .options import add_flags, option
 
 EBU = ("alpha", "delta", "gamma")
 
 
-def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], estimated: str) -> None:
-    """Args:
-    names: what --method may be.
-    estimated: what --fisher calls a Fisher that was estimated beforehand.
-    """
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=tuple(names), default="ebu", help='"ebu" is ebu_added')
-    for name in EBU:
-        add(f"--{name}", type=float, help="of EBU; default: EBUOptimizer's own")
-    add("--method_options", type=json.loads, default={}, help="JSON, e.g. '{\"lam\": 10}'")
-    add(
-        "--fisher", choices=("online", estimated, "none"),
-        help=f"default: online; SA: {estimated}",
-    )  # fmt: skip
-    add("--esd_variant", choices=("paper", "released"), default="paper", help="of ESD's target")
-    add("--esd_eta", type=float, help="default: 1 for paper, 2 for released")
-    add("--guided_steps", type=int, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30")
-    add("--guided_scale", type=float, default=3.0, help="guidance on the way to x_t")
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """A method of the table ``ebu_optim.baselines.methods`` and its numbers."""
+
+    group: ClassVar[str] = "method"
+
+    method: str = option("ebu_added")
+    alpha: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    delta: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    gamma: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    method_options: dict[str, Any] = option({}, help="JSON, e.g. '{\"lam\": 10}'")
+    fisher: str | None = option(None)
+    esd_variant: Literal["paper", "released"] = option("paper", help="of ESD's target")
+    esd_eta: float | None = option(None, help="default: 1 for paper, 2 for released")
+    guided_steps: int | None = option(
+        None, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30"
+    )
+    guided_scale: float = option(3.0, help="guidance on the way to x_t")
+
+    def check_method(self) -> None:
+        """Raises:
+        InputError: numbers that cannot be; options that the method does not have.
+        """
+        if self.guided_steps is not None and self.guided_steps < 2:
+            raise InputError(f"--guided_steps must be >= 2; got {self.guided_steps}")
+        if not 0 <= self.guided_scale < math.inf:
+            raise InputError(f"--guided_scale must be finite, >= 0; got {self.guided_scale}")
+        given = {n: getattr(self, n) for n in EBU if getattr(self, n) is not None}
+        try:
+            methods["ebu_added"].needs(**given)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        if not isinstance(self.method_options, dict):
+            raise InputError(f"--method_options must be a JSON object; got {self.method_options}")
+        known = methods[self.method].options
+        for name in _options(self):
+            if name not in known:
+                raise InputError(f"--method {self.method} has no option {name} to set")
+        needs(self)  # numbers that the method itself refuses
 
 
-def check(args: argparse.Namespace, aliases: Mapping[str, str]) -> None:
-    """Numbers that cannot be; --method becomes its name in the table."""
-    args.method = aliases.get(args.method, args.method)
-    if args.guided_steps is None:
-        args.guided_steps = 30 if methods[args.method].forgets == "adapter" else 50
-    if args.guided_steps < 2:
-        raise InputError(f"--guided_steps must be >= 2; got {args.guided_steps}")
-    if not 0 <= args.guided_scale < math.inf:
-        raise InputError(f"--guided_scale must be finite, >= 0; got {args.guided_scale}")
-    given = {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
-    try:
-        methods["ebu_added"].needs(**given)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
-    if not isinstance(args.method_options, dict):
-        raise InputError(f"--method_options must be a JSON object; got {args.method_options}")
-    known, fixed = _known(args)
-    for name in _options(args):
-        if name not in known or name in fixed:
-            raise InputError(f"--method {args.method} has no option {name} to set")
-    needs(args)  # numbers that the method itself refuses
+def guided_steps(method: str) -> int:
+    """What --guided_steps is by default."""
+    return 30 if methods[method].adapter else 50
 
 
-def needs(args: argparse.Namespace) -> tuple[str, ...]:
+def needs(args: Any) -> tuple[str, ...]:
     """The phases of the method with its options; `build` on one number says."""
     number = torch.nn.Parameter(torch.zeros(1))
     return build(args, [number], None if args.fisher == "none" else "online").needs
 
 
-def fisher_source(args: argparse.Namespace, estimated: str) -> str | None:
-    """Where the method's F comes from; None where it has none."""
-    if "fisher" not in _known(args)[0]:
-        return None
-    return args.fisher or (estimated if args.method == "selective_amnesia" else "online")
+def fisher_source(args: Any, estimated: str) -> str | None:
+    """Where the method's F comes from; None where it has none.
+
+    Args:
+        estimated: what --fisher calls a Fisher that was estimated beforehand.
+    """
+    own = methods[args.method].fisher
+    return own and (args.fisher or (estimated if own == "estimated" else own))
 
 
-def build(
-    args: argparse.Namespace, parameters: Iterable[Any], fisher: Any, anchor: Any = None
-) -> Any:
+def build(args: Any, parameters: Iterable[Any], fisher: Any, anchor: Any = None) -> Any:
     """The method's optimizer over the parameters; `fisher` and `anchor` as the optimizer takes
-    them, where it does."""
+    them, where it does.
+
+    Args:
+        args: a config with `MethodOptions` and `TrainingOptions`.
+
+    Raises:
+        InputError: the method refuses its options.
+    """
+    recipe = methods[args.method]
     given = {"fisher": fisher, **({} if anchor is None else {"anchor": anchor})}
-    options = _options(args) | {k: v for k, v in given.items() if k in _known(args)[0]}
+    options = _options(args) | {k: v for k, v in given.items() if k in recipe.options}
     base = torch.optim.Adam(parameters, lr=args.learning_rate)
     try:
-        return methods[args.method].build(base, max_grad_norm=args.max_grad_norm or None, **options)
+        return recipe.build(base, max_grad_norm=args.max_grad_norm or None, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"--method {args.method}: {error}") from error
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def _options(args: Any) -> dict[str, Any]:
     given = {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
     return {**args.method_options, **given}
 
 
-def _known(args: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    method = methods[args.method]
-    return inspect.signature(method.build.func).parameters, method.build.keywords
+def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], estimated: str) -> None:
+    add_flags(parser, MethodOptions)
+    parser.set_defaults(method="ebu")
+
+
+def check(args: Any, aliases: Mapping[str, str]) -> None:
+    args.method = aliases.get(args.method, args.method)
+    args.guided_steps = args.guided_steps or guided_steps(args.method)
+    MethodOptions.check_method(args)

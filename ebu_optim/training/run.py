@@ -6,7 +6,6 @@ An output folder belongs to one run: `run.json` holds its options, `checkpoints`
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..errors import InputError
 from ..files import locked, need_disk
+from .options import as_dict
 
 # options that a resumed run may change
 FREE = {
@@ -39,6 +39,7 @@ class Run:
     """One run in its output folder; ``with Run(...) as run`` holds the folder.
 
     Args:
+        args: a config with `TrainingOptions`.
         same: what identifies the run beside the options, e.g. a hash of the base model.
         size: bytes of what is trained, for the estimate of what goes onto the disk.
         result: bytes of the result; None: the model and its average.
@@ -46,7 +47,7 @@ class Run:
     """
 
     def __init__(
-        self, args: argparse.Namespace, accelerator: Accelerator, script: str, *,
+        self, args: Any, accelerator: Accelerator, script: str, *,
         size: float, same: Mapping[str, Any] | None = None, result: float | None = None,
         parts: Sequence[str] = ("unet", "unet_ema"),
     ) -> None:  # fmt: skip
@@ -54,7 +55,7 @@ class Run:
         self.script, self.size, self.main = script, size, accelerator.is_main_process
         self.result, self.parts = 2 * size if result is None else result, parts
         free = FREE if args.lr_scheduler.startswith("constant") else FREE - {"max_train_steps"}
-        options = {k: str(v) for k, v in vars(args).items() if k not in free}
+        options = {k: str(v) for k, v in as_dict(args).items() if k not in free}
         same = {**(same or {}), "processes": accelerator.num_processes}
         self.identity: dict[str, Any] = {"script": script, "options": options, "same": same}
         self._held = ExitStack()

@@ -11,9 +11,9 @@ images of the empty prompt as what the concept becomes. docs/stable_diffusion.md
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,20 @@ from ebu_optim.text_to_image import (
     validation,
 )
 from ebu_optim.text_to_image.objectives import TextObjectives
-from ebu_optim.text_to_image.options import parse
+from ebu_optim.text_to_image.options import Unlearn, read
 from ebu_optim.training import method as method_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv, __doc__)
+    args = read(argv, __doc__)
     looked = pipelines.look(args)
     for name in ("num_inference_steps", "guided_steps", "validation_inference_steps"):
         if getattr(args, name) > (most := looked.scheduler.config.num_train_timesteps):
             raise InputError(f"--{name} must be <= {most}, the model's; got {getattr(args, name)}")
     texts = prompts.collect(args, looked.tokenizer)
     accelerator = training.new_accelerator(args)
-    args.mixed_precision = accelerator.mixed_precision
+    args = replace(args, mixed_precision=accelerator.mixed_precision)
     if args.mixed_precision not in save.DTYPES:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
     cost = memory.count(args, looked, texts)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, accelerator, "unlearn_text_to_image", size=size, parts=(*save.FOLDERS, "validation"),
         result=whole if args.save_as == "pipeline" else size,
     ) as run:  # fmt: skip
-        hub.create(args, accelerator)
+        args = replace(args, hub_model_id=hub.create(args, accelerator))
         folder, base, made, raw, fisher = learn_from(args, accelerator, looked, texts)
         trained = list(raw.trained().values())
         teacher, anchor = None, None
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def learn_from(
-    args: argparse.Namespace, accelerator: Any, looked: pipelines.Looked, texts: prompts.Prompts
+    args: Unlearn, accelerator: Any, looked: pipelines.Looked, texts: prompts.Prompts
 ) -> tuple[Path, str, sets.Made, modules.Prompted, Any]:
     """The base's folder and hash, the sets, the model with what is trained chosen, and its F. The
     main process makes what is not there yet, the others read it."""

@@ -10,9 +10,9 @@ pictures of their style: it must not need a digit. Both see the pictures moved, 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +26,11 @@ from ...errors import InputError
 from ...files import load_tensors, save_tensors
 from ...metrics import accuracy, classify
 from ...training.data import noise_images
+from ...training.options import option, parse
 from . import loop
 from .captions import CONTENTS, STYLES
 from .images import SIZE, World, paper, world
+from .loop import LoopOptions
 
 NONE = "none"
 #: What each judge tells apart; the last means that it is none of them.
@@ -149,28 +151,23 @@ def measured(name: str, judge: nn.Module, test: World) -> dict[str, float]:
     }  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    loop.add_arguments(
-        parser, train_batch_size=64, max_train_steps=600, learning_rate=2e-3,
-        lr_scheduler="cosine", lr_warmup_steps=50,
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    loop.check(args)
-    return args
+@dataclass(frozen=True, kw_only=True)
+class JudgesOptions(LoopOptions):
+    """How the judges are trained."""
+
+    max_train_steps: int = option(600)
+    lr_warmup_steps: int = option(50)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(JudgesOptions, argv, __doc__)
     accelerator = loop.new_accelerator(args)
     train, test = (world(split, args.max_train_samples) for split in ("train", "test"))
     for name, classes in CLASSES.items():
         judge = Judge(len(classes))
         loop.fit(
-            loop.of_stage(args, name), accelerator, f"judge_of_{name}", judge,
+            args.stage(name), accelerator, f"judge_of_{name}", judge,
             Loss(name, train, args.train_batch_size, accelerator.device),
             partial(_save, args.output_dir, name, judge, test),
         )  # fmt: skip

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 
 from ... import training
 from ...errors import InputError
 from ...modules import parameter_bytes
 from ...training.ema import Ema
+from ...training.options import TrainingOptions, at_least, option
+
+Options = TypeVar("Options", bound="LoopOptions")
 
 
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    training.add_arguments(parser, **defaults)
-    parser.add_argument("--max_train_samples", type=int, help="only so many digits, for a try")
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(TrainingOptions):
+    """How a model of the world is trained."""
+
+    train_batch_size: int = option(64, help="of each process")
+    learning_rate: float = option(2e-3)
+    lr_scheduler: str = option("cosine", choices=[s.value for s in SchedulerType])
+    max_train_samples: int | None = option(None, help="only so many digits, for a try")
+
+    def __post_init__(self) -> None:
+        self.check_training()
+        at_least(self, 1, "max_train_samples")
+
+    def stage(self: Options, name: str, **options: Any) -> Options:
+        """The options of one of several models that a command trains, each in its own folder."""
+        return replace(self, output_dir=self.output_dir / name, **options)
 
 
-def check(args: argparse.Namespace) -> None:
-    training.check(args)
-    if args.max_train_samples is not None and args.max_train_samples < 1:
-        raise InputError(f"--max_train_samples must be >= 1; got {args.max_train_samples}")
-
-
-def of_stage(args: argparse.Namespace, name: str, **options: Any) -> argparse.Namespace:
-    """The options of one of several models that a script trains, each in a folder of its own."""
-    return argparse.Namespace(**{**vars(args), "output_dir": args.output_dir / name, **options})
-
-
-def new_accelerator(args: argparse.Namespace) -> Any:
+def new_accelerator(args: LoopOptions) -> Any:
     accelerator = training.new_accelerator(args)
     if accelerator.num_processes > 1:
         raise InputError(
@@ -43,7 +49,7 @@ def new_accelerator(args: argparse.Namespace) -> Any:
 
 
 def fit(
-    args: argparse.Namespace, accelerator: Any, script: str, model: nn.Module,
+    args: LoopOptions, accelerator: Any, script: str, model: nn.Module,
     loss: Callable[[nn.Module], Tensor], finish: Callable[[Ema | None], None], *,
     same: dict[str, Any] | None = None, ema_decay: float | None = None,
     parts: tuple[str, ...] = (),

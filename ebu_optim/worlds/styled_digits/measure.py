@@ -12,9 +12,9 @@ concept, by word (does a synonym bring it back?), by template (trained and held 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ from ...files import replacing
 from ...metrics import classify
 from ...metrics.intervals import wilson
 from ...text_to_image import drawing, pipelines
+from ...text_to_image.pipelines import Model
+from ...training.options import as_dict, option, parse
 from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, Caption, captions, tokenizer
 from .images import SIZE
 from .judges import CLASSES, NONE, Judges, load_judges
@@ -133,29 +135,27 @@ def table(found: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
     return "\n".join(rows)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    pipelines.add_arguments(parser)
-    add = parser.add_argument
-    add("--judges", type=Path, required=True, help="folder made by judges.py")
-    add("--output", type=Path, required=True, help="the figures, JSON")
-    add("--images_per_pair", type=int, default=8, help="of each digit in each style")
-    add("--num_inference_steps", type=int, default=20)
-    add("--guidance_scale", type=float, default=3.0)
-    add("--sample_batch_size", type=int, default=64)
-    add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    for name in ("images_per_pair", "num_inference_steps", "sample_batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class Measure(Model):
+    """What is drawn and judged."""
+
+    judges: Path = option(help="folder made by judges.py")
+    output: Path = option(help="the figures, JSON")
+    images_per_pair: int = option(8, help="of each digit in each style")
+    num_inference_steps: int = option(20)
+    guidance_scale: float = option(3.0)
+    sample_batch_size: int = option(64)
+    seed: int = option(0)
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_pair", "num_inference_steps", "sample_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(Measure, argv, __doc__)
     judges = load_judges(args.judges)
     looked, name = pipelines.look(args), args.pretrained_model_name_or_path
     if looked.resolution != SIZE:
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     pictures = torch.stack(list(drawn)) * 2 - 1
     found = groups(judge(pictures, asked, judges))
-    protocol = {**{k: str(v) for k, v in vars(args).items()}, "judges_measured": judges.found}
+    protocol = {**{k: str(v) for k, v in as_dict(args).items()}, "judges_measured": judges.found}
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps({"measured": found, "protocol": protocol}, indent=1))
     print(table(found, ("all", "templates", "content", "style", "content word", "style word")))

@@ -13,9 +13,9 @@ the UNet. `measure.py` says what came of it; docs/stable_diffusion.md has the fi
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,51 +27,58 @@ from ...diffusion import model_hash
 from ...errors import InputError
 from ...files import replacing_folder
 from ...training.ema import Ema, averaged
+from ...training.options import as_dict, at_least, option, parse
 from . import autoencoder, diffusion, loop, text
 from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept, tokenizer
 from .images import World, world
+from .loop import LoopOptions
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    add = parser.add_argument
-    add("--autoencoder_steps", type=int, default=1000)
-    add("--autoencoder_learning_rate", type=float, default=2e-3)
-    add("--text_encoder_steps", type=int, default=1000)
-    add("--text_encoder_learning_rate", type=float, default=1e-3)
-    add(
-        "--without", nargs="+", default=[], metavar="WORD",
-        help="of concepts: the UNet sees no picture of them, what unlearning is held against",
+@dataclass(frozen=True, kw_only=True)
+class WorldOptions(LoopOptions):
+    """How the pipeline is trained: the UNet by the options of every training."""
+
+    max_train_steps: int = option(3000)
+    lr_warmup_steps: int = option(100)
+    autoencoder_steps: int = option(1000)
+    autoencoder_learning_rate: float = option(2e-3)
+    text_encoder_steps: int = option(1000)
+    text_encoder_learning_rate: float = option(1e-3)
+    without: list[str] = option(
+        [], metavar="WORD", help="of concepts: the UNet sees no picture of them, what unlearning "
+        "is held against",
     )  # fmt: skip
-    add("--caption_dropout", type=float, default=0.1, help="share of empty prompts")
-    add("--ema_decay", type=float, default=0.999, help="of the UNet; it is saved")
-    loop.add_arguments(
-        parser, train_batch_size=64, max_train_steps=3000, learning_rate=2e-3,
-        lr_scheduler="cosine", lr_warmup_steps=100,
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    loop.check(args)
-    try:
-        args.without = sorted({concept(word) for word in args.without})
-    except ValueError as error:
-        raise InputError(f"--without: {error}") from error
-    for name in ("caption_dropout", "ema_decay"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name} must be in [0, 1); got {getattr(args, name)}")
-    for stage in ("autoencoder", "text_encoder"):
-        if getattr(args, f"{stage}_steps") < 1:
-            raise InputError(f"--{stage}_steps must be >= 1; got {getattr(args, f'{stage}_steps')}")
-        rate = getattr(args, f"{stage}_learning_rate")
-        if not rate > 0:
-            raise InputError(f"--{stage}_learning_rate must be > 0; got {rate}")
-    return args
+    caption_dropout: float = option(0.1, help="share of empty prompts")
+    ema_decay: float = option(0.999, help="of the UNet; it is saved")
+
+    @property
+    def concepts(self) -> list[str]:
+        """What is left out, by name."""
+        return sorted({concept(word) for word in self.without})
+
+    def resolved(self) -> WorldOptions:
+        """With the names of what is left out: any word of it makes the same run."""
+        return replace(self, without=self.concepts)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            _ = self.concepts
+        except ValueError as error:
+            raise InputError(f"--without: {error}") from error
+        for name in ("caption_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        at_least(self, 1, "autoencoder_steps", "text_encoder_steps")
+        for stage in ("autoencoder", "text_encoder"):
+            rate = getattr(self, f"{stage}_learning_rate")
+            if not rate > 0:
+                raise InputError(f"--{stage}_learning_rate must be > 0; got {rate}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(WorldOptions, argv, __doc__).resolved()
     accelerator = loop.new_accelerator(args)
     train, words = world("train", args.max_train_samples), tokenizer()
     vae, reader = autoencoder.new_autoencoder(), text.Reader(words)
@@ -92,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """`later`: what belongs to an old one and goes with it."""
         options = {"max_train_steps": f"{name}_steps", "learning_rate": f"{name}_learning_rate"}
         # what is left out is left out of the UNet alone, as if CLIP still knew the word
-        own = loop.of_stage(
-            args, name, without=[], **{k: getattr(args, v) for k, v in options.items()}
-        )
+        own = args.stage(name, without=[], **{k: getattr(args, v) for k, v in options.items()})
         loop.fit(own, accelerator, name, part, loss, lambda _: None, parts=later)
 
     batch, device = args.train_batch_size, accelerator.device
@@ -127,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"saved {args.output_dir / 'pipeline'}")
 
     loop.fit(
-        loop.of_stage(args, "diffusion"), accelerator, "diffusion", model, loss, finish,
+        args.stage("diffusion"), accelerator, "diffusion", model, loss, finish,
         ema_decay=args.ema_decay, parts=("../pipeline",),
         same={"autoencoder": model_hash(vae), "text_encoder": model_hash(model.text_encoder)},
     )  # fmt: skip
@@ -155,7 +160,7 @@ def reconstruction(vae: AutoencoderKL, test: World) -> float:
 
 
 def facts(
-    args: argparse.Namespace, vae: AutoencoderKL, model: diffusion.TextToImage,
+    args: WorldOptions, vae: AutoencoderKL, model: diffusion.TextToImage,
     found: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """world.json."""
@@ -167,11 +172,11 @@ def facts(
                                ("unet", model.unet))
         },
         "versions": {"torch": torch.__version__},
-        "options": {k: str(v) for k, v in vars(args).items()},
+        "options": {k: str(v) for k, v in as_dict(args).items()},
     }  # fmt: skip
 
 
-def card(args: argparse.Namespace) -> str:
+def card(args: WorldOptions) -> str:
     return f"""---
 library_name: diffusers
 tags: [text-to-image, stable-diffusion]
