@@ -10,6 +10,11 @@ import torch
 
 from . import devices
 
+LONGEST = (
+    "quickstart", "triton", "examples_stable_diffusion", "examples_ddpm", "shards", "paper_sd",
+    "examples_paper", "world", "evidence", "examples_any_model", "triton_compile", "kernels",
+)  # fmt: skip
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -22,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: more threads would wait for each other
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
+    config.option.loadscopereorder = False  # of xdist: the files with the most tests first
     name = config.getoption("--device")
     try:
         devices.chosen = torch.empty(1, device=name).device
@@ -32,6 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
         mode = devices.OnDevice(devices.chosen)
         mode.__enter__()
         config.add_cleanup(lambda: mode.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: one that begins last keeps the other workers waiting."""
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

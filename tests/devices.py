@@ -20,7 +20,8 @@ class OnDevice(TorchFunctionMode):
 
     Unlike `torch.set_default_device`: random numbers are drawn on the CPU, so that they are those
     of every other device and may come from a CPU's generator; and what `ebu_optim` makes itself is
-    left alone, so that a tensor that it makes on the wrong device is found.
+    left alone, so that a tensor that it makes on the wrong device is found. What no mode sees stays
+    on the CPU: `torch.from_numpy` (write `torch.as_tensor`), processes of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,10 +39,10 @@ class OnDevice(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in self.made and not _package_calls():
             return func(*args, **{**kwargs, "device": self.device})
-        drawn = func(*args, **kwargs)
-        if (func in DRAW or func is torch.from_numpy) and not _package_calls():
-            return drawn.detach().to(self.device).requires_grad_(drawn.requires_grad)
-        return drawn
+        made = func(*args, **kwargs)
+        if func in DRAW and not _package_calls():
+            return made.detach().to(self.device).requires_grad_(made.requires_grad)
+        return made
 
 
 def _package_calls() -> bool:
