@@ -36,9 +36,10 @@ PUBLIC = {
     ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
-        "FisherBatches", "anchored", "antithetic_timesteps", "denoising_loss", "distillation_loss",
-        "evaluating", "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition",
-        "sample", "sample_set", "surrogate_noise",
+        "FisherBatches", "anchor_loss", "anchored", "antithetic_timesteps", "denoising_loss",
+        "distillation_loss", "esd_loss", "esd_target", "evaluating", "fisher_loss",
+        "gaussian_forget_loss", "model_hash", "next_class", "noisy_condition", "partly_denoised",
+        "random_anchors", "relabel_loss", "sample", "sample_set", "surrogate_noise", "transport",
     ],
     "ebu_optim.metrics": [
         "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
