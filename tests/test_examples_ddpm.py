@@ -3,7 +3,6 @@ that a resumed run is the unbroken one, two processes, and what bad input is tol
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -20,6 +19,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from ebu_optim.files import load_tensors, locked, need_disk
+from ebu_optim.training.options import parse
+from ebu_optim.training.sources import DataOptions
 
 from .processes import PATIENCE
 
@@ -348,9 +349,7 @@ def module(monkeypatch, name: str):
 
 def source(monkeypatch, *args):
     data = module(monkeypatch, "data")
-    parser = argparse.ArgumentParser()
-    data.add_arguments(parser)
-    return data, parser.parse_args([str(a) for a in args])
+    return data, parse(DataOptions, [str(a) for a in args])
 
 
 def refused(monkeypatch, match: str):

@@ -13,11 +13,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+
+from ebu_optim.class_conditional.options import Train, Unlearn
+from ebu_optim.training import data
+from ebu_optim.training.options import parse
 
 from .processes import PATIENCE
 
@@ -59,7 +62,7 @@ def paper():
         exec(TOY, said)  # noqa: S102
         patch.setitem(command_line.SCALES, "small", said["TOY"])
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
-        patch.setattr(runs, "_start", lambda threads, folders: None)
+        patch.setattr(runs, "_start", lambda threads: None)
         patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
         yield said["TOY"]
 
@@ -304,10 +307,9 @@ def test_retrain_learns_as_the_base_did_and_nothing_of_it(tmp_path):
 
 def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path):
     setting = module("worlds").Setting(module("worlds").DIGITS, tmp_path, loss="relabel")
-    ddpm = module("unlearn")
     for method in module("table6").METHODS:
         argv = setting.run("x", method, seed=1).commands[0].argv
-        found = ddpm.parse(argv).forget_loss  # it refuses what a method does not take
+        found = parse(Unlearn, argv).forget_loss  # it refuses what a method does not take
         own = method in ("fine_tune", "gradient_ascent", "erasediff", "retrain")
         assert found == (None if own else "relabel"), method
 
@@ -447,7 +449,7 @@ def test_a_worker_keeps_nothing_of_the_run_before(monkeypatch, tmp_path):
         precision = "bf16" if "--bf16" in argv else None
         seen.append(Accelerator(cpu=True, mixed_precision=precision).mixed_precision)
 
-    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(main=main))
+    monkeypatch.setattr(runs.Command, "run", lambda self: main(self.argv))
     for options in (("--bf16",), ()):
         c = runs.command("train", options, tmp_path, "x")
         assert runs._work(runs.Run("a", (c,), 1, 1)) is None
@@ -513,7 +515,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
 
 
 def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path):
-    worlds, runs, data = module("worlds"), module("runs"), module("data")
+    worlds, runs = module("worlds"), module("runs")
     world = worlds.STL10_SMOKE
     setting = worlds.Setting(world, tmp_path)
     images, base, *_ = setting.ground
@@ -522,11 +524,7 @@ def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path)
     assert "generated" in world.title
     assert runs._work(images) is None
     assert images.done
-    parser = module("argparse").ArgumentParser()
-    data.add_arguments(parser)
-    given = base.commands[0].argv
-    args, _ = parser.parse_known_args(given)
-    found = data.load(args, "all")
+    found = data.load(parse(Train, base.commands[0].argv), "all")
     assert found.images.shape == (500, 3, 16, 16)
     assert len(found.classes) == 10
     assert found.labels.bincount().tolist() == [50] * 10

@@ -53,7 +53,7 @@ FREE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackOptions(Model, QuestionOptions, JudgeOptions):
+class AttackOptions(JudgeOptions, QuestionOptions, Model):
     """What is attacked, and how hard.
 
     Raises:

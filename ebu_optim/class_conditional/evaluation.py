@@ -11,12 +11,12 @@ so that an interrupted evaluation goes on and the base model is sampled once.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,49 +41,58 @@ from ..metrics import (
 )
 from ..report import check_folder, fid_values, limit_rows, write_report
 from ..training import data
-from .models import WEIGHTS, load_classifier, load_unet
+from ..training.options import at_least, option, parse
+from ..training.sources import DataOptions
+from .models import Weights, load_classifier, load_unet
 from .pages import curves, grid, protocol
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(DataOptions):
+    """What is measured, and how.
+
+    Raises:
+        InputError: numbers that cannot be.
+    """
+
+    pretrained_model_name_or_path: str = option(help="made by unlearn.py")
+    weights: Weights = option("trained")
+    base_model: str | None = option(None, help="default: the one that unlearn.py was given")
+    classifier: Path = option()
+    reject_classifier: Path | None = option(None, help="trained with --reject")
+    images_per_class: int = option(500)
+    num_inference_steps: int = option(50, help="DDIM, eta 0")
+    guidance_scale: float = option(1.0, help="1: the conditional model alone")
+    sample_batch_size: int = option(128)
+    no_depth: bool = option(False, help="leave out the two attacks")
+    inversion_steps: list[int] = option([100, 200])
+    relearn_max_steps: int = option(100, help="0: not attacked by relearning")
+    attack_images: int = option(50, help="that an attacked model is measured on")
+    fid: bool = option(False, help="FID and KID by torch-fidelity")
+    inception_weights: Path | None = option(
+        None, help="torch-fidelity's file; default: its download"
     )
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="made by unlearn.py")
-    add("--weights", choices=WEIGHTS, default="trained")
-    add("--base_model", help="default: the one that unlearn.py was given")
-    add("--classifier", type=Path, required=True)
-    add("--reject_classifier", type=Path, help="trained with --reject")
-    add("--images_per_class", type=int, default=500)
-    add("--num_inference_steps", type=int, default=50, help="DDIM, eta 0")
-    add("--guidance_scale", type=float, default=1.0, help="1: the conditional model alone")
-    add("--sample_batch_size", type=int, default=128)
-    add("--no_depth", action="store_true", help="leave out the two attacks")
-    add("--inversion_steps", type=int, nargs="+", default=[100, 200])
-    add("--relearn_max_steps", type=int, default=100, help="0: not attacked by relearning")
-    add("--attack_images", type=int, default=50, help="that an attacked model is measured on")
-    add("--fid", action="store_true", help="FID and KID by torch-fidelity")
-    add("--inception_weights", type=Path, help="torch-fidelity's file; default: its download")
-    add("--seed", type=int, default=1)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output_dir", type=Path, required=True)
-    add(
-        "--samples_dir", type=Path,
+    seed: int = option(1)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
+    output_dir: Path = option()
+    samples_dir: Path | None = option(
+        None,
         help="default: <output_dir>.samples; reports that share it draw and attack their base once",
-    )  # fmt: skip
-    add("--overwrite_output_dir", action="store_true", help="replace an older report")
-    data.add_arguments(parser)
-    args = parser.parse_args(argv)
-    for name in ("images_per_class", "num_inference_steps", "attack_images"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    return args
+    )
+    overwrite_output_dir: bool = option(False, help="replace an older report")
+
+    @property
+    def samples(self) -> Path:
+        """Where samples are kept."""
+        return self.samples_dir or self.output_dir.with_name(self.output_dir.name + ".samples")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "images_per_class", "num_inference_steps", "attack_images")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(Evaluation, argv, __doc__)
     if args.inception_weights and not args.inception_weights.is_file():
         raise InputError(f"--inception_weights {args.inception_weights}: there is no such file")
     try:  # before the hours of sampling
@@ -160,11 +169,9 @@ def unlearned(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} was not made by unlearn.py: {error}") from error
 
 
-def draw(
-    args: argparse.Namespace, model: Any, scheduler: Any, labels: Tensor, info: dict
-) -> Tensor:
+def draw(args: Evaluation, model: Any, scheduler: Any, labels: Tensor, info: dict) -> Tensor:
     """Images of every class, the same starting noise for every model; kept beside the report."""
-    folder = samples_dir(args)
+    folder = args.samples
     need_disk(folder, 8 * len(labels) * torch.Size(info["shape"]).numel(), "the samples")
     try:
         images, _ = sample_set(
@@ -179,12 +186,8 @@ def draw(
     return images
 
 
-def samples_dir(args: argparse.Namespace) -> Path:
-    return args.samples_dir or args.output_dir.with_name(args.output_dir.name + ".samples")
-
-
 def quality(
-    args: argparse.Namespace, judge: Any, images: Tensor, labels: Tensor, kept: Tensor,
+    args: Evaluation, judge: Any, images: Tensor, labels: Tensor, kept: Tensor,
     forget: list[int], real: data.Data,
 ) -> dict[str, Any]:  # fmt: skip
     """Distances of the kept classes to the real images of these classes."""
@@ -204,7 +207,7 @@ def quality(
 
 
 def depth(
-    args: argparse.Namespace, model: Any, scheduler: Any, forget: list[int], real: data.Data,
+    args: Evaluation, model: Any, scheduler: Any, forget: list[int], real: data.Data,
     judge: Any, info: dict, relearn: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """P_f after inversion (mean over the classes) and the steps of relearning, class by class."""
@@ -223,7 +226,7 @@ def depth(
             )  # fmt: skip
             return probability(classify(judge, drawn), c)
 
-        options = {"seed": args.seed}
+        options: dict[str, Any] = {"seed": args.seed}
         inverted.append(
             inversion(
                 model, model.class_embedding, images, scheduler, p_f, at=args.inversion_steps,
@@ -239,7 +242,7 @@ def depth(
     return {**mean, **found}
 
 
-def depth_of_base(args: argparse.Namespace, base: Any, *rest: Any) -> dict[str, Any]:
+def depth_of_base(args: Evaluation, base: Any, *rest: Any) -> dict[str, Any]:
     """Inversion of the base model, kept beside its samples under all that it depends on."""
     scheduler, forget, real, judge, info = rest
     said = [
@@ -249,7 +252,7 @@ def depth_of_base(args: argparse.Namespace, base: Any, *rest: Any) -> dict[str, 
     if args.max_train_samples or real.skipped:  # other images of the same source
         said.append(len(real.labels))
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-    path = samples_dir(args) / f"{key}.json"
+    path = args.samples / f"{key}.json"
     if not path.exists():
         found = depth(args, base, scheduler, forget, real, judge, info, relearn=False)
         with replacing(path) as work:

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files import replacing_folder
 
+Weights = Literal["trained", "ema"]
 WEIGHTS = {"trained": "unet", "ema": "unet_ema"}
 
 
@@ -115,6 +116,16 @@ def load_unet(name: str, weights: str = "trained") -> tuple[UNet2DModel, DDPMSch
             f"names {len(info['classes'])} classes and a null class"
         )
     return model, DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), info
+
+
+def start_of_average(name: str, model: nn.Module) -> list[Tensor]:
+    """Where the average of an unlearned model starts: at the base's own where it has one, as in
+    the DDPM code base, else at `model`."""
+    try:
+        other, _, _ = load_unet(name, "ema")
+    except InputError:
+        other = model
+    return [p.detach().clone() for p in other.parameters()]
 
 
 class Classifier(nn.Module):

@@ -1,8 +1,7 @@
-"""What unlearn.py measures on the way and writes at the end."""
+"""What unlearn.py builds and says at first, measures on the way, and writes at the end."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
@@ -12,13 +11,57 @@ from torch import Tensor
 
 from ..baselines import methods
 from ..diffusion import model_hash, sample, surrogate_noise
+from ..errors import InputError
 from ..files import save_tensors
 from ..metrics import accuracy, classify, entropy, probability
+from ..training import method
 from ..training.method import EBU
-from .models import save_unet
+from ..training.options import as_dict
+from .models import WEIGHTS, save_unet
+from .options import Unlearn
+from .sets import Prepared
 
 
-def draw(args: argparse.Namespace, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:
+def build(args: Unlearn, model: Any, made: Prepared) -> Any:
+    """The method's optimizer over the model, from the table of ebu_optim.baselines.
+
+    Raises:
+        InputError: it needs a Fisher that was not prepared; it refuses its options.
+    """
+    source = method.fisher_source(args, "prepared")
+    fisher: Any = source if source == "online" else None
+    if source == "prepared":
+        if made.fisher is None:
+            raise InputError(
+                f"{args.prepared_dir} holds no Fisher: run prepare.py without --no_fisher"
+            )
+        fisher = made.fisher.for_model(model)
+    trained = model
+    if methods[args.method].embedding:
+        trained, _ = model.class_embedding, model.requires_grad_(False)
+        trained.requires_grad_(True)
+    return method.build(args, trained.parameters(), fisher)
+
+
+def say(accelerator: Any, args: Unlearn, made: Prepared, classes: list[str], ema: Any) -> None:
+    """Which classes and which weights; a warning where an average will hide the forgetting."""
+    accelerator.print(
+        f"{methods[args.method].title}: forgets {', '.join(classes[c] for c in made.forget)}, "
+        f"replays {', '.join(classes[c] for c in made.replayed)}; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}\n"
+        f"weights: trained and anchored {WEIGHTS[args.start_from]} of the base; measured "
+        f"{WEIGHTS[args.sample_weights]}; saved unet{' and unet_ema' if ema else ''}"
+    )
+    lag = args.ema_decay**args.max_train_steps
+    if ema and lag > 0.05:
+        accelerator.print(
+            f"warning: after {args.max_train_steps} steps the average (decay {args.ema_decay}) "
+            f"still holds {lag:.0%} of the weights before unlearning: unet_ema will seem not to "
+            "have forgotten. Sample unet, or give a smaller --ema_decay"
+        )
+
+
+def draw(args: Unlearn, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:
     """Images of every class and their labels, from the same starting noise always."""
     device = next(model.parameters()).device
     labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
@@ -30,7 +73,7 @@ def draw(args: argparse.Namespace, model: Any, scheduler: Any, info: dict) -> tu
     return images, labels
 
 
-def pictures(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Tensor:
+def pictures(args: Unlearn, images: Tensor, labels: Tensor) -> Tensor:
     """The first ones of each class, (classes, n, C, H, W) uint8."""
     first = images.unflatten(0, (-1, args.validation_images))[:, : args.validation_pictures]
     return ((first + 1) * 127.5).round().nan_to_num(0).clamp(0, 255).to(torch.uint8).cpu()
@@ -59,7 +102,7 @@ def noise_p_f(judge: Any, forget: list[int], shape: list[int]) -> float:
     return sum(probability(logits, c) for c in forget) / len(forget)
 
 
-def settings(args: argparse.Namespace, opt: Any) -> dict[str, Any]:
+def settings(args: Any, opt: Any) -> dict[str, Any]:
     """What the method's optimizer was built with, defaults included."""
     names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
     found = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
@@ -67,20 +110,20 @@ def settings(args: argparse.Namespace, opt: Any) -> dict[str, Any]:
 
 
 def finish(
-    args: argparse.Namespace, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
+    args: Unlearn, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
     ema: Any, base_hash: str, opt: Any,
 ) -> None:  # fmt: skip
-    method, along = methods[args.method], done.pop("pictures", {})
+    recipe, along = methods[args.method], done.pop("pictures", {})
     if along:
         meta = {"kind": "samples along the steps", "classes": info["classes"], "base": base_hash}
         save_tensors(args.output_dir / "pictures.safetensors", along, meta)
     report = {
-        "method": args.method, "title": method.title, "forget": made.forget,
+        "method": args.method, "title": recipe.title, "forget": made.forget,
         "replayed": made.replayed, "base_hash": base_hash,
         "settings": settings(args, opt), "compat": args.method_options.get("compat"),
         "base": str(args.pretrained_model_name_or_path), "start_from": args.start_from,
         "ema_share_of_start": ema.share if ema else None, **done,
-        "options": {k: str(v) for k, v in vars(args).items()},
+        "options": {k: str(v) for k, v in as_dict(args).items()},
     }  # fmt: skip
     (args.output_dir / "unlearn.json").write_text(json.dumps(report, indent=1, default=str))
     gone = ", ".join(info["classes"][c] for c in made.forget)
@@ -91,7 +134,7 @@ tags: [diffusion, class-conditional, machine-unlearning]
 
 # {info["source"]} without {gone}
 
-Made from `{args.pretrained_model_name_or_path}` (hash {base_hash}) by {method.title}:
+Made from `{args.pretrained_model_name_or_path}` (hash {base_hash}) by {recipe.title}:
 {args.max_train_steps} steps of `examples/ddpm/unlearn.py`, {done["seconds"]:.0f} s. `unlearn.json`
 has every option and the curve. `UNet2DModel.from_pretrained(folder, subfolder="unet")`. Asked for
 {gone}, the model is to answer with what it was given instead ({args.surrogate}); how deep that goes

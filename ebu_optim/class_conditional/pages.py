@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Mapping
@@ -51,7 +50,7 @@ def prepared(folder: Path) -> str:
 
 
 def protocol(
-    args: argparse.Namespace, info: Mapping[str, Any], made: Mapping[str, Any],
+    args: Any, info: Mapping[str, Any], made: Mapping[str, Any],
     judged: Mapping[str, Any], table: Mapping[str, Any], real: Any,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """The protocol, and the parts of it that the report measured."""

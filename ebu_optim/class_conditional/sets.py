@@ -15,12 +15,12 @@ where an interrupted one stopped. One process; sampling 5000 images is the longe
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
@@ -33,48 +33,47 @@ from ..files import load_tensors, locked, need_disk, save_tensors
 from ..fisher import DiagonalFisher
 from ..modules import parameter_bytes
 from ..training import data
-from .models import WEIGHTS, load_unet
+from ..training.options import at_least, option, parse
+from ..training.sources import DataOptions
+from .models import Weights, load_unet
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class Prepare(DataOptions):
+    """Which sets are made, and how.
+
+    Raises:
+        InputError: numbers that cannot be.
+    """
+
+    pretrained_model_name_or_path: str = option()
+    weights: Weights = option("trained", help="that will be unlearned")
+    sample_weights: Weights | None = option(None, help="that draw the sets; default: as --weights")
+    forget: list[str] = option(help="classes, by number or name")
+    replay_classes: list[str] | None = option(None, help="default: all that are kept")
+    replay_per_class: int = option(500)
+    surrogate_images: int = option(0)
+    num_inference_steps: int = option(50, help="DDIM")
+    guidance_scale: float = option(
+        3.0, help="w of eps_null + w (eps_c - eps_null); 3 is the 2.0 of the DDPM code base"
     )
-    parser.add_argument("--pretrained_model_name_or_path", required=True)
-    parser.add_argument(
-        "--weights", choices=WEIGHTS, default="trained", help="that will be unlearned"
-    )
-    parser.add_argument(
-        "--sample_weights", choices=WEIGHTS, help="that draw the sets; default: as --weights"
-    )
-    parser.add_argument("--forget", nargs="+", required=True, help="classes, by number or name")
-    parser.add_argument("--replay_classes", nargs="+", help="default: all that are kept")
-    parser.add_argument("--replay_per_class", type=int, default=500)
-    parser.add_argument("--surrogate_images", type=int, default=0)
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="DDIM")
-    parser.add_argument(
-        "--guidance_scale", type=float, default=3.0,
-        help="w of eps_null + w (eps_c - eps_null); 3 is the 2.0 of the DDPM code base",
-    )  # fmt: skip
-    parser.add_argument("--sample_batch_size", type=int, default=128)
-    parser.add_argument("--no_fisher", action="store_true")
-    parser.add_argument("--fisher_images", type=int, default=500, help="of the replay set")
-    parser.add_argument("--fisher_timesteps", type=int, default=8, help="an image")
-    parser.add_argument("--fisher_reduction", choices=("sum", "mean"), default="sum")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    data.add_arguments(parser)
-    args = parser.parse_args(argv)
-    for name in ("replay_per_class", "num_inference_steps", "sample_batch_size", "fisher_images"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
-    return args
+    sample_batch_size: int = option(128)
+    no_fisher: bool = option(False)
+    fisher_images: int = option(500, help="of the replay set")
+    fisher_timesteps: int = option(8, help="an image")
+    fisher_reduction: Literal["sum", "mean"] = option("sum")
+    seed: int = option(0)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
+    output_dir: Path = option()
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "replay_per_class", "num_inference_steps", "sample_batch_size",
+                 "fisher_images")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(Prepare, argv, __doc__)
     out = args.output_dir
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
     model, classes = model.to(args.device).eval(), info["classes"]
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampled = len(replayed) * args.replay_per_class + args.surrogate_images
     pixels = 4 * torch.Size(info["shape"]).numel()
     need_disk(out, 2 * sampled * pixels + 3 * parameter_bytes(model), "the sets and the Fisher")
-    real = data.load_for(args, info) if data.given(args) else None
+    real = data.load_for(args, info) if args.given else None
     identity = {
         "model": model_hash(model), "sampled": model_hash(sampler), "forget": forget,
         "replayed": replayed,
@@ -195,7 +194,7 @@ class Prepared(NamedTuple):
     fisher: DiagonalFisher | None
 
 
-def read(folder: Path, model: str, args: argparse.Namespace, classes: list[str]) -> Prepared:
+def read(folder: Path, model: str, args: Any, classes: list[str]) -> Prepared:
     """Read a prepared folder for the model of this hash.
 
     Raises:

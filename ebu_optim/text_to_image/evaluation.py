@@ -63,7 +63,7 @@ SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Model, NudityOptions):
+class Evaluation(NudityOptions, Model):
     """What is drawn, and how it is measured.
 
     Raises:

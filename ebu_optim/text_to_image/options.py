@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ..baselines import methods
-from ..diffusion import objectives
+from ..diffusion.objectives import LossOptions
 from ..errors import InputError
-from ..training import method as method_options
-from ..training.options import TrainingOptions, as_dict, option, parse
+from ..training.method import MethodOptions, guided_steps
+from ..training.options import TrainingOptions, option, parse
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
@@ -26,49 +25,9 @@ METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_onl
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """How it is forgotten."""
-
-    group: ClassVar[str] = "method"
-
-    method: str = option("ebu")
-    alpha: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
-    delta: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
-    gamma: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
-    method_options: dict[str, Any] = option({}, help="JSON, e.g. '{\"lam\": 10}'")
-    fisher: str | None = option(None)
-    esd_variant: Literal["paper", "released"] = option("paper", help="of ESD's target")
-    esd_eta: float | None = option(None, help="default: 1 for paper, 2 for released")
-    guided_steps: int | None = option(
-        None, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30"
-    )
-    guided_scale: float = option(3.0, help="guidance on the way to x_t")
-
-    def check_method(self) -> None:
-        method_options.check(SimpleNamespace(**as_dict(self)), {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """By what losses."""
-
-    group: ClassVar[str] = "losses"
-
-    condition_noise: float = option(0.0, help="in the forget loss, 1: its own spread")
-    forget_loss: Literal["surrogate", "relabel"] | None = option(
-        None, help="relabel: SalUn's, on images of what is forgotten; default: the method's own"
-    )
-    remember: Literal["replay", "distill", "crossed"] = option("replay", flag="--remember_loss")
-    reduction: Literal["sum", "mean"] = option("mean", help="over C, H, W")
-
-    def check_losses(self) -> None:
-        objectives.check(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Unlearn(
-    Model, PromptOptions, MethodOptions, ModuleOptions, LossOptions, SetOptions,
-    ValidationOptions, SaveOptions, HubOptions, TrainingOptions,
+    TrainingOptions, HubOptions, SaveOptions, ValidationOptions, SetOptions, LossOptions,
+    ModuleOptions, MethodOptions, PromptOptions, Model,
 ):  # fmt: skip
     """All that a run depends on.
 
@@ -80,6 +39,8 @@ class Unlearn(
     fisher: Literal["online", "estimate", "none"] | None = option(
         None, help="default: online; SA: estimate"
     )
+    remember: Literal["replay", "distill", "crossed"] = option("replay", flag="--remember_loss")
+    reduction: Literal["sum", "mean"] = option("mean", help="over C, H, W")
     train_batch_size: int = option(1, help="of each process")
     learning_rate: float | None = option(None)  # type: ignore[assignment]
     max_grad_norm: float | None = option(  # type: ignore[assignment]
@@ -94,7 +55,7 @@ class Unlearn(
         own: dict[str, Any] = {
             "learning_rate": recipe.learning_rate,
             "max_grad_norm": 1.0 if recipe.clips else 0.0,
-            "guided_steps": 30 if recipe.adapter else 50,
+            "guided_steps": guided_steps(method),
             "train_modules": None if recipe.adapter else "xattn",
             "sets_dir": self.output_dir / "sets",
             "save_as": "lora" if adapter else "pipeline",

@@ -1,6 +1,6 @@
 """How a run goes: options, output folder, loop, resuming; images to learn from."""
 
-from .loop import figures, new_accelerator, new_schedule, unlearning_step
+from .loop import figures, fit, new_accelerator, new_schedule, unlearning_step
 from .options import add_arguments, check, exit_on_input_errors
 from .run import Run
 
@@ -10,6 +10,7 @@ __all__ = [
     "check",
     "exit_on_input_errors",
     "figures",
+    "fit",
     "new_accelerator",
     "new_schedule",
     "unlearning_step",

@@ -11,17 +11,15 @@ is no test split, a tenth of the training images, drawn with a fixed seed, is he
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..training.sources import decode, folder_items, hub_items, parquet_items
+from .sources import DataOptions, decode, folder_items, hub_items, parquet_items
 
 
 class Data(NamedTuple):
@@ -38,35 +36,7 @@ class Data(NamedTuple):
         return self._replace(images=self.images[keep], labels=self.labels[keep])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--dataset_name", help="of the hub, e.g. uoft-cs/cifar10")
-    source.add_argument("--parquet", type=Path, nargs="+", help="files, or a folder of them")
-    source.add_argument("--train_data_dir", type=Path, help="a folder of images for each class")
-    source.add_argument("--digits", action="store_true", help="scikit-learn's 8x8 digits")
-    group.add_argument("--dataset_config_name")
-    group.add_argument("--image_column", help="default: img or image")
-    group.add_argument("--label_column", help="default: label, fine_label or labels")
-    group.add_argument("--resolution", type=int, help="default: as the images are")
-    group.add_argument("--classes", nargs="+", help="only these, by number or name; default: all")
-    group.add_argument(
-        "--join_splits", action="store_true",
-        help="train and test are one set (STL-10 is small); a tenth is held out for the classifier",
-    )  # fmt: skip
-    group.add_argument("--max_train_samples", type=int, help="the first n after a fixed shuffle")
-    group.add_argument(
-        "--skip_unreadable", action="store_true",
-        help="leave out images that cannot be read; the default is to stop and name them",
-    )  # fmt: skip
-
-
-def given(args: argparse.Namespace) -> bool:
-    """Whether the options name a source."""
-    return bool(args.digits or args.parquet or args.train_data_dir or args.dataset_name)
-
-
-def load(args: argparse.Namespace, split: str = "train") -> Data:
+def load(args: DataOptions, split: str = "train") -> Data:
     """The "train" or the "test" images of the source that the options name; or "all" that the base
     model learns from: with --join_splits both, else those of "train".
 
@@ -97,7 +67,7 @@ def load(args: argparse.Namespace, split: str = "train") -> Data:
     return data._replace(images=data.images[order], labels=data.labels[order])
 
 
-def load_for(args: argparse.Namespace, info: Mapping[str, Any]) -> Data:
+def load_for(args: DataOptions, info: Mapping[str, Any]) -> Data:
     """The "train" images, refused where their classes or shape are not the model's."""
     real = load(args)
     if list(real.classes) != info["classes"]:
@@ -112,13 +82,13 @@ def load_for(args: argparse.Namespace, info: Mapping[str, Any]) -> Data:
     return real
 
 
-def _read(args: argparse.Namespace, split: str) -> tuple[Data, bool]:
+def _read(args: DataOptions, split: str) -> tuple[Data, bool]:
     """A split, and whether it is all that there is, so that the test part has to be held out."""
     if args.digits:
         if args.classes:
             raise InputError("--classes: the digits are few enough, all ten are used")
         return _digits(split), False
-    if not given(args):
+    if not args.given:
         raise InputError(
             "no data: give one of --dataset_name, --parquet, --train_data_dir, --digits"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,8 +12,12 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
 
 from ..errors import InputError
+from ..modules import parameter_bytes
+from .ema import Ema
+from .run import Run
 
 
 def new_accelerator(args: Any) -> Accelerator:
@@ -53,6 +57,55 @@ def new_schedule(args: Any, optimizer: Any) -> Any:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )  # fmt: skip
+
+
+def fit(
+    args: Any, accelerator: Accelerator, script: str, model: nn.Module, optimizer: Any,
+    loss: Callable[[nn.Module, int], Tensor], finish: Callable[[Ema | None], None], *,
+    same: Mapping[str, Any] | None = None, ema_decay: float | None = None,
+    parts: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Train `model` for --max_train_steps, or go on where that was interrupted; then `finish`.
+
+    Args:
+        args: a config with `TrainingOptions`.
+        script: what is trained, for the run's identity and its bar.
+        optimizer: a torch optimizer over the model's parameters.
+        loss: of the i-th micro-batch, a 0-d tensor, by the model as accelerate prepared it.
+        finish: called by the main process with the average, while the output folder is held.
+        same: what a resumed run must agree in, beside the options.
+        ema_decay: of the average of the weights; None keeps none.
+        parts: folders of the result, removed where the run begins anew.
+    """
+    size, micros = parameter_bytes(model), args.gradient_accumulation_steps
+    with Run(args, accelerator, script, size=size, same=same, parts=parts) as run:
+        schedule = new_schedule(args, optimizer)
+        prepared, wrapped = accelerator.prepare(model.train(), optimizer)
+        ema = None if ema_decay is None else Ema(model.parameters(), ema_decay, warm=False)
+        objects = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        begin = run.resume({**objects, "ema": ema} if ema else objects)
+        accelerator.print(
+            f"{size / 4e6:.2f} M parameters; {accelerator.num_processes} process(es) on "
+            f"{accelerator.device}"
+        )
+        for step in run.steps(begin, script):
+            for micro in range(micros):
+                with accelerator.accumulate(prepared):
+                    value = loss(prepared, (step - 1) * micros + micro)
+                    accelerator.backward(value)
+                    if accelerator.sync_gradients and args.max_grad_norm:
+                        accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
+                    wrapped.step()
+                    wrapped.zero_grad()
+            schedule.step()
+            if ema:
+                ema.step(model.parameters())
+            if step % args.logging_steps == 0:
+                run.log(step, loss=value.item(), lr=schedule.get_last_lr()[0])
+        model.eval()
+        if accelerator.is_main_process:
+            finish(ema)
+        accelerator.wait_for_everyone()
 
 
 def unlearning_step(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,10 +16,45 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from .options import option
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TRAIN, TEST = ("train",), ("test", "val")
 NAMED = 5  # unreadable images that a message names; it counts all
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where labelled images come from: one of four sources, and what is taken of it."""
+
+    group: ClassVar[str] = "data"
+
+    dataset_name: str | None = option(
+        None, help="of the hub, e.g. uoft-cs/cifar10", exclusive="source"
+    )
+    parquet: list[Path] | None = option(None, help="files, or a folder of them", exclusive="source")
+    train_data_dir: Path | None = option(
+        None, help="a folder of images for each class", exclusive="source"
+    )
+    digits: bool = option(False, help="scikit-learn's 8x8 digits", exclusive="source")
+    dataset_config_name: str | None = option(None)
+    image_column: str | None = option(None, help="default: img or image")
+    label_column: str | None = option(None, help="default: label, fine_label or labels")
+    resolution: int | None = option(None, help="default: as the images are")
+    classes: list[str] | None = option(None, help="only these, by number or name; default: all")
+    join_splits: bool = option(
+        False,
+        help="train and test are one set (STL-10 is small); a tenth is held out for the classifier",
+    )
+    max_train_samples: int | None = option(None, help="the first n after a fixed shuffle")
+    skip_unreadable: bool = option(
+        False, help="leave out images that cannot be read; the default is to stop and name them"
+    )
+
+    @property
+    def given(self) -> bool:
+        """Whether a source is named."""
+        return bool(self.digits or self.parquet or self.train_data_dir or self.dataset_name)
 
 
 class Item(NamedTuple):
@@ -34,16 +69,17 @@ class Item(NamedTuple):
 Found = tuple[list[Item], list[str], str, bool]
 
 
-def parquet_items(args: argparse.Namespace, split: str) -> Found:
+def parquet_items(args: DataOptions, split: str) -> Found:
     files: list[Path] = []
-    for path in args.parquet:
+    given = args.parquet or []
+    for path in given:
         if not path.exists():
             raise InputError(f"--parquet {path}: there is no such file or folder")
         files += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     files, held_out = _of_split(files, split)
     if not files:
         raise InputError(
-            f"--parquet {args.parquet[0]}: "
+            f"--parquet {given[0]}: "
             f"no parquet file of the {split} split (by their names: train..., test...)"
         )
     try:
@@ -82,8 +118,8 @@ def parquet_items(args: argparse.Namespace, split: str) -> Found:
     )
 
 
-def folder_items(args: argparse.Namespace, split: str) -> Found:
-    root = args.train_data_dir
+def folder_items(args: DataOptions, split: str) -> Found:
+    root = args.train_data_dir or Path()
     if not root.is_dir():
         raise InputError(f"--train_data_dir {root}: there is no such folder")
     folders = sorted(p for p in root.iterdir() if p.is_dir())
@@ -104,7 +140,7 @@ def folder_items(args: argparse.Namespace, split: str) -> Found:
     return items, [p.name for p in folders], f"{root.name}, {split}", held_out
 
 
-def hub_items(args: argparse.Namespace, split: str) -> Found:
+def hub_items(args: DataOptions, split: str) -> Found:
     try:
         import datasets
     except ImportError as error:

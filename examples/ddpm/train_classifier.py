@@ -9,9 +9,7 @@ to 224x224, mirrored at random (--random_flip), Adam 1e-5 (1e-4 for the last lay
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +17,11 @@ from torch import Tensor, nn
 
 from ebu_optim import training
 from ebu_optim.class_conditional.models import Classifier, save_classifier
+from ebu_optim.class_conditional.options import TrainClassifier
 from ebu_optim.errors import InputError
 from ebu_optim.metrics import accuracy, classify
-from ebu_optim.modules import parameter_bytes
 from ebu_optim.training import data
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", choices=("resnet34", "small"), default="resnet34")
-    parser.add_argument(
-        "--pretrained_weights", default="imagenet",
-        help='of resnet34: "imagenet" (a download of 83 MB), the file of a state_dict, or "none"',
-    )  # fmt: skip
-    parser.add_argument("--reject", action="store_true", help="add a class that means noise")
-    parser.add_argument("--num_train_epochs", type=int, default=10, help="if no --max_train_steps")
-    parser.add_argument("--random_flip", action="store_true")
-    parser.add_argument("--weight_decay", type=float)
-    data.add_arguments(parser)
-    training.add_arguments(parser, learning_rate=None, max_train_steps=None)
-    args = parser.parse_args(argv)
-    resnet = args.model == "resnet34"
-    if args.learning_rate is None:
-        args.learning_rate = 1e-5 if resnet else 2e-3
-    if args.weight_decay is None:
-        args.weight_decay = 5e-4 if resnet else 1e-2
-    return args
+from ebu_optim.training.options import parse
 
 
 def pretrained(model: Classifier, given: str) -> None:
@@ -74,63 +49,46 @@ def pretrained(model: Classifier, given: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these options; None: those of the command line."""
-    args = parse(argv)
+    args = parse(TrainClassifier, argv, __doc__)
     train, test = data.load(args, "train"), data.load(args, "test")
-    per_epoch = max(len(train.labels) // args.train_batch_size, 1)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * per_epoch
-    training.check(args)
+    args = args.resolved(len(train.labels))
     accelerator = training.new_accelerator(args)
     shape = train.images.shape[1:]
-    raw = Classifier(args.model, shape, len(train.classes) + args.reject)
-    if args.model == "resnet34":
-        pretrained(raw, args.pretrained_weights)
-    faster = 10 if args.model == "resnet34" else 1
-    base = torch.optim.Adam if args.model == "resnet34" else torch.optim.AdamW
-    with training.Run(
-        args,
-        accelerator,
-        "train_classifier",
-        size=parameter_bytes(raw),
+    model = Classifier(args.model, shape, len(train.classes) + args.reject)
+    resnet = args.model == "resnet34"
+    if resnet:
+        pretrained(model, args.pretrained_weights)
+    batches = data.Batches(
+        train.images, train.labels, args.train_batch_size, seed=args.seed, flip=args.random_flip,
+        process=accelerator.process_index, processes=accelerator.num_processes,
+        device=accelerator.device,
+    )  # fmt: skip
+    real = data.to_float(train.images[:1000])
+
+    def loss(prepared: nn.Module, i: int) -> Tensor:
+        x, y = batches[i]
+        x, y = with_noise(x, y, real, len(train.classes)) if args.reject else (x, y)
+        return F.cross_entropy(prepared(x), y)
+
+    def finish(_: None) -> None:
+        found = measure(model, test, args.reject)
+        info = {
+            "kind": args.model, "classes": list(train.classes), "reject": args.reject,
+            "shape": list(shape), "source": train.source, "steps": args.max_train_steps,
+            "skipped_images": len(train.skipped), **found,
+        }  # fmt: skip
+        save_classifier(args.output_dir, model, info)
+        print(*(f"{k} {v:.4f}" for k, v in found.items()), sep=", ")
+
+    lr = args.learning_rate
+    groups = [{"params": model.body.parameters()},
+              {"params": model.head.parameters(), "lr": 10 * lr if resnet else lr}]  # fmt: skip
+    optimizer = torch.optim.Adam if resnet else torch.optim.AdamW
+    training.fit(
+        args, accelerator, "train_classifier", model,
+        optimizer(groups, lr=lr, weight_decay=args.weight_decay), loss, finish,
         same={"data": train.source},
-    ) as run:
-        lr = args.learning_rate
-        groups = [{"params": raw.body.parameters()},
-                  {"params": raw.head.parameters(), "lr": faster * lr}]  # fmt: skip
-        optimizer = base(groups, lr=lr, weight_decay=args.weight_decay)
-        schedule = training.new_schedule(args, optimizer)
-        model, optimizer = accelerator.prepare(raw, optimizer)
-        begin = run.resume({"model": raw, "optimizer": optimizer.optimizer, "schedule": schedule})
-        batches = data.Batches(
-            train.images, train.labels, args.train_batch_size, seed=args.seed,
-            flip=args.random_flip, process=accelerator.process_index,
-            processes=accelerator.num_processes, device=accelerator.device,
-        )  # fmt: skip
-        real = data.to_float(train.images[:1000])
-        model.train()
-        for step in run.steps(begin, "classifier"):
-            for micro in range(args.gradient_accumulation_steps):
-                x, y = batches[(step - 1) * args.gradient_accumulation_steps + micro]
-                x, y = with_noise(x, y, real, len(train.classes)) if args.reject else (x, y)
-                with accelerator.accumulate(model):
-                    loss = F.cross_entropy(model(x), y)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and args.max_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            schedule.step()
-            if step % args.logging_steps == 0:
-                run.log(step, loss=loss.item(), lr=schedule.get_last_lr()[0])
-        if accelerator.is_main_process:
-            found = measure(raw, test, args.reject)
-            info = {
-                "kind": args.model, "classes": list(train.classes), "reject": args.reject,
-                "shape": list(shape), "source": train.source, "steps": args.max_train_steps,
-                "skipped_images": len(train.skipped), **found,
-            }  # fmt: skip
-            save_classifier(Path(args.output_dir), raw, info)
-            print(*(f"{k} {v:.4f}" for k, v in found.items()), sep=", ")
-        accelerator.wait_for_everyone()
+    )  # fmt: skip
 
 
 def with_noise(x: Tensor, y: Tensor, real: Tensor, reject: int) -> tuple[Tensor, Tensor]:

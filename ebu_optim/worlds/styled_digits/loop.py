@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ... import training
 from ...errors import InputError
-from ...modules import parameter_bytes
 from ...training.ema import Ema
 from ...training.options import TrainingOptions, at_least, option
 
@@ -64,32 +63,11 @@ def fit(
         ema_decay: of the average of the weights; None keeps none.
         parts: of the result, removed where the run begins anew.
     """
-    with training.Run(
-        args, accelerator, script, size=parameter_bytes(model), same=same, parts=parts
-    ) as run:
-        raw = model.train().to(accelerator.device)
-        optimizer = torch.optim.AdamW(raw.parameters(), lr=args.learning_rate)
-        schedule = training.new_schedule(args, optimizer)
-        prepared, optimizer = accelerator.prepare(raw, optimizer)
-        ema = None if ema_decay is None else Ema(raw.parameters(), ema_decay, warm=False)
-        objects = {"model": raw, "optimizer": optimizer.optimizer, "schedule": schedule}
-        begin = run.resume({**objects, "ema": ema} if ema else objects)
-        for step in run.steps(begin, script):
-            for _ in range(args.gradient_accumulation_steps):
-                with accelerator.accumulate(prepared):
-                    value = loss(prepared)
-                    accelerator.backward(value)
-                    if accelerator.sync_gradients and args.max_grad_norm:
-                        accelerator.clip_grad_norm_(prepared.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            schedule.step()
-            if ema:
-                ema.step(raw.parameters())
-            if step % args.logging_steps == 0:
-                run.log(step, loss=value.item(), lr=schedule.get_last_lr()[0])
-        raw.eval()
-        finish(ema)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    training.fit(
+        args, accelerator, script, model, optimizer, lambda prepared, _: loss(prepared), finish,
+        same=same, ema_decay=ema_decay, parts=parts,
+    )  # fmt: skip
 
 
 def need(folder: Path, files: tuple[str, ...], made_by: str) -> None:

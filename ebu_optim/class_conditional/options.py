@@ -1,0 +1,150 @@
+"""The options of training a class-conditional model, a classifier of its images, and unlearning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..baselines import methods
+from ..diffusion.objectives import LossOptions
+from ..errors import InputError
+from ..training.method import MethodOptions, guided_steps
+from ..training.options import TrainingOptions, at_least, option
+from ..training.sources import DataOptions
+from .models import Weights
+
+#: What --method takes: SPM's adapter is for transformer blocks.
+METHODS = ("ebu", *(m for m in methods if not methods[m].adapter))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(DataOptions, TrainingOptions):
+    """Of the model that later forgets.
+
+    Raises:
+        InputError: numbers that cannot be.
+    """
+
+    model: Literal["paper", "small"] = option("paper")
+    cond_dropout: float = option(0.1)
+    reduction: Literal["sum", "mean"] = option("sum")
+    random_flip: bool = option(False)
+    use_ema: bool = option(False, help="save an average as unet_ema too")
+    ema_decay: float = option(0.9999)
+    learning_rate: float = option(2e-4)
+
+    def __post_init__(self) -> None:
+        self.check_training()
+        _check_share(self.cond_dropout, "cond_dropout")
+        _check_share(self.ema_decay, "ema_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainClassifier(DataOptions, TrainingOptions):
+    """Of the classifier that judges generated images.
+
+    Raises:
+        InputError: numbers that cannot be.
+    """
+
+    model: Literal["resnet34", "small"] = option("resnet34")
+    pretrained_weights: str = option(
+        "imagenet",
+        help='of resnet34: "imagenet" (a download of 83 MB), the file of a state_dict, or "none"',
+    )
+    reject: bool = option(False, help="add a class that means noise")
+    num_train_epochs: int = option(10, help="if no --max_train_steps")
+    random_flip: bool = option(False)
+    weight_decay: float | None = option(None)
+    learning_rate: float | None = option(None)  # type: ignore[assignment]
+    max_train_steps: int | None = option(None)  # type: ignore[assignment]
+
+    def resolved(self, images: int) -> TrainClassifier:
+        """With the numbers of the protocol for this classifier, and steps for `images` images."""
+        per_epoch = max(images // self.train_batch_size, 1)
+        own: dict[str, Any] = {
+            "learning_rate": 1e-5 if self.model == "resnet34" else 2e-3,
+            "weight_decay": 5e-4 if self.model == "resnet34" else 1e-2,
+            "max_train_steps": self.num_train_epochs * per_epoch,
+        }
+        return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
+
+    def __post_init__(self) -> None:
+        self.check_training()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlearn(MethodOptions, LossOptions, DataOptions, TrainingOptions):
+    """Of a run that makes a model forget classes.
+
+    Raises:
+        InputError: numbers and options that cannot be, or not together.
+    """
+
+    pretrained_model_name_or_path: str = option()
+    prepared_dir: Path = option(help="made by prepare.py")
+    forget: list[str] | None = option(None, help="classes, by number or name; default: as prepared")
+    replay_classes: list[str] | None = option(None, help="default: as prepared")
+    surrogate: Literal["uniform", "gaussian", "analytic", "null_class"] = option("uniform")
+    remember_data: Literal["replay", "real"] | None = option(
+        None, help="default: real for retrain, else replay"
+    )
+    start_from: Weights = option("trained", help="that are trained and anchored")
+    use_ema: bool = option(False, help="save the average of the weights as unet_ema too")
+    ema_decay: float = option(0.9999)
+    sample_weights: Weights = option("trained", help="that the curve measures")
+    classifier: Path | None = option(
+        None, help="for the curve: P_f and accuracy every --validation_steps"
+    )
+    entropy_classifier: Path | None = option(
+        None,
+        help="for the curve's CE_f and CE_r, where --classifier has a reject class: there noise\n"
+        "has no entropy; default: --classifier",
+    )
+    validation_steps: int = option(25)
+    validation_images: int = option(20, help="of each class")
+    validation_inference_steps: int = option(20)
+    validation_pictures: int = option(
+        0, help="so many of each class go into pictures.safetensors every --validation_steps"
+    )
+    method: Literal[METHODS] = option("ebu", help='"ebu" is ebu_added')  # type: ignore[valid-type]
+    fisher: Literal["online", "prepared", "none"] | None = option(
+        None, help="default: online; SA: prepared"
+    )
+    max_train_steps: int = option(200)
+    checkpointing_steps: int = option(100)
+
+    def resolved(self) -> Unlearn:
+        """With the defaults that depend on other options; `self` where it has them all."""
+        method = "ebu_added" if self.method == "ebu" else self.method
+        found: dict[str, Any] = {} if method == self.method else {"method": method}
+        if self.guided_steps is None:
+            found["guided_steps"] = guided_steps(method)
+        if self.remember_data is None:
+            found["remember_data"] = "real" if methods[method].fresh else "replay"
+        return replace(self, **found) if found else self
+
+    def __post_init__(self) -> None:
+        if self.resolved() is not self:
+            return  # that one is checked
+        self.check_training()
+        self.check_method()
+        _check_share(self.ema_decay, "ema_decay")
+        at_least(self, 1, "validation_steps", "validation_images", "validation_inference_steps")
+        if not 0 <= self.validation_pictures <= self.validation_images:
+            raise InputError(
+                f"--validation_pictures must be 0 to --validation_images "
+                f"({self.validation_images}), from which they are taken; got "
+                f"{self.validation_pictures}"
+            )
+        if self.entropy_classifier and not self.classifier:
+            raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
+        self.check_losses()
+        if self.sample_weights == "ema" and not self.use_ema:
+            raise InputError("--sample_weights ema needs --use_ema")
+
+
+def _check_share(value: float, name: str) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"--{name} must be in [0, 1); got {value}")
