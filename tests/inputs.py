@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from ebu_optim.kernels import cpu, reference, triton
+from ebu_optim.kernels.contract import Columns, Update
 
 from . import oracle
 
@@ -167,11 +168,12 @@ def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64)
     options = {"alpha": 0.6, "penalty": "partial", "update": "added"} | options
     terms = options.pop("terms", oracle.TERMS)
-    kernels.combine(
-        theta, g_f, g_r, anchor or none, fisher or none, out, held, taus, first, second,
+    columns = Columns(theta, g_f, g_r, anchor or none, fisher or none, out, held, first, second)
+    how = Update(
         gamma=gamma, terms=tuple(t in terms for t in oracle.TERMS), online=online,
-        inv_scale=inv_scale, dtype=dtype, stats=stats, **options,
+        inv_scale=inv_scale, dtype=dtype, **options,
     )  # fmt: skip
+    kernels.combine(columns, taus, how, stats)
     return out, held, dict(zip(reference.STATS, stats.tolist(), strict=True))
 
 

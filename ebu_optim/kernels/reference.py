@@ -6,11 +6,6 @@ by a constant, never by the number of parameters. On an accelerator they wait fo
 
 On a CPU what counts is that a chunk's buffers stay in the cache and that no operation makes or
 reads a bool tensor: torch does not vectorise those, and they cost four times what a float costs.
-
-Magnitudes are compared as integer *keys*: the bits of abs(x) in the working dtype (float32, or
-float64 where one of the tensors is float64; the conversion is exact). Keys order like abs(x), rank
-NaN above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
-denormals beside float64 tensors, whose conversion flushes).
 """
 
 from __future__ import annotations
@@ -25,50 +20,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .contract import (
+    INF,
+    INT,
+    MAGNITUDE,
+    STATS,
+    Columns,
+    Update,
+    Weights,
+    key_bits,
+    key_of_inf,
+    key_to_value,
+    keys,
+    working_dtype,
+)
+
+__all__ = [
+    "STATS",
+    "combine",
+    "finite_probe",
+    "histogram",
+    "key_bits",
+    "key_of_inf",
+    "key_to_value",
+    "keys",
+    "pieces",
+    "restore",
+    "scale",
+    "select",
+    "working_dtype",
+]
+
 # One chunk's buffers stay in the caches of a CPU core; an accelerator wants few launches.
 CHUNK_CPU = 1 << 19
 CHUNK_DEVICE = 1 << 22
 # Candidates kept of one bracket, at the most (16 MiB of float32 keys).
 CAPACITY = 1 << 22
 SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 20
-
-_INT = {torch.float32: torch.int32, torch.float64: torch.int64}
-_MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
-_INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
-
-#: What `combine` adds up, in this order, as one float64 vector.
-STATS = (
-    "forget_selected",
-    "remember_selected",
-    "overlap",
-    "overlap_opposed",
-    "dot",
-    "forget_sq",
-    "remember_sq",
-    "update_sq",
-    "moved_forget_only_sq",
-    "moved_remember_only_sq",
-    "moved_overlap_sq",
-    "moved_unrelated_sq",
-    "fisher_sum",
-    "update_nonfinite",
-)
-
-
-def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: holds every value of `tensors` exactly."""
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
-def keys(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitude keys of `x` in the working dtype: int32 or int64, same shape."""
-    return x.to(dtype).view(_INT[dtype]).bitwise_and(_MAGNITUDE[dtype])
-
-
-def key_to_value(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitude that a 0-d int64 key stands for, as a 0-d tensor of `dtype`."""
-    return key.to(_INT[dtype]).view(dtype)
 
 
 def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -250,12 +238,12 @@ def _scan(
     kept: list[Tensor] = []
     rows = _Rows()
     for _, pack in _packs([[g] for g in grads]):
-        bits = _column(pack, 0, rows).to(dtype).view(_INT[dtype])
-        u = torch.bitwise_and(bits, _MAGNITUDE[dtype], out=rows("keys", bits))
+        bits = _column(pack, 0, rows).to(dtype).view(INT[dtype])
+        u = torch.bitwise_and(bits, MAGNITUDE[dtype], out=rows("keys", bits))
         # on a CPU NumPy compares and picks several times faster than torch
         v: Any = u.numpy() if u.device.type == "cpu" else u
-        if v.max() >= _INF[dtype]:
-            nonfinite += _count(v >= _INF[dtype])
+        if v.max() >= INF[dtype]:
+            nonfinite += _count(v >= INF[dtype])
         at_least, over = v >= lo, v > hi
         n_over = _count(over)
         n_inside = _count(at_least) - n_over
@@ -266,7 +254,7 @@ def _scan(
     if not collect or inside > CAPACITY:
         return above, inside, nonfinite, None
     device = grads[0].device
-    empty = torch.empty(0, dtype=_INT[dtype], device=device)
+    empty = torch.empty(0, dtype=INT[dtype], device=device)
     return above, inside, nonfinite, torch.cat([empty, *(x.to(device) for x in kept)])
 
 
@@ -297,7 +285,7 @@ def _guess(grads: Sequence[Tensor], k: int, n: int, dtype: torch.dtype) -> tuple
     first, last = int(rank - margin), math.ceil(rank + margin)
     return (
         int(drawn[first]) if first > 0 else 0,
-        int(drawn[last]) if last < size else _MAGNITUDE[dtype],
+        int(drawn[last]) if last < size else MAGNITUDE[dtype],
     )
 
 
@@ -322,7 +310,7 @@ def select(
     """
     device = pools[0][0][0].device
     found = [_exact(grads, k, dtype) for grads, k in pools]
-    taus = torch.stack([key.to(device) for key, _ in found]).clamp_(max=_INF[dtype] + 1)
+    taus = torch.stack([key.to(device) for key, _ in found]).clamp_(max=INF[dtype] + 1)
     return taus, torch.tensor([nonfinite for _, nonfinite in found], device=device)
 
 
@@ -335,7 +323,7 @@ def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[Tensor,
         device = grads[0].device
         grads = [torch.cat([g.reshape(-1).to(device, dtype) for g in grads])]
     # The answer lies in [low, high]; `over` keys lie above that range, `count` inside it.
-    low, high, over, count = 0, _MAGNITUDE[dtype], 0, n
+    low, high, over, count = 0, MAGNITUDE[dtype], 0, n
     lo, hi = _guess(grads, k, n, dtype) if n > SAMPLE_MIN * 4 else (low, high)
     nonfinite = 0
     while low < high:
@@ -352,23 +340,13 @@ def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[Tensor,
     return torch.tensor(low, dtype=torch.int64, device=grads[0].device), nonfinite
 
 
-def key_bits(dtype: torch.dtype) -> int:
-    """How many bits a key has."""
-    return 31 if dtype == torch.float32 else 63
-
-
-def key_of_inf(dtype: torch.dtype) -> int:
-    """The key of Inf: those of NaN are greater, those of numbers smaller."""
-    return _INF[dtype]
-
-
 def histogram(
     grads: Sequence[Tensor], prefix: Tensor | int, shift: int, bits: int, dtype: torch.dtype
 ) -> Tensor:
     """How many of the keys that begin with `prefix` have each next digit.
 
     One pass of a radix selection. Counts of parts add up, which is how processes find one
-    threshold together (`distributed`).
+    threshold together (optim/_shards.py).
 
     Args:
         grads: dense real tensors; none at all is no error.
@@ -397,8 +375,8 @@ def _masks(
     g: Tensor, tau: Tensor | int, rows: _Rows, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The bits of g, and its mask as 0.0 and 1.0."""
-    bits = g.view(_INT[dtype])
-    u = torch.bitwise_and(bits, _MAGNITUDE[dtype], out=rows("keys", bits))
+    bits = g.view(INT[dtype])
+    u = torch.bitwise_and(bits, MAGNITUDE[dtype], out=rows("keys", bits))
     return bits, torch.ge(u, tau, out=rows(name, g))
 
 
@@ -408,24 +386,16 @@ def _combine_pack(
     has_fisher: bool,
     tau_f: Tensor | int,
     tau_r: Tensor | int,
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-    penalty: str,
-    update: str,
-    terms: tuple[bool, bool, bool],
-    online: float | None,
-    inv_scale: float | Tensor | None,
-    dtype: torch.dtype,
+    how: Update,
+    weights: Weights,
     rows: _Rows,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, list[Tensor]]:
     """One pack of (out, theta, g_f, g_r, anchor, F, ...) pieces, as 1-d tensors: G in the dtype of
     `out`, M_f and M_r as 0.0 and 1.0, the new F, and the `STATS`.
 
-    On the overlap the blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that every reading is
-    a sum of g_f, g_r + p, M_f g_f and O (1 - alpha) (g_r - g_f) with constant weights. Masks are
-    multiplied, not used to choose: where a gradient is not finite, neither is G.
+    Masks are multiplied, not used to choose: where a gradient is not finite, neither is G.
     """
+    dtype, inv_scale, online = how.dtype, how.inv_scale, how.online
     g_f, g_r = _column(pack, 2, rows).to(dtype), _column(pack, 3, rows).to(dtype)
     bits_f, m_f = _masks(g_f, tau_f, rows, "m_f", dtype)
     bits_r, m_r = _masks(g_r, tau_r, rows, "m_r", dtype)
@@ -436,21 +406,18 @@ def _combine_pack(
     only_r = torch.sub(m_r, both, out=rows("only_r", g_f))
     out, spare = rows("out", g_f), rows("spare", g_f)
 
-    if update == "routed":
+    if weights.only_r:
         torch.mul(m_f, g_f, out=out)
         out.addcmul_(only_r, g_r)
-        blended = 1.0
     else:
-        first, second, third = (float(on) for on in terms)
-        if first:
-            torch.add(g_f, g_r, alpha=second, out=out)
+        if weights.on_f:
+            torch.add(g_f, g_r, alpha=weights.on_r, out=out)
         else:
-            torch.mul(g_r, second, out=out)
-        out.addcmul_(m_f, g_f, value=third)
-        blended = third + (first if update == "replaced" else 0.0)
+            torch.mul(g_r, weights.on_r, out=out)
+        out.addcmul_(m_f, g_f, value=weights.on_m)
     # in this order alpha = 0 leaves exactly g_r of a blend
-    out.addcmul_(both, g_f, value=-blended * (1 - alpha))
-    out.addcmul_(both, g_r, value=blended * (1 - alpha))
+    out.addcmul_(both, g_f, value=-weights.blend)
+    out.addcmul_(both, g_r, value=weights.blend)
 
     moved_sq = None
     if has_anchor:
@@ -458,14 +425,14 @@ def _combine_pack(
         for (_, theta, _, _, anchor, *_), part in _parts(pack, moved):
             torch.sub(theta.reshape(-1).to(dtype), _flat_on(anchor, theta, dtype), out=part)
         moved_sq = torch.mul(moved, moved, out=rows("moved_sq", g_f))
-        if has_fisher and penalty != "none" and terms[1]:
+        if has_fisher and weights.penalty != "none":
             for piece, part in _parts(pack, moved):
                 part.mul_(_flat_on(piece[5], part, dtype))
             # p of eqs. 8 and 9 is `strength` times what is in `moved` now
-            strength = 1.0 if isinstance(gamma, Tensor) else gamma
-            if isinstance(gamma, Tensor):
-                moved.mul_(gamma)
-            if penalty == "partial":
+            strength = 1.0 if isinstance(how.gamma, Tensor) else how.gamma
+            if isinstance(how.gamma, Tensor):
+                moved.mul_(how.gamma)
+            if weights.penalty == "partial":
                 out.addcmul_(only_r, moved, value=strength)
             else:
                 out.add_(moved, alpha=strength)
@@ -499,7 +466,7 @@ def _combine_pack(
     result = out.to(pack[0][0].dtype)
     # where the sum of the squares is finite, so is each of them
     finite = result is out and out.device.type == "cpu" and bool(sums[7].isfinite())
-    count = out.new_zeros(()) if finite else (keys(result, dtype) >= _INF[dtype]).sum()
+    count = out.new_zeros(()) if finite else (keys(result, dtype) >= INF[dtype]).sum()
     return result, (m_f, m_r), new_fisher, [*sums, count]
 
 
@@ -516,63 +483,27 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def combine(
-    params: Sequence[Tensor],
-    g_f: Sequence[Tensor],
-    g_r: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    fishers: Sequence[Tensor | None],
-    out: Sequence[Tensor],
-    held: Sequence[Tensor | None],
-    taus: Tensor,
-    pool_f: Sequence[int],
-    pool_r: Sequence[int],
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-    penalty: str,
-    update: str,
-    terms: tuple[bool, bool, bool],
-    online: float | None,
-    inv_scale: Tensor | None,
-    dtype: torch.dtype,
-    stats: Tensor,
-) -> None:
+def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     """Steps 2 to 5 of method.md: regions, penalty, modulation and combination.
 
     Args:
-        params, g_f, g_r: theta and the two gradients, shapes equal tensor by tensor.
-        anchors, fishers: theta0 and F, or None in all places (then no penalty); of any floating
-            dtype each, and on the parameter's device or the CPU.
-        out: receives G; may be g_r[i] or g_f[i] itself.
-        held: where not None, receives theta on the unrelated scalars and NaN elsewhere
-            (`unrelated="freeze"`); may be g_f[i] itself where out[i] is not.
+        columns: what is read, and written in place.
         taus: the keys that `select` returned; a key of 0 selects every non-zero scalar.
-        pool_f, pool_r: which of them is tau_f of a tensor, and which its tau_r.
-        alpha: weight of g_f on the overlap.
-        gamma: penalty strength times the scale of F; a float or a 0-d tensor on the device.
-        penalty: "partial", "full" or "none".
-        update: "added", "replaced" or "routed".
-        terms: which of g_f, g_r + p and m are summed (not for "routed").
-        online: where not None, F += online * (g_r^2 - F) in place, after F was used; with
-            online = 1 / (n + 1) after n updates F is the mean of the squares.
-        inv_scale: where not None, a 0-d float32 tensor: both gradients are multiplied by it before
-            all but the comparison with the keys, which are those of the gradients as they come.
-        dtype: working dtype of the selection; the arithmetic runs in it too.
+        how: the options.
         stats: float64 vector of len(STATS), added to.
     """
     taus = taus.clamp(min=1)  # zeros are never selected
     numbers = taus.tolist() if taus.device.type == "cpu" else None
-    buffers = _Rows()
+    buffers, weights = _Rows(), how.weights()
     rows = []
-    for i, theta in enumerate(params):
-        row = [out[i], theta, g_f[i], g_r[i]]
-        row += [t for t in (anchors[i], fishers[i], held[i]) if t is not None]
-        rows.append(row)
+    for theta, g_f, g_r, anchor, fisher, out, held in zip(*columns.tensors, strict=True):
+        rest = [t for t in (anchor, fisher, held) if t is not None]
+        rows.append([out, theta, g_f, g_r, *rest])
     has_anchor, has_fisher, has_held = (
-        bool(params) and column[0] is not None for column in (anchors, fishers, held)
+        bool(rows) and column[0] is not None
+        for column in (columns.anchors, columns.fishers, columns.held)
     )
-    for (pool, other), pack in _packs(rows, list(zip(pool_f, pool_r, strict=True))):
+    for (pool, other), pack in _packs(rows, list(zip(columns.pool_f, columns.pool_r, strict=True))):
         device = pack[0][0].device
         result, (m_f, m_r), new_fisher, sums = _combine_pack(
             pack,
@@ -580,15 +511,11 @@ def combine(
             has_fisher,
             numbers[pool] if numbers else taus[pool].to(device),
             numbers[other] if numbers else taus[other].to(device),
-            alpha=alpha,
-            gamma=_scalar(gamma, device),
-            penalty=penalty,
-            update=update,
-            terms=terms,
-            online=online,
-            inv_scale=_scalar(inv_scale, device),
-            dtype=dtype,
-            rows=buffers,
+            how._replace(
+                gamma=_scalar(how.gamma, device), inv_scale=_scalar(how.inv_scale, device)
+            ),
+            weights,
+            buffers,
         )
         stats += torch.stack(sums).to(stats)
         targets = [(0, result)]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import _tables, reference
 from ._tables import KINDS, Launch
-from .reference import STATS
+from .contract import STATS, Columns, Update
 
 __all__ = [
     "available",
@@ -431,75 +431,44 @@ def _rows_table(
 
 @torch.compiler.disable
 @torch.no_grad()
-def combine(
-    params: Sequence[Tensor],
-    g_f: Sequence[Tensor],
-    g_r: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    fishers: Sequence[Tensor | None],
-    out: Sequence[Tensor],
-    held: Sequence[Tensor | None],
-    taus: Tensor,
-    pool_f: Sequence[int],
-    pool_r: Sequence[int],
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-    penalty: str,
-    update: str,
-    terms: tuple[bool, bool, bool],
-    online: float | Tensor | None,
-    inv_scale: Tensor | None,
-    dtype: torch.dtype,
-    stats: Tensor,
-) -> None:
+def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     """As `reference.combine`; `online` may be a 0-d tensor too. Tensors are read on the device."""
     device = stats.device
-    rows: list[Row] = list(zip(params, g_f, g_r, anchors, fishers, out, held, strict=True))
+    rows: list[Row] = list(zip(*columns.tensors, strict=True))
     table, others = None, list(range(len(rows)))
-    if dtype == torch.float32 and taus.device == device:
-        table, others = _rows_table("combine", rows, device, list(zip(pool_f, pool_r)))
+    if how.dtype == torch.float32 and taus.device == device:
+        pairs = list(zip(columns.pool_f, columns.pool_r, strict=True))
+        table, others = _rows_table("combine", rows, device, pairs)
     if table is not None:
+        there = {name: _there(getattr(how, name), device) for name in _SCALARS}
         with _on(device):
-            _combine(
-                table, taus, stats, alpha=alpha, gamma=_there(gamma, device),
-                penalty=penalty if terms[1] else "none", update=update, terms=terms,
-                online=_there(online, device), inv_scale=_there(inv_scale, device),
-            )  # fmt: skip
+            _combine(table, taus, how._replace(**there), stats)
     if others:
-        pick = lambda column: [column[i] for i in others]  # noqa: E731
-        reference.combine(
-            pick(params), pick(g_f), pick(g_r), pick(anchors), pick(fishers), pick(out),
-            pick(held), taus, pick(pool_f), pick(pool_r), alpha=alpha, gamma=gamma,
-            penalty=penalty, update=update, terms=terms,
-            online=online.item() if isinstance(online, Tensor) else online,
-            inv_scale=inv_scale, dtype=dtype, stats=stats,
-        )  # fmt: skip
+        online = how.online.item() if isinstance(how.online, Tensor) else how.online
+        reference.combine(columns.rows(others), taus, how._replace(online=online), stats)
+
+
+_SCALARS = ("gamma", "online", "inv_scale")
 
 
 def _there(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _combine(
-    table: _Table, taus: Tensor, stats: Tensor, *, alpha: float, gamma: float | Tensor,
-    penalty: str, update: str, terms: tuple[bool, bool, bool], online: float | Tensor | None,
-    inv_scale: Tensor | None,
-) -> None:  # fmt: skip
+def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
     kernels, device = _kernels(), table.chunks.device
     n_chunks = table.chunks.shape[1]
     partial = torch.empty(len(STATS), n_chunks, dtype=torch.float64, device=device)
-    routed = update == "routed"
-    first, second, third = (float(on) for on in terms)
-    blend = 1.0 if routed else third + (first if update == "replaced" else 0.0)
+    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    gamma, online, inv_scale = how.gamma, how.online, how.inv_scale
     for kinds, start, count in table.launches:
         theta, f, r, anchor, fisher, to, kept = kinds
         kernels.combine_kernel[(count,)](
-            table.chunks, n_chunks, start, taus, second, third, blend * (1 - alpha),
+            table.chunks, n_chunks, start, taus, on_r, on_m, blend,
             gamma, 0.0 if online is None else online, 1.0 if inv_scale is None else inv_scale,
             partial,
             THETA=theta, F=f, R=r, ANCHOR=anchor, FISHER=fisher, OUT=to, HELD=kept,
-            ROUTED=routed, FIRST=bool(first),
+            ROUTED=bool(only_r), FIRST=bool(on_f),
             PENALTY=_PENALTY[penalty] if anchor >= 0 and fisher >= 0 else 0,
             ONLINE=int(online is not None and fisher >= 0), SCALED=inv_scale is not None,
             GAMMA_AT=isinstance(gamma, Tensor), ONLINE_AT=isinstance(online, Tensor),
