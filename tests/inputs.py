@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ebu_optim.kernels import cpu, reference, triton
+from ebu_optim.kernels import _chunked_selection, _pieces, chunked, cpu, reference, triton
 from ebu_optim.kernels.contract import Columns, Update
 
 from . import oracle
@@ -53,7 +53,10 @@ def _native(lanes):
 
 NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
 #: For parametrize: every backend that runs on a CPU, as `kernels`.
-BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
+PLAIN = [
+    pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (reference, chunked)
+]
+BACKENDS = [*PLAIN, *NATIVE]
 if os.environ.get("TRITON_INTERPRET") == "1":  # a process of `test_triton.py`
     BACKENDS = [pytest.param(triton, id="triton")]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS)
@@ -119,15 +122,20 @@ def numpy(tensors):
 
 @contextmanager
 def constants(values):
-    """Yield the calls of reference's `_scan` as (lo, hi, above, inside, collected)."""
-    scans, scan = [], reference._scan
+    """Yield the calls of `_chunked_selection._scan` as (lo, hi, above, inside, collected)."""
+    scans, scan = [], _chunked_selection._scan
 
     def recorded(grads, lo, hi, dtype, collect):
         above, inside, nonfinite, kept = scan(grads, lo, hi, dtype, collect)
         scans.append((lo, hi, above, inside, kept is not None))
         return above, inside, nonfinite, kept
 
-    with mock.patch.multiple(reference, **values, _scan=recorded):
+    walk = {name: value for name, value in values.items() if name == "CHUNK_CPU"}
+    rest = {name: value for name, value in values.items() if name not in walk}
+    with (
+        mock.patch.multiple(_pieces, **walk or {"CHUNK_CPU": _pieces.CHUNK_CPU}),
+        mock.patch.multiple(_chunked_selection, **rest, _scan=recorded),
+    ):
         yield scans
 
 

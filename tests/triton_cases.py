@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebu_optim import EBUOptimizer, kernels
-from ebu_optim.kernels import _tables, reference
+from ebu_optim.kernels import _tables, chunked, reference
 from ebu_optim.kernels import triton as fused
 from ebu_optim.kernels.contract import Columns, Update
 
@@ -364,9 +364,9 @@ def test_rows_that_the_kernel_does_not_take_go_to_the_reference():
         @staticmethod
         def combine(columns, *args):
             with pytest.MonkeyPatch.context() as patch:
-                plain = reference.combine
+                plain = chunked.combine
                 patch.setattr(
-                    reference, "combine", lambda c, *a: (calls.append(len(c.params)), plain(c, *a))
+                    chunked, "combine", lambda c, *a: (calls.append(len(c.params)), plain(c, *a))
                 )
                 fused.combine(columns, *args)
             taken.append(len(columns.params) - sum(calls))

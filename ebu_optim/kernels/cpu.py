@@ -1,7 +1,7 @@
 """The fused kernels for a CPU: the contract of `reference` over the C extension `_cpu`.
 
 Here tensors become tables of addresses; the work is in _cpu.c. What that does not take (float64,
-layouts that are not dense, theta0 or F on another device) goes to the reference, tensor by tensor
+layouts that are not dense, theta0 or F on another device) goes to `chunked`, tensor by tensor
 where it can. The results are the same: keys, masks and counts bit for bit.
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 import torch  # first: the extension uses the OpenMP library that torch has loaded
 from torch import Tensor
 
-from . import reference
+from . import chunked
+from ._pieces import flat
+from .chunked import scale
 from .contract import STATS, Columns, Update
-from .reference import scale
 
 _missing = ""
 try:
@@ -75,7 +76,7 @@ def _flat(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return columns
     if not all(t.is_cpu and t.dtype in _KIND for t in columns):
         return None
-    return reference._flat(columns)
+    return flat(columns)
 
 
 def _walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -135,7 +136,7 @@ def _select(
         if not 1 <= k <= n:
             raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
         if rest or dtype != torch.float32:
-            keys[p : p + 1], nonfinite[p : p + 1] = reference.select([(grads, k)], dtype)
+            keys[p : p + 1], nonfinite[p : p + 1] = chunked.select([(grads, k)], dtype)
             continue
         tensors += flat
         end.extend(accumulate(t.numel() for t in flat))  # counted from the pool's start
@@ -164,7 +165,7 @@ def histogram(
     """As `reference.histogram`."""
     taken, rest = _walkable(grads)
     if rest or dtype != torch.float32:
-        return reference.histogram(grads, prefix, shift, bits, dtype)
+        return chunked.histogram(grads, prefix, shift, bits, dtype)
     listed = _List(taken)
     counts = torch.zeros(1 << bits, dtype=torch.int64)
     prefix = int(prefix)
@@ -179,7 +180,7 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     """As `reference.finite_probe`."""
     taken, rest = _walkable(tensors)
     listed = _List(taken)
-    found = reference.finite_probe(rest) if rest else None
+    found = chunked.finite_probe(rest) if rest else None
     if listed.n:
         bad = _cpu.count_nonfinite(*listed.arguments(), _threads(listed.n))
         probe = torch.tensor(float("nan") if bad else 0.0)
@@ -198,7 +199,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     if how.dtype == torch.float32:
         taken, rows, left = _walkable_rows(taken)
     if left:
-        reference.combine(columns.rows(left), taus, how, stats)
+        chunked.combine(columns.rows(left), taus, how, stats)
     if not rows or how.dtype != torch.float32:
         return
     on_f, on_r, on_m, only_r, blend, penalty = how.weights()
@@ -251,7 +252,7 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
     for theta, kept in zip(params, held, strict=True):
         flat = _flat((theta, kept)) if kept is not None and kept.dtype == theta.dtype else None
         if flat is None:
-            reference.restore([theta], [kept])
+            chunked.restore([theta], [kept])
         else:
             pairs.append(flat)
     if pairs:

@@ -13,7 +13,7 @@ Selection, for both gradients and every pool at once:
 The combination is one pass over all columns, in place; its sums go through one small second kernel.
 
 What these kernels do not take (float64, layouts that differ between columns, theta0 or F on another
-device) goes to `reference`: the rows of a combination one by one, a selection as a whole. With
+device) goes to `chunked`: the rows of a combination one by one, a selection as a whole. With
 TRITON_INTERPRET=1, set before Triton is imported, all of this runs on CPU tensors, slowly.
 """
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _tables, reference
+from . import _tables, chunked
 from ._tables import KINDS, Launch
 from .contract import STATS, Columns, Update
 
@@ -232,7 +232,7 @@ def select(
     """As `reference.select`; the host waits for nothing, so the plan is all it knows."""
     grads = [g for members, _ in pools for g in members]
     if not _same_device(grads) or dtype != torch.float32:
-        return reference.select(pools, dtype)
+        return chunked.select(pools, dtype)
     device = grads[0].device
     plan, _alive = _read_plan(pools, device)
     with _on(device):
@@ -309,7 +309,7 @@ def histogram(
     """As `reference.histogram`."""
     grads = [g for g in grads if g.numel()]
     if not _same_device(grads) or dtype != torch.float32 or not 5 <= bits <= 12:
-        return reference.histogram(grads, prefix, shift, bits, dtype)
+        return chunked.histogram(grads, prefix, shift, bits, dtype)
     device = grads[0].device
     plan, _alive = _read_plan([(grads, 1)], device)
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=device)
@@ -331,7 +331,7 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     """As `reference.finite_probe`, in two launches for each dtype."""
     tensors = [t for t in tensors if t.numel()]
     if not _same_device(tensors):
-        return reference.finite_probe(tensors)
+        return chunked.finite_probe(tensors)
     plan, _alive = _read_plan([(tensors, 1)], tensors[0].device)
     bits = torch.zeros((), dtype=torch.int32, device=tensors[0].device)
     with _on(bits.device):
@@ -445,7 +445,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
             _combine(table, taus, how._replace(**there), stats)
     if others:
         online = how.online.item() if isinstance(how.online, Tensor) else how.online
-        reference.combine(columns.rows(others), taus, how._replace(online=online), stats)
+        chunked.combine(columns.rows(others), taus, how._replace(online=online), stats)
 
 
 _SCALARS = ("gamma", "online", "inv_scale")
@@ -480,7 +480,7 @@ def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """As `reference.scale`: its torch._foreach_mul_ takes many tensors a launch."""
-    reference.scale(tensors, factor)
+    chunked.scale(tensors, factor)
 
 
 @torch.compiler.disable
@@ -499,4 +499,4 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
                     table.chunks, table.chunks.shape[1], first, THETA=kinds[0], HELD=kinds[6],
                     CHUNK=_tables.CHUNK, TILE=TILE, **_OPTIONS,
                 )  # fmt: skip
-    reference.restore([rows[i][0] for i in others], [rows[i][6] for i in others])
+    chunked.restore([rows[i][0] for i in others], [rows[i][6] for i in others])
