@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ebu_optim.kernels import cpu, reference, triton
+from ebu_optim.kernels import _chunked_selection, _pieces, chunked, cpu, reference, triton
+from ebu_optim.kernels.contract import Columns, Update
 
 from . import devices, oracle
 
@@ -54,7 +55,10 @@ def _native(lanes):
 
 NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
 #: For parametrize: every backend of the device, as `kernels`.
-BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
+PLAIN = [
+    pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (reference, chunked)
+]
+BACKENDS = [*PLAIN, *NATIVE]
 if devices.chosen.type == "cuda":
     BACKENDS.append(pytest.param(triton, id="triton"))
 if os.environ.get("TRITON_INTERPRET") == "1":  # a process of `test_triton.py`
@@ -122,15 +126,20 @@ def numpy(tensors):
 
 @contextmanager
 def constants(values):
-    """Yield the calls of reference's `_scan` as (lo, hi, above, inside, collected)."""
-    scans, scan = [], reference._scan
+    """Yield the calls of `_chunked_selection._scan` as (lo, hi, above, inside, collected)."""
+    scans, scan = [], _chunked_selection._scan
 
     def recorded(grads, lo, hi, dtype, collect):
         above, inside, nonfinite, kept = scan(grads, lo, hi, dtype, collect)
         scans.append((lo, hi, above, inside, kept is not None))
         return above, inside, nonfinite, kept
 
-    with mock.patch.multiple(reference, **values, _scan=recorded):
+    walk = {name: value for name, value in values.items() if name == "CHUNK_CPU"}
+    rest = {name: value for name, value in values.items() if name not in walk}
+    with (
+        mock.patch.multiple(_pieces, **walk or {"CHUNK_CPU": _pieces.CHUNK_CPU}),
+        mock.patch.multiple(_chunked_selection, **rest, _scan=recorded),
+    ):
         yield scans
 
 
@@ -171,11 +180,12 @@ def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64)
     options = {"alpha": 0.6, "penalty": "partial", "update": "added"} | options
     terms = options.pop("terms", oracle.TERMS)
-    kernels.combine(
-        theta, g_f, g_r, anchor or none, fisher or none, out, held, taus, first, second,
+    columns = Columns(theta, g_f, g_r, anchor or none, fisher or none, out, held, first, second)
+    how = Update(
         gamma=gamma, terms=tuple(t in terms for t in oracle.TERMS), online=online,
-        inv_scale=inv_scale, dtype=dtype, stats=stats, **options,
+        inv_scale=inv_scale, dtype=dtype, **options,
     )  # fmt: skip
+    kernels.combine(columns, taus, how, stats)
     return out, held, dict(zip(reference.STATS, stats.tolist(), strict=True))
 
 

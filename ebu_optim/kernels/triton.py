@@ -13,7 +13,7 @@ Selection, for both gradients and every pool at once:
 The combination is one pass over all columns, in place; its sums go through one small second kernel.
 
 What these kernels do not take (float64, layouts that differ between columns, theta0 or F on another
-device) goes to `reference`: the rows of a combination one by one, a selection as a whole. With
+device) goes to `chunked`: the rows of a combination one by one, a selection as a whole. With
 TRITON_INTERPRET=1, set before Triton is imported, all of this runs on CPU tensors, slowly.
 """
 
@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _tables, reference
+from . import _tables, chunked
 from ._tables import KINDS, Launch
-from .reference import STATS
+from .contract import STATS, Columns, Update
 
 __all__ = [
     "available",
@@ -232,7 +232,7 @@ def select(
     """As `reference.select`; the host waits for nothing, so the plan is all it knows."""
     grads = [g for members, _ in pools for g in members]
     if not _same_device(grads) or dtype != torch.float32:
-        return reference.select(pools, dtype)
+        return chunked.select(pools, dtype)
     device = grads[0].device
     plan, _alive = _read_plan(pools, device)
     with _on(device):
@@ -309,7 +309,7 @@ def histogram(
     """As `reference.histogram`."""
     grads = [g for g in grads if g.numel()]
     if not _same_device(grads) or dtype != torch.float32 or not 5 <= bits <= 12:
-        return reference.histogram(grads, prefix, shift, bits, dtype)
+        return chunked.histogram(grads, prefix, shift, bits, dtype)
     device = grads[0].device
     plan, _alive = _read_plan([(grads, 1)], device)
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=device)
@@ -331,7 +331,7 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     """As `reference.finite_probe`, in two launches for each dtype."""
     tensors = [t for t in tensors if t.numel()]
     if not _same_device(tensors):
-        return reference.finite_probe(tensors)
+        return chunked.finite_probe(tensors)
     plan, _alive = _read_plan([(tensors, 1)], tensors[0].device)
     bits = torch.zeros((), dtype=torch.int32, device=tensors[0].device)
     with _on(bits.device):
@@ -431,75 +431,44 @@ def _rows_table(
 
 @torch.compiler.disable
 @torch.no_grad()
-def combine(
-    params: Sequence[Tensor],
-    g_f: Sequence[Tensor],
-    g_r: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    fishers: Sequence[Tensor | None],
-    out: Sequence[Tensor],
-    held: Sequence[Tensor | None],
-    taus: Tensor,
-    pool_f: Sequence[int],
-    pool_r: Sequence[int],
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-    penalty: str,
-    update: str,
-    terms: tuple[bool, bool, bool],
-    online: float | Tensor | None,
-    inv_scale: Tensor | None,
-    dtype: torch.dtype,
-    stats: Tensor,
-) -> None:
+def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     """As `reference.combine`; `online` may be a 0-d tensor too. Tensors are read on the device."""
     device = stats.device
-    rows: list[Row] = list(zip(params, g_f, g_r, anchors, fishers, out, held, strict=True))
+    rows: list[Row] = list(zip(*columns.tensors, strict=True))
     table, others = None, list(range(len(rows)))
-    if dtype == torch.float32 and taus.device == device:
-        table, others = _rows_table("combine", rows, device, list(zip(pool_f, pool_r)))
+    if how.dtype == torch.float32 and taus.device == device:
+        pairs = list(zip(columns.pool_f, columns.pool_r, strict=True))
+        table, others = _rows_table("combine", rows, device, pairs)
     if table is not None:
+        there = {name: _there(getattr(how, name), device) for name in _SCALARS}
         with _on(device):
-            _combine(
-                table, taus, stats, alpha=alpha, gamma=_there(gamma, device),
-                penalty=penalty if terms[1] else "none", update=update, terms=terms,
-                online=_there(online, device), inv_scale=_there(inv_scale, device),
-            )  # fmt: skip
+            _combine(table, taus, how._replace(**there), stats)
     if others:
-        pick = lambda column: [column[i] for i in others]  # noqa: E731
-        reference.combine(
-            pick(params), pick(g_f), pick(g_r), pick(anchors), pick(fishers), pick(out),
-            pick(held), taus, pick(pool_f), pick(pool_r), alpha=alpha, gamma=gamma,
-            penalty=penalty, update=update, terms=terms,
-            online=online.item() if isinstance(online, Tensor) else online,
-            inv_scale=inv_scale, dtype=dtype, stats=stats,
-        )  # fmt: skip
+        online = how.online.item() if isinstance(how.online, Tensor) else how.online
+        chunked.combine(columns.rows(others), taus, how._replace(online=online), stats)
+
+
+_SCALARS = ("gamma", "online", "inv_scale")
 
 
 def _there(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _combine(
-    table: _Table, taus: Tensor, stats: Tensor, *, alpha: float, gamma: float | Tensor,
-    penalty: str, update: str, terms: tuple[bool, bool, bool], online: float | Tensor | None,
-    inv_scale: Tensor | None,
-) -> None:  # fmt: skip
+def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
     kernels, device = _kernels(), table.chunks.device
     n_chunks = table.chunks.shape[1]
     partial = torch.empty(len(STATS), n_chunks, dtype=torch.float64, device=device)
-    routed = update == "routed"
-    first, second, third = (float(on) for on in terms)
-    blend = 1.0 if routed else third + (first if update == "replaced" else 0.0)
+    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    gamma, online, inv_scale = how.gamma, how.online, how.inv_scale
     for kinds, start, count in table.launches:
         theta, f, r, anchor, fisher, to, kept = kinds
         kernels.combine_kernel[(count,)](
-            table.chunks, n_chunks, start, taus, second, third, blend * (1 - alpha),
+            table.chunks, n_chunks, start, taus, on_r, on_m, blend,
             gamma, 0.0 if online is None else online, 1.0 if inv_scale is None else inv_scale,
             partial,
             THETA=theta, F=f, R=r, ANCHOR=anchor, FISHER=fisher, OUT=to, HELD=kept,
-            ROUTED=routed, FIRST=bool(first),
+            ROUTED=bool(only_r), FIRST=bool(on_f),
             PENALTY=_PENALTY[penalty] if anchor >= 0 and fisher >= 0 else 0,
             ONLINE=int(online is not None and fisher >= 0), SCALED=inv_scale is not None,
             GAMMA_AT=isinstance(gamma, Tensor), ONLINE_AT=isinstance(online, Tensor),
@@ -511,7 +480,7 @@ def _combine(
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """As `reference.scale`: its torch._foreach_mul_ takes many tensors a launch."""
-    reference.scale(tensors, factor)
+    chunked.scale(tensors, factor)
 
 
 @torch.compiler.disable
@@ -530,4 +499,4 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
                     table.chunks, table.chunks.shape[1], first, THETA=kinds[0], HELD=kinds[6],
                     CHUNK=_tables.CHUNK, TILE=TILE, **_OPTIONS,
                 )  # fmt: skip
-    reference.restore([rows[i][0] for i in others], [rows[i][6] for i in others])
+    chunked.restore([rows[i][0] for i in others], [rows[i][6] for i in others])
