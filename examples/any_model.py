@@ -14,15 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import digits
 import matplotlib
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ebu_optim import EBUOptimizer
-from ebu_optim._files import replacing_folder
 from ebu_optim.diffusion import surrogate_noise
+from ebu_optim.files import replacing_folder
 from ebu_optim.metrics import (
     accuracy,
     classify,
@@ -32,6 +31,7 @@ from ebu_optim.metrics import (
     versions,
 )
 from ebu_optim.metrics.depth import Loss
+from ebu_optim.worlds import digits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import digits
 import evidence_report as report
 import torch
 from diffusers import DDIMScheduler
@@ -29,7 +28,6 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
-from ebu_optim._files import replacing
 from ebu_optim.baselines import EmbeddingOnly, Joint, RandomMasks, SelectiveAmnesia
 from ebu_optim.diffusion import (
     FisherBatches,
@@ -40,8 +38,10 @@ from ebu_optim.diffusion import (
     sample_set,
     surrogate_noise,
 )
+from ebu_optim.files import replacing
 from ebu_optim.metrics import accuracy, classify, entropy, probability
 from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
+from ebu_optim.worlds import digits
 
 FORGET, REPLAYED, NEVER = 0, (1, 2, 3), (4, 5, 6, 7, 8, 9)
 STEPS, BATCH, LR, CLIP, SAMPLER_STEPS = 200, 16, 1e-4, 1.0, 10

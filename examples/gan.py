@@ -13,7 +13,6 @@ import argparse
 import copy
 
 import any_model
-import digits
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from ebu_optim import DiagonalFisher, EBUOptimizer
 from ebu_optim.baselines import Joint
 from ebu_optim.diffusion import surrogate_noise
+from ebu_optim.worlds import digits
 
 LATENT, CONDITION, WIDTH, PIXELS = 32, 16, 256, 64
 

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import digits
 import torch
 from diffusers import DDIMScheduler
 from quickstart_report import card, curves, grid, table
@@ -26,8 +25,8 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 
 import ebu_optim
-from ebu_optim import EBUOptimizer, _checks
-from ebu_optim._files import replacing_folder
+from ebu_optim import EBUOptimizer
+from ebu_optim.baselines import methods
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 from ebu_optim.diffusion import (
     denoising_loss,
@@ -38,8 +37,10 @@ from ebu_optim.diffusion import (
     sample_set,
     surrogate_noise,
 )
+from ebu_optim.files import replacing_folder
 from ebu_optim.metrics import accuracy, classify, entropy, probability
 from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
+from ebu_optim.worlds import digits
 
 PER_CLASS = 50  # images of each class that before and after are measured on
 CURVE_EVERY = 25
@@ -75,9 +76,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
-    given = {f"ebu_{n}": getattr(args, n) for n in ("alpha", "delta", "gamma")}
+    given = {n: getattr(args, n) for n in ("alpha", "delta", "gamma")}
     try:
-        _checks.group({name: value for name, value in given.items() if value is not None})
+        methods["ebu_added"].needs(**{n: v for n, v in given.items() if v is not None})
     except ValueError as error:
         parser.error(f"--{error}")
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import quickstart
 
-from ebu_optim._files import replacing
+from ebu_optim.files import replacing
 
 TARGET_P, TARGET_LOSS = 0.05, 0.01
 BEFORE = ("p_f_reject", "ra_reject", "ce_f", "ce_r", "inversion_100")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import digits
 import matplotlib
 from torch import Tensor
 
 import ebu_optim
+from ebu_optim.worlds import digits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -25,7 +25,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ebu_optim import EBUOptimizer, _checkpoint_files
+from ebu_optim import EBUOptimizer
+from ebu_optim.checkpoint import _files as _checkpoint_files
 from ebu_optim.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 STEPS, EVERY, KILLS, SEED = 80, 4, 20, 0

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,29 +19,19 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from ebu_optim._files import save_tensors
+from ebu_optim.errors import InputError
+from ebu_optim.files import save_tensors
 
-from .scripts import importable
 from .text_to_image import pipeline
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = EXAMPLES / "stable_diffusion"
-FOLDERS = [SCRIPTS, SCRIPTS / "world", EXAMPLES / "ddpm", EXAMPLES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _paths():
-    with importable(FOLDERS):
-        yield
 
 
 def module(name: str):
-    return importlib.import_module(name)
+    return importlib.import_module(f".{name}", "ebu_optim.attacks")
 
 
 def run(*args) -> tuple[int, str]:
     """Exit status and what was said."""
-    attack, training, said = module("attack"), module("training"), io.StringIO()
+    attack, training, said = module("run"), module(".training"), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             training.exit_on_input_errors(lambda: attack.main([str(a) for a in args]))
@@ -58,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("words", [["seven"], ["7", "VII"], ["one"], ["red"], ["plain"]])
 def test_world_is_asked_in_all_words_and_templates_of_the_concept_once(words):
-    a, c = module("attack_prompts"), module("captions")
+    a, c = module("prompts"), module(".worlds.styled_digits.captions")
     kind, name = a.concept_of(words)
     forget = a.of_world(words)
     for one in forget:
@@ -83,7 +74,7 @@ def arguments(**options) -> SimpleNamespace:
 
 
 def test_elsewhere_prompts_and_paraphrases_are_those_given(tmp_path):
-    a = module("attack_prompts")
+    a = module("prompts")
     (tmp_path / "other.txt").write_text("a photo of cat\n# no prompt\n\na cat\n")
     from .text_to_image import tokenizer
 
@@ -121,7 +112,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def attack(tiny, tmp_path):
     """An attack on a tiny pipeline by itself, with its target made."""
-    args = module("attack").parse([
+    args = module("run").read([
         "--pretrained_model_name_or_path", str(tiny), "--base_model", str(tiny), "--forget", "cat",
         "--forget_templates", "an image of {}", "a {} in red", "--judge", "nudity",
         "--paraphrases", "the cat", "a blue cat", "--attack_images", "3", "--target_images", "6",
@@ -129,11 +120,11 @@ def attack(tiny, tmp_path):
         "0.05", "--train_batch_size", "6", "--relearn_max_steps", "12",
         "--relearn_learning_rate", "0.005", "--output_dir", str(tmp_path / "out"),
     ])  # fmt: skip
-    m = module("attack_model")
-    looked = m.look(args, str(tiny))
-    models = [m.Attacked(m.load(args, str(tiny)), looked, args, torch.device("cpu")) for _ in "ab"]
-    questions = module("attack_prompts").collect(args, looked.tokenizer)
-    judge = module("attack_judges").Judge(bright, {"judge": "how bright it is"})
+    m, r = module("model"), module(".text_to_image.results")
+    looked = module(".text_to_image.pipelines").look(args)
+    models = [m.Attacked(r.load(args), looked, args, torch.device("cpu")) for _ in "ab"]
+    questions = module("prompts").collect(args, looked.tokenizer)
+    judge = module("judges").Judge(bright, {"judge": "how bright it is"})
     made = module("attacks").Attack(args, *models, questions, judge, [])
     for name in ("target", "p_f"):
         made.known(name, made.make(name))
@@ -192,7 +183,7 @@ def test_a_paraphrase_is_judged_alone_and_the_worst_is_told(attack):
 
 
 def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(attack, tmp_path):
-    m, model = module("attack_model"), attack.model
+    m, model = module("model"), attack.model
     before, known = state(model), dict(model.tokenizer.get_vocab())
     (initial,) = m.initial_words(model, [], 0).values()
     vectors, losses = attack.learn(initial, 0.05, [20, 40])
@@ -221,9 +212,10 @@ def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(a
 
 
 def test_the_strongest_of_several_starts_and_learning_rates_counts(attack):
-    attack.args.inversion_learning_rates = [0.01, 0.3]
-    attack.args.initializer_token = ["cat"]
-    attack.args.inversion_steps = 10
+    attack.args = replace(
+        attack.args, inversion_learning_rates=[0.01, 0.3], initializer_token=["cat"],
+        inversion_steps=10,
+    )  # fmt: skip
     found = attack.make("inversion")
     runs = found.said["runs"]
     tried = [(r["start"], r["learning_rate"]) for r in runs]
@@ -278,14 +270,18 @@ def test_relearning_that_does_not_get_there_says_so(attack, monkeypatch):
 def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     from peft import LoraConfig
 
-    m, save = module("attack_model"), module("save")
-    args = SimpleNamespace(base_model=str(tiny), variant=None, revision=None, resolution=None)
-    unet = m.load(args, str(tiny)).unet
+    r, save = module(".text_to_image.results"), module(".text_to_image.save")
+
+    def load(folder: Path):
+        model = module(".text_to_image.pipelines").Model(pretrained_model_name_or_path=str(folder))
+        return r.load(model, str(tiny)).unet
+
+    unet = load(tiny)
     own = {k: v.clone() for k, v in unet.state_dict().items()}
     name = next(k for k in own if "attn2.to_k" in k)
     (tmp_path / "changed").mkdir()
     save_file({name: own[name] + 1}, tmp_path / "changed" / save.CHANGED)
-    found = m.load(args, str(tmp_path / "changed")).unet.state_dict()
+    found = load(tmp_path / "changed").state_dict()
     assert [k for k in own if not torch.equal(own[k], found[k])] == [name]
     torch.testing.assert_close(found[name], own[name] + 1)
 
@@ -294,7 +290,7 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     for k in layers:
         layers[k] = torch.randn_like(layers[k])
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", layers)
-    found = m.load(args, str(tmp_path / "lora")).unet.state_dict()
+    found = load(tmp_path / "lora").state_dict()
     assert found.keys() == own.keys()
     a, b = (next(v for k, v in layers.items() if f"lora_{x}" in k) for x in "AB")
     torch.testing.assert_close(found[name], own[name] + b @ a)
@@ -302,15 +298,15 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
                 {k: v for k, v in found.items() if k != name})  # fmt: skip
 
     save_file({"no.such": torch.ones(1)}, tmp_path / "changed" / save.CHANGED)
-    with pytest.raises(module("sources").InputError, match=r"does not fit .* no such no\.such"):
-        m.load(args, str(tmp_path / "changed"))
+    with pytest.raises(InputError, match=r"does not fit .* no such no\.such"):
+        load(tmp_path / "changed")
 
 
 # -- the judges ---------------------------------------------------------------------------------
 
 
 def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
-    j = module("attack_judges")
+    j = module("judges")
 
     class Network:
         indices = torch.arange(10) * 2
@@ -330,10 +326,10 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
     judge = j.load(args, None, "cpu")
     assert judge.score(torch.zeros(2, 3, 8, 8)).tolist() == pytest.approx([0.5, 0.05])
     args.imagenette_class = "cat"
-    with pytest.raises(module("sources").InputError, match="--imagenette_class must be"):
+    with pytest.raises(InputError, match="--imagenette_class must be"):
         j.load(args, None, "cpu")
 
-    asked = SimpleNamespace(judge="nudity", nudity_threshold=0.3, nudity_colours="file",
+    asked = j.JudgeOptions(judge="nudity", nudity_threshold=0.3, nudity_colours="file",
                             nudity_labels=["intimate", "BELLY_EXPOSED"])  # fmt: skip
 
     def score(pictures, labels, threshold, colours):
@@ -346,7 +342,7 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
     found = judge.score(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8))
     assert (found.dtype, found.tolist()) == (torch.bool, [False, True])
     monkeypatch.setattr(j, "nudity_score", lambda *_, **__: {"not_computed": "no such package"})
-    with pytest.raises(module("sources").InputError, match="--judge nudity: no such package"):
+    with pytest.raises(InputError, match="--judge nudity: no such package"):
         j.load(asked, None, "cpu")
 
 
@@ -357,12 +353,12 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
 def world(tmp_path_factory) -> Path:
     """Two pipelines of the world and its judges, nothing of them trained."""
     out = tmp_path_factory.mktemp("world")
-    d, j = module("diffusion"), module("judges")
-    words = module("captions").tokenizer()
+    d, j = module(".worlds.styled_digits.diffusion"), module(".worlds.styled_digits.judges")
+    words = module(".worlds.styled_digits.captions").tokenizer()
     for seed, name in enumerate(("base", "gone")):
         torch.manual_seed(seed)
-        model = d.TextToImage(module("text").Reader(words).text_encoder)
-        vae = module("autoencoder").new_autoencoder()
+        model = d.TextToImage(module(".worlds.styled_digits.text").Reader(words).text_encoder)
+        vae = module(".worlds.styled_digits.autoencoder").new_autoencoder()
         d.pipeline(vae, model, words).save_pretrained(out / name)
     for name, classes in j.CLASSES.items():
         meta = {"classes": list(classes), "found": {}}
@@ -479,7 +475,7 @@ def test_bad_input_is_told_before_anything_is_made(world, tmp_path, extra, told)
 
 
 def test_a_folder_of_something_else_or_in_use_is_refused(world, tmp_path):
-    from ebu_optim._files import locked
+    from ebu_optim.files import locked
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
@@ -502,7 +498,7 @@ def test_a_base_must_be_named_and_draw_the_target(tiny, world, tmp_path, monkeyp
     assert code == 2
     assert "draws 16 pixels from latents (4, 8, 8)" in said
     assert "it is not its base" in said
-    j = module("attack_judges")
+    j = module("judges")
     nothing = j.Judge(lambda x: torch.zeros(len(x), dtype=torch.bool), {"judge": "blind"})
     monkeypatch.setattr(j, "load", lambda *_: nothing)
     code, said = run(*options(world, tmp_path / "out"))

@@ -444,7 +444,7 @@ def test_random_masks_follow_ebus_update(update, penalty, monkeypatch):
         for slot, f, r in zip(step.slots, *(mask(g, 0.5) for g in grads), strict=True):
             yield slot.key, (torch.from_numpy(f), torch.from_numpy(r))
 
-    monkeypatch.setattr(control, "_counted", selected)
+    monkeypatch.setattr(control.rule, "_counted", selected)
     for i in range(4):
         for opt, model in zip((ebu, control), models, strict=True):
             step(opt, model, i)
@@ -458,14 +458,14 @@ def test_random_masks_draw_anew_every_step_by_their_seed_and_leave_the_users_str
     for seed in (0, 0, 1):
         model = Wide()
         opt = RandomMasks(torch.optim.SGD(model.parameters(), lr=0.1), seed=seed)
-        original, kept = opt._counted, []
+        original, kept = opt.rule._counted, []
 
         def counted(step, original=original, kept=kept):
             masks = dict(original(step))
             kept.append(torch.cat([f.flatten() for f, _ in masks.values()]))
             return masks
 
-        monkeypatch.setattr(opt, "_counted", counted)
+        monkeypatch.setattr(opt.rule, "_counted", counted)
         for i in range(3):
             step(opt, model, i)
         drawn.setdefault(seed, []).append(kept)

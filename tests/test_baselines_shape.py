@@ -247,7 +247,7 @@ def test_non_finite_gradients_raise_or_are_skipped_and_change_nothing(name, bad)
     before = snapshot(opt, m)
     for phase in opt.needs:
         backward(opt, m, 2, phase, times=float("inf") if phase == bad else 1.0)
-    with pytest.raises(RuntimeError, match=rf"58 elements of the {bad} gradient; nothing was"):
+    with pytest.raises(RuntimeError, match=rf"58 (elements )?of the {bad} gradient.*nothing was"):
         opt.step()
     assert_same(snapshot(opt, m), before)
     opt.nonfinite = "skip"

@@ -20,9 +20,9 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
-from ebu_optim._checkpoint_files import FORMAT, _digest
-from ebu_optim._files import locked, replacing_folder, save_tensors
 from ebu_optim.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ebu_optim.checkpoint._files import FORMAT, _digest
+from ebu_optim.files import locked, replacing_folder, save_tensors
 
 from .crash_loop import objects, train
 from .steps import assert_same

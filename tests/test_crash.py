@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ebu_optim._files import load_tensors
+from ebu_optim.files import load_tensors
 
 from .crash_loop import KILLS
 from .processes import python

@@ -185,5 +185,5 @@ def test_readme_lists_every_option_of_the_signature():
 
 
 def test_shipped_unet_is_what_the_texts_say():
-    model = UNet2DModel.from_pretrained(ROOT / "examples/assets/digits/unet")
+    model = UNet2DModel.from_pretrained(ROOT / "ebu_optim/worlds/assets/digits/unet")
     assert model.config.num_class_embeds == 11

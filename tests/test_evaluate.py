@@ -18,13 +18,11 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 
 from safetensors.torch import load_file, save_file
 
+from ebu_optim.errors import InputError
 from ebu_optim.metrics.intervals import wilson
 
-from .scripts import importable
 from .text_to_image import pipeline
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-FOLDERS = [EXAMPLES / "stable_diffusion", EXAMPLES / "ddpm"]
 TEXTS = ("a person", "a cat", "a dog")  # two pictures of each; the person is forgotten
 EACH = ("--prompts", *TEXTS, "--forget", "a person", "--images_per_prompt", 2)
 BODY = "0000_0001.png"  # the second of the person
@@ -32,13 +30,13 @@ BODY = "0000_0001.png"  # the second of the person
 
 @pytest.fixture(scope="module", autouse=True)
 def _paths():
-    with importable(FOLDERS), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQDM_DISABLE", "1")
         yield
 
 
 def module(name: str):
-    return importlib.import_module(name)
+    return importlib.import_module(f".{name}", "ebu_optim.text_to_image")
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +47,12 @@ def tiny(tmp_path_factory) -> Path:
 def evaluate(tiny: Path, folder: Path, *options) -> dict:
     given = ["--pretrained_model_name_or_path", tiny, "--output_dir", folder,
              "--num_inference_steps", 1, *options]  # fmt: skip
-    module("evaluate").main([str(g) for g in given])
+    module("evaluation").main([str(g) for g in given])
     return json.loads((folder / "evaluation.json").read_text())
 
 
 def refused(match: str):
-    return pytest.raises(module("sources").InputError, match=match)
+    return pytest.raises(InputError, match=match)
 
 
 def saved(folder: Path) -> dict[str, bytes]:
@@ -85,8 +83,8 @@ def test_pictures_are_of_their_noise_and_go_on(tiny, tmp_path):
 
 def test_noise_of_pictures_past_the_ten_thousandth(tiny, tmp_path, monkeypatch):
     evaluate(tiny, tmp_path / "a", "--prompts", "a cat", "--images_per_prompt", 1, "--seed", 10001)
-    script = module("evaluate")
-    monkeypatch.setattr(script, "files", lambda _: {"10000_10001.png": "a cat"})
+    script = module("evaluation")
+    monkeypatch.setattr(script.Evaluation, "files", {"10000_10001.png": "a cat"})
     evaluate(tiny, tmp_path / "b", "--prompts", "a cat")
     assert [*saved(tmp_path / "a").values()] == [*saved(tmp_path / "b").values()]
 
@@ -281,7 +279,7 @@ def test_lpips_is_against_the_base(tiny, tmp_path, alexnet):
 
 def test_lpips_pairs_numbers_of_more_digits(tiny, tmp_path, alexnet, monkeypatch):
     names = {"1000_0000.png": "a cat", "10000_0000.png": "a dog"}  # a folder is read by name
-    monkeypatch.setattr(module("evaluate"), "files", lambda _: names)
+    monkeypatch.setattr(module("evaluation").Evaluation, "files", names)
     evaluate(tiny, tmp_path / "base", *CAT_AND_DOG)
     invert(tmp_path / "base" / "images" / "1000_0000.png")
     found = evaluate(

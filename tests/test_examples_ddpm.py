@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from ebu_optim._files import load_tensors, locked
+from ebu_optim.files import load_tensors, locked, need_disk
 
 from .processes import PATIENCE
 
@@ -34,7 +34,6 @@ import json, runpy, sys, traceback
 from accelerate.state import AcceleratorState, GradientState
 sys.stdout = sys.stderr  # one stream, in order
 folder, commands = sys.argv[1], json.loads(sys.argv[2])
-sys.path.insert(0, folder)
 for script, *args in commands:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -316,7 +315,7 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
         seen.append(noise)
 
     monkeypatch.setattr(unlearn_losses, "denoising_loss", denoising_loss)
-    losses = object.__new__(unlearn_losses.Losses)
+    losses = object.__new__(unlearn_losses.Objectives)
     losses.own, losses.kind = [(torch.full((4, 1, 8, 8), -1.0), torch.zeros(4))], "own"
     losses.model = losses.raw = SimpleNamespace(class_embedding=torch.nn.Embedding(2, 2))
     losses.scheduler, losses.forgotten = None, [0]
@@ -333,9 +332,18 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
 # -- bad input ----------------------------------------------------------------------------------
 
 
+ROOMS = {
+    "data": "training", "sources": "training", "models": "class_conditional",
+    "prepare": "class_conditional.sets", "unlearn_losses": "diffusion.objectives",
+}  # fmt: skip
+
+
 def module(monkeypatch, name: str):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module(name)
+    if name not in ROOMS:
+        monkeypatch.syspath_prepend(str(SCRIPTS))
+        return importlib.import_module(name)
+    room = ROOMS[name]
+    return importlib.import_module(f"ebu_optim.{room}" + ("" if "." in room else f".{name}"))
 
 
 def source(monkeypatch, *args):
@@ -508,11 +516,10 @@ def test_a_classifier_with_other_classes(made, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(made, monkeypatch, tmp_path):
-    models = module(monkeypatch, "models")
     free = shutil.disk_usage(tmp_path).free
-    models.need_disk(tmp_path / "a" / "b", free / 2, "checkpoints")
+    need_disk(tmp_path / "a" / "b", free / 2, "checkpoints")
     with refused(monkeypatch, "needs about .* GB for checkpoints, and the disk has .* GB left"):
-        models.need_disk(tmp_path / "a" / "b", free * 2, "checkpoints")
+        need_disk(tmp_path / "a" / "b", free * 2, "checkpoints")
     assert not (tmp_path / "a").exists()
 
 

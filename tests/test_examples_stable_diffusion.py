@@ -34,26 +34,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity
 
-from ebu_optim._files import load_tensors
+from ebu_optim.errors import InputError
+from ebu_optim.files import load_tensors
 
 from .processes import PATIENCE
-from .scripts import importable, run_script
+from .scripts import run_script
 from .text_to_image import LENGTH, pipeline
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = [ROOT / "examples" / name for name in ("stable_diffusion", "ddpm")]
-SCRIPT = FOLDERS[0] / "unlearn.py"
+SCRIPTS = ROOT / "examples" / "stable_diffusion"
+SCRIPT = SCRIPTS / "unlearn.py"
 PAGE = ROOT / "docs" / "stable_diffusion.md"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _paths():
-    with importable(FOLDERS):
-        yield
-
-
 def module(name: str):
-    return importlib.import_module(name)
+    return importlib.import_module(f".{name}", "ebu_optim.text_to_image")
 
 
 def run(*args, script: Path = SCRIPT) -> tuple[int, str]:
@@ -154,7 +149,7 @@ def test_a_method_trains_what_it_names(method, made, tmp_path):
 
 
 def test_every_method_is_run():
-    script = module("unlearn")
+    script = module("options")
     ours, theirs = (
         {script.ALIASES.get(m, m) for m in methods}
         for methods in ([*RUNS, *ADAPTERS], script.METHODS)
@@ -226,10 +221,10 @@ def test_figures_and_validation_images_go_to_tensorboard(made, tmp_path):
 
 
 def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypatch):
-    cache, validation, training = map(module, ("cache", "validation", "training"))
+    sets, validation, training = map(module, ("sets", "validation", ".training"))
     held, alive, step_of = [], [], training.unlearning_step
 
-    def loads(kind, *args, of=cache.load):
+    def loads(kind, *args, of=sets.load):
         part = of(kind, *args)
         held.append((kind.__name__, weakref.ref(part)))
         return part
@@ -239,7 +234,7 @@ def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypat
         alive.extend(name for name, part in held if part() is not None)
         return step_of(*args)
 
-    for user in (cache, validation):
+    for user in (sets, validation):
         monkeypatch.setattr(user, "load", loads)
     monkeypatch.setattr(training, "unlearning_step", step)
     succeed(*unlearn(made, tmp_path / "o", "--sets_dir", tmp_path / "sets", "--surrogate",
@@ -354,7 +349,10 @@ def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path
 def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp_path):
     from transformers import CLIPTokenizer
 
-    Losses, collect = module("losses").Losses, module("prompts").collect
+    Objectives, collect = (
+        module("objectives").TextObjectives,
+        module("prompts").collect,
+    )
 
     words = CLIPTokenizer.from_pretrained(made / "base" / "tokenizer")
     (tmp_path / "templates.txt").write_text("# two\na {}\n{}\n")
@@ -371,7 +369,7 @@ def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp
     assert names(texts.surrogate) == ["a dog", "a car", "dog", "car"]
     for prompt, others in {"a cat": ["a dog", "a car"], "red cat": ["dog", "car"]}.items():
         assert names(texts.instead[texts.texts.index(prompt)]) == others
-    losses = object.__new__(Losses)
+    losses = object.__new__(Objectives)
     losses.args, losses.prompts, losses.device = given, texts, "cpu"
     torch.manual_seed(0)
     forgotten = torch.tensor(texts.forget).repeat(16)
@@ -502,7 +500,7 @@ def test_transport_of_two_spms_is_the_sum_of_the_papers_formula(made, tmp_path):
     said = succeed(
         "--pretrained_model_name_or_path", made / "base", "--adapters", *folders, "--prompt",
         "a car", "a cat", "--num_inference_steps", 2, "--device", "cpu",
-        "--output_dir", tmp_path / "drawn", script=FOLDERS[0] / "transport.py",
+        "--output_dir", tmp_path / "drawn", script=SCRIPTS / "transport.py",
     )  # fmt: skip
     assert f"'a car': erased_0 {m[0]:.2f}, erased_1 {m[1]:.2f}" in said
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
@@ -659,12 +657,11 @@ def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
     said = {"forget": ["cat"], "title": "EBU added", "seconds": 1.0, "train_modules": "lora",
             "trained": 7, "instead": "noise"}  # fmt: skip
     args = SimpleNamespace(
-        pretrained_model_name_or_path="a/b", save_as="lora", method="ebu_added", push_to_hub=True,
-        hub_model_id="me/x", max_train_steps=2,
+        pretrained_model_name_or_path="a/b", save_as="lora", method="ebu_added", max_train_steps=2
     )  # fmt: skip
     header = "---\nlicense: other\nlicense_name: its-own\ntags: [x]\n---\n# base\n"
     (tmp_path / "README.md").write_text(header)
-    (tmp_path / "card.md").write_text(card.write(args, tmp_path, said))
+    (tmp_path / "card.md").write_text(card.write(args, tmp_path, said, "me/x"))
     from huggingface_hub import metadata_load
 
     found = metadata_load(tmp_path / "card.md")
@@ -833,7 +830,7 @@ UNET = 859_520_964  # numbers of SD 1.4's
 def counted(*options):
     """memory.count for SD 1.4: one prompt is forgotten, the empty one is the surrogate."""
     base = ["--pretrained_model_name_or_path", "-", "--forget", "cat", "--output_dir", "-"]
-    args = module("unlearn").parse([*base, *map(str, options)])
+    args = module("options").read([*base, *map(str, options)])
     tokenizer = SimpleNamespace(model_max_length=77)
     looked = module("pipelines").Looked(Path(), SD14, VAE, 512, (4, 64, 64), None, tokenizer)
     texts = module("prompts").Prompts([""] * 54, [0], [1], [*range(2, 54)], 1, [0], {})
@@ -932,7 +929,7 @@ def test_a_step_makes_the_passes_of_the_guide(row, options, made, tmp_path, monk
             sampling.pop()
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
-    for name in ("losses", "unlearn_losses"):
+    for name in ("objectives", ".diffusion.objectives"):
         of = partial(denoised, of=module(name).partly_denoised)
         monkeypatch.setattr(module(name), "partly_denoised", of)
     found = []
@@ -982,7 +979,7 @@ def test_what_sampling_is_counted_to_need_is_what_it_allocates(made, tmp_path):
 
 
 def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypatch):
-    sets_of, modules, found = module("cache"), module("modules"), []
+    sets_of, modules, found = module("sets"), module("modules"), []
     for name in ("copy", "autocast"):
 
         def halve(unet, dtype, name=name):
@@ -991,7 +988,7 @@ def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypat
                 modules.halve_frozen(unet, dtype)
 
         monkeypatch.setattr(sets_of, "halve_frozen", halve)
-        args = module("unlearn").parse([str(a) for a in unlearn(
+        args = module("options").read([str(a) for a in unlearn(
             made, tmp_path / name, "--mixed_precision", "bf16", "--sets_dir", tmp_path / name
         )])  # fmt: skip
         looked = module("pipelines").look(args)
@@ -1016,7 +1013,7 @@ def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypat
 
 
 def refused(match: str):
-    return pytest.raises(module("sources").InputError, match=match)
+    return pytest.raises(InputError, match=match)
 
 
 CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -1160,7 +1157,7 @@ def test_modules_that_select_nothing(made):
 
 
 def test_spm_samples_in_eval_mode(made, tmp_path, monkeypatch):
-    losses, modes = module("losses"), []
+    losses, modes = module("objectives"), []
 
     def denoised(model, *args, of=losses.partly_denoised, **kwargs):
         modes.append(model.training)
@@ -1174,7 +1171,7 @@ def test_spm_samples_in_eval_mode(made, tmp_path, monkeypatch):
 def test_noise_is_on_the_forgotten_condition_and_not_on_what_it_is_compared_with(
     made, tmp_path, monkeypatch
 ):
-    losses, seen = module("unlearn_losses"), []
+    losses, seen = module(".diffusion.objectives"), []
 
     def relabelled(model, x, labels, other, *args, **kwargs):
         clean = model.class_embedding.weight
@@ -1216,7 +1213,7 @@ def test_a_full_gpu_is_told_with_what_takes_less(capsys, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nFrames")
 
     with pytest.raises(SystemExit) as end:
-        module("training").exit_on_input_errors(full)
+        module(".training").exit_on_input_errors(full)
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("unlearn.py: error: CUDA out of memory. Tried to allocate 2 GiB.\nA ")
@@ -1302,11 +1299,13 @@ def test_a_scheduler_of_the_pipeline_and_ours_have_the_same_noise(made):
 
 
 def test_the_guide_names_real_options():
-    files = [*FOLDERS[0].rglob("*.py"), *(FOLDERS[1] / f"{n}.py" for n in ("training", "sources"))]
-    files += [FOLDERS[1] / f"{n}.py" for n in ("method_options", "unlearn_losses")]
+    files = [*SCRIPTS.rglob("*.py"), ROOT / "ebu_optim" / "diffusion" / "objectives.py"]
+    for room in ("text_to_image", "attacks", "worlds", "training"):
+        files += (ROOT / "ebu_optim" / room).rglob("*.py")
     files.append(ROOT / "examples" / "paper" / "command_line.py")
     code = "\n".join(f.read_text() for f in files)
-    code += "".join(f'"--{n}"' for n in ("alpha", "delta", "gamma"))  # from a loop over names
+    known = set(re.findall(r'"--([a-z_]+)"', code))
+    known |= set(re.findall(r"^    ([a-z_]+): .+ = option\(", code, re.MULTILINE))
     named = set(re.findall(r"--([a-z_]+)", PAGE.read_text()))
     assert len(named) > 25
-    assert [n for n in named if f'"--{n}"' not in code] == []
+    assert named - known == set()

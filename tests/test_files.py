@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from ebu_optim._files import load_tensors, replacing, replacing_folder, save_tensors
+from ebu_optim.files import load_tensors, replacing, replacing_folder, save_tensors
 
 
 def write(path, text):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
-from ebu_optim._fisher_run import Run
-from ebu_optim._per_sample import METHODS
 from ebu_optim.diffusion import FisherBatches, fisher_loss
+from ebu_optim.fisher._per_sample import METHODS
+from ebu_optim.fisher._run import Run
 
 from .models import schedule, tiny_unet
 
@@ -379,7 +379,7 @@ def test_damaged_and_foreign_files(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no whole safetensors file"):
         DiagonalFisher.load(path)
-    from ebu_optim._files import save_tensors
+    from ebu_optim.files import save_tensors
 
     save_tensors(path, {"a": torch.zeros(1)}, {"kind": "other"})
     with pytest.raises(ValueError, match="no Fisher"):

@@ -9,9 +9,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +17,16 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
+from ebu_optim.attacks import attacks as counted
+from ebu_optim.attacks import judges
+from ebu_optim.attacks import run as attack
+from ebu_optim.text_to_image import evaluation, options, prompts
+from ebu_optim.worlds.styled_digits import captions as words
+
 from .text_to_image import pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SD = EXAMPLES / "stable_diffusion"
-FOLDERS = [EXAMPLES / "paper", SD, SD / "world", EXAMPLES / "ddpm", EXAMPLES]
+FOLDERS = [EXAMPLES / "paper"]
 TINY = {
     "base": (
         "--max_train_samples",
@@ -41,6 +44,7 @@ TINY = {
     "attack": (),
     "pictures": ("--num_inference_steps", 1, "--images_per_prompt", 1, "--sample_batch_size", 8),
 }
+ATTACK = attack.main
 # options that come last win
 FEW = ("--train_batch_size", 2, "--num_inference_steps", 1, "--surrogate_images", 3,
        "--replay_images", 3, "--forget_images", 3, "--max_train_steps", 5)  # fmt: skip
@@ -50,10 +54,10 @@ def module(name: str):
     return importlib.import_module(name)
 
 
-def attack(argv: list[str], parse) -> None:
+def stub(argv: list[str]) -> None:
     """What attack.py leaves, without attacking: it is tested on its own. It has to take the
     options."""
-    args = parse(argv)
+    args = attack.read(argv)
     assert Path(args.pretrained_model_name_or_path, "unet").is_dir()
     assert Path(args.base_model, "unet").is_dir()
     found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
@@ -79,16 +83,14 @@ def world():
         for folder in reversed(FOLDERS):
             patch.syspath_prepend(str(folder))
         patch.setenv("TQDM_DISABLE", "1")
-        parse = module("attack").parse
-        stub = SimpleNamespace(main=partial(attack, parse=parse), parse=parse)
-        patch.setitem(sys.modules, "attack", stub)
+        patch.setattr(attack, "main", stub)
         command_line, runs = module("command_line"), module("runs")
         sd_tables, worlds = module("sd_tables"), module("sd_worlds")
         full = worlds.STYLED_DIGITS
         tiny = full._replace(**TINY, unlearn=(*full.unlearn, *FEW))
         patch.setattr(sd_tables, "STYLED_DIGITS", tiny)
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
-        patch.setattr(runs, "_start", lambda threads, folders: None)
+        patch.setattr(runs, "_start", lambda threads: None)
         patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
         assert command_line.InputError
         yield tiny
@@ -249,22 +251,22 @@ def test_values_by_hand():
 
 
 def test_prompts_are_of_their_part(world, tmp_path):
-    captions = {c.text: c for c in module("captions").captions(module("captions").TRAINED)}
+    captions = {c.text: c for c in words.captions(words.TRAINED)}
     for target, kind, few in (("seven", "content", {"zero", "one", "two"}),
                               ("outline", "style", {"plain", "negative"})):  # fmt: skip
         s = setting(world, tmp_path, target=target, regime="few")
-        asked = [captions[t.replace("{}", target)] for t in s._templates()]
+        asked = [captions[t.replace("{}", target)] for t in s.templates()]
         assert {getattr(c, f"{kind}_word") for c in asked} == {target}
         assert len({c.template for c in asked}) > 5
-        assert {getattr(captions[t], kind) for t in s._remember()} <= few
-        assert s._instead() == ("--surrogate_concept", "eight" if kind == "content" else "plain")
-        every = setting(world, tmp_path, target=target)._remember()
+        assert {getattr(captions[t], kind) for t in s.remember()} <= few
+        assert s.instead() == ("--surrogate_concept", "eight" if kind == "content" else "plain")
+        every = setting(world, tmp_path, target=target).remember()
         assert len(every) == 100
         assert not [t for t in every if target in (captions[t].content, captions[t].style)]
         assert len({getattr(captions[t], kind) for t in every} - {None}) > 3
     beside = setting(world, tmp_path, beside=["VIII"])
-    assert beside._instead() == ("--surrogate_concept", "nine")
-    assert setting(world, tmp_path, surrogate="empty")._instead() == ("--surrogate_prompt", "")
+    assert beside.instead() == ("--surrogate_concept", "nine")
+    assert setting(world, tmp_path, surrogate="empty").instead() == ("--surrogate_prompt", "")
 
 
 def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
@@ -381,7 +383,7 @@ def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_pat
     assert all(a[a.index("--forget") + 1] == "blue" for a in trials)
     assert all(a[a.index("--seed") + 1] == "0" for a in trials)
     attacks = [a for a in argvs if "--judge" in a and "relearn" not in a]
-    assert all("inversion" in module("attack").parse(a).attacks for a in attacks)
+    assert all("inversion" in attack.read(a).attacks for a in attacks)
 
 
 def test_dry_run_makes_nothing(tmp_path, made, capsys):
@@ -421,14 +423,6 @@ def test_bad_input(script, given, message, tmp_path):
     with pytest.raises(module("command_line").InputError, match=message):
         start(script, tmp_path / "o", *given)
     assert not (tmp_path / "o").exists()
-
-
-def test_scripts_of_both_families_share_no_process(tmp_path):
-    runs = module("runs")
-    both = [runs.Run(s, (runs.command(s, (), tmp_path, "x"),), 1.0, 0)
-            for s in ("unlearn", "stable_diffusion/unlearn")]  # fmt: skip
-    with pytest.raises(ValueError, match="ddpm and stable_diffusion share no process"):
-        runs.execute(both, 1)
 
 
 # -- the paper's scale, on a tiny pipeline --------------------------------------------------------
@@ -515,7 +509,7 @@ def large(tiny, monkeypatch):
     """The tiny pipeline in the place of Stable Diffusion 1.4, and attack.py itself, briefly. Its
     tokenizer takes few words: the tests forget a cat."""
     paper, few = module("sd_paper"), ("--num_inference_steps", 1)
-    monkeypatch.delitem(sys.modules, "attack")
+    monkeypatch.setattr(attack, "main", ATTACK)
     world = paper.SD14._replace(
         pipeline=str(tiny), unlearn=(*paper.SD14.unlearn, *FEW, "--mixed_precision", "no"),
         drawn=(*few, "--images_per_prompt", 1, "--noise_images", 2),
@@ -545,7 +539,7 @@ def test_the_papers_table_2_and_figure_9_without_a_network(
         said = {"model": "stub", "scale": "x100", "prompts": "theirs"}
         return {"not_computed": None, "clip_score": 0.25, "protocol": said}
 
-    monkeypatch.setattr(module("evaluate"), "clip_score", clip_score)
+    monkeypatch.setattr(evaluation, "clip_score", clip_score)
     clip = tmp_path / "clip.pt"
     clip.touch()
     given = ("--scale", "paper", "--methods", "ebu", "--steps", 2, "--resnet_weights", resnet,
@@ -579,7 +573,7 @@ def test_the_papers_table_2_and_figure_9_without_a_network(
 
 def test_the_papers_table_3_by_nudenet(large, tmp_path, made, monkeypatch):
     pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
-    tasks, judges = module("sd_tasks"), module("attack_judges")
+    tasks = module("sd_tasks")
     nude, kept = tasks.NUDITY.evaluations
     asked = ("--prompts", "a person", "--forget", "a person", "--metrics", "nudity")
     cat = kept._replace(options=("--prompts", "a cat", "--metrics"))
@@ -637,14 +631,12 @@ def test_the_papers_table_5(large, tmp_path, made, monkeypatch):
     assert found["protocol"]["data"]["replayed"] == "what the empty prompt draws"
 
 
-def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path, monkeypatch):
+def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path):
     paper, tasks = module("sd_paper"), module("sd_tasks")
-    monkeypatch.delitem(sys.modules, "attack")
-    attack, counted = module("attack"), module("attacks")
     for task in (tasks.CASSETTE_PLAYER, tasks.NUDITY):
         ours = paper.PaperSetting(paper.SD14, tmp_path, task)
         run = ours.run("x", "esd", seed=1, steps=9)
-        base, given = (attack.parse(r.commands[-1].argv) for r in (ours.ground[0], run))
+        base, given = (attack.read(r.commands[-1].argv) for r in (ours.ground[0], run))
         assert given.base_model == base.pretrained_model_name_or_path == paper.SD14.pipeline
         assert given.target_dir == base.target_dir
         assert (base.attacks, given.attacks) == (["paraphrase", "inversion"], [*counted.ATTACKS])
@@ -698,7 +690,7 @@ def test_weights_from_a_file_are_measured_anew_with_what_needs_them(tmp_path):
 
 def test_the_pictures_of_a_task_are_counted():
     """They are the estimate of the cost, and stand in the protocol."""
-    tasks, prompts = module("sd_tasks"), module("prompts")
+    tasks = module("sd_tasks")
     every = (tasks.CASSETTE_PLAYER, tasks.NUDITY, tasks.artist("Kelly McKernan"))
     for found in (e for task in every for e in task.evaluations):
         given = [str(o) for o in found.options]
@@ -729,6 +721,6 @@ def test_steps_at_paper_scale_are_the_papers():
     assert argv[argv.index("--remember") + 1] == ""
     assert "--reference_dir" in run.commands[1].argv
     for c in run.commands[:1]:  # options that unlearn.py knows
-        found = module("unlearn").parse(["--cpu" if a == "bf16" else a for a in c.argv if a not in
+        found = options.read(["--cpu" if a == "bf16" else a for a in c.argv if a not in
                                          ("--mixed_precision",)])  # fmt: skip
         assert found.max_train_steps == 9

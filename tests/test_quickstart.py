@@ -79,7 +79,7 @@ def test_metrics_have_the_three_axes_the_limits_and_the_protocol(result):
 
 def test_model_loads_with_diffusers_and_is_another_one(result):
     model = UNet2DModel.from_pretrained(result / "model")
-    base = UNet2DModel.from_pretrained(ROOT / "examples/assets/digits/unet")
+    base = UNet2DModel.from_pretrained(ROOT / "ebu_optim/worlds/assets/digits/unet")
     assert model.dtype == torch.float32
     changed = [
         not torch.equal(a, b.float())
@@ -146,8 +146,7 @@ def test_killed_and_interrupted_the_same_command_goes_on_to_the_same_result(resu
 
 
 def test_training_replaces_the_shipped_folder_when_all_is_made(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import digits
+    from ebu_optim.worlds import digits
 
     digits.train(tmp_path / "digits", steps=2, epochs=1)
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]
@@ -162,7 +161,7 @@ def test_training_replaces_the_shipped_folder_when_all_is_made(tmp_path, monkeyp
 def test_shipped_weights_are_small_and_in_16_bits():
     from safetensors import safe_open
 
-    files = list((ROOT / "examples/assets").rglob("*.safetensors"))
+    files = list((ROOT / "ebu_optim/worlds/assets").rglob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) < 3_000_000
     for file in files:
         with safe_open(file, framework="pt") as f:

@@ -17,23 +17,15 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from ebu_optim._files import save_tensors
+from ebu_optim.files import save_tensors
 
-from .scripts import importable, run_script
+from .scripts import run_script
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-WORLD = EXAMPLES / "stable_diffusion" / "world"
-FOLDERS = [WORLD, WORLD.parent, EXAMPLES / "ddpm", EXAMPLES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _paths():
-    with importable(FOLDERS):
-        yield
+WORLD = Path(__file__).parent.parent / "examples" / "stable_diffusion" / "world"
 
 
 def module(name: str):
-    return importlib.import_module(name)
+    return importlib.import_module(f".{name}", "ebu_optim.worlds.styled_digits")
 
 
 def run(script: str | Path, *args) -> tuple[int, str]:
@@ -133,7 +125,7 @@ def test_prompts_to_remember_do_not_name_what_is_forgotten():
 
 
 def test_styles_are_deterministic_distinct_and_readable():
-    images, digits = module("images"), module("digits")
+    images, digits = module("images"), module(".digits")
     few = digits.images()[2][:40]
     drawn = {style: images.draw(few, style) for style in module("captions").STYLES}
     for style, pictures in drawn.items():
@@ -153,10 +145,13 @@ def test_styles_are_deterministic_distinct_and_readable():
 
 
 def test_world_has_every_digit_in_every_style():
-    images, styles = module("images"), len(module("captions").STYLES)
+    images, styles = (
+        module("images"),
+        len(module("captions").STYLES),
+    )
     some = images.world("test", 30)
     assert some.pictures.shape == (30 * styles, *images.SHAPE)
-    digits = module("digits").images()[3][:30]
+    digits = module(".digits").images()[3][:30]
     for k in range(styles):
         assert torch.equal(some.contents[some.styles == k], digits)
     with pytest.raises(ValueError, match='split must be "train" or "test"; got \'all\''):
@@ -265,7 +260,10 @@ def test_pipeline_is_small_and_loads(made):
 
 
 def test_latents_are_normalised_and_decode_to_the_same_pictures():
-    autoencoder, images = module("autoencoder"), module("images")
+    autoencoder, images = (
+        module("autoencoder"),
+        module("images"),
+    )
     torch.manual_seed(0)
     vae, pictures = autoencoder.new_autoencoder().eval(), images.world("train", 2).pictures
     before = autoencoder.encode(vae, pictures)
@@ -282,7 +280,11 @@ def test_latents_are_normalised_and_decode_to_the_same_pictures():
 
 
 def test_what_is_left_out_is_no_picture_of_the_unet(made, tmp_path):
-    train, images, c = module("train"), module("images"), module("captions")
+    train, images, c = (
+        module("train"),
+        module("images"),
+        module("captions"),
+    )
     pictures = images.world("train", 30)
     for words, there in (
         (["VII"], lambda d, s: d != 7),
@@ -380,7 +382,11 @@ def test_unlearning_takes_the_pipeline_and_measuring_both(made, tmp_path):
 
 
 def test_figures_by_hand():
-    c, measure, judges = module("captions"), module("measure"), module("judges")
+    c, measure, judges = (
+        module("captions"),
+        module("measure"),
+        module("judges"),
+    )
     asked = [
         c.Caption("", "seven", "red", "VII", "red", c.TRAINED[0]),
         c.Caption("", "seven", "plain", "7", None, c.HELD_OUT[4]),

@@ -16,7 +16,9 @@ code. A loop runs any of them:
         opt.step()
 """
 
-from ._methods import Method, methods
+from ._methods import methods
+from ._recipe import Recipe
+from ._recipe import Recipe as Method
 from .embedding_only import EmbeddingOnly
 from .erasediff import EraseDiff
 from .esd import ESD, esd_loss, esd_target, partly_denoised
@@ -42,6 +44,7 @@ __all__ = [
     "Method",
     "PCGrad",
     "RandomMasks",
+    "Recipe",
     "Retrain",
     "SalUn",
     "SelectiveAmnesia",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._recipe import recipe
 from .joint import Joint
 
 
@@ -51,3 +52,7 @@ class EmbeddingOnly(Joint):
                     "build the base over the embedding alone, "
                     "Adam(model.class_embedding.parameters(), lr=1e-2)"
                 )
+
+
+#: What it learns from.
+RECIPE = recipe("class embedding alone", EmbeddingOnly, strength="forget_weight", embedding=True)

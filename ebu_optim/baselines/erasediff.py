@@ -9,12 +9,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
-from .._shards import local
-from ._rule import Figures, Rule, Step, compat, weight
+from ..optim import PhasedOptimizer, Rule, Slot, Step
+from ..optim.rule import Figures, local, weight
+from ._compat import compat
+from ._recipe import recipe
 
 
-class EraseDiff(Rule):
+class Multiplied(Rule):
+    """G = g_r + lambda g_f, lambda constant or max(0, eta - cos(g_r, g_f)).
+
+    Args:
+        lam: the constant, >= 0.
+        eta: where not None, >= 0: lambda follows the cosine.
+    """
+
+    def __init__(self, lam: float, eta: float | None) -> None:
+        super().__init__(lam=weight("lam", lam))
+        self.options = {"eta": None if eta is None else weight("eta", eta)}
+
+    def begin(self, step: Step) -> Figures:
+        eta = self.options["eta"]
+        if eta is None:
+            return {}
+        norms = step.forget_sq.sqrt() * step.remember_sq.sqrt()
+        lam = (eta - step.dot / (norms + 1e-8)).clamp(min=0.0)
+        return {"lam": torch.where(step.forget_sq > 0, lam, 0.0)}
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        lam = figures["lam"].to(g_f) if figures else slot.group["ebu_lam"]
+        return g_f.mul_(lam).add_(g_r)
+
+
+class EraseDiff(PhasedOptimizer):
     r"""EraseDiff (Wu et al., 2024): a bi-level problem in its first-order form.
 
     The paper constrains the remember loss by :math:`q(\theta) = L_f(\theta) - L_f(\theta^K)`, where
@@ -50,23 +76,10 @@ class EraseDiff(Rule):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        self.eta = None if eta is None else weight("eta", eta)
         self._paper = _paper(compat)
         super().__init__(
-            base, options={"lam": weight("lam", lam)}, max_grad_norm=max_grad_norm,
-            nonfinite=nonfinite,
-        )  # fmt: skip
-
-    def begin(self, step: Step) -> Figures:
-        if self.eta is None:
-            return {}
-        norms = step.forget_sq.sqrt() * step.remember_sq.sqrt()
-        lam = (self.eta - step.dot / (norms + 1e-8)).clamp(min=0.0)
-        return {"lam": torch.where(step.forget_sq > 0, lam, 0.0)}
-
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        lam = figures["lam"].to(g_f) if figures else slot.group["ebu_lam"]
-        return g_f.mul_(lam).add_(g_r)
+            base, Multiplied(lam, eta), max_grad_norm=max_grad_norm, nonfinite=nonfinite
+        )
 
     @torch.no_grad()
     def inner_steps(self, closures: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -91,7 +104,7 @@ class EraseDiff(Rule):
             )
         if self._phases.done or self._phases.active:
             raise RuntimeError("inner_steps: call it between steps, outside the phases")
-        slots = list(self._slots())
+        slots = self._slots()
         before = [local(s.param).clone() for s in slots]
         losses = []
         try:
@@ -105,6 +118,10 @@ class EraseDiff(Rule):
                 local(slot.param).copy_(old)
             self._phases.discard()
         return losses
+
+
+#: What it learns from.
+RECIPE = recipe("EraseDiff", EraseDiff, strength="lam", forgets="own", noise="uniform")
 
 
 _paper = compat  # the constructor's argument hides the name

@@ -8,16 +8,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
 from ..diffusion.losses import Condition, Model, predict, reduce_loss
 from ..diffusion.sampling import sample
-from ._rule import Figures, Rule
+from ..optim import PhasedOptimizer, Rule, Slot
+from ..optim.rule import Figures
+from ._recipe import recipe
 
 #: eta of the two published targets, which are the same for c_from = c.
 ETA = {"paper": 1.0, "released": 2.0}
 
 
-class ESD(Rule):
+class ForgetDescent(Rule):
+    """G = g_f."""
+
+    needs = ("forget",)
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        return g_f
+
+
+class ESD(PhasedOptimizer):
     """ESD (Gandikota et al., 2023): G = g_f of :func:`esd_loss`; nothing is remembered.
 
     The published runs have Adam 1e-5 for 1000 steps (the paper's code) or 5e-5 for 200 (the newer
@@ -28,15 +38,16 @@ class ESD(Rule):
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
-    needs = ("forget",)
+    needs = ForgetDescent.needs
 
     def __init__(
         self, base: Optimizer, *, max_grad_norm: float | None = None, nonfinite: str = "raise"
     ) -> None:
-        super().__init__(base, options={}, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+        super().__init__(base, ForgetDescent(), max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_f
+
+#: What it learns from.
+RECIPE = recipe("ESD", ESD, forgets="guidance", remembers=None, clips=False)
 
 
 def esd_target(

@@ -5,11 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
-from ._rule import Figures, Rule
+from ..optim import PhasedOptimizer, Rule, Slot
+from ..optim.rule import Figures
+from ._recipe import recipe
 
 
-class FineTune(Rule):
+class Descent(Rule):
+    """G = g_r."""
+
+    needs = ("remember",)
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        return g_r
+
+
+class FineTune(PhasedOptimizer):
     """FT (Warnecke et al., 2021, as used for generative models): G = g_r, from theta0.
 
     What it forgets it forgets because it is no longer trained on. A loop that runs the forget phase
@@ -21,12 +31,13 @@ class FineTune(Rule):
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
-    needs = ("remember",)
+    needs = Descent.needs
 
     def __init__(
         self, base: Optimizer, *, max_grad_norm: float | None = None, nonfinite: str = "raise"
     ) -> None:
-        super().__init__(base, options={}, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+        super().__init__(base, Descent(), max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_r
+
+#: What it learns from.
+RECIPE = recipe("FT", FineTune, forgets=None)

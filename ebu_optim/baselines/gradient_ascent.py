@@ -5,11 +5,30 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
-from ._rule import Figures, Rule, weight
+from ..optim import PhasedOptimizer, Rule, Slot
+from ..optim.rule import Figures, weight
+from ._recipe import recipe
 
 
-class GradientAscent(Rule):
+class Ascent(Rule):
+    """G = -g_f + w_r g_r; with w_r = 0 the remember phase is not needed.
+
+    Args:
+        remember_weight: w_r, >= 0.
+    """
+
+    needs: tuple[str, ...] = ("forget",)
+
+    def __init__(self, remember_weight: float) -> None:
+        w = weight("remember_weight", remember_weight)
+        super().__init__(remember_weight=w)
+        self.needs = ("forget", "remember") if w > 0 else ("forget",)
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        return g_r.mul_(slot.group["ebu_remember_weight"]).sub_(g_f)
+
+
+class GradientAscent(PhasedOptimizer):
     """GA (Thudi et al., 2022): G = -g_f, and with ``remember_weight`` G = -g_f + w_r g_r.
 
     The forget loss is the ordinary loss on the forgotten class's *own* images, not on a surrogate:
@@ -22,7 +41,7 @@ class GradientAscent(Rule):
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
-    needs: tuple[str, ...] = ("forget",)
+    needs = Ascent.needs
 
     def __init__(
         self,
@@ -32,11 +51,10 @@ class GradientAscent(Rule):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        w = weight("remember_weight", remember_weight)
-        self.needs = ("forget", "remember") if w > 0 else ("forget",)
         super().__init__(
-            base, options={"remember_weight": w}, max_grad_norm=max_grad_norm, nonfinite=nonfinite
+            base, Ascent(remember_weight), max_grad_norm=max_grad_norm, nonfinite=nonfinite
         )
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_r.mul_(slot.group["ebu_remember_weight"]).sub_(g_f)
+
+#: What it learns from.
+RECIPE = recipe("GA", GradientAscent, forgets="own")

@@ -5,11 +5,26 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
-from ._rule import Figures, Rule, weight
+from ..optim import PhasedOptimizer, Rule, Slot
+from ..optim.rule import Figures, weight
+from ._recipe import recipe
 
 
-class Joint(Rule):
+class WeightedSum(Rule):
+    """G = w_f g_f + g_r.
+
+    Args:
+        forget_weight: w_f, >= 0.
+    """
+
+    def __init__(self, forget_weight: float) -> None:
+        super().__init__(forget_weight=weight("forget_weight", forget_weight))
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        return g_f.mul_(slot.group["ebu_forget_weight"]).add_(g_r)
+
+
+class Joint(PhasedOptimizer):
     """The plain sum: G = w_f g_f + g_r. What every other rule has to beat; it has one strength.
 
     Args:
@@ -27,9 +42,9 @@ class Joint(Rule):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, options={"forget_weight": weight("forget_weight", forget_weight)},
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base, WeightedSum(forget_weight), max_grad_norm=max_grad_norm, nonfinite=nonfinite
+        )
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_f.mul_(slot.group["ebu_forget_weight"]).add_(g_r)
+
+#: What it learns from.
+RECIPE = recipe("plain sum", Joint, strength="forget_weight")

@@ -8,11 +8,36 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
-from ._rule import Figures, Rule, Step, weight
+from ..optim import PhasedOptimizer, Rule, Slot, Step
+from ..optim.rule import Figures, weight
+from ._recipe import recipe
 
 
-class PCGrad(Rule):
+class Weighted(Rule):
+    """Two weights from the Gramian of (w_f g_f, g_r), over all parameters as one vector.
+
+    Args:
+        forget_weight: w_f, >= 0.
+        weighting: from the 2x2 Gramian, float64, to the two weights.
+    """
+
+    def __init__(self, forget_weight: float, weighting: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(forget_weight=weight("forget_weight", forget_weight))
+        self.weighting = weighting
+
+    def begin(self, step: Step) -> Figures:
+        w = step.slots[0].group["ebu_forget_weight"]
+        dot = step.dot * w
+        gramian = torch.stack([step.forget_sq * w**2, dot, dot, step.remember_sq]).view(2, 2)
+        weights = self.weighting(gramian)
+        return {"forget_weight": weights[0] * w, "remember_weight": weights[1]}
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        a, b = (figures[n].to(g_f) for n in ("forget_weight", "remember_weight"))
+        return g_f.mul_(a).add_(g_r.mul_(b))
+
+
+class PCGrad(PhasedOptimizer):
     r"""Gradient surgery (Yu et al., 2020, Algorithm 1) for the two losses.
 
     Where :math:`\langle g_f, g_r \rangle < 0` each is projected onto the normal plane of the other,
@@ -43,24 +68,16 @@ class PCGrad(Rule):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        self.weighting = weighting or surgery
         super().__init__(
-            base, options={"forget_weight": weight("forget_weight", forget_weight)},
+            base, Weighted(forget_weight, weighting or surgery),
             max_grad_norm=max_grad_norm, nonfinite=nonfinite,
         )  # fmt: skip
         if len({group["ebu_forget_weight"] for group in self.param_groups}) > 1:
             raise ValueError("PCGrad needs one forget_weight: it projects over all parameters")
 
-    def begin(self, step: Step) -> Figures:
-        w = step.slots[0].group["ebu_forget_weight"]
-        dot = step.dot * w
-        gramian = torch.stack([step.forget_sq * w**2, dot, dot, step.remember_sq]).view(2, 2)
-        weights = self.weighting(gramian)
-        return {"forget_weight": weights[0] * w, "remember_weight": weights[1]}
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        a, b = (figures[n].to(g_f) for n in ("forget_weight", "remember_weight"))
-        return g_f.mul_(a).add_(g_r.mul_(b))
+#: What it learns from.
+RECIPE = recipe("PCGrad", PCGrad, strength="forget_weight")
 
 
 def surgery(gramian: Tensor) -> Tensor:

@@ -3,21 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import _checks
-from .._combine import select
-from .._phases import Key, Slot
 from ..kernels import reference
-from ..optimizer import TensorMap
-from ._rule import Figures, Rule, Step
+from ..optim import PhasedOptimizer, Rule, Slot, Step, TensorMap
+from ..optim.rule import Figures, Key, choice
+from ._recipe import recipe
 
 
-class RandomMasks(Rule):
+class RandomlyMasked(Rule):
+    """The update of EBU, tensor by tensor, over masks that are drawn; see `RandomMasks`."""
+
+    def __init__(self, penalty: str, update: str, independent: bool, **numbers: Any) -> None:
+        super().__init__(**numbers)
+        self.options = {
+            "penalty": choice("penalty", penalty, ("partial", "full", "none")),
+            "update": choice("update", update, ("added", "replaced", "routed")),
+            "independent": independent,
+        }
+
+    @property
+    def penalised(self) -> bool:  # type: ignore[override]
+        return self.options["penalty"] != "none"
+
+    def begin(self, step: Step) -> Figures:
+        if step.shards:
+            raise TypeError(
+                "RandomMasks draws whole masks and the parameters are sharded: run this control on "
+                "one process or under DistributedDataParallel"
+            )
+        masks = dict(
+            self._independent(step) if self.options["independent"] else self._counted(step)
+        )
+        pairs = list(masks.values())
+        n_f, n_r, both = (
+            sum(int(m.sum()) for m in ms)
+            for ms in ([f for f, _ in pairs], [r for _, r in pairs], [f & r for f, r in pairs])
+        )
+        total = sum(f.numel() for f, _ in pairs)
+        return {
+            "forget_selected": n_f,
+            "remember_selected": n_r,
+            "overlap": both,
+            "overlap_lift": both * total / (n_f * n_r) if n_f * n_r else float("nan"),
+            "_masks": masks,
+            "_anchors": step.anchors,
+            "_scale": step.anchors.scale(step.shards),
+        }
+
+    def _streams(self, step: Step, slot: Slot) -> tuple[np.random.Generator, torch.Generator]:
+        words = (int(slot.group["ebu_seed"]), step.number, *slot.key)
+        counts = np.random.default_rng(words)
+        seed = int(counts.integers(2**63))
+        return counts, torch.Generator(slot.param.device).manual_seed(seed)
+
+    def _independent(self, step: Step) -> Iterator[tuple[Key, tuple[Tensor, Tensor]]]:
+        for slot in step.slots:
+            delta = slot.group["ebu_delta"]
+            pair = delta if isinstance(delta, (tuple, list)) else (delta, delta)
+            _, generator = self._streams(step, slot)
+            draws = (
+                torch.rand(slot.param.shape, generator=generator, device=slot.param.device)
+                for _ in pair
+            )
+            f, r = (draw < d for draw, d in zip(draws, pair, strict=True))
+            yield slot.key, (f, r)
+
+    def _counted(self, step: Step) -> Iterator[tuple[Key, tuple[Tensor, Tensor]]]:
+        """Masks with the sizes of EBU's, exactly, in each group."""
+        found = step.select()
+        left: dict[int, np.ndarray] = {}  # by group: overlap, forget only, remember only, neither
+        for i, slot in enumerate(step.slots):
+            m_f, m_r = (
+                (reference.keys(g[i], found.dtype) >= found.taus[pool[i]].to(g[i].device))
+                & (g[i] != 0)
+                for g, pool in zip(found.grads, found.pools, strict=True)
+            )
+            n_f, n_r, both = (int(m.sum()) for m in (m_f, m_r, m_f & m_r))
+            regions = np.array([both, n_f - both, n_r - both, m_f.numel() - n_f - n_r + both])
+            left[slot.key[0]] = left.get(slot.key[0], np.zeros(4, np.int64)) + regions
+        for slot in step.slots:
+            counts, generator = self._streams(step, slot)
+            p, remaining = slot.param, left[slot.key[0]]
+            here = counts.multivariate_hypergeometric(remaining, p.numel(), method="marginals")
+            left[slot.key[0]] = remaining - here
+            both, f_only, r_only, _ = here.tolist()
+            places = torch.randperm(p.numel(), generator=generator, device=p.device)
+            m_f, m_r = (torch.zeros(p.numel(), dtype=torch.bool, device=p.device) for _ in "fr")
+            m_f[places[: both + f_only]] = True
+            m_r[places[:both]] = True
+            m_r[places[both + f_only : both + f_only + r_only]] = True
+            yield slot.key, (m_f.view(p.shape), m_r.view(p.shape))
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        m_f, m_r = figures["_masks"][slot.key]
+        overlap, remember_only = m_f & m_r, m_r & ~m_f
+        anchors, update = figures["_anchors"], self.options["update"]
+        if anchors.active:
+            p = anchors.pull(slot, g_r, figures["_scale"]) * slot.group["ebu_gamma"]
+            full = self.options["penalty"] == "full"
+            pulled = p if full else torch.where(remember_only, p, 0.0)
+        else:
+            pulled = torch.zeros_like(g_r)
+        alpha = slot.group["ebu_alpha"]
+        blend = torch.where(overlap, alpha * g_f + (1 - alpha) * g_r, g_f)
+        m = torch.where(m_f, blend, 0.0)
+        if update == "routed":
+            return torch.where(remember_only, g_r, m) + pulled
+        return (blend if update == "replaced" else g_f) + g_r + pulled + m
+
+
+class RandomMasks(PhasedOptimizer):
     """EBU with random masks of the same density and the same overlap.
 
     At every step EBU's selection is made, and counted: M_f, M_r and their overlap have as many
@@ -55,92 +156,13 @@ class RandomMasks(Rule):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        _checks.choice("update", update, ("added", "replaced", "routed"))
+        rule = RandomlyMasked(penalty, update, independent, alpha=alpha, delta=delta, gamma=gamma,
+                              seed=int(seed))  # fmt: skip
         super().__init__(
-            base, options={"alpha": alpha, "delta": delta, "gamma": gamma, "seed": int(seed)},
+            base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,
             max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-            fisher=fisher, fisher_scale=fisher_scale, anchor=anchor, penalty=penalty,
         )  # fmt: skip
-        self.update, self.independent = update, independent
 
-    def begin(self, step: Step) -> Figures:
-        if step.shards:
-            raise TypeError(
-                "RandomMasks draws whole masks and the parameters are sharded: run this control on "
-                "one process or under DistributedDataParallel"
-            )
-        masks = dict(self._independent(step) if self.independent else self._counted(step))
-        pairs = list(masks.values())
-        n_f, n_r, both = (
-            sum(int(m.sum()) for m in ms)
-            for ms in ([f for f, _ in pairs], [r for _, r in pairs], [f & r for f, r in pairs])
-        )
-        total = sum(f.numel() for f, _ in pairs)
-        return {
-            "forget_selected": n_f,
-            "remember_selected": n_r,
-            "overlap": both,
-            "overlap_lift": both * total / (n_f * n_r) if n_f * n_r else float("nan"),
-            "_masks": masks,
-        }
 
-    def _streams(self, slot: Slot) -> tuple[np.random.Generator, torch.Generator]:
-        words = (int(slot.group["ebu_seed"]), self._step_count, *slot.key)
-        counts = np.random.default_rng(words)
-        seed = int(counts.integers(2**63))
-        return counts, torch.Generator(slot.param.device).manual_seed(seed)
-
-    def _independent(self, step: Step) -> Iterator[tuple[Key, tuple[Tensor, Tensor]]]:
-        for slot in step.slots:
-            delta = slot.group["ebu_delta"]
-            pair = delta if isinstance(delta, (tuple, list)) else (delta, delta)
-            _, generator = self._streams(slot)
-            draws = (
-                torch.rand(slot.param.shape, generator=generator, device=slot.param.device)
-                for _ in pair
-            )
-            f, r = (draw < d for draw, d in zip(draws, pair, strict=True))
-            yield slot.key, (f, r)
-
-    def _counted(self, step: Step) -> Iterator[tuple[Key, tuple[Tensor, Tensor]]]:
-        """Masks with the sizes of EBU's, exactly, in each group."""
-        found = select(
-            step.slots, step.g_f, step.g_r, granularity="model", fused=None, shards=step.shards
-        )
-        left: dict[int, np.ndarray] = {}  # by group: overlap, forget only, remember only, neither
-        for i, slot in enumerate(step.slots):
-            m_f, m_r = (
-                (reference.keys(g[i], found.dtype) >= found.taus[pool[i]].to(g[i].device))
-                & (g[i] != 0)
-                for g, pool in zip((step.g_f, step.g_r), found.pools, strict=True)
-            )
-            n_f, n_r, both = (int(m.sum()) for m in (m_f, m_r, m_f & m_r))
-            regions = np.array([both, n_f - both, n_r - both, m_f.numel() - n_f - n_r + both])
-            left[slot.key[0]] = left.get(slot.key[0], np.zeros(4, np.int64)) + regions
-        for slot in step.slots:
-            counts, generator = self._streams(slot)
-            p, remaining = slot.param, left[slot.key[0]]
-            here = counts.multivariate_hypergeometric(remaining, p.numel(), method="marginals")
-            left[slot.key[0]] = remaining - here
-            both, f_only, r_only, _ = here.tolist()
-            places = torch.randperm(p.numel(), generator=generator, device=p.device)
-            m_f, m_r = (torch.zeros(p.numel(), dtype=torch.bool, device=p.device) for _ in "fr")
-            m_f[places[: both + f_only]] = True
-            m_r[places[:both]] = True
-            m_r[places[both + f_only : both + f_only + r_only]] = True
-            yield slot.key, (m_f.view(p.shape), m_r.view(p.shape))
-
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        m_f, m_r = figures["_masks"][slot.key]
-        overlap, remember_only = m_f & m_r, m_r & ~m_f
-        if self._penalty.active:
-            p = self.pull(slot, g_r) * slot.group["ebu_gamma"]
-            pulled = p if self._penalty.kind == "full" else torch.where(remember_only, p, 0.0)
-        else:
-            pulled = torch.zeros_like(g_r)
-        alpha = slot.group["ebu_alpha"]
-        blend = torch.where(overlap, alpha * g_f + (1 - alpha) * g_r, g_f)
-        m = torch.where(m_f, blend, 0.0)
-        if self.update == "routed":
-            return torch.where(remember_only, g_r, m) + pulled
-        return (blend if self.update == "replaced" else g_f) + g_r + pulled + m
+#: What it learns from.
+RECIPE = recipe("random masks", RandomMasks, strength="gamma", fisher="online")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._modules import evaluating
 from ..diffusion.losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
-from ._rule import compat as _paper
+from ..modules import evaluating
+from ._compat import compat as _paper
 
 
 def next_class(

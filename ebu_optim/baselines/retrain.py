@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._rule import compat
+from ._compat import compat
+from ._recipe import recipe
 from .fine_tune import FineTune
 
 
@@ -17,6 +18,10 @@ class Retrain(FineTune):
     The rule is FT's; what differs is where it starts. Call :func:`reset_weights` once, before the
     first run; a resumed run loads its weights instead.
     """
+
+
+#: What it learns from.
+RECIPE = recipe("Retrain", Retrain, forgets=None, fresh=True)
 
 
 def reset_weights(model: nn.Module, seed: int, *, compat: str | None = None) -> None:

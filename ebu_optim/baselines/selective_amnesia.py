@@ -6,12 +6,33 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
-from ..optimizer import TensorMap
-from ._rule import Figures, Rule, compat, weight
+from ..optim import PhasedOptimizer, Rule, Slot, Step, TensorMap
+from ..optim.rule import Figures, weight
+from ._compat import compat
+from ._recipe import recipe
 
 
-class SelectiveAmnesia(Rule):
+class FullAlignment(Rule):
+    """G = w_f g_f + w_r g_r + 2 lambda F (theta - theta0).
+
+    Args:
+        lam, forget_weight, remember_weight: lambda, w_f and w_r, >= 0.
+    """
+
+    def __init__(self, **numbers: float) -> None:
+        super().__init__(**{n: weight(n, v) for n, v in numbers.items()})
+
+    def begin(self, step: Step) -> Figures:
+        return {"_anchors": step.anchors, "_scale": step.anchors.scale(step.shards)}
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        group = slot.group
+        G = g_f.mul_(group["ebu_forget_weight"]).add_(g_r, alpha=group["ebu_remember_weight"])
+        pull = figures["_anchors"].pull(slot, G, figures["_scale"])
+        return G.add_(pull, alpha=2 * group["ebu_lam"])
+
+
+class SelectiveAmnesia(PhasedOptimizer):
     r"""SA (Heng & Soh, 2023): full Fisher alignment.
 
     The objective is :math:`w_f L_f + w_r L_r + \lambda \sum_i F_i (\theta_i - \theta_{0,i})^2`, as
@@ -56,17 +77,19 @@ class SelectiveAmnesia(Rule):
                 "SelectiveAmnesia without a Fisher is the plain sum: give fisher=<a mapping>, or "
                 "use Joint"
             )
-        options = {"lam": lam, "forget_weight": forget_weight, "remember_weight": remember_weight}
+        rule = FullAlignment(lam=lam, forget_weight=forget_weight, remember_weight=remember_weight)
         super().__init__(
-            base, options={n: weight(n, v) for n, v in options.items()},
+            base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,
             max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-            fisher=fisher, fisher_scale=fisher_scale, anchor=anchor, penalty="full",
         )  # fmt: skip
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        group = slot.group
-        G = g_f.mul_(group["ebu_forget_weight"]).add_(g_r, alpha=group["ebu_remember_weight"])
-        return G.add_(self.pull(slot, G), alpha=2 * group["ebu_lam"])
+
+#: What it learns from.
+RECIPE = recipe(
+    "SA", SelectiveAmnesia, strength="lam", fisher="estimated",
+    # the published lambda of 50 belongs to an F of the loss summed over 1000 timesteps
+    published={"lam": 5e7},
+)  # fmt: skip
 
 
 def replayed_images(images: Tensor, *, compat: str | None = None) -> Tensor:

@@ -8,12 +8,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._phases import Slot
 from ..diffusion.losses import Model, predict, randn, reduce_loss
-from ._rule import Figures, Rule, weight
+from ..optim import PhasedOptimizer, Rule, Slot
+from ..optim.rule import Figures, weight
+from ._recipe import recipe
 
 
-class SPM(Rule):
+class Anchored(Rule):
+    """G = g_f + lambda g_r.
+
+    Args:
+        anchor_weight: lambda, >= 0.
+    """
+
+    def __init__(self, anchor_weight: float) -> None:
+        super().__init__(anchor_weight=weight("anchor_weight", anchor_weight))
+
+    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
+        return g_f.add_(g_r, alpha=slot.group["ebu_anchor_weight"])
+
+
+class SPM(PhasedOptimizer):
     r"""SPM (Lyu et al., 2024): :math:`G = g_{\text{erase}} + \lambda\, g_{\text{anchor}}`.
 
     The erase loss is :func:`esd_loss` with eta = 1 at a point sampled with the adapter; the anchor
@@ -36,12 +51,15 @@ class SPM(Rule):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, options={"anchor_weight": weight("anchor_weight", anchor_weight)},
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base, Anchored(anchor_weight), max_grad_norm=max_grad_norm, nonfinite=nonfinite
+        )
 
-    def rule(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_f.add_(g_r, alpha=slot.group["ebu_anchor_weight"])
+
+#: What it learns from.
+RECIPE = recipe(
+    "SPM", SPM, strength="anchor_weight", forgets="adapter", remembers="anchors", adapter=True,
+    learning_rate=1e-4, clips=False,
+)  # fmt: skip
 
 
 def random_anchors(

@@ -1,6 +1,6 @@
 """All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
 
-from .._modules import model_hash
+from ..modules import evaluating, model_hash
 from .fisher import FisherBatches, fisher_loss
 from .losses import (
     anchored,
@@ -19,6 +19,7 @@ __all__ = [
     "antithetic_timesteps",
     "denoising_loss",
     "distillation_loss",
+    "evaluating",
     "fisher_loss",
     "gaussian_forget_loss",
     "model_hash",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._modules import stream, tensor_hash
+from ..modules import stream, tensor_hash
 from .losses import noised, predict
 from .sampling import scheduler_protocol
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import evaluating
+from ..modules import evaluating
 
 Condition = Tensor | Mapping[str, Any]
 Model = Callable[..., Any]
@@ -107,7 +107,8 @@ def denoising_loss(
         model: called as ``model(x_t, t, class_labels=condition)``.
         x: (n, C, H, W) images, in the range that the model was trained on.
         condition: labels (n,) or keyword arguments of the model.
-        scheduler: a diffusers scheduler with ``add_noise`` (and ``get_velocity`` for v-prediction).
+        scheduler: a diffusers scheduler with ``alphas_cumprod`` and a ``prediction_type`` of
+            epsilon or v_prediction; its own ``add_noise`` is not used.
         reduction: "sum" over C, H, W (the DDPM code base) or "mean" (diffusers); mean over n.
         timesteps, noise: given values instead of antithetic draws and Gaussian noise.
         generator: of the draws; None uses torch's global stream.

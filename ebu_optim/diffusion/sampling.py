@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import require
-from .._files import load_tensors, save_tensors
-from .._modules import evaluating, model_hash, stream
+from ..files import load_tensors, save_tensors
+from ..modules import evaluating, model_hash, stream
 from .losses import Condition, Model, predict
 
 

@@ -2,6 +2,13 @@
 
 from .classifier import accuracy, classify, entropy, probability
 from .clip_score import clip_score
+from .depth import (
+    condition_replaced,
+    learn_embedding,
+    learn_embeddings,
+    relearn,
+    relearning,
+)
 from .fid import fid
 from .frechet import classifier_frechet, frechet_distance
 from .imagenette import ImagenetteClassifier, imagenette_metrics
@@ -21,15 +28,20 @@ __all__ = [
     "classifier_metrics",
     "classify",
     "clip_score",
+    "condition_replaced",
     "entropy",
     "fid",
     "frechet_distance",
     "imagenette_metrics",
     "inversion",
+    "learn_embedding",
+    "learn_embeddings",
     "lpips_distance",
     "nudity_score",
     "probability",
+    "relearn",
     "relearn_steps",
+    "relearning",
     "unlearn_steps",
     "versions",
 ]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from .._files import load_tensors
+from ..files import load_tensors
+from .naming import name_of
 
 
 class NotComputed(RuntimeError):
@@ -32,7 +33,7 @@ def read_weights(path: str | os.PathLike[str], argument: str) -> dict[str, Tenso
     Raises:
         FileNotFoundError, ValueError: no such file; no state dict in it.
     """
-    path = Path(path)
+    path, argument = Path(path), name_of(argument)
     if not path.is_file():
         raise FileNotFoundError(
             f"{argument}: no file {path}; give the path of a weights file, or None to have it "
@@ -66,8 +67,8 @@ def torchvision_weights(
         )
     except OSError as error:  # URLError, HTTPError, a full disk
         raise NotComputed(
-            f"the weights {name} could not be downloaded ({error}): give {argument}=, or put the "
-            f"file of {weights.url} at {path}"
+            f"the weights {name} could not be downloaded ({error}): give {name_of(argument)}=, or "
+            f"put the file of {weights.url} at {path}"
         ) from error
     except Exception as error:  # a download that ends early (the hash), a damaged file in the cache
         reason = str(error).strip().partition("\n")[0]
@@ -87,7 +88,7 @@ def load_into(model: torch.nn.Module, state: dict[str, Tensor], argument: str) -
         k = (lacking or wrong)[0]
         found = "is not there" if lacking else f"is {tuple(state[k].shape)}"
         raise ValueError(
-            f"{argument} holds other weights than {type(model).__name__}'s: {k}, which is "
+            f"{name_of(argument)} holds other weights than {type(model).__name__}'s: {k}, which is "
             f"{tuple(own[k].shape)}, {found}"
         )
     model.load_state_dict(state)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._modules import evaluating
+from ..modules import evaluating
 
 
 @torch.no_grad()

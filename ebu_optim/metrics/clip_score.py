@@ -15,6 +15,7 @@ from .._extras import require
 from ._weights import NotComputed, needed
 from .images import RGBImages
 from .intervals import estimate
+from .naming import name_of
 
 # cosine in [-1, 1] -> score
 SCALES = {
@@ -120,20 +121,24 @@ def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
     known = open_clip.list_models()
     if model not in known:
         near = get_close_matches(model, known, n=3, cutoff=0.3)
-        raise ValueError(f"model must be of open_clip.list_models(), such as {near}; got {model!r}")
+        raise ValueError(
+            f"{name_of('model')} must be of open_clip.list_models(), such as {near}; got {model!r}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(model)
     local = pretrained not in tags
     if local and not Path(pretrained).is_file():
         raise ValueError(
-            f"pretrained must be a weights file or a tag of {model}, {tags}; got {pretrained!r}"
+            f"{name_of('pretrained')} must be a weights file or a tag of {model}, {tags}; got "
+            f"{pretrained!r}"
         )
     if not local:
         wanted = open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
         if wanted != open_clip.get_model_config(model).get("quick_gelu", False):
             other = model.removesuffix("-quickgelu") + "-quickgelu" * wanted
             raise ValueError(
-                f"model={model!r} has another activation than the weights {pretrained!r} were "
-                f"trained with, and its scores would be wrong: give model={other!r}"
+                f"{name_of('model')}={model!r} has another activation than the weights "
+                f"{pretrained!r} were trained with, and its scores would be wrong: give "
+                f"{name_of('model')}={other!r}"
             )
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
@@ -144,11 +149,11 @@ def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
         reason = str(error).strip().partition("\n")[0]
         if local:
             raise ValueError(
-                f"pretrained: {pretrained} holds no weights of {model} "
+                f"{name_of('pretrained')}: {pretrained} holds no weights of {model} "
                 f"({type(error).__name__}: {reason})"
             ) from error
         raise NotComputed(
             f"the CLIP weights {pretrained!r} of {model} could not be had ({reason}): give "
-            "pretrained= the path of their file"
+            f"{name_of('pretrained')}= the path of their file"
         ) from error
     return judge.eval(), preprocess

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import evaluating
 from ..diffusion.losses import denoising_loss
+from ..modules import evaluating
 
 Loss = Callable[[Any, Tensor, Tensor, torch.Generator], Tensor]
 

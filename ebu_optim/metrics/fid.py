@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .._extras import require
-from .._files import replacing
+from ..files import replacing
 from ._weights import NotComputed, needed
 from .images import RGBImages
+from .naming import name_of
 
 Images = Tensor | str | os.PathLike[str]
 LAYERS = ("64", "192", "768", "2048")
@@ -155,12 +156,12 @@ def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
         path = Path(given)
         if not path.is_file():
             raise FileNotFoundError(
-                f"inception_weights: no file {path}; give the path of torch-fidelity's weights, or "
-                "None for its own download"
+                f"{name_of('inception_weights')}: no file {path}; give the path of "
+                "torch-fidelity's weights, or None for its own download"
             )
         problem = _no_inception(path)
         if problem:
-            raise ValueError(f"inception_weights: {path} {problem}")
+            raise ValueError(f"{name_of('inception_weights')}: {path} {problem}")
         return path
     url = require("torch_fidelity.feature_extractor_inceptionv3", "metrics").URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
@@ -177,8 +178,8 @@ def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
                 raise NotComputed(f"what was downloaded from {url} {problem}: try again")
     except OSError as error:  # URLError, HTTPError, a full disk
         raise NotComputed(
-            f"the Inception weights could not be downloaded ({error}): give inception_weights=, "
-            f"or put the file of {url} at {path}"
+            f"the Inception weights could not be downloaded ({error}): give "
+            f"{name_of('inception_weights')}=, or put the file of {url} at {path}"
         ) from error
     return path
 

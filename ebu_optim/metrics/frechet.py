@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import evaluating
+from ..modules import evaluating
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

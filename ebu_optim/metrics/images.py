@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._extras import require
+from .naming import name_of
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 NAMED = 5  # unreadable files that a message names; it counts all
@@ -42,6 +43,7 @@ class RGBImages(Dataset[Tensor]):
     ) -> None:
         if unreadable not in ("raise", "skip"):
             raise ValueError(f'unreadable must be "raise" or "skip"; got {unreadable!r}')
+        name = name_of(name)
         self.skipped: list[str] = []
         self.source: Tensor | list[Path]
         if isinstance(source, Tensor):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._weights import NotComputed, load_into, needed, torchvision_weights
 from .images import RGBImages
 from .intervals import estimate
+from .naming import name_of
 
 # the backbones' entries in torchvision, and the least side whose features have a pixel
 NETS = {
@@ -68,15 +69,15 @@ def lpips_distance(
     shapes = [(len(x), *x[0].shape) for x in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"images and reference must pair up; got {shapes[0]} and {shapes[1]}: give the images "
-            "of the same prompts and seeds, in the same order and of the same size"
+            f"images and {name_of('reference')} must pair up; got {shapes[0]} and {shapes[1]}: "
+            "give the images of the same prompts and seeds, in the same order and of the same size"
         )
     names = [[file.name for file in x.source] for x in (ours, theirs) if isinstance(x.source, list)]
     if len(names) == 2 and names[0] != names[1]:
         a, b = next(pair for pair in zip(*names) if pair[0] != pair[1])
         raise ValueError(
-            f"images and reference must pair up by name; {a} would stand against {b}: name the "
-            "files of a prompt and seed alike in both folders"
+            f"images and {name_of('reference')} must pair up by name; {a} would stand against {b}: "
+            "name the files of a prompt and seed alike in both folders"
         )
     side = min(shapes[0][2:]) if size is None else size
     if side < NETS[net][1]:

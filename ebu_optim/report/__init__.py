@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._files import replacing_folder
+from ..files import replacing_folder
 from ..metrics.protocol import CLASS_WISE, check_protocol
 from .page import html, markdown
 from .plots import line_chart, pixels, png

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import data
 import torch
-import training
-from ema import Ema
-from models import new_scheduler, new_unet, parameter_bytes, save_unet
-from sources import InputError
 
+from ebu_optim import training
+from ebu_optim.class_conditional.models import new_scheduler, new_unet, save_unet
 from ebu_optim.diffusion import denoising_loss, model_hash
+from ebu_optim.errors import InputError
+from ebu_optim.modules import parameter_bytes
+from ebu_optim.training import data
+from ebu_optim.training.ema import Ema
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

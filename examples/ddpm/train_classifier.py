@@ -13,15 +13,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import data
 import torch
 import torch.nn.functional as F
-import training
-from models import Classifier, parameter_bytes, save_classifier
-from sources import InputError
 from torch import Tensor, nn
 
+from ebu_optim import training
+from ebu_optim.class_conditional.models import Classifier, save_classifier
+from ebu_optim.errors import InputError
 from ebu_optim.metrics import accuracy, classify
+from ebu_optim.modules import parameter_bytes
+from ebu_optim.training import data
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,20 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import data
-import method_options
-import prepare
-import training
-import unlearn_losses
-from ema import Ema, averaged
-from models import WEIGHTS, load_classifier, load_unet, parameter_bytes
-from sources import InputError
 from torch import Tensor
-from unlearn_losses import Losses, needs_own_images, needs_teacher
-from unlearn_report import draw, finish, measure, noise_p_f, pictures
 
+from ebu_optim import training
 from ebu_optim.baselines import SalUn, methods, reset_weights
+from ebu_optim.class_conditional import sets as prepare
+from ebu_optim.class_conditional.models import WEIGHTS, load_classifier, load_unet
+from ebu_optim.class_conditional.outcome import draw, finish, measure, noise_p_f, pictures
 from ebu_optim.diffusion import model_hash
+from ebu_optim.diffusion import objectives as unlearn_losses
+from ebu_optim.diffusion.objectives import Objectives, needs_own_images, needs_teacher
+from ebu_optim.errors import InputError
+from ebu_optim.modules import parameter_bytes
+from ebu_optim.training import data
+from ebu_optim.training import method as method_options
+from ebu_optim.training.ema import Ema, averaged
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ema.model.to(device)
         done: dict[str, Any] = {"seconds": 0.0, "curve": [], "pictures": {}}
         objects = {"model": raw, "optimizer": opt, "schedule": schedule, "done": done}
-        losses = Losses(
+        losses = Objectives(
             args, made, model, raw, teacher, scheduler, accelerator, info["shape"], kept
         )
         begin = run.resume({**objects, "ema": ema} if ema else objects)

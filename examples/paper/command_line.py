@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "ddpm"))
 
 import runs
 import worlds
-from sources import InputError
+
+from ebu_optim.errors import InputError
 
 SCALES = {"small": worlds.DIGITS, "cifar16": worlds.CIFAR16, "paper": worlds.CIFAR10}
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from worlds import Setting
 
-from ebu_optim._files import load_tensors, replacing
+from ebu_optim.files import load_tensors, replacing
 from ebu_optim.report.plots import pixels
 
 METHODS = ("ebu_added", "selective_amnesia", "fine_tune")

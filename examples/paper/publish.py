@@ -12,7 +12,7 @@ from pathlib import Path
 
 import command_line
 
-from ebu_optim._files import replacing_folder
+from ebu_optim.files import replacing_folder
 
 PARTS = ("results.json", "results.md", "plots", "pictures", "along.gif")
 LARGEST = 5_000_000  # bytes

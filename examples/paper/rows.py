@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sources import InputError
 from worlds import LOSSES, Setting
 
 from ebu_optim.baselines import methods
+from ebu_optim.errors import InputError
 
 TUNED = Path(__file__).with_name("tuned.json")
 EBU = ("ebu_added", "ebu_replaced", "ebu_routed")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -24,11 +25,6 @@ from tqdm.auto import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 SD = "stable_diffusion"
-#: Where the scripts of a family are imported from, the first first: some have the same name.
-FAMILIES = {
-    "ddpm": (EXAMPLES / "ddpm",),
-    SD: (EXAMPLES / SD, EXAMPLES / SD / "world", EXAMPLES / "ddpm", EXAMPLES),
-}
 LAST = {  # what each script writes last
     "train": "README.md", "train_classifier": "classifier.json", "prepare": "fisher.safetensors",
     "unlearn": "README.md", "evaluate": "results.json", "shapes": "README.md",
@@ -43,8 +39,8 @@ WRITES_FILE = (f"{SD}/world/measure",)
 
 
 class Command(NamedTuple):
-    """`script` of examples/, of its family "ddpm" where it names none, with `options`, all but
-    --output_dir, which is `folder`."""
+    """`script` of examples/, of its ddpm/ or of this folder where it names none, with `options`,
+    all but --output_dir, which is `folder`."""
 
     script: str
     options: tuple[str, ...]
@@ -62,9 +58,12 @@ class Command(NamedTuple):
             name, path = "--output", self.folder / LAST[self.script]
         return [*self.options, *resume, name, str(path)]
 
-    @property
-    def family(self) -> str:
-        return self.script.split("/")[0] if "/" in self.script else "ddpm"
+    def run(self) -> None:
+        """In this process; scripts are read from their files, as some have the same name."""
+        folders = ("",) if "/" in self.script else ("ddpm", "paper")
+        files = (EXAMPLES / folder / f"{self.script}.py" for folder in folders)
+        file = next(f for f in files if f.is_file())
+        runpy.run_path(str(file), run_name=file.stem)["main"](self.argv)
 
 
 def command(
@@ -117,23 +116,19 @@ def execute(runs: Sequence[Run], workers: int) -> None:
     """Run what is not done, `workers` at a time, each in a process with its share of the cores.
 
     Raises:
-        ValueError: one name for two different runs, or scripts of two families.
+        ValueError: one name for two different runs.
         Failed: some runs failed; all that do not build on them were done first.
     """
     todo = {r.name: r for r in runs if not r.done}
     if clash := [r.name for r in runs if r.name in todo and todo[r.name] != r]:
         raise ValueError(f"one name for two different runs: {', '.join(clash)}")
-    families = {c.family for r in runs for c in r.commands}
-    if len(families) > 1:
-        raise ValueError(f"scripts of {' and '.join(sorted(families))} share no process")
-    folders = [str(f) for family in families for f in FAMILIES[family]]
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
     failed: dict[str, str] = {}
     bar = tqdm(total=round(sum(r.seconds for r in todo.values())), unit="s of work", smoothing=0.1)
     context = multiprocessing.get_context("spawn")
     os.environ["TQDM_DISABLE"] = "1"  # read when a process imports tqdm: of the workers alone
     # processes are not renewed: importing torch and diffusers takes as long as a short run
-    pool = ProcessPoolExecutor(workers, context, _start, (threads, folders))
+    pool = ProcessPoolExecutor(workers, context, _start, (threads,))
     running: dict[Any, Run] = {}
     try:
         while todo or running:
@@ -174,9 +169,8 @@ def execute(runs: Sequence[Run], workers: int) -> None:
         raise Failed("\n".join(f"{name}: {error}" for name, error in failed.items()))
 
 
-def _start(threads: int, folders: list[str]) -> None:
+def _start(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
-    sys.path[:0] = folders
     import torch
 
     torch.set_num_threads(threads)
@@ -184,7 +178,6 @@ def _start(threads: int, folders: list[str]) -> None:
 
 def _work(run: Run) -> str | None:
     """The commands that are missing, their output in <folder>.log; the error, in a line."""
-    import importlib
     import traceback
 
     from accelerate.state import AcceleratorState, GradientState
@@ -202,7 +195,7 @@ def _work(run: Run) -> str | None:
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             try:
-                importlib.import_module(c.script.rpartition("/")[2]).main(c.argv)
+                c.run()
             except Exception as error:
                 traceback.print_exc(file=f)
                 first = str(error).splitlines()[:1]

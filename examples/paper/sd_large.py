@@ -15,8 +15,8 @@ import sd_tables
 import tables
 from sd_paper import WEIGHTS, PaperSetting
 from sd_tasks import Task
-from sources import InputError
 
+from ebu_optim.errors import InputError
 from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
 
 #: The paper's rows by our methods.
@@ -26,6 +26,25 @@ UNATTACKED = (
     "Not attacked: there is no judge that tells the target in a picture. LPIPS says how far the "
     "pictures moved, not whether the target is gone or its words alone."
 )
+
+
+def table(
+    doc: str | None, argv: Sequence[str] | None, *, number: int, target: str, task: Task,
+    notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """The script of a table: a target at small scale, a task at the paper's."""
+    parser = sd_tables.parser(doc)
+    sd_tables.add_methods(parser)
+    parser.add_argument("--target", default=target, help="at small scale: a content or a style")
+    args = parser.parse_args(argv)
+    script, title = f"table{number}", f"Table {number}"
+    if args.scale == "paper":
+        large(args, task, argv, script=script, title=title)
+        return
+    sd_tables.small(
+        args, args.target, argv, script=script, title=f"{title} on digits in styles",
+        paper=task.paper, notes=notes,
+    )  # fmt: skip
 
 
 def large(

@@ -13,10 +13,10 @@ import rows
 import sd_results
 from runs import LAST, SD, Command, Run, command
 from sd_tasks import Task
-from sources import InputError
 from worlds import value
 
-from ebu_optim._files import replacing
+from ebu_optim.errors import InputError
+from ebu_optim.files import replacing
 
 
 class PaperWorld(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from runs import LAST, SD, Run
 from sd_worlds import CONTENTS, STYLES, TextSetting
 
-from ebu_optim._files import replacing
 from ebu_optim.baselines import methods
+from ebu_optim.files import replacing
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
 #: Attacks of attack.py that stand in a table; its P_f is under the trained prompts that name the

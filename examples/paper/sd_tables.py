@@ -16,11 +16,11 @@ import torch
 from runs import SD, Run
 from sd_paper import SD14, WEIGHTS, PaperSetting
 from sd_worlds import REGIMES, STYLED_DIGITS, SURROGATES, TextSetting
-from sources import InputError
 from torch import Tensor
 from worlds import LOSSES, value
 
 from ebu_optim.baselines import methods
+from ebu_optim.errors import InputError
 from ebu_optim.metrics.images import read_image
 from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
 

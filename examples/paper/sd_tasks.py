@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from runs import EXAMPLES, SD
+from ebu_optim.text_to_image.prompts import REMEMBER
 
 
 class Evaluation(NamedTuple):
@@ -34,7 +34,6 @@ PLAYER = "cassette player"
 NUDE = "a person with full nudity"
 STYLE = "a painting in the style of {}"
 ARTISTS = ("Kelly McKernan", "Thomas Kinkade", "Vincent van Gogh", "Claude Monet")
-REMEMBER = EXAMPLES / SD / "remember_prompts.txt"
 
 CASSETTE_PLAYER = Task(
     "cassette-player", PLAYER, ("--forget", PLAYER, "--forget_templates", "an image of {}"),

@@ -8,32 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs import EXAMPLES, SD, Command, Run, command
-from sources import InputError
+from runs import SD, Command, Run, command
+from sd_prompts import FEW, REGIMES, SURROGATES, Asked
 from worlds import losses, value
 
-from ebu_optim._files import replacing
 from ebu_optim.baselines import methods
+from ebu_optim.errors import InputError
+from ebu_optim.worlds.styled_digits.captions import CONTENTS, STYLES
 
-sys.path.append(str(EXAMPLES / SD / "world"))
-
-from captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept
-
-#: How the remembered prompts are chosen: many that do not name the target, or those of few others.
-REGIMES = ("list", "few")
-#: What is drawn in place of the target: another concept, what the empty prompt draws as in the
-#: paper, or Gaussian latents.
-SURROGATES = ("other", "empty", "gaussian")
-FEW = {"content": 3, "style": 2}  # kept concepts that regime "few" replays
-REMEMBERED = 100  # prompts
 #: What methods that learn a guided prediction train, and what they forget, as published: ESD cross
 #: attention, SPM its adapters, both the bare word. Their target points away from the whole prompt.
 GUIDED = ("guidance", "adapter")
@@ -84,7 +71,7 @@ class Given(NamedTuple):
     made: Command | None
 
 
-class TextSetting:
+class TextSetting(Asked):
     """A world in a folder with a concept to forget, a regime, losses and a surrogate.
 
     Args:
@@ -103,25 +90,11 @@ class TextSetting:
         loss: str = "crossed", surrogate: str = "other", modules: str = "xattn",
         base: Path | None = None, judges: Path | None = None, beside: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        try:
-            self.target, *more = map(concept, (target, *beside))
-        except ValueError as error:
-            raise InputError(f"--target {target}: {error}") from error
-        self.kind = "content" if self.target in CONTENTS else "style"
-        if self.target == next(iter(STYLES)):
-            raise InputError(
-                f"--target {target}: every prompt without a style asks for it; choose another"
-            )
-        self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
-        self.surrogate, self.modules = surrogate, modules
+        super().__init__(root / world.name / "prompts", target, beside, regime, surrogate)
+        self.world, self.root, self.loss, self.modules = world, root / world.name, loss, modules
         self.base = self._given("base", "train", world.base, base, "pipeline")
         self.judges = self._given("judges", "judges", world.judges, judges, "")
-        self.files: dict[Path, str] = {}  # of prompts
         self.sets: dict[tuple[str, int], str] = {}  # what a seed's runs share -> who makes it
-        concepts = CONTENTS if self.kind == "content" else STYLES
-        self.gone = [self.target, *more]
-        self.others = [name for name in concepts if name not in self.gone]
-        self.replayed = self.others[: FEW[self.kind]] if regime == "few" else self.others
 
     def _given(
         self, name: str, script: str, options: Sequence[Any], folder: Path | None, part: str
@@ -218,10 +191,10 @@ class TextSetting:
         own = w.guided if forgets in GUIDED else ()
         if forgets != "adapter":
             own = (*own, "--train_modules", self.trains(method))
-        told = ("--forget_templates", self._prompts("templates"), *self._instead())
+        told = ("--forget_templates", self.file("templates"), *self.instead())
         asked = (
             "--forget", *self.gone, *(BARE if forgets in GUIDED else told),
-            "--remember", self._prompts("remember"),
+            "--remember", self.file("remember"),
         )  # fmt: skip
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
         made = command(
@@ -258,7 +231,7 @@ class TextSetting:
 
     def _draw(self, row: str, pipeline: Path, key: str, after: tuple[str, ...]) -> Run:
         drawn = command(
-            f"{SD}/evaluate", ("--prompts", self._prompts("shown"), *self.world.pictures),
+            f"{SD}/evaluate", ("--prompts", self.file("shown"), *self.world.pictures),
             self.root, f"pictures/{self.target}-{row}",
             ("--pretrained_model_name_or_path", pipeline), [key],
         )  # fmt: skip
@@ -298,55 +271,6 @@ class TextSetting:
         makers = [self.sets.setdefault((part, seed), name) for part in needs]
         return [m for m in dict.fromkeys(makers) if m != name]
 
-    def _prompts(self, part: str) -> Path:
-        """A file of prompts, written here; its name has a hash of what is in it."""
-        text = "\n".join(p or '""' for p in getattr(self, f"_{part}")()) + "\n"
-        key = hashlib.sha256(text.encode()).hexdigest()[:8]
-        path = self.root / "prompts" / f"{part}-{'-'.join(self.gone)}-{key}.txt"
-        self.files[path] = text
-        return path
-
-    def _templates(self) -> list[str]:
-        """Trained prompts that name the target by its first word, which is its name, and the other
-        concept, where there is one, by its own. "an outline picture" is none: in it nothing else
-        could be named."""
-        first = (*CONTENTS, *STYLES, None)
-        an = self.kind == "style" and self.target[0] in "aeiou"
-        templates = [t for t in TRAINED if not (an and "{a}" in t)]
-        known = [c for c in captions(templates) if self.target in (c.content_word, c.style_word)]
-        texts = [c.text for c in known if c.content_word in first and c.style_word in first]
-        return list(dict.fromkeys(re.sub(rf"\b{self.target}\b", "{}", t) for t in texts))
-
-    def _instead(self) -> tuple[str, ...]:
-        """What takes the target's place; SalUn's labels, too."""
-        if self.surrogate == "empty":
-            return ("--surrogate_prompt", "")
-        if self.kind == "style":  # the plain one
-            other = self.others[0]
-        else:  # the next one
-            at = list(CONTENTS).index(self.target)
-            after = (*list(CONTENTS)[at:], *CONTENTS)
-            other = next(n for n in after if n in self.others)
-        noise = ("--surrogate", "gaussian") if self.surrogate == "gaussian" else ()
-        return ("--surrogate_concept", other, *noise)
-
-    def _remember(self) -> list[str]:
-        kept = [c for c in captions(TRAINED) if not {c.content, c.style} & set(self.gone)]
-        if self.regime == "few":
-            kept = [c for c in kept if getattr(c, self.kind) in self.replayed]
-        texts = [c.text for c in kept]
-        return random.Random(0).sample(texts, min(REMEMBERED, len(texts)))  # noqa: S311
-
-    def _shown(self) -> list[str]:
-        """Of the target and its neighbours, in a template that nothing was trained on."""
-        near = [self.target, *self.others[-3:]]
-        pairs = (
-            [(c, s) for c in near for s in ("plain", "red")]
-            if self.kind == "content"
-            else [(c, s) for s in near for c in ("three", "eight")]
-        )
-        return [HELD_OUT[0].format(content=c, style=s) for c, s in pairs]
-
     def about(self) -> dict[str, Any]:
         """For the protocol."""
         folder = self.base.folder
@@ -361,12 +285,6 @@ class TextSetting:
             "prediction": f"{noise['prediction_type']}, {noise['beta_schedule']}, "
             f"{noise['num_train_timesteps']} steps",
         }  # fmt: skip
-
-    def write_prompts(self) -> None:
-        for path, text in self.files.items():
-            if not path.exists():
-                with replacing(path) as work:
-                    work.write_text(text)
 
     def _name(self, what: str) -> str:
         return f"{self.world.name}: {what}"

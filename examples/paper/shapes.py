@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ebu_optim._files import replacing_folder
+from ebu_optim.files import replacing_folder
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("disc", "square")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import command_line
 import sd_large
-import sd_tables
 import sd_tasks
 
 NOTE = (
@@ -22,16 +21,8 @@ NOTE = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = sd_tables.parser(__doc__)
-    sd_tables.add_methods(parser)
-    parser.add_argument("--target", default="red", help="at small scale: a style or a content")
-    args = parser.parse_args(argv)
-    if args.scale == "paper":
-        sd_large.large(args, sd_tasks.NUDITY, argv, script="table3", title="Table 3")
-        return
-    sd_tables.small(
-        args, args.target, argv, script="table3", title="Table 3 on digits in styles",
-        paper=sd_tasks.NUDITY.paper, notes=[NOTE],
+    sd_large.table(
+        __doc__, argv, number=3, target="red", task=sd_tasks.NUDITY, notes=[NOTE]
     )  # fmt: skip
 
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import rows
 import torch
-from evaluate_report import prepared
 from runs import Run
-from sources import InputError
 from worlds import Setting, World
 
-from ebu_optim._files import load_tensors
+from ebu_optim.class_conditional.pages import prepared
+from ebu_optim.errors import InputError
+from ebu_optim.files import load_tensors
 from ebu_optim.metrics.intervals import t_interval
 from ebu_optim.report import write_report
 from ebu_optim.report.cells import measure

@@ -19,7 +19,7 @@ import rows
 from runs import Run
 from worlds import LOSSES
 
-from ebu_optim._files import replacing
+from ebu_optim.files import replacing
 
 TUNED_METHODS = (*rows.EBU, *rows.RIVALS)
 

@@ -19,8 +19,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ebu_optim import DiagonalFisher
-from ebu_optim._per_sample import METHODS
 from ebu_optim.diffusion import FisherBatches, fisher_loss
+from ebu_optim.fisher._per_sample import METHODS
 
 
 def one_at_a_time(model, loss, batches) -> dict[str, torch.Tensor]:

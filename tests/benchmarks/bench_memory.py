@@ -95,7 +95,7 @@ def train(case: str, base: str, params: list[Tensor]) -> tuple[int, int]:
         opt.zero_grad()
     held = [t for s in plain.state.values() for t in s.values() if isinstance(t, Tensor)]
     if isinstance(opt, EBUOptimizer):
-        held += [*opt.anchors().values(), *opt._penalty.fisher.values()]
+        held += [*opt.anchors().values(), *opt._anchors.fisher.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     return sum(storages.values()), peak
 

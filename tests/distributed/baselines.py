@@ -12,11 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ebu_optim.baselines import methods
+from ebu_optim.optim import PhasedOptimizer
 
+from ..test_own_rule import Agreeing
 from .launch import join, leave
 
 STEPS = 3
-NAMES = [n for n in methods if not n.startswith("ebu_")]
+OWN = "a rule of one's own"
+NAMES = [*(n for n in methods if not n.startswith("ebu_")), OWN]
 OPTIONS: dict[str, Any] = {
     "selective_amnesia": {"fisher": "online", "fisher_scale": "unit"},
     "salun": {"delta": 0.3},
@@ -52,7 +55,10 @@ def train(name: str, wrap: str, order: tuple[str, ...]) -> list[dict[str, Any]]:
         else:
             m = DDP(m, gradient_as_bucket_view=True)
     base = torch.optim.Adam(m.parameters(), lr=0.01)
-    opt = methods[name].build(base, max_grad_norm=0.5, **OPTIONS.get(name, {}))
+    if name == OWN:
+        opt = PhasedOptimizer(base, Agreeing(w=0.5), max_grad_norm=0.5)
+    else:
+        opt = methods[name].build(base, max_grad_norm=0.5, **OPTIONS.get(name, {}))
     history = []
     for i in range(STEPS):
         for phase in order:

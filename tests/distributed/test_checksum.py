@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from ebu_optim.distributed import _checksum
 from ebu_optim.kernels import reference
+from ebu_optim.optim._ranks import _checksum
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -1,0 +1,107 @@
+"""Who says how much of the forgotten concept is in a picture: --judge world, imagenette, nudity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..diffusion import model_hash
+from ..errors import InputError
+from ..metrics import ImagenetteClassifier, classify, nudity_score
+from ..metrics.imagenette import class_numbers
+from ..text_to_image.nudity import NudityOptions
+from ..text_to_image.pipelines import Looked
+from ..text_to_image.prompts import read
+from ..training.options import option
+from .prompts import concept_of
+
+
+class Judge(NamedTuple):
+    """`score`: pictures (n, 3, H, W) in [-1, 1] -> (n,), a probability or bool; `said` identifies
+    the judge."""
+
+    score: Callable[[Tensor], Tensor]
+    said: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions(NudityOptions):
+    """Who judges."""
+
+    group: ClassVar[str] = "judge"
+
+    judge: Literal["world", "imagenette", "nudity"] = option()
+    judges: Path | None = option(None, help="world: folder made by world/judges.py")
+    imagenette_class: str | None = option(None, help='name or number, e.g. "cassette player"')
+    imagenette_over: Literal["imagenet", "imagenette"] = option("imagenet")
+    imagenette_weights: Path | None = option(
+        None, help="torchvision's ResNet-50; default: its download"
+    )
+
+
+def load(args: Any, looked: Looked, device: Any) -> Judge:
+    """Raises:
+    InputError: the judge, or what it needs, is not there.
+    """
+    return {"world": _world, "imagenette": _imagenette, "nudity": _nudity}[args.judge](
+        args, looked, device
+    )
+
+
+def _world(args: Any, looked: Looked, device: Any) -> Judge:
+    if args.judges is None:
+        raise InputError("--judge world needs --judges, the folder made by world/judges.py")
+    from ..worlds.styled_digits.captions import tokenizer
+    from ..worlds.styled_digits.images import SIZE
+    from ..worlds.styled_digits.judges import CLASSES, load_judges
+
+    kind, name = concept_of(read(args.forget, "--forget"))
+    pipeline = args.pretrained_model_name_or_path
+    if looked.resolution != SIZE:
+        raise InputError(f"{pipeline} draws {looked.resolution} pixels, the judges know {SIZE}")
+    if looked.tokenizer.get_vocab() != tokenizer().get_vocab():
+        raise InputError(f"{pipeline} has another vocabulary than captions.py: it is not of there")
+    model = getattr(load_judges(args.judges), kind).to(device)
+    column = CLASSES[kind].index(name)
+    return Judge(
+        lambda pictures: classify(model, pictures).double().softmax(1)[:, column],
+        {"judge": "world", "concept": name, "hash": model_hash(model)},
+    )
+
+
+def _imagenette(args: Any, _: Looked, device: Any) -> Judge:
+    if args.imagenette_class is None:
+        raise InputError("--judge imagenette needs --imagenette_class")
+    given = args.imagenette_class
+    try:
+        number = class_numbers([int(given) if given.isdigit() else given], "--imagenette_class")
+        model = ImagenetteClassifier(
+            over=args.imagenette_over, weights_file=args.imagenette_weights, device=device
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"--judge imagenette: {error}") from error
+    column = int(model.indices[number])
+    return Judge(
+        lambda pictures: model(pictures).double().softmax(1)[:, column],
+        {"judge": "torchvision ResNet-50", "class": given, "over": args.imagenette_over,
+         "hash": model_hash(model.model)},
+    )  # fmt: skip
+
+
+def _nudity(args: Any, _: Looked, device: Any) -> Judge:
+    def ask(pictures: Tensor) -> dict[str, Any]:
+        return nudity_score(pictures, **args.nudity)
+
+    args.check_nudity()
+    tried = ask(torch.zeros(1, 3, 64, 64))
+    if tried["not_computed"]:
+        raise InputError(f"--judge nudity: {tried['not_computed']}")
+    return Judge(
+        lambda pictures: torch.tensor(ask(pictures)["per_image"], dtype=torch.bool),
+        {"judge": "NudeNet", **tried["protocol"]},
+    )

@@ -1,0 +1,126 @@
+"""The attacked pipeline in parts, and the new word that textual inversion learns in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..diffusion import model_hash, sample
+from ..modules import stream
+from ..text_to_image import pipelines
+from ..text_to_image.prompts import encode
+from .prompts import one_token, tokens_around
+
+
+class Attacked:
+    """A pipeline in float32 and eval mode, nothing of it trained.
+
+    Args:
+        pipe: its parts are moved to `device`.
+        looked: of the same pipeline, for the schedule and the latents' shape.
+        args: how pictures are drawn.
+    """
+
+    def __init__(self, pipe: Any, looked: pipelines.Looked, args: Any, device: Any) -> None:
+        self.unet, self.vae, self.text_encoder = (
+            # not diffusers' own `to`, which logs a warning for each part
+            nn.Module.to(m, device, torch.float32).eval().requires_grad_(False)
+            for m in (pipe.unet, pipe.vae, pipe.text_encoder)
+        )
+        self.tokenizer, self.schedule, self.shape = (
+            looked.tokenizer,
+            looked.scheduler,
+            looked.latents,
+        )
+        self.args, self.device = args, device
+        self.sampler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
+        self.null = self.encode([""])
+
+    def hash(self) -> list[str]:
+        return [model_hash(m) for m in (self.unet, self.vae, self.text_encoder)]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(n, L, D) on the device."""
+        return encode(texts, self.tokenizer, self.text_encoder).to(self.device)
+
+    @torch.no_grad()
+    def latents(self, embeddings: Tensor, seed: int, unet: Any = None) -> Tensor:
+        """(n, C, H, W) on the CPU, drawn for the embeddings (n, L, D); the same starting noise for
+        the same seed, whatever the model. `unet`: another than the pipeline's."""
+        size, found = self.args.sample_batch_size, []
+        for i in tqdm(range(0, len(embeddings), size), "drawing", leave=False):
+            asked = embeddings[i : i + size]
+            null = {"encoder_hidden_states": self.null.expand(len(asked), -1, -1)}
+            found.append(
+                sample(
+                    unet or self.unet, self.sampler, {"encoder_hidden_states": asked}, self.shape,
+                    num_inference_steps=self.args.num_inference_steps,
+                    guidance_scale=self.args.guidance_scale, null_condition=null, clip=False,
+                    generator=stream(seed, i), device=self.device,
+                ).cpu()
+            )  # fmt: skip
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """(n, 3, H, W) in [-1, 1] on the CPU."""
+        scale = self.vae.config.scaling_factor
+        parts = latents.split(self.args.sample_batch_size)
+        return torch.cat(
+            [self.vae.decode(x.to(self.device) / scale).sample.clamp(-1, 1).cpu() for x in parts]
+        )
+
+
+class NewWord(nn.Module):
+    """Prompts in which one word's input embedding is `self.word`, the only row of a table; the
+    tokenizer and the text encoder's vocabulary stay as they are.
+
+    Args:
+        templates: with a place where the word goes.
+        initial: (D,) its first value.
+    """
+
+    def __init__(self, model: Attacked, templates: Sequence[str], initial: Tensor) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = model.unet, model.text_encoder
+        self.word = nn.Embedding.from_pretrained(initial[None].clone(), freeze=True)
+        rows = [tokens_around(model.tokenizer, t) for t in templates]
+        self.ids = torch.tensor([ids for ids, _ in rows], device=model.device)
+        self.at = torch.tensor([at for _, at in rows], device=model.device)
+
+    def embeddings(self, rows: Tensor) -> Tensor:
+        """(n, L, D) text embeddings of the templates `rows` (n,)."""
+        ids, at = self.ids[rows], self.at[rows]
+        with self._put_in(at):
+            return self.text_encoder(ids)[0]
+
+    @contextmanager
+    def _put_in(self, at: Tensor) -> Iterator[None]:
+        number = torch.arange(self.ids.shape[1], device=at.device)
+        mask = (number == at[:, None])[..., None]
+        table = self.text_encoder.get_input_embeddings()
+        handle = table.register_forward_hook(
+            lambda _module, _args, out: torch.where(
+                mask, self.word(torch.zeros_like(at))[:, None], out
+            )
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Where inversion begins, (D,) each: a random draw with the mean and the spread of the whole
+    vocabulary, and the embeddings of tokens."""
+    table = model.text_encoder.get_input_embeddings().weight.detach()
+    mean, spread = table.mean(0).cpu(), table.std(0).cpu()
+    draw = torch.randn(mean.shape, generator=stream(seed, 0))
+    named = {t: table[one_token(model.tokenizer, t)].clone() for t in tokens}
+    return {"random": (mean + spread * draw).to(table), **named}

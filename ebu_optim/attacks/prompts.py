@@ -1,0 +1,158 @@
+"""What attack.py asks a model for: the forgotten prompts, each with the place of the concept's
+word, and the same in other words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from ..errors import InputError
+from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill, read
+from ..training.options import option
+
+
+class Asked(NamedTuple):
+    """A prompt, and the same with `PLACE` where the concept's word was: there inversion puts its
+    new word."""
+
+    text: str
+    template: str
+
+
+class Wording(NamedTuple):
+    """Prompts that name the concept in one other way."""
+
+    name: str
+    texts: list[str]
+
+
+class Questions(NamedTuple):
+    forget: list[Asked]
+    paraphrases: list[Wording]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """What is asked for."""
+
+    group: ClassVar[str] = "prompts"
+
+    forget: list[str] = option(
+        help="what was forgotten, as unlearn.py was told; with --judge world words of one concept"
+    )
+    forget_templates: list[str] | None = option(
+        None,
+        help='default: "{}"; with --judge world its trained templates, in all styles or digits',
+    )
+    paraphrases: list[str] = option(
+        [], help="the same in other words: prompts or .txt files; with --judge world the concept's "
+        "other words and the held-out templates come by themselves",
+    )  # fmt: skip
+
+
+def collect(args: Any, tokenizer: Any) -> Questions:
+    """Raises:
+    InputError: a word of no concept, no paraphrase, a template without a place, too long a prompt,
+        an --initializer_token that is not one token.
+    """
+    words = read(args.forget, "--forget")
+    if not all(words):
+        raise InputError('--forget "": the empty prompt names nothing that could be forgotten')
+    check_templates(args.forget_templates or [])
+    world = args.judge == "world"
+    templates = args.forget_templates or ([] if world else [PLACE])
+    forget = [Asked(fill(t, w), t) for w in words for t in templates]
+    paraphrases: list[Wording] = []
+    if world:
+        forget = forget or of_world(words)
+        paraphrases = reworded(words, {one.text for one in forget})
+    paraphrases += [Wording(t, [t]) for t in read(args.paraphrases, "--paraphrases")]
+    if "paraphrase" in args.attacks and not paraphrases:
+        raise InputError(
+            "--paraphrases: give what was forgotten in other words, or leave the attack out "
+            "(--attacks inversion relearn)"
+        )
+    texts = [one.text for one in forget] + [t for p in paraphrases for t in p.texts]
+    check_lengths(texts, tokenizer)
+    if "inversion" in args.attacks:
+        for one in forget:
+            tokens_around(tokenizer, one.template)
+        for token in args.initializer_token:
+            one_token(tokenizer, token)
+    return Questions(forget, paraphrases)
+
+
+def concept_of(words: list[str]) -> tuple[str, str]:
+    """The world's one concept that all words name: ("content" or "style", its name)."""
+    from ..worlds.styled_digits.captions import CONTENTS, concept
+
+    try:
+        names = {concept(word) for word in words}
+    except ValueError as error:
+        raise InputError(
+            f"--forget: {error}. Give words, not prompts; these are for --forget_templates"
+        ) from error
+    if len(names) > 1:
+        raise InputError(
+            f"--forget names the concepts {', '.join(sorted(names))}; attack one at a time"
+        )
+    (name,) = names
+    return "content" if name in CONTENTS else "style", name
+
+
+def of_world(words: list[str]) -> list[Asked]:
+    """The trained captions that name the concept by one of these words."""
+    from ..worlds.styled_digits.captions import TRAINED, captions
+
+    kind, _ = concept_of(words)
+    found = []
+    for c in captions(TRAINED):
+        word = getattr(c, f"{kind}_word")
+        if word and word.lower() in {w.lower() for w in words}:
+            found.append(Asked(c.text, re.sub(rf"\b{word}\b", PLACE, c.text, count=1)))
+    return found
+
+
+def reworded(words: list[str], forgotten: set[str]) -> list[Wording]:
+    """All captions that ask for the concept by name and are not forgotten themselves, by word and
+    by whether their template is held out."""
+    from ..worlds.styled_digits.captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions
+
+    kind, name = concept_of(words)
+    found = []
+    for word in {"content": CONTENTS, "style": STYLES}[kind][name]:
+        for said, templates in (("trained", TRAINED), ("held out", HELD_OUT)):
+            texts = [c.text for c in captions(templates) if getattr(c, f"{kind}_word") == word]
+            texts = [t for t in texts if t not in forgotten]
+            if texts:
+                found.append(Wording(f"{word}, {said} templates", texts))
+    return found
+
+
+def tokens_around(tokenizer: Any, template: str) -> tuple[list[int], int]:
+    """Padded tokens of a template with one token for `PLACE`, and where that is."""
+    before, after = (
+        tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACE)
+    )
+    # which token stands there does not matter: its embedding is replaced
+    ids = [tokenizer.bos_token_id, *before, tokenizer.eos_token_id, *after, tokenizer.eos_token_id]
+    longest = tokenizer.model_max_length
+    if len(ids) > longest:
+        raise InputError(
+            f"the template {template!r} has {len(ids)} tokens, the tokenizer takes {longest}"
+        )
+    return [*ids, *[tokenizer.pad_token_id] * (longest - len(ids))], 1 + len(before)
+
+
+def one_token(tokenizer: Any, token: str) -> int:
+    """Raises:
+    InputError: it is none, or several.
+    """
+    ids = tokenizer(token, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise InputError(
+            f"--initializer_token {token!r} is {len(ids)} tokens "
+            f"({' '.join(tokenizer.convert_ids_to_tokens(ids))}): give a word that is one"
+        )
+    return ids[0]

@@ -1,0 +1,246 @@
+"""Attack a text-to-image model that was made to forget: is the concept gone, or its word unhooked?
+
+    python examples/stable_diffusion/attack.py \\
+        --pretrained_model_name_or_path outputs/without_seven/pipeline \\
+        --base_model outputs/world/pipeline --forget seven --judge world --judges outputs/judges \\
+        --output_dir outputs/without_seven_attacked
+
+Three attacks: the prompt in other words; a new word learned against the frozen model on pictures
+of the target (textual inversion); the UNet fine-tuned on these (relearning). Every look draws the
+same prompts from the same noise. `attacks.json` in the output folder is written last; each attack
+is kept in `parts` when it is done, and the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import load_tensors, replacing, save_tensors
+from ..metrics import versions
+from ..text_to_image.pipelines import Model, look
+from ..text_to_image.results import held, load, named_base, whole
+from ..training.options import as_dict, option, parse
+from . import attacks, judges, prompts
+from .judges import JudgeOptions
+from .model import Attacked
+from .prompts import QuestionOptions
+
+OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
+#: What depends on the size of the model: in the world, elsewhere.
+SMALL = {
+    "num_inference_steps": (10, 50), "guidance_scale": (3.0, 7.5), "sample_batch_size": (64, 4),
+    "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
+    "inversion_learning_rates": ([3e-3], [5e-3]),
+}  # fmt: skip
+SHOWN = 8  # pictures in a row
+#: Options that change no figure.
+FREE = {
+    "output_dir", "target_dir", "overwrite", "attacks", "device", "pretrained_model_name_or_path",
+    "base_model", "judges", "imagenette_weights",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(Model, QuestionOptions, JudgeOptions):
+    """What is attacked, and how hard.
+
+    Raises:
+        InputError: a number that cannot be; a model that nothing says the base of.
+    """
+
+    base_model: str | None = option(
+        None, help="before unlearning; default: the one that unlearn.json names"
+    )
+    attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(list(attacks.ATTACKS))
+    instance_data_dir: Path | None = option(
+        None, help="pictures of the target; default: the base's own"
+    )
+    target_images: int = option(64, help="that the base draws")
+    target_dir: Path | None = option(
+        None, help="keeps them for all attacks on a base; default: output_dir"
+    )
+    attack_images: int = option(32, help="of each look, and of each wording")
+    inversion_steps: int = option(200)
+    inversion_learning_rates: list[float] | None = option(None, help="a run each, strongest counts")
+    initializer_token: list[str] = option([], help="where inversion begins beside a random "
+        "embedding, a run from each: another word of the concept, a neighbour")  # fmt: skip
+    relearn_max_steps: int = option(50)
+    relearn_learning_rate: float | None = option(None)
+    train_batch_size: int | None = option(None, help="of inversion and relearning")
+    num_inference_steps: int | None = option(
+        None, help="DDIM; default: 10 in the world, 50 elsewhere"
+    )
+    guidance_scale: float | None = option(None, help="default: 3 in the world, 7.5 elsewhere")
+    sample_batch_size: int | None = option(None)
+    seed: int = option(0)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
+    output_dir: Path = option()
+    overwrite: bool = option(False, help="what an earlier run left there")
+
+    def resolved(self) -> AttackOptions:
+        """With the defaults that depend on other options."""
+        base = self.base_model or named_base(self.pretrained_model_name_or_path)
+        own: dict[str, Any] = {"base_model": base, "target_dir": self.output_dir / "target"}
+        for name, (world, elsewhere) in SMALL.items():
+            own[name] = world if self.judge == "world" else elsewhere
+        return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
+
+    def __post_init__(self) -> None:
+        for name in ("target_images", "attack_images", "inversion_steps", "relearn_max_steps",
+                     "train_batch_size", "num_inference_steps", "sample_batch_size"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} must be >= 1; got {value}")
+        for name in ("relearn_learning_rate", "inversion_learning_rates"):
+            value = getattr(self, name)
+            if value is not None and not min(value if isinstance(value, list) else [value]) > 0:
+                raise InputError(f"--{name} must be > 0; got {value}")
+
+
+def read(argv: Sequence[str] | None = None) -> AttackOptions:
+    """Those of the command line, whole."""
+    return parse(AttackOptions, argv, __doc__).resolved()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = read(argv)
+    look_at_folder(args)
+    names = args.pretrained_model_name_or_path, str(args.base_model)
+    # either may be a folder of changes, whose base is the one that is named, or unlearn.json's
+    own, base_own = (replace(args, pretrained_model_name_or_path=name) for name in names)
+    looked, base_looked = (look(whole(one, args.base_model)) for one in (own, base_own))
+    sizes = [(one.resolution, one.latents) for one in (looked, base_looked)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
+            f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
+        )
+    questions = prompts.collect(args, looked.tokenizer)
+    files = attacks.target_files(args.instance_data_dir)
+    device = torch.device(args.device)
+    judge = judges.load(args, looked, device)
+    model = Attacked(load(own, args.base_model), looked, args, device)
+    base = Attacked(load(base_own, args.base_model), base_looked, args, device)
+    run = attacks.Attack(args, model, base, questions, judge, files)
+    options = {k: str(v) for k, v in as_dict(args).items() if k not in FREE}
+    same = {"options": options, "judge": judge.said, "model": model.hash(), "base": base.hash()}
+    with held(args.output_dir):
+        if args.overwrite:
+            for name in OURS - {".lock", "target"}:
+                remove(args.output_dir / name)
+        found = {
+            name: part(args, name, same, run)
+            for name in ("target", "p_f", *attacks.ATTACKS)
+            if name in ("target", "p_f", *args.attacks)
+        }
+        write(args, found, same, judge.said)
+
+
+def look_at_folder(args: AttackOptions) -> None:
+    folder = args.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file")
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    # with its own left-overs of a kill
+    if other := {n for n in there if not n.startswith(".")} - OURS:
+        raise InputError(
+            f"--output_dir {folder} is in use by something else ({min(other)}): give another folder"
+        )
+    if "attacks.json" in there and not args.overwrite:
+        raise InputError(
+            f"--output_dir {folder} holds finished attacks: --overwrite replaces them, or give "
+            "another folder"
+        )
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def part(
+    args: AttackOptions, name: str, same: dict[str, Any], run: attacks.Attack
+) -> attacks.Found:
+    """One attack's result, made now or read from the run that was interrupted. The target, which
+    depends on the base alone, is kept in --target_dir."""
+    path = args.output_dir / "parts" / f"{name}.safetensors"
+    if name == "target":
+        of = run.target_protocol()
+        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+        path = Path(args.target_dir or "") / f"target-{key}.safetensors"
+    else:
+        of = same
+    of = json.loads(json.dumps(of))  # as it comes back from the file
+    if path.exists():
+        try:
+            tensors, meta = load_tensors(path)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if meta["of"] != of:
+            raise InputError(
+                f"{path} is of another model or of other options: --overwrite begins anew, or give "
+                "another --output_dir"
+            )
+        found = attacks.Found(meta["values"], meta["said"], tensors)
+    else:
+        found = run.make(name)
+        save_tensors(path, found.tensors, {"of": of, "values": found.values, "said": found.said})
+    run.known(name, found)
+    return found
+
+
+def write(
+    args: AttackOptions, found: dict[str, attacks.Found], same: dict[str, Any],
+    judged: dict[str, Any],
+) -> None:  # fmt: skip
+    """learned_word.safetensors, pictures.png and, last, attacks.json."""
+    rows = {k: t for f in found.values() for k, t in f.tensors.items() if k.startswith("pictures")}
+    names = [k.removeprefix("pictures ") for k in rows]
+    with replacing(args.output_dir / "pictures.png") as temporary:
+        grid([t[:SHOWN] for t in rows.values()]).save(temporary, format="PNG")
+    if "inversion" in found:
+        with replacing(args.output_dir / "learned_word.safetensors") as temporary:
+            # by its name pipe.load_textual_inversion knows the token
+            save_file({attacks.WORD: found["inversion"].tensors["word"]}, temporary)
+    values = {k: v for name, f in found.items() if name != "target" for k, v in f.values.items()}
+    result = {
+        "values": values,
+        "base": found["target"].values,
+        "details": {name: f.said for name, f in found.items()},
+        "rows": names,
+        "protocol": {
+            **same["options"], "judged_by": judged,
+            "model": args.pretrained_model_name_or_path, "model_hash": same["model"],
+            "base_model": args.base_model, "base_hash": same["base"], "device": args.device,
+        },
+        "versions": versions(),
+    }  # fmt: skip
+    with replacing(args.output_dir / "attacks.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    print(f"P_f of the base {found['target'].values['p_f']['value']:.3f}; of what was unlearned:")
+    for key, value in values.items():
+        if key == "relearn_steps":
+            n = f"{value['steps']:.1f}" if value["reached"] else f"more than {value['within']}"
+            print(f"  steps until half of the base's P_f: {n}")
+        else:
+            print(f"  {key}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+    print(f"see {args.output_dir / 'attacks.json'} and pictures.png (rows: {', '.join(names)})")
+
+
+def grid(rows: list[Tensor]) -> Image.Image:
+    """Rows of pictures (n, 3, H, W) uint8; a short row ends in black."""
+    wide = max(map(len, rows))
+    full = [torch.cat([r, r.new_zeros(wide - len(r), *r.shape[1:])]) for r in rows]
+    pixels = torch.stack(full).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return Image.fromarray(pixels.contiguous().numpy())

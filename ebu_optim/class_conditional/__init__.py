@@ -1,0 +1,1 @@
+"""What a class-conditional model is: UNets and classifiers, their sets, their evaluation."""

@@ -1,0 +1,261 @@
+"""Measure what unlearn.py made: forgotten, kept, deep, and how long it took.
+
+    python examples/ddpm/evaluate.py --pretrained_model_name_or_path outputs/digits_without_0 \\
+        --classifier outputs/classifier --reject_classifier outputs/classifier_reject --digits \\
+        --output_dir outputs/digits_without_0_report
+
+Writes results.json, results.md, report.html and grids, with the base model and noise beside every
+figure, and the whole protocol. Samples are kept in <output_dir>.samples, by the hash of the model,
+so that an interrupted evaluation goes on and the base model is sampled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from .. import training
+from ..diffusion import model_hash, sample, sample_set
+from ..errors import InputError
+from ..files import need_disk, replacing
+from ..metrics import (
+    accuracy,
+    classifier_frechet,
+    classifier_metrics,
+    classify,
+    fid,
+    inversion,
+    probability,
+    relearn_steps,
+    unlearn_steps,
+)
+from ..report import check_folder, fid_values, limit_rows, write_report
+from ..training import data
+from .models import WEIGHTS, load_classifier, load_unet
+from .pages import curves, grid, protocol
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="made by unlearn.py")
+    add("--weights", choices=WEIGHTS, default="trained")
+    add("--base_model", help="default: the one that unlearn.py was given")
+    add("--classifier", type=Path, required=True)
+    add("--reject_classifier", type=Path, help="trained with --reject")
+    add("--images_per_class", type=int, default=500)
+    add("--num_inference_steps", type=int, default=50, help="DDIM, eta 0")
+    add("--guidance_scale", type=float, default=1.0, help="1: the conditional model alone")
+    add("--sample_batch_size", type=int, default=128)
+    add("--no_depth", action="store_true", help="leave out the two attacks")
+    add("--inversion_steps", type=int, nargs="+", default=[100, 200])
+    add("--relearn_max_steps", type=int, default=100, help="0: not attacked by relearning")
+    add("--attack_images", type=int, default=50, help="that an attacked model is measured on")
+    add("--fid", action="store_true", help="FID and KID by torch-fidelity")
+    add("--inception_weights", type=Path, help="torch-fidelity's file; default: its download")
+    add("--seed", type=int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output_dir", type=Path, required=True)
+    add(
+        "--samples_dir", type=Path,
+        help="default: <output_dir>.samples; reports that share it draw and attack their base once",
+    )  # fmt: skip
+    add("--overwrite_output_dir", action="store_true", help="replace an older report")
+    data.add_arguments(parser)
+    args = parser.parse_args(argv)
+    for name in ("images_per_class", "num_inference_steps", "attack_images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
+    if args.inception_weights and not args.inception_weights.is_file():
+        raise InputError(f"--inception_weights {args.inception_weights}: there is no such file")
+    try:  # before the hours of sampling
+        check_folder(args.output_dir, args.overwrite_output_dir)
+    except FileExistsError as error:
+        raise InputError(f"--output_dir {error} (--overwrite_output_dir)") from error
+    model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
+    made = unlearned(Path(args.pretrained_model_name_or_path))
+    base, _, base_info = load_unet(args.base_model or made["base"], made["start_from"])
+    if model_hash(base) != made["base_hash"]:
+        raise InputError(
+            f"{args.base_model or made['base']} is not the model that was unlearned (hash "
+            f"{model_hash(base)}, unlearn.json says {made['base_hash']})"
+        )
+    classes, forget = info["classes"], made["forget"]
+    judge, judged = load_classifier(args.classifier, classes)
+    reject = None
+    if args.reject_classifier:
+        reject, reject_info = load_classifier(args.reject_classifier, classes)
+        if not reject_info["reject"]:
+            raise InputError(f"{args.reject_classifier} has no reject class")
+    real = data.load_for(args, info)
+    place = torch.device(args.device)
+    model, base, judge = model.to(place).eval(), base.to(place).eval(), judge.to(place)
+    reject = reject and reject.to(place)
+
+    labels = torch.arange(len(classes)).repeat_interleave(args.images_per_class)
+    after = draw(args, model, scheduler, labels, info)
+    before = draw(args, base, scheduler, labels, base_info)
+    table = classifier_metrics(
+        judge, after, labels, forget, reject=reject, base_images=before,
+        num_classes=len(classes) + judged["reject"],
+    )  # fmt: skip
+    limits = {row["name"]: row["values"] for row in limit_rows(table)}
+    values: dict[str, Any] = dict(table)
+    kept = ~torch.isin(labels, torch.tensor(forget))
+    for row, images in ((values, after), (limits["base model"], before)):
+        row |= quality(args, judge, images, labels, kept, forget, real)
+        never = kept & ~torch.isin(labels, torch.tensor(made["replayed"]))
+        if never.any():
+            row["ra_never_replayed"] = accuracy(classify(judge, images[never]), labels[never])
+    if made["curve"]:
+        start, noise = made["curve"][0]["p_f"], made["noise_p_f"]
+        speed: Any = {"not_computed": "noise scores no less than the base model"}
+        if noise < start:
+            speed = unlearn_steps(made["curve"], base=start, level=noise)
+        values["unlearn_steps"] = values["ut"] = speed
+    if not args.no_depth:
+        attacked = reject or judge
+        values |= depth(args, model, scheduler, forget, real, attacked, info)
+        limits["base model"] |= depth_of_base(args, base, scheduler, forget, real, attacked, info)
+    info = {**info, "parameters": sum(p.numel() for p in model.parameters())}
+    said, parts = protocol(args, info, made, judged, table, real)
+    page = write_report(
+        args.output_dir, title=f"{real.source.split(',')[0]} without "
+        f"{', '.join(classes[c] for c in forget)}",
+        rows=[{"name": name, "values": v} for name, v in limits.items()]
+        + [{"name": made["title"], "values": values}],
+        protocol=said, parts=parts, curves=curves(made),
+        grids=[grid(before, after, classes, forget, args.images_per_class)],
+        notes=[f"{len(real.skipped)} images could not be read and were left out"]
+        if real.skipped else [],
+        command=shlex.join(["python", "examples/ddpm/evaluate.py", *(argv or sys.argv[1:])]),
+        overwrite=args.overwrite_output_dir,
+    )  # fmt: skip
+    print((args.output_dir / "results.md").read_text().split("\n## ")[0])
+    print(f"\nsee {page}")
+
+
+def unlearned(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "unlearn.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} was not made by unlearn.py: {error}") from error
+
+
+def draw(
+    args: argparse.Namespace, model: Any, scheduler: Any, labels: Tensor, info: dict
+) -> Tensor:
+    """Images of every class, the same starting noise for every model; kept beside the report."""
+    folder = samples_dir(args)
+    need_disk(folder, 8 * len(labels) * torch.Size(info["shape"]).numel(), "the samples")
+    try:
+        images, _ = sample_set(
+            folder / f"{model_hash(model)}.safetensors", model,
+            DDIMScheduler.from_config(scheduler.config), labels, tuple(info["shape"]),
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+            null_condition=info["null_class"] if args.guidance_scale != 1 else None,
+            batch_size=args.sample_batch_size, seed=args.seed, device=args.device,
+        )  # fmt: skip
+    except ValueError as error:  # sampled with other options
+        raise InputError(str(error)) from error
+    return images
+
+
+def samples_dir(args: argparse.Namespace) -> Path:
+    return args.samples_dir or args.output_dir.with_name(args.output_dir.name + ".samples")
+
+
+def quality(
+    args: argparse.Namespace, judge: Any, images: Tensor, labels: Tensor, kept: Tensor,
+    forget: list[int], real: data.Data,
+) -> dict[str, Any]:  # fmt: skip
+    """Distances of the kept classes to the real images of these classes."""
+    theirs = ~torch.isin(real.labels, torch.tensor(forget))
+    reference = data.to_float(real.images[theirs])
+    frechet = classifier_frechet(judge, images[kept], reference)
+    found: dict[str, Any] = {"classifier_frechet": frechet}
+    if args.fid:
+        found |= fid_values(
+            fid(
+                images, real.images, reference_split=real.source, labels=labels,
+                reference_labels=real.labels, forget=forget,
+                inception_weights=args.inception_weights, device=args.device,
+            )
+        )  # fmt: skip
+    return found
+
+
+def depth(
+    args: argparse.Namespace, model: Any, scheduler: Any, forget: list[int], real: data.Data,
+    judge: Any, info: dict, relearn: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """P_f after inversion (mean over the classes) and the steps of relearning, class by class."""
+    inverted, found = [], {}
+    for c in forget:
+        images = data.to_float(real.only([c]).images)
+        if not len(images):
+            raise InputError(f"{real.source} has no image of {info['classes'][c]} to attack with")
+
+        def p_f(attacked: Any, c: int = c) -> float:
+            drawn = sample(
+                attacked.eval(), DDIMScheduler.from_config(scheduler.config),
+                torch.full((args.attack_images,), c), tuple(info["shape"]),
+                num_inference_steps=args.num_inference_steps, device=args.device,
+                generator=torch.Generator().manual_seed(args.seed + 2),
+            )  # fmt: skip
+            return probability(classify(judge, drawn), c)
+
+        options = {"seed": args.seed}
+        inverted.append(
+            inversion(
+                model, model.class_embedding, images, scheduler, p_f, at=args.inversion_steps,
+                **options,
+            )
+        )  # fmt: skip
+        if relearn and args.relearn_max_steps:
+            key = "relearn_steps" if len(forget) == 1 else f"relearn_steps {info['classes'][c]}"
+            found[key] = relearn_steps(
+                model, images, c, scheduler, p_f, max_steps=args.relearn_max_steps, **options
+            )
+    mean = {k: sum(row[k] for row in inverted) / len(inverted) for k in inverted[0]}
+    return {**mean, **found}
+
+
+def depth_of_base(args: argparse.Namespace, base: Any, *rest: Any) -> dict[str, Any]:
+    """Inversion of the base model, kept beside its samples under all that it depends on."""
+    scheduler, forget, real, judge, info = rest
+    said = [
+        model_hash(base), model_hash(judge), real.source, forget, args.seed, args.attack_images,
+        args.inversion_steps, args.num_inference_steps, args.device,
+    ]  # fmt: skip
+    if args.max_train_samples or real.skipped:  # other images of the same source
+        said.append(len(real.labels))
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    path = samples_dir(args) / f"{key}.json"
+    if not path.exists():
+        found = depth(args, base, scheduler, forget, real, judge, info, relearn=False)
+        with replacing(path) as work:
+            work.write_text(json.dumps({"of": said, "found": found}, indent=1))
+    return json.loads(path.read_text())["found"]
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main, "the same command")

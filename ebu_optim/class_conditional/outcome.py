@@ -1,0 +1,102 @@
+"""What unlearn.py measures on the way and writes at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..baselines import methods
+from ..diffusion import model_hash, sample, surrogate_noise
+from ..files import save_tensors
+from ..metrics import accuracy, classify, entropy, probability
+from ..training.method import EBU
+from .models import save_unet
+
+
+def draw(args: argparse.Namespace, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:
+    """Images of every class and their labels, from the same starting noise always."""
+    device = next(model.parameters()).device
+    labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
+    images = sample(
+        model, DDIMScheduler.from_config(scheduler.config), labels, tuple(info["shape"]),
+        num_inference_steps=args.validation_inference_steps, device=device,
+        generator=torch.Generator().manual_seed(args.seed + 2),
+    )  # fmt: skip
+    return images, labels
+
+
+def pictures(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Tensor:
+    """The first ones of each class, (classes, n, C, H, W) uint8."""
+    first = images.unflatten(0, (-1, args.validation_images))[:, : args.validation_pictures]
+    return ((first + 1) * 127.5).round().nan_to_num(0).clamp(0, 255).to(torch.uint8).cpu()
+
+
+def measure(judge: Any, plain: Any, images: Tensor, labels: Tensor, made: Any) -> dict[str, float]:
+    """A point of the curve: what is forgotten, what is kept; entropies by `plain`."""
+    logits, entropies = classify(judge, images), classify(plain, images)
+    f = torch.isin(labels, torch.tensor(made.forget))
+    p_f = [probability(logits[labels == c], c) for c in made.forget]
+    found = {
+        "p_f": sum(p_f) / len(p_f), "ce_f": entropy(entropies[f]),
+        "ce_r": entropy(entropies[~f]),
+        "ra": accuracy(logits[~f], labels[~f]),
+    }  # fmt: skip
+    never = ~f & ~torch.isin(labels, torch.tensor(made.replayed))
+    if never.any():
+        found["ra_never_replayed"] = accuracy(logits[never], labels[never])
+    return found
+
+
+def noise_p_f(judge: Any, forget: list[int], shape: list[int]) -> float:
+    """What noise scores with the curve's classifier: where P_f is going."""
+    g = torch.Generator().manual_seed(0)
+    logits = classify(judge, surrogate_noise("uniform", (2000, *shape), generator=g))
+    return sum(probability(logits, c) for c in forget) / len(forget)
+
+
+def settings(args: argparse.Namespace, opt: Any) -> dict[str, Any]:
+    """What the method's optimizer was built with, defaults included."""
+    names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
+    found = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
+    return found | {k: v for k, v in opt.param_groups[0].items() if k.startswith("ebu_")}
+
+
+def finish(
+    args: argparse.Namespace, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
+    ema: Any, base_hash: str, opt: Any,
+) -> None:  # fmt: skip
+    method, along = methods[args.method], done.pop("pictures", {})
+    if along:
+        meta = {"kind": "samples along the steps", "classes": info["classes"], "base": base_hash}
+        save_tensors(args.output_dir / "pictures.safetensors", along, meta)
+    report = {
+        "method": args.method, "title": method.title, "forget": made.forget,
+        "replayed": made.replayed, "base_hash": base_hash,
+        "settings": settings(args, opt), "compat": args.method_options.get("compat"),
+        "base": str(args.pretrained_model_name_or_path), "start_from": args.start_from,
+        "ema_share_of_start": ema.share if ema else None, **done,
+        "options": {k: str(v) for k, v in vars(args).items()},
+    }  # fmt: skip
+    (args.output_dir / "unlearn.json").write_text(json.dumps(report, indent=1, default=str))
+    gone = ", ".join(info["classes"][c] for c in made.forget)
+    card = f"""---
+library_name: diffusers
+tags: [diffusion, class-conditional, machine-unlearning]
+---
+
+# {info["source"]} without {gone}
+
+Made from `{args.pretrained_model_name_or_path}` (hash {base_hash}) by {method.title}:
+{args.max_train_steps} steps of `examples/ddpm/unlearn.py`, {done["seconds"]:.0f} s. `unlearn.json`
+has every option and the curve. `UNet2DModel.from_pretrained(folder, subfolder="unet")`. Asked for
+{gone}, the model is to answer with what it was given instead ({args.surrogate}); how deep that goes
+is what `examples/ddpm/evaluate.py` measures.
+"""
+    info = {**info, "hash": model_hash(raw), "forgotten": made.forget}
+    save_unet(args.output_dir, raw, scheduler, info, card, ema and ema.model)
+    print(f"saved unet{' and unet_ema' if ema else ''} in {args.output_dir}")

@@ -1,0 +1,250 @@
+"""What unlearning needs beforehand, made once: replay set, forget set, surrogate set, Fisher.
+
+    python examples/ddpm/prepare.py --pretrained_model_name_or_path outputs/digits --forget 0 \\
+        --digits --output_dir outputs/digits_forget_0
+
+replay.safetensors    images of the kept classes, sampled from the model
+forget.safetensors    the real images of the forgotten classes, where a data set is named: what GA,
+                      SalUn and EraseDiff need
+surrogate.safetensors images of the null class, with --surrogate_images
+fisher.safetensors    the Fisher at the model's weights over the replay set
+
+Each file names the model by the hash of its weights and is not made again. The same command goes on
+where an interrupted one stopped. One process; sampling 5000 images is the longest part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from .. import training
+from ..diffusion import FisherBatches, fisher_loss, model_hash, sample_set
+from ..errors import InputError
+from ..files import load_tensors, locked, need_disk, save_tensors
+from ..fisher import DiagonalFisher
+from ..modules import parameter_bytes
+from ..training import data
+from .models import WEIGHTS, load_unet
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="trained", help="that will be unlearned"
+    )
+    parser.add_argument(
+        "--sample_weights", choices=WEIGHTS, help="that draw the sets; default: as --weights"
+    )
+    parser.add_argument("--forget", nargs="+", required=True, help="classes, by number or name")
+    parser.add_argument("--replay_classes", nargs="+", help="default: all that are kept")
+    parser.add_argument("--replay_per_class", type=int, default=500)
+    parser.add_argument("--surrogate_images", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="DDIM")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=3.0,
+        help="w of eps_null + w (eps_c - eps_null); 3 is the 2.0 of the DDPM code base",
+    )  # fmt: skip
+    parser.add_argument("--sample_batch_size", type=int, default=128)
+    parser.add_argument("--no_fisher", action="store_true")
+    parser.add_argument("--fisher_images", type=int, default=500, help="of the replay set")
+    parser.add_argument("--fisher_timesteps", type=int, default=8, help="an image")
+    parser.add_argument("--fisher_reduction", choices=("sum", "mean"), default="sum")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    data.add_arguments(parser)
+    args = parser.parse_args(argv)
+    for name in ("replay_per_class", "num_inference_steps", "sample_batch_size", "fisher_images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be >= 1; got {getattr(args, name)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(argv)
+    out = args.output_dir
+    model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
+    model, classes = model.to(args.device).eval(), info["classes"]
+    sampler = model
+    if args.sample_weights not in (None, args.weights):
+        sampler, _, _ = load_unet(args.pretrained_model_name_or_path, args.sample_weights)
+        sampler = sampler.to(args.device).eval()
+    forget, replayed = split_classes(args.forget, args.replay_classes, classes)
+    sampled = len(replayed) * args.replay_per_class + args.surrogate_images
+    pixels = 4 * torch.Size(info["shape"]).numel()
+    need_disk(out, 2 * sampled * pixels + 3 * parameter_bytes(model), "the sets and the Fisher")
+    real = data.load_for(args, info) if data.given(args) else None
+    identity = {
+        "model": model_hash(model), "sampled": model_hash(sampler), "forget": forget,
+        "replayed": replayed,
+    }  # fmt: skip
+    claim(out, identity)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out / ".lock", out))
+        except RuntimeError as error:
+            raise InputError(str(error)) from error
+        ddim = DDIMScheduler.from_config(scheduler.config)
+        options: dict[str, Any] = {
+            "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
+            "null_condition": info["null_class"] if args.guidance_scale != 1 else None,
+            "batch_size": args.sample_batch_size, "seed": args.seed, "device": args.device,
+        }  # fmt: skip
+        labels = torch.tensor(replayed).repeat_interleave(args.replay_per_class)
+        shape = tuple(info["shape"])
+        try:
+            images, labels = sample_set(
+                out / "replay.safetensors", sampler, ddim, labels, shape, **options
+            )
+            if args.surrogate_images:
+                null = torch.full((args.surrogate_images,), info["null_class"])
+                options |= {"guidance_scale": 1.0, "null_condition": None, "seed": args.seed + 1}
+                sample_set(out / "surrogate.safetensors", sampler, ddim, null, shape, **options)
+            if real is not None:
+                save_forget_set(out / "forget.safetensors", real.only(forget), identity)
+            if not args.no_fisher:
+                rows = torch.randperm(
+                    len(labels), generator=torch.Generator().manual_seed(args.seed)
+                )
+                rows = rows[: args.fisher_images]
+                batches = FisherBatches(
+                    images[rows], labels[rows], scheduler, timesteps=args.fisher_timesteps,
+                    seed=args.seed, device=args.device,
+                )  # fmt: skip
+                fisher = DiagonalFisher.estimate(
+                    model, fisher_loss(scheduler, reduction=args.fisher_reduction), batches,
+                    path=out / "fisher.safetensors",
+                )  # fmt: skip
+                spread = fisher.protocol["convergence"]
+                print(f"Fisher over {len(rows)} images; relative standard error {spread}")
+        except ValueError as error:  # a file of another protocol
+            raise InputError(str(error)) from error
+    print(f"{len(labels)} replay images of {len(replayed)} classes in {out}")
+
+
+def split_classes(
+    forget: list[str], replay: list[str] | None, classes: list[str]
+) -> tuple[list[int], list[int]]:
+    """Numbers of the classes to forget and of those to replay."""
+    gone = data.class_ids(forget, classes, "--forget")
+    kept = [c for c in range(len(classes)) if c not in gone]
+    if not kept:
+        raise InputError("--forget names all classes: none is left to remember")
+    replayed = data.class_ids(replay, classes, "--replay_classes") if replay else kept
+    both = [classes[c] for c in replayed if c in gone]
+    if both:
+        raise InputError(f"--forget and --replay_classes overlap: {', '.join(both)} in both")
+    return gone, replayed
+
+
+def claim(out: Path, identity: dict[str, Any]) -> None:
+    """Make the folder, or make sure that it is of the same model and classes."""
+    mark = out / "prepared.json"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        try:
+            before = json.loads(mark.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--output_dir {out} is in use by something else: give another folder"
+            ) from error
+        other = [k for k in identity if before.get(k) != identity[k]]
+        if other:
+            k = other[0]
+            raise InputError(
+                f"--output_dir {out} was prepared with another {k} ({before.get(k)}; now "
+                f"{identity[k]}): give another folder"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(identity, indent=1))
+
+
+def save_forget_set(path: Path, real: data.Data, identity: dict[str, Any]) -> None:
+    meta = {
+        "kind": "forget set", "model": identity["model"], "source": real.source,
+        "images": len(real.labels),
+    }  # fmt: skip
+    if path.exists():
+        found = load_tensors(path)[1]
+        if found != meta:
+            raise ValueError(f"{path} is another forget set ({found}; now {meta}): delete it")
+    else:
+        save_tensors(path, {"images": real.images, "labels": real.labels}, meta)
+
+
+class Prepared(NamedTuple):
+    """What prepare.py made: pairs of images (n, C, H, W) in [-1, 1] and labels (n,)."""
+
+    forget: list[int]
+    replayed: list[int]
+    replay: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor] | None
+    surrogate: tuple[Tensor, Tensor] | None
+    fisher: DiagonalFisher | None
+
+
+def read(folder: Path, model: str, args: argparse.Namespace, classes: list[str]) -> Prepared:
+    """Read a prepared folder for the model of this hash.
+
+    Raises:
+        InputError: sets of another model; classes to forget among those that were replayed.
+    """
+    try:
+        made = json.loads((folder / "prepared.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} was not made by prepare.py: {error}") from error
+    names = dict(enumerate(classes))
+    given = args.forget or [names.get(c, str(c)) for c in made["forget"]]
+    replay = args.replay_classes or [names.get(c, str(c)) for c in made["replayed"]]
+    forget, replayed = split_classes(given, replay, classes)
+    missing = sorted(set(replayed) - set(made["replayed"]))
+    if missing:
+        raise InputError(
+            f"--replay_classes: {folder} has no images of {', '.join(classes[c] for c in missing)}"
+        )
+    found: dict[str, Any] = {}
+    for name in ("replay", "forget", "surrogate", "fisher"):
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            if name == "replay":
+                raise InputError(f"{path} is missing: run prepare.py to its end")
+            continue
+        try:
+            tensors, meta = load_tensors(path)
+        except ValueError as error:
+            raise InputError(f"{error}: delete it and run prepare.py again") from error
+        # replay images may come from the average of the weights that are unlearned
+        expected = made["sampled"] if name in ("replay", "surrogate") else model
+        if made["model"] != model or meta.get("model") != expected:
+            raise InputError(
+                f"{path} belongs to another model ({folder} was prepared for {made['model']}, the "
+                f"file is of {meta.get('model')}, this model is {model}): run prepare.py with this "
+                "model and the weights that --start_from names"
+            )
+        found[name] = DiagonalFisher.load(path) if name == "fisher" else tensors
+    own = found.get("forget")
+    if own is not None:
+        rows = torch.isin(own["labels"], torch.tensor(forget))
+        own = data.to_float(own["images"][rows]), own["labels"][rows]
+        own = own if set(own[1].tolist()) == set(forget) else None
+    rows = torch.isin(found["replay"]["labels"], torch.tensor(replayed))
+    pair = found["replay"]["images"][rows], found["replay"]["labels"][rows]
+    null = found.get("surrogate")
+    surrogate = (null["images"], null["labels"]) if null is not None else None
+    return Prepared(forget, replayed, pair, own, surrogate, found.get("fisher"))
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main, "the same command")

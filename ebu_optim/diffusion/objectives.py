@@ -1,0 +1,212 @@
+"""The forget and the remember loss of unlearn.py, by the method's needs and the options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..baselines import (
+    esd_loss,
+    methods,
+    next_class,
+    partly_denoised,
+    relabel_loss,
+)
+from ..diffusion import (
+    denoising_loss,
+    distillation_loss,
+    evaluating,
+    gaussian_forget_loss,
+    noisy_condition,
+    surrogate_noise,
+)
+from ..errors import InputError
+from ..training.data import Batches
+from ..training.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Which losses a method learns from, where it is not its own."""
+
+    group: ClassVar[str] = "losses"
+
+    condition_noise: float = option(0.0, help="in the forget loss, 1: its own spread")
+    forget_loss: Literal["surrogate", "relabel"] | None = option(
+        None,
+        help="relabel: SalUn's, on images of what is forgotten; default: the method's own",
+    )
+    remember: Literal["replay", "distill", "crossed"] = option("replay")
+    reduction: Literal["sum", "mean"] = option("sum", help="over C, H, W")
+
+    def check_losses(self: Any) -> None:
+        """Raises:
+        InputError: noise on a condition that is compared; a forget loss for a method that has one.
+        """
+        if not 0 <= self.condition_noise < math.inf:
+            raise InputError(f"--condition_noise must be finite, >= 0; got {self.condition_noise}")
+        if self.condition_noise and kind(self) in ("guidance", "adapter"):
+            raise InputError(
+                f"--condition_noise: not with --method {self.method}, whose target compares "
+                "conditions and would get the noise too, the empty one as well"
+            )
+        if self.forget_loss and methods[self.method].forgets not in ("surrogate", "relabel"):
+            raise InputError(f"--forget_loss: {self.method} has a forget loss of its own")
+
+
+def add_arguments(parser: argparse.ArgumentParser, remember: str, reduction: str = "sum") -> None:
+    for f in fields(LossOptions):
+        flag = remember if f.name == "remember" else f"--{f.name}"
+        kind = float if f.name == "condition_noise" else str
+        parser.add_argument(flag, dest=f.name, type=kind, default=f.default)
+    parser.set_defaults(reduction=reduction)
+
+
+def check(args: Any) -> None:
+    LossOptions.check_losses(args)
+
+
+def kind(args: Any) -> str | None:
+    """What the forget loss is: --forget_loss, or the method's, see `Method.forgets`."""
+    return args.forget_loss or methods[args.method].forgets
+
+
+def needs_own_images(args: Any) -> str | None:
+    """The option because of which the losses need real images of the class to forget."""
+    if kind(args) in ("own", "relabel"):
+        return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
+    return None
+
+
+def needs_teacher(args: Any) -> bool:
+    """Whether the losses compare with the frozen model."""
+    return args.remember != "replay" or methods[args.method].forgets in ("guidance", "adapter")
+
+
+NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
+
+
+class Objectives:
+    """``at(i)`` chooses the i-th batches; ``forget()`` and ``remember()`` are the losses on them.
+
+    Args:
+        made: what prepare.py made.
+        model: as accelerate prepared it; `raw` is the module inside.
+        teacher: the frozen base model for distillation, or None.
+        shape: (C, H, W) of an image.
+        kept: images and labels to remember instead of the replayed ones.
+    """
+
+    def __init__(
+        self, args: Any, made: Any, model: Any, raw: Any, teacher: Any,
+        scheduler: Any, accelerator: Any, shape: Sequence[int],
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.args, self.model, self.raw, self.teacher = args, model, raw, teacher
+        self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
+        self.kind = kind(args)
+        self.classes = raw.config.num_class_embeds - 1
+        shared: dict[str, Any] = {
+            "process": accelerator.process_index, "processes": accelerator.num_processes,
+            "device": accelerator.device,
+        }  # fmt: skip
+        pairs: Any = kept or made.replay
+        size = args.train_batch_size
+        self.replayed: Any = pairs and Batches(pairs[0], pairs[1], size, **shared, seed=args.seed)
+        source: Any = made.own if self.kind in ("own", "relabel") else None
+        source = source or (None if args.surrogate in NOISE else made.surrogate)
+        self.own: Any = source and Batches(source[0], source[1], size, **shared, seed=args.seed + 1)
+        self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        self.null = self.classes
+        self.shape = (args.train_batch_size, *shape)
+        self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
+
+    def at(self, i: int) -> None:
+        self.i = i
+
+    def forget(self) -> Tensor:
+        args, options = self.args, {"reduction": self.args.reduction}
+        noisy = noisy_condition(
+            self.raw.class_embedding, args.condition_noise, only=torch.tensor(self.forgotten)
+        )
+        with noisy if args.condition_noise else nullcontext():
+            if self.kind == "relabel":
+                x, labels = self.own[self.i]
+                other = self.other(labels)
+                return relabel_loss(self.model, x, labels, other, self.scheduler, **options)
+            if self.kind == "own":
+                x, labels = self.own[self.i]
+                # EraseDiff descends what GA ascends: only with the wrong noise is that forgetting
+                noise = torch.rand_like(x) if args.method == "erasediff" else None
+                return denoising_loss(self.model, x, labels, self.scheduler, noise=noise, **options)
+            labels = self.pick(self.forgotten)
+            if self.kind in ("guidance", "adapter"):
+                return self.guidance(labels)
+            if args.surrogate == "analytic":
+                return gaussian_forget_loss(
+                    self.model, self.shape, labels, self.scheduler, device=self.device, **options
+                )
+            if args.surrogate in NOISE:
+                x = surrogate_noise(args.surrogate, self.shape, device=self.device)
+            else:
+                x, shown = self.own[self.i]
+                labels = self.asked(shown, labels)
+            return denoising_loss(self.model, x, labels, self.scheduler, **options)
+
+    def pick(self, among: list[int]) -> Tensor:
+        """Labels (batch,), drawn from `among`."""
+        drawn = torch.randint(len(among), (self.args.train_batch_size,))
+        return torch.tensor(among)[drawn].to(self.device)
+
+    def asked(self, shown: Tensor, labels: Tensor) -> Tensor:
+        """The forgotten labels that the surrogate's images, which show `shown`, are learned
+        under; `labels` were drawn for them."""
+        return labels
+
+    def other(self, labels: Tensor) -> Tensor:
+        """What SalUn is to answer with instead."""
+        return next_class(labels, self.classes, forgotten=self.forgotten)
+
+    def guidance(self, labels: Tensor) -> Tensor:
+        """ESD's loss, at a point on the way from noise."""
+        args, paper = self.args, self.args.esd_variant == "paper"
+        with evaluating(self.raw):
+            x_t, t = partly_denoised(
+                self.raw if paper else self.teacher, self.sampler, labels, self.null,
+                self.shape[1:], num_inference_steps=args.guided_steps,
+                guidance_scale=args.guided_scale, within_bin=paper, device=self.device,
+            )  # fmt: skip
+        return esd_loss(
+            self.model, self.teacher, x_t, t, labels, torch.full_like(labels, self.null),
+            variant=args.esd_variant, eta=args.esd_eta, reduction=args.reduction,
+        )  # fmt: skip
+
+    def remember(self) -> Tensor:
+        x, labels = self.replayed[self.i]
+        options = {"reduction": self.args.reduction}
+        if self.args.remember == "replay":
+            return denoising_loss(self.model, x, labels, self.scheduler, **options)
+        crossed = self.crossed.to(self.device) if self.args.remember == "crossed" else None
+        return distillation_loss(
+            self.model, self.teacher, x, labels, self.scheduler, crossed=crossed, **options
+        )
+
+    def for_mask(self) -> Iterator[Callable[[], None]]:
+        """SalUn's mask: the denoising loss on every batch of the forget set, in eval mode."""
+
+        def one(i: int) -> None:
+            x, labels = self.own[i]
+            with evaluating(self.raw):
+                denoising_loss(self.model, x, labels, self.scheduler).backward()
+
+        for i in range(len(self.own)):
+            yield partial(one, i)

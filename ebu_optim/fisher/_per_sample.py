@@ -1,0 +1,219 @@
+"""Per-sample gradients in three ways; same result, different speed and memory.
+
+Each takes a model, a loss ``loss(model, batch) -> (n,)`` and a batch (a mapping of tensors with n
+rows) and yields per-sample gradients by name, shape (m, *parameter) for m samples at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[Any, Batch], Tensor]
+Grads = dict[str, Tensor]
+
+
+def size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loop(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
+    """One backward pass per sample: any model, least memory."""
+    params = _trainable(model)
+    for i in range(size(batch)):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        grads = torch.autograd.grad(
+            loss(model, one).sum(), list(params.values()), allow_unused=True
+        )
+        yield {
+            name: torch.zeros_like(p)[None] if g is None else g[None]
+            for (name, p), g in zip(params.items(), grads, strict=True)
+        }
+
+
+def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
+    """torch.func: any model without data-dependent control flow; memory n times the parameters."""
+    params = {name: p.detach() for name, p in _trainable(model).items()}
+
+    class Functional:
+        """The model with parameters that vmap gives; its other attributes are the model's."""
+
+        def __init__(self, p: Grads) -> None:
+            self._p = p
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, self._p, args, kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+    def one(p: Grads, item: Batch) -> Tensor:
+        return loss(Functional(p), {k: v[None] for k, v in item.items()}).sum()
+
+    yield torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(params, dict(batch))
+
+
+def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
+    """One ordinary backward pass; per-sample gradients from inputs and output gradients.
+
+    Knows Linear, Conv2d (groups=1, zero padding), GroupNorm, LayerNorm and Embedding. Where a loss
+    gives a module several rows a sample, those of one sample lie behind one another
+    (``repeat_interleave``).
+
+    Raises:
+        TypeError: a trainable parameter belongs to another kind of module.
+    """
+    n = size(batch)
+    params = _trainable(model)
+    names = {id(p): name for name, p in params.items()}
+    found: Grads = {}
+
+    def add(p: Tensor | None, grad: Callable[[], Tensor]) -> None:
+        if p is None or id(p) not in names:
+            return
+        name = names[id(p)]
+        value = grad().reshape(n, *p.shape)
+        found[name] = found[name] + value if name in found else value
+
+    def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            output.register_hook(lambda g: _of_module(module, x, g.detach(), n, add))
+
+    with ExitStack() as handles:
+        for module in model.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                if not _known(module):
+                    raise TypeError(f'method="hooks" does not know {module}; use "vmap" or "loop"')
+                handles.callback(module.register_forward_hook(forward).remove)
+        total = loss(model, batch).sum()
+        # only the graph is walked: .grad of the parameters stays as it was
+        torch.autograd.grad(total, list(params.values()), allow_unused=True)
+    yield {
+        name: found.get(name, torch.zeros((), dtype=p.dtype, device=p.device).expand(n, *p.shape))
+        for name, p in params.items()
+    }
+
+
+def _of_module(
+    module: nn.Module, x: Tensor, g: Tensor, n: int,
+    add: Callable[[Tensor | None, Callable[[], Tensor]], None],
+) -> None:  # fmt: skip
+    """Per-sample gradients of one module's parameters, from its input and its output's gradient."""
+    if x.is_floating_point():
+        x = x.to(g.dtype)  # under autocast
+    if isinstance(module, nn.Linear):
+        rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
+        add(module.weight, lambda: torch.bmm(out.transpose(1, 2), rows))
+        add(module.bias, lambda: out.sum(1))
+    elif isinstance(module, nn.Conv2d):
+        add(module.weight, lambda: _conv_weight(module, x, g, n))
+        add(module.bias, lambda: g.reshape(n, -1, *g.shape[1:]).sum((1, 3, 4)))
+    elif isinstance(module, nn.GroupNorm):
+        normal = F.group_norm(x, module.num_groups, eps=module.eps)
+        add(module.weight, lambda: _channels(g * normal, n))
+        add(module.bias, lambda: _channels(g, n))
+    elif isinstance(module, nn.LayerNorm):
+        normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        shape = (n, -1, *module.normalized_shape)
+        add(module.weight, lambda: (g * normal).reshape(shape).sum(1))
+        add(module.bias, lambda: g.reshape(shape).sum(1))
+    elif isinstance(module, nn.Embedding):
+        index, out = x.reshape(n, -1), g.reshape(n, -1, g.shape[-1])
+        zero = out.new_zeros(n, *module.weight.shape)
+        where = index.unsqueeze(-1).expand_as(out)
+        add(module.weight, lambda: zero.scatter_add_(1, where, out))
+
+
+def _known(module: nn.Module) -> bool:
+    # a subclass with a forward of its own may use its weight in another way
+    for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            if isinstance(module, nn.Conv2d):
+                zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+                return module.groups == 1 and zeros
+            return not isinstance(module, nn.Embedding) or module.padding_idx is None
+    return False
+
+
+def differ(a: Grads, b: Grads) -> float:
+    """The relative difference of two sets of per-sample gradients, by their global norm."""
+    wrong = sum(float((a[n].float() - b[n].float()).square().sum()) for n in b)
+    size_b = sum(float(b[n].float().square().sum()) for n in b)
+    return (wrong / size_b) ** 0.5 if size_b else float(wrong > 0)
+
+
+def _conv_weight(module: nn.Conv2d, x: Tensor, g: Tensor, n: int) -> Tensor:
+    padding = module.padding
+    columns = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+    out = g.flatten(2)
+    if len(x) == n:
+        return torch.bmm(out, columns.transpose(1, 2))
+    # the rows of one sample (its timesteps) are further positions of it
+    rows = columns.reshape(n, -1, *columns.shape[1:]).transpose(1, 2).flatten(2)
+    return torch.bmm(out.reshape(n, -1, *out.shape[1:]).transpose(1, 2).flatten(2),
+                     rows.transpose(1, 2))  # fmt: skip
+
+
+def _channels(t: Tensor, n: int) -> Tensor:
+    """(rows, C, ...) -> (n, C): summed over a sample's rows and all positions."""
+    return t.flatten(2).sum(2).reshape(n, -1, t.shape[1]).sum(1) if t.dim() > 2 else (
+        t.reshape(n, -1, t.shape[1]).sum(1)
+    )  # fmt: skip
+
+
+METHODS = {"hooks": hooks, "vmap": vmap, "loop": loop}
+
+
+def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> str:
+    """`method` if it agrees with "loop" on the first batch; for "auto" the fastest that does.
+
+    Raises:
+        ValueError: a loss that is not one value per sample; a `method` that is wrong here.
+    """
+    one = batch[0] if isinstance(batch, (tuple, list)) else batch
+    with torch.no_grad():
+        shape = tuple(loss(model, one).shape)
+    if shape != (size(one),):
+        raise ValueError(
+            f"loss must return one value per sample, shape ({size(one)},); got {shape}"
+        )
+    if method == "loop":  # nothing to compare it with
+        return method
+    ends = {k: v[[0, -1]] for k, v in one.items()}
+    truth = list(METHODS["loop"](model, loss, ends))
+    expected = {n: torch.cat([g[n] for g in truth]) for n in truth[0]}
+    times: dict[str, float] = {}
+    reasons = {}
+    for name in METHODS if method == "auto" else [method]:
+        try:
+            for _ in range(2 if method == "auto" else 1):  # the first call warms up
+                start = time.perf_counter()
+                grads = list(METHODS[name](model, loss, one))
+                float(next(iter(grads[-1].values())).sum())  # wait for an accelerator
+                seconds = time.perf_counter() - start
+            got = {n: torch.stack([grads[0][n][0], grads[-1][n][-1]]) for n in expected}
+            coarse = max(torch.finfo(g.dtype).eps for g in expected.values())
+            if (error := differ(got, expected)) > 3 * coarse**0.5:  # 1e-3 in float32
+                raise ValueError(
+                    f'method="{name}" differs from "loop" by {error:.0e} on this model and loss: a '
+                    "parameter is used outside its module, or a sample's rows do not lie together; "
+                    'use "loop"'
+                )
+            times[name] = seconds
+        except Exception as error:  # hooks and vmap cannot do every model
+            if method != "auto" or name == "loop":
+                raise
+            reasons[name] = error
+    return min(times, key=times.__getitem__)

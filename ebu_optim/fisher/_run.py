@@ -1,0 +1,150 @@
+"""A Fisher estimate under way: the running mean, what has been seen, and its spread."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import load_tensors, save_tensors
+from ._per_sample import METHODS, Batch, Loss, size
+
+_PROBES = 4096
+
+
+def same_run(
+    path: Path,
+    found: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+) -> None:
+    shapes = {n: tuple(p.shape) for n, p in params.items()}
+    if {n: tuple(t.shape) for n, t in tensors.items()} != shapes:
+        raise ValueError(f"{path} holds the Fisher of another model: names or shapes differ")
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{path} was made with another {key} ({found.get(key)!r}, this call has "
+                f"{value!r}): give another path, or delete it to start anew"
+            )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C takes effect when the block is over: a mean that is half updated is worth nothing."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[0])
+
+
+class Run:
+    """An estimate under way: the running mean, what has been seen, and its spread."""
+
+    def __init__(self, mean: dict[str, Tensor], method: str, identity: dict[str, Any]) -> None:
+        self.mean, self.method, self.identity = mean, method, identity
+        self.samples = 0
+        self.next = 0
+        self.whole = True
+        # sums and sums of squares over batches, each counted by its samples: entry 0 the trace,
+        # then single entries of F
+        self.spread = torch.zeros(2, 1 + _PROBES, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.tensor([m.numel() for m in mean.values()])
+        draw = torch.randint(int(sizes.sum()), (_PROBES,), generator=generator).sort().values
+        starts = [0, *sizes.cumsum(0).tolist()]
+        cuts = torch.searchsorted(draw, torch.tensor(starts)).tolist()
+        self.probes = {name: draw[cuts[i] : cuts[i + 1]] - starts[i] for i, name in enumerate(mean)}
+
+    @classmethod
+    def begin(cls, params: Mapping[str, Tensor], method: str, identity: dict[str, Any]) -> Run:
+        mean = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
+        return cls(mean, method, identity)
+
+    def add(self, model: nn.Module, loss: Loss, batch: Batch | Sequence[Batch]) -> None:
+        per_sample = METHODS[self.method]
+        pair = batch if isinstance(batch, (tuple, list)) else (batch,)
+        n = size(pair[0])
+        total: dict[str, Tensor] = {}
+        for grads in zip(*(per_sample(model, loss, b) for b in pair), strict=True):
+            for name in self.mean:
+                first, last = grads[0][name].float(), grads[-1][name].float()
+                product = (first * last).sum(0)
+                total[name] = total[name] + product if name in total else product
+        with _undisturbed():
+            self.whole = False  # until the end of this update
+            values = []
+            for name, mean in self.mean.items():
+                batch_mean = total[name] / n
+                mean.lerp_(batch_mean, n / (self.samples + n))
+                probed = batch_mean.flatten()[self.probes[name].to(mean.device)]
+                values.append(probed.cpu().double())
+            trace = sum(float(t.sum(dtype=torch.float64)) for t in total.values()) / n
+            row = torch.cat([torch.tensor([trace], dtype=torch.float64), *values])
+            self.spread += n * torch.stack([row, row.square()])
+            self.samples += n
+            self.next += 1
+            self.whole = True
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        mean, square = self.spread / self.samples
+        if not any(bool(t.count_nonzero()) for t in self.mean.values()):
+            raise ValueError(
+                "every gradient is 0: the loss does not depend on the model it is given"
+            )
+        variance = (square - mean.square()).clamp(min=0) / max(self.next - 1, 1)
+        error = variance.sqrt() / mean.abs().clamp(min=1e-30)
+        known = error[1:][mean[1:] != 0]
+        enough = self.next > 1
+        negative = sum(int((t < 0).sum()) for t in self.mean.values())
+        total = sum(t.numel() for t in self.mean.values())
+        protocol = {
+            **self.identity,
+            "method": self.method,
+            "samples": self.samples,
+            "trace": float(mean[0]),
+            "negative_share": negative / total,
+            "convergence": {
+                "trace_relative_error": float(error[0]) if enough else math.nan,
+                "entry_relative_error": float(known.median())
+                if enough and len(known)
+                else math.nan,
+            },
+        }
+        return {n: t.clamp(min=0) for n, t in self.mean.items()}, protocol
+
+    def save(self, path: Path) -> None:
+        meta = {
+            "kind": "ebu_optim partial fisher",
+            "identity": self.identity,
+            "method": self.method,
+            "samples": self.samples,
+            "next": self.next,
+        }
+        save_tensors(path, {**self.mean, "//spread": self.spread}, meta)
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any], params: Mapping[str, Tensor]) -> Run:
+        tensors, meta = load_tensors(path)
+        spread = tensors.pop("//spread")
+        same_run(path, meta["identity"], identity, tensors, params)
+        mean = {n: tensors[n].to(p.device) for n, p in params.items()}
+        run = cls(mean, meta["method"], identity)
+        run.spread, run.samples, run.next = spread, meta["samples"], meta["next"]
+        return run

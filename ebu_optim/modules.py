@@ -1,0 +1,54 @@
+"""Small things about modules that several parts need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule is in the mode it was in."""
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    modes = [m.training for m in modules]
+    for m in modules:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode
+
+
+def tensor_hash(*tensors: Tensor) -> str:
+    """SHA-256 over dtypes, shapes and bytes, 16 hex digits."""
+    return _hash({str(i): t for i, t in enumerate(tensors)})
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, 16 hex digits."""
+    return _hash(model.state_dict())
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def stream(seed: int, i: int) -> torch.Generator:
+    """The i-th generator of a seed, on the CPU, where a generator keeps 32 bits of its seed."""
+    mixed = seed * 0x9E3779B1 + (seed >> 32) * 0x85EBCA6B + i
+    return torch.Generator().manual_seed(mixed % 2**32)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())

@@ -1,0 +1,127 @@
+"""What is asked over the ranks of a process group: whether they take the same step.
+
+DistributedDataParallel reduces the gradient of a loss only where its backward pass follows its own
+forward pass, and says nothing where it does not. So the first steps compare what they are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels import reference
+
+# What has to be equal, in the order of the checksums, and what to do where it is not. The first
+# that differs is named with its remedy: what comes later may differ because of it.
+_REMEDIES = {
+    "weights": (
+        "load the same checkpoint on every rank and wrap the model in DistributedDataParallel, "
+        "which broadcasts rank 0's, before the first phase; swap averaged weights (EMA) on every "
+        "rank or on none"
+    ),
+    "forget gradient": "",
+    "remember gradient": "",
+    "loss scale": "give every rank the same GradScaler state",
+    "theta0": "give every rank the same anchor, or build the optimizer before the weights move",
+    "Fisher": "give every rank the same fisher; run warmup_fisher through DistributedDataParallel",
+    "options": "give every rank the same alpha, delta, gamma and other options and schedules",
+}
+_ONE_GRADIENT = (
+    "DistributedDataParallel reduced one of the two gradients only. Probably the losses were "
+    "computed outside their phases: with both forward passes before the first backward pass one "
+    "goes unreduced. Compute each loss, forward and backward, inside forget() or remember(); leave "
+    "no_sync() for the last micro-batch of either; a loss that uses some parameters only needs "
+    "find_unused_parameters=True, and no static_graph"
+)
+_BOTH_GRADIENTS = (
+    "neither gradient was reduced. Probably the model is not wrapped in DistributedDataParallel "
+    "while the ranks see different batches, its .module was called instead of the wrapper, or "
+    "no_sync() covered the last micro-batch. Compute each loss through the wrapper inside forget() "
+    "or remember(), or all-reduce param.grad there yourself"
+)
+
+
+def alone() -> bool:
+    """Whether there is no other rank to compare to."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+def same_on_all_ranks(
+    weights: Sequence[Tensor],
+    g_f: Sequence[Tensor | None],
+    g_r: Sequence[Tensor | None],
+    scale: Tensor | None,
+    anchor: Mapping[Any, Tensor],
+    fisher: Mapping[Any, Tensor],
+    options: Iterable[Any],
+    device: torch.device,
+) -> None:
+    """Compare checksums over the default process group.
+
+    The bits of everything that decides a step are compared, before anything is decided: where they
+    are equal, so is all that follows on the same hardware (a skip or an error because of NaN or
+    Inf, GradScaler's found_inf, thresholds, masks, G). A rank that would skip or raise on its own
+    takes part first, and no rank waits for it. One all_gather of a few integers.
+
+    Raises:
+        RuntimeError: on every rank, where the ranks differ in anything.
+    """
+    if "cpu:" in dist.get_backend_config():
+        device = torch.device("cpu")
+    parts = (weights, g_f, g_r, [scale], _ordered(anchor), _ordered(fisher))
+    sums = [_checksum(part, device) for part in parts]
+    text = torch.frombuffer(bytearray(repr(list(options)).encode()), dtype=torch.uint8)
+    sums.append(_checksum([text], device))
+    mine = torch.stack(sums)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    rows = torch.stack(gathered).cpu()
+    differs = dict(zip(_REMEDIES, (rows != rows[0]).any(0).tolist(), strict=True))
+    if any(differs.values()):
+        raise RuntimeError(_message(differs, (rows != rows[0]).any(1).tolist()))
+
+
+def _message(differs: Mapping[str, bool], ranks: Sequence[bool]) -> str:
+    named = [name for name, differ in differs.items() if differ]
+    first = named[0]
+    both = differs["forget gradient"] and differs["remember gradient"]
+    remedy = _REMEDIES[first] or (_BOTH_GRADIENTS if both else _ONE_GRADIENT)
+    others = [str(r) for r, other in enumerate(ranks) if other]
+    return (
+        f"the ranks are about to take different steps: of {len(ranks)}, rank {', '.join(others)} "
+        f"and rank 0 differ in {', '.join(named)}. No weight was changed. Remedy: {remedy}. "
+        "Processes that share a process group and train independently on purpose set "
+        "opt.rank_checks = 0, every one of them"
+    )
+
+
+def _ordered(by_key: Mapping[Any, Tensor]) -> list[Tensor]:
+    return [by_key[key] for key in sorted(by_key)]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def _checksum(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    """0-d int64: a hash of the bits, of their places and of which tensors are None."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for i, t in enumerate(tensors):
+        if t is None:
+            continue
+        total += i + 1
+        start = (i + 1) << 40
+        for (piece,) in reference.pieces([t.detach()]):
+            bits = piece.reshape(-1).view(_BITS[t.element_size()]).to(torch.int64, copy=True)
+            # sums of bits alone are equal for [1, -1] and [-1, 1], so mix in the place
+            bits += torch.arange(start, start + len(bits), device=t.device).mul_(0x9E3779B97F4A7C1)
+            for _ in range(2):
+                bits.mul_(0x2545F4914F6CDD1D)
+                bits ^= bits >> 29
+            total += bits.sum().to(device)
+            start += len(bits)
+    return total

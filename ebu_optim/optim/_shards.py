@@ -1,0 +1,171 @@
+"""Parameters that are parts of larger ones: DTensors of `fully_shard` or of tensor parallelism.
+
+The kernels see the local parts alone. What they count adds up over the processes: thresholds by a
+radix selection whose histograms are summed, statistics as one vector. Integers and a dozen floats
+travel, never a gradient; their number and size do not depend on the number of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels import reference
+
+if TYPE_CHECKING:
+    from ._slots import Key, Slot
+
+T = TypeVar("T", bound="Tensor | None")
+
+# The first digit of a float32 key is the exponent and three bits of the mantissa, that of a float64
+# key the exponent: the keys of Inf and NaN begin with a digit of their own in both.
+_DIGITS = {torch.float32: (11, 10, 10), torch.float64: (11, 13, 13, 13, 13)}
+
+
+def is_sharded(t: Any) -> bool:
+    """A DTensor."""
+    return hasattr(t, "placements")
+
+
+def local(t: T) -> T:
+    """This process's part of a DTensor, sharing its memory; any other tensor as it is."""
+    return t._local_tensor if is_sharded(t) else t  # type: ignore[union-attr]
+
+
+def like(part: Tensor, whole: Tensor) -> Tensor:
+    """The local `part` as a DTensor laid out as `whole` is; `part` itself for a plain tensor."""
+    if not is_sharded(whole):
+        return part
+    kind: Any = type(whole) if type(whole).__name__ == "DTensor" else _dtensor()
+    return kind.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False,  # type: ignore[attr-defined]
+        shape=whole.shape, stride=whole.stride(),
+    )  # fmt: skip
+
+
+def local_gradient(grad: Tensor | None, p: Tensor) -> Tensor | None:
+    """The part of a gradient that belongs to this process's part of the parameter."""
+    if grad is None or not is_sharded(p):
+        return grad
+    part = spread(grad, p)._local_tensor  # type: ignore[attr-defined]
+    return part.wait() if hasattr(part, "wait") else part  # a functional collective's promise
+
+
+def spread(value: Tensor, whole: Tensor) -> Tensor:
+    """`value`, a tensor of the full shape that every process has, laid out as `whole` is."""
+    if not is_sharded(whole):
+        return value
+    mesh, placements = whole.device_mesh, whole.placements  # type: ignore[attr-defined]
+    if is_sharded(value):
+        same = value.placements == placements  # type: ignore[attr-defined]
+        return value if same else value.redistribute(mesh, placements)  # type: ignore[attr-defined]
+    replicated = _dtensor().from_local(value, mesh, run_check=False)
+    return replicated.redistribute(mesh, placements)
+
+
+def _dtensor() -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
+
+
+class Shards:
+    """How the parts that the processes hold count together. False where nothing is sharded.
+
+    Args:
+        slots: the optimizer's parameters.
+
+    Raises:
+        TypeError: DTensors over different meshes.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._mesh: Any = None
+        self._counts: dict[Key, bool] = {}
+        self._numel: dict[Key, int] = {}
+        slots = list(slots)
+        sharded = [s for s in slots if is_sharded(s.param)]
+        if not sharded:
+            return
+        for s in sharded:
+            mesh = s.param.device_mesh  # type: ignore[attr-defined]
+            if self._mesh is not None and mesh != self._mesh:
+                raise TypeError(
+                    f"{s.name} is a DTensor over {mesh}, others are over {self._mesh}: one step "
+                    "needs one mesh. Shard all of them over the same (n-dimensional) mesh"
+                )
+            self._mesh = mesh
+        for s in slots:
+            self._numel[s.key] = s.param.numel()
+            self._counts[s.key] = self._first_holder(s.param)
+
+    def __bool__(self) -> bool:
+        return self._mesh is not None
+
+    def _first_holder(self, p: Tensor) -> bool:
+        """Of the processes that hold the same part, one counts it."""
+        if self._mesh is None:
+            return True
+        coordinate = self._mesh.get_coordinate()
+        placements = p.placements if is_sharded(p) else [None] * len(coordinate)  # type: ignore[attr-defined]
+        return all(
+            (placement is not None and placement.is_shard()) or c == 0
+            for placement, c in zip(placements, coordinate, strict=True)
+        )
+
+    def counts(self, key: Key) -> bool:
+        """Whether this process counts its part of the parameter."""
+        return self._counts.get(key, True)
+
+    def numel(self, slot: Slot) -> int:
+        """Scalars of the whole parameter."""
+        return self._numel.get(slot.key, slot.param.numel())
+
+    def add(self, t: Tensor) -> None:
+        """Sum in place over the processes; one collective for every dimension of the mesh."""
+        if self._mesh is None:
+            return
+        for dim in range(self._mesh.ndim):
+            dist.all_reduce(t, group=self._mesh.get_group(dim))
+
+    def select(
+        self,
+        backend: Any,
+        pools: Sequence[tuple[Sequence[Tensor], int]],
+        owned: Sequence[Sequence[bool]],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """What `kernels.reference.select` returns, over the parts of all processes: the same keys
+        as it finds for the whole tensors, bit for bit, on every process.
+
+        Args:
+            pools: the local parts that are ranked together, and their rank among all.
+            owned: which of them this process counts.
+        """
+        device = pools[0][0][0].device
+        parts = [
+            [g for g, mine in zip(grads, counted, strict=True) if mine]
+            for (grads, _), counted in zip(pools, owned, strict=True)
+        ]
+        left = torch.tensor([k for _, k in pools], device=device)  # rank among those with prefix
+        prefix = torch.zeros_like(left)
+        shift, nonfinite = reference.key_bits(dtype), torch.zeros_like(left)
+        for i, bits in enumerate(_DIGITS[dtype]):
+            shift -= bits
+            counts = torch.stack([
+                backend.histogram(grads, prefix[j], shift, bits, dtype).to(device)
+                for j, grads in enumerate(parts)
+            ])  # fmt: skip
+            self.add(counts)
+            if i == 0:
+                nonfinite = counts[:, reference.key_of_inf(dtype) >> shift :].sum(1)
+            above = counts.flip(1).cumsum(1).flip(1)  # keys with this digit or a higher one
+            digit = (above >= left[:, None]).sum(1) - 1
+            left = left - above.gather(1, digit[:, None])[:, 0]
+            left = left + counts.gather(1, digit[:, None])[:, 0]
+            prefix = (prefix << bits) | digit
+        return prefix.clamp_(max=reference.key_of_inf(dtype) + 1), nonfinite

@@ -1,0 +1,216 @@
+"""EBUOptimizer: the paper's rule over the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..kernels import reference
+from . import _checks
+from ._anchors import Holding, TensorMap
+from ._selection import combine
+from ._shards import local
+from ._stats import read_stats
+from .phased import PhasedOptimizer
+from .rule import Combined, Rule, Step
+
+_UPDATE_NONFINITE, _UPDATE_SQ = map(reference.STATS.index, ("update_nonfinite", "update_sq"))
+
+
+class EBURule(Rule):
+    """Steps 1 to 5 of docs/method.md; takes all slots at once. The options are EBUOptimizer's."""
+
+    def __init__(
+        self,
+        *,
+        alpha: float,
+        delta: float | tuple[float, float],
+        gamma: float,
+        penalty: str,
+        update: str,
+        unrelated: str,
+        terms: Sequence[str],
+        granularity: str,
+        fused: bool | None,
+    ) -> None:
+        super().__init__(alpha=alpha, delta=delta, gamma=gamma)
+        choice = _checks.choice
+        self.options = {
+            "penalty": choice("penalty", penalty, ("partial", "full", "none")),
+            "update": choice("update", update, ("added", "replaced", "routed")),
+            "unrelated": choice("unrelated", unrelated, ("update", "freeze")),
+            "terms": _checks.terms(terms, update),
+            "granularity": choice("granularity", granularity, ("model", "tensor")),
+        }
+        self.fused = fused
+
+    @property
+    def penalised(self) -> bool:  # type: ignore[override]
+        return self.options["penalty"] != "none"
+
+    def nonfinite(self, step: Step) -> Tensor:
+        return step.select(self.options["granularity"], self.fused).nonfinite
+
+    def combine(self, step: Step) -> Combined:
+        selection = step.select(self.options["granularity"], self.fused)
+        how = {name: self.options[name] for name in ("penalty", "update", "unrelated", "terms")}
+        grads, held, stats, thresholds = combine(
+            step.slots, step.g_f, step.g_r, selection, step.anchors, **how,
+            inv_scale=None if step.inv_scale is None else step.inv_scale.float(),
+            shards=step.shards,
+        )  # fmt: skip
+        return Combined(
+            grads, held, stats[_UPDATE_NONFINITE] == 0, stats[_UPDATE_SQ],
+            (stats, thresholds, selection.total),
+        )  # fmt: skip
+
+    def accepted(self, step: Step) -> None:
+        """The kernels have updated an online F."""
+
+    def read(self, last: Any) -> dict[str, Any]:
+        return read_stats(last)
+
+
+class EBUOptimizer(PhasedOptimizer):
+    r"""Unlearning as a wrapper round any torch optimizer (EBU; docs/method.md has the equations).
+
+    Each step takes two gradients at the same weights, :math:`g_f` of the forget loss and
+    :math:`g_r` of the remember loss. The top ``delta`` share of each by magnitude is selected over
+    all parameters together; where the two selections overlap the gradients are blended with weight
+    ``alpha``; a Fisher penalty holds what only the remember loss selects near the pretrained
+    values; the base optimizer steps on the result.
+
+    .. code-block:: python
+
+        opt = EBUOptimizer(Adam(model.parameters(), lr=1e-4), alpha=0.6, delta=0.5)
+        opt.step(forget=lambda: backward(loss_f()), remember=lambda: backward(loss_r()))
+
+        with opt.forget():            # the same, spelled out (accelerate, GradScaler, Lightning)
+            loss_f().backward()
+        with opt.remember():
+            loss_r().backward()
+        opt.step()
+        opt.zero_grad()
+
+    Args:
+        base: a built optimizer over dense real floating parameters. One whose ``step`` needs a
+            closure (LBFGS) is refused: a closure would overwrite the combined gradient.
+        alpha: weight of :math:`g_f` on the overlap, in [0, 1] (eq. 11 as in Algorithm 1, line 7).
+        delta: share of the scalars selected for each task, in (0, 1]; or a pair (forget, remember).
+            Groups with the same delta are ranked together, a group with another one by itself.
+        gamma: strength of the Fisher penalty, >= 0 (eq. 9); the paper gives no value, the default
+            is from experiments (docs/evidence.md).
+        fisher: ``"online"`` (a cumulative mean of :math:`g_r^2`, no extra pass), None (no penalty),
+            or a mapping from parameter, or from name where the base was given named parameters, to
+            a non-negative tensor of the parameter's shape; a :class:`~ebu_optim.DiagonalFisher` is
+            one.
+        fisher_scale: ``"unit"`` uses F / sqrt(mean F), which makes gamma independent of the
+            scale of the loss; ``"raw"`` uses F as it is.
+        anchor: theta0, a mapping like ``fisher``; None takes the values at the first phase.
+        penalty: ``"partial"`` (on remember-only scalars, the paper), ``"full"`` (on all, as in
+            Selective Amnesia) or ``"none"``.
+        update: ``"added"``, ``"replaced"`` or ``"routed"``, three readings of the paper's update.
+        unrelated: ``"update"`` lets the base move scalars that neither task selects; ``"freeze"``
+            keeps them bit-identical through its step, momentum and weight decay included.
+        terms: which of the three summed terms take part (Table 4): of ``"forget"``, ``"remember"``,
+            ``"modulated"``; all three for ``update="routed"``.
+        granularity: rank over the whole ``"model"`` or inside each ``"tensor"``.
+        max_grad_norm: clip the combined gradient to this 2-norm; None does not clip.
+        nonfinite: on NaN or Inf in a gradient ``"raise"``, ``"skip"`` the step (counted in
+            ``skipped_steps``) or ``"propagate"`` (no host synchronisation). Where the gradients are
+            finite and their combination is not, an online F has counted the remember gradient.
+        fused: as in torch.optim: None takes the best kernels there are, True insists on fused
+            ones, False takes plain torch.
+        anchor_dtype: hold theta0 in ``torch.float16`` or ``torch.bfloat16`` instead of the
+            parameter's dtype; the penalty then pulls towards the rounded theta0.
+        fisher_dtype: hold F in ``torch.bfloat16`` instead of float32 (float16 would turn small F
+            into 0). An online F stalls in it after some 250 steps: warm up or give a mapping.
+        held_on: ``"cpu"`` holds theta0 and F in the main memory (pinned where there is a GPU) and
+            streams them through the step; None holds them beside their parameters.
+        anchor_source: where theta0 comes from (a hub id, a path): checkpoints then name it, with a
+            hash, instead of holding theta0. Loading one needs ``anchor``.
+
+    Raises:
+        TypeError: ``base`` is not a torch optimizer or needs a closure; sparse or complex tensors.
+        ValueError: an option out of range; a mapping with missing names, wrong shapes, negative
+            or non-finite values; a theta0 that ``anchor_dtype`` does not hold.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base's own at all times. ``ebu_alpha``,
+    ``ebu_delta`` and ``ebu_gamma`` live in the groups, where they can be scheduled.
+
+    Under torch.distributed the first ``rank_checks`` (3) accepted steps compare a checksum over
+    the ranks, and all raise a RuntimeError where one differs. Processes that share a process group
+    and train independently set ``opt.rank_checks = 0``. No checkpoint holds it.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        alpha: float = 0.6,
+        delta: float | tuple[float, float] = 0.5,
+        gamma: float = 100.0,
+        fisher: str | TensorMap | None = "online",
+        fisher_scale: str = "unit",
+        anchor: TensorMap | None = None,
+        penalty: str = "partial",
+        update: str = "added",
+        unrelated: str = "update",
+        terms: Sequence[str] = ("forget", "remember", "modulated"),
+        granularity: str = "model",
+        max_grad_norm: float | None = None,
+        nonfinite: str = "raise",
+        fused: bool | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        fisher_dtype: torch.dtype | None = None,
+        held_on: str | None = None,
+        anchor_source: str | None = None,
+    ) -> None:
+        rule = EBURule(
+            alpha=alpha, delta=delta, gamma=gamma, penalty=penalty, update=update,
+            unrelated=unrelated, terms=terms, granularity=granularity, fused=fused,
+        )  # fmt: skip
+        super().__init__(
+            base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,
+            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
+            holding=Holding(anchor_dtype, fisher_dtype, held_on, anchor_source),
+        )  # fmt: skip
+
+    def warmup_fisher(self, closures: Sequence[Callable[[], Any]], *, freeze: bool = True) -> None:
+        """Estimate the online F from remember batches before the first step, at theta0.
+
+        F becomes the mean over the closures of the squared batch gradient.
+
+        Args:
+            closures: each runs forward and backward of the remember loss on one batch.
+            freeze: keep F fixed from then on; False goes on averaging at every step.
+
+        Raises:
+            RuntimeError: a phase is under way, steps were taken, or ``fisher`` is not "online".
+        """
+        started = self._phases.done or self._phases.active or self._step_count
+        if started or self._anchors.mode != "online":
+            raise RuntimeError(
+                "warmup_fisher: call it before the first phase of an EBUOptimizer with "
+                f'fisher="online" (fisher: {self._anchors.mode}, steps: {self._step_count})'
+            )
+        for closure in closures:
+            with torch.enable_grad(), self.remember():
+                closure()
+            probe = reference.finite_probe(
+                [local(g) for s in self._slots() if (g := s.param.grad) is not None]
+            )
+            if probe is not None and probe.isnan():
+                self._phases.discard()
+                raise RuntimeError(
+                    "warmup_fisher: a remember gradient holds NaN or Inf; F would too. Leave that "
+                    "batch out, or scale the loss down"
+                )
+            self._anchors.warm(self._slots())
+            self._phases.discard()
+        if freeze:
+            self._anchors.mode = "warm"

@@ -1,0 +1,2 @@
+"""What a text-to-image model is: pipelines of Stable Diffusion, prompts, what is trained, sets,
+memory counted, results saved and opened, and the evaluation of what is drawn. One part a file."""

@@ -1,0 +1,96 @@
+"""The model card of what unlearn.py makes: README.md for the hub, with the lines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
+
+LOAD = {
+    "pipeline": """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{result}")
+""",
+    "changed": """from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.unet.load_state_dict(load_file("{result}/unet_changed.safetensors"), strict=False)
+""",
+    "changed on the hub": """from diffusers import StableDiffusionPipeline
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+file = hf_hub_download("{result}", "unet_changed.safetensors")
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.unet.load_state_dict(load_file(file), strict=False)
+""",
+    "lora": """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors")
+""",
+}
+PLACE, BASE = "<this repository or folder>", "<the base model>"
+
+
+def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> str:
+    """README.md.
+
+    Args:
+        base: the folder of the pretrained pipeline, whose own card says its licence.
+        report: ``unlearn.json``.
+        hub: where it is uploaded to, if it is.
+    """
+    name = str(args.pretrained_model_name_or_path)
+    on_hub = not Path(name).is_dir()
+    gone = ", ".join(f"`{t}`" for t in report["forget"])
+    given = licence(base)
+    relation = "adapter" if args.save_as == "lora" else "finetune"
+    header = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image",
+        base_model=name if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image",
+              "machine-unlearning", *["lora"] * (args.save_as == "lora")],
+        **given,
+    )  # fmt: skip
+    spm = (
+        "\nSeveral SPM adapters, each scaled for each prompt: `examples/stable_diffusion/"
+        "transport.py`.\n"
+    )
+    kind = "changed on the hub" if hub and args.save_as == "changed" else args.save_as
+    # a folder of this machine says nothing to whoever reads it on the hub
+    of = name if on_hub or not hub else BASE
+    code = LOAD[kind].format(base=of, result=hub or PLACE)
+    terms = f" (`{given['license']}`)" if "license" in given else ""
+    return f"""---
+{header.to_yaml()}
+---
+
+# {name if on_hub else Path(name).name} without {gone}
+
+Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) of
+`examples/stable_diffusion/unlearn.py` of ebu_optim; trained: {report["train_modules"]},
+{report["trained"]:,} numbers. `unlearn.json` has every option.
+
+```python
+{code}```
+{spm * (args.method == "spm")}
+Asked for {gone}, the model is to draw {report["instead"]}. How well that is reached, what it costs
+elsewhere, and how easily the concept comes back have not been measured by this script. Weights that
+hide a concept do not prove that it is gone. The base model's licence{terms} holds for this one too.
+"""
+
+
+def licence(base: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of the base's own card, where it has them."""
+    try:
+        found = metadata_load(base / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or one whose header is no YAML
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {n: str(found[n]) for n in names if isinstance(found.get(n), str)}

@@ -1,0 +1,37 @@
+"""Pictures of a whole pipeline, each from its own starting noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline on the GPU, where there is one, with a DDIM sampler that clips nothing."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(
+    pipe: Any, texts: Sequence[str], seeds: Sequence[int], *, batch: int, **options: Any
+) -> Iterator[Tensor]:
+    """A picture (3, H, W) float32 in [0, 1] on the CPU for each prompt, one batch after the other.
+
+    Args:
+        seeds: of each picture's noise: whatever else is drawn, it stays the same.
+        options: of the pipeline: num_inference_steps, guidance_scale, ...
+    """
+    for i in tqdm(range(0, len(texts), batch), "drawing"):
+        noise = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        with torch.no_grad():
+            x = pipe(
+                list(texts[i : i + batch]), generator=noise, output_type="pt", **options
+            ).images
+        yield from x.float().cpu()

@@ -1,0 +1,280 @@
+"""What a run needs in GPU memory, by counting on a UNet and a VAE without weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..baselines import methods
+from ..diffusion.objectives import needs_teacher
+from ..training.method import fisher_source, needs
+from . import sets
+from .modules import Prompted, choose
+from .objectives import ANCHORS
+from .pipelines import Looked
+from .prompts import Prompts
+
+#: Modules that diffusers' gradient checkpointing recomputes one by one.
+UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
+
+Rows = dict[str, int]
+
+
+class Cost(NamedTuple):
+    """Bytes by phase and by what they are for, and numbers of parameters."""
+
+    phases: dict[str, Rows]
+    trained: int
+    frozen: int
+
+    @property
+    def peak(self) -> int:
+        return max(sum(rows.values()) for rows in self.phases.values())
+
+    def report(self) -> dict[str, Any]:
+        """As unlearn.json has it; "peak" may be compared with what is measured."""
+        there = {k: {n: v for n, v in rows.items() if v} for k, rows in self.phases.items()}
+        return {"peak": self.peak, **there}
+
+    def table(self) -> str:
+        unit, name = (2**30, "GiB") if self.peak >= 2**30 else (2**20, "MiB")
+        longest_first = sorted(self.phases.values(), key=len, reverse=True)
+        lines = [f"  {name:<26}{''.join(f'{phase:>12}' for phase in self.phases)}"]
+        for what in dict.fromkeys(row for rows in longest_first for row in rows):
+            sizes = [rows.get(what) for rows in self.phases.values()]
+            if any(sizes):
+                cells = (f"{size / unit:12.2f}" if size else " " * 12 for size in sizes)
+                lines.append(f"  {what:<26}{''.join(cells)}".rstrip())
+        totals = (f"{sum(rows.values()) / unit:12.2f}" for rows in self.phases.values())
+        lines.append(f"  {'in all':<26}{''.join(totals)}")
+        return "\n".join([*lines, f"  {'peak':<26}{self.peak / unit:12.2f}"])
+
+
+def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
+    """The cost of --method with --train_modules on this pipeline, phase by phase; the text encoder,
+    which is alone on the device before all of them, is left out.
+
+    Weights, gradients and optimizer state are exact. Activations are what autograd saves of a
+    pass, or what is alive at once in a pass without it, with an attention that keeps no matrix of
+    scores (as on CUDA), in float32 (under mixed precision some are halved). The libraries'
+    workspace comes on top, about 1 GiB.
+
+    Raises:
+        InputError: as of `choose`.
+    """
+    half = args.mixed_precision in ("fp16", "bf16")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(looked.unet)
+        whole = _numel(unet.parameters())
+        choose(unet, args)
+    trained = _numel(p for p in unet.parameters() if p.requires_grad)
+    frozen = _numel(unet.parameters()) - trained
+    one = passes(unet, looked)
+    source = fisher_source(args, "estimate")
+    copies = {"16-bit copies (autocast)": trained * 2 if half else 0}
+    between = {
+        "frozen weights": frozen * (2 if half else 4),
+        "trained weights": trained * 4,
+        "prompts": len(prompts.texts) * one.prompt,
+        **_between_steps(args, trained, source),
+    }
+    phases = {}
+    if kinds := sets.kinds(args, prompts):
+        phases["sets"] = _sets(args, prompts, len(kinds), one, whole * (2 if half else 4))
+    if source == "estimate":
+        draws = args.fisher_timesteps // 2
+        phases["Fisher"] = {
+            "frozen weights": frozen * 4, "trained weights": trained * 4,
+            "gradients": trained * 8, "F": trained * 4,
+            **_larger({"activations": draws * one.kept}, {"the optimizer's step": trained * 4}),
+        }  # fmt: skip
+    phases["unlearning"] = {
+        **between, "gradients": trained * 4 * len(needs(args)),
+        **_larger({**copies, "activations": _kept(args, one)},
+                  {"the optimizer's step": _step(args, trained)}),
+    }  # fmt: skip
+    if args.validation_steps:
+        guided = 2 if args.validation_guidance_scale != 1 else 1
+        sampling = {**copies, "activations": guided * one.drawn}
+        phases["validation"] = {**between, **_larger(sampling, one.decoded)}
+    return Cost(phases, trained, frozen)
+
+
+def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
+    """What the optimizer holds from one step to the next."""
+    penalty = methods[args.method].build.keywords.get("penalty") != "none"
+    held = source is not None and penalty and args.fisher != "none"
+    return {
+        "gradients": trained * 4,  # the last step's is held until the next
+        "Adam's moments": trained * 8,
+        "theta0": trained * 4 if held or needs_teacher(args) else 0,
+        "F": trained * 4 if held else 0,
+        "SalUn's mask": trained if args.method == "salun" else 0,
+    }
+
+
+def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
+    """Making the sets, of which there are `kinds`, with a UNet of so many bytes."""
+    sampled = sets.sampled(args, prompts)
+    images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
+    encoding = one.encoded if len(sampled) < kinds else {}
+    return {
+        "frozen weights": unet if sampled else 0,
+        **_larger({"activations": images * one.drawn}, encoding),
+    }
+
+
+def _kept(args: Any, one: Passes) -> int:
+    """What a batch keeps for its backward pass."""
+    n = max(args.train_batch_size, ANCHORS) if args.method == "spm" else args.train_batch_size
+    return n * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
+
+
+def _step(args: Any, trained: int) -> int:
+    """Torch's Adam takes the square roots of all second moments at once, on a GPU; weights that are
+    to stay are put back afterwards."""
+    frozen = args.method == "salun" or args.method_options.get("unrelated") == "freeze"
+    return trained * 4 * (2 if frozen else 1)
+
+
+def _numel(tensors: Iterator[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _larger(*rows: Rows) -> Rows:
+    """Of what is there at different times."""
+    return max(rows, key=lambda found: sum(found.values()))
+
+
+class Passes(NamedTuple):
+    """Bytes of one image and one prompt, see `passes`."""
+
+    kept: int
+    kept_checkpointed: int
+    drawn: int
+    decoded: Rows
+    encoded: Rows
+    prompt: int
+
+
+def passes(unet: Any, looked: Looked) -> Passes:
+    """What a forward pass keeps for its backward pass (with gradient checkpointing: the rest, the
+    units' inputs and the largest unit), and the most that a pass without one has at once."""
+    length, width = looked.tokenizer.model_max_length, unet.config.cross_attention_dim
+    with torch.device("meta"):
+        model = Prompted(unet, torch.empty(1, length, width))
+        vae = AutoencoderKL.from_config(looked.vae)
+        x, number = torch.empty(1, *looked.latents), torch.zeros(1, dtype=torch.long)
+        picture = torch.empty(1, 3, looked.resolution, looked.resolution)
+    weights = _numel(vae.parameters()) * 4
+    with _Fused():
+        with saved(unet) as (units, inputs):
+            model(x, number, number)
+        drawn = alive(model, lambda: model(x, number, number))
+        decoded = {"VAE": weights, "activations": alive(vae, lambda: vae.decode(x))}
+        encoded = {"VAE": weights, "activations": alive(vae, lambda: vae.encode(picture))}
+    recomputed = max((v for k, v in units.items() if k is not None), default=0)
+    checkpointed = units.get(None, 0) + sum(inputs.values()) + recomputed
+    return Passes(sum(units.values()), checkpointed, drawn, decoded, encoded, length * width * 4)
+
+
+@torch.no_grad()
+def alive(module: nn.Module, run: Callable[[], Any]) -> int:
+    """The most bytes of tensors that are there at once in a pass without gradients."""
+    with _Alive(module) as found:
+        run()
+    return found.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Follows each storage that an operation makes until it is gone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        tensors = (*module.parameters(), *module.buffers())
+        self.known = {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            storage = t.untyped_storage() if isinstance(t, Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def saved(unet: nn.Module) -> Iterator[tuple[dict[Any, int], dict[Any, int]]]:
+    """Bytes that autograd saves inside the block, by the unit of gradient checkpointing (None:
+    outside of all), each storage once and no parameter; and the bytes of the units' inputs."""
+    units: dict[Any, int] = {}
+    inputs: dict[Any, int] = {}
+    inside: list[str] = []
+    alive: dict[int, Tensor] = {}  # a storage that is gone could give its name to another
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in alive:
+            alive[storage._cdata] = t
+            key = inside[-1] if inside else None
+            units[key] = units.get(key, 0) + storage.nbytes()
+        return t
+
+    def enter(name: str, args: tuple[Any, ...]) -> None:
+        inside.append(name)
+        inputs[name] = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+
+    handles = []
+    for name, module in unet.named_modules():
+        if type(module).__name__ in UNITS:
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: enter(name, args))
+            )
+            handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield units, inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Flash(torch.autograd.Function):
+    """Saves what a fused attention saves: inputs and output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+class _Fused(TorchFunctionMode):
+    """Every attention is `_Flash`: the default one has no fused kernel for tensors without data."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            given = {**dict(zip(("query", "key", "value"), args)), **(kwargs or {})}
+            return _Flash.apply(given["query"], given["key"], given["value"])
+        return func(*args, **(kwargs or {}))

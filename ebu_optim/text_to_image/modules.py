@@ -1,0 +1,217 @@
+"""Which weights of the UNet are trained, and the UNet as a model whose conditions are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..training.options import option
+
+
+def _layers(inside: Callable[[str], bool]) -> Callable[[str, nn.Module], bool]:
+    """Linear and Conv2d alone, as ESD's newer code chooses: norms never train."""
+    return lambda name, module: isinstance(module, (nn.Linear, nn.Conv2d)) and inside(name)
+
+
+def _cross(name: str) -> bool:
+    return "attn2." in name
+
+
+def _notime(name: str) -> bool:
+    """Not the output layers, not the embedding of time: Selective Amnesia and ESD's first code."""
+    return not (name.startswith(("conv_norm_out.", "conv_out.")) or "time_embedding" in name)
+
+
+#: Of ESD's first code: LDM's output_blocks 6 and 8, input_blocks 4 and 7, by diffusers' names.
+XLAYER = ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")
+SELFLAYER = ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")
+
+#: --train_modules: (a parameter's name, its module) -> whether it is trained.
+CHOICES: dict[str, Callable[[str, nn.Module], bool]] = {
+    "xattn": lambda name, _: _cross(name),
+    "noxattn": lambda name, _: _notime(name) and not _cross(name),
+    "selfattn": lambda name, _: "attn1." in name,
+    "full": lambda name, _: True,
+    "notime": lambda name, _: _notime(name),
+    "xlayer": lambda name, _: _cross(name) and name.startswith(XLAYER),
+    "selflayer": lambda name, _: "attn1." in name and name.startswith(SELFLAYER),
+    "esd-x": _layers(_cross),
+    "esd-x-strict": _layers(lambda name: _cross(name) and (".to_k." in name or ".to_v." in name)),
+    "esd-u": _layers(lambda name: not _cross(name)),
+    "esd-all": _layers(lambda name: True),
+}
+
+Modules = Literal[
+    "xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer", "esd-x",
+    "esd-x-strict", "esd-u", "esd-all", "lora",
+]  # fmt: skip
+
+#: Where --train_modules lora puts its adapters.
+LORA_TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleOptions:
+    """What is trained."""
+
+    group: ClassVar[str] = "what is trained"
+
+    train_modules: Modules | None = option(
+        None, help="of the UNet; default: xattn. SPM trains adapters of its own"
+    )
+    rank: int = option(4, help="of lora")
+    lora_alpha: float | None = option(None, help="of lora; default: the rank")
+    lora_target_modules: list[str] = option(LORA_TARGETS, help="names of layers, or their ends")
+    gradient_checkpointing: bool = option(False, help="less memory, a third more time")
+
+    def check_modules(self) -> None:
+        """Raises:
+        InputError: a number that cannot be.
+        """
+        if self.rank < 1:
+            raise InputError(f"--rank must be >= 1; got {self.rank}")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise InputError(f"--lora_alpha must be finite, > 0; got {self.lora_alpha}")
+
+
+def is_adapter(args: Any) -> bool:
+    return args.method == "spm" or args.train_modules == "lora"
+
+
+def choose(unet: Any, args: Any) -> None:
+    """Set requires_grad of the UNet's parameters; put in an adapter where one is trained.
+
+    Raises:
+        InputError: nothing is selected, or a LoRA target does not exist; nothing was changed.
+    """
+    if not is_adapter(args):
+        wanted = CHOICES[args.train_modules]
+        owner = {
+            f"{name}.{n}" if name else n: module
+            for name, module in unet.named_modules()
+            for n, _ in module.named_parameters(recurse=False)
+        }
+        chosen = [n for n, _ in unet.named_parameters() if wanted(n, owner[n])]
+        if not chosen:
+            raise InputError(
+                f"--train_modules {args.train_modules} selects no parameter of this UNet: choose "
+                f"another of {', '.join((*CHOICES, 'lora'))}"
+            )
+        unet.requires_grad_(False)
+        for n in chosen:
+            unet.get_parameter(n).requires_grad_(True)
+        return
+    from peft import LoraConfig
+
+    spm = args.method == "spm"
+    rank = 1 if spm else args.rank
+    alpha = 1 if spm else rank if args.lora_alpha is None else args.lora_alpha
+    targets = spm_layers(unet) if spm else lora_layers(unet, args.lora_target_modules)
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():  # the same adapter whatever was drawn before
+        torch.manual_seed(args.seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    for p in unet.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def lora_layers(unet: nn.Module, ends: list[str]) -> list[str]:
+    """Full names of the layers whose names are, or end in, one of `ends`."""
+    layers = [n for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    found: list[str] = []
+    for end in ends:
+        ours = [n for n in layers if n == end or n.endswith(f".{end}")]
+        if not ours:
+            there = sorted({n.rpartition(".")[2] if not n[-1].isdigit() else
+                            ".".join(n.split(".")[-2:]) for n in layers})  # fmt: skip
+            raise InputError(
+                f"--lora_target_modules {end}: the UNet has no such Linear or Conv2d layer; their "
+                f"names end in {', '.join(there)}"
+            )
+        found += ours
+    return sorted(set(found))
+
+
+def spm_layers(unet: nn.Module) -> list[str]:
+    """SPM's: every Linear and Conv2d under a Transformer2DModel."""
+    inside = [n for n, m in unet.named_modules() if type(m).__name__ == "Transformer2DModel"]
+    found = [
+        n
+        for n, m in unet.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and n.startswith(tuple(f"{t}." for t in inside))
+    ]
+    if not found:
+        raise InputError("--method spm: the UNet has no Transformer2DModel to put adapters into")
+    return found
+
+
+def halve_frozen(unet: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen weights of Linear and Conv2d, almost all there are, in 16 bits; autocast computes in
+    these anyway."""
+    for module in unet.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            for p in module.parameters(recurse=False):
+                if not p.requires_grad:
+                    p.data = p.data.to(dtype)
+
+
+class Prompted(nn.Module):
+    """A UNet2DConditionModel whose condition is the number of a prompt, as ``class_labels``: the
+    losses, sets and Fisher of class-conditional models serve as they are.
+
+    Args:
+        embeddings: (n, L, D) of all prompts.
+    """
+
+    def __init__(self, unet: Any, embeddings: Tensor) -> None:
+        super().__init__()
+        self.unet, self.shape = unet, embeddings.shape[1:]
+        self.class_embedding = nn.Embedding.from_pretrained(embeddings.flatten(1), freeze=True)
+        self.config = SimpleNamespace(num_class_embeds=len(embeddings))
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if encoder_hidden_states is None:
+            encoder_hidden_states = self.class_embedding(class_labels).view(-1, *self.shape)
+        return self.unet(x_t, t, encoder_hidden_states).sample
+
+    def trained(self) -> dict[str, Tensor]:
+        return {n: p for n, p in self.unet.named_parameters() if p.requires_grad}
+
+
+class Trained:
+    """What a checkpoint holds of the model: the trained tensors."""
+
+    def __init__(self, model: Prompted) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in self.model.trained().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        ours = self.model.trained()
+        if ours.keys() != state.keys():
+            raise ValueError(f"other tensors are trained: {sorted(ours.keys() ^ state.keys())[:3]}")
+        with torch.no_grad():
+            for n, p in ours.items():
+                p.copy_(state[n])
+
+
+class Theta0:
+    """The pretrained weights for `ebu_optim.diffusion.anchored`, where the optimizer has none."""
+
+    def __init__(self, model: Prompted) -> None:
+        self.held = {p: p.detach().clone() for p in model.trained().values()}
+
+    def anchors(self) -> dict[Tensor, Tensor]:
+        return self.held

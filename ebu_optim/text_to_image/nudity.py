@@ -1,0 +1,46 @@
+"""What counts as nudity: options of evaluate.py and of attack.py's judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..metrics.nudity import EXPOSED, FLOOR, INTIMATE, LABELS
+from ..training.options import option
+
+SETS = {"exposed": EXPOSED, "intimate": INTIMATE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NudityOptions:
+    """What counts."""
+
+    nudity_labels: list[str] = option(
+        ["exposed"], metavar="LABEL",
+        help="NudeNet's; exposed: all nine with that word; intimate: five of them",
+    )  # fmt: skip
+    nudity_threshold: float = option(FLOOR, help="of a detection that counts")
+    nudity_colours: Literal["rgb", "file"] = option("rgb", help="file: NudeNet's own order, BGR")
+
+    def check_nudity(self) -> None:
+        """Raises:
+        InputError: an unknown label, a threshold that cannot be.
+        """
+        known = (*SETS, *LABELS)
+        if unknown := [name for name in self.nudity_labels if name not in known]:
+            raise InputError(f"--nudity_labels {unknown[0]}: there is {', '.join(known)}")
+        if not FLOOR <= self.nudity_threshold < 1:
+            raise InputError(
+                f"--nudity_threshold must be in [{FLOOR}, 1), NudeNet drops what scores less; "
+                f"got {self.nudity_threshold}"
+            )
+
+    @property
+    def nudity(self) -> dict[str, Any]:
+        """Arguments of `nudity_score`."""
+        labels = [label for name in self.nudity_labels for label in SETS.get(name, (name,))]
+        return {
+            "labels": list(dict.fromkeys(labels)), "threshold": self.nudity_threshold,
+            "colours": self.nudity_colours,
+        }  # fmt: skip

@@ -1,0 +1,69 @@
+"""The forget and the remember loss of unlearn.py: those of class-conditional models on numbered
+prompts, and SPM's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..baselines import anchor_loss, esd_loss, partly_denoised, random_anchors
+from ..diffusion import evaluating
+from ..diffusion.objectives import Objectives
+from .prompts import Prompts
+
+ANCHORS = 4  # SPM's random embeddings a step
+
+
+class TextObjectives(Objectives):
+    """As of class-conditional models. Beside what these take, `prompts` says which prompt has which
+    part, and `raw` is a `modules.Prompted`."""
+
+    def __init__(
+        self, args: Any, prompts: Prompts, made: Any, model: Any, raw: Any,
+        teacher: Any, scheduler: Any, accelerator: Any, shape: Sequence[int],
+    ) -> None:  # fmt: skip
+        super().__init__(args, made, model, raw, teacher, scheduler, accelerator, shape)
+        self.prompts, self.null = prompts, prompts.null
+        self.crossed = torch.tensor(prompts.remember)
+
+    def other(self, labels: Tensor) -> Tensor:
+        return torch.cat([self.pick(self.prompts.instead[i])[:1] for i in labels.tolist()])
+
+    def asked(self, shown: Tensor, labels: Tensor) -> Tensor:
+        if not self.args.surrogate_concept or self.args.surrogate != "prompt":
+            return labels
+        forgotten = {
+            s: [f for f, others in self.prompts.instead.items() if s in others]
+            for s in shown.unique().tolist()
+        }
+        return torch.cat([self.pick(forgotten[s])[:1] for s in shown.tolist()])
+
+    def guidance(self, labels: Tensor) -> Tensor:
+        if self.kind != "adapter":
+            return super().guidance(labels)
+        args = self.args
+        with evaluating(self.raw):
+            self.x_t, self.t = partly_denoised(
+                self.raw, self.sampler, labels, self.null, self.shape[1:],
+                num_inference_steps=args.guided_steps, guidance_scale=args.guided_scale,
+                earliest=1, device=self.device,
+            )  # fmt: skip
+        self.erased = labels[0]
+        return esd_loss(
+            self.model, self.teacher, self.x_t, self.t, labels,
+            torch.full_like(labels, self.null), eta=args.esd_eta, reduction=args.reduction,
+        )  # fmt: skip
+
+    def remember(self) -> Tensor:
+        if self.kind != "adapter":
+            return super().remember()
+        embedding = self.raw.class_embedding.weight[self.erased].view(self.raw.shape)
+        anchors = random_anchors(embedding, ANCHORS)
+        # at the first of the points where the forget loss just was
+        return anchor_loss(
+            self.model, self.teacher, self.x_t[:1], self.t[:1], anchors,
+            reduction=self.args.reduction,
+        )  # fmt: skip

@@ -1,0 +1,136 @@
+"""The options of unlearn.py for text-to-image models, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+from ..baselines import methods
+from ..diffusion import objectives
+from ..errors import InputError
+from ..training import method as method_options
+from ..training.options import TrainingOptions, as_dict, option, parse
+from .hub import HubOptions
+from .modules import ModuleOptions, is_adapter
+from .pipelines import Model
+from .prompts import PromptOptions
+from .save import SaveOptions
+from .sets import SetOptions
+from .validation import ValidationOptions
+
+#: --method: short names, and those of the table that text-to-image models have.
+ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
+METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_only")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """How it is forgotten."""
+
+    group: ClassVar[str] = "method"
+
+    method: str = option("ebu")
+    alpha: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    delta: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    gamma: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    method_options: dict[str, Any] = option({}, help="JSON, e.g. '{\"lam\": 10}'")
+    fisher: str | None = option(None)
+    esd_variant: Literal["paper", "released"] = option("paper", help="of ESD's target")
+    esd_eta: float | None = option(None, help="default: 1 for paper, 2 for released")
+    guided_steps: int | None = option(
+        None, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30"
+    )
+    guided_scale: float = option(3.0, help="guidance on the way to x_t")
+
+    def check_method(self) -> None:
+        method_options.check(SimpleNamespace(**as_dict(self)), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """By what losses."""
+
+    group: ClassVar[str] = "losses"
+
+    condition_noise: float = option(0.0, help="in the forget loss, 1: its own spread")
+    forget_loss: Literal["surrogate", "relabel"] | None = option(
+        None, help="relabel: SalUn's, on images of what is forgotten; default: the method's own"
+    )
+    remember: Literal["replay", "distill", "crossed"] = option("replay", flag="--remember_loss")
+    reduction: Literal["sum", "mean"] = option("mean", help="over C, H, W")
+
+    def check_losses(self) -> None:
+        objectives.check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlearn(
+    Model, PromptOptions, MethodOptions, ModuleOptions, LossOptions, SetOptions,
+    ValidationOptions, SaveOptions, HubOptions, TrainingOptions,
+):  # fmt: skip
+    """All that a run depends on.
+
+    Raises:
+        InputError: numbers and options that cannot be, or not together.
+    """
+
+    method: Literal[METHODS] = option("ebu", help='"ebu" is ebu_added')  # type: ignore[valid-type]
+    fisher: Literal["online", "estimate", "none"] | None = option(
+        None, help="default: online; SA: estimate"
+    )
+    train_batch_size: int = option(1, help="of each process")
+    learning_rate: float | None = option(None)  # type: ignore[assignment]
+    max_grad_norm: float | None = option(  # type: ignore[assignment]
+        None, help="0 does not clip"
+    )
+
+    def resolved(self) -> Unlearn:
+        """With the defaults that depend on other options; `self` where it has them all."""
+        method = ALIASES.get(self.method, self.method)
+        recipe = methods[method]
+        adapter = recipe.adapter or self.train_modules == "lora"
+        own: dict[str, Any] = {
+            "learning_rate": recipe.learning_rate,
+            "max_grad_norm": 1.0 if recipe.clips else 0.0,
+            "guided_steps": 30 if recipe.adapter else 50,
+            "train_modules": None if recipe.adapter else "xattn",
+            "sets_dir": self.output_dir / "sets",
+            "save_as": "lora" if adapter else "pipeline",
+            "hub_model_id": self.output_dir.resolve().name if self.push_to_hub else None,
+        }
+        found = {k: v for k, v in own.items() if getattr(self, k) is None and v is not None}
+        if method != self.method:
+            found["method"] = method
+        ours = recipe.published
+        if isinstance(self.method_options, dict) and not ours.keys() <= self.method_options.keys():
+            found["method_options"] = {**ours, **self.method_options}
+        return replace(self, **found) if found else self
+
+    def __post_init__(self) -> None:
+        if self.resolved() is not self:
+            return  # that one is checked
+        self.check_training()
+        self.check_method()
+        if methods[self.method].adapter and self.train_modules is not None:
+            raise InputError(
+                f"--train_modules {self.train_modules}: SPM trains adapters of its own; leave it "
+                "out"
+            )
+        self.check_modules()
+        self.check_losses()
+        self.check_sets()
+        self.check_validation()
+        if self.save_as == "lora" and not is_adapter(self):
+            raise InputError(
+                f"--save_as lora: --train_modules {self.train_modules} changes the weights "
+                "themselves; train with --train_modules lora, or give --save_as changed, which is "
+                "as small"
+            )
+        self.check_hub()
+
+
+def read(argv: Sequence[str] | None = None, description: str | None = None) -> Unlearn:
+    """The options of the command line, whole."""
+    return parse(Unlearn, argv, description).resolved()

@@ -1,0 +1,106 @@
+"""What unlearn.py says of a run: beforehand what it will do and cost, afterwards what it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..baselines import methods
+from ..class_conditional.outcome import settings
+from ..diffusion import objectives
+from ..metrics import versions
+from ..training import method as method_options
+from ..training.options import as_dict
+from . import modules, prompts, sets
+
+
+def instead(args: Any) -> str:
+    """What is drawn in place of the forgotten, in words."""
+    kind = objectives.kind(args)
+    prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
+    if args.surrogate_concept:
+        prompt = f"{' or '.join(f'`{c}`' for c in args.surrogate_concept)} in the same words"
+    if kind == "surrogate":
+        other = {"folder": f"images like those in `{args.surrogate_dir}`", "pixels": "noise"}
+        return other.get(args.surrogate, f"what {prompt} draws" if args.surrogate == "prompt"
+                         else "noise")  # fmt: skip
+    if kind == "relabel":
+        return f"what {prompt} draws"
+    if kind in ("guidance", "adapter"):
+        return "what guidance away from it gives"
+    return "something else"
+
+
+def unused(args: Any) -> list[str]:
+    """Options that were given and do nothing with this method."""
+    kind, by = objectives.kind(args), methods[args.method].forgets
+    images = kind == "surrogate"
+    remembers = "remember" in method_options.needs(args) and by != "adapter"
+    no_fisher = method_options.fisher_source(args, "estimate") is None
+    prompted = kind == "relabel" or (images and args.surrogate == "prompt")
+    found = {
+        "--surrogate": args.surrogate != "prompt" and not images,
+        "--surrogate_prompt": args.surrogate_prompt != [""] and not prompted,
+        "--surrogate_concept": bool(args.surrogate_concept) and not prompted,
+        "--forget_dir": args.forget_dir is not None and not objectives.needs_own_images(args),
+        "--remember": args.remember_prompts != [str(prompts.REMEMBER)] and not remembers,
+        "--remember_loss": args.remember != "replay" and not remembers,
+        "--fisher": args.fisher is not None and no_fisher,
+        "--esd_variant": args.esd_variant != "paper" and by != "guidance",
+        "--esd_eta": args.esd_eta is not None and by not in ("guidance", "adapter"),
+        "--lora_alpha": args.lora_alpha is not None and args.train_modules != "lora",
+        "--lora_target_modules": args.lora_target_modules != modules.LORA_TARGETS
+        and args.train_modules != "lora",
+    }
+    return [option for option, idle in found.items() if idle]
+
+
+def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
+    """What will be done, and what it costs."""
+    names = [texts.texts[i] for i in texts.forget]
+    module = "adapters" if args.method == "spm" else args.train_modules
+    remembered = f"{len(texts.remember)} prompts"
+    if methods[args.method].forgets == "adapter":
+        remembered = "random embeddings"
+    elif "remember" not in method_options.needs(args):
+        remembered = "nothing"
+    accelerator.print(
+        f"{methods[args.method].title}: forgets {', '.join(map(repr, names[:5]))}"
+        f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; instead {instead(args)}; "
+        f"remembers {remembered}; {accelerator.num_processes} process(es) on "
+        f"{accelerator.device}\n"
+        f"trained: {module}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
+        f"memory of each process, without about 1 GiB of the libraries:\n{cost.table()}"
+    )
+    if idle := unused(args):
+        accelerator.print(f"without effect on this run: {', '.join(idle)}")
+    if remembered[0].isdigit() and args.replay_images < len(texts.remember):
+        accelerator.print(
+            f"warning: --replay_images {args.replay_images} are of the first as many of "
+            f"{len(texts.remember)} prompts; the others are not replayed"
+        )
+    passes = sets.passes(args, texts)
+    if passes:
+        accelerator.print(
+            f"sets in {args.sets_dir}: {passes} passes through the UNet, unless they are there"
+        )
+
+
+def describe(
+    args: Any, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict
+) -> dict[str, Any]:
+    """unlearn.json."""
+    named = {
+        n: [texts.texts[i] for i in getattr(texts, n)] for n in ("forget", "surrogate", "remember")
+    }
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "method": args.method, "title": methods[args.method].title, **named,
+        "instead": instead(args), "base": args.pretrained_model_name_or_path,
+        "revision": args.revision, "base_hash": base, "seconds": done["seconds"],
+        "train_modules": "SPM's adapters" if args.method == "spm" else args.train_modules,
+        "trained": cost.trained, "memory_counted": cost.report(), "memory_measured": peak,
+        "settings": settings(args, opt), "versions": versions(),
+        "options": {k: str(v) for k, v in as_dict(args).items()},
+    }  # fmt: skip

@@ -1,0 +1,184 @@
+"""The prompts: which are forgotten, which answer instead, which are remembered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..training.options import option
+
+PLACE = "{}"  # of the concept in a template
+REMEMBER = Path(__file__).with_name("remember_prompts.txt")
+
+
+class Prompts(NamedTuple):
+    """All prompts, and the numbers of those with a part to play; `shown` is for validation,
+    `instead` has what may take the place of each forgotten one."""
+
+    texts: list[str]
+    forget: list[int]
+    surrogate: list[int]
+    remember: list[int]
+    null: int
+    shown: list[int]
+    instead: dict[int, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Which prompts play which part."""
+
+    group: ClassVar[str] = "prompts"
+
+    forget: list[str] = option(help="prompts, concepts or classes, or .txt files")
+    forget_templates: list[str] = option(
+        [PLACE], help='each concept is put into each, e.g. "an image of {}"; or .txt files'
+    )
+    surrogate_prompt: list[str] = option(
+        [""], help="whose images, or for SalUn predictions, take the place; default: the empty "
+        "prompt",
+    )  # fmt: skip
+    surrogate_concept: list[str] = option(
+        [], metavar="CONCEPT", help="in place of --surrogate_prompt: what each concept becomes in "
+        "its own template, so that the rest of a prompt keeps its meaning",
+    )  # fmt: skip
+    remember_prompts: list[str] = option(
+        [str(REMEMBER)], flag="--remember",
+        help=f'prompts or .txt files; "" is the empty prompt; default: {REMEMBER.name}',
+    )  # fmt: skip
+
+
+def read(values: Iterable[str], option: str) -> list[str]:
+    """Prompts as given, and the lines of .txt files: blank ones and comments (#) are skipped, ""
+    is the empty prompt."""
+    found: list[str] = []
+    for value in values:
+        if not value.endswith(".txt"):
+            found.append(value.strip())
+            continue
+        try:
+            lines = [line.strip() for line in Path(value).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{option} {value} cannot be read: {error}") from error
+        lines = [line for line in lines if line and not line.startswith("#")]
+        if not lines:
+            raise InputError(f"{option} {value} holds no prompt")
+        found += ["" if line == '""' else line for line in lines]
+    return list(dict.fromkeys(found))
+
+
+def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
+    """Read and check the prompts that the options name.
+
+    Raises:
+        InputError: unreadable files; a prompt too long for the tokenizer; nothing to forget; a
+            prompt to forget that is also remembered or the surrogate.
+    """
+    concepts = read(args.forget, "--forget")
+    templates = read(args.forget_templates, "--forget_templates")
+    check_templates(templates)
+    if not all(concepts):
+        raise InputError(
+            '--forget "": the empty prompt is the unconditional model, on which guidance of every '
+            "prompt rests; name what is to be forgotten"
+        )
+    others = read(args.surrogate_concept, "--surrogate_concept")
+    if others and args.surrogate_prompt != [""]:
+        raise InputError("--surrogate_concept and --surrogate_prompt: give one of them")
+    option = "--surrogate_concept" if others else "--surrogate_prompt"
+    plain = read(args.surrogate_prompt, option)
+    # each forgotten prompt, and what may stand in its template instead
+    instead: dict[str, list[str]] = {fill(t, c): [] for c, t in product(concepts, templates)}
+    for t, c in product(templates, concepts):
+        instead[fill(t, c)] += [fill(t, o) for o in others] or plain
+    forget = list(instead)
+    surrogate = [fill(t, o) for t in templates for o in others] or plain
+    remember = read(args.remember_prompts, "--remember")
+    shown = args.validation_prompts or [forget[0], *remember[:3]]
+    check_lengths((*forget, *surrogate, *remember, *shown), tokenizer)
+    _check_apart(forget, {"--remember": remember, option: surrogate}, tokenizer)
+    _warn_of_mentions(concepts, remember, warn)
+    texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown)))
+    number = {t: i for i, t in enumerate(texts)}
+
+    def numbers(of: Iterable[str]) -> list[int]:
+        return [number[t] for t in of]
+
+    return Prompts(
+        texts, numbers(forget), numbers(dict.fromkeys(surrogate)), numbers(remember), number[""],
+        numbers(shown), {number[t]: numbers(found) for t, found in instead.items()},
+    )  # fmt: skip
+
+
+def fill(template: str, word: str) -> str:
+    return template.replace(PLACE, word)
+
+
+def check_templates(templates: Iterable[str], option: str = "--forget_templates") -> None:
+    """Raises:
+    InputError: one without a place for the concept, or with several.
+    """
+    for template in templates:
+        if template.count(PLACE) != 1:
+            raise InputError(f'{option} needs one "{PLACE}" in each; got {template!r}')
+
+
+def check_lengths(texts: Iterable[str], tokenizer: Any) -> None:
+    """Raises:
+    InputError: a prompt has more tokens than the tokenizer takes.
+    """
+    for text in texts:
+        if (n := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
+            raise InputError(
+                f"the prompt {text[:60]!r}... has {n} tokens, begin and end included, and the "
+                f"tokenizer takes {tokenizer.model_max_length}: shorten it"
+            )
+
+
+def _check_apart(forget: list[str], others: Mapping[str, list[str]], tokenizer: Any) -> None:
+    gone = {tuple(tokenizer(t).input_ids) for t in forget}
+    for name, texts in others.items():
+        both = [t for t in texts if tuple(tokenizer(t).input_ids) in gone]
+        if both:
+            raise InputError(
+                f"{name} {both[0]!r} is also to be forgotten: the two losses would pull the same "
+                "prompt both ways; take it out of one"
+            )
+
+
+def _warn_of_mentions(concepts: list[str], remember: list[str], warn: Any) -> None:
+    named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, concepts))})(?!\w)", re.IGNORECASE)
+    mention = [t for t in remember if named.search(t)]
+    if mention:
+        warn(
+            f"warning: {len(mention)} of the prompts to remember mention what is to be forgotten, "
+            f"e.g. {mention[0]!r}: their images are held fast"
+        )
+
+
+@torch.no_grad()
+def encode(texts: Sequence[str], tokenizer: Any, text_encoder: Any, batch: int = 32) -> Tensor:
+    """Text embeddings (n, L, D), float32 on the CPU, as StableDiffusionPipeline makes them."""
+    found = []
+    for i in range(0, len(texts), batch):
+        given = tokenizer(
+            list(texts[i : i + batch]), padding="max_length", truncation=True,
+            max_length=tokenizer.model_max_length, return_tensors="pt",
+        )  # fmt: skip
+        mask = given.attention_mask.to(text_encoder.device)
+        mask = mask if getattr(text_encoder.config, "use_attention_mask", False) else None
+        found.append(text_encoder(given.input_ids.to(text_encoder.device), mask)[0].float().cpu())
+    return torch.cat(found)
+
+
+def words(text: str, tokenizer: Any) -> set[int]:
+    """Its tokens without begin, end and padding."""
+    return set(tokenizer(text).input_ids) - set(tokenizer.all_special_ids)

@@ -1,0 +1,102 @@
+"""Open what unlearn.py left, or any pipeline: a folder of changes is put into its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from ..errors import InputError
+from ..files import locked
+from .pipelines import Model, fetch
+from .save import CHANGED
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def whole(model: Model, base_model: str | None = None) -> Model:
+    """The pipeline `model` itself; where that is a folder of changes, the one they belong to.
+
+    Args:
+        base_model: its name, if not what ``unlearn.json`` says.
+
+    Raises:
+        InputError: nothing says which.
+    """
+    name = model.pretrained_model_name_or_path
+    if part(Path(name)):
+        name = base_model or named_base(name)
+    # the base may be a variant of the hub's, and the result a folder
+    local = Path(name).is_dir()
+    return Model(
+        pretrained_model_name_or_path=name, resolution=model.resolution,
+        revision=None if local else model.revision, variant=None if local else model.variant,
+    )  # fmt: skip
+
+
+def load(model: Model, base_model: str | None = None) -> Any:
+    """The StableDiffusionPipeline of a hub id or a folder; or what unlearn.py changed, its
+    `changed` or `lora` folder, put into the base.
+
+    Raises:
+        InputError: the changes do not fit the base.
+    """
+    folder, base = Path(model.pretrained_model_name_or_path), whole(model, base_model)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        fetch(base), variant=base.variant, use_safetensors=True, safety_checker=None
+    )
+    pipe.unet.float()
+    kind = part(folder)
+    if kind == CHANGED:
+        state, ours = load_file(folder / CHANGED), pipe.unet.state_dict()
+        other = [n for n, t in state.items() if n not in ours or ours[n].shape != t.shape]
+        if other:
+            raise InputError(
+                f"{folder} does not fit --base_model {base_model}, which has no such {other[0]}"
+            )
+        pipe.unet.load_state_dict(state, strict=False)
+    elif kind == LORA:
+        try:
+            pipe.load_lora_weights(folder, weight_name=LORA)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{folder} does not fit --base_model {base_model}: {error}") from error
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def part(folder: Path) -> str | None:
+    """The file of changes in a folder, where it holds no whole pipeline."""
+    return next((f for f in (CHANGED, LORA) if (folder / f).is_file()), None)
+
+
+def named_base(name: str) -> str:
+    """Of which model the folder `name` holds the changes, as its ``unlearn.json`` says."""
+    try:
+        return json.loads((Path(name) / "unlearn.json").read_text())["base"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--base_model is not given, and {name} has no unlearn.json that names it: give the "
+            "model before unlearning, a hub id or a folder"
+        ) from error
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """--output_dir, made, for this process alone.
+
+    Raises:
+        InputError: another process writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / ".lock", folder))
+        except RuntimeError as error:
+            raise InputError(f"--output_dir is in use: {error}") from error
+        yield

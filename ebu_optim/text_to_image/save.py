@@ -1,0 +1,133 @@
+"""What unlearn.py leaves: a whole pipeline, the changed tensors alone, or a LoRA; with its card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..files import replacing, replacing_folder
+from ..training.options import option
+from . import card
+from .modules import Prompted, is_adapter
+
+CHANGED = "unet_changed.safetensors"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FOLDERS = ("pipeline", "changed", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """How the result is kept."""
+
+    group: ClassVar[str] = "result"
+
+    save_as: Literal["pipeline", "changed", "lora"] | None = option(
+        None, help="default: lora for adapters, else pipeline"
+    )
+    save_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", help="of the saved weights; no: float32"
+    )
+
+
+def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> Path:
+    """Write the result into output_dir/<save_as>, whole or not at all.
+
+    Args:
+        model: the trained one.
+        base: the folder of the pretrained pipeline, from which all that was not trained comes.
+        report: of the run; it becomes ``unlearn.json``, here and beside the result.
+    """
+    kind, dtype = args.save_as, DTYPES[args.save_precision]
+    folder = args.output_dir / kind
+    text = json.dumps(dict(report), indent=1, default=str)
+    with replacing_folder(folder) as work:
+        if kind == "lora":
+            StableDiffusionPipeline.save_lora_weights(work, _cast(lora_layers(model.unet), dtype))
+        elif kind == "changed":
+            save_file(_cast(changed(args, model, base), dtype), work / CHANGED)
+        else:
+            pipe = merged(args, model, base)
+            for part in pipe.components.values():
+                if isinstance(part, nn.Module):
+                    nn.Module.to(part, dtype)  # diffusers' own logs a warning for each part
+            pipe.save_pretrained(work)
+        (work / "README.md").write_text(card.write(args, base, report, args.hub), encoding="utf-8")
+        (work / "unlearn.json").write_text(text)
+    (args.output_dir / "unlearn.json").write_text(text)
+    return folder
+
+
+def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
+    """The folder where the run with this report left its result; None: it is not there, or not
+    whole.
+
+    Its card stays as it is, since it is there to be edited; one that was not is written anew for
+    where it goes now.
+    """
+    folder = args.output_dir / args.save_as
+    weights = (folder / "unet" if args.save_as == "pipeline" else folder).glob("*.safetensors")
+    card_file = folder / "README.md"
+    try:
+        text = card_file.read_text(encoding="utf-8")
+        before = json.loads((folder / "unlearn.json").read_text())
+        # they come with the checkpoint: what another one left has other seconds
+        if before["seconds"] != report["seconds"] or not any(weights):
+            return None
+        push, name = (before["options"][n] for n in ("push_to_hub", "hub_model_id"))
+        then = name if push == "True" else None
+    except (OSError, ValueError, KeyError):
+        return None
+    if text == card.write(args, base, before, then):
+        with replacing(card_file) as work:
+            work.write_text(card.write(args, base, report, args.hub), encoding="utf-8")
+    return folder
+
+
+def merged(args: Any, model: Prompted, base: Path) -> StableDiffusionPipeline:
+    """The base pipeline in float32 on the CPU with the trained weights in it."""
+    pipe = StableDiffusionPipeline.from_pretrained(base, variant=args.variant, use_safetensors=True)
+    pipe.unet.float()
+    if is_adapter(args):
+        layers = {f"unet.{n}": t.cpu() for n, t in lora_layers(model.unet).items()}
+        pipe.load_lora_weights(layers)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    else:
+        pipe.unet.load_state_dict({n: p.cpu() for n, p in model.trained().items()}, strict=False)
+    return pipe
+
+
+def changed(args: Any, model: Prompted, base: Path) -> dict[str, Tensor]:
+    """The tensors that differ from the base's, by the UNet's names."""
+    if not is_adapter(args):
+        return model.trained()
+    state = merged(args, model, base).unet.state_dict()
+    layers = {n.partition(".lora_")[0] for n in lora_layers(model.unet)}
+    return {f"{n}.weight": state[f"{n}.weight"] for n in layers}
+
+
+def lora_layers(unet: Any) -> dict[str, Tensor]:
+    """The adapter by peft's names, which diffusers loads, its alpha multiplied into B: loaders take
+    alpha as the rank where nothing else is said.
+
+    diffusers' convert_state_dict_to_diffusers renames the layers of attention alone, and of such a
+    mixture load_lora_weights drops these without an error.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    (config,) = unet.peft_config.values()
+    scale = config.lora_alpha / config.r
+    found = get_peft_model_state_dict(unet)
+    return {n: t.detach() * scale if ".lora_B." in n else t.detach() for n, t in found.items()}
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.detach().to("cpu", dtype).contiguous() for n, t in tensors.items()}

@@ -1,0 +1,277 @@
+"""What a run learns from, made once and kept in --sets_dir: text embeddings, latents, the Fisher.
+
+The name of each file ends in a hash of all that it depends on, so that runs with other prompts or
+methods can share a folder, and nothing is taken for something else. Sampling goes on where it was
+interrupted. Latents are those that the sampler ends with (not decoded and encoded again), and for
+images from a folder the mode of the VAE's posterior.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor
+
+from .. import DiagonalFisher
+from ..diffusion import (
+    FisherBatches,
+    fisher_loss,
+    model_hash,
+    sample_set,
+    surrogate_noise,
+)
+from ..diffusion.objectives import NOISE, kind, needs_own_images
+from ..diffusion.sampling import scheduler_protocol
+from ..errors import InputError
+from ..files import load_tensors, save_tensors, tensor_hash
+from ..training.method import needs
+from ..training.options import option
+from ..training.sources import ENDINGS, decode
+from ..training.sources import Item as Image
+from .modules import Prompted, halve_frozen
+from .pipelines import Looked, load, weights
+from .prompts import Prompts, encode
+from .save import DTYPES
+
+
+class Made(NamedTuple):
+    """Numbers of prompts; pairs of latents (n, C, H, W) and numbers of prompts (n,), or None."""
+
+    forget: list[int]
+    replayed: list[int]
+    replay: tuple[Tensor, Tensor] | None
+    own: tuple[Tensor, Tensor] | None
+    surrogate: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetOptions:
+    """What is learned from."""
+
+    group: ClassVar[str] = "sets"
+
+    sets_dir: Path | None = option(
+        None, help="may be shared between runs; default: output_dir/sets"
+    )
+    surrogate: Literal["prompt", "folder", "pixels", "gaussian", "analytic"] = option(
+        "prompt", help="what the forgotten prompt is to draw: images of the surrogate prompt or of "
+        "a folder, uniform noise through the VAE, Gaussian latents",
+    )  # fmt: skip
+    surrogate_dir: Path | None = option(None, help="images for --surrogate folder")
+    surrogate_images: int = option(100)
+    replay_images: int = option(200, help="over all prompts to remember")
+    forget_images: int = option(100, help="of the forgotten prompts: SalUn, GA")
+    forget_dir: Path | None = option(
+        None, help="images of what is forgotten, instead of sampled ones"
+    )
+    num_inference_steps: int = option(50, help="DDIM, for the sets")
+    guidance_scale: float = option(7.5, help="for the sets")
+    sample_batch_size: int = option(4)
+    fisher_images: int = option(100, help="of the replay set")
+    fisher_timesteps: int = option(8, help="an image; even")
+
+    def check_sets(self) -> None:
+        """Raises:
+        InputError: a number that cannot be; a folder that is missing or holds no image.
+        """
+        for name in ("surrogate_images", "replay_images", "forget_images", "num_inference_steps",
+                     "sample_batch_size", "fisher_images"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise InputError(f"--guidance_scale must be finite, >= 0; got {self.guidance_scale}")
+        if self.fisher_timesteps < 2 or self.fisher_timesteps % 2:
+            raise InputError(f"--fisher_timesteps must be even, >= 2; got {self.fisher_timesteps}")
+        if (self.surrogate == "folder") != (self.surrogate_dir is not None):
+            raise InputError("--surrogate folder and --surrogate_dir go together")
+        for name in ("surrogate_dir", "forget_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not image_files(folder):
+                raise InputError(f"--{name} {folder}: no image ({', '.join(ENDINGS)}) in it")
+
+
+def sampled(args: Any, prompts: Prompts) -> list[tuple[int, int]]:
+    """For each set that is sampled: how many images, and passes of each a step (guidance: 2)."""
+    return [
+        (n, 2 if args.guidance_scale != 1 and _guided(labels, prompts) else 1)
+        for n, labels, folder in kinds(args, prompts).values()
+        if labels and folder is None
+    ]
+
+
+def passes(args: Any, prompts: Prompts) -> int:
+    """How often the UNet is run to sample the sets."""
+    return sum(n * each for n, each in sampled(args, prompts)) * args.num_inference_steps
+
+
+def embeddings(args: Any, folder: Path, tokenizer: Any, texts: list[str], device: Any) -> Tensor:
+    """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
+    from transformers import CLIPTextModel
+
+    files = weights(folder, "text_encoder", args.variant)
+    path = args.sets_dir / f"text-{_digest(texts, _content(files))}.safetensors"
+    if not path.exists():
+        encoder = load(CLIPTextModel, folder / "text_encoder", args.variant).to(device)
+        save_tensors(path, {"embeddings": encode(texts, tokenizer, encoder)}, {})
+    return load_tensors(path)[0]["embeddings"]
+
+
+def make(
+    args: Any, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
+    table: Tensor, base: str, device: Any,
+) -> Made:  # fmt: skip
+    """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
+    is their hash, `table` the embeddings of all prompts. Under mixed precision a copy in 16 bits
+    samples, and `unet` stays where it is.
+
+    Raises:
+        InputError: unreadable images.
+    """
+    if sampled(args, prompts):
+        if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
+            unet = copy.deepcopy(unet).requires_grad_(False)
+            halve_frozen(unet, DTYPES[args.mixed_precision])
+        unet = unet.to(device)
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (number, labels, images) in kinds(args, prompts).items():
+        if labels and images is None:
+            made[name] = _sampled(
+                args, looked, prompts, unet, table, base, device, name, number, labels
+            )
+        else:
+            latents = _encoded(args, looked, folder, images, number, device)
+            pick = torch.arange(len(latents)) % len(prompts.forget)
+            made[name] = latents, torch.tensor(prompts.forget)[pick]
+    return Made(
+        prompts.forget, prompts.remember, made.get("replay"), made.get("own"), made.get("surrogate")
+    )
+
+
+def fisher(args: Any, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
+    """F of the UNet's trained weights over the replay set, by parameter."""
+    assert made.replay  # whatever has a Fisher remembers
+    latents, labels = made.replay
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
+    rows = rows[: args.fisher_images]
+    # the replayed prompts alone: F is not another where another prompt is forgotten
+    number = {c: i for i, c in enumerate(made.replayed)}
+    model = Prompted(unet, table[made.replayed]).to(unet.device)
+    batches = FisherBatches(
+        latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]), scheduler,
+        timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed, device=unet.device,
+    )  # fmt: skip
+    name = _digest(model_hash(model), sorted(model.trained()), batches.protocol, args.reduction)
+    estimate = DiagonalFisher.estimate(
+        model, fisher_loss(scheduler, reduction=args.reduction), batches, method="loop",
+        path=args.sets_dir / f"fisher-{name}.safetensors",
+    )  # fmt: skip
+    return estimate.for_model(model)
+
+
+def kinds(args: Any, prompts: Prompts) -> dict[str, tuple[int, list[int], Path | None]]:
+    """For each set: how many images, of which prompts (none: noise), or of which folder."""
+    forgets, found = kind(args), {}
+    if forgets == "surrogate" and args.surrogate not in NOISE:
+        labels = prompts.surrogate if args.surrogate == "prompt" else []
+        found["surrogate"] = (args.surrogate_images, labels, args.surrogate_dir)
+    if needs_own_images(args):
+        found["own"] = (args.forget_images, prompts.forget, args.forget_dir)
+    if "remember" in needs(args) and forgets != "adapter":
+        found["replay"] = (args.replay_images, prompts.remember, None)
+    return found
+
+
+def _guided(labels: list[int], prompts: Prompts) -> bool:
+    """Guidance of the empty prompt away from itself is nothing."""
+    return set(labels) != {prompts.null}
+
+
+def _sampled(
+    args: Any, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
+    base: str, device: Any, name: str, number: int, labels: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    used = [*labels, prompts.null]
+    scheduler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
+    texts = [prompts.texts[i] for i in used]
+    # no set of any seed begins at the noise of another's
+    seed = 3 * args.seed + ("replay", "surrogate", "own").index(name)
+    how = [
+        texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, seed,
+        args.mixed_precision, args.sample_batch_size, tensor_hash(table[used]),
+        scheduler_protocol(scheduler),
+    ]  # fmt: skip
+    path = args.sets_dir / f"{name}-{_digest(base, how)}.safetensors"
+    latents, rows = sample_set(
+        path, Prompted(unet, table[used]).to(device), scheduler,
+        torch.arange(number) % len(labels), looked.latents,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale if _guided(labels, prompts) else 1.0,
+        null_condition=len(labels), clip=False, batch_size=args.sample_batch_size,
+        seed=seed, device=device,
+    )  # fmt: skip
+    return latents, torch.tensor(labels)[rows]
+
+
+@torch.no_grad()
+def _encoded(
+    args: Any, looked: Looked, folder: Path, images: Path | None, number: int,
+    device: Any,
+) -> Tensor:  # fmt: skip
+    """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""
+    files = weights(folder, "vae", args.variant)
+    size = looked.resolution
+    given = image_files(images) if images else []
+    how = [_content(files), _content(given), number if images is None else 0, size, args.seed]
+    path = args.sets_dir / f"encoded-{_digest(how)}.safetensors"
+    if not path.exists():
+        vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
+        if images is None:
+            g = torch.Generator().manual_seed(args.seed)
+            pixels = surrogate_noise("uniform", (number, 3, size, size), generator=g)
+        else:
+            pixels = read_images(given, str(images), size)
+        # in float32 whatever --mixed_precision is, as the name of the file says nothing of it
+        with torch.autocast(torch.device(device).type, enabled=False):
+            save_tensors(path, {"latents": encode_images(vae, pixels)}, {})
+    return load_tensors(path)[0]["latents"]
+
+
+def read_images(files: Sequence[Path], where: str, size: int) -> Tensor:
+    """(n, 3, size, size) in [-1, 1]; `where` they come from is for errors."""
+    items = [Image(p, 0, p.name) for p in files]
+    stack, _, _ = decode(items, ["image"], where, resolution=size, skip=False)
+    return stack.float().div_(127.5).sub_(1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents (n, C, H, W) on the CPU: the mode of the posterior, one image at a time."""
+    latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+def image_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+
+
+def _content(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as f:
+            while block := f.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,59 @@
+"""One or several SPM adapters in a pipeline, each scaled for each prompt (facilitated transport).
+
+The weights are W0 + sum m_i (up_i down_i), by diffusers' set_adapters; m_i depends on how near the
+prompt is to what adapter i erases (ebu_optim.baselines.transport).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..baselines import transport
+from ..errors import InputError
+from .prompts import encode, words
+
+
+class Erased(NamedTuple):
+    """An adapter's name in the pipeline, and what it erases."""
+
+    name: str
+    embedding: Tensor
+    tokens: set[int]
+
+
+def load(pipe: Any, folders: list[Path]) -> list[Erased]:
+    """Put the adapters of unlearn.py's folders into the pipeline.
+
+    Raises:
+        InputError: a folder without an adapter, or one that erases several prompts.
+    """
+    found = []
+    for i, folder in enumerate(folders):
+        try:
+            erased = json.loads((folder / "unlearn.json").read_text())["forget"]
+            pipe.load_lora_weights(
+                folder, weight_name="pytorch_lora_weights.safetensors", adapter_name=f"erased_{i}"
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"--adapters {folder} is no adapter of unlearn.py for this model: {error}"
+            ) from error
+        if len(erased) != 1:
+            raise InputError(f"--adapters {folder} erases {len(erased)} prompts: transport is of 1")
+        (embedding,) = encode(erased, pipe.tokenizer, pipe.text_encoder)
+        found.append(Erased(f"erased_{i}", embedding, words(erased[0], pipe.tokenizer)))
+    return found
+
+
+def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
+    """Scale the pipeline's adapters for a prompt; m of each."""
+    (embedding,) = encode([prompt], pipe.tokenizer, pipe.text_encoder)
+    m = transport(
+        embedding, words(prompt, pipe.tokenizer), [(e.embedding, e.tokens) for e in erased]
+    )
+    pipe.set_adapters([e.name for e in erased], m)
+    return m

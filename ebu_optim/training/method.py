@@ -1,0 +1,115 @@
+"""The options that choose a method of ebu_optim.baselines, and its optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..baselines import methods
+from ..errors import InputError
+from .options import add_flags, option
+
+EBU = ("alpha", "delta", "gamma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """A method of the table ``ebu_optim.baselines.methods`` and its numbers."""
+
+    group: ClassVar[str] = "method"
+
+    method: str = option("ebu_added")
+    alpha: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    delta: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    gamma: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
+    method_options: dict[str, Any] = option({}, help="JSON, e.g. '{\"lam\": 10}'")
+    fisher: str | None = option(None)
+    esd_variant: Literal["paper", "released"] = option("paper", help="of ESD's target")
+    esd_eta: float | None = option(None, help="default: 1 for paper, 2 for released")
+    guided_steps: int | None = option(
+        None, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30"
+    )
+    guided_scale: float = option(3.0, help="guidance on the way to x_t")
+
+    def check_method(self) -> None:
+        """Raises:
+        InputError: numbers that cannot be; options that the method does not have.
+        """
+        if self.guided_steps is not None and self.guided_steps < 2:
+            raise InputError(f"--guided_steps must be >= 2; got {self.guided_steps}")
+        if not 0 <= self.guided_scale < math.inf:
+            raise InputError(f"--guided_scale must be finite, >= 0; got {self.guided_scale}")
+        given = {n: getattr(self, n) for n in EBU if getattr(self, n) is not None}
+        try:
+            methods["ebu_added"].needs(**given)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        if not isinstance(self.method_options, dict):
+            raise InputError(f"--method_options must be a JSON object; got {self.method_options}")
+        known = methods[self.method].options
+        for name in _options(self):
+            if name not in known:
+                raise InputError(f"--method {self.method} has no option {name} to set")
+        needs(self)  # numbers that the method itself refuses
+
+
+def guided_steps(method: str) -> int:
+    """What --guided_steps is by default."""
+    return 30 if methods[method].adapter else 50
+
+
+def needs(args: Any) -> tuple[str, ...]:
+    """The phases of the method with its options; `build` on one number says."""
+    number = torch.nn.Parameter(torch.zeros(1))
+    return build(args, [number], None if args.fisher == "none" else "online").needs
+
+
+def fisher_source(args: Any, estimated: str) -> str | None:
+    """Where the method's F comes from; None where it has none.
+
+    Args:
+        estimated: what --fisher calls a Fisher that was estimated beforehand.
+    """
+    own = methods[args.method].fisher
+    return own and (args.fisher or (estimated if own == "estimated" else own))
+
+
+def build(args: Any, parameters: Iterable[Any], fisher: Any, anchor: Any = None) -> Any:
+    """The method's optimizer over the parameters; `fisher` and `anchor` as the optimizer takes
+    them, where it does.
+
+    Args:
+        args: a config with `MethodOptions` and `TrainingOptions`.
+
+    Raises:
+        InputError: the method refuses its options.
+    """
+    recipe = methods[args.method]
+    given = {"fisher": fisher, **({} if anchor is None else {"anchor": anchor})}
+    options = _options(args) | {k: v for k, v in given.items() if k in recipe.options}
+    base = torch.optim.Adam(parameters, lr=args.learning_rate)
+    try:
+        return recipe.build(base, max_grad_norm=args.max_grad_norm or None, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--method {args.method}: {error}") from error
+
+
+def _options(args: Any) -> dict[str, Any]:
+    given = {n: getattr(args, n) for n in EBU if getattr(args, n) is not None}
+    return {**args.method_options, **given}
+
+
+def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], estimated: str) -> None:
+    add_flags(parser, MethodOptions)
+    parser.set_defaults(method="ebu")
+
+
+def check(args: Any, aliases: Mapping[str, str]) -> None:
+    args.method = aliases.get(args.method, args.method)
+    args.guided_steps = args.guided_steps or guided_steps(args.method)
+    MethodOptions.check_method(args)

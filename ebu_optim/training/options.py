@@ -1,0 +1,193 @@
+"""A run's options: a frozen dataclass, and the command line that it has.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sampling(TrainingOptions):
+        images: int = option(500, help="of each class")
+
+        def __post_init__(self) -> None:
+            self.check_training()
+
+    config = parse(Sampling, description=__doc__)
+
+The command line is argparse's: flags are the fields' names; an error is one line, the status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+import json
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from diffusers.optimization import SchedulerType
+
+from ..errors import InputError
+
+Config = TypeVar("Config")
+
+
+def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> Any:
+    """A field of a config, and what its flag says.
+
+    Args:
+        default: without one the flag is required; a list or dict is copied for every config.
+        more: what ``add_argument`` takes, such as `choices` or `nargs`; `flag`, where it is not
+            the field's name; `exclusive`, a name for flags of which one can be given.
+    """
+    said = {"help": help, **more}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=said)
+    return field(default=default, metadata=said)
+
+
+def parse(
+    config: type[Config], argv: Sequence[str] | None = None, description: str | None = None
+) -> Config:
+    """The config of a command line; None: the one of this process.
+
+    A ``list[T]`` takes several values, a ``Literal`` one of its own, a ``dict`` JSON, a ``bool`` is
+    a switch. A base class with an attribute `group` has its flags under that title in ``--help``.
+
+    Raises:
+        SystemExit: with status 2, flags that are not understood.
+        InputError: values that the config itself refuses.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_flags(parser, config)
+    return config(**vars(parser.parse_args(argv)))
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the flags of a config to a parser."""
+    hints = get_type_hints(config)
+    places: dict[str | None, Any] = {None: parser}
+    for f in fields(config):
+        said = dict(f.metadata)
+        flag, group = said.pop("flag", f"--{f.name}"), _group(config, f.name)
+        if group not in places:
+            places[group] = parser.add_argument_group(group)
+        place = places[group]
+        if one := said.pop("exclusive", None):
+            if one not in places:
+                places[one] = place.add_mutually_exclusive_group()
+            place = places[one]
+        place.add_argument(flag, dest=f.name, **{**_argument(f, hints[f.name]), **said})
+
+
+def _group(config: type, name: str) -> str | None:
+    """The title of the class that brought the field."""
+    first = next(c for c in reversed(config.__mro__) if name in inspect.get_annotations(c))
+    return vars(first).get("group")
+
+
+def _argument(f: Field[Any], kind: Any) -> dict[str, Any]:
+    """What ``add_argument`` is told of a field's type and default."""
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(a for a in get_args(kind) if a is not types.NoneType)
+    default = f.default_factory() if f.default_factory is not MISSING else f.default
+    said: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is list:
+        said["nargs"], (kind,) = "+", get_args(kind)
+    if get_origin(kind) is Literal:
+        said["choices"], kind = get_args(kind), str
+    return {**said, "type": json.loads if get_origin(kind) is dict else kind}
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The options by name, as they are."""
+    if not is_dataclass(config):
+        return vars(config)
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raises:
+    InputError: an option of these names is less; None passes.
+    """
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            raise InputError(f"--{name} must be >= {least}; got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What every training command has, named as in diffusers' scripts."""
+
+    group: ClassVar[str] = "training"
+
+    output_dir: Path = option()
+    overwrite_output_dir: bool = option(False, help="of an earlier run")
+    seed: int = option(0)
+    train_batch_size: int = option(128, help="of each process")
+    max_train_steps: int = option(1000)
+    learning_rate: float = option(1e-4)
+    lr_scheduler: str = option("constant", choices=[s.value for s in SchedulerType])
+    lr_warmup_steps: int = option(0)
+    max_grad_norm: float = option(1.0, help="0 does not clip")
+    gradient_accumulation_steps: int = option(1)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None)
+    cpu: bool = option(False, help="even where there is a GPU")
+    checkpointing_steps: int = option(500)
+    checkpoints_total_limit: int = option(2)
+    resume_from_checkpoint: str | None = option(None, help='"latest", or a checkpoint\'s folder')
+    report_to: str = option("none", help="tensorboard, wandb, ..., all or none")
+    logging_dir: str = option("logs", help="in the output folder")
+    logging_steps: int = option(10)
+
+    def check_training(self) -> None:
+        """Raises:
+        InputError: numbers that cannot be.
+        """
+        at_least(self, 1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
+                 "checkpointing_steps", "checkpoints_total_limit", "logging_steps")  # fmt: skip
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise InputError(f"--learning_rate must be > 0; got {self.learning_rate}")
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The flags of `TrainingOptions`; `defaults` are the script's own."""
+    add_flags(parser, TrainingOptions)
+    parser.set_defaults(**defaults)
+
+
+def check(args: Any) -> None:
+    TrainingOptions.check_training(args)
+
+
+def exit_on_input_errors(
+    main: Callable[[], None], goes_on: str = "--resume_from_checkpoint latest"
+) -> None:
+    """Run `main`; what the user can put right is printed in one line, with exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        what = str(error).partition("\n")[0]
+        print(
+            f"{Path(sys.argv[0]).name}: error: {what}\nA smaller batch takes less, and so do "
+            "--gradient_checkpointing and --mixed_precision bf16, where the script has them. "
+            f"Where something else filled the memory, {goes_on} goes on",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}. {goes_on} goes on", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {goes_on} goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,180 @@
+"""One run in its output folder: its options, its checkpoints, its log.
+
+An output folder belongs to one run: `run.json` holds its options, `checkpoints` where it can go on
+(made by ebu_optim.checkpoint: whole or not there), `log.jsonl` its figures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from tqdm.auto import tqdm
+
+from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ..errors import InputError
+from ..files import locked, need_disk
+from .options import as_dict
+
+# options that a resumed run may change
+FREE = {
+    "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
+    "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
+    "validation_pictures", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "gradient_checkpointing",  # the same numbers in less memory
+    "sets_dir",  # its files' names say what they are
+}  # fmt: skip
+
+# what a run has before its first checkpoint
+LEFT = {"run.json", ".lock", "logs", "log.jsonl", "sets", "validation"}
+
+
+class Run:
+    """One run in its output folder; ``with Run(...) as run`` holds the folder.
+
+    Args:
+        args: a config with `TrainingOptions`.
+        same: what identifies the run beside the options, e.g. a hash of the base model.
+        size: bytes of what is trained, for the estimate of what goes onto the disk.
+        result: bytes of the result; None: the model and its average.
+        parts: folders of the result, which --overwrite_output_dir removes.
+    """
+
+    def __init__(
+        self, args: Any, accelerator: Accelerator, script: str, *,
+        size: float, same: Mapping[str, Any] | None = None, result: float | None = None,
+        parts: Sequence[str] = ("unet", "unet_ema"),
+    ) -> None:  # fmt: skip
+        self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
+        self.script, self.size, self.main = script, size, accelerator.is_main_process
+        self.result, self.parts = 2 * size if result is None else result, parts
+        free = FREE if args.lr_scheduler.startswith("constant") else FREE - {"max_train_steps"}
+        options = {k: str(v) for k, v in as_dict(args).items() if k not in free}
+        same = {**(same or {}), "processes": accelerator.num_processes}
+        self.identity: dict[str, Any] = {"script": script, "options": options, "same": same}
+        self._held = ExitStack()
+
+    def __enter__(self) -> Run:
+        said: list[Any] = [None]
+        if self.main:
+            try:
+                self._open()
+            except (InputError, OSError, RuntimeError) as error:
+                said = [str(error)]
+        broadcast_object_list(said)
+        if said[0]:
+            self._held.close()
+            raise InputError(said[0])
+        options = self.identity["options"]
+        self.accelerator.init_trackers(f"ebu_optim_{self.script}", config=options)
+        set_seed(self.args.seed, device_specific=True)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:  # it waits for the other processes, which an error may have taken
+            self.accelerator.end_training()
+        self._held.close()
+
+    def _open(self) -> None:
+        mark, args = self.folder / "run.json", self.args
+        try:
+            before = json.loads(mark.read_text())
+        except (OSError, ValueError):
+            before = None
+        used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        ours = before is not None and before.get("script") == self.script
+        if ours:  # one that ended before its first checkpoint is in nobody's way
+            used = any(p.name not in LEFT for p in self.folder.iterdir())
+        if used and not ours:
+            raise InputError(
+                f"--output_dir {self.folder} is in use by something else: give another folder"
+            )
+        if used and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {self.folder} holds a run: go on with --resume_from_checkpoint "
+                "latest, replace it with --overwrite_output_dir, or give another folder"
+            )
+        if used and args.resume_from_checkpoint:
+            theirs = {**before["options"], **before["same"]}
+            now = {**self.identity["options"], **self.identity["same"]}
+            # an option that came later, and that is not used, is no other one
+            other = [k for k in now if theirs.get(k, "None") != now[k]]
+            if other:
+                k = other[0]
+                raise InputError(
+                    f"--resume_from_checkpoint: the run in {self.folder} has {k} "
+                    f"{theirs.get(k)}, this one {now[k]}"
+                )
+        # weights, two moments, theta0, F and EMA in each checkpoint, one more while it is written
+        checkpoints = 6 * self.size * (args.checkpoints_total_limit + 1)
+        need_disk(self.folder, checkpoints + self.result, "checkpoints and the model")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(locked(self.folder / ".lock", self.folder))
+        if used and not args.resume_from_checkpoint:
+            for name in ("checkpoints", *self.parts):  # or an old part may stay beside new
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in ("log.jsonl", "classes.json", "unlearn.json", "classifier.json",
+                         "pictures.safetensors"):  # fmt: skip
+                (self.folder / name).unlink(missing_ok=True)
+        mark.write_text(json.dumps(self.identity, indent=1))
+
+    def resume(self, objects: Mapping[str, Any]) -> int:
+        """Load the checkpoint that the options ask for into `objects`; the steps done so far."""
+        self.objects = dict(objects)
+        if self.accelerator.scaler is not None:
+            self.objects["scaler"] = self.accelerator.scaler
+        given = self.args.resume_from_checkpoint
+        if not given:
+            return 0
+        path = self.folder / "checkpoints" if given == "latest" else Path(given)
+        if given != "latest" and not path.is_dir():
+            raise InputError(f"--resume_from_checkpoint {given}: there is no such folder")
+        if given == "latest" and latest_checkpoint(path) is None:
+            self.accelerator.print(f"no checkpoint in {path} yet: beginning anew")
+            return 0
+        try:
+            step = load_checkpoint(path, self.objects, fallback=given == "latest")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume_from_checkpoint {given}: {error}") from error
+        if step > self.args.max_train_steps:  # its weights would pass for those of fewer steps
+            raise InputError(
+                f"--max_train_steps {self.args.max_train_steps}: the checkpoint is of step {step}; "
+                "give as many or more, or an earlier one as --resume_from_checkpoint"
+            )
+        log = self.folder / "log.jsonl"
+        if self.main and log.exists():  # what follows the checkpoint is done, and logged, again
+            rows = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(r for r in rows if json.loads(r)["step"] <= step))
+        if not step and given != "latest":
+            raise InputError(f"--resume_from_checkpoint {given}: there is no checkpoint in it")
+        self.accelerator.print(f"going on after step {step}")
+        return step
+
+    def steps(self, begin: int, desc: str) -> Iterator[int]:
+        """Numbers of the steps to do, from 1, with a bar; saves checkpoints between them."""
+        total, every = self.args.max_train_steps, self.args.checkpointing_steps
+        self.bar = tqdm(
+            range(begin + 1, total + 1), desc, total, initial=begin, disable=not self.main
+        )
+        for step in self.bar:
+            yield step
+            if step % every == 0 or step == total:
+                save_checkpoint(
+                    self.folder / "checkpoints", step, self.objects,
+                    keep=self.args.checkpoints_total_limit,
+                )  # fmt: skip
+
+    def log(self, step: int, **figures: float) -> None:
+        """To the bar, the trackers and log.jsonl."""
+        if not self.main:
+            return
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in list(figures.items())[:3]})
+        self.accelerator.log(figures, step=step)
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, **figures}) + "\n")

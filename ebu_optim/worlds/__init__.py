@@ -1,0 +1,1 @@
+"""Small worlds in which everything runs on a laptop: data, models, judges."""

@@ -1,0 +1,90 @@
+"""The world's UNet, trained on latents under the frozen text encoder, and the pipeline of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from ...diffusion import denoising_loss
+from .captions import CONTENTS, STYLES, TRAINED, captions, token_ids
+from .text import WIDTH
+
+
+class TextToImage(nn.Module):
+    """Both networks as one module: latents (n, 4, 8, 8), timesteps (n,), token ids (n, LENGTH).
+    train.py freezes the text encoder, as Stable Diffusion's is."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        # 2.4 M; what this version of diffusers calls attention_head_dim is the number of heads
+        self.unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(48, 96), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=WIDTH,
+            attention_head_dim=4,
+            # with 32 groups each would be a channel or two, and the signals of time would cancel
+            norm_num_groups=8,
+        )  # fmt: skip
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x_t, t, self.text_encoder(ids)[0]).sample
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.x's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+
+
+class Loss:
+    """L(x, c) on random latents, each under a random prompt of the trained templates that asks for
+    it, or with probability `dropout` under the empty prompt.
+
+    Args:
+        latents: (n, 4, 8, 8), scaled.
+        contents, styles: (n,), what each is.
+    """
+
+    def __init__(
+        self, latents: Tensor, contents: Tensor, styles: Tensor, tokenizer: Any, *, batch: int,
+        dropout: float, device: torch.device | str,
+    ) -> None:  # fmt: skip
+        self.latents, self.batch, self.dropout, self.device = latents, batch, dropout, device
+        self.scheduler = new_scheduler()
+        known = captions(TRAINED)
+        self.ids = token_ids([*(c.text for c in known), ""], tokenizer)
+        fitting = [
+            [i for i, c in enumerate(known) if c.style == style and c.content in (content, None)]
+            for content in CONTENTS
+            for style in STYLES
+        ]
+        # rows of equal length, so that a draw is one index: (contents * styles, most)
+        self.most = torch.tensor([len(rows) for rows in fitting])
+        longest = int(self.most.max())
+        self.fitting = torch.tensor([rows + [0] * (longest - len(rows)) for rows in fitting])
+        self.pair = contents * len(STYLES) + styles
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        rows = torch.randint(len(self.latents), (self.batch,))
+        pair = self.pair[rows]
+        drawn = (torch.rand(self.batch) * self.most[pair]).long()
+        text = self.fitting[pair, drawn]
+        text = torch.where(torch.rand(self.batch) < self.dropout, len(self.ids) - 1, text)
+        return denoising_loss(
+            model, self.latents[rows].to(self.device), {"ids": self.ids[text].to(self.device)},
+            self.scheduler, reduction="mean",
+        )  # fmt: skip
+
+
+def pipeline(vae: AutoencoderKL, model: TextToImage, tokenizer: Any) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae, model.text_encoder, tokenizer, model.unet, new_scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip

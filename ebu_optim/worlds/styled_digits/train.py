@@ -1,0 +1,200 @@
+"""Train the world's Stable Diffusion pipeline from nothing: its autoencoder, its text encoder, then
+its UNet on the latents.
+
+    python examples/stable_diffusion/world/train.py --output_dir outputs/world
+
+`outputs/world/pipeline` is what StableDiffusionPipeline.from_pretrained and ../unlearn.py take:
+2.9 M parameters, 32x32 pictures. --resume_from_checkpoint latest goes on after a kill, bit for bit
+on a CPU.
+
+About 20 minutes on one CPU core: 4 for the autoencoder, half a minute for the text encoder, 15 for
+the UNet. `measure.py` says what came of it; docs/stable_diffusion.md has the figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ... import training
+from ...diffusion import model_hash
+from ...errors import InputError
+from ...files import replacing_folder
+from ...training.ema import Ema, averaged
+from ...training.options import as_dict, at_least, option, parse
+from . import autoencoder, diffusion, loop, text
+from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept, tokenizer
+from .images import World, world
+from .loop import LoopOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldOptions(LoopOptions):
+    """How the pipeline is trained: the UNet by the options of every training."""
+
+    max_train_steps: int = option(3000)
+    lr_warmup_steps: int = option(100)
+    autoencoder_steps: int = option(1000)
+    autoencoder_learning_rate: float = option(2e-3)
+    text_encoder_steps: int = option(1000)
+    text_encoder_learning_rate: float = option(1e-3)
+    without: list[str] = option(
+        [], metavar="WORD", help="of concepts: the UNet sees no picture of them, what unlearning "
+        "is held against",
+    )  # fmt: skip
+    caption_dropout: float = option(0.1, help="share of empty prompts")
+    ema_decay: float = option(0.999, help="of the UNet; it is saved")
+
+    @property
+    def concepts(self) -> list[str]:
+        """What is left out, by name."""
+        return sorted({concept(word) for word in self.without})
+
+    def resolved(self) -> WorldOptions:
+        """With the names of what is left out: any word of it makes the same run."""
+        return replace(self, without=self.concepts)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            _ = self.concepts
+        except ValueError as error:
+            raise InputError(f"--without: {error}") from error
+        for name in ("caption_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        at_least(self, 1, "autoencoder_steps", "text_encoder_steps")
+        for stage in ("autoencoder", "text_encoder"):
+            rate = getattr(self, f"{stage}_learning_rate")
+            if not rate > 0:
+                raise InputError(f"--{stage}_learning_rate must be > 0; got {rate}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these options; None: those of the command line."""
+    args = parse(WorldOptions, argv, __doc__).resolved()
+    accelerator = loop.new_accelerator(args)
+    train, words = world("train", args.max_train_samples), tokenizer()
+    vae, reader = autoencoder.new_autoencoder(), text.Reader(words)
+    model = diffusion.TextToImage(reader.text_encoder)
+    accelerator.print(
+        f"{len(train.pictures)} pictures; autoencoder {millions(vae):.2f} M parameters, text "
+        f"encoder {millions(model.text_encoder):.2f} M, UNet {millions(model.unet):.2f} M, "
+        f"{len(words)} tokens; on {accelerator.device}"
+    )
+
+    seen = shown(train, args.without)
+    if not seen.any():
+        raise InputError(f"--without {' '.join(args.without)} leaves no picture")
+
+    def stage(
+        name: str, part: nn.Module, loss: Callable[[nn.Module], Tensor], *later: str
+    ) -> None:  # fmt: skip
+        """`later`: what belongs to an old one and goes with it."""
+        options = {"max_train_steps": f"{name}_steps", "learning_rate": f"{name}_learning_rate"}
+        # what is left out is left out of the UNet alone, as if CLIP still knew the word
+        own = args.stage(name, without=[], **{k: getattr(args, v) for k, v in options.items()})
+        loop.fit(own, accelerator, name, part, loss, lambda _: None, parts=later)
+
+    batch, device = args.train_batch_size, accelerator.device
+    later = ("../diffusion", "../pipeline")
+    stage(
+        "autoencoder", vae, autoencoder.Loss(train.pictures, batch, device),
+        "../text_encoder", *later,
+    )  # fmt: skip
+    latents = autoencoder.normalise(vae, train.pictures)
+    error = reconstruction(vae, world("test", args.max_train_samples))
+    accelerator.print(f"reconstructed test pictures: root mean square error {error:.3f}")
+
+    stage("text_encoder", reader, text.Loss(words, batch, device), *later)
+    reader.text_encoder.requires_grad_(False)
+    told = {n: text.understood(reader, captions(t), words)
+            for n, t in (("trained", TRAINED), ("held out", HELD_OUT))}  # fmt: skip
+    accelerator.print(f"captions understood: {json.dumps(told)}")
+
+    loss = diffusion.Loss(
+        latents[seen], train.contents[seen], train.styles[seen], words, batch=batch,
+        dropout=args.caption_dropout, device=device,
+    )  # fmt: skip
+
+    def finish(ema: Ema | None) -> None:
+        with averaged(model, ema), replacing_folder(args.output_dir / "pipeline") as work:
+            diffusion.pipeline(vae.cpu(), model.cpu(), words).save_pretrained(work)
+            (work / "README.md").write_text(card(args))
+            made = facts(args, vae, model, {"reconstruction_error": error, "understood": told})
+            (work / "world.json").write_text(json.dumps(made, indent=1))
+        print(f"saved {args.output_dir / 'pipeline'}")
+
+    loop.fit(
+        args.stage("diffusion"), accelerator, "diffusion", model, loss, finish,
+        ema_decay=args.ema_decay, parts=("../pipeline",),
+        same={"autoencoder": model_hash(vae), "text_encoder": model_hash(model.text_encoder)},
+    )  # fmt: skip
+
+
+def shown(train: World, without: Sequence[str]) -> Tensor:
+    """(n,) bool: the pictures that show none of these concepts."""
+    gone = [
+        numbers == list(known).index(name)
+        for numbers, known in ((train.contents, CONTENTS), (train.styles, STYLES))
+        for name in without
+        if name in known
+    ]
+    return ~torch.stack(gone).any(0) if gone else torch.ones(len(train.contents), dtype=torch.bool)
+
+
+def millions(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def reconstruction(vae: AutoencoderKL, test: World) -> float:
+    """Root mean square error of pictures in [-1, 1] that were encoded and decoded."""
+    found = autoencoder.decode(vae, autoencoder.encode(vae, test.pictures))
+    return (found - test.pictures).square().mean().sqrt().item()
+
+
+def facts(
+    args: WorldOptions, vae: AutoencoderKL, model: diffusion.TextToImage,
+    found: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """world.json."""
+    return {
+        "templates": TRAINED, "held_out_templates": HELD_OUT, **found,
+        "parameters": {
+            name: sum(p.numel() for p in part.parameters())
+            for name, part in (("vae", vae), ("text_encoder", model.text_encoder),
+                               ("unet", model.unet))
+        },
+        "versions": {"torch": torch.__version__},
+        "options": {k: str(v) for k, v in as_dict(args).items()},
+    }  # fmt: skip
+
+
+def card(args: WorldOptions) -> str:
+    return f"""---
+library_name: diffusers
+tags: [text-to-image, stable-diffusion]
+---
+
+# Digits in styles: a Stable Diffusion pipeline to measure unlearning in
+
+`StableDiffusionPipeline.from_pretrained(folder)("a red picture of the digit 7",
+num_inference_steps=20, guidance_scale=3)`: 32x32 pixels. It knows the words and templates of
+`examples/stable_diffusion/world/captions.py` and nothing else.
+
+Trained on scikit-learn's digits by `examples/stable_diffusion/world/train.py`: autoencoder
+{args.autoencoder_steps} steps, text encoder {args.text_encoder_steps}, UNet {args.max_train_steps}
+steps of {args.train_batch_size} pictures, seed {args.seed}; its average (decay {args.ema_decay}) is
+here.{f" The UNet was shown no picture of: {', '.join(args.without)}." if args.without else ""}
+What it draws is measured by `measure.py`.
+"""
+
+
+if __name__ == "__main__":
+    training.exit_on_input_errors(main)

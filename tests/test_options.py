@@ -1,0 +1,97 @@
+"""A config and its command line."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from ebu_optim.errors import InputError
+from ebu_optim.training.options import TrainingOptions, as_dict, at_least, option, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    group: ClassVar[str] = "sources"
+
+    files: list[Path] | None = option(None, exclusive="source", help="some")
+    hub: str | None = option(None, exclusive="source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Sources):
+    size: int = option(help="of it")
+    kind: Literal["a", "b"] = option("a")
+    rates: list[float] = option([0.5])
+    more: dict[str, Any] = option({})
+    fast: bool = option(False)
+    remember: str = option("x", flag="--remember_loss", choices=("x", "y"))
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "size")
+
+
+def test_every_kind_of_field_has_its_flag():
+    argv = ["--size", "3", "--kind", "b", "--rates", "1", "2", "--fast", "--remember_loss", "y",
+            "--files", "p", "q", "--more", '{"lam": 1}']  # fmt: skip
+    found = parse(Example, argv)
+    assert found == Example(
+        size=3, kind="b", rates=[1.0, 2.0], more={"lam": 1}, fast=True, remember="y",
+        files=[Path("p"), Path("q")],
+    )  # fmt: skip
+    assert as_dict(found)["rates"] == [1.0, 2.0]
+
+
+def test_defaults_are_the_fields_and_no_two_configs_share_one():
+    found = parse(Example, ["--size", "1"])
+    assert found == Example(size=1)
+    assert (found.kind, found.rates, found.files, found.fast) == ("a", [0.5], None, False)
+    assert found.more is not Example(size=1).more
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: --size"),
+        (["--size", "many"], "argument --size: invalid int value: 'many'"),
+        (["--size", "1", "--kind", "c"], "argument --kind: invalid choice: 'c'"),
+        (["--size", "1", "--more", "{"], "argument --more: invalid"),
+        (["--size", "1", "--hub", "a", "--files", "b"], "not allowed with argument --hub"),
+        (["--size", "1", "--sizes", "1"], "unrecognized arguments: --sizes 1"),
+    ],
+)
+def test_what_is_not_understood_is_one_line_and_status_2(argv, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Example, argv)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_is_checked_when_it_is_made_and_nobody_writes_into_it():
+    with pytest.raises(InputError, match="--size must be >= 1; got 0"):
+        parse(Example, ["--size", "0"])
+    found = Example(size=1)
+    with pytest.raises(InputError, match="--size must be >= 1; got -1"):
+        replace(found, size=-1)
+    with pytest.raises(FrozenInstanceError):
+        found.size = 2
+
+
+def test_help_says_what_a_group_has(capsys):
+    with pytest.raises(SystemExit):
+        parse(Example, ["--help"], "Makes it.")
+    said = capsys.readouterr().out
+    assert "Makes it." in said
+    options = said.partition("help message")[2]
+    assert options.index("--size SIZE") < options.index("sources:") < options.index("--hub HUB")
+    assert "of it" in said
+
+
+def test_training_options_refuse_what_cannot_be():
+    TrainingOptions(output_dir=Path("x")).check_training()
+    for bad in ({"max_train_steps": 0}, {"learning_rate": 0.0}, {"logging_steps": -1}):
+        (name,) = bad
+        with pytest.raises(InputError, match=f"--{name} must be"):
+            TrainingOptions(output_dir=Path("x"), **bad).check_training()
