@@ -18,11 +18,11 @@ $(VENV)/.%: pyproject.toml setup.py $(wildcard ebu_optim/kernels/_cpu*.[ch]) $(B
 demo: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py --overwrite
 
-# a file stays in one process: its tests share what they launch
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# a file stays in one process: its tests share what they launch; on a GPU: ARGS="--device cuda"
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # what a change to the optimizer breaks first, in a minute or so; the rest is in `make test`
-CORE := bad_input baselines_rules baselines_shape checkpoint checkpoint_files combine contract cpu \
+CORE := bad_input baselines_rules baselines_shape checkpoint checkpoint_files combine contract cpu devices \
 	files fisher half_precision half_weights kernels limits mistakes phases rule rule_by_hand scaler
 check: lint
 	$(PYTEST) $(CORE:%=tests/test_%.py)
