@@ -22,10 +22,10 @@ demo: $(VENV)/.examples
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # what a change to the optimizer breaks first, in a minute or so; the rest is in `make test`
-CORE := bad_input baselines_rules baselines_shape checkpoint checkpoint_files combine contract cpu devices \
-	files fisher half_precision half_weights kernels limits mistakes phases rule rule_by_hand scaler
+CORE := tests/optim $(patsubst %,tests/test_%.py,baselines_rules baselines_shape checkpoint_files combine cpu \
+	devices files fisher half_precision half_weights kernels limits)
 check: lint
-	$(PYTEST) $(CORE:%=tests/test_%.py)
+	$(PYTEST) $(CORE)
 
 test: $(VENV)/.test
 	$(PYTEST)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from ebu_optim.baselines import methods
 from ebu_optim.optim import PhasedOptimizer
 
-from ..test_own_rule import Agreeing
+from ..optim.test_rule import Agreeing
 from .launch import join, leave
 
 STEPS = 3
