@@ -28,7 +28,7 @@ sanitize: $(VENV)/.test
 	EBU_OPTIM_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):. EBU_OPTIM_TESTED=$(SANITIZED) \
-	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels.py tests/test_combine.py -k "not reference and not chunked"
+	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels*.py tests/test_combine.py -k "not reference and not chunked"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
