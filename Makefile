@@ -23,7 +23,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # what a change to the optimizer breaks first, in a minute or so; the rest is in `make test`
 CORE := tests/optim $(patsubst %,tests/test_%.py,baselines_rules baselines_shape checkpoint_files combine cpu \
-	devices files fisher half_precision half_weights kernels limits)
+	devices files fisher half_precision half_weights kernels kernels_chunked kernels_contract kernels_pieces limits)
 check: lint
 	$(PYTEST) $(CORE)
 
@@ -36,7 +36,7 @@ sanitize: $(VENV)/.test
 	EBU_OPTIM_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):. EBU_OPTIM_TESTED=$(SANITIZED) \
-	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels.py tests/test_combine.py -k "not reference and not chunked"
+	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels*.py tests/test_combine.py -k "not reference and not chunked"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

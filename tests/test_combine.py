@@ -31,6 +31,7 @@ from .inputs import (
     sizes,
     total,
 )
+from .poison import poison  # noqa: F401
 
 
 def assert_rounded(got, want, size):

@@ -17,6 +17,7 @@ from ebu_optim import kernels
 from ebu_optim.kernels import chunked, cpu, reference
 
 from .inputs import DTYPES, KINDS, NATIVE, combine, every_native, fill, rank
+from .poison import poison  # noqa: F401
 
 built = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 HALVES = (torch.float16, torch.bfloat16)

@@ -29,6 +29,7 @@ from .inputs import (
     threshold,
     total,
 )
+from .poison import poison  # noqa: F401
 
 fast = settings(deadline=None, max_examples=150)
 

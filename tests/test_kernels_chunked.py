@@ -12,6 +12,7 @@ from ebu_optim.kernels import backend, chunked, reference
 
 from . import test_combine
 from .inputs import FINITE, combine, constants, gradients, numpy, rank, sizes, total
+from .poison import poison  # noqa: F401
 
 fast = settings(deadline=None, max_examples=60)
 

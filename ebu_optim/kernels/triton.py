@@ -248,57 +248,83 @@ def _same_device(grads: Sequence[Tensor]) -> bool:
     )
 
 
-def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, counts of NaN and Inf, and 1 for each pool that its window settled."""
-    kernels, device = _kernels(), plan.chunks.device
-    n_chunks, n_pools, n_windows = plan.chunks.shape[1], plan.pools.shape[1], len(plan.members)
-    # all that has to start as zero, in one piece, the 64-bit parts first
+class _Space(NamedTuple):
+    """Memory of one selection, in one piece; it starts as zero."""
+
+    counters: Tensor  # int64 [3 * windows]: keys above, keys inside, NaN and Inf
+    partial: Tensor  # int64 [256 * windows]
+    digits: Tensor  # [4 * 256 * pools], int64 where 32 bits do not count all elements
+    samples: Tensor  # int32 [windows << 15]
+    bins: Tensor  # int32, of all windows
+    done: Tensor  # int32 [pools]: 1 where a window settled it
+    settled: Tensor  # int32 [1]: how many are done
+
+
+def _space(plan: _Plan) -> _Space:
+    n_pools, n_windows = plan.pools.shape[1], len(plan.members)
     digits = n_pools * 4 * 256
+    # the 64-bit parts come first
     words = [3 * n_windows, 256 * n_windows, digits if plan.wide else 0]
     halves = [n_windows << 15, plan.bins, n_pools, 1, 0 if plan.wide else digits]
-    space = torch.zeros(sum(words) + -(-sum(halves) // 2), dtype=torch.int64, device=device)
-    counters, partial, wide_digits = space[: sum(words)].split(words)
+    size = sum(words) + -(-sum(halves) // 2)
+    space = torch.zeros(size, dtype=torch.int64, device=plan.chunks.device)
+    counters, partial, wide = space[: sum(words)].split(words)
     rest = space[sum(words) :].view(torch.int32)[: sum(halves)]
-    samples, bins, done, settled, narrow_digits = rest.split(halves)
-    digits_at = wide_digits if plan.wide else narrow_digits
-    keys, nonfinite = torch.empty(2, n_pools, dtype=torch.int64, device=device)
-    table = (plan.chunks, n_chunks)
-    pools = (plan.pools, n_pools)
+    samples, bins, done, settled, narrow = rest.split(halves)
+    return _Space(counters, partial, wide if plan.wide else narrow, samples, bins, done, settled)
 
-    if n_windows:
-        bracket = torch.empty(n_windows * 2, dtype=torch.int64, device=device)
-        for (kind,), first, count in plan.windowed:
-            kernels.sample_kernel[(count,)](
-                *table, first, *pools, samples, KIND=kind, TILE=256, **_OPTIONS
-            )
-        kernels.bracket_kernel[(n_windows,)](
-            *pools, plan.members, samples, bracket, WIDTH=WIDTH, **_OPTIONS
+
+def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, counts of NaN and Inf, and 1 for each pool that its window settled."""
+    n_pools, device = plan.pools.shape[1], plan.chunks.device
+    space = _space(plan)
+    keys, nonfinite = torch.empty(2, n_pools, dtype=torch.int64, device=device)
+    if len(plan.members):
+        _launch_window(plan, space, keys)
+    _launch_radix(plan, space)
+    _kernels().finish_kernel[(n_pools,)](
+        plan.pools, n_pools, space.digits, space.done, space.counters, keys, nonfinite, **_OPTIONS
+    )
+    return keys, nonfinite, space.done
+
+
+def _launch_window(plan: _Plan, space: _Space, keys: Tensor) -> None:
+    """Sample, window and one pass over the pools that have one."""
+    kernels, n_windows = _kernels(), len(plan.members)
+    table, pools = (plan.chunks, plan.chunks.shape[1]), (plan.pools, plan.pools.shape[1])
+    bracket = torch.empty(n_windows * 2, dtype=torch.int64, device=plan.chunks.device)
+    for (kind,), first, count in plan.windowed:
+        kernels.sample_kernel[(count,)](
+            *table, first, *pools, space.samples, KIND=kind, TILE=256, **_OPTIONS
         )
-        for (kind,), first, count in plan.windowed:
-            kernels.window_kernel[(count,)](
-                *table, first, *pools, bracket, counters, bins,
-                KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1,
-                BINS=max(32, _BINS[kind] * WIDTH // 16),
-                **_OPTIONS,
-            )  # fmt: skip
-        kernels.fold_kernel[(n_windows, plan.folds)](
-            *pools, plan.members, bins, partial, WIDTH=WIDTH, **_OPTIONS
-        )
-        kernels.settle_kernel[(n_windows,)](
-            *pools, plan.members, bracket, counters, bins, partial, keys, done, settled,
-            WIDTH=WIDTH, **_OPTIONS,
+    kernels.bracket_kernel[(n_windows,)](
+        *pools, plan.members, space.samples, bracket, WIDTH=WIDTH, **_OPTIONS
+    )
+    for (kind,), first, count in plan.windowed:
+        kernels.window_kernel[(count,)](
+            *table, first, *pools, bracket, space.counters, space.bins,
+            KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1,
+            BINS=max(32, _BINS[kind] * WIDTH // 16),
+            **_OPTIONS,
         )  # fmt: skip
+    kernels.fold_kernel[(n_windows, plan.folds)](
+        *pools, plan.members, space.bins, space.partial, WIDTH=WIDTH, **_OPTIONS
+    )
+    kernels.settle_kernel[(n_windows,)](
+        *pools, plan.members, bracket, space.counters, space.bins, space.partial, keys,
+        space.done, space.settled, WIDTH=WIDTH, **_OPTIONS,
+    )  # fmt: skip
+
+
+def _launch_radix(plan: _Plan, space: _Space) -> None:
+    table, pools = (plan.chunks, plan.chunks.shape[1]), (plan.pools, plan.pools.shape[1])
     for level in range(4):
         for (kind,), first, count in plan.all:
-            kernels.digit_kernel[(min(count, RADIX_PROGRAMS),)](
-                *table, first, count, *pools, digits_at, done, settled,
+            _kernels().digit_kernel[(min(count, RADIX_PROGRAMS),)](
+                *table, first, count, *pools, space.digits, space.done, space.settled,
                 KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK,
                 TILE=min(RADIX_TILE, _tables.CHUNK), **_RADIX,
             )  # fmt: skip
-    kernels.finish_kernel[(n_pools,)](
-        *pools, digits_at, done, counters, keys, nonfinite, **_OPTIONS
-    )
-    return keys, nonfinite, done
 
 
 @torch.compiler.disable
