@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import chunked, reference
 
-__all__ = ["active", "backend", "chunked", "reference"]
+__all__ = ["active", "backend", "reference"]
 
 # A fused backend has, besides the contract, `available()`: None where it can run here, else why
 # not; and `takes(tensors)`: the same for these tensors.
