@@ -108,6 +108,22 @@ def test_a_missing_package_names_the_extra(bare):
     assert 'pip install "ebu_optim[diffusion]"' in last
 
 
+@pytest.mark.parametrize(
+    ("room", "extra"),
+    [
+        ("training", "examples"),
+        ("class_conditional", "examples"),
+        ("text_to_image", "text_to_image"),
+        ("attacks", "text_to_image"),
+        ("worlds", "examples"),
+    ],
+)
+def test_a_room_that_needs_more_names_the_extra(bare, room, extra):
+    done = bare(f"import ebu_optim.{room}")
+    assert done.returncode == 1
+    assert f'pip install "ebu_optim[{extra}]"' in done.stderr.strip().splitlines()[-1]
+
+
 def build(what, source, into, **environment):
     """The one file that `python -m build` makes of a source tree."""
     done = subprocess.run(
