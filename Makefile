@@ -4,7 +4,7 @@ VENV := .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test sanitize lint bench docs dist clean
+.PHONY: demo check test sanitize lint bench docs dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -18,9 +18,17 @@ $(VENV)/.%: pyproject.toml setup.py $(wildcard ebu_optim/kernels/_cpu*.[ch]) $(B
 demo: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py --overwrite
 
-# a file stays in one process: its tests share what they launch
+# a file stays in one process: its tests share what they launch; on a GPU: ARGS="--device cuda"
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# what a change to the optimizer breaks first, in a minute or so; the rest is in `make test`
+CORE := tests/optim $(patsubst %,tests/test_%.py,baselines_rules baselines_shape checkpoint_files combine cpu \
+	devices files fisher half_precision half_weights kernels kernels_chunked kernels_contract kernels_pieces limits)
+check: lint
+	$(PYTEST) $(CORE)
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST)
 
 # the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
 SANITIZED := build/sanitized
@@ -28,7 +36,7 @@ sanitize: $(VENV)/.test
 	EBU_OPTIM_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):. EBU_OPTIM_TESTED=$(SANITIZED) \
-	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels.py tests/test_combine.py -k "not reference"
+	$(BIN)/pytest --import-mode=append tests/test_cpu.py tests/test_kernels*.py tests/test_combine.py -k "not reference and not chunked"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -25,9 +25,19 @@ from ebu_optim.diffusion import sample_set
 from .crash_loop import life
 from .models import schedule, tiny_unet
 
+STOP_AT = [0]  # how many lines of a log; of a life that is interrupted there
+
+
+def tick(log: Path, line: str) -> None:
+    """A line into the log; where it is the last before the signal, that is waited for."""
+    with log.open("a") as f:
+        f.write(f"{line}\n")
+    while len(log.read_text().splitlines()) == STOP_AT[0]:
+        time.sleep(0.01)
+
 
 class Batches:
-    """Twelve slow batches; each one handed out leaves a line in a file."""
+    """Twelve batches; each one handed out leaves a line in a file."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -36,9 +46,7 @@ class Batches:
         return 12
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        time.sleep(0.03)
-        with self.log.open("a") as f:
-            f.write(f"{i}\n")
+        tick(self.log, str(i))
         generator = torch.Generator().manual_seed(i)
         return {"x": torch.randn(4, 5, generator=generator)}
 
@@ -58,12 +66,7 @@ def fisher(path: Path) -> None:
 def replay(path: Path) -> None:
     model = tiny_unet()
 
-    def slow(*_: Any) -> None:
-        time.sleep(0.01)
-        with path.with_suffix(".log").open("a") as f:
-            f.write("x\n")
-
-    model.register_forward_pre_hook(slow)
+    model.register_forward_pre_hook(lambda *_: tick(path.with_suffix(".log"), "x"))
     sample_set(
         path, model, DDIMScheduler.from_config(schedule().config), torch.arange(12) % 5,
         (1, 8, 8), num_inference_steps=3, batch_size=2,
@@ -80,6 +83,7 @@ def interrupted(do: Callable[[Path], None], path: Path, after: int) -> None:
 
     def run() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process inherited
+        STOP_AT[0] = after
         try:
             do(path)
         except KeyboardInterrupt:
@@ -87,7 +91,7 @@ def interrupted(do: Callable[[Path], None], path: Path, after: int) -> None:
 
     def when() -> None:
         while lines(path) < after:
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     status = life(run, when, signal.SIGINT)
     assert status == 3, status

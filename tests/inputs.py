@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ebu_optim.kernels import cpu, reference, triton
+from ebu_optim.kernels import _chunked_selection, _pieces, chunked, cpu, reference, triton
+from ebu_optim.kernels.contract import Columns, Update
 
-from . import oracle
+from . import devices, oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHAPES = ((), (0,), (1,), (7,), (3, 5), (2, 0, 3), (2, 3, 2, 4), (1, 6, 1), (40,))
@@ -39,6 +40,8 @@ class Native:
 
 def _native(lanes):
     reason = cpu.available()
+    if devices.chosen.type != "cpu":
+        reason = "for tensors on the CPU"
     if reason is None:
         try:
             cpu._cpu.lanes(lanes)
@@ -51,8 +54,13 @@ def _native(lanes):
 
 
 NATIVE = [_native(lanes) for lanes in ("base", "avx2", "avx512")]
-#: For parametrize: every backend that runs on a CPU, as `kernels`.
-BACKENDS = [pytest.param(reference, id="reference"), *NATIVE]
+#: For parametrize: every backend of the device, as `kernels`.
+PLAIN = [
+    pytest.param(module, id=module.__name__.rpartition(".")[2]) for module in (reference, chunked)
+]
+BACKENDS = [*PLAIN, *NATIVE]
+if devices.chosen.type == "cuda":
+    BACKENDS.append(pytest.param(triton, id="triton"))
 if os.environ.get("TRITON_INTERPRET") == "1":  # a process of `test_triton.py`
     BACKENDS = [pytest.param(triton, id="triton")]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS)
@@ -113,20 +121,25 @@ def gradients(draw, kinds=KINDS):
 
 
 def numpy(tensors):
-    return [t.detach().double().clone().numpy() for t in tensors]
+    return [t.detach().double().clone().cpu().numpy() for t in tensors]
 
 
 @contextmanager
 def constants(values):
-    """Yield the calls of reference's `_scan` as (lo, hi, above, inside, collected)."""
-    scans, scan = [], reference._scan
+    """Yield the calls of `_chunked_selection._scan` as (lo, hi, above, inside, collected)."""
+    scans, scan = [], _chunked_selection._scan
 
     def recorded(grads, lo, hi, dtype, collect):
         above, inside, nonfinite, kept = scan(grads, lo, hi, dtype, collect)
         scans.append((lo, hi, above, inside, kept is not None))
         return above, inside, nonfinite, kept
 
-    with mock.patch.multiple(reference, **values, _scan=recorded):
+    walk = {name: value for name, value in values.items() if name == "CHUNK_CPU"}
+    rest = {name: value for name, value in values.items() if name not in walk}
+    with (
+        mock.patch.multiple(_pieces, **walk or {"CHUNK_CPU": _pieces.CHUNK_CPU}),
+        mock.patch.multiple(_chunked_selection, **rest, _scan=recorded),
+    ):
         yield scans
 
 
@@ -167,11 +180,12 @@ def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64)
     options = {"alpha": 0.6, "penalty": "partial", "update": "added"} | options
     terms = options.pop("terms", oracle.TERMS)
-    kernels.combine(
-        theta, g_f, g_r, anchor or none, fisher or none, out, held, taus, first, second,
+    columns = Columns(theta, g_f, g_r, anchor or none, fisher or none, out, held, first, second)
+    how = Update(
         gamma=gamma, terms=tuple(t in terms for t in oracle.TERMS), online=online,
-        inv_scale=inv_scale, dtype=dtype, stats=stats, **options,
+        inv_scale=inv_scale, dtype=dtype, **options,
     )  # fmt: skip
+    kernels.combine(columns, taus, how, stats)
     return out, held, dict(zip(reference.STATS, stats.tolist(), strict=True))
 
 

@@ -15,10 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebu_optim import EBUOptimizer
 
-from .distributed.accelerated import assert_close, fresh_state, loss, make, phase, train
+from .distributed.accelerated import assert_close, loss, make, phase, train
 from .steps import assert_same
 
-FRESH = pytest.fixture(autouse=True)(fresh_state)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 # -- what happens if ----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ebu_optim.kernels import reference
+from ebu_optim.kernels import chunked, reference
+from ebu_optim.kernels.contract import Columns, Update
 
 from . import oracle
 from .inputs import (
@@ -30,6 +31,7 @@ from .inputs import (
     sizes,
     total,
 )
+from .poison import poison  # noqa: F401
 
 
 def assert_rounded(got, want, size):
@@ -312,20 +314,20 @@ def test_temporaries_are_bounded_by_the_constants_whatever_the_number_of_scalars
     elif layout != "contiguous":
         columns = [[lay_out(c[0], "transposed" if layout == "mixed" and i % 2 else layout)]
                    for i, c in enumerate(columns)]  # fmt: skip
-    theta, g_f, g_r, anchor, fisher = columns
+    theta, g_f, g_r, *_ = columns
     out, held = ([torch.empty_like(t) for t in theta] for _ in range(2))
     known = [t for c in (*columns, out, held) for t in c]
     with constants(values):
         with Memory(*known) as selection:
-            taus, _ = reference.select([(g, n // 3) for g in (g_f, g_r)], torch.float32)
+            taus, _ = chunked.select([(g, n // 3) for g in (g_f, g_r)], torch.float32)
         with Memory(*known) as combination:
-            reference.combine(
-                theta, g_f, g_r, anchor, fisher, out, held, taus, [0] * len(theta),
-                [1] * len(theta), alpha=0.6, gamma=1.0, penalty="partial", update="added",
-                terms=(True, True, True), online=0.5, inv_scale=None, dtype=torch.float32,
-                stats=torch.zeros(len(reference.STATS), dtype=torch.float64),
-            )  # fmt: skip
-            reference.restore(theta, held)
+            chunked.combine(
+                Columns(*columns, out, held, [0] * len(theta), [1] * len(theta)),
+                taus,
+                Update(0.6, 1.0, "partial", "added", (True, True, True), 0.5, None, torch.float32),
+                torch.zeros(len(reference.STATS), dtype=torch.float64),
+            )
+            chunked.restore(theta, held)
     assert 0 < combination.largest <= 100
     assert combination.peak <= 30 * 100
     assert 100 <= selection.largest <= 2 * 200  # two coordinates of each sample

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebu_optim import kernels
-from ebu_optim.kernels import cpu, reference
+from ebu_optim.kernels import chunked, cpu, reference
 
 from .inputs import DTYPES, KINDS, NATIVE, combine, every_native, fill, rank
+from .poison import poison  # noqa: F401
 
 built = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 HALVES = (torch.float16, torch.bfloat16)
@@ -319,7 +320,7 @@ def test_without_the_extension_the_reason_is_given_in_words(monkeypatch):
     monkeypatch.setattr(cpu, "_cpu", None)
     monkeypatch.setattr(cpu, "_missing", "no such file")
     try:
-        assert kernels.backend([torch.ones(1)], None) is reference
+        assert kernels.backend([torch.ones(1)], None) is chunked
         reason = r"the C extension ebu_optim\.kernels\._cpu was not built .*\(no such file\)"
         assert kernels.active().startswith("reference (plain torch): the C extension")
         with pytest.raises(RuntimeError, match="fused=True, but " + reason):
@@ -333,6 +334,6 @@ def test_what_the_extension_serves():
     assert kernels.active() == "cpu (fused)"
     for dtype in DTYPES[:3]:
         assert kernels.backend([torch.ones(1, dtype=dtype)], True) is cpu
-    assert kernels.backend([torch.ones(1).double()], None) is reference
+    assert kernels.backend([torch.ones(1).double()], None) is chunked
     with pytest.raises(RuntimeError, match="take no float64"):
         kernels.backend([torch.ones(1).double()], True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,15 +10,12 @@ import torch
 from ebu_optim.files import load_tensors
 
 from .crash_loop import KILLS
-from .distributed.launch import ROOT, environment
+from .processes import python
 from .steps import assert_same
 
 
 def run(module, folder):
-    command = [sys.executable, "-m", f"tests.{module}", str(folder)]
-    done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+    done = python("-m", f"tests.{module}", folder)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
+from .processes import python
+
 ROOT = Path(__file__).parent.parent
 SHORT = {"vae": ("--train_steps", "300", "--steps", "100"), "gan": ("--train_steps", "300")}
 COLUMNS = ("before", "plain sum", "EBU", "never saw it", "noise")
-pytestmark = pytest.mark.timeout(700)  # a start takes seconds, on a busy machine minutes
 
 
 def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return python(ROOT / "examples" / f"{script}.py", *args)
 
 
 @pytest.fixture

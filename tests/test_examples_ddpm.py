@@ -18,9 +18,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from ebu_optim.files import load_tensors, locked
+from ebu_optim.files import load_tensors, locked, need_disk
 from ebu_optim.training.options import parse
 from ebu_optim.training.sources import DataOptions
+
+from .processes import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "ddpm"
@@ -54,7 +56,7 @@ def several(*commands: list) -> list[tuple[int, str]]:
     given = json.dumps([[str(a) for a in c] for c in commands])
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL, str(SCRIPTS), given],
-        capture_output=True, text=True, env=ENV, timeout=280,
+        capture_output=True, text=True, env=ENV, timeout=PATIENCE,
     )  # fmt: skip
     found, rest = [], done.stderr
     for script, *_ in commands:
@@ -179,7 +181,7 @@ def test_two_processes_accumulate_and_agree(made, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(SCRIPTS / command[0]), *map(str, command[1:])],
-        capture_output=True, text=True, env=ENV, timeout=280,
+        capture_output=True, text=True, env=ENV, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
@@ -513,11 +515,10 @@ def test_a_classifier_with_other_classes(made, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(made, monkeypatch, tmp_path):
-    models = module(monkeypatch, "models")
     free = shutil.disk_usage(tmp_path).free
-    models.need_disk(tmp_path / "a" / "b", free / 2, "checkpoints")
+    need_disk(tmp_path / "a" / "b", free / 2, "checkpoints")
     with refused(monkeypatch, "needs about .* GB for checkpoints, and the disk has .* GB left"):
-        models.need_disk(tmp_path / "a" / "b", free * 2, "checkpoints")
+        need_disk(tmp_path / "a" / "b", free * 2, "checkpoints")
     assert not (tmp_path / "a").exists()
 
 

@@ -22,6 +22,8 @@ from ebu_optim.class_conditional.options import Train, Unlearn
 from ebu_optim.training import data
 from ebu_optim.training.options import parse
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "examples" / "paper"
 SMALL = ("--model", "small", "--train_batch_size", 4)
@@ -492,12 +494,12 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         try:
-            until = time.monotonic() + 200
+            until = time.monotonic() + PATIENCE
             while not list(base.folder.glob("checkpoints/step_*")) and process.poll() is None:
                 assert time.monotonic() < until, "no checkpoint yet"
                 time.sleep(0.02)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of the group
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=PATIENCE)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

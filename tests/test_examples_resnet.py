@@ -14,7 +14,6 @@ from ebu_optim.metrics import accuracy, classify
 from .test_examples_ddpm import module, refused, succeed
 
 COLOURS = {"cat": (200, 30, 90), "dog": (10, 120, 60)}
-pytestmark = pytest.mark.timeout(700)  # seconds of work, on a busy machine minutes
 
 
 @pytest.fixture(scope="module")

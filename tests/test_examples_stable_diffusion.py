@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
 
+from .processes import PATIENCE
 from .scripts import run_script
 from .text_to_image import LENGTH, pipeline
 
@@ -419,7 +420,7 @@ def test_two_processes(made, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(SCRIPT), *map(str, command)],
-        capture_output=True, text=True, env=env, timeout=280,
+        capture_output=True, text=True, env=env, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout

@@ -41,17 +41,17 @@ def measure(x, y, weights, **options):
 
 @pytest.mark.slow
 def test_values_by_hand_and_the_label_of_another_layer(weights):
-    x, y = pictures(40), pictures(34, seed=1) // 2
+    x, y = pictures(20), pictures(17, seed=1) // 2
     state = torch.get_rng_state()
-    found = measure(x, y, weights, kid_subset_size=34, kid_subsets=3)
+    found = measure(x, y, weights, kid_subset_size=17, kid_subsets=3)
     assert torch.equal(torch.get_rng_state(), state)  # the user's random stream
     assert "fid" not in found  # layer 64 is no FID
     a, b = features(x, weights, "64"), features(y, weights, "64")
     assert found["frechet_64"] == pytest.approx(frechet(a, b), rel=1e-4)
-    # each subset is all of y and 34 of the 40 of x
+    # each subset is all of y and 17 of the 20 of x
     rng = np.random.RandomState(2020)
     subsets = [
-        mmd2(a[rng.choice(40, 34, replace=False)], b[rng.choice(34, 34, replace=False)])
+        mmd2(a[rng.choice(20, 17, replace=False)], b[rng.choice(17, 17, replace=False)])
         for _ in range(3)
     ]
     assert found["kernel_64_mean"] == pytest.approx(np.mean(subsets), rel=1e-3)
@@ -71,22 +71,22 @@ def test_the_real_layer_is_fid(weights):
 
 
 def test_every_way_to_give_the_same_images_gives_the_same(weights, tmp_path):
-    gray, other = pictures(12, channels=1), pictures(12, seed=3)
+    gray, other = pictures(6, channels=1), pictures(6, seed=3)
     reference = measure(gray.expand(-1, 3, -1, -1), other, weights)
     as_float = gray.float() / 127.5 - 1
     for i, x in enumerate(gray):
         folder = tmp_path / "gray" / f"{i % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x[0].numpy()).save(folder / f"{i // 3}.png")
-    order = [i for c in range(3) for i in range(c, 12, 3)]  # as the folder is sorted
+    order = [i for c in range(3) for i in range(c, 6, 3)]  # as the folder is sorted
     assert torch.equal(
         torch.stack(list(RGBImages(tmp_path / "gray", "images", "raise"))),
         gray[order].expand(-1, 3, -1, -1),
     )
     for given in (gray, as_float, as_float.double(), tmp_path / "gray"):
-        found = measure(given, other, weights, kid_subset_size=12, kid_subsets=1)
+        found = measure(given, other, weights, kid_subset_size=6, kid_subsets=1)
         assert found["frechet_64"] == pytest.approx(reference["frechet_64"], rel=1e-3)
-    same = measure(gray, gray, weights, kid_subset_size=12, kid_subsets=1)
+    same = measure(gray, gray, weights, kid_subset_size=6, kid_subsets=1)
     assert abs(same["frechet_64"]) < 1e-3 < reference["frechet_64"]
 
 

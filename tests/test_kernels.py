@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebu_optim.kernels import backend, reference
+from ebu_optim.kernels import _chunked_selection, chunked, reference
 
 from . import oracle
 from .inputs import (
@@ -29,11 +29,12 @@ from .inputs import (
     threshold,
     total,
 )
+from .poison import poison  # noqa: F401
 
 fast = settings(deadline=None, max_examples=150)
 
 
-def value(grads, k, kernels=reference):
+def value(grads, k, kernels=chunked):
     dtype = reference.working_dtype(grads)
     key = threshold(grads, k, dtype, kernels)
     assert key.shape == ()
@@ -69,7 +70,7 @@ def test_rank_outside_the_elements_is_an_error(kernels, k):
 
 def sampled(n, size):
     """The positions that the sample of a single tensor looks at."""
-    return torch.cat([index for _, index in reference._sample_plan((n,), size)]).unique()
+    return torch.cat([index for _, index in _chunked_selection._sample_plan((n,), size)]).unique()
 
 
 N, SAMPLE = 4000, 64
@@ -159,7 +160,7 @@ def test_bisection_ends_in_as_many_passes_as_a_key_has_bits(dtype):
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "ties", "sorted"])
 def test_large_tensors_with_the_real_constants_take_one_pass(kind):
-    n = 5 * reference.SAMPLE_MIN
+    n = 5 * _chunked_selection.SAMPLE_MIN
     rng = np.random.default_rng(1)
     x = {
         "normal": rng.standard_normal(n),
@@ -261,7 +262,3 @@ def test_masks_are_immune_to_flush_to_zero(kernels, dtypes):
     assert 0 < count < total(g)
     assert stats["forget_selected"] == count
     assert_masks(held, theta, masks)
-
-
-def test_plain_kernels_are_what_fused_false_asks_for():
-    assert backend([torch.ones(1)], False) is reference

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from ebu_optim import EBUOptimizer
 
-from .distributed.launch import ROOT, environment
+from .processes import ROOT, python
 from .steps import assert_same, params
 
 pytest.importorskip("lightning")
@@ -67,9 +65,7 @@ def test_automatic_optimization_is_refused(example):
 
 
 def test_two_processes(example):
-    done = subprocess.run(
-        [sys.executable, PATH, "2"], env=environment(), capture_output=True, text=True, timeout=120
-    )
+    done = python(PATH, 2)
     assert done.returncode == 0, done.stderr
     sums = re.findall(r"4 steps, overlap \d+, sum (\S+)", done.stdout)
     assert len(sums) == 2

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
@@ -34,9 +36,10 @@ PUBLIC = {
     ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
-        "FisherBatches", "anchored", "antithetic_timesteps", "denoising_loss", "distillation_loss",
-        "evaluating", "fisher_loss", "gaussian_forget_loss", "model_hash", "noisy_condition",
-        "sample", "sample_set", "surrogate_noise",
+        "FisherBatches", "anchor_loss", "anchored", "antithetic_timesteps", "denoising_loss",
+        "distillation_loss", "esd_loss", "esd_target", "evaluating", "fisher_loss",
+        "gaussian_forget_loss", "model_hash", "next_class", "noisy_condition", "partly_denoised",
+        "random_anchors", "relabel_loss", "sample", "sample_set", "surrogate_noise", "transport",
     ],
     "ebu_optim.metrics": [
         "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
@@ -69,7 +72,7 @@ def bare(tmp_path_factory):
     def run(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-S", "-c", start + code],
-            capture_output=True, text=True, timeout=120, cwd="/",
+            capture_output=True, text=True, timeout=PATIENCE, cwd="/",
         )  # fmt: skip
 
     return run
@@ -105,11 +108,27 @@ def test_a_missing_package_names_the_extra(bare):
     assert 'pip install "ebu_optim[diffusion]"' in last
 
 
+@pytest.mark.parametrize(
+    ("room", "extra"),
+    [
+        ("training", "examples"),
+        ("class_conditional", "examples"),
+        ("text_to_image", "text_to_image"),
+        ("attacks", "text_to_image"),
+        ("worlds", "examples"),
+    ],
+)
+def test_a_room_that_needs_more_names_the_extra(bare, room, extra):
+    done = bare(f"import ebu_optim.{room}")
+    assert done.returncode == 1
+    assert f'pip install "ebu_optim[{extra}]"' in done.stderr.strip().splitlines()[-1]
+
+
 def build(what, source, into, **environment):
     """The one file that `python -m build` makes of a source tree."""
     done = subprocess.run(
         [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", into, source],
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+
+from .processes import python
+from .scripts import importable, run_script
+from .stopping import signalled
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "quickstart.py"
@@ -19,12 +21,16 @@ STEPS = 26  # one more than to the first checkpoint
 OPTIONS = ("--forget", "7", "--steps", str(STEPS))
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *args]
-
-
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=280)
+    return python(SCRIPT, *args)
+
+
+def refused(*args: str) -> str:
+    """What is said, in this process: it takes longer to import what a job needs than to refuse."""
+    with importable([SCRIPT.parent]):
+        code, said = run_script(SCRIPT, *args)
+    assert code == 2, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +90,7 @@ def test_model_loads_with_diffusers_and_is_another_one(result):
 
 def test_a_finished_result_is_not_overwritten_unasked(result):
     before = (result / "metrics.json").read_bytes()
-    done = run("--output_dir", str(result), "--steps", "1")
-    assert done.returncode == 2
-    assert "--overwrite" in done.stderr
+    assert "--overwrite" in refused("--output_dir", str(result), "--steps", "1")
     assert (result / "metrics.json").read_bytes() == before
 
 
@@ -101,41 +105,25 @@ def test_a_finished_result_is_not_overwritten_unasked(result):
     ],
 )
 def test_bad_arguments_are_named(args, message):
-    done = run(*args)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in refused(*args)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "metrics.json").write_text('{"loss": 1}')
-    done = run("--output_dir", str(tmp_path), "--overwrite")
-    assert done.returncode == 2
-    assert "something else" in done.stderr
+    assert "something else" in refused("--output_dir", str(tmp_path), "--overwrite")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.timeout(900)  # four starts of the whole job
 def test_killed_and_interrupted_the_same_command_goes_on_to_the_same_result(result, tmp_path):
     """Interrupted in the unlearning, then killed when its results are written: there is no half
     result at any time, and in the end the one of an unbroken run."""
     out, work = tmp_path / "out", tmp_path / ".out.partial"
-    arguments = command(*OPTIONS, "--output_dir", str(out))
     begun = []
     moments = {"run/step_00000025": signal.SIGINT, "before_after.png": signal.SIGKILL}
     for moment, how in moments.items():
-        process = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            # a shell's background job ignores it
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-        deadline = time.monotonic() + 200
-        while not (work / moment).exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(how)
-        said = process.communicate()[1]
-        assert process.returncode == (130 if how == signal.SIGINT else -how), said
+        code, said = signalled(how, work / moment, SCRIPT, *OPTIONS, "--output_dir", out)
+        assert code == (130 if how == signal.SIGINT else -how), said
         assert not out.exists()
         assert ("goes on from here" in said) == (how == signal.SIGINT)
         begun.append((work / "replay.safetensors").stat().st_ino)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebu_optim import EBUOptimizer, kernels
-from ebu_optim.kernels import _tables, reference
+from ebu_optim.kernels import _tables, chunked, reference
 from ebu_optim.kernels import triton as fused
+from ebu_optim.kernels.contract import Columns, Update
 
 from . import inputs, oracle, test_combine
 from .inputs import fill, gradients, lay_out, numpy, rank, total
@@ -361,14 +362,14 @@ def test_rows_that_the_kernel_does_not_take_go_to_the_reference():
         select = staticmethod(fused.select)
 
         @staticmethod
-        def combine(*args, **options):
+        def combine(columns, *args):
             with pytest.MonkeyPatch.context() as patch:
-                plain = reference.combine
+                plain = chunked.combine
                 patch.setattr(
-                    reference, "combine", lambda *a, **o: (calls.append(len(a[0])), plain(*a, **o))
+                    chunked, "combine", lambda c, *a: (calls.append(len(c.params)), plain(c, *a))
                 )
-                fused.combine(*args, **options)
-            taken.append(len(args[0]) - sum(calls))
+                fused.combine(columns, *args)
+            taken.append(len(columns.params) - sum(calls))
 
     results = []
     for module in (Spy, reference):
@@ -451,11 +452,11 @@ def step(theta, g_f, g_r, fisher, granularity="model"):
         first, second = range(n), range(n, 2 * n)
     keys, _ = fused.select(pools, torch.float32)
     fused.combine(
-        theta, g_f, g_r, theta, fisher, g_r, [None] * n, keys, first, second,
-        alpha=0.6, gamma=1.0, penalty="partial", update="added", terms=(True,) * 3, online=None,
-        inv_scale=None, dtype=torch.float32,
-        stats=torch.zeros(len(reference.STATS), dtype=torch.float64),
-    )  # fmt: skip
+        Columns(theta, g_f, g_r, theta, fisher, g_r, [None] * n, first, second),
+        keys,
+        Update(0.6, 1.0, "partial", "added", (True,) * 3, None, None, torch.float32),
+        torch.zeros(len(reference.STATS), dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("granularity", ["model", "tensor"])

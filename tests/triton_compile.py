@@ -8,16 +8,17 @@ nor a GPU. `test_triton_compile.py` judges the same figures.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-FILE = Path(__file__).parents[1] / "ebu_optim" / "kernels" / "_triton_kernels.py"
+FOLDER = Path(__file__).parents[1] / "ebu_optim" / "kernels"
 CHUNK, TILE, RADIX_TILE = 1 << 15, 1024, 2048
 RADIX = ("digit_kernel", "histogram_kernel")
 POINTERS = {
@@ -77,36 +78,40 @@ def cases():
             yield "combine_kernel", {**columns, **routed, **tensors}, at
 
 
-def source(function, types, constants):
+def source(function, kinds, constants):
     """An ASTSource; its arguments have changed from version to version."""
     import triton
     from triton.compiler import ASTSource
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     names = function.arg_names
-    types = {n: types[n] for n in names if n not in constants}
+    kinds = {n: kinds[n] for n in names if n not in constants}
     if version < (3, 2):
         place = names.index
         return ASTSource(
-            function, {place(n): t for n, t in types.items()},
+            function, {place(n): t for n, t in kinds.items()},
             {place(n): v for n, v in constants.items()},
         )  # fmt: skip
     if version >= (3, 3):
-        types |= dict.fromkeys(constants, "constexpr")
-    return ASTSource(function, types, constants)
+        kinds |= dict.fromkeys(constants, "constexpr")
+    return ASTSource(function, kinds, constants)
+
+
+def load(name):
+    """The kernel of that name, without the package around its file, which needs torch."""
+    package = sys.modules.setdefault("_kernels", types.ModuleType("_kernels"))
+    package.__path__ = [str(FOLDER)]
+    return getattr(importlib.import_module("_kernels._triton_kernels"), name)
 
 
 def compile_one(case, card):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    name, constants, types = case
-    spec = importlib.util.spec_from_file_location("_triton_kernels", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    name, constants, kinds = case
     try:
         made = triton.compile(
-            source(getattr(module, name), {**POINTERS, **types}, constants),
+            source(load(name), {**POINTERS, **kinds}, constants),
             target=GPUTarget("cuda", card, 32),
             options={"num_warps": 8 if name in RADIX else 4, "enable_fp_fusion": False},
         )

@@ -16,22 +16,24 @@ code. A loop runs any of them:
         opt.step()
 """
 
+from importlib import import_module
+from typing import Any
+
 from ._methods import methods
 from ._recipe import Recipe
 from ._recipe import Recipe as Method
 from .embedding_only import EmbeddingOnly
 from .erasediff import EraseDiff
-from .esd import ESD, esd_loss, esd_target, partly_denoised
+from .esd import ESD
 from .fine_tune import FineTune
 from .gradient_ascent import GradientAscent
 from .joint import Joint
 from .pcgrad import PCGrad
 from .random_masks import RandomMasks
-from .relabel import next_class, relabel_loss
 from .retrain import Retrain, reset_weights
 from .salun import SalUn
 from .selective_amnesia import SelectiveAmnesia, fisher_images, replayed_images
-from .spm import SPM, anchor_loss, random_anchors, transport
+from .spm import SPM
 
 __all__ = [
     "ESD",
@@ -61,3 +63,13 @@ __all__ = [
     "reset_weights",
     "transport",
 ]
+
+_LOSSES = {"anchor_loss", "esd_loss", "esd_target", "next_class", "partly_denoised",
+           "random_anchors", "relabel_loss", "transport"}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The losses of the methods, which have moved to `ebu_optim.diffusion`."""
+    if name in _LOSSES:
+        return getattr(import_module("ebu_optim.diffusion"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

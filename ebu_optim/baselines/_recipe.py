@@ -26,11 +26,11 @@ class Recipe:
         strength: the option that is tuned, as far as there is one.
         forgets: what the forget loss is: "surrogate" (denoising of the mandatory distribution under
             the condition to forget), "own" (denoising of the class's own images), "relabel"
-            (:func:`relabel_loss` on them), "guidance" (:func:`esd_loss`), "adapter" (the same at
+            (``relabel_loss`` on them), "guidance" (``esd_loss``), "adapter" (the same at
             points sampled with the adapter) or None.
         remembers: what the remember loss is: "replay" (denoising of replayed images), "distill"
             (the frozen model's prediction on them), "crossed" (the same under other kept
-            conditions), "anchors" (:func:`anchor_loss` on random embeddings) or None.
+            conditions), "anchors" (``anchor_loss`` on random embeddings) or None.
         fisher: where F comes from by default: "online", "estimated" (beforehand, over the replayed
             images) or None for a method without one.
         masked: a mask is made of the forget loss over the forget set before the first step.

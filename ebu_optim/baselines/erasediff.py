@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._compat import compat
 from ..optim import PhasedOptimizer, Rule, Slot, Step
 from ..optim.rule import Figures, local, weight
-from ._compat import compat
 from ._recipe import recipe
 
 
@@ -56,7 +56,7 @@ class EraseDiff(PhasedOptimizer):
 
     Its forget loss for DDPM is denoising of the class's own images where the noise is *uniform* in
     [0, 1): ``denoising_loss(model, x, c, scheduler, noise=torch.rand_like(x))``; for Stable
-    Diffusion it is :func:`~ebu_optim.baselines.relabel_loss`.
+    Diffusion it is ``relabel_loss``.
 
     Args:
         base: a built torch optimizer.

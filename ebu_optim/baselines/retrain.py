@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._compat import compat
+from .._compat import compat
 from ._recipe import recipe
 from .fine_tune import FineTune
 

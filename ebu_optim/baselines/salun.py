@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._compat import compat as _paper
 from ..kernels import reference
 from ..optim import PhasedOptimizer, Rule, Slot, Step
 from ..optim.rule import (
@@ -24,7 +25,6 @@ from ..optim.rule import (
     weight,
     wide,
 )
-from ._compat import compat as _paper
 from ._recipe import recipe
 
 
@@ -127,7 +127,7 @@ class SalUn(PhasedOptimizer):
     forget set (batches may cancel: the magnitude is taken of the sum); without it, from the first
     step's forget gradient. It is saved.
 
-    Its forget loss is :func:`relabel_loss`, a mean over pixels, its remember loss a sum over them:
+    Its forget loss is ``relabel_loss``, a mean over pixels, its remember loss a sum over them:
     the published alpha = 1e-3 is w_r for that pair, about 3 for two means at 32x32x3.
 
     Args:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._compat import compat
 from ..optim import PhasedOptimizer, Rule, Slot, Step, TensorMap
 from ..optim.rule import Figures, weight
-from ._compat import compat
 from ._recipe import recipe
 
 

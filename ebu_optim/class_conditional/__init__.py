@@ -1,1 +1,5 @@
 """What a class-conditional model is: UNets and classifiers, their sets, their evaluation."""
+
+from .._extras import require
+
+require("diffusers", "examples")

@@ -1,7 +1,9 @@
 """All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
 
 from ..modules import evaluating, model_hash
+from .anchors import anchor_loss, random_anchors, transport
 from .fisher import FisherBatches, fisher_loss
+from .guidance import esd_loss, esd_target, partly_denoised
 from .losses import (
     anchored,
     antithetic_timesteps,
@@ -11,20 +13,29 @@ from .losses import (
     noisy_condition,
     surrogate_noise,
 )
+from .relabel import next_class, relabel_loss
 from .sampling import sample, sample_set
 
 __all__ = [
     "FisherBatches",
+    "anchor_loss",
     "anchored",
     "antithetic_timesteps",
     "denoising_loss",
     "distillation_loss",
+    "esd_loss",
+    "esd_target",
     "evaluating",
     "fisher_loss",
     "gaussian_forget_loss",
     "model_hash",
+    "next_class",
     "noisy_condition",
+    "partly_denoised",
+    "random_anchors",
+    "relabel_loss",
     "sample",
     "sample_set",
     "surrogate_noise",
+    "transport",
 ]

@@ -13,24 +13,20 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..baselines import (
-    esd_loss,
-    methods,
-    next_class,
-    partly_denoised,
-    relabel_loss,
-)
-from ..diffusion import (
+from ..baselines import methods
+from ..errors import InputError
+from ..modules import evaluating
+from ..training.data import Batches
+from ..training.options import option
+from .guidance import esd_loss, partly_denoised
+from .losses import (
     denoising_loss,
     distillation_loss,
-    evaluating,
     gaussian_forget_loss,
     noisy_condition,
     surrogate_noise,
 )
-from ..errors import InputError
-from ..training.data import Batches
-from ..training.options import option
+from .relabel import next_class, relabel_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import reference
+from . import chunked, reference
 
 __all__ = ["active", "backend", "reference"]
 
@@ -52,13 +52,13 @@ def backend(tensors: Sequence[Tensor], fused: bool | None) -> ModuleType:
         RuntimeError: `fused=True` and there is no fused implementation for them.
     """
     if fused is False:
-        return reference
+        return chunked
     module, reason = _choose(tensors)
     if module is None and fused:
         raise RuntimeError(
             f"fused=True, but {reason}; leave fused=None to take the best implementation there is"
         )
-    return module or reference
+    return module or chunked
 
 
 def active(device: str = "cpu") -> str:

@@ -1,4 +1,4 @@
-"""Tables of chunks for the kernels in `_triton_kernels.py`: what lies where, as int64 arrays.
+"""Tables of chunks for the kernels in `_triton_*.py`: what lies where, as int64 arrays.
 
 A table is made and uploaded once for a set of tensors and used again while their addresses stay
 (they do where gradients are kept or the allocator gives the same memory back).

@@ -1,7 +1,7 @@
 """The fused kernels for a CPU: the contract of `reference` over the C extension `_cpu`.
 
 Here tensors become tables of addresses; the work is in _cpu.c. What that does not take (float64,
-layouts that are not dense, theta0 or F on another device) goes to the reference, tensor by tensor
+layouts that are not dense, theta0 or F on another device) goes to `chunked`, tensor by tensor
 where it can. The results are the same: keys, masks and counts bit for bit.
 """
 
@@ -15,8 +15,10 @@ from typing import Any
 import torch  # first: the extension uses the OpenMP library that torch has loaded
 from torch import Tensor
 
-from . import reference
-from .reference import STATS, scale
+from . import chunked
+from ._pieces import flat
+from .chunked import scale
+from .contract import STATS, Columns, Update
 
 _missing = ""
 try:
@@ -74,7 +76,7 @@ def _flat(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return columns
     if not all(t.is_cpu and t.dtype in _KIND for t in columns):
         return None
-    return reference._flat(columns)
+    return flat(columns)
 
 
 def _walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -134,7 +136,7 @@ def _select(
         if not 1 <= k <= n:
             raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
         if rest or dtype != torch.float32:
-            keys[p : p + 1], nonfinite[p : p + 1] = reference.select([(grads, k)], dtype)
+            keys[p : p + 1], nonfinite[p : p + 1] = chunked.select([(grads, k)], dtype)
             continue
         tensors += flat
         end.extend(accumulate(t.numel() for t in flat))  # counted from the pool's start
@@ -163,7 +165,7 @@ def histogram(
     """As `reference.histogram`."""
     taken, rest = _walkable(grads)
     if rest or dtype != torch.float32:
-        return reference.histogram(grads, prefix, shift, bits, dtype)
+        return chunked.histogram(grads, prefix, shift, bits, dtype)
     listed = _List(taken)
     counts = torch.zeros(1 << bits, dtype=torch.int64)
     prefix = int(prefix)
@@ -178,7 +180,7 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     """As `reference.finite_probe`."""
     taken, rest = _walkable(tensors)
     listed = _List(taken)
-    found = reference.finite_probe(rest) if rest else None
+    found = chunked.finite_probe(rest) if rest else None
     if listed.n:
         bad = _cpu.count_nonfinite(*listed.arguments(), _threads(listed.n))
         probe = torch.tensor(float("nan") if bad else 0.0)
@@ -189,80 +191,48 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
 # -- combination --------------------------------------------------------------------------------
 
 
-def combine(
-    params: Sequence[Tensor],
-    g_f: Sequence[Tensor],
-    g_r: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    fishers: Sequence[Tensor | None],
-    out: Sequence[Tensor],
-    held: Sequence[Tensor | None],
-    taus: Tensor,
-    pool_f: Sequence[int],
-    pool_r: Sequence[int],
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-    penalty: str,
-    update: str,
-    terms: tuple[bool, bool, bool],
-    online: float | None,
-    inv_scale: Tensor | None,
-    dtype: torch.dtype,
-    stats: Tensor,
-) -> None:
+def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     """As `reference.combine`."""
-    columns: list[Sequence[Tensor | None]] = [params, g_f, g_r, anchors, fishers, out, held]
-    rows: Sequence[int] = range(len(params))
-    left: Sequence[int] = rows
-    if dtype == torch.float32:
-        columns, rows, left = _walkable_rows(columns)
+    left: Sequence[int] = range(len(columns.params))
+    taken: Sequence[Sequence[Tensor | None]] = columns.tensors
+    rows = left
+    if how.dtype == torch.float32:
+        taken, rows, left = _walkable_rows(taken)
     if left:
-        reference.combine(
-            [params[i] for i in left], [g_f[i] for i in left], [g_r[i] for i in left],
-            [anchors[i] for i in left], [fishers[i] for i in left],
-            [out[i] for i in left], [held[i] for i in left],
-            taus, [pool_f[i] for i in left], [pool_r[i] for i in left],
-            alpha=alpha, gamma=gamma, penalty=penalty, update=update, terms=terms, online=online,
-            inv_scale=inv_scale, dtype=dtype, stats=stats,
-        )  # fmt: skip
-    if not rows or dtype != torch.float32:
+        chunked.combine(columns.rows(left), taus, how, stats)
+    if not rows or how.dtype != torch.float32:
         return
-
-    if update == "routed":
-        on_f, on_r, on_m, on_only_r, blended = 0.0, 0.0, 1.0, 1.0, 1.0
-    else:
-        (on_f, on_r, on_m), on_only_r = (float(on) for on in terms), 0.0
-        blended = on_m + (on_f if update == "replaced" else 0.0)
-    strength = float(gamma)
-    weights = (
-        on_f, on_r, on_m, on_only_r, blended * (1 - alpha),
+    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    strength = float(how.gamma)
+    numbers = (
+        on_f, on_r, on_m, only_r, blend,
         strength if penalty == "partial" else 0.0,
         strength if penalty == "full" else 0.0,
-        -1.0 if online is None else online,
-        1.0 if inv_scale is None else float(inv_scale),
+        -1.0 if how.online is None else how.online,
+        1.0 if how.inv_scale is None else float(how.inv_scale),
     )  # fmt: skip
-    cells = [t for column in columns for t in column]  # column after column
+    cells = [t for column in taken for t in column]  # column after column
     at = array("Q", [0 if t is None else t.data_ptr() for t in cells])
     kind = array("q", [0 if t is None else _kind(t) for t in cells])
-    end = array("q", accumulate(t.numel() for t in columns[0]))  # type: ignore[union-attr]
-    numbers = taus.clamp(min=1).tolist()  # zeros are never selected
-    key_f, key_r = (array("q", [numbers[pool[i]] for i in rows]) for pool in (pool_f, pool_r))
+    end = array("q", accumulate(t.numel() for t in taken[0]))  # type: ignore[union-attr]
+    found = taus.clamp(min=1).tolist()  # zeros are never selected
+    pools = columns.pool_f, columns.pool_r
+    key_f, key_r = (array("q", [found[pool[i]] for i in rows]) for pool in pools)
     sums = torch.zeros(len(STATS), dtype=torch.float64)
     _cpu.combine(
         _address(at), _address(kind), _address(end), len(rows), _address(key_f), _address(key_r),
-        weights, penalty != "none" and terms[1], sums.data_ptr(), _threads(end[-1]),
+        numbers, penalty != "none", sums.data_ptr(), _threads(end[-1]),
     )  # fmt: skip
     stats += sums.to(stats)
 
 
 def _walkable_rows(
     columns: Sequence[Sequence[Tensor | None]],
-) -> tuple[list[Sequence[Tensor | None]], Sequence[int], Sequence[int]]:
+) -> tuple[Sequence[Sequence[Tensor | None]], Sequence[int], Sequence[int]]:
     """The columns of the rows that the extension walks, in one memory order each, and the numbers
     of these rows and of the others."""
     if _plain([t for column in columns for t in column if t is not None]):
-        return list(columns), range(len(columns[0])), ()
+        return columns, range(len(columns[0])), ()
     taken: list[list[Tensor | None]] = []
     rows, left = [], []
     for i, row in enumerate(zip(*columns, strict=True)):
@@ -282,7 +252,7 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
     for theta, kept in zip(params, held, strict=True):
         flat = _flat((theta, kept)) if kept is not None and kept.dtype == theta.dtype else None
         if flat is None:
-            reference.restore([theta], [kept])
+            chunked.restore([theta], [kept])
         else:
             pairs.append(flat)
     if pairs:

@@ -13,7 +13,7 @@ Selection, for both gradients and every pool at once:
 The combination is one pass over all columns, in place; its sums go through one small second kernel.
 
 What these kernels do not take (float64, layouts that differ between columns, theta0 or F on another
-device) goes to `reference`: the rows of a combination one by one, a selection as a whole. With
+device) goes to `chunked`: the rows of a combination one by one, a selection as a whole. With
 TRITON_INTERPRET=1, set before Triton is imported, all of this runs on CPU tensors, slowly.
 """
 
@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _tables, reference
+from . import _tables, chunked
 from ._tables import KINDS, Launch
-from .reference import STATS
+from .contract import STATS, Columns, Update
 
 __all__ = [
     "available",
@@ -232,7 +232,7 @@ def select(
     """As `reference.select`; the host waits for nothing, so the plan is all it knows."""
     grads = [g for members, _ in pools for g in members]
     if not _same_device(grads) or dtype != torch.float32:
-        return reference.select(pools, dtype)
+        return chunked.select(pools, dtype)
     device = grads[0].device
     plan, _alive = _read_plan(pools, device)
     with _on(device):
@@ -248,57 +248,83 @@ def _same_device(grads: Sequence[Tensor]) -> bool:
     )
 
 
-def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, counts of NaN and Inf, and 1 for each pool that its window settled."""
-    kernels, device = _kernels(), plan.chunks.device
-    n_chunks, n_pools, n_windows = plan.chunks.shape[1], plan.pools.shape[1], len(plan.members)
-    # all that has to start as zero, in one piece, the 64-bit parts first
+class _Space(NamedTuple):
+    """Memory of one selection, in one piece; it starts as zero."""
+
+    counters: Tensor  # int64 [3 * windows]: keys above, keys inside, NaN and Inf
+    partial: Tensor  # int64 [256 * windows]
+    digits: Tensor  # [4 * 256 * pools], int64 where 32 bits do not count all elements
+    samples: Tensor  # int32 [windows << 15]
+    bins: Tensor  # int32, of all windows
+    done: Tensor  # int32 [pools]: 1 where a window settled it
+    settled: Tensor  # int32 [1]: how many are done
+
+
+def _space(plan: _Plan) -> _Space:
+    n_pools, n_windows = plan.pools.shape[1], len(plan.members)
     digits = n_pools * 4 * 256
+    # the 64-bit parts come first
     words = [3 * n_windows, 256 * n_windows, digits if plan.wide else 0]
     halves = [n_windows << 15, plan.bins, n_pools, 1, 0 if plan.wide else digits]
-    space = torch.zeros(sum(words) + -(-sum(halves) // 2), dtype=torch.int64, device=device)
-    counters, partial, wide_digits = space[: sum(words)].split(words)
+    size = sum(words) + -(-sum(halves) // 2)
+    space = torch.zeros(size, dtype=torch.int64, device=plan.chunks.device)
+    counters, partial, wide = space[: sum(words)].split(words)
     rest = space[sum(words) :].view(torch.int32)[: sum(halves)]
-    samples, bins, done, settled, narrow_digits = rest.split(halves)
-    digits_at = wide_digits if plan.wide else narrow_digits
-    keys, nonfinite = torch.empty(2, n_pools, dtype=torch.int64, device=device)
-    table = (plan.chunks, n_chunks)
-    pools = (plan.pools, n_pools)
+    samples, bins, done, settled, narrow = rest.split(halves)
+    return _Space(counters, partial, wide if plan.wide else narrow, samples, bins, done, settled)
 
-    if n_windows:
-        bracket = torch.empty(n_windows * 2, dtype=torch.int64, device=device)
-        for (kind,), first, count in plan.windowed:
-            kernels.sample_kernel[(count,)](
-                *table, first, *pools, samples, KIND=kind, TILE=256, **_OPTIONS
-            )
-        kernels.bracket_kernel[(n_windows,)](
-            *pools, plan.members, samples, bracket, WIDTH=WIDTH, **_OPTIONS
+
+def _select(plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, counts of NaN and Inf, and 1 for each pool that its window settled."""
+    n_pools, device = plan.pools.shape[1], plan.chunks.device
+    space = _space(plan)
+    keys, nonfinite = torch.empty(2, n_pools, dtype=torch.int64, device=device)
+    if len(plan.members):
+        _launch_window(plan, space, keys)
+    _launch_radix(plan, space)
+    _kernels().finish_kernel[(n_pools,)](
+        plan.pools, n_pools, space.digits, space.done, space.counters, keys, nonfinite, **_OPTIONS
+    )
+    return keys, nonfinite, space.done
+
+
+def _launch_window(plan: _Plan, space: _Space, keys: Tensor) -> None:
+    """Sample, window and one pass over the pools that have one."""
+    kernels, n_windows = _kernels(), len(plan.members)
+    table, pools = (plan.chunks, plan.chunks.shape[1]), (plan.pools, plan.pools.shape[1])
+    bracket = torch.empty(n_windows * 2, dtype=torch.int64, device=plan.chunks.device)
+    for (kind,), first, count in plan.windowed:
+        kernels.sample_kernel[(count,)](
+            *table, first, *pools, space.samples, KIND=kind, TILE=256, **_OPTIONS
         )
-        for (kind,), first, count in plan.windowed:
-            kernels.window_kernel[(count,)](
-                *table, first, *pools, bracket, counters, bins,
-                KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1,
-                BINS=max(32, _BINS[kind] * WIDTH // 16),
-                **_OPTIONS,
-            )  # fmt: skip
-        kernels.fold_kernel[(n_windows, plan.folds)](
-            *pools, plan.members, bins, partial, WIDTH=WIDTH, **_OPTIONS
-        )
-        kernels.settle_kernel[(n_windows,)](
-            *pools, plan.members, bracket, counters, bins, partial, keys, done, settled,
-            WIDTH=WIDTH, **_OPTIONS,
+    kernels.bracket_kernel[(n_windows,)](
+        *pools, plan.members, space.samples, bracket, WIDTH=WIDTH, **_OPTIONS
+    )
+    for (kind,), first, count in plan.windowed:
+        kernels.window_kernel[(count,)](
+            *table, first, *pools, bracket, space.counters, space.bins,
+            KIND=kind, CHUNK=_tables.CHUNK, TILE=TILE, LANE=8 if kind else 1,
+            BINS=max(32, _BINS[kind] * WIDTH // 16),
+            **_OPTIONS,
         )  # fmt: skip
+    kernels.fold_kernel[(n_windows, plan.folds)](
+        *pools, plan.members, space.bins, space.partial, WIDTH=WIDTH, **_OPTIONS
+    )
+    kernels.settle_kernel[(n_windows,)](
+        *pools, plan.members, bracket, space.counters, space.bins, space.partial, keys,
+        space.done, space.settled, WIDTH=WIDTH, **_OPTIONS,
+    )  # fmt: skip
+
+
+def _launch_radix(plan: _Plan, space: _Space) -> None:
+    table, pools = (plan.chunks, plan.chunks.shape[1]), (plan.pools, plan.pools.shape[1])
     for level in range(4):
         for (kind,), first, count in plan.all:
-            kernels.digit_kernel[(min(count, RADIX_PROGRAMS),)](
-                *table, first, count, *pools, digits_at, done, settled,
+            _kernels().digit_kernel[(min(count, RADIX_PROGRAMS),)](
+                *table, first, count, *pools, space.digits, space.done, space.settled,
                 KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK,
                 TILE=min(RADIX_TILE, _tables.CHUNK), **_RADIX,
             )  # fmt: skip
-    kernels.finish_kernel[(n_pools,)](
-        *pools, digits_at, done, counters, keys, nonfinite, **_OPTIONS
-    )
-    return keys, nonfinite, done
 
 
 @torch.compiler.disable
@@ -309,7 +335,7 @@ def histogram(
     """As `reference.histogram`."""
     grads = [g for g in grads if g.numel()]
     if not _same_device(grads) or dtype != torch.float32 or not 5 <= bits <= 12:
-        return reference.histogram(grads, prefix, shift, bits, dtype)
+        return chunked.histogram(grads, prefix, shift, bits, dtype)
     device = grads[0].device
     plan, _alive = _read_plan([(grads, 1)], device)
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=device)
@@ -331,7 +357,7 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     """As `reference.finite_probe`, in two launches for each dtype."""
     tensors = [t for t in tensors if t.numel()]
     if not _same_device(tensors):
-        return reference.finite_probe(tensors)
+        return chunked.finite_probe(tensors)
     plan, _alive = _read_plan([(tensors, 1)], tensors[0].device)
     bits = torch.zeros((), dtype=torch.int32, device=tensors[0].device)
     with _on(bits.device):
@@ -431,75 +457,44 @@ def _rows_table(
 
 @torch.compiler.disable
 @torch.no_grad()
-def combine(
-    params: Sequence[Tensor],
-    g_f: Sequence[Tensor],
-    g_r: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    fishers: Sequence[Tensor | None],
-    out: Sequence[Tensor],
-    held: Sequence[Tensor | None],
-    taus: Tensor,
-    pool_f: Sequence[int],
-    pool_r: Sequence[int],
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-    penalty: str,
-    update: str,
-    terms: tuple[bool, bool, bool],
-    online: float | Tensor | None,
-    inv_scale: Tensor | None,
-    dtype: torch.dtype,
-    stats: Tensor,
-) -> None:
+def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     """As `reference.combine`; `online` may be a 0-d tensor too. Tensors are read on the device."""
     device = stats.device
-    rows: list[Row] = list(zip(params, g_f, g_r, anchors, fishers, out, held, strict=True))
+    rows: list[Row] = list(zip(*columns.tensors, strict=True))
     table, others = None, list(range(len(rows)))
-    if dtype == torch.float32 and taus.device == device:
-        table, others = _rows_table("combine", rows, device, list(zip(pool_f, pool_r)))
+    if how.dtype == torch.float32 and taus.device == device:
+        pairs = list(zip(columns.pool_f, columns.pool_r, strict=True))
+        table, others = _rows_table("combine", rows, device, pairs)
     if table is not None:
+        there = {name: _there(getattr(how, name), device) for name in _SCALARS}
         with _on(device):
-            _combine(
-                table, taus, stats, alpha=alpha, gamma=_there(gamma, device),
-                penalty=penalty if terms[1] else "none", update=update, terms=terms,
-                online=_there(online, device), inv_scale=_there(inv_scale, device),
-            )  # fmt: skip
+            _combine(table, taus, how._replace(**there), stats)
     if others:
-        pick = lambda column: [column[i] for i in others]  # noqa: E731
-        reference.combine(
-            pick(params), pick(g_f), pick(g_r), pick(anchors), pick(fishers), pick(out),
-            pick(held), taus, pick(pool_f), pick(pool_r), alpha=alpha, gamma=gamma,
-            penalty=penalty, update=update, terms=terms,
-            online=online.item() if isinstance(online, Tensor) else online,
-            inv_scale=inv_scale, dtype=dtype, stats=stats,
-        )  # fmt: skip
+        online = how.online.item() if isinstance(how.online, Tensor) else how.online
+        chunked.combine(columns.rows(others), taus, how._replace(online=online), stats)
+
+
+_SCALARS = ("gamma", "online", "inv_scale")
 
 
 def _there(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _combine(
-    table: _Table, taus: Tensor, stats: Tensor, *, alpha: float, gamma: float | Tensor,
-    penalty: str, update: str, terms: tuple[bool, bool, bool], online: float | Tensor | None,
-    inv_scale: Tensor | None,
-) -> None:  # fmt: skip
+def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
     kernels, device = _kernels(), table.chunks.device
     n_chunks = table.chunks.shape[1]
     partial = torch.empty(len(STATS), n_chunks, dtype=torch.float64, device=device)
-    routed = update == "routed"
-    first, second, third = (float(on) for on in terms)
-    blend = 1.0 if routed else third + (first if update == "replaced" else 0.0)
+    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    gamma, online, inv_scale = how.gamma, how.online, how.inv_scale
     for kinds, start, count in table.launches:
         theta, f, r, anchor, fisher, to, kept = kinds
         kernels.combine_kernel[(count,)](
-            table.chunks, n_chunks, start, taus, second, third, blend * (1 - alpha),
+            table.chunks, n_chunks, start, taus, on_r, on_m, blend,
             gamma, 0.0 if online is None else online, 1.0 if inv_scale is None else inv_scale,
             partial,
             THETA=theta, F=f, R=r, ANCHOR=anchor, FISHER=fisher, OUT=to, HELD=kept,
-            ROUTED=routed, FIRST=bool(first),
+            ROUTED=bool(only_r), FIRST=bool(on_f),
             PENALTY=_PENALTY[penalty] if anchor >= 0 and fisher >= 0 else 0,
             ONLINE=int(online is not None and fisher >= 0), SCALED=inv_scale is not None,
             GAMMA_AT=isinstance(gamma, Tensor), ONLINE_AT=isinstance(online, Tensor),
@@ -511,7 +506,7 @@ def _combine(
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """As `reference.scale`: its torch._foreach_mul_ takes many tensors a launch."""
-    reference.scale(tensors, factor)
+    chunked.scale(tensors, factor)
 
 
 @torch.compiler.disable
@@ -530,4 +525,4 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
                     table.chunks, table.chunks.shape[1], first, THETA=kinds[0], HELD=kinds[6],
                     CHUNK=_tables.CHUNK, TILE=TILE, **_OPTIONS,
                 )  # fmt: skip
-    reference.restore([rows[i][0] for i in others], [rows[i][6] for i in others])
+    chunked.restore([rows[i][0] for i in others], [rows[i][6] for i in others])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import reference
+from ..kernels.contract import Columns, Update
 from . import _checks
 from ._anchors import Anchors
 from ._shards import Shards, local
@@ -118,27 +119,28 @@ def combine(
     for rows, counted in _buckets(slots, anchors, shards):
         first = slots[rows[0]]
         fishers = [anchors.fisher.get(slots[i].key) if anchors.active else None for i in rows]
-        backend.combine(
-            [slots[i].param for i in rows],
-            [full_f[i] for i in rows],
-            [full_r[i] for i in rows],
-            [local(anchors.anchor.get(slots[i].key)) for i in rows],
-            [local(f) for f in fishers],
-            [out[i] for i in rows],
-            [held[i] if held is not None else None for i in rows],
-            taus,
-            [pool_f[i] for i in rows],
-            [pool_r[i] for i in rows],
+        columns = Columns(
+            params=[slots[i].param for i in rows],
+            g_f=[full_f[i] for i in rows],
+            g_r=[full_r[i] for i in rows],
+            anchors=[local(anchors.anchor.get(slots[i].key)) for i in rows],
+            fishers=[local(f) for f in fishers],
+            out=[out[i] for i in rows],
+            held=[held[i] if held is not None else None for i in rows],
+            pool_f=[pool_f[i] for i in rows],
+            pool_r=[pool_r[i] for i in rows],
+        )
+        how = Update(
             alpha=float(first.group["ebu_alpha"]),
             gamma=scale * float(first.group["ebu_gamma"]),
             penalty=penalty,
             update=update,
-            terms=tuple(t in terms for t in _checks.TERMS),
+            terms=tuple(t in terms for t in _checks.TERMS),  # type: ignore[arg-type]
             online=anchors.online_weight(first.key),
             inv_scale=inv_scale,
             dtype=dtype,
-            stats=stats if counted else uncounted,
         )
+        backend.combine(columns, taus, how, stats if counted else uncounted)
     shards.add(stats)
     if anchors.mode == "online" and anchors.active:
         anchors.counted((s.key for s in slots), stats[_AT["fisher_sum"]] / total)

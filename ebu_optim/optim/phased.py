@@ -270,9 +270,9 @@ class PhasedOptimizer(WrappedOptimizer):
         """Figures of the last accepted step, {} before the first; reading waits for the device.
 
         total (scalars that had a gradient); forget_norm, remember_norm (where the method needs that
-        gradient) and cosine (where it needs both); update_norm, |G| before clipping; moved,
-        |theta - theta0| before the step (where theta0 is held); and the method's own: those of EBU
-        are in docs/method.md.
+        gradient) and cosine (where it needs both); update_norm, that of G before clipping; moved,
+        the distance from theta0 before the step (where it is held); and the method's own: those of
+        EBU are in docs/method.md.
         """
         return {} if self._last is None else self.rule.read(self._last)
 

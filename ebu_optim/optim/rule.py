@@ -150,17 +150,17 @@ class Step:
 
     @property
     def dot(self) -> Tensor:
-        """<g_f, g_r>, loss scale undone; like the next two over the whole model, 0-d float64."""
+        """Inner product of g_f and g_r over the whole model, loss scale undone, 0-d float64."""
         return self._products[0]
 
     @property
     def forget_sq(self) -> Tensor:
-        """|g_f|^2."""
+        """Squared 2-norm of g_f, like `dot`."""
         return self._products[1]
 
     @property
     def remember_sq(self) -> Tensor:
-        """|g_r|^2."""
+        """Squared 2-norm of g_r, like `dot`."""
         return self._products[2]
 
 

@@ -1,2 +1,6 @@
 """What a text-to-image model is: pipelines of Stable Diffusion, prompts, what is trained, sets,
 memory counted, results saved and opened, and the evaluation of what is drawn. One part a file."""
+
+from .._extras import require
+
+require("transformers", "text_to_image")

@@ -117,7 +117,7 @@ def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
         "Adam's moments": trained * 8,
         "theta0": trained * 4 if held or needs_teacher(args) else 0,
         "F": trained * 4 if held else 0,
-        "SalUn's mask": trained if args.method == "salun" else 0,
+        "SalUn's mask": trained if methods[args.method].masked else 0,
     }
 
 
@@ -134,14 +134,15 @@ def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Ro
 
 def _kept(args: Any, one: Passes) -> int:
     """What a batch keeps for its backward pass."""
-    n = max(args.train_batch_size, ANCHORS) if args.method == "spm" else args.train_batch_size
-    return n * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
+    anchors = ANCHORS if methods[args.method].adapter else 0
+    kept = max(args.train_batch_size, anchors)
+    return kept * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
 
 
 def _step(args: Any, trained: int) -> int:
     """Torch's Adam takes the square roots of all second moments at once, on a GPU; weights that are
     to stay are put back afterwards."""
-    frozen = args.method == "salun" or args.method_options.get("unrelated") == "freeze"
+    frozen = methods[args.method].masked or args.method_options.get("unrelated") == "freeze"
     return trained * 4 * (2 if frozen else 1)
 
 

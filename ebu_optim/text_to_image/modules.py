@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..baselines import methods
 from ..errors import InputError
 from ..training.options import option
 
@@ -82,7 +83,7 @@ class ModuleOptions:
 
 
 def is_adapter(args: Any) -> bool:
-    return args.method == "spm" or args.train_modules == "lora"
+    return methods[args.method].adapter or args.train_modules == "lora"
 
 
 def choose(unet: Any, args: Any) -> None:
@@ -110,7 +111,7 @@ def choose(unet: Any, args: Any) -> None:
         return
     from peft import LoraConfig
 
-    spm = args.method == "spm"
+    spm = methods[args.method].adapter
     rank = 1 if spm else args.rank
     alpha = 1 if spm else rank if args.lora_alpha is None else args.lora_alpha
     targets = spm_layers(unet) if spm else lora_layers(unet, args.lora_target_modules)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines import anchor_loss, esd_loss, partly_denoised, random_anchors
-from ..diffusion import evaluating
+from ..diffusion import anchor_loss, esd_loss, evaluating, partly_denoised, random_anchors
 from ..diffusion.objectives import Objectives
 from .prompts import Prompts
 

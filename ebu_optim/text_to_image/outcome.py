@@ -59,7 +59,7 @@ def unused(args: Any) -> list[str]:
 def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
     """What will be done, and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
-    module = "adapters" if args.method == "spm" else args.train_modules
+    module = "adapters" if methods[args.method].adapter else args.train_modules
     remembered = f"{len(texts.remember)} prompts"
     if methods[args.method].forgets == "adapter":
         remembered = "random embeddings"
@@ -99,7 +99,7 @@ def describe(
         "method": args.method, "title": methods[args.method].title, **named,
         "instead": instead(args), "base": args.pretrained_model_name_or_path,
         "revision": args.revision, "base_hash": base, "seconds": done["seconds"],
-        "train_modules": "SPM's adapters" if args.method == "spm" else args.train_modules,
+        "train_modules": "SPM's adapters" if methods[args.method].adapter else args.train_modules,
         "trained": cost.trained, "memory_counted": cost.report(), "memory_measured": peak,
         "settings": settings(args, opt), "versions": versions(),
         "options": {k: str(v) for k, v in as_dict(args).items()},

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..baselines import transport
+from ..diffusion import transport
 from ..errors import InputError
 from .prompts import encode, words
 

@@ -8,6 +8,7 @@ images).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,4 +183,5 @@ def train_unet(folder: Path, *, steps: int, batch: int = 128, seed: int = 0) -> 
         ema.update_parameters(model)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    ema.module.to(torch.float16).save_pretrained(folder / "unet")  # type: ignore[operator]
+    average: Any = ema.module
+    average.half().save_pretrained(folder / "unet")

@@ -259,16 +259,14 @@ class TextSetting(Asked):
     def _makers(self, name: str, method: str, seed: int) -> list[str]:
         """The runs that make what this one reads of the sets: two at once would get into each
         other's way."""
-        forgets = methods[method].forgets
-        if self.loss == "relabel" and forgets == "surrogate":
-            forgets = "relabel"
-        alone = ("spm", "esd", "gradient_ascent", "retrain")
-        needs = [] if method in alone else ["replay"]
-        if forgets == "surrogate":
-            needs.append("surrogate")
-        if forgets in ("own", "relabel"):
-            needs.append("own")
-        makers = [self.sets.setdefault((part, seed), name) for part in needs]
+        recipe = methods[method]
+        if self.loss == "relabel" and recipe.forgets == "surrogate":
+            recipe = recipe.with_losses(forget="relabel")
+        needs = {
+            "replay": recipe.replayed and "remember" in recipe.needs() and not recipe.fresh,
+            "surrogate": recipe.forgets == "surrogate", "own": recipe.own_images,
+        }  # fmt: skip
+        makers = [self.sets.setdefault((s, seed), name) for s, needed in needs.items() if needed]
         return [m for m in dict.fromkeys(makers) if m != name]
 
     def about(self) -> dict[str, Any]:

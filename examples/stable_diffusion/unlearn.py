@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 
 from ebu_optim import training
-from ebu_optim.baselines import SalUn, methods
+from ebu_optim.baselines import methods
 from ebu_optim.diffusion import anchored, model_hash, objectives
 from ebu_optim.errors import InputError
 from ebu_optim.text_to_image import (
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--resume_from_checkpoint: the run is of a model of hash {done['base']}, "
                 f"{args.pretrained_model_name_or_path} now has {base}"
             )
-        if isinstance(opt, SalUn) and not begin:
+        if methods[args.method].masked and not begin:
             opt.make_mask(losses.for_mask())
 
         def look(step: int) -> None:

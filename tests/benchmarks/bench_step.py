@@ -36,7 +36,7 @@ from measure import Others, available, fresh, machine, measure
 from torch import Tensor
 
 from ebu_optim import EBUOptimizer
-from ebu_optim.kernels import backend, cpu, reference
+from ebu_optim.kernels import backend, chunked, cpu, reference
 
 Row = dict[str, Any]
 GIB = 1 << 30
@@ -136,7 +136,7 @@ def select(case: Case) -> None:
         found["ours, fallback alone"] = lambda: cpu._cpu.radix(
             *listed.arguments(), k, case.options.threads
         )
-    found["reference"] = lambda: ways.engine(reference, grads, k)
+    found["reference"] = lambda: ways.engine(chunked, grads, k)
     rivals = {**ways.SELECTION, "np.partition": ways.partition}
     found |= {way: functools.partial(f, grads, k) for way, f in rivals.items()}
     if len(grads) == 1:  # graphs of hundreds of tensors take minutes to compile
@@ -192,7 +192,7 @@ def combine(case: Case) -> None:
         "plain copy": copy,
         "ours": lambda: engine(module),
         "ours, online F": lambda: engine(module, 1e-9),
-        "reference": lambda: engine(reference),
+        "reference": lambda: engine(chunked),
         "chain of where": lambda: [
             ways.chain(*row, *taus) for row in zip(*columns, strict=True)
         ],

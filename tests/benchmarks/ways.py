@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebu_optim.kernels import reference
+from ebu_optim.kernels.contract import Columns, Update
 
 ALPHA, DELTA, GAMMA = 0.6, 0.5, 1.0
 TERMS = (True, True, True)
@@ -90,11 +91,12 @@ def combine(
     """Ours: G into `out`; x has the columns params, g_f, g_r, anchors and fishers."""
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=keys.device)
     options = {"online": None, "inv_scale": None, "update": "added", "gamma": GAMMA} | options
-    module.combine(
-        x["params"], x["g_f"], x["g_r"], x["anchors"], x["fishers"], out, [None] * len(out), keys,
-        [0] * len(out), [1] * len(out), alpha=ALPHA, penalty="partial", terms=TERMS,
-        dtype=torch.float32, stats=stats, **options,
+    columns = Columns(
+        x["params"], x["g_f"], x["g_r"], x["anchors"], x["fishers"], out, [None] * len(out),
+        [0] * len(out), [1] * len(out),
     )  # fmt: skip
+    fixed: dict[str, Any] = {"penalty": "partial", "terms": TERMS, "dtype": torch.float32}
+    module.combine(columns, keys, Update(alpha=ALPHA, **fixed, **options), stats)
     return stats
 
 

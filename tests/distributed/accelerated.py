@@ -1,7 +1,7 @@
 """Training through accelerate, with one process or several.
 
-The tests call `train` themselves; `accelerate launch` runs this file: FOLDER, or FOLDER and a page
-of the docs.
+The tests call `train` themselves; `accelerate launch` runs this file with FOLDER and a page of
+the docs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from ebu_optim import EBUOptimizer
 SAMPLES = 48  # three steps an epoch of 16 samples of each kind
 
 
-def fresh_state():
-    """Run as a fixture: accelerate keeps its state in the process."""
-    yield
+def forget_state() -> None:
+    """Accelerate keeps its state in the process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -152,25 +151,28 @@ def mistakes() -> dict[str, str]:
     return errors
 
 
-def main(folder: Path, page: str | None = None) -> None:
-    if page:
-        from tests.test_docs import blocks, world
+def run_page(page: Path, folder: Path) -> dict[str, Any]:
+    from tests.test_docs import blocks, world
 
-        namespace = world(folder)
-        for code in blocks(Path(page), "python"):
-            exec(compile(code, page, "exec"), namespace)  # noqa: S102
-        accelerator, ebu = namespace["accelerator"], namespace["ebu"]
-        result: dict[str, Any] = snapshot(ebu, namespace["unet"])
-    else:
-        accelerator = make(2, 4)[0]
-        result = {
-            "train": train(make(2, 4)),
-            "mixed": train(make(2, 4), orders=("fr", "rf")),
-            "outside": train(make(2, 4), orders=("r",), outside=True),
-            "by hand": by_hand(make(1, 4)),
-            "resumed": resumed(make(2, 4), folder / "run"),
-            "mistakes": mistakes(),
-        }
+    forget_state()
+    namespace: dict[str, Any] = world(folder)
+    for code in blocks(page, "python"):
+        exec(compile(code, page.name, "exec"), namespace)  # noqa: S102
+    assert namespace["accelerator"].num_processes == 2
+    return snapshot(namespace["ebu"], namespace["unet"])
+
+
+def main(folder: Path, page: Path) -> None:
+    accelerator = make(2, 4)[0]
+    result = {
+        "train": train(make(2, 4)),
+        "mixed": train(make(2, 4), orders=("fr", "rf")),
+        "outside": train(make(2, 4), orders=("r",), outside=True),
+        "by hand": by_hand(make(1, 4)),
+        "resumed": resumed(make(2, 4), folder / "run"),
+        "mistakes": mistakes(),
+        "page": run_page(page, folder / "page"),
+    }
     assert accelerator.num_processes == 2
     torch.save(result, folder / f"{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
@@ -178,4 +180,4 @@ def main(folder: Path, page: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(*map(Path, sys.argv[1:]))

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from ebu_optim.baselines import methods
 from ebu_optim.optim import PhasedOptimizer
 
-from ..test_own_rule import Agreeing
-from .launch import leave
+from ..optim.test_rule import Agreeing
+from .launch import join, leave
 
 STEPS = 3
 OWN = "a rule of one's own"
@@ -80,7 +80,7 @@ def refused() -> str:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    join()
     orders = {"fr": ("forget", "remember"), "rf": ("remember", "forget")}
     results: dict[str, Any] = {
         f"{name} ddp {o}": train(name, "ddp", order)

@@ -17,7 +17,7 @@ from ebu_optim import EBUOptimizer
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 
 from ..steps import assert_same, snapshot
-from .launch import leave
+from .launch import join, leave
 
 try:
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -51,7 +51,7 @@ def error_of(do: Any) -> str:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    join()
     folder, rank = Path(sys.argv[1]), dist.get_rank()
     run = build()
     train(run, 3)

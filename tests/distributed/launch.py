@@ -1,44 +1,101 @@
-"""Start real processes: torchrun, gloo, CPU, one thread each."""
+"""Start real processes: gloo, CPU, one thread each.
+
+A rank is a fork of a server that has imported torch once, as every rank of torchrun would by
+itself: seconds of work each, and on a busy machine minutes.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
+import tempfile
+import time
+from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
+from ..processes import PATIENCE, ROOT
+
+# not the scenarios' own modules, which a rank runs as torchrun would
+IMPORTED = [
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "ebu_optim.checkpoint", __name__,
+]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Ours, with the package found, one thread a process and no GPU."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+class Launched(NamedTuple):
+    codes: list[int | None]
+    said: str
 
 
-def torchrun(
-    ranks: int, *arguments: object, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
-    """A hang is an error after `timeout` seconds; torchrun ends its workers with itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), *map(str, arguments)]
-    with subprocess.Popen(
-        command, env=environment(), cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
+def launch(ranks: int, module: str, *arguments: object, alone: bool = False) -> Launched:
+    """`python -m tests.distributed.MODULE ARGUMENTS` as so many ranks.
+
+    A rank that fails ends the others, as torchrun does it, unless each is left `alone`. Exit codes
+    are those of os.waitstatus_to_exitcode, rank by rank.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    until = time.monotonic() + PATIENCE
+    with tempfile.TemporaryDirectory() as folder:
+        given = (ranks, folder, f"{__package__}.{module}", [*map(str, arguments)])
+        processes = [context.Process(target=_rank, args=(i, *given)) for i in range(ranks)]
+        running = {}
         try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            output, _ = process.communicate()
-            raise AssertionError(f"still running after {timeout} s:\n{output}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
+            for process in processes:
+                process.start()
+                running[process.sentinel] = process
+            failed = False
+            while running and not (failed and not alone):
+                ended = wait(running, until - time.monotonic())
+                for sentinel in ended:
+                    running[sentinel].join()
+                    failed |= running.pop(sentinel).exitcode != 0
+                if not ended:
+                    raise AssertionError(f"still running after {PATIENCE} s:\n{_said(folder)}")
+        finally:
+            for process in running.values():
+                process.kill()
+                process.join()
+        return Launched([process.exitcode for process in processes], _said(folder))
+
+
+def _said(folder: str) -> str:
+    return "\n".join(f"{f.stem}:\n{f.read_text()}" for f in sorted(Path(folder).glob("*.log")))
+
+
+def _rank(rank: int, ranks: int, folder: str, module: str, arguments: list[str]) -> None:
+    log = os.open(f"{folder}/rank {rank}.log", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.chdir(ROOT)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "TESTS_STORE": f"{folder}/store",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__")
+
+
+def join(timeout: float = PATIENCE) -> None:
+    """Be a rank of `launch`, once all of them are there: `timeout` is of what they do together."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(os.environ["TESTS_STORE"], ranks)
+    store.add("here", 1)
+    while store.add("here", 0) < ranks:
+        time.sleep(0.01)
+    dist.init_process_group(
+        "gloo", store=store, rank=int(os.environ["RANK"]), world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
 
 
 def leave() -> None:
@@ -50,8 +107,8 @@ def leave() -> None:
     os._exit(0)
 
 
-def scenarios(ranks: int, folder: Path, names: list[str]) -> list[dict[str, object]]:
-    """What the named scenarios of `worker` returned, rank by rank."""
-    done = torchrun(ranks, "--module", "tests.distributed.worker", folder, *names)
-    assert done.returncode == 0, done.stdout
+def outcomes(ranks: int, module: str, folder: Path, *arguments: object) -> list[dict]:
+    """What each rank of `module` left in FOLDER."""
+    done = launch(ranks, module, folder, *arguments)
+    assert not any(done.codes), done.said
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ebu_optim import EBUOptimizer
 
-from .launch import leave
+from .launch import join, leave
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
     CASES["DTensor before torch 2.6"] = dtensor
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    join()
     refusals = {}
     for name, case in CASES.items():
         try:

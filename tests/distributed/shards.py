@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ebu_optim import EBUOptimizer
 from ebu_optim.kernels import reference
 
-from .launch import leave
+from .launch import join, leave
 
 STEPS = 4
 
@@ -375,7 +375,7 @@ SCENARIOS: dict[str, Any] = {
 }
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    join()
     results = {}
     for name in sys.argv[2:]:
         print(f"{name} on rank {dist.get_rank()}", flush=True)

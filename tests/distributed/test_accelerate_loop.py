@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import types
 
 import pytest
@@ -12,12 +10,12 @@ from accelerate.tracking import GeneralTracker
 
 from ebu_optim import EBUOptimizer
 
+from ..processes import ROOT, python
 from ..steps import assert_same
-from .accelerated import assert_close, by_hand, fresh_state, loss, make, resumed, snapshot, train
-from .launch import ROOT, environment
+from .accelerated import assert_close, by_hand, loss, make, resumed, snapshot, train
 
 PAGE = ROOT / "docs" / "accelerate.md"
-FRESH = pytest.fixture(autouse=True)(fresh_state)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 # -- the loop -----------------------------------------------------------------------------------
@@ -101,21 +99,17 @@ def test_trackers_are_fed_on_the_steps_that_log(tmp_path, monkeypatch):
 # -- two processes ------------------------------------------------------------------------------
 
 
-def launch(folder, *arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, "--module", "tests.distributed.accelerated", str(folder), *map(str, arguments)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120,
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What `accelerated` found on each of two ranks, in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    done = python(
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
+        "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", 0, "--module", "tests.distributed.accelerated", folder, PAGE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("what", ["train", "mixed", "outside", "by hand"])
@@ -148,6 +142,5 @@ def test_two_processes_find_losses_before_phases_and_no_sync(two):
         assert "differ in forget gradient, remember" in results["mistakes"]["no_sync"]
 
 
-def test_the_page_runs_as_two_processes(tmp_path):
-    first, second = launch(tmp_path, PAGE)
-    assert_same(first, second)
+def test_the_page_runs_as_two_processes(two):
+    assert_same(two[0]["page"], two[1]["page"])

@@ -9,7 +9,7 @@ import torch
 
 from ..steps import HAS_NAMES, assert_same
 from .baselines import NAMES, train
-from .launch import torchrun
+from .launch import outcomes
 
 HAS_SHARDS = HAS_NAMES  # both came with torch 2.6
 WRAPS = ["ddp fr", "ddp rf", *(["fsdp fr"] if HAS_SHARDS else [])]
@@ -17,11 +17,8 @@ WRAPS = ["ddp fr", "ddp rf", *(["fsdp fr"] if HAS_SHARDS else [])]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    arguments = ["--module", "tests.distributed.baselines", folder]
-    done = torchrun(2, *arguments, *(["fsdp"] if HAS_SHARDS else []))
-    assert done.returncode == 0, done.stdout
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    wraps = ["fsdp"] if HAS_SHARDS else []
+    return outcomes(2, "baselines", tmp_path_factory.mktemp("ranks"), *wraps)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ..steps import assert_same
-from .launch import scenarios
+from .launch import outcomes
 from .training import EQUAL, ORDERS, STEPS, train
 
 RANKS = [2, 4]
@@ -19,9 +19,9 @@ OTHERS = ["float32", "freeze", "warmup"]
 
 @pytest.fixture(scope="module", params=RANKS, ids=lambda n: f"{n}ranks")
 def ranks(request, tmp_path_factory):
-    """Every scenario in one launch: most of its time goes into starting the processes."""
+    """Every scenario in one launch."""
     folder = tmp_path_factory.mktemp("ranks")
-    return scenarios(request.param, folder, [*TRAINS, *ACCUMULATES, *OTHERS])
+    return outcomes(request.param, "worker", folder, *TRAINS, *ACCUMULATES, *OTHERS)
 
 
 def alone(scenario: str):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ..steps import assert_same
-from .launch import scenarios
+from .launch import outcomes
 from .training import Net, build, train
 
 RANKS = [2, 4]
@@ -40,7 +40,7 @@ REST = ["recovered", "independent", "gathers", "scaler", "scaler overflow", "sca
 @pytest.fixture(scope="module", params=RANKS, ids=lambda n: f"{n}ranks")
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return scenarios(request.param, folder, [*CAUGHT, *PASSED, *REST])
+    return outcomes(request.param, "worker", folder, *CAUGHT, *PASSED, *REST)
 
 
 @pytest.mark.parametrize("scenario", CAUGHT)

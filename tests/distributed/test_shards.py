@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ..steps import assert_same
-from .launch import torchrun
+from .launch import outcomes
 from .shards import (
     EVERY,
     STEPS,
@@ -31,12 +31,6 @@ OTHERS += ["nan raise", "nan skip", "scaler forget", "scaler remember", "scaler 
 EXACT = {"rtol": 0, "atol": 0}
 
 
-def launch(ranks, folder, names):
-    done = torchrun(ranks, "--module", "tests.distributed.shards", folder, *names, timeout=240)
-    assert done.returncode == 0, done.stdout
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}ranks")
 def folder(request, tmp_path_factory):
     return request.param, tmp_path_factory.mktemp("shards")
@@ -44,8 +38,9 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    """Every scenario in one launch: most of its time goes into starting the processes."""
-    return launch(*folder, [*TRAINS, *OTHERS])
+    """Every scenario in one launch."""
+    ranks, path = folder
+    return outcomes(ranks, "shards", path, *TRAINS, *OTHERS)
 
 
 @pytest.mark.parametrize("scenario", TRAINS)
@@ -146,7 +141,7 @@ def test_distributed_checkpoint_goes_on_with_as_many_two_and_one_ranks(ranks, fo
     for other in want[1:]:
         assert_same(other, want[0])
     for n in {saved_on, 2, 1}:
-        for got in launch(n, path, ["load"]):
+        for got in outcomes(n, "shards", path, "load"):
             result = got["load"]
             loaded = result.pop("loaded anchors")
             torch.testing.assert_close(loaded, want[0]["anchors"], **EXACT)
@@ -163,7 +158,7 @@ def test_accelerates_fsdp2_prepares_accumulates_saves_and_loads(folder):
     if ranks != 2:
         pytest.skip("one number of ranks is enough: accelerate's code does not depend on it")
     pytest.importorskip("accelerate")
-    for results in launch(2, path, ["accelerate"]):
+    for results in outcomes(2, "shards", path, "accelerate"):
         result = results["accelerate"]
         assert result["sharded"]
         assert_same(result["straight"], result["loaded"])

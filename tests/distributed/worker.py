@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ebu_optim import EBUOptimizer
 
-from .launch import leave
+from .launch import join, leave
 from .training import EQUAL, ORDERS, REFUSED, STEPS, Net, backward, build, loss, train, world
 
 # -- mistakes: the error of every rank, and whether anything was changed --------------------------
@@ -215,7 +215,7 @@ SCENARIOS: dict[str, Any] = {
 
 
 def main(folder: str, names: list[str]) -> None:
-    dist.init_process_group("gloo")
+    join()
     results = {}
     for name in names:
         print(f"{name} on rank {dist.get_rank()}", flush=True)

@@ -14,10 +14,10 @@ from torch.optim import SGD
 
 from ebu_optim import EBUOptimizer
 
-from . import oracle
-from .inputs import DTYPES, SHAPES, lay_out, numpy
-from .steps import HAS_NAMES
-from .twin import Twin, assert_near, backward, drive, like, make
+from .. import oracle
+from ..inputs import DTYPES, SHAPES, lay_out, numpy
+from ..steps import HAS_NAMES
+from ..twin import Twin, assert_near, backward, drive, like, make
 
 deltas = st.one_of(
     st.sampled_from((1e-9, 0.2, 0.5, 1.0)),

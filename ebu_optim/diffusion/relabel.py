@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
+from .._compat import compat as _paper
 from ..modules import evaluating
-from ._compat import compat as _paper
+from .losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
 
 
 def next_class(

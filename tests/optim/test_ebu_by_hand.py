@@ -12,9 +12,9 @@ from torch.optim import SGD, Adam, AdamW
 
 from ebu_optim import EBUOptimizer
 
-from . import oracle
-from .inputs import numpy
-from .twin import Twin, assert_near, backward, drive, like, make
+from .. import oracle
+from ..inputs import numpy
+from ..twin import Twin, assert_near, backward, drive, like, make
 
 SHAPES = (5, 4), (7,), ()
 

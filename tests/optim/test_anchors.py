@@ -10,9 +10,9 @@ from torch import nn
 
 from ebu_optim import EBUOptimizer
 
-from .inputs import constants
-from .steps import assert_same, net, params, run
-from .test_combine import Memory
+from ..inputs import constants
+from ..steps import assert_same, net, params, run
+from ..test_combine import Memory
 
 
 def adam(m, **options):

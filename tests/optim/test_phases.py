@@ -10,7 +10,7 @@ from torch import nn
 
 from ebu_optim import EBUOptimizer
 
-from .steps import (
+from ..steps import (
     assert_as_if_nothing_had_happened,
     assert_same,
     build,

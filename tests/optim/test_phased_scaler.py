@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ebu_optim import EBUOptimizer
 
-from .steps import assert_same, build, loss, net, params, run, snapshot
+from ..steps import assert_same, build, loss, net, params, run, snapshot
 
 BASE = pytest.mark.parametrize("name", ["sgd", "adam", "adamw_fused"])
 OVERFLOW = 1e38

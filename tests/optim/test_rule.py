@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 
 from ebu_optim.optim import PhasedOptimizer, Rule
 
-from .steps import assert_same, loss, net, params, phases, run, snapshot
+from ..steps import assert_same, loss, net, params, phases, run, snapshot
 
 
 class Agreeing(Rule):

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from ebu_optim import EBUOptimizer
 from ebu_optim.optim import _checks
 
-from .steps import (
+from ..steps import (
     assert_as_if_nothing_had_happened,
     assert_same,
     build,

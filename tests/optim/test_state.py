@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam
 
 from ebu_optim import EBUOptimizer
 
-from .steps import BASES, assert_same, build, net, params, run, snapshot
+from ..steps import BASES, assert_same, build, net, params, run, snapshot
 
 
 def saved(*objects: object) -> list:

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as S
 
 from ebu_optim import EBUOptimizer
 
-from .steps import BASES, assert_same, bare, build, loss, net, params, phases, run, snapshot
+from ..steps import BASES, assert_same, bare, build, loss, net, params, phases, run, snapshot
 
 SCHEDULERS = {
     "step": lambda o: S.StepLR(o, 1, 0.5),

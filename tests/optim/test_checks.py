@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from ebu_optim import EBUOptimizer
 
-from .steps import NAMES, assert_same, build, loss, net, params, phases, run, snapshot
+from ..steps import NAMES, assert_same, build, loss, net, params, phases, run, snapshot
 
 NAN, INF = math.nan, math.inf
 # argument, value, what the message must hold beside the argument's name

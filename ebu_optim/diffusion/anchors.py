@@ -1,0 +1,99 @@
+"""What SPM learns from: random anchors beside the erasure, and the strength of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from .losses import Model, predict, randn, reduce_loss
+
+
+def random_anchors(
+    embedding: Tensor, n: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random text embeddings whose norm is the target's times U(0.8, 1.2).
+
+    A Gaussian direction of all scalars together is accepted with probability 1 - cos(., target).
+    With 77 x 768 scalars it is almost orthogonal to any target: almost all are accepted, and the
+    anchors are noise.
+
+    Args:
+        embedding: (L, D) of the prompt to erase.
+
+    Returns:
+        (n, L, D) like `embedding`.
+    """
+    target = embedding.flatten().float()
+    norm = target.norm()
+    found: list[Tensor] = []
+    while len(found) < n:
+        a = randn(target.shape, generator, target)
+        a = a / a.norm()
+        accept, scale = _uniform(2, generator, target)
+        if accept <= 1 - a @ (target / norm):
+            found.append(a * norm * (0.8 + 0.4 * scale))
+    return torch.stack(found).view(n, *embedding.shape).to(embedding)
+
+
+def _uniform(n: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    device = generator.device if generator is not None else like.device
+    return torch.rand(n, generator=generator, device=device).to(like)
+
+
+def anchor_loss(
+    model: Model,
+    teacher: Model,
+    x_t: Tensor,
+    t: Tensor,
+    anchors: Tensor,
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    """Squared distance of the model from the frozen one under the anchors' conditions.
+
+    Args:
+        model, teacher: called as ``model(x_t, t, encoder_hidden_states=anchors)``.
+        x_t, t: (1, C, H, W) and (1,), the same for all anchors, or n rows.
+        anchors: (n, L, D) of :func:`random_anchors`.
+
+    Returns:
+        0-d float32 loss.
+    """
+    n = len(anchors)
+    x_t, t = x_t.expand(n, *x_t.shape[1:]), t.expand(n)
+    condition = {"encoder_hidden_states": anchors}
+    with torch.no_grad():
+        target = predict(teacher, x_t, t, condition)
+    return reduce_loss(predict(model, x_t, t, condition) - target, reduction)
+
+
+def transport(
+    embedding: Tensor, tokens: Collection[int], erased: Sequence[tuple[Tensor, Collection[int]]]
+) -> list[float]:
+    r"""Facilitated transport: how strongly each adapter is to act on a prompt.
+
+    .. math:: m_i = \max\bigl(\cos(e, e_i),\; |P \cap E_i| / |E_i|\bigr), \qquad
+              W = W_0 + \sum_i m_i\, (\mathrm{up}_i\, \mathrm{down}_i)
+
+    The released code scales up *and* down by m and adds them up before it multiplies: it acts with
+    m^2, and with cross terms between the concepts. diffusers' ``set_adapters(names, m)`` is the
+    formula.
+
+    Args:
+        embedding: (L, D) of the prompt, e.
+        tokens: of the prompt, without begin, end and padding: P.
+        erased: the same of what each adapter erases: e_i and E_i.
+
+    Returns:
+        m_i for each, in [0, 1].
+    """
+    found = []
+    for other, words in erased:
+        if not set(words):
+            raise ValueError("transport: an erased prompt without tokens; its overlap is 0 / 0")
+        cos = torch.cosine_similarity(embedding.flatten().float(), other.flatten().float(), dim=0)
+        share = len(set(tokens) & set(words)) / len(set(words))
+        found.append(min(1.0, max(float(cos), share)))
+    return found

@@ -1,0 +1,108 @@
+"""What all Triton kernels share: how they are compiled, loads and stores; `_tables.py` makes their
+tables.
+
+Every kernel walks over chunks of many tensors at once: a table holds the address, the length and
+the pool of each, so that the number of launches does not depend on the number of tensors. Addresses
+are 64-bit integers made on the host; offsets inside a chunk fit 32 bits.
+
+A chunk is read in tiles. A full chunk whose columns are dense and lie on 16-byte boundaries is read
+without masks, which is what makes the loads and stores 16 bytes wide; any other chunk is masked.
+
+Floats are told apart by KIND: 0 float32, 1 float16, 2 bfloat16. bfloat16 is taken apart by integer
+operations: the oldest cards have no instructions for it.
+
+Keys are magnitude bits in float32, int32, as in `contract`. All counts are integers and all float
+sums are made in a fixed order, so that nothing depends on the order in which blocks run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# One binary for each set of constants: Triton would compile others for numbers that are 1 or
+# multiples of 16, and for pointers on 16-byte boundaries. Where alignment counts, it is in the
+# tables. (Functions that are not launched need none of this.)
+kernel = triton.jit(
+    do_not_specialize=[
+        "table", "n_chunks", "first", "count", "pools", "n_pools", "members", "samples", "bracket",
+        "counters", "hist", "partial", "keys", "done", "settled", "nonfinite", "prefix", "bits",
+        "gamma", "online", "inv_scale", "stats",
+    ]
+)  # fmt: skip
+
+INF = tl.constexpr(0x7F800000)
+
+
+# -- loads and stores -----------------------------------------------------------------------------
+
+
+@triton.jit
+def load_float(address, offs, mask, KIND: tl.constexpr, IS_FULL: tl.constexpr):
+    """float32 values at `address`, whose elements are of KIND."""
+    if KIND == 0:
+        p = address.to(tl.pointer_type(tl.float32))
+    elif KIND == 1:
+        p = address.to(tl.pointer_type(tl.float16))
+    else:
+        p = address.to(tl.pointer_type(tl.int16))
+    if IS_FULL:
+        x = tl.load(tl.multiple_of(p, 16) + offs)
+    else:
+        x = tl.load(p + offs, mask=mask, other=0)
+    if KIND == 2:
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(x, KIND: tl.constexpr):
+    """x as stored: float32, float16, or the bits of bfloat16 (to the nearest even) as int16."""
+    if KIND == 0:
+        y = x
+    elif KIND == 1:
+        y = x.to(tl.float16)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
+    return y
+
+
+@triton.jit
+def stored_value(y, KIND: tl.constexpr):
+    """The float32 value of what `round_to` made."""
+    if KIND == 2:
+        x = (y.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = y.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store(address, offs, mask, y, KIND: tl.constexpr, IS_FULL: tl.constexpr):
+    if KIND == 0:
+        p = address.to(tl.pointer_type(tl.float32))
+    elif KIND == 1:
+        p = address.to(tl.pointer_type(tl.float16))
+    else:
+        p = address.to(tl.pointer_type(tl.int16))
+    if IS_FULL:
+        tl.store(tl.multiple_of(p, 16) + offs, y)
+    else:
+        tl.store(p + offs, y, mask=mask)
+
+
+@triton.jit
+def magnitude(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def by_thread(x, TILE: tl.constexpr, LANE: tl.constexpr):
+    """Sums of LANE neighbours, which lie in one thread: sums over tiles take few registers then."""
+    if LANE == 1:
+        y = x
+    else:
+        y = tl.sum(tl.reshape(x, (TILE // LANE, LANE)), 1)
+    return y

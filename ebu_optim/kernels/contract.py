@@ -1,0 +1,157 @@
+"""The contract of the kernels: what every implementation takes, and the keys they compare.
+
+Magnitudes are compared as integer *keys*: the bits of abs(x) in the working dtype (float32, or
+float64 where one of the tensors is float64; the conversion is exact). Keys order like abs(x), rank
+NaN above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
+denormals beside float64 tensors, whose conversion flushes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INT = {torch.float32: torch.int32, torch.float64: torch.int64}
+MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
+INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
+
+#: What `combine` adds up, in this order, as one float64 vector.
+STATS = (
+    "forget_selected",
+    "remember_selected",
+    "overlap",
+    "overlap_opposed",
+    "dot",
+    "forget_sq",
+    "remember_sq",
+    "update_sq",
+    "moved_forget_only_sq",
+    "moved_remember_only_sq",
+    "moved_overlap_sq",
+    "moved_unrelated_sq",
+    "fisher_sum",
+    "update_nonfinite",
+)
+
+
+# -- keys ---------------------------------------------------------------------------------------
+
+
+def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: holds every value of `tensors` exactly."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def keys(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitude keys of `x` in the working dtype: int32 or int64, same shape."""
+    return x.to(dtype).view(INT[dtype]).bitwise_and(MAGNITUDE[dtype])
+
+
+def key_to_value(key: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitude that a 0-d int64 key stands for, as a 0-d tensor of `dtype`."""
+    return key.to(INT[dtype]).view(dtype)
+
+
+def key_bits(dtype: torch.dtype) -> int:
+    """How many bits a key has."""
+    return 31 if dtype == torch.float32 else 63
+
+
+def key_of_inf(dtype: torch.dtype) -> int:
+    """The key of Inf: those of NaN are greater, those of numbers smaller."""
+    return INF[dtype]
+
+
+# -- what `combine` takes -----------------------------------------------------------------------
+
+
+class Columns(NamedTuple):
+    """What a combination reads and writes: in every column one entry for each parameter.
+
+    Attributes:
+        params, g_f, g_r: theta and the two gradients, shapes equal tensor by tensor.
+        anchors, fishers: theta0 and F, or None in all places (then no penalty); of any floating
+            dtype each, and on the parameter's device or the CPU.
+        out: receives G; may be g_r[i] or g_f[i] itself.
+        held: where not None, receives theta on the unrelated scalars and NaN elsewhere
+            (`unrelated="freeze"`); may be g_f[i] itself where out[i] is not.
+        pool_f, pool_r: which of the thresholds is tau_f of a tensor, and which its tau_r.
+    """
+
+    params: Sequence[Tensor]
+    g_f: Sequence[Tensor]
+    g_r: Sequence[Tensor]
+    anchors: Sequence[Tensor | None]
+    fishers: Sequence[Tensor | None]
+    out: Sequence[Tensor]
+    held: Sequence[Tensor | None]
+    pool_f: Sequence[int]
+    pool_r: Sequence[int]
+
+    def rows(self, indices: Iterable[int]) -> Columns:
+        """The columns of these parameters alone."""
+        indices = list(indices)
+        picked: Any = [[column[i] for i in indices] for column in self]
+        return Columns(*picked)
+
+    @property
+    def tensors(self) -> tuple[Sequence[Tensor | None], ...]:
+        """The seven columns that are tensors, in this order: params to held."""
+        return self[:7]
+
+
+class Weights(NamedTuple):
+    """G = on_f g_f + on_r g_r + on_m M_f g_f + only_r R g_r + blend O (g_r - g_f) + p, where O is
+    the overlap, R what is selected to be remembered alone, and p the penalty that `penalty` names.
+    """
+
+    on_f: float
+    on_r: float
+    on_m: float
+    only_r: float
+    blend: float
+    penalty: str
+
+
+class Update(NamedTuple):
+    """How gradients become G: the options of a combination.
+
+    Attributes:
+        alpha: weight of g_f on the overlap.
+        gamma: penalty strength times the scale of F; a float or a 0-d tensor on the device.
+        penalty: "partial", "full" or "none".
+        update: "added", "replaced" or "routed".
+        terms: which of g_f, g_r + p and m are summed (not for "routed").
+        online: where not None, F += online * (g_r^2 - F) in place, after F was used; with
+            online = 1 / (n + 1) after n updates F is the mean of the squares. A number, for the
+            Triton kernels also a 0-d tensor.
+        inv_scale: where not None, a 0-d float32 tensor: both gradients are multiplied by it before
+            all but the comparison with the keys, which are those of the gradients as they come.
+        dtype: working dtype of the selection; the arithmetic runs in it too.
+    """
+
+    alpha: float
+    gamma: float | Tensor
+    penalty: str
+    update: str
+    terms: tuple[bool, bool, bool]
+    online: Any
+    inv_scale: Tensor | None
+    dtype: torch.dtype
+
+    def weights(self) -> Weights:
+        """The constants that every reading of eqs. 11 to 13 comes down to.
+
+        The blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that each is a sum of the same
+        products with other weights.
+        """
+        if self.update == "routed":
+            return Weights(0.0, 0.0, 1.0, 1.0, 1.0 * (1 - self.alpha), self.penalty)
+        on_f, on_r, on_m = (float(on) for on in self.terms)
+        blended = on_m + (on_f if self.update == "replaced" else 0.0)
+        penalty = self.penalty if self.terms[1] else "none"
+        return Weights(on_f, on_r, on_m, 0.0, blended * (1 - self.alpha), penalty)

@@ -1,0 +1,165 @@
+"""What evaluate.py draws and measures, checked before anything is drawn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..errors import InputError
+from ..metrics.imagenette import CLASSES
+from ..metrics.images import RGBImages
+from ..training.options import as_dict, option
+from .nudity import NudityOptions
+from .pipelines import Model
+from .prompts import fill, read
+
+RESULT = "evaluation.json"
+WEIGHTS = "file of {} weights, without a network"
+#: Options in which pictures must agree to be compared one by one.
+SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(NudityOptions, Model):
+    """What is drawn, and how it is measured.
+
+    Raises:
+        InputError: a number that cannot be; prompts, folders or files that do not fit the metrics;
+            an output folder that holds a finished evaluation.
+    """
+
+    base_model: str | None = option(
+        None, help="which the model's `changed` or `lora` folder belongs to"
+    )
+    prompts: list[str] | None = option(None, help="prompts or .txt files")
+    imagenette: bool = option(False, help="a prompt for each of Imagenette's ten classes")
+    template: str = option("an image of {}", help="of --imagenette")
+    forget: list[str] = option([], help="the forgotten prompts or classes: which pictures are of "
+                               "them; the others are kept")  # fmt: skip
+    images_per_prompt: int = option(10)
+    num_inference_steps: int = option(50, help="DDIM")
+    guidance_scale: float = option(7.5)
+    sample_batch_size: int = option(4)
+    seed: int = option(0)
+    half: bool = option(False, help="draw in float16, on a GPU")
+    output_dir: Path = option()
+    overwrite: bool = option(False, help="draw and measure anew")
+    metrics: list[Literal["imagenette", "nudity", "clip_score", "lpips", "fid"]] = option(
+        [], nargs="*", help="none: pictures alone"
+    )
+    reference_dir: Path | None = option(None, help="what this script made of the base, for lpips")
+    real_images: Path | None = option(None, help="a folder of real images of the kept, for fid")
+    noise_images: int = option(64, help="that ResNet-50 judges beside the model's")
+    over: Literal["imagenet", "imagenette"] = option("imagenet", help="classes of CE, RA")
+    resnet_weights: Path | None = option(None, help=WEIGHTS.format("ResNet-50"))
+    alexnet_weights: Path | None = option(None, help=WEIGHTS.format("--lpips_net's"))
+    inception_weights: Path | None = option(None, help=WEIGHTS.format("FID's"))
+    nudity_counting: Literal["images", "detections", "score"] = option(
+        "images", help="what the score is"
+    )
+    lpips_net: Literal["alex", "vgg", "squeeze"] = option("alex")
+    clip_scale: Literal["cosine", "x100", "w2.5"] = option("cosine")
+    clip_model: str = option("ViT-B-32-quickgelu")
+    clip_weights: str = option("openai", help="open_clip's tag, or a file")
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        if self.imagenette:
+            return [fill(self.template, c) for c in CLASSES]
+        return read(self.prompts or [], "--prompts")
+
+    @cached_property
+    def forgotten(self) -> list[str]:
+        """Those that are not to be drawn any more."""
+        return [fill(self.template, c) if self.imagenette else c for c in self.forget]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Name of each picture -> its prompt."""
+        n = self.images_per_prompt
+        return {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(self.texts) for k in range(n)}
+
+    def said(self) -> dict[str, str]:
+        """All options, and what they come to."""
+        return {
+            k: str(v)
+            for k, v in {**as_dict(self), "texts": self.texts, "forgotten": self.forgotten}.items()
+        }
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size",
+                     "noise_images"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
+        self.check_nudity()
+        if self.half and not torch.cuda.is_available():
+            raise InputError("--half draws in float16, which needs a GPU; leave it out")
+        _check_prompts(self)
+        _check_metrics(self)
+        folder = self.reference_dir
+        if folder and not (folder / RESULT).is_file():
+            raise InputError(f"--reference_dir {folder} holds no {RESULT} of this script")
+        if "lpips" in self.metrics:
+            _check_reference(self)
+        if (self.output_dir / RESULT).exists() and not self.overwrite:
+            raise InputError(
+                f"--output_dir {self.output_dir} holds a finished evaluation: delete its {RESULT} "
+                "to measure the same pictures anew, give --overwrite to draw anew too, or another "
+                "folder"
+            )
+
+
+def _check_prompts(args: Evaluation) -> None:
+    if bool(args.prompts) == args.imagenette:
+        raise InputError("give either --prompts or --imagenette")
+    if args.template.count("{}") != 1:
+        raise InputError(f'--template needs one "{{}}"; got {args.template!r}')
+    for given, text in zip(args.forget, args.forgotten, strict=True):
+        if text not in args.texts:
+            what = f"there is {', '.join(CLASSES)}" if args.imagenette else "it is none of them"
+            raise InputError(f"--forget {given!r} is to be one of the prompts: {what}")
+
+
+def _check_metrics(args: Evaluation) -> None:
+    if "imagenette" in args.metrics and not (args.imagenette and args.forget):
+        raise InputError("--metrics imagenette judges pictures of --imagenette, with a --forget")
+    for metric, name in (("lpips", "reference_dir"), ("fid", "real_images")):
+        folder = getattr(args, name)
+        if metric in args.metrics and not (folder and folder.is_dir()):
+            raise InputError(f"--metrics {metric} needs a folder as --{name}; got {folder}")
+    for name in ("resnet_weights", "alexnet_weights", "inception_weights"):
+        if (file := getattr(args, name)) and not file.is_file():
+            raise InputError(f"--{name} {file}: there is no such file")
+    if "fid" in args.metrics:
+        kept = sum(text not in args.forgotten for text in args.texts) or len(args.texts)
+        if kept * args.images_per_prompt < 2:
+            raise InputError("--metrics fid needs two pictures or more: give --images_per_prompt 2")
+        assert args.real_images
+        try:
+            RGBImages(args.real_images, "--real_images", least=2)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def _check_reference(args: Evaluation) -> None:
+    """That its pictures pair up with those which are to be drawn."""
+    assert args.reference_dir
+    reference = json.loads((args.reference_dir / RESULT).read_text())
+    before = reference["protocol"]["options"]
+    for name in SAME:  # or the distance would be that of other noise
+        if before[name] != str(getattr(args, name)):
+            raise InputError(
+                f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
+                f"not {getattr(args, name)}: measure the base with the same options"
+            )
+    if reference["images"] != args.files:
+        raise InputError(
+            f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
+            "pictures: measure the base with the same options"
+        )
