@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -371,13 +372,13 @@ def test_unreadable_images_are_named_and_counted(monkeypatch, tmp_path, capsys):
     data, args = source(monkeypatch, "--train_data_dir", folder, "--resolution", 8)
     with refused(monkeypatch, "7 of 13 images cannot be read: cat/broken0.png .* and 2 more"):
         data.load(args)
-    args.skip_unreadable = True
+    args = replace(args, skip_unreadable=True)
     found = data.load(args)
     assert "left out" in capsys.readouterr().err
     assert found.images.shape == (6, 3, 8, 8)
     assert found.classes == ("cat", "dog")
     assert len(found.skipped) == 7
-    args.resolution = None
+    args = replace(args, resolution=None)
     assert data.load(args).images.shape == (6, 3, 8, 9)
 
 
@@ -407,11 +408,11 @@ def test_parquet_has_the_splits_of_its_names(monkeypatch, tmp_path):
     assert found.classes == ("cat", "dog")
     with refused(monkeypatch, r"1 of 2 images cannot be read: test-0.parquet, row 1"):
         data.load(args, "test")
-    args.label_column = "kind"
+    args = replace(args, label_column="kind")
     with refused(monkeypatch, "has no column kind; it has img, label"):
         data.load(args)
     (tmp_path / "train-1.parquet").write_bytes(b"PAR1 no more")
-    args.label_column = None
+    args = replace(args, label_column=None)
     with refused(monkeypatch, "train-1.parquet cannot be read"):
         data.load(args)
 
@@ -421,9 +422,9 @@ def test_splits_by_name_held_out_and_joined(monkeypatch, tmp_path):
     images(tmp_path / "pets" / "test", broken=0)
     data, args = source(monkeypatch, "--train_data_dir", tmp_path / "pets")
     assert [len(data.load(args, s).labels) for s in ("train", "test", "all")] == [6, 6, 6]
-    args.join_splits = True
+    args = replace(args, join_splits=True)
     assert [len(data.load(args, s).labels) for s in ("train", "test", "all")] == [11, 1, 12]
-    args.max_train_samples = 4
+    args = replace(args, max_train_samples=4)
     assert [len(data.load(args, s).labels) for s in ("train", "test", "all")] == [4, 1, 4]
     # a class that is called "train" is no split
     (tmp_path / "pets" / "train" / "cat").rename(tmp_path / "pets" / "train" / "train")
@@ -432,7 +433,7 @@ def test_splits_by_name_held_out_and_joined(monkeypatch, tmp_path):
     assert found.classes == ("dog", "train")
     assert len(found.labels) == 6
     assert "held out" in found.source
-    args.join_splits = True
+    args = replace(args, join_splits=True)
     with refused(monkeypatch, "no test split to join"):
         data.load(args)
 
