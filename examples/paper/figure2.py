@@ -17,6 +17,8 @@ import rows
 import tables
 from worlds import Setting
 
+from ebu_optim.report import comparison
+
 METHODS = (
     "ebu_added", "selective_amnesia", "salun", "gradient_ascent", "fine_tune", "joint", "pcgrad",
 )  # fmt: skip
@@ -55,7 +57,7 @@ def table(
 def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
     """Each measure over seconds and over steps, on log scales; what is at 0 is the base's limit."""
     run = found[0].runs[0]
-    noise = {k: tables.value(v) for k, v in rows.results(run.folder)[1]["values"].items()}
+    noise = {k: comparison.value(v) for k, v in rows.results(run.folder)[1]["values"].items()}
     noise["p_f"] = figures.about(run)["noise_p_f"]
     charts = []
     for key, label in CURVES.items():

@@ -17,6 +17,8 @@ import torch
 from runs import Run
 from worlds import Setting
 
+from ebu_optim.report import comparison
+
 VALUES = (0.2, 0.4, 0.6, 0.8)
 PLOTS = {"p_f_reject": "P_f, reject class", "ce_f": "CE_f, nats", "ra": "RA",
          "ra_never_replayed": "RA, never replayed"}  # fmt: skip
@@ -53,9 +55,10 @@ def plots(found: Grid) -> list[dict[str, Any]]:
     for key, label in {**PLOTS, **inverted}.items():
         if key in first[-1]["values"]:
             series = {
-                f"delta {d}": [(a, tables.value(values[a, d][key])) for a in VALUES] for d in VALUES
+                f"delta {d}": [(a, comparison.value(values[a, d][key])) for a in VALUES]
+                for d in VALUES
             }
-            lines = {n: tables.value(v[key]) for n, v in limits.items() if key in v}
+            lines = {n: comparison.value(v[key]) for n, v in limits.items() if key in v}
             charts.append(
                 {"title": f"{label.split(',')[0]} over alpha", "x": "alpha", "y": label,
                  "series": series, "limits": lines}

@@ -23,6 +23,7 @@ from ebu_optim.baselines import methods
 from ebu_optim.errors import InputError
 from ebu_optim.metrics.images import read_image
 from ebu_optim.metrics.protocol import TEXT_TO_IMAGE
+from ebu_optim.report import comparison
 
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = ("ebu_added", "ebu_replaced", "joint", "selective_amnesia", "salun", "esd", "spm")
@@ -242,7 +243,7 @@ def marks(found: Sequence[tables.Row]) -> list[str]:
     there = []
     for r in found:
         v = tables.gather(r)
-        p_f, drop = (tables.value(v[k]) for k in ("p_f", "worst_drop"))
+        p_f, drop = (comparison.value(v[k]) for k in ("p_f", "worst_drop"))
         if p_f is None or drop is None:
             continue
         off = 1e-9  # of a mean of shares of pictures
@@ -257,7 +258,7 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
     series = {}
     for r in found:
         v = rows.results(r.runs[0].folder)[-1]["values"]
-        points = [(n, tables.value(v.get(key))) for n, key in
+        points = [(n, comparison.value(v.get(key))) for n, key in
                   ((0, "p_f_prompts"), (100, "inversion_100"), (200, "inversion_200"))]  # fmt: skip
         series[r.name] = [(x, y) for x, y in points if y is not None]
     label = "P_f after steps of textual inversion"

@@ -26,7 +26,7 @@ import sd_tasks
 import tables
 from runs import Run
 
-from ebu_optim.report import write_report
+from ebu_optim.report import comparison, write_report
 
 EVERY = 5  # steps between two looks
 SMALL = {
@@ -88,7 +88,7 @@ def report(
     table = []
     for name, runs in made.items():
         each = [values(run) for run in runs]
-        mean = {k: tables.mean([v[k] for v in each], k) for k in each[0]}
+        mean = {k: comparison.over_seeds([v[k] for v in each], k) for k in each[0]}
         table.append({"name": name, "values": {**mean, "seeds": len(runs)}})
     first = next(iter(made.values()))[0]
     about = json.loads((first.commands[0].folder / "unlearn.json").read_text())

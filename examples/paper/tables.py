@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,8 @@ from worlds import Setting, World
 from ebu_optim.class_conditional.pages import prepared
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
-from ebu_optim.metrics.intervals import t_interval
 from ebu_optim.report import write_report
-from ebu_optim.report.cells import measure
+from ebu_optim.report.comparison import difference, rows_over_seeds
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 #: The paper's columns by our keys; its RT is the number of steps.
@@ -67,38 +65,15 @@ def paper_steps(world: World, method: str) -> int:
     return steps
 
 
+def values(row: Row) -> list[dict[str, Any]]:
+    """The method's values, a seed at a time."""
+    return [rows.results(run.folder)[-1]["values"] for run in row.runs]
+
+
 def gather(row: Row) -> dict[str, Any]:
     """The values of a row: of one run as they are, with intervals over the images; of several the
     mean and its 95 % interval over the seeds."""
-    found = [rows.results(run.folder)[-1]["values"] for run in row.runs]
-    keys = dict.fromkeys(k for values in found for k in values)
-    together = {k: mean([values.get(k) for values in found], k) for k in keys}
-    return {**together, "steps": row.steps}
-
-
-def mean(values: Sequence[Any], key: str) -> Any:
-    """Of the cells of several seeds, with its interval; of one its cell."""
-    if len(values) == 1:
-        return values[0]
-    lacking = [v for v in values if v is None or (isinstance(v, Mapping) and "not_computed" in v)]
-    if len(lacking) == len(values):
-        return values[0]
-    if lacking:  # never the mean of some, nor the first one's figure, as if it were of all
-        why = lacking[0]["not_computed"] if lacking[0] else "it has no such value"
-        return {"not_computed": f"in {len(lacking)} of {len(values)} seeds: {why}"}
-    if isinstance(values[0], Mapping) and "reached" in values[0]:
-        what, within = ("seconds", "within_seconds") if key == "ut" else ("steps", "within")
-        there = [v[what] for v in values if v["reached"]]
-        if len(there) < len(values):
-            most = max(v[within] for v in values)
-            return f"> {most:g} in {len(values) - len(there)} of {len(values)}"
-        return _interval(there)
-    return _interval([v["value"] if isinstance(v, Mapping) else v for v in values])
-
-
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    low, high = t_interval(values)
-    return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
+    return {**rows_over_seeds(values(row)), "steps": row.steps}
 
 
 CURVE = 300  # the last step of a table's curves
@@ -108,31 +83,12 @@ AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 def differences(table: Sequence[Row], axes: Sequence[str] = AXES) -> list[str]:
     """The first row of several seeds minus each other one with the same, seed by seed."""
     several = [r for r in table if len(r.runs) > 1]
-    found = []
-    for other in several[1:]:
-        first = several[0]
-        if other.seeds != first.seeds:
-            continue
-        said = []
-        for key in axes:
-            pairs = [
-                [value(rows.results(run.folder)[-1]["values"].get(key)) for run in both]
-                for both in zip(first.runs, other.runs, strict=True)
-            ]
-            gaps = [a - b for a, b in pairs if a is not None and b is not None]
-            if len(gaps) < len(pairs):
-                continue
-            low, high = t_interval(gaps)
-            label = measure(key).label
-            said.append(f"{label} {statistics.fmean(gaps):+.3f} [{low:+.3f}, {high:+.3f}]")
-        found.append(f"{first.name} minus {other.name}: {'; '.join(said)}")
-    return found
-
-
-def value(cell: Any) -> float | None:
-    """A cell of a table as a number, where it is one."""
-    cell = cell.get("value") if isinstance(cell, Mapping) else cell
-    return float(cell) if isinstance(cell, (int, float)) else None
+    return [
+        f"{several[0].name} minus {other.name}: "
+        f"{difference(values(several[0]), values(other), axes)}"
+        for other in several[1:]
+        if other.seeds == several[0].seeds
+    ]
 
 
 def paper_rows(table: str | None) -> list[dict[str, Any]]:
