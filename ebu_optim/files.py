@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .errors import InputError
 from .modules import tensor_hash
 
 __all__ = [
+    "check_free",
     "load_tensors",
     "locked",
     "need_disk",
@@ -220,6 +221,32 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): delete it and make it again"
         ) from error
+
+
+def check_free(out: Path, is_result: Callable[[Path], bool], overwrite: bool) -> None:
+    """Refuse to begin what would overwrite a result, or something that is none.
+
+    Args:
+        out: the output folder of a script with ``--output_dir`` and ``--overwrite``.
+        is_result: whether a folder is a finished result of that script.
+        overwrite: whether one may be replaced.
+
+    Raises:
+        InputError: the folder holds a result and `overwrite` is not given, or something else.
+    """
+    if not out.exists():
+        return
+    finished = is_result(out)
+    if finished and not overwrite:
+        raise InputError(
+            f"{out} holds a finished result: give --overwrite to replace it, or another "
+            "--output_dir"
+        )
+    if not finished and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out} is in use by something else (no result of this script): give another "
+            "--output_dir"
+        )
 
 
 def need_disk(folder: Path, size: float, what: str) -> None:

@@ -37,7 +37,8 @@ from ebu_optim.diffusion import (
     sample_set,
     surrogate_noise,
 )
-from ebu_optim.files import replacing_folder
+from ebu_optim.errors import InputError
+from ebu_optim.files import check_free, replacing_folder
 from ebu_optim.metrics import accuracy, classify, entropy, probability
 from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
 from ebu_optim.worlds import digits
@@ -85,19 +86,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} is not to be had here: {error}")
-    out = args.output_dir
-    if out.exists() and not args.train:
-        finished = is_result(out)
-        if finished and not args.overwrite:
-            parser.error(
-                f"{out} holds a finished result: give --overwrite to replace it, or another "
-                "--output_dir"
-            )
-        if not finished and (not out.is_dir() or any(out.iterdir())):
-            parser.error(
-                f"{out} is in use by something else (no result of this script): give another "
-                "--output_dir"
-            )
+    if not args.train:
+        try:
+            check_free(args.output_dir, is_result, args.overwrite)
+        except InputError as error:
+            parser.error(str(error))
     return args
 
 

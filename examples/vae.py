@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 
-import any_model
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from ebu_optim import EBUOptimizer
 from ebu_optim.baselines import Joint
 from ebu_optim.diffusion import surrogate_noise
-from ebu_optim.worlds import digits
+from ebu_optim.worlds import any_model, digits
 
 LATENT, CONDITION, WIDTH, PIXELS = 8, 16, 256, 64
 

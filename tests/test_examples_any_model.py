@@ -65,7 +65,7 @@ def test_forgets_and_keeps(finished):
 
 def test_the_saved_weights_are_those_that_forgot(finished, examples):
     script, out, _ = finished
-    import any_model
+    from ebu_optim.worlds import any_model
 
     module = importlib.import_module(script)
     model = module.VAE() if script == "vae" else module.Generator()
@@ -79,7 +79,7 @@ def test_the_saved_weights_are_those_that_forgot(finished, examples):
 
 def test_a_finished_result_is_not_replaced_unasked(finished, examples, capsys):
     script, out, _ = finished
-    import any_model
+    from ebu_optim.worlds import any_model
 
     arguments = ["--output_dir", str(out)]
     with pytest.raises(SystemExit):
@@ -113,7 +113,7 @@ def test_bad_input_ends_the_script_before_any_training(script, examples, tmp_pat
     ],
 )
 def test_bad_arguments_are_named(arguments, message, examples, capsys):
-    import any_model
+    from ebu_optim.worlds import any_model
 
     with pytest.raises(SystemExit) as end:
         any_model.parse("vae", "", 1, arguments)
@@ -123,7 +123,7 @@ def test_bad_arguments_are_named(arguments, message, examples, capsys):
 
 @pytest.mark.parametrize("content", ["[]", '{"script": "else"}', "no json"])
 def test_a_folder_of_something_else_is_left_alone(content, examples, tmp_path, capsys):
-    import any_model
+    from ebu_optim.worlds import any_model
 
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(SystemExit):
@@ -174,8 +174,9 @@ def test_energy_distance_by_hand_and_least_at_the_right_distribution(examples):
 
 
 def test_fisher_is_the_diagonal_of_the_outputs_jacobian(examples):
-    import any_model
     import gan
+
+    from ebu_optim.worlds import any_model
 
     torch.manual_seed(0)
     model = gan.Generator()
@@ -193,7 +194,7 @@ def test_fisher_is_the_diagonal_of_the_outputs_jacobian(examples):
 
 @pytest.mark.parametrize("script", sorted(SHORT))
 def test_attacks_leave_the_model_alone(script, examples, monkeypatch):
-    import any_model
+    from ebu_optim.worlds import any_model
 
     module = importlib.import_module(script)
     monkeypatch.setattr(any_model, "AT", (1, 3))

@@ -1,4 +1,6 @@
-"""What vae.py and gan.py share: the options, the three axes, the table and the picture.
+"""Forgetting a digit in any conditional generative model: options, three axes, table and picture.
+
+examples/vae.py and examples/gan.py are two such scripts.
 
 A model here is a module with an ``embedding`` of the condition and ``draw(labels, generator)``; a
 loss is ``loss(model, images, labels, generator)``, the one that the model learns its images by.
@@ -19,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ebu_optim import EBUOptimizer
-from ebu_optim.diffusion import surrogate_noise
-from ebu_optim.files import replacing_folder
-from ebu_optim.metrics import (
+from ..diffusion import surrogate_noise
+from ..errors import InputError
+from ..files import check_free, replacing_folder
+from ..metrics import (
     accuracy,
     classify,
     inversion,
@@ -30,8 +32,9 @@ from ebu_optim.metrics import (
     relearn_steps,
     versions,
 )
-from ebu_optim.metrics.depth import Loss
-from ebu_optim.worlds import digits
+from ..metrics.depth import Loss
+from ..optim import EBUOptimizer
+from . import digits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -65,19 +68,10 @@ def parse(
             parser.error(f"--{name} must be >= {least}; got {getattr(args, name)}")
     if not 0 < args.learning_rate < float("inf"):
         parser.error(f"--learning_rate must be > 0 and finite; got {args.learning_rate}")
-    out = args.output_dir
-    if out.exists():
-        finished = is_result(out, script)
-        if finished and not args.overwrite:
-            parser.error(
-                f"{out} holds a finished result: give --overwrite to replace it, or another "
-                "--output_dir"
-            )
-        if not finished and (not out.is_dir() or any(out.iterdir())):
-            parser.error(
-                f"{out} is in use by something else (no result of this script): give another "
-                "--output_dir"
-            )
+    try:
+        check_free(args.output_dir, lambda out: is_result(out, script), args.overwrite)
+    except InputError as error:
+        parser.error(str(error))
     return args
 
 
