@@ -314,24 +314,6 @@ def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path)
         assert found == (None if own else "relabel"), method
 
 
-def test_a_mean_over_seeds_is_over_all_of_them():
-    mean = module("tables").mean
-    reached = {"reached": True, "steps": 10.0, "seconds": 1.0, "within": 200, "within_seconds": 9.0}
-    never = reached | {"reached": False, "steps": None, "seconds": None}
-    why = {"not_computed": "no weights"}
-    assert mean([reached, reached | {"steps": 20.0}], "unlearn_steps")["value"] == 15
-    assert mean([reached, reached | {"seconds": 3.0}], "ut")["value"] == 2
-    assert mean([reached, never, never], "ut") == "> 9 in 2 of 3"
-    assert mean([why, why], "fid") == why
-    assert mean([3.0, why], "fid") == {"not_computed": "in 1 of 2 seeds: no weights"}
-    assert mean([{"value": 1.0}, None], "ra") == {
-        "not_computed": "in 1 of 2 seeds: it has no such value"
-    }
-    # by hand: mean 2, deviation 1, t(0.975, 2) = 4.3027, 4.3027 / sqrt(3) = 2.4842
-    found = mean([1.0, {"value": 2.0}, 3.0], "ra")
-    assert (found["low"], found["high"]) == pytest.approx((2 - 2.4842, 2 + 2.4842), abs=1e-4)
-
-
 def test_the_first_run_draws_the_base_alone_when_the_base_is_another(paper, tmp_path):
     setting = module("worlds").Setting(paper, tmp_path)
     drawn = module("command_line")._base_drawn
