@@ -64,7 +64,7 @@ class EBURule(Rule):
             shards=step.shards,
         )  # fmt: skip
         return Combined(
-            grads, held, stats[_UPDATE_NONFINITE] == 0, stats[_UPDATE_SQ],
+            grads, held, stats[_UPDATE_NONFINITE], stats[_UPDATE_SQ],
             (stats, thresholds, selection.total),
         )  # fmt: skip
 

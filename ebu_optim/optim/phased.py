@@ -239,10 +239,10 @@ class PhasedOptimizer(WrappedOptimizer):
             ):
                 return None
         combined = self.rule.combine(step)
-        square, finite = combined.update_sq, combined.finite
+        square = combined.update_sq
         if looks:
-            finite, norm_sq = torch.stack([finite.to(square), square]).tolist()
-            exceeded = not finite or (self.max_grad_norm and not math.isfinite(norm_sq))
+            nonfinite, norm_sq = torch.stack([combined.nonfinite, square]).tolist()
+            exceeded = nonfinite or (self.max_grad_norm and not math.isfinite(norm_sq))
             if exceeded and self._skips(
                 "non-finite combined gradient: the two gradients are finite, but what "
                 f"{type(self).__name__} makes of them exceeds what its dtype holds (65504 in "

@@ -60,14 +60,14 @@ class Combined(NamedTuple):
     Attributes:
         grads: G per slot, in the parameter's dtype; may lie in the buffer of a spent gradient.
         held: per slot what the base step may not move, NaN elsewhere, or None for nothing.
-        finite: 0-d bool: G holds neither NaN nor Inf.
+        nonfinite: elements of G that are NaN or Inf, or any number > 0 for some; 0-d float64.
         update_sq: |G|^2 over the whole model, 0-d float64.
         last: what `Rule.read` makes `stats` of; on the device.
     """
 
     grads: list[Tensor]
     held: list[Tensor] | None
-    finite: Tensor
+    nonfinite: Tensor
     update_sq: Tensor
     last: Any
 
@@ -257,7 +257,8 @@ class Rule:
         shown = {n: v for n, v in figures.items() if not n.startswith("_")}
         vector = torch.stack([*products, *totals])
         last = (vector, sum(map(step.shards.numel, step.slots)), bool(step.anchors.anchor), shown)
-        return Combined(out, held or None, totals[0].isfinite(), totals[0], last)
+        nonfinite = (~totals[0].isfinite()).double()
+        return Combined(out, held or None, nonfinite, totals[0], last)
 
     def accepted(self, step: Step) -> None:
         """After the check of G: the squares of g_r go into an online F."""
