@@ -64,10 +64,7 @@ class Masked(Rule):
             self.make(step.slots, step.select())
         figures: Figures = {"selected": self._selected(step)}
         if self.paper and self.clipped_before is not None:
-            sums = (
-                self._sum(slot, *step.gradients(i))
-                for i, slot in enumerate(step.slots)
-            )  # fmt: skip
+            sums = (self._sum(s, *step.gradients(i)) for i, s in enumerate(step.slots))
             total = step.add_up(map(square, sums))
             step.shards.add(total)
             figures["clip"] = (self.clipped_before / (total.sqrt() + 1e-6)).clamp(max=1.0)

@@ -27,7 +27,7 @@ def forget_loss(made: Mapping[str, Any]) -> str:
         "relabel": "the next kept class's prediction, on the class's real images",
         "guidance": f"ESD's, {said['esd_variant']}",
     }  # fmt: skip
-    if made["method"] == "erasediff":
+    if methods[made["method"]].noise == "uniform":
         words["own"] += " with uniform instead of Gaussian noise"
     return f"{words[kind]}; noise on the condition {said['condition_noise']}"
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..baselines import methods
+from ..baselines import Recipe, methods
 from ..errors import InputError
 from ..modules import evaluating
 from ..training.data import Batches
@@ -54,25 +54,42 @@ class LossOptions:
                 f"--condition_noise: not with --method {self.method}, whose target compares "
                 "conditions and would get the noise too, the empty one as well"
             )
-        if self.forget_loss and methods[self.method].forgets not in ("surrogate", "relabel"):
-            raise InputError(f"--forget_loss: {self.method} has a forget loss of its own")
+        try:
+            recipe_of(self)
+        except ValueError as error:
+            raise InputError(
+                f"--forget_loss: {self.method} has a forget loss of its own"
+            ) from error
+
+
+def recipe_of(args: Any) -> Recipe:
+    """The method's recipe on the losses that the options choose.
+
+    Raises:
+        ValueError: --forget_loss for a method that has a forget loss of its own.
+    """
+    own = methods[args.method]
+    # a method with a remember loss of its own keeps it; --remember is told to be without effect
+    return own.with_losses(
+        forget=args.forget_loss, remember=args.remember if own.replayed else None
+    )
 
 
 def kind(args: Any) -> str | None:
-    """What the forget loss is: --forget_loss, or the method's, see `Method.forgets`."""
+    """What the forget loss is: --forget_loss, or the method's, see `Recipe.forgets`."""
     return args.forget_loss or methods[args.method].forgets
 
 
 def needs_own_images(args: Any) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
-    if kind(args) in ("own", "relabel"):
+    if recipe_of(args).own_images:
         return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
     return None
 
 
 def needs_teacher(args: Any) -> bool:
     """Whether the losses compare with the frozen model."""
-    return args.remember != "replay" or methods[args.method].forgets in ("guidance", "adapter")
+    return recipe_of(args).teacher
 
 
 NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
@@ -105,7 +122,7 @@ class Objectives:
         pairs: Any = kept or made.replay
         size = args.train_batch_size
         self.replayed: Any = pairs and Batches(pairs[0], pairs[1], size, **shared, seed=args.seed)
-        source: Any = made.own if self.kind in ("own", "relabel") else None
+        source: Any = made.own if recipe_of(args).own_images else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own: Any = source and Batches(source[0], source[1], size, **shared, seed=args.seed + 1)
         self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
@@ -129,7 +146,7 @@ class Objectives:
             if self.kind == "own":
                 x, labels = self.own[self.i]
                 # EraseDiff descends what GA ascends: only with the wrong noise is that forgetting
-                noise = torch.rand_like(x) if args.method == "erasediff" else None
+                noise = torch.rand_like(x) if methods[args.method].noise == "uniform" else None
                 return denoising_loss(self.model, x, labels, self.scheduler, noise=noise, **options)
             labels = self.pick(self.forgotten)
             if self.kind in ("guidance", "adapter"):
