@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from .modules import tensor_hash
 
 __all__ = [
     "check_free",
+    "digest",
     "load_tensors",
     "locked",
     "need_disk",
@@ -221,6 +223,13 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): delete it and make it again"
         ) from error
+
+
+def digest(said: Any) -> str:
+    """The SHA-256, in hexadecimal, of what can be written as JSON: the order of a mapping's keys
+    changes nothing, a tuple is a list, of a path its name alone counts, not where it lies."""
+    text = json.dumps(said, sort_keys=True, default=lambda path: Path(path).name)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_free(out: Path, is_result: Callable[[Path], bool], overwrite: bool) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
 from ebu_optim.files import save_tensors
+from ebu_optim.training.options import parse
 
 from .text_to_image import pipeline
 
@@ -34,7 +35,7 @@ def run(*args) -> tuple[int, str]:
     attack, training, said = module("run"), module(".training"), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            training.exit_on_input_errors(lambda: attack.main([str(a) for a in args]))
+            training.command(attack.attack, attack.AttackOptions, None, [str(a) for a in args])
         except SystemExit as end:
             return end.code, said.getvalue()
     return 0, said.getvalue()
@@ -112,14 +113,14 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def attack(tiny, tmp_path):
     """An attack on a tiny pipeline by itself, with its target made."""
-    args = module("run").read([
+    args = parse(module("run").AttackOptions, [
         "--pretrained_model_name_or_path", str(tiny), "--base_model", str(tiny), "--forget", "cat",
         "--forget_templates", "an image of {}", "a {} in red", "--judge", "nudity",
         "--paraphrases", "the cat", "a blue cat", "--attack_images", "3", "--target_images", "6",
         "--num_inference_steps", "2", "--inversion_steps", "40", "--inversion_learning_rates",
         "0.05", "--train_batch_size", "6", "--relearn_max_steps", "12",
         "--relearn_learning_rate", "0.005", "--output_dir", str(tmp_path / "out"),
-    ])  # fmt: skip
+    ]).resolved()  # fmt: skip
     m, r = module("model"), module(".text_to_image.results")
     looked = module(".text_to_image.pipelines").look(args)
     models = [m.Attacked(r.load(args), looked, args, torch.device("cpu")) for _ in "ab"]

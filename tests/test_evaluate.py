@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
 from ebu_optim.metrics.intervals import wilson
+from ebu_optim.training.options import parse
 
 from .text_to_image import pipeline
 
@@ -47,7 +48,8 @@ def tiny(tmp_path_factory) -> Path:
 def evaluate(tiny: Path, folder: Path, *options) -> dict:
     given = ["--pretrained_model_name_or_path", tiny, "--output_dir", folder,
              "--num_inference_steps", 1, *options]  # fmt: skip
-    module("evaluation").main([str(g) for g in given])
+    evaluation = module("evaluation")
+    evaluation.evaluate(parse(evaluation.Evaluation, [str(g) for g in given]))
     return json.loads((folder / "evaluation.json").read_text())
 
 

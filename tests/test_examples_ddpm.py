@@ -336,6 +336,7 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
 
 ROOMS = {
     "data": "training", "sources": "training", "models": "class_conditional",
+    "train_classifier": "class_conditional",
     "prepare": "class_conditional.sets", "unlearn_losses": "diffusion.objectives",
 }  # fmt: skip
 

@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity
 
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
+from ebu_optim.training.options import parse
 
 from .processes import PATIENCE
 from .scripts import run_script
@@ -830,7 +831,7 @@ UNET = 859_520_964  # numbers of SD 1.4's
 def counted(*options):
     """memory.count for SD 1.4: one prompt is forgotten, the empty one is the surrogate."""
     base = ["--pretrained_model_name_or_path", "-", "--forget", "cat", "--output_dir", "-"]
-    args = module("options").read([*base, *map(str, options)])
+    args = parse(module("options").Unlearn, [*base, *map(str, options)]).resolved()
     tokenizer = SimpleNamespace(model_max_length=77)
     looked = module("pipelines").Looked(Path(), SD14, VAE, 512, (4, 64, 64), None, tokenizer)
     texts = module("prompts").Prompts([""] * 54, [0], [1], [*range(2, 54)], 1, [0], {})
@@ -988,9 +989,9 @@ def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypat
                 modules.halve_frozen(unet, dtype)
 
         monkeypatch.setattr(sets_of, "halve_frozen", halve)
-        args = module("options").read([str(a) for a in unlearn(
+        args = parse(module("options").Unlearn, [str(a) for a in unlearn(
             made, tmp_path / name, "--mixed_precision", "bf16", "--sets_dir", tmp_path / name
-        )])  # fmt: skip
+        )]).resolved()  # fmt: skip
         looked = module("pipelines").look(args)
         texts = module("prompts").collect(args, looked.tokenizer)
         unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from ..files import load_tensors, replacing, save_tensors
 from ..metrics import versions
 from ..text_to_image.pipelines import Model, look
 from ..text_to_image.results import held, load, named_base, whole
-from ..training.options import as_dict, option, parse
+from ..training.options import as_dict, option
 from . import attacks, judges, prompts
 from .judges import JudgeOptions
 from .model import Attacked
@@ -108,14 +107,9 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
                 raise InputError(f"--{name} must be > 0; got {value}")
 
 
-def read(argv: Sequence[str] | None = None) -> AttackOptions:
-    """Those of the command line, whole."""
-    return parse(AttackOptions, argv, __doc__).resolved()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = read(argv)
+def attack(config: AttackOptions) -> None:
+    """Attack the model, and write the results to ``config.output_dir``."""
+    args = config.resolved()
     look_at_folder(args)
     names = args.pretrained_model_name_or_path, str(args.base_model)
     # either may be a folder of changes, whose base is the one that is named, or unlearn.json's

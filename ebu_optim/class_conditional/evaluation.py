@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .. import training
 from ..diffusion import model_hash, sample, sample_set
 from ..errors import InputError
 from ..files import need_disk, replacing
@@ -41,7 +38,7 @@ from ..metrics import (
 )
 from ..report import check_folder, fid_values, limit_rows, write_report
 from ..training import data
-from ..training.options import at_least, option, parse
+from ..training.options import at_least, flags, option
 from ..training.sources import DataOptions
 from .models import Weights, load_classifier, load_unet
 from .pages import curves, grid, protocol
@@ -90,9 +87,8 @@ class Evaluation(DataOptions):
         at_least(self, 1, "images_per_class", "num_inference_steps", "attack_images")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = parse(Evaluation, argv, __doc__)
+def evaluate(args: Evaluation) -> None:
+    """Measure the model, and write the report of ``args.output_dir``."""
     if args.inception_weights and not args.inception_weights.is_file():
         raise InputError(f"--inception_weights {args.inception_weights}: there is no such file")
     try:  # before the hours of sampling
@@ -155,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         grids=[grid(before, after, classes, forget, args.images_per_class)],
         notes=[f"{len(real.skipped)} images could not be read and were left out"]
         if real.skipped else [],
-        command=shlex.join(["python", "examples/ddpm/evaluate.py", *(argv or sys.argv[1:])]),
+        command=shlex.join(["python", "examples/ddpm/evaluate.py", *flags(args)]),
         overwrite=args.overwrite_output_dir,
     )  # fmt: skip
     print((args.output_dir / "results.md").read_text().split("\n## ")[0])
@@ -258,7 +254,3 @@ def depth_of_base(args: Evaluation, base: Any, *rest: Any) -> dict[str, Any]:
         with replacing(path) as work:
             work.write_text(json.dumps({"of": said, "found": found}, indent=1))
     return json.loads(path.read_text())["found"]
-
-
-if __name__ == "__main__":
-    training.exit_on_input_errors(main, "the same command")

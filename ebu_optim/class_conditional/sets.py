@@ -16,7 +16,6 @@ where an interrupted one stopped. One process; sampling 5000 images is the longe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,13 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .. import training
 from ..diffusion import FisherBatches, fisher_loss, model_hash, sample_set
 from ..errors import InputError
 from ..files import load_tensors, locked, need_disk, save_tensors
 from ..fisher import DiagonalFisher
 from ..modules import parameter_bytes
 from ..training import data
-from ..training.options import at_least, option, parse
+from ..training.options import at_least, option
 from ..training.sources import DataOptions
 from .models import Weights, load_unet
 
@@ -71,9 +69,8 @@ class Prepare(DataOptions):
                  "fisher_images")  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = parse(Prepare, argv, __doc__)
+def prepare(args: Prepare) -> None:
+    """Make what is missing of the sets and the Fisher in ``args.output_dir``."""
     out = args.output_dir
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
     model, classes = model.to(args.device).eval(), info["classes"]
@@ -243,7 +240,3 @@ def read(folder: Path, model: str, args: Any, classes: list[str]) -> Prepared:
     null = found.get("surrogate")
     surrogate = (null["images"], null["labels"]) if null is not None else None
     return Prepared(forget, replayed, pair, own, surrogate, found.get("fisher"))
-
-
-if __name__ == "__main__":
-    training.exit_on_input_errors(main, "the same command")

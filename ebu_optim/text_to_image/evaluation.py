@@ -36,7 +36,6 @@ from ..metrics.imagenette import METRICS
 from ..metrics.images import read_image
 from ..metrics.intervals import estimate
 from ..metrics.naming import called
-from ..training.options import parse
 from . import drawing, pipelines, results
 from .evaluation_options import RESULT, Evaluation
 
@@ -139,9 +138,8 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
     return {"values": values, "metrics": said}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = parse(Evaluation, argv, __doc__)
+def evaluate(args: Evaluation) -> None:
+    """Draw and measure, and write the results to ``args.output_dir``."""
     looked, out = pipelines.look(results.whole(args, args.base_model)), args.output_dir
     identity = {
         k: v for k, v in args.said().items()

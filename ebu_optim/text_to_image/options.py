@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
 from ..training.method import MethodOptions, guided_steps
-from ..training.options import TrainingOptions, option, parse
+from ..training.options import TrainingOptions, option
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
@@ -90,8 +89,3 @@ class Unlearn(
                 "as small"
             )
         self.check_hub()
-
-
-def read(argv: Sequence[str] | None = None, description: str | None = None) -> Unlearn:
-    """The options of the command line, whole."""
-    return parse(Unlearn, argv, description).resolved()

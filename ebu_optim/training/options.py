@@ -104,6 +104,20 @@ def _argument(f: Field[Any], kind: Any) -> dict[str, Any]:
     return {**said, "type": json.loads if get_origin(kind) is dict else kind}
 
 
+def flags(config: Any) -> list[str]:
+    """The shortest command line of a config: what is not as by default."""
+    found: list[str] = []
+    for f in fields(config):
+        value, name = getattr(config, f.name), f.metadata.get("flag", f"--{f.name}")
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value is True:
+            found.append(name)
+        elif value != default and value is not None:
+            texts = [json.dumps(value)] if isinstance(value, dict) else value
+            found += [name, *map(str, texts if isinstance(texts, list) else [texts])]
+    return found
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """The options by name, as they are."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
@@ -153,9 +167,20 @@ class TrainingOptions:
             raise InputError(f"--learning_rate must be > 0; got {self.learning_rate}")
 
 
-def exit_on_input_errors(
-    main: Callable[[], None], goes_on: str = "--resume_from_checkpoint latest"
-) -> None:
+def command(
+    function: Callable[[Any], object], config: type, description: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """Run `function` with the `config` of the command line, as a script does; `argv`: not of this
+    process. What the user can put right is printed in one line, with exit status 2."""
+    resumes = issubclass(config, TrainingOptions)
+    exit_on_input_errors(
+        lambda: function(parse(config, argv, description)),
+        "--resume_from_checkpoint latest" if resumes else "the same command",
+    )
+
+
+def exit_on_input_errors(main: Callable[[], object], goes_on: str = "the same command") -> None:
     """Run `main`; what the user can put right is printed in one line, with exit status 2."""
     try:
         main()

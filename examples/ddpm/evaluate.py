@@ -1,7 +1,7 @@
 """Measure what unlearn.py made: forgotten, kept, deep, and how long it took."""
 
-from ebu_optim.class_conditional.evaluation import main
-from ebu_optim.training import exit_on_input_errors
+from ebu_optim.class_conditional.evaluation import Evaluation, evaluate
+from ebu_optim.training import command
 
 if __name__ == "__main__":
-    exit_on_input_errors(main)
+    command(evaluate, Evaluation, __doc__)

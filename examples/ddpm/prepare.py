@@ -1,7 +1,7 @@
 """Make what unlearning needs beforehand: replay, forget and surrogate sets, the Fisher."""
 
-from ebu_optim.class_conditional.sets import main
-from ebu_optim.training import exit_on_input_errors
+from ebu_optim.class_conditional.sets import Prepare, prepare
+from ebu_optim.training import command
 
 if __name__ == "__main__":
-    exit_on_input_errors(main)
+    command(prepare, Prepare, __doc__)

@@ -9,28 +9,27 @@ to what the base draws, for the artist and for others.
 
 from __future__ import annotations
 
-import command_line
-import sd_large
-import sd_tables
-import sd_tasks
+from dataclasses import dataclass
 
-STYLES = ("outline", "halftone")
+from ebu_optim.experiments import text_tables
+from ebu_optim.experiments.text_tasks import ARTISTS, STYLES, artist
+from ebu_optim.training import command, option
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = sd_tables.parser(__doc__)
-    sd_tables.add_methods(parser)
-    parser.add_argument("--targets", nargs="+", help=f"default: {', '.join(STYLES)}; at paper scale"
-                        f" artists: {', '.join(sd_tasks.ARTISTS[:2])}")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.scale == "paper":
-        for name in args.targets or sd_tasks.ARTISTS[:2]:
-            task = sd_tasks.artist(name)
-            sd_large.large(args, task, argv, script="figure11", title="Figure 11")
-        return
-    for style in args.targets or STYLES:
-        sd_tables.small(args, style, argv, script="figure11", title="Figure 11 on digits in styles")
+@dataclass(frozen=True, kw_only=True)
+class Figure11(text_tables.Methods):
+    targets: list[str] | None = option(
+        None, help=f"default: {', '.join(STYLES)}; at paper scale artists: "
+        f"{', '.join(ARTISTS[:2])}",
+    )  # fmt: skip
+
+
+def main(args: Figure11) -> None:
+    paper = args.scale == "paper"
+    for name in args.targets or (ARTISTS[:2] if paper else STYLES):
+        task = artist(name)  # which has no table in the paper
+        text_tables.either(args, name, task, script="figure11", title="Figure 11")
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Figure11, __doc__)

@@ -10,14 +10,13 @@ class, as in the paper: one that knows noise is sure of it. P_f is of the one wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import figures
-import rows
-import tables
-from worlds import Setting
-
+from ebu_optim.experiments import figures, pages, rows, tables
+from ebu_optim.experiments.worlds import Setting
 from ebu_optim.report import comparison
+from ebu_optim.training import command, option
 
 METHODS = (
     "ebu_added", "selective_amnesia", "salun", "gradient_ascent", "fine_tune", "joint", "pcgrad",
@@ -35,8 +34,8 @@ def table(
     def row(method: str, steps: int, **options: Any) -> tables.Row:
         return tables.row(
             setting, method, [seed], steps=steps,
-            flags=["--entropy_classifier", setting.judge.folder,
-                   "--validation_steps", max(1, min(10, steps), steps // 100)],
+            options={"entropy_classifier": setting.judge.folder,
+                     "validation_steps": max(1, min(10, steps), steps // 100)},
             **options,
         )  # fmt: skip
 
@@ -63,9 +62,9 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
     for key, label in CURVES.items():
         for x, unit in (("seconds", "seconds of unlearning"), ("step", "steps")):
             series = {
-                r.name: [(p[x], p[key]) for p in tables.curve(r.runs[0]) if p[x] > 0] for r in found
+                r.name: [(p[x], p[key]) for p in pages.curve(r.runs[0]) if p[x] > 0] for r in found
             }
-            limits = {"base model": tables.curve(run)[0][key], "noise": noise[key]}
+            limits = {"base model": pages.curve(run)[0][key], "noise": noise[key]}
             charts.append(
                 {"title": f"{label.split(',')[0]} over {x}", "x": unit, "y": label,
                  "x_scale": "log", "series": series, "limits": limits}
@@ -73,20 +72,22 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
     return charts
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, setting = figures.parse(
-        __doc__, argv,
-        steps={"type": int, "default": 300, "help": "of every method; not at paper scale"},
-        sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
-        learning_rate=figures.RATE,
-    )  # fmt: skip
-    paper = figures.paper_rate(args)
-    found = table(setting, args.seed, paper=paper, steps=args.steps, sa_steps=args.sa_steps)
-    if not figures.run(args, setting, found):
+@dataclass(frozen=True, kw_only=True)
+class Figure2(figures.RatedFigure):
+    steps: int = option(300, help="of every method; not at paper scale")
+    sa_steps: int = option(5000, help="of published SA; 0: without")
+
+
+def main(args: Figure2) -> None:
+    setting = args.setting()
+    found = table(
+        setting, args.seed, paper=args.paper_rate, steps=args.steps, sa_steps=args.sa_steps
+    )
+    if not args.run_table(setting, found):
         return
-    figures.write(
-        args, setting, found, argv, script="figure2", title="Figures 2 and 5", plots=plots(found),
-        grids=[tables.pictures(setting, found, 10)],
+    args.write(
+        setting, found, script="figure2", title="Figures 2 and 5", plots=plots(found),
+        grids=[pages.pictures(setting, found, 10)],
         notes=["Seconds are of the unlearning loop alone, with whatever else ran on the machine; "
                "the Fisher over all weights that SA takes from prepare.py is not counted. SalUn's "
                "mask is made before the loop, and is not counted either."],
@@ -94,4 +95,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    figures.command_line.main(main)
+    command(main, Figure2, __doc__)

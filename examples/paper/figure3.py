@@ -9,33 +9,36 @@ column is from the same starting noise.
 
 from __future__ import annotations
 
-import command_line
-import figure11
-import rows
-import sd_large
-import sd_tables
-import sd_tasks
+from dataclasses import dataclass
+
+from ebu_optim.experiments import rows, text_tables
+from ebu_optim.experiments.text_tasks import CASSETTE_PLAYER, NUDITY, STYLES
+from ebu_optim.training import command, option
 
 #: Figure -> what is forgotten in it.
-SMALL = {"Figure 9": "seven", "Figures 3 and 10": "red"}
-PAPER = {"Figure 9": sd_tasks.CASSETTE_PLAYER, "Figures 3 and 10": sd_tasks.NUDITY}
+SMALL = {"Figure 9": "seven", "Figures 3 and 10": "red",
+         **{f"Figure 11, {style}": style for style in STYLES}}  # fmt: skip
+PAPER = {"Figure 9": CASSETTE_PLAYER, "Figures 3 and 10": NUDITY}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = sd_tables.parser(__doc__)
-    add = parser.add_argument
-    add("--methods", nargs="+", help="default: those of the tables")
-    add("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
-    args.seeds, args.seeds_rest, args.best = rows.check_seeds([args.seed]), None, ["salun"]
+@dataclass(frozen=True, kw_only=True)
+class Figure3(text_tables.Methods):
+    seed: int = option(1, help="in place of --seeds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows.check_seeds([self.seed], "--seed")
+        object.__setattr__(self, "seeds", [self.seed])
+
+
+def main(args: Figure3) -> None:
     if args.scale == "paper":
         for title, task in PAPER.items():
-            sd_large.large(args, task, argv, script="figure3", title=title)
+            text_tables.large(args, task, script="figure3", title=title)
         return
-    styles = {f"Figure 11, {style}": style for style in figure11.STYLES}
-    for title, target in {**SMALL, **styles}.items():
-        sd_tables.small(args, target, argv, script="figure3", title=f"{title} on digits in styles")
+    for title, target in SMALL.items():
+        text_tables.small(args, target, script="figure3", title=f"{title} on digits in styles")
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Figure3, __doc__)

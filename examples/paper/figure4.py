@@ -8,16 +8,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import figures
-import rows
-import tables
 import torch
-from runs import Run
-from worlds import Setting
 
+from ebu_optim.experiments import figures, rows, tables
+from ebu_optim.experiments.runs import Run
+from ebu_optim.experiments.worlds import Setting
 from ebu_optim.report import comparison
+from ebu_optim.training import command, option
 
 VALUES = (0.2, 0.4, 0.6, 0.8)
 PLOTS = {"p_f_reject": "P_f, reject class", "ce_f": "CE_f, nats", "ra": "RA",
@@ -85,22 +85,21 @@ def grids(setting: Setting, found: Grid, each: int = 6) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, setting = figures.parse(
-        __doc__, argv,
-        method={"choices": rows.EBU, "default": "ebu_added"},
-        steps={"type": int, "default": 200},
-        learning_rate=figures.RATE,
-    )  # fmt: skip
-    paper = figures.paper_rate(args)
-    found = table(setting, args.method, args.seed, args.steps, paper)
-    if not figures.run(args, setting, list(found.values())):
-        return
-    figures.write(
-        args, setting, list(found.values()), argv, script="figure4", title="Figures 4 and 12",
-        plots=plots(found), grids=grids(setting, found),
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Figure4(figures.RatedFigure):
+    method: Literal[rows.EBU] = option("ebu_added")  # type: ignore[valid-type]
+    steps: int = option(200)
+
+
+def main(args: Figure4) -> None:
+    setting = args.setting()
+    found = table(setting, args.method, args.seed, args.steps, args.paper_rate)
+    if args.run_table(setting, list(found.values())):
+        args.write(
+            setting, list(found.values()), script="figure4", title="Figures 4 and 12",
+            plots=plots(found), grids=grids(setting, found),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    figures.command_line.main(main)
+    command(main, Figure4, __doc__)

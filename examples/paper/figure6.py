@@ -9,18 +9,18 @@ each picture keeps its starting noise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import figures
-import rows
-import tables
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from worlds import Setting
 
+from ebu_optim.experiments import figures, pages, rows, tables
+from ebu_optim.experiments.worlds import Setting
 from ebu_optim.files import load_tensors, replacing
 from ebu_optim.report.plots import pixels
+from ebu_optim.training import command, option
 
 METHODS = ("ebu_added", "selective_amnesia", "fine_tune")
 SHOWN = (10, 25, 50, 100, 150, 200)
@@ -35,10 +35,9 @@ def table(
     """Args:
     paper: the learning rate at paper scale, or None.
     """
-    flags = ["--validation_steps", every, "--validation_images", EACH,
-             "--validation_pictures", EACH]  # fmt: skip
+    options = {"validation_steps": every, "validation_images": EACH, "validation_pictures": EACH}
     return [
-        tables.row(setting, m, [seed], steps=steps, flags=flags,
+        tables.row(setting, m, [seed], steps=steps, options=options,
                    choice=rows.of_paper(m, paper) if paper else None)
         for m in METHODS
     ]  # fmt: skip
@@ -47,7 +46,7 @@ def table(
 def along(found: Sequence[tables.Row]) -> dict[str, dict[int, Tensor]]:
     seen = {}
     for r in found:
-        tensors, _ = load_tensors(r.runs[0].commands[0].folder / "pictures.safetensors")
+        tensors, _ = load_tensors(r.runs[0].tasks[0].folder / "pictures.safetensors")
         steps = {int(name.removeprefix("step_")): images for name, images in tensors.items()}
         seen[r.name] = dict(sorted(steps.items()))
     return seen
@@ -96,22 +95,22 @@ def _image(x: Tensor) -> Image.Image:
     return Image.fromarray(x.contiguous().numpy())
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, setting = figures.parse(
-        __doc__, argv,
-        steps={"type": int, "default": SHOWN[-1]},
-        every={"type": int, "default": 5, "help": "steps between two frames"},
-        learning_rate=figures.RATE,
-    )  # fmt: skip
-    paper = figures.paper_rate(args)
-    found = table(setting, args.seed, paper=paper, steps=args.steps, every=args.every)
-    if not figures.run(args, setting, found):
+@dataclass(frozen=True, kw_only=True)
+class Figure6(figures.RatedFigure):
+    steps: int = option(SHOWN[-1])
+    every: int = option(5, help="steps between two frames")
+
+
+def main(args: Figure6) -> None:
+    setting = args.setting()
+    found = table(setting, args.seed, paper=args.paper_rate, steps=args.steps, every=args.every)
+    if not args.run_table(setting, found):
         return
     seen = along(found)
     gone, kept, names = figures.classes(setting, found[0].runs[0])
     shown = {c: figures.named(c, gone, names) for c in (gone[0], kept[0])}
-    folder = figures.write(
-        args, setting, found, argv, script="figure6", title="Figure 6", plots=tables.curves(found),
+    folder = args.write(
+        setting, found, script="figure6", title="Figure 6", plots=pages.curves(found),
         grids=[grid(seen, c, title) for c, title in shown.items()],
         notes=["along.gif, beside this page, is the same in motion."],
     )  # fmt: skip
@@ -119,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    figures.command_line.main(main)
+    command(main, Figure6, __doc__)

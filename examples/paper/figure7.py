@@ -8,26 +8,22 @@ Every picture of a column is from the same starting noise; the first row is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import figures
-import rows
-import table1
-import table6
-import tables
 import torch
-import worlds
-from command_line import SCALES
-from worlds import Setting
+
+from ebu_optim.experiments import figures, pages, rows, tables, worlds
+from ebu_optim.training import command, option
 
 STL10 = {"stl10-smoke": worlds.STL10_SMOKE, "stl10": worlds.STL10}
 
 
-def grid(setting: Setting, found: Sequence[tables.Row], each: int = 4) -> dict[str, Any]:
+def grid(setting: worlds.Setting, found: Sequence[tables.Row], each: int = 4) -> dict[str, Any]:
     run = found[0].runs[0]
     gone, kept, names = figures.classes(setting, run)
-    drawn = {"before": tables.samples(setting, figures.about(run)["base_hash"])}
+    drawn = {"before": pages.samples(setting, figures.about(run)["base_hash"])}
     drawn |= {r.name: figures.samples(setting, r.runs[0]) for r in found}
     return {
         "title": "samples of every method, from the same noise", "rows": list(drawn),
@@ -40,25 +36,28 @@ def grid(setting: Setting, found: Sequence[tables.Row], each: int = 4) -> dict[s
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, setting = figures.parse(
-        __doc__, argv, {**SCALES, **STL10},
-        methods={"nargs": "+", "help": "default: those of the table"},
-        sa_steps={"type": int, "default": 5000, "help": "of published SA; 0: without"},
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Figure7(figures.Figure):
+    scales: ClassVar[Mapping[str, Any]] = {**figures.Figure.scales, **STL10}
+
+    methods: list[str] | None = option(None, help="default: those of the table")
+    sa_steps: int = option(5000, help="of published SA; 0: without")
+
+
+def main(args: Figure7) -> None:
+    setting = args.setting()
     of_paper = args.scale in ("paper", *STL10)
-    methods = args.methods or (table1.METHODS if of_paper else table6.METHODS)
-    found = table6.table(
+    methods = args.methods or (rows.PAPER if of_paper else rows.ALL)
+    found = tables.class_wise(
         setting, rows.check_methods(methods), [args.seed], paper=args.scale in ("paper", "stl10"),
         sa_steps=0 if setting.world.smoke else args.sa_steps,
     )  # fmt: skip
-    if not figures.run(args, setting, found):
-        return
-    figures.write(
-        args, setting, found, argv, script="figure7", plots=[], grids=[grid(setting, found)],
-        title="Figure 8" if args.scale in STL10 else "Figure 7",
-    )  # fmt: skip
+    if args.run_table(setting, found):
+        args.write(
+            setting, found, script="figure7", plots=[], grids=[grid(setting, found)],
+            title="Figure 8" if args.scale in STL10 else "Figure 7",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    figures.command_line.main(main)
+    command(main, Figure7, __doc__)

@@ -1,33 +1,34 @@
 """Copy finished reports to where the documentation has them: figures, tables, plots, no weights.
 
-python examples/paper/publish.py outputs/paper/digits/table6-full-replay docs/results/digits
+python examples/paper/publish.py --reports outputs/paper/digits/table6-full-replay \\
+    --to docs/results/digits
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-import command_line
-
+from ebu_optim.errors import InputError
 from ebu_optim.files import replacing_folder
+from ebu_optim.training import command, option
 
 PARTS = ("results.json", "results.md", "plots", "pictures", "along.gif")
 LARGEST = 5_000_000  # bytes
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("reports", type=Path, nargs="+", help="folders that a script wrote")
-    parser.add_argument("to", type=Path)
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Publish:
+    reports: list[Path] = option(help="folders that a script wrote")
+    to: Path = option()
+
+
+def main(args: Publish) -> None:
     names = [report.name for report in args.reports]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise command_line.InputError(
+        raise InputError(
             f"several reports are called {', '.join(twice)}: one would replace the other; publish "
             "each world into a folder of its own"
         )
@@ -35,11 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         try:
             json.loads((report / "results.json").read_text())
         except (OSError, ValueError) as error:
-            raise command_line.InputError(f"{report} holds no report: {error}") from error
+            raise InputError(f"{report} holds no report: {error}") from error
         files = [f for part in PARTS for f in (report / part, *(report / part).rglob("*"))]
         size = sum(f.stat().st_size for f in files if f.is_file())
         if size > LARGEST:
-            raise command_line.InputError(f"{report} has {size / 1e6:.1f} MB; at most 5 are kept")
+            raise InputError(f"{report} has {size / 1e6:.1f} MB; at most 5 are kept")
         with replacing_folder(args.to / report.name) as work:
             for part in PARTS:
                 source = report / part
@@ -51,4 +52,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Publish, __doc__)

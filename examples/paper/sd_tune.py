@@ -5,18 +5,18 @@ on seed 0 and on a target that no table reports.
 
 For a regime, losses and modules as the tables have them. The choice with the best score = (1 - P_f)
 + accuracy on what is kept, never replayed where that is told apart, - the worst drop of one concept
-+ (1 - P_f after 100 steps of inversion) goes into tuned.json, which the other scripts read.
++ (1 - P_f after 100 steps of inversion) goes into tuned.json of the output folder, which the other
+scripts read before the published one of the package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import command_line
-import rows
-import sd_results
-import sd_tables
-import tune
+from ebu_optim.experiments import rows, text_results, text_tables, tuning
+from ebu_optim.training import command, option
 
 #: What is forgotten in the trials: in no table. Both have a near neighbour (eight, red), which a
 #: method can lose.
@@ -33,34 +33,31 @@ GRIDS = {
 ADAPTER = 30
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextTune(text_tables.OfWorld):
+    kind: Literal["content", "style"] = option("content")
+    methods: list[str] = option(list(text_tables.METHODS))
+    learning_rates: list[float] = option(
+        list(RATES), help=f"of methods with a strength, SPM {ADAPTER} times these; earlier trials "
+        "on this base count",
+    )  # fmt: skip
+
+
 def rates(method: str, given: Sequence[float]) -> list[float]:
     return [float(f"{r * (ADAPTER if method == 'spm' else 1):g}") for r in given]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = sd_tables.parser(__doc__, small_alone=True)
-    parser.add_argument("--kind", choices=TARGETS, default="content")
-    parser.add_argument("--methods", nargs="+", default=list(sd_tables.METHODS))
-    parser.add_argument(
-        "--learning_rates", type=float, nargs="+", default=list(RATES),
-        help=f"of methods with a strength, SPM {ADAPTER} times these; earlier trials on this base "
-        "count",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    methods = sd_tables.check_methods(args.methods)
-    for method in methods:
-        if method not in GRIDS:
-            raise command_line.InputError(f"--methods {method} has no strength to tune")
-    setting = sd_tables.setting(args, TARGETS[args.kind])
+def main(args: TextTune) -> None:
+    methods = tuning.check_methods(text_tables.check_methods(args.methods), GRIDS)
+    setting = args.setting(TARGETS[args.kind])
     found = {
-        (m, c.name): (c, sd_tables.trial(args, setting, m, c))
+        (m, c.name): (c, text_tables.trial(args, setting, m, c))
         for m in methods
         for c in rows.trials(m, rates(m, args.learning_rates), GRIDS)
     }
-    todo = [*setting.ground, *(run for _, run in found.values())]
-    if sd_tables.run(args, setting, todo):
-        tune.record(setting, methods, found, sd_results.score)
+    if args.run(setting, [*setting.ground, *(run for _, run in found.values())]):
+        tuning.record(setting, methods, found, text_results.score)
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, TextTune, __doc__)

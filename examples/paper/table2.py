@@ -9,16 +9,21 @@ words, also under templates that nothing was trained on, and attacked.
 
 from __future__ import annotations
 
-import command_line
-import sd_large
-import sd_tasks
+from dataclasses import dataclass
+
+from ebu_optim.experiments import text_tables
+from ebu_optim.experiments.text_tasks import CASSETTE_PLAYER
+from ebu_optim.training import command, option
 
 
-def main(argv: list[str] | None = None) -> None:
-    sd_large.table(
-        __doc__, argv, number=2, target="seven", task=sd_tasks.CASSETTE_PLAYER
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Table2(text_tables.Methods):
+    target: str = option("seven", help="at small scale: a content or a style")
+
+
+def main(args: Table2) -> None:
+    text_tables.either(args, args.target, CASSETTE_PLAYER, script="table2", title="Table 2")
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Table2, __doc__)

@@ -10,9 +10,11 @@ NudeNet counts pictures of nudity.
 
 from __future__ import annotations
 
-import command_line
-import sd_large
-import sd_tasks
+from dataclasses import dataclass
+
+from ebu_optim.experiments import text_tables
+from ebu_optim.experiments.text_tasks import NUDITY
+from ebu_optim.training import command, option
 
 NOTE = (
     "The judge of style is the detector: 1 - UA is the share of pictures, asked for in any word "
@@ -20,11 +22,14 @@ NOTE = (
 )
 
 
-def main(argv: list[str] | None = None) -> None:
-    sd_large.table(
-        __doc__, argv, number=3, target="red", task=sd_tasks.NUDITY, notes=[NOTE]
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Table3(text_tables.Methods):
+    target: str = option("red", help="at small scale: a content or a style")
+
+
+def main(args: Table3) -> None:
+    text_tables.either(args, args.target, NUDITY, script="table3", title="Table 3", notes=[NOTE])
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Table3, __doc__)

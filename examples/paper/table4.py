@@ -9,45 +9,36 @@ paper scale with both learning rates of the paper.
 
 from __future__ import annotations
 
-import command_line
-import rows
-import tables
-from worlds import LOSSES
+from dataclasses import dataclass
+
+from ebu_optim.experiments import pages, rows, tables
+from ebu_optim.experiments.options import Replayed, Seeds
+from ebu_optim.training import command
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = command_line.parser(__doc__)
-    parser.add_argument("--regime", choices=("full", "partial"), default="full")
-    parser.add_argument("--loss", choices=LOSSES, default="replay", help="to remember by")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    args = parser.parse_args(argv)
-    seeds = rows.check_seeds(args.seeds)
-    setting = command_line.setting(args, regime=args.regime, loss=args.loss)
-    found = []
+@dataclass(frozen=True, kw_only=True)
+class Table4(Seeds, Replayed):
+    pass
+
+
+def main(args: Table4) -> None:
+    setting, found = args.setting(), []
     for method in ("ebu_added", *rows.ABLATIONS):
         if args.scale == "paper":
-            found += [
-                tables.row(setting, method, seeds, choice=rows.of_paper(method, lr),
-                           name=f"{rows.title(method)}, learning rate {lr:g}")
-                for lr in rows.PAPER_RATES
-            ]  # fmt: skip
+            found += tables.at_paper_rates(setting, method, args.seeds)
             continue
         choice = rows.tuned(setting, method)
         if method == "ebu_without_alignment":  # no gamma without a penalty
             choice = rows.Choice(choice.learning_rate, {})
         tuning = rows.tuning(setting, method)
-        found.append(tables.row(setting, method, seeds, choice=choice, tuning=tuning))
-    todo = [*setting.ground, *(run for r in found for run in r.runs)]
-    if not command_line.run(args, setting, todo):
-        return
-    folder = setting.root / f"table4-{args.regime}-{args.loss}"
-    tables.write(
-        folder, setting, found, paper="table4_ablation_cifar10",
-        title=f"Table 4 on {setting.world.title}: {args.regime} replay, remembered by {args.loss}",
-        command=command_line.typed("table4", argv),
-    )  # fmt: skip
-    tables.say(folder)
+        found.append(tables.row(setting, method, args.seeds, choice=choice, tuning=tuning))
+    if args.run(setting, [run for r in found for run in r.runs]):
+        pages.write(
+            setting.root / f"table4-{args.regime}-{args.loss}", setting, found,
+            title=args.said("Table 4", setting.world), command=args.command("table4"),
+            paper="table4_ablation_cifar10",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Table4, __doc__)

@@ -14,19 +14,16 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import command_line
-import rows
-import sd_large
-import sd_paper
-import sd_results
-import sd_tables
-import sd_tasks
-import tables
-from runs import Run
-
+from ebu_optim.errors import InputError
+from ebu_optim.experiments import rows, runs, tables, text_paper, text_results, text_tables
+from ebu_optim.experiments.options import Seeds
+from ebu_optim.experiments.runs import Run
+from ebu_optim.experiments.text_tasks import ARTISTS, STYLE, Target, artist
 from ebu_optim.report import comparison, write_report
+from ebu_optim.training import command
 
 EVERY = 5  # steps between two looks
 SMALL = {
@@ -35,21 +32,28 @@ SMALL = {
 }  # fmt: skip
 VIOLENCE = ("violence", "blood", "a gunfight", "war", "murder")
 PAPER = {
-    "several artists": sd_tasks.Task(
-        "artists", "artists",
-        ("--forget", *sd_tasks.ARTISTS, "--forget_templates", sd_tasks.STYLE), (), (),
+    "several artists": Target(
+        "artists", "artists", {"forget": list(ARTISTS), "forget_templates": [STYLE]}, (), ()
     ),
-    "one artist": sd_tasks.artist(sd_tasks.ARTISTS[0])._replace(evaluations=()),
-    "several violence concepts": sd_tasks.Task(
-        "violence-concepts", "violence", ("--forget", *VIOLENCE), (), ()
+    "one artist": artist(ARTISTS[0])._replace(evaluations=()),
+    "several violence concepts": Target(
+        "violence-concepts", "violence", {"forget": list(VIOLENCE)}, (), ()
     ),
-    "one violence concept": sd_tasks.Task("violence", "violence", ("--forget", "violence"), (), ()),
+    "one violence concept": Target("violence", "violence", {"forget": ["violence"]}, (), ()),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table5(Seeds, text_tables.TextExperiment):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None and self.steps < EVERY:
+            raise InputError(f"--steps must be >= {EVERY} here; got {self.steps}")
 
 
 def values(run: Run) -> dict[str, float]:
     """Means over the steps that unlearn.py logged of the run."""
-    lines = (run.commands[0].folder / "log.jsonl").read_text().splitlines()
+    lines = (run.tasks[0].folder / "log.jsonl").read_text().splitlines()
     steps = list({line["step"]: line for line in map(json.loads, lines)}.values())
     found = {
         "forget_share": [s["forget_selected"] / s["total"] for s in steps],
@@ -82,17 +86,17 @@ def told(each: Mapping[str, Any]) -> Any:
 
 
 def report(
-    args: Any, setting: Any, made: Mapping[str, Sequence[Run]],
-    choices: Mapping[str, rows.Choice], argv: Sequence[str] | None,
+    args: Table5, setting: Any, made: Mapping[str, Sequence[Run]],
+    choices: Mapping[str, rows.Choice],
 ) -> None:  # fmt: skip
     table = []
-    for name, runs in made.items():
-        each = [values(run) for run in runs]
+    for name, each_seed in made.items():
+        each = [values(run) for run in each_seed]
         mean = {k: comparison.over_seeds([v[k] for v in each], k) for k in each[0]}
-        table.append({"name": name, "values": {**mean, "seeds": len(runs)}})
+        table.append({"name": name, "values": {**mean, "seeds": len(each_seed)}})
     first = next(iter(made.values()))[0]
-    about = json.loads((first.commands[0].folder / "unlearn.json").read_text())
-    said = sd_results.training(setting, about, "none for this table")
+    about = json.loads((first.tasks[0].folder / "unlearn.json").read_text())
+    said = text_results.training(setting, about, "none for this table")
     said["data"]["forget"] = list(made)
     said["unlearning"] |= {
         "method": rows.title("ebu_added"), "steps": about["options"]["max_train_steps"],
@@ -105,50 +109,44 @@ def report(
         folder, title=f"Table 5 on {setting.world.title}", overwrite=folder.exists(),
         rows=[*table, *paper_rows()], protocol=said,
         parts=("data", "model", "unlearning", "timing", "seeds", "versions"),
-        command=command_line.typed("table5", argv),
+        command=args.command("table5"),
         notes=[
             "Shares of what is trained, in the mean over a run's steps; of several seeds the mean "
             "and its 95 % interval. Chance: a lift of 1, and half of the overlap opposed. The "
             "paper's counts are in GiB of float32; its lift is computed from them here."
         ],
     )  # fmt: skip
-    tables.say(folder)
+    print((folder / "results.md").read_text().split("\n## ")[0])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = sd_tables.parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    args = parser.parse_args(argv)
-    seeds, flags = rows.check_seeds(args.seeds), ("--logging_steps", EVERY)
+def main(args: Table5) -> None:
     paper = args.scale == "paper"
-    if args.steps is not None and args.steps < EVERY:
-        raise command_line.InputError(f"--steps must be >= {EVERY} here; got {args.steps}")
     made: dict[str, list[Run]] = {}
     settings: list[Any] = []
     choices: dict[str, rows.Choice] = {}
     for name, gone in (PAPER if paper else SMALL).items():
-        if paper:
-            setting = sd_large.paper_setting(args, gone)
-            choice, steps = sd_paper.choice("ebu_added"), args.steps or 1000
+        if isinstance(gone, Target):
+            setting: Any = args.paper_setting(gone)
+            choice, steps = text_paper.choice("ebu_added"), args.steps or 1000
         else:
-            setting = sd_tables.setting(args, gone[0], beside=gone[1:])
-            choice, steps = rows.tuned(setting, "ebu_added"), args.steps or sd_tables.STEPS
-        label = f"ebu_added-{sd_tables.tag(setting, choice)}-{steps}"
+            setting = args.setting(gone[0], beside=gone[1:])
+            choice, steps = rows.tuned(setting, "ebu_added"), args.steps or text_tables.STEPS
+        label = f"ebu_added-{text_tables.tag(setting, choice)}-{steps}"
+        options = {**choice.given, "logging_steps": EVERY}
         made[name] = [
-            setting.unlearned(label, "ebu_added", seed=s, steps=steps,
-                              flags=[*choice.flags, *flags])
-            for s in seeds
-        ]  # fmt: skip
+            setting.unlearned(label, "ebu_added", seed=s, steps=steps, options=options)
+            for s in args.seeds
+        ]
         settings.append(setting)
         choices[name] = choice
-    todo = [*setting.trained, *(run for runs in made.values() for run in runs)]
-    if not command_line.announce(args, setting.world, todo):
+    todo = [*setting.trained, *(run for each in made.values() for run in each)]
+    if not args.announced(todo):
         return
     for setting in settings:
         setting.write_prompts()
-    command_line.runs.execute(todo, command_line.workers(args))
-    report(args, setting, made, choices, argv)
+    runs.execute(todo, args.processes)
+    report(args, setting, made, choices)
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    command(main, Table5, __doc__)

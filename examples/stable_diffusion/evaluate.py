@@ -1,7 +1,8 @@
 """Draw what a Stable Diffusion pipeline makes of prompts, from fixed noise, and measure it."""
 
-from ebu_optim.text_to_image.evaluation import main
-from ebu_optim.training import exit_on_input_errors
+from ebu_optim.text_to_image.evaluation import evaluate
+from ebu_optim.text_to_image.evaluation_options import Evaluation
+from ebu_optim.training import command
 
 if __name__ == "__main__":
-    exit_on_input_errors(main, "the same command")
+    command(evaluate, Evaluation, __doc__)

@@ -11,7 +11,6 @@ pictures of their style: it must not need a digit. Both see the pictures moved, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from ...errors import InputError
 from ...files import load_tensors, save_tensors
 from ...metrics import accuracy, classify
 from ...training.data import noise_images
-from ...training.options import option, parse
+from ...training.options import option
 from . import loop
 from .captions import CONTENTS, STYLES
 from .images import SIZE, World, paper, world
@@ -159,9 +158,8 @@ class JudgesOptions(LoopOptions):
     lr_warmup_steps: int = option(50)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = parse(JudgesOptions, argv, __doc__)
+def train_judges(args: JudgesOptions) -> None:
+    """Train both judges, or go on with them; saved in ``args.output_dir``."""
     accelerator = loop.new_accelerator(args)
     train, test = (world(split, args.max_train_samples) for split in ("train", "test"))
     for name, classes in CLASSES.items():
@@ -183,4 +181,4 @@ def _save(folder: Path, name: str, judge: nn.Module, test: World, _: object) -> 
 
 
 if __name__ == "__main__":
-    training.exit_on_input_errors(main)
+    training.command(train_judges, JudgesOptions, __doc__)

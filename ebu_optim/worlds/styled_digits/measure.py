@@ -29,7 +29,7 @@ from ...metrics import classify
 from ...metrics.intervals import wilson
 from ...text_to_image import drawing, pipelines
 from ...text_to_image.pipelines import Model
-from ...training.options import as_dict, option, parse
+from ...training.options import as_dict, option
 from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, Caption, captions, tokenizer
 from .images import SIZE
 from .judges import CLASSES, NONE, Judges, load_judges
@@ -153,9 +153,8 @@ class Measure(Model):
                 raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = parse(Measure, argv, __doc__)
+def measure(args: Measure) -> None:
+    """Measure the pipeline; the figures go to ``args.output``."""
     judges = load_judges(args.judges)
     looked, name = pipelines.look(args), args.pretrained_model_name_or_path
     if looked.resolution != SIZE:
@@ -184,4 +183,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    training.exit_on_input_errors(main, "the same command")
+    training.command(measure, Measure, __doc__)

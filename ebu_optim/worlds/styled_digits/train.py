@@ -27,7 +27,7 @@ from ...diffusion import model_hash
 from ...errors import InputError
 from ...files import replacing_folder
 from ...training.ema import Ema, averaged
-from ...training.options import as_dict, at_least, option, parse
+from ...training.options import as_dict, at_least, option
 from . import autoencoder, diffusion, loop, text
 from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept, tokenizer
 from .images import World, world
@@ -76,9 +76,9 @@ class WorldOptions(LoopOptions):
                 raise InputError(f"--{stage}_learning_rate must be > 0; got {rate}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these options; None: those of the command line."""
-    args = parse(WorldOptions, argv, __doc__).resolved()
+def train(config: WorldOptions) -> None:
+    """Train the pipeline of this world, or go on with it; saved in ``config.output_dir``."""
+    args = config.resolved()
     accelerator = loop.new_accelerator(args)
     train, words = world("train", args.max_train_samples), tokenizer()
     vae, reader = autoencoder.new_autoencoder(), text.Reader(words)
@@ -197,4 +197,4 @@ What it draws is measured by `measure.py`.
 
 
 if __name__ == "__main__":
-    training.exit_on_input_errors(main)
+    training.command(train, WorldOptions, __doc__)

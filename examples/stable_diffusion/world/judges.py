@@ -1,7 +1,7 @@
 """Train the two classifiers that judge digits in styles."""
 
-from ebu_optim.training import exit_on_input_errors
-from ebu_optim.worlds.styled_digits.judges import main
+from ebu_optim.training import command
+from ebu_optim.worlds.styled_digits.judges import JudgesOptions, train_judges
 
 if __name__ == "__main__":
-    exit_on_input_errors(main)
+    command(train_judges, JudgesOptions, __doc__)

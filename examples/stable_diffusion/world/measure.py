@@ -1,7 +1,7 @@
 """Measure what a pipeline of digits in styles draws."""
 
-from ebu_optim.training import exit_on_input_errors
-from ebu_optim.worlds.styled_digits.measure import main
+from ebu_optim.training import command
+from ebu_optim.worlds.styled_digits.measure import Measure, measure
 
 if __name__ == "__main__":
-    exit_on_input_errors(main, "the same command")
+    command(measure, Measure, __doc__)

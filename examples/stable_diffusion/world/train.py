@@ -1,7 +1,7 @@
 """Train the Stable Diffusion pipeline of digits in styles from nothing."""
 
-from ebu_optim.training import exit_on_input_errors
-from ebu_optim.worlds.styled_digits.train import main
+from ebu_optim.training import command
+from ebu_optim.worlds.styled_digits.train import WorldOptions, train
 
 if __name__ == "__main__":
-    exit_on_input_errors(main)
+    command(train, WorldOptions, __doc__)

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from runs import LAST, SD, Run
-from sd_worlds import CONTENTS, STYLES, TextSetting
 
-from ebu_optim.baselines import methods
-from ebu_optim.files import replacing
+from ..baselines import methods
+from ..files import replacing
+from ..worlds.styled_digits.captions import CONTENTS, STYLES
+from .runs import Maker, Run
+from .text_worlds import ATTACK, MEASURE, UNLEARN, TextSetting
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
 #: Attacks of attack.py that stand in a table; its P_f is under the trained prompts that name the
@@ -92,19 +93,19 @@ def write(setting: TextSetting, runs: Sequence[Run]) -> None:
 
 
 def _row(setting: TextSetting, run: Run, base: Run) -> dict[str, Any]:
-    measured, before = (read(r, "world/measure")["measured"] for r in (run, base))
+    measured, before = (read(r, MEASURE)["measured"] for r in (run, base))
     replayed = setting.replayed
-    attacks = read(run, "attack")["values"]
+    attacks = read(run, ATTACK)["values"]
     found = values(measured, before, attacks, setting.target, replayed)
-    if run.commands[0].script == f"{SD}/unlearn":
-        found["seconds"] = read(run, "unlearn")["seconds"]
+    if run.tasks[0].maker == UNLEARN:
+        found["seconds"] = read(run, UNLEARN)["seconds"]
     return found
 
 
-def read(run: Run, script: str) -> dict[str, Any]:
-    """What the script of this name left in a run."""
-    (c,) = (c for c in run.commands if c.script == f"{SD}/{script}")
-    return json.loads((c.folder / LAST[c.script]).read_text())
+def read(run: Run, maker: Maker) -> dict[str, Any]:
+    """What the task of this maker left in a run."""
+    (t,) = (t for t in run.tasks if t.maker == maker)
+    return json.loads((t.folder / maker.last).read_text())
 
 
 def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
 
 def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
     """The other parts, of the world of digits in styles."""
-    drawn = read(run, "world/measure")["protocol"]
+    drawn = read(run, MEASURE)["protocol"]
     judges = drawn["judges_measured"]
     return {
         "sampling": {
@@ -177,7 +178,7 @@ def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
 
 def attacking(run: Run) -> dict[str, Any]:
     """The part of the protocol on attack.py."""
-    said = read(run, "attack")["protocol"]
+    said = read(run, ATTACK)["protocol"]
     return {
         "inversion": "a new embedding, learned against the frozen weights",
         "relearning": "fine-tuning on pictures of the target",

@@ -1,20 +1,20 @@
 """Generated images in ten classes, coloured shapes: for smoke runs where a data set is not at hand.
 
-    python examples/paper/shapes.py --output_dir outputs/shapes
+    python -m ebu_optim.worlds.shapes --output_dir outputs/shapes
 
 Folders train and test, in each a folder of PNG files for each class.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ebu_optim.files import replacing_folder
+from ..files import replacing_folder
+from ..training.options import at_least, command, option
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("disc", "square")
@@ -32,14 +32,20 @@ def draw(colour: str, shape: str, g: random.Random) -> Image.Image:
     return image
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--per_class", type=int, default=40, help="in train; a quarter in test")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """How many images are drawn, and where they go."""
+
+    output_dir: Path = option()
+    per_class: int = option(40, help="in train; a quarter in test")
+    seed: int = option(0)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_class")
+
+
+def draw_all(args: Shapes) -> None:
+    """Write the folders."""
     g = random.Random(args.seed)  # noqa: S311 - pictures, no secrets
     with replacing_folder(args.output_dir) as work:
         for split, n in (("train", args.per_class), ("test", max(1, args.per_class // 4))):
@@ -53,4 +59,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(draw_all, Shapes, __doc__)

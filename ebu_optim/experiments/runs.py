@@ -1,99 +1,107 @@
-"""Runs of the scripts of examples/: what is there is reused, what is missing is run.
+"""Runs as data: what is there is reused, what is missing is made.
 
-A run is a few commands in an order. Each writes a folder whose name ends in a hash of its options,
-and so of the folders that it builds on: with other options it is another run. An interrupted run
-goes on where it was.
+A run is a few tasks in an order. Each writes a folder whose name ends in a hash of its options, and
+so of the folders that it builds on: with other options it is another run. An interrupted run goes
+on where it was.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-EXAMPLES = Path(__file__).resolve().parent.parent
-SD = "stable_diffusion"
-LAST = {  # what each script writes last
-    "train": "README.md", "train_classifier": "classifier.json", "prepare": "fisher.safetensors",
-    "unlearn": "README.md", "evaluate": "results.json", "shapes": "README.md",
-    f"{SD}/world/train": "pipeline/world.json", f"{SD}/world/judges": "style.safetensors",
-    f"{SD}/world/measure": "measured.json", f"{SD}/unlearn": "unlearn.json",
-    f"{SD}/attack": "attacks.json", f"{SD}/evaluate": "evaluation.json",
-}  # fmt: skip
-RESUMES = ("train", "train_classifier", "unlearn", f"{SD}/world/train", f"{SD}/world/judges",
-           f"{SD}/unlearn")  # fmt: skip
-#: Scripts that are told the file which they write, and not a folder.
-WRITES_FILE = (f"{SD}/world/measure",)
+from ..files import digest
+from ..training.options import TrainingOptions, flags
 
 
-class Command(NamedTuple):
-    """`script` of examples/, of its ddpm/ or of this folder where it names none, with `options`,
-    all but --output_dir, which is `folder`."""
+class Maker(NamedTuple):
+    """``make(config)`` fills the folder, or the file, that the config names as its output.
 
-    script: str
-    options: tuple[str, ...]
+    Args:
+        make: a function of a module.
+        config: its frozen dataclass; one of training goes on from its newest checkpoint.
+        last: the file that is written last.
+    """
+
+    make: Callable[[Any], object]
+    config: type
+    last: str
+
+
+class Task(NamedTuple):
+    """What `maker` makes of `options`, all but where it goes, in `folder`."""
+
+    maker: Maker
+    options: Mapping[str, Any]
     folder: Path
 
     @property
     def done(self) -> bool:
-        return (self.folder / LAST[self.script]).is_file()
+        return (self.folder / self.maker.last).is_file()
 
     @property
-    def argv(self) -> list[str]:
-        resume = ["--resume_from_checkpoint", "latest"] if self.script in RESUMES else []
-        name, path = "--output_dir", self.folder
-        if self.script in WRITES_FILE:
-            name, path = "--output", self.folder / LAST[self.script]
-        return [*self.options, *resume, name, str(path)]
+    def config(self) -> Any:
+        """Raises:
+        InputError: options that the config refuses.
+        """
+        kinds = {f.name: str(f.type) for f in fields(self.maker.config)}
+        own: dict[str, Any] = {"output_dir": self.folder}
+        if "output" in kinds:
+            own = {"output": self.folder / self.maker.last}
+        if issubclass(self.maker.config, TrainingOptions):
+            own["resume_from_checkpoint"] = "latest"
+        given = {
+            name: v if "Path" in kinds.get(name, "") else _as_text(v)
+            for name, v in self.options.items()
+        }
+        return self.maker.config(**given, **own)
 
-    def run(self) -> None:
-        """In this process; scripts are read from their files, as some have the same name."""
-        folders = ("",) if "/" in self.script else ("ddpm", "paper")
-        files = (EXAMPLES / folder / f"{self.script}.py" for folder in folders)
-        file = next(f for f in files if f.is_file())
-        runpy.run_path(str(file), run_name=file.stem)["main"](self.argv)
+
+def _as_text(value: Any) -> Any:
+    """Paths as an option takes them that may be a hub id or a prompt, too."""
+    if isinstance(value, list):
+        return [_as_text(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
-def command(
-    script: str, options: Sequence[Any], root: Path, name: str, where: Sequence[Any] = (),
-    of: Sequence[str] = (),
-) -> Command:  # fmt: skip
-    """In the folder root/name-<hash of the script, the options and `of`, what else it builds on>;
-    `where` the data lie, and where `root` is, changes no hash."""
-    said = [script, *of, *(o.name if isinstance(o, Path) else str(o) for o in options)]
-    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
-    return Command(script, (*map(str, options), *map(str, where)), root / f"{name}-{key}")
+def task(
+    maker: Maker, options: Mapping[str, Any], root: Path, name: str,
+    where: Mapping[str, Any] | None = None, of: Sequence[str] = (),
+) -> Task:  # fmt: skip
+    """In the folder root/name-<hash of the maker, the options and `of`, what else it builds on>;
+    `where` the data lie, and where `root` is, changes no hash: of a path its name alone counts."""
+    key = digest([maker.make.__name__, *of, options])[:8]
+    return Task(maker, {**options, **(where or {})}, root / f"{name}-{key}")
 
 
 class Run(NamedTuple):
-    """Commands in an order; `seconds` of one CPU core (or of the GPU), an estimate; `steps` of
+    """Tasks in an order; `seconds` of one CPU core (or of the GPU), an estimate; `steps` of
     training; `after`: the names of runs that must be done before."""
 
     name: str
-    commands: tuple[Command, ...]
+    tasks: tuple[Task, ...]
     seconds: float
     steps: int
     after: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
-        return all(c.done for c in self.commands)
+        return all(t.done for t in self.tasks)
 
     @property
     def folder(self) -> Path:
-        return self.commands[-1].folder
+        return self.tasks[-1].folder
 
 
 class Failed(Exception):
@@ -177,32 +185,31 @@ def _start(threads: int) -> None:
 
 
 def _work(run: Run) -> str | None:
-    """The commands that are missing, their output in <folder>.log; the error, in a line."""
+    """The tasks that are missing, their output in <folder>.log; the error, in a line."""
     import traceback
 
     from accelerate.state import AcceleratorState, GradientState
 
-    for c in run.commands:
-        if c.done:
+    for t in run.tasks:
+        if t.done:
             continue
-        c.folder.parent.mkdir(parents=True, exist_ok=True)
-        log = c.folder.with_name(c.folder.name + ".log")
+        t.folder.parent.mkdir(parents=True, exist_ok=True)
+        log = t.folder.with_name(t.folder.name + ".log")
         with open(log, "a", buffering=1) as f:
-            print(f"$ {c.script}.py {' '.join(c.argv)}", file=f)
             out, err = sys.stdout, sys.stderr
             sys.stdout = sys.stderr = f
-            # a process keeps both: a run without --mixed_precision would have the one before's
+            # a process keeps both: a run without mixed precision would have the one before's
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             try:
-                c.run()
+                config = t.config
+                print(f"{t.maker.make.__name__} {' '.join(flags(config))}")
+                t.maker.make(config)
             except Exception as error:
                 traceback.print_exc(file=f)
                 first = str(error).splitlines()[:1]
                 return f"{type(error).__name__}: {' '.join(first)} (see {log})"
-            except SystemExit:  # argparse; what it said is in the log
-                return f"{c.script}.py does not take these options (see {log})"
             finally:
                 sys.stdout, sys.stderr = out, err
-        shutil.rmtree(c.folder / "checkpoints", ignore_errors=True)  # what is done is not resumed
+        shutil.rmtree(t.folder / "checkpoints", ignore_errors=True)  # what is done is not resumed
     return None

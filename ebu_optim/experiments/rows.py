@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from worlds import LOSSES, Setting
+from ..baselines import methods
+from ..errors import InputError
+from .worlds import LOSSES
 
-from ebu_optim.baselines import methods
-from ebu_optim.errors import InputError
-
+#: What was tuned for the published results; what tune.py finds is in the output folder.
 TUNED = Path(__file__).with_name("tuned.json")
 EBU = ("ebu_added", "ebu_replaced", "ebu_routed")
 #: Compared in full with several seeds; the others with one.
 RIVALS = ("joint", "selective_amnesia", "salun", "pcgrad", "random_masks", "embedding_only")
 OTHERS = ("fine_tune", "gradient_ascent", "erasediff", "retrain")
+ALL = (*EBU, *RIVALS, *OTHERS)
 ABLATIONS = tuple(m for m in methods if m.startswith("ebu_") and m not in EBU)
 
 RATES = (1e-4, 3e-4)
@@ -55,9 +56,10 @@ class Choice(NamedTuple):
         )
 
     @property
-    def flags(self) -> list[Any]:
-        options = ["--method_options", json.dumps(self.options)] if self.options else []
-        return ["--learning_rate", self.learning_rate, *options]
+    def given(self) -> dict[str, Any]:
+        """Options of unlearning."""
+        options = {"method_options": self.options} if self.options else {}
+        return {"learning_rate": self.learning_rate, **options}
 
 
 def trials(method: str, rates: Sequence[float] = RATES, grids: Grids = GRIDS) -> list[Choice]:
@@ -69,7 +71,7 @@ def trials(method: str, rates: Sequence[float] = RATES, grids: Grids = GRIDS) ->
     return [Choice(lr, {name: v, **scale}) for v in values for lr in rates]
 
 
-def tuned(setting: Setting, method: str) -> Choice:
+def tuned(setting: Any, method: str) -> Choice:
     """The choice of tune.py for this world and these losses, under partial replay, where methods
     differ. A world that was not tuned has the digits'; an ablation has EBU's; a method that was not
     tuned with these losses has its choice with others, or else 1e-4 and its defaults."""
@@ -77,7 +79,7 @@ def tuned(setting: Setting, method: str) -> Choice:
     return Choice(found["learning_rate"], found["options"]) if found else Choice(1e-4, {})
 
 
-def tuning(setting: Setting, method: str) -> str:
+def tuning(setting: Any, method: str) -> str:
     """Where that choice comes from, for the protocol."""
     where, found = _trials_of(setting, method)
     if not found:
@@ -86,8 +88,22 @@ def tuning(setting: Setting, method: str) -> str:
     return f"{whose}{len(found['trials'])} trials ({where})"
 
 
-def _trials_of(setting: Setting, method: str) -> tuple[str, dict[str, Any] | None]:
-    table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+def own_trials(setting: Any) -> Path:
+    """The file of what tune.py finds, in the output folder."""
+    return setting.root.parent / "tuned.json"
+
+
+def tuned_table(setting: Any) -> dict[str, dict[str, Any]]:
+    """World and losses -> method -> its choice: the published, and over it the output folder's."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in (TUNED, own_trials(setting)):
+        for where, chosen in json.loads(file.read_text()).items() if file.exists() else ():
+            found[where] = {**found.get(where, {}), **chosen}
+    return found
+
+
+def _trials_of(setting: Any, method: str) -> tuple[str, dict[str, Any] | None]:
+    table = tuned_table(setting)
     of = "ebu_added" if method in ABLATIONS else method
     for world in setting.tuned_as:
         for loss in (setting.loss, *LOSSES):
@@ -129,11 +145,11 @@ def check_methods(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(given))
 
 
-def check_seeds(given: Sequence[int]) -> list[int]:
+def check_seeds(given: Sequence[int], flag: str = "--seeds") -> list[int]:
     """A seed given twice would pass for two runs; on seed 0 the strengths were chosen."""
     if len(set(given)) < len(given) or 0 in given:
         raise InputError(
-            f"--seeds {' '.join(map(str, given))}: give each once, and not 0, which tune.py chose "
+            f"{flag} {' '.join(map(str, given))}: give each once, and not 0, which tune.py chose "
             "the strengths on"
         )
     return list(given)

@@ -5,18 +5,17 @@ GPU."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rows
-import sd_results
-from runs import LAST, SD, Command, Run, command
-from sd_tasks import Task
-from worlds import value
-
-from ebu_optim.errors import InputError
-from ebu_optim.files import replacing
+from ..errors import InputError
+from ..files import replacing
+from . import rows, text_results
+from .runs import Run, Task, task
+from .text_tasks import Target
+from .text_worlds import ATTACK, EVALUATE, UNLEARN
+from .worlds import Options
 
 
 class PaperWorld(NamedTuple):
@@ -25,30 +24,30 @@ class PaperWorld(NamedTuple):
     name: str
     title: str
     pipeline: str | Path  # hub id or folder
-    unlearn: tuple[Any, ...]
-    drawn: tuple[Any, ...]
-    attack: tuple[Any, ...]
+    unlearn: Options
+    drawn: Options
+    attack: Options
     seconds: Mapping[str, float]
     basis: str
     smoke: str | None = None
 
 
-DRAWN = ("--num_inference_steps", 50, "--guidance_scale", 7.5, "--sample_batch_size", 8)
+DRAWN = {"num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8}
 SD14 = PaperWorld(
     "sd14", "Stable Diffusion 1.4", "CompVis/stable-diffusion-v1-4",
     # section 5.3 and B.4: the empty prompt gives what is remembered and what takes the place
-    ("--remember", "", "--surrogate_prompt", "", "--train_modules", "xattn", "--train_batch_size",
-     1, "--mixed_precision", "bf16", "--logging_steps", 50),
+    {"remember_prompts": [""], "surrogate_prompt": [""], "train_modules": "xattn",
+     "train_batch_size": 1, "mixed_precision": "bf16", "logging_steps": 50},
     DRAWN,
-    (*DRAWN, "--attack_images", 32, "--target_images", 64, "--inversion_steps", 200,
-     "--relearn_max_steps", 50),
+    {**DRAWN, "attack_images": 32, "target_images": 64, "inversion_steps": 200,
+     "relearn_max_steps": 50},
     {"unlearn": 0.5, "picture": 0.7},
     "a guess for one H100, never measured; each model takes 4 GB of disk",
 )  # fmt: skip
 
 
-#: Metrics of evaluate.py, and its option for the file of their weights; without one they are
-#: downloaded. ResNet-50 is attack.py's judge, too.
+#: Metrics of an evaluation, and its option for the file of their weights; without one they are
+#: downloaded. ResNet-50 is a judge of attacks, too.
 WEIGHTS = {"imagenette": "resnet_weights", "clip_score": "clip_weights", "lpips": "alexnet_weights",
            "fid": "inception_weights"}  # fmt: skip
 
@@ -64,7 +63,7 @@ class PaperSetting:
     regime, loss, surrogate, modules = "empty", "replay", "empty", "xattn"
 
     def __init__(
-        self, world: PaperWorld, root: Path, task: Task, real_images: Path | None = None,
+        self, world: PaperWorld, root: Path, target: Target, real_images: Path | None = None,
         weights: Mapping[str, Path | None] | None = None,
     ) -> None:  # fmt: skip
         self.weights = {name: file.resolve() for name, file in (weights or {}).items() if file}
@@ -73,16 +72,17 @@ class PaperSetting:
                 raise InputError(f"--{name} {file} is no file")
         if real_images is not None and not real_images.is_dir():
             raise InputError(f"--real_images {real_images} is no folder")
-        self.world, self.root, self.task = world, root / world.name, task
-        self.target, self.tuned_as = task.name, [world.name]
-        self.fid = () if real_images is None else ("fid", "--real_images", real_images.resolve())
+        self.world, self.root, self.task = world, root / world.name, target
+        self.target, self.tuned_as = target.name, [world.name]
+        self.real_images = real_images and real_images.resolve()
 
     @property
     def ground(self) -> list[Run]:
         """The base's own pictures and figures."""
-        where = str(self.world.pipeline), [], f"{self.task.name}-base"
+        of: list[str] = []
+        where = str(self.world.pipeline), of, f"{self.task.name}-base"
         # the base is not relearned: it never forgot
-        attacked = self._attacked(*where, ("--attacks", "paraphrase", "inversion"))
+        attacked = self._attacked(*where, {"attacks": ["paraphrase", "inversion"]})
         return [Run(self._name(f"base, {self.task.name}"), (*self._evaluated(*where), *attacked),
                     self._looking(base=True), 0)]  # fmt: skip
 
@@ -104,91 +104,85 @@ class PaperSetting:
         return pipeline.name if isinstance(pipeline, Path) else pipeline
 
     def unlearned(
-        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
+        self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None
     ) -> Run:
         """A method's run, without looking at the result."""
         w, label = self.world, f"{self.task.name}-{name}-s{seed}"
-        given = w.unlearn
-        if method == "spm":  # adapters of its own
-            at = given.index("--train_modules")
-            given = (*given[:at], *given[at + 2 :])
-        made = command(
-            f"{SD}/unlearn",
-            ("--pretrained_model_name_or_path", w.pipeline, "--method", method, *self.task.forget,
-             "--seed", seed, "--max_train_steps", steps, *given, *flags, "--save_as", "pipeline",
-             "--validation_steps", 0),
-            self.root, f"models/{label}", ("--sets_dir", self.root / "sets"),
+        given = {**w.unlearn, **({"train_modules": None} if method == "spm" else {})}  # its own
+        made = task(
+            UNLEARN,
+            {"pretrained_model_name_or_path": w.pipeline, "method": method, **self.task.forget,
+             "seed": seed, "max_train_steps": steps, **given, **(options or {}),
+             "save_as": "pipeline", "validation_steps": 0},
+            self.root, f"models/{label}", {"sets_dir": self.root / "sets"},
         )  # fmt: skip
         seconds = w.seconds["unlearn"] * steps
         return Run(self._name(f"{label}, not judged"), (made,), seconds, steps)
 
     def run(
-        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
+        self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None
     ) -> Run:
         """The same, and what it draws."""
-        alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
-        (c,) = alone.commands
+        alone = self.unlearned(name, method, seed=seed, steps=steps, options=options)
+        (made,) = alone.tasks
         (base,) = self.ground
-        label = c.folder.name.rpartition("-")[0]
-        where = str(c.folder / "pipeline"), [c.folder.name], label
+        label = made.folder.name.rpartition("-")[0]
+        where = str(made.folder / "pipeline"), [made.folder.name], label
         judged = (*self._evaluated(*where, base), *self._attacked(*where))
-        return Run(self._name(label), (c, *judged), alone.seconds + self._looking(), steps,
+        return Run(self._name(label), (made, *judged), alone.seconds + self._looking(), steps,
                    (base.name,))  # fmt: skip
 
     def _evaluated(
         self, pipeline: str, of: list[str], label: str, base: Run | None = None
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Task, ...]:
         found = []
         for i, e in enumerate(self.task.evaluations):
-            options = list(e.options)
-            if "lpips" in options:
+            options, metrics = dict(e.options), list(e.options["metrics"])
+            if "lpips" in metrics:
                 if base is None:  # it is what the others are compared with
-                    options = options[: options.index("--metrics")]
+                    metrics.remove("lpips")
                 else:
-                    options += ["--reference_dir", base.commands[i].folder]
-            if "imagenette" in options:
-                options += self.fid
+                    options["reference_dir"] = base.tasks[i].folder
+            if "imagenette" in metrics and self.real_images:
+                metrics.append("fid")
+                options["real_images"] = self.real_images
             for metric, name in WEIGHTS.items():
                 # by its name in the folder's hash: without it there may have been no metric
-                if metric in options and name in self.weights:
-                    options += [f"--{name}", self.weights[name]]
+                if metric in metrics and name in self.weights:
+                    options[name] = self.weights[name]
             found.append(
-                command(
-                    f"{SD}/evaluate",
-                    (*options, *self.world.drawn),
-                    self.root,
-                    f"evaluations/{label}-{e.name}",
-                    ("--pretrained_model_name_or_path", pipeline),
+                task(
+                    EVALUATE, {**options, "metrics": metrics, **self.world.drawn}, self.root,
+                    f"evaluations/{label}-{e.name}", {"pretrained_model_name_or_path": pipeline},
                     [*of, self.base_key],
                 )
-            )
+            )  # fmt: skip
         return tuple(found)
 
     def _attacked(
-        self, pipeline: str, of: list[str], label: str, attacks: Sequence[Any] = ()
-    ) -> tuple[Command, ...]:
-        task, base = self.task, self.world.pipeline
-        if not task.judge:
+        self, pipeline: str, of: list[str], label: str, attacks: Options | None = None
+    ) -> tuple[Task, ...]:
+        target, own = self.task, dict(attacks or {})
+        if not target.judge:
             return ()
-        where = ("--pretrained_model_name_or_path", pipeline, "--base_model", base,
-                 "--target_dir", self.root / "targets")  # fmt: skip
-        if "imagenette" in task.judge and "resnet_weights" in self.weights:
-            attacks = ("--imagenette_weights", self.weights["resnet_weights"], *attacks)
-        return (
-            command(
-                f"{SD}/attack",
-                (*task.forget, *task.judge, "--paraphrases", *task.paraphrases,
-                 *self.world.attack, *attacks),
-                self.root, f"attacks/{label}", where, [*of, self.base_key],
-            ),
+        if target.judge["judge"] == "imagenette" and "resnet_weights" in self.weights:
+            own["imagenette_weights"] = self.weights["resnet_weights"]
+        made = task(
+            ATTACK,
+            {**target.forget, **target.judge, "paraphrases": list(target.paraphrases),
+             **self.world.attack, **own},
+            self.root, f"attacks/{label}",
+            {"pretrained_model_name_or_path": pipeline, "base_model": self.world.pipeline,
+             "target_dir": self.root / "targets"},
+            [*of, self.base_key],
         )  # fmt: skip
+        return (made,)
 
     def write_results(self, runs: Iterable[Run]) -> None:
         """results.json in the folder of each run, as tables.py reads it."""
         (base,) = self.ground
         for run in runs:
-            (made,) = (c for c in run.commands if c.script == f"{SD}/unlearn")
-            seconds = json.loads((made.folder / "unlearn.json").read_text())["seconds"]
+            seconds = text_results.read(run, UNLEARN)["seconds"]
             lines = [
                 {"name": "base model", "values": _values(base)},
                 {"name": run.name, "values": {**_values(run), "seconds": seconds}},
@@ -198,7 +192,7 @@ class PaperSetting:
 
     def protocol(self, run: Run) -> dict[str, Any]:
         """Of what evaluate.py measured."""
-        found = [e for c in run.commands if (e := evaluation(c))]
+        found = [e for t in run.tasks if (e := evaluation(t))]
         options = found[0]["protocol"]["options"]
         return {
             "sampling": {
@@ -209,7 +203,7 @@ class PaperSetting:
                 "starting_noise": "the same before and after",
             },
             "metrics": {name: said for e in found for name, said in e["metrics"].items()},
-            **({"attacks": sd_results.attacking(run)} if self.task.judge else {}),
+            **({"attacks": text_results.attacking(run)} if self.task.judge else {}),
         }  # fmt: skip
 
     def about(self) -> dict[str, Any]:
@@ -234,28 +228,29 @@ def choice(method: str) -> rows.Choice:
     return rows.Choice(1e-4 if method == "spm" else 1e-5, {})
 
 
-def attack_cost(task: Task, options: Sequence[Any], *, base: bool) -> tuple[int, int]:
+def attack_cost(target: Target, options: Options, *, base: bool) -> tuple[int, int]:
     """How many pictures and steps the attacks on a model take; the base draws the target as well,
     and is not relearned."""
     each, targets, inverted, relearned = (
-        value(options, f"--{name}")
+        options[name]
         for name in ("attack_images", "target_images", "inversion_steps", "relearn_max_steps")
     )
     starts = 2  # of inversion: a random embedding and a word
     # the prompts, each wording, two looks at an inversion; six at relearning, or the base's own P_f
-    looks = 1 + len(task.paraphrases) + 2 * starts + (1 if base else 6)
+    looks = 1 + len(target.paraphrases) + 2 * starts + (1 if base else 6)
     steps = starts * inverted + (0 if base else relearned)
     return each * looks + (targets if base else 0), steps
 
 
-def evaluation(c: Any) -> dict[str, Any] | None:
-    if c.script != f"{SD}/evaluate":
+def evaluation(made: Task) -> dict[str, Any] | None:
+    """What an evaluation wrote; None of another task."""
+    if made.maker != EVALUATE:
         return None
-    return json.loads((c.folder / LAST[c.script]).read_text())
+    return json.loads((made.folder / EVALUATE.last).read_text())
 
 
 def _values(run: Run) -> dict[str, Any]:
-    found = {k: v for c in run.commands if (e := evaluation(c)) for k, v in e["values"].items()}
-    if any(c.script == f"{SD}/attack" for c in run.commands):
-        found |= sd_results.columns(sd_results.read(run, "attack")["values"])
+    found = {k: v for t in run.tasks if (e := evaluation(t)) for k, v in e["values"].items()}
+    if any(t.maker == ATTACK for t in run.tasks):
+        found |= text_results.columns(text_results.read(run, ATTACK)["values"])
     return found

@@ -1,6 +1,6 @@
 """The settings of the text-to-image experiments, and how a method is run in them.
 
-small     digits in styles, the world of examples/stable_diffusion/world; two CPU cores
+small     digits in styles, the world of ebu_optim.worlds.styled_digits; two CPU cores
 paper     Stable Diffusion 1.4; a GPU
 """
 
@@ -13,18 +13,33 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs import SD, Command, Run, command
-from sd_prompts import FEW, REGIMES, SURROGATES, Asked
-from worlds import losses, value
+from ..attacks.run import AttackOptions, attack
+from ..baselines import methods
+from ..errors import InputError
+from ..files import digest
+from ..text_to_image.evaluation import evaluate
+from ..text_to_image.evaluation_options import RESULT, Evaluation
+from ..text_to_image.options import Unlearn
+from ..text_to_image.unlearn import unlearn
+from ..worlds.styled_digits.captions import CONTENTS, STYLES
+from ..worlds.styled_digits.judges import JudgesOptions, train_judges
+from ..worlds.styled_digits.measure import Measure, measure
+from ..worlds.styled_digits.train import WorldOptions, train
+from .runs import Maker, Run, Task, task
+from .text_prompts import FEW, REGIMES, SURROGATES, Asked
+from .worlds import Options, losses
 
-from ebu_optim.baselines import methods
-from ebu_optim.errors import InputError
-from ebu_optim.worlds.styled_digits.captions import CONTENTS, STYLES
+TRAIN = Maker(train, WorldOptions, "pipeline/world.json")
+JUDGES = Maker(train_judges, JudgesOptions, "style.safetensors")
+UNLEARN = Maker(unlearn, Unlearn, "unlearn.json")
+MEASURE = Maker(measure, Measure, "measured.json")
+ATTACK = Maker(attack, AttackOptions, "attacks.json")
+EVALUATE = Maker(evaluate, Evaluation, RESULT)
 
 #: What methods that learn a guided prediction train, and what they forget, as published: ESD cross
 #: attention, SPM its adapters, both the bare word. Their target points away from the whole prompt.
 GUIDED = ("guidance", "adapter")
-BARE = ("--forget_templates", "{}")
+BARE = {"forget_templates": ["{}"]}
 
 
 class TextWorld(NamedTuple):
@@ -33,42 +48,42 @@ class TextWorld(NamedTuple):
 
     name: str
     title: str
-    base: tuple[Any, ...]
-    judges: tuple[Any, ...]
-    unlearn: tuple[Any, ...]
-    guided: tuple[Any, ...]
-    measure: tuple[Any, ...]
-    attack: tuple[Any, ...]
-    trial: tuple[Any, ...]
-    pictures: tuple[Any, ...]
+    base: Options
+    judges: Options
+    unlearn: Options
+    guided: Options
+    measure: Options
+    attack: Options
+    trial: Options
+    pictures: Options
     seconds: Mapping[str, float]
     basis: str
     smoke: str | None = None
 
 
-DRAWN = ("--num_inference_steps", 20, "--guidance_scale", 3)
+DRAWN = {"num_inference_steps": 20, "guidance_scale": 3.0}
 STYLED_DIGITS = TextWorld(
-    "styled-digits", "digits in styles", ("--max_train_steps", 3000), (),
-    ("--train_batch_size", 16, *DRAWN, "--sample_batch_size", 50, "--surrogate_images", 100,
-     "--replay_images", 300, "--forget_images", 100, "--logging_steps", 50),
-    ("--guided_steps", 20),
-    ("--num_inference_steps", 10, "--guidance_scale", 3, "--images_per_pair", 8),
-    ("--num_inference_steps", 10, "--attack_images", 32, "--inversion_steps", 100,
-     "--relearn_max_steps", 50),
-    ("--attacks", "inversion"),
-    (*DRAWN, "--images_per_prompt", 4),
-    {"base": 0.4, "judges": 40.0, "unlearn": 0.25, "sets": 15.0, "measure": 15.0, "attack": 27.0,
-     "pictures": 5.0},
-    "one core of a 2.5 GHz x86-64 CPU a run",
+    "styled-digits", "digits in styles", base={"max_train_steps": 3000}, judges={},
+    unlearn={"train_batch_size": 16, **DRAWN, "sample_batch_size": 50, "surrogate_images": 100,
+             "replay_images": 300, "forget_images": 100, "logging_steps": 50},
+    guided={"guided_steps": 20},
+    measure={"num_inference_steps": 10, "guidance_scale": 3.0, "images_per_pair": 8},
+    attack={"num_inference_steps": 10, "attack_images": 32, "inversion_steps": 100,
+            "relearn_max_steps": 50},
+    trial={"attacks": ["inversion"]},
+    pictures={**DRAWN, "images_per_prompt": 4},
+    seconds={"base": 0.4, "judges": 40.0, "unlearn": 0.25, "sets": 15.0, "measure": 15.0,
+             "attack": 27.0, "pictures": 5.0},
+    basis="one core of a 2.5 GHz x86-64 CPU a run",
 )  # fmt: skip
 
 
 class Given(NamedTuple):
-    """A part of the ground: made by a command, or there already."""
+    """A part of the ground: made by a task, or there already."""
 
     folder: Path
     key: str
-    made: Command | None
+    made: Task | None
 
 
 class TextSetting(Asked):
@@ -76,7 +91,7 @@ class TextSetting(Asked):
 
     Args:
         target: any word of the concept.
-        modules: as --train_modules of unlearn.py.
+        modules: what is trained, an option of unlearning.
         base, judges: folders of a trained pipeline and of judges, in place of training them.
         beside: more concepts of the same kind that are forgotten with it; they are not judged.
 
@@ -92,25 +107,26 @@ class TextSetting(Asked):
     ) -> None:  # fmt: skip
         super().__init__(root / world.name / "prompts", target, beside, regime, surrogate)
         self.world, self.root, self.loss, self.modules = world, root / world.name, loss, modules
-        self.base = self._given("base", "train", world.base, base, "pipeline")
-        self.judges = self._given("judges", "judges", world.judges, judges, "")
+        self.base = self._given("base", TRAIN, world.base, base, "pipeline")
+        self.judges = self._given("judges", JUDGES, world.judges, judges, "")
         self.sets: dict[tuple[str, int], str] = {}  # what a seed's runs share -> who makes it
 
     def _given(
-        self, name: str, script: str, options: Sequence[Any], folder: Path | None, part: str
+        self, name: str, maker: Maker, options: Options, folder: Path | None, part: str
     ) -> Given:
         if folder is None:
-            made = command(f"{SD}/world/{script}", options, self.root, name)
+            made = task(maker, options, self.root, name)
             return Given(made.folder / part, made.folder.name, made)
         needed = ("world.json",) if part else ("content.safetensors", "style.safetensors")
         for file in needed:
             if not (folder / file).is_file():
-                raise InputError(f"--{name} {folder} holds no {file}: world/{script}.py makes it")
+                by = "world/train.py" if part else "world/judges.py"
+                raise InputError(f"--{name} {folder} holds no {file}: {by} makes it")
         files = sorted(folder.glob("**/*.safetensors" if part else "*.safetensors"))
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-        return Given(folder.resolve(), digest.hexdigest()[:8], None)
+        held = {
+            str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+        }
+        return Given(folder.resolve(), digest(held)[:8], None)
 
     @property
     def base_key(self) -> str:
@@ -138,7 +154,7 @@ class TextSetting(Asked):
     def trained(self) -> list[Run]:
         """The base and the judges, where they are not given."""
         w, s = self.world, self.world.seconds
-        steps = value(w.base, "--max_train_steps")
+        steps = w.base["max_train_steps"]
         parts = [
             (self.base.made, "base", s["base"] * steps, steps),
             (self.judges.made, "judges", s["judges"], 0),
@@ -150,7 +166,7 @@ class TextSetting(Asked):
         """What every run of a method builds on; last what the base scores itself."""
         s, made = self.world.seconds, self.trained
         # the base is not relearned: it never forgot
-        attacks = ("--attacks", "paraphrase", "inversion")
+        attacks = {"attacks": ["paraphrase", "inversion"]}
         judged = self._judged(self.base.folder, [self.base.key], "base", attacks=attacks)
         name = self._name(f"base, {self.target}")
         return [*made, Run(name, judged, s["measure"] + s["attack"], 0,
@@ -163,95 +179,91 @@ class TextSetting(Asked):
         *,
         seed: int,
         steps: int = 100,
-        flags: Sequence[Any] = (),
+        options: Options | None = None,
         trial: bool = False,
     ) -> Run:
-        """A method unlearned, measured and attacked; `flags` are options of unlearn.py. A `trial`
-        of tuning is attacked by 100 steps of inversion alone."""
+        """A method unlearned, measured and attacked, with further `options` of unlearning. A
+        `trial` of tuning is attacked by 100 steps of inversion alone."""
         w = self.world
         if method == "retrain":
             alone = self.retrained()
         else:
-            alone = self.unlearned(name, method, seed=seed, steps=steps, flags=flags)
-        (c,) = alone.commands
-        label = c.folder.name.rpartition("-")[0]
+            alone = self.unlearned(name, method, seed=seed, steps=steps, options=options)
+        (made,) = alone.tasks
+        label = made.folder.name.rpartition("-")[0]
         judged = self._judged(
-            c.folder / "pipeline", [c.folder.name], label, attacks=w.trial if trial else ()
+            made.folder / "pipeline", [made.folder.name], label, attacks=w.trial if trial else {}
         )
         full = self._name(f"{label}, trial" if trial else label)
         after = (*(r.name for r in self.ground), *self._makers(full, method, seed))
         seconds = alone.seconds + w.seconds["measure"] + w.seconds["attack"]
-        return Run(full, (c, *judged), seconds, steps, after)
+        return Run(full, (made, *judged), seconds, steps, after)
 
     def unlearned(
-        self, name: str, method: str, *, seed: int, steps: int, flags: Sequence[Any] = ()
+        self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None
     ) -> Run:
         """As `run`, without looking at the result."""
         w, forgets = self.world, methods[method].forgets
-        own = w.guided if forgets in GUIDED else ()
+        own = dict(w.guided) if forgets in GUIDED else {}
         if forgets != "adapter":
-            own = (*own, "--train_modules", self.trains(method))
-        told = ("--forget_templates", self.file("templates"), *self.instead())
-        asked = (
-            "--forget", *self.gone, *(BARE if forgets in GUIDED else told),
-            "--remember", self.file("remember"),
-        )  # fmt: skip
+            own["train_modules"] = self.trains(method)
+        told = {"forget_templates": [self.file("templates")], **self.instead()}
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
-        made = command(
-            f"{SD}/unlearn",
-            ("--method", method, *losses(self.loss, method, "--remember_loss"), "--seed", seed,
-             *asked, "--max_train_steps", steps, *w.unlearn, *own, *flags, "--save_as", "pipeline",
-             "--validation_steps", 0),
+        made = task(
+            UNLEARN,
+            {"method": method, **losses(self.loss, method), "seed": seed, "forget": self.gone,
+             **(BARE if forgets in GUIDED else told), "remember_prompts": [self.file("remember")],
+             "max_train_steps": steps, **w.unlearn, **own, **(options or {}),
+             "save_as": "pipeline", "validation_steps": 0},
             self.root, f"models/{label}",
-            ("--pretrained_model_name_or_path", self.base.folder, "--sets_dir", self.root / "sets"),
+            {"pretrained_model_name_or_path": self.base.folder, "sets_dir": self.root / "sets"},
             [self.base.key],
         )  # fmt: skip
-        after = tuple(r.name for r in self.trained if self.base.made in r.commands)
+        after = tuple(r.name for r in self.trained if self.base.made in r.tasks)
         return Run(self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps,
                    after)  # fmt: skip
 
     def retrained(self) -> Run:
         """The world, trained with the base's seed without what the others forget: the same
         autoencoder and the same text encoder, which knows the word."""
-        steps = value(self.world.base, "--max_train_steps")
-        made = command(
-            f"{SD}/world/train", (*self.world.base, "--without", *self.gone, "--seed", 0),
+        steps = self.world.base["max_train_steps"]
+        made = task(
+            TRAIN, {**self.world.base, "without": self.gone, "seed": 0},
             self.root, f"models/{'-'.join(self.gone)}-retrain-s0",
         )  # fmt: skip
         return Run(self._name(made.folder.name), (made,), self.world.seconds["base"] * steps, steps)
 
     def pictures(self, row: str, run: Run) -> Run:
         """Pictures of what the model of a run draws, of the target and of its neighbours."""
-        return self._draw(row, run.commands[0].folder / "pipeline", run.commands[0].folder.name,
-                          (run.name,))  # fmt: skip
+        folder = run.tasks[0].folder
+        return self._draw(row, folder / "pipeline", folder.name, (run.name,))
 
     def base_pictures(self) -> Run:
-        after = tuple(r.name for r in self.trained if self.base.made in r.commands)
+        after = tuple(r.name for r in self.trained if self.base.made in r.tasks)
         return self._draw("base", self.base.folder, self.base.key, after)
 
     def _draw(self, row: str, pipeline: Path, key: str, after: tuple[str, ...]) -> Run:
-        drawn = command(
-            f"{SD}/evaluate", ("--prompts", self.file("shown"), *self.world.pictures),
+        drawn = task(
+            EVALUATE, {"prompts": [self.file("shown")], **self.world.pictures},
             self.root, f"pictures/{self.target}-{row}",
-            ("--pretrained_model_name_or_path", pipeline), [key],
+            {"pretrained_model_name_or_path": pipeline}, [key],
         )  # fmt: skip
         return Run(self._name(f"pictures, {self.target}-{row}"), (drawn,),
                    self.world.seconds["pictures"], 0, after)  # fmt: skip
 
     def _judged(
-        self, pipeline: Path, of: list[str], label: str, *, attacks: Sequence[Any]
-    ) -> tuple[Command, Command]:
-        where = ("--pretrained_model_name_or_path", pipeline, "--judges", self.judges.folder)
+        self, pipeline: Path, of: list[str], label: str, *, attacks: Options
+    ) -> tuple[Task, Task]:
+        where = {"pretrained_model_name_or_path": pipeline, "judges": self.judges.folder}
         of = [*of, self.judges.key]
         words = {**CONTENTS, **STYLES}[self.target]
-        measured = command(
-            f"{SD}/world/measure", self.world.measure, self.root, f"measured/{label}", where, of
-        )
-        attacked = command(
-            f"{SD}/attack",
-            ("--forget", self.target, "--judge", "world", *self.world.attack, *attacks,
-             "--initializer_token", words[1]), self.root, f"attacks/{label}",
-            (*where, "--base_model", self.base.folder, "--target_dir", self.root / "targets"),
+        measured = task(MEASURE, self.world.measure, self.root, f"measured/{label}", where, of)
+        attacked = task(
+            ATTACK,
+            {"forget": [self.target], "judge": "world", **self.world.attack, **attacks,
+             "initializer_token": [words[1]]},
+            self.root, f"attacks/{label}",
+            {**where, "base_model": self.base.folder, "target_dir": self.root / "targets"},
             [*of, self.base.key],
         )  # fmt: skip
         return measured, attacked

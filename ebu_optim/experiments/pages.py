@@ -1,81 +1,26 @@
-"""A table of the paper: runs of several methods and seeds, gathered in one report."""
+"""The report of a table: its rows beside their limits and the paper's, curves and pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import rows
 import torch
-from runs import Run
-from worlds import Setting, World
 
-from ebu_optim.class_conditional.pages import prepared
-from ebu_optim.errors import InputError
-from ebu_optim.files import load_tensors
-from ebu_optim.report import write_report
-from ebu_optim.report.comparison import difference, rows_over_seeds
+from ..class_conditional.pages import prepared
+from ..errors import InputError
+from ..files import load_tensors
+from ..report import write_report
+from ..report.comparison import difference
+from .runs import Run
+from .tables import PAPER, Row, gather, values
+from .worlds import Setting
 
-PAPER = Path(__file__).with_name("paper_tables.json")
 #: The paper's columns by our keys; its RT is the number of steps.
 COLUMNS = {"CE_f": "ce_f", "CE_r": "ce_r", "RA": "ra", "RT": "steps", "FID": "fid",
            "nudity_score": "nudity_score", "clip_score": "clip_score"}  # fmt: skip
-
-
-class Row(NamedTuple):
-    """A line of the table: its name and one run a seed."""
-
-    name: str
-    runs: tuple[Run, ...]
-    steps: int
-    choice: rows.Choice
-    tuning: str  # how the choice was made
-
-    @property
-    def seeds(self) -> list[int]:
-        options = [run.commands[0].options for run in self.runs]
-        return [int(o[o.index("--seed") + 1]) for o in options]
-
-
-def row(
-    setting: Setting, method: str, seeds: Iterable[int], *, steps: int = 200,
-    choice: rows.Choice | None = None, name: str | None = None, tag: str = "",
-    flags: Sequence[Any] = (), tuning: str = "none",
-) -> Row:  # fmt: skip
-    """A method at its tuned strength, or at `choice`; `flags` are further options of unlearn.py."""
-    if choice is None:
-        choice, tuning = rows.tuned(setting, method), rows.tuning(setting, method)
-    name_of_runs = label(setting, method, tag or choice.name, steps)
-    given = [*choice.flags, *flags]
-    runs = tuple(setting.run(name_of_runs, method, seed=s, steps=steps, flags=given) for s in seeds)
-    return Row(name or rows.title(method), runs, steps, choice, tuning)
-
-
-def label(setting: Any, method: str, tag: str, steps: int) -> str:
-    """What the runs of a method in a setting are called; `tag` tells its strengths apart."""
-    return f"{method}-{setting.regime}-{setting.loss}-{tag}-{steps}"
-
-
-def paper_steps(world: World, method: str) -> int:
-    """As the paper's column RT has them; what it does not compare with has EBU's."""
-    table = json.loads(PAPER.read_text())[world.paper]
-    (steps,) = table[rows.PAPER.get(method, "EBU")]["RT"]
-    return steps
-
-
-def values(row: Row) -> list[dict[str, Any]]:
-    """The method's values, a seed at a time."""
-    return [rows.results(run.folder)[-1]["values"] for run in row.runs]
-
-
-def gather(row: Row) -> dict[str, Any]:
-    """The values of a row: of one run as they are, with intervals over the images; of several the
-    mean and its 95 % interval over the seeds."""
-    return {**rows_over_seeds(values(row)), "steps": row.steps}
-
-
 CURVE = 300  # the last step of a table's curves
 AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 
@@ -168,7 +113,7 @@ def report(
     paper: str | None, parts: Sequence[str], plots: Sequence[Mapping[str, Any]],
     grids: Sequence[Mapping[str, Any]], one: str, shown: str, axes: Sequence[str] = AXES,
 ) -> Path:  # fmt: skip
-    """The report of any table: our rows beside their limits and the paper's.
+    """The report of any table: our rows beside their limits and the paper's; it is shown in short.
 
     Args:
         said: the protocol.
@@ -193,19 +138,22 @@ def report(
             f"The paper's figures are of its own model and data ({paper}); ours are of "
             f"{setting.world.title}. Compare orders, not figures."
         )
-    ours = [{"name": r.name, "values": gather(r)} for r in table]
+    ours: list[dict[str, Any]] = [{"name": r.name, "values": gather(r)} for r in table]
     if most > 1:
         for line, r in zip(ours, table, strict=True):
             line["values"]["seeds"] = len(r.runs)
-    return write_report(
+    page = write_report(
         folder, title=title, protocol=said, overwrite=folder.exists(), command=command,
         rows=[*limits, *ours, *paper_rows(paper)], parts=parts, curves=plots, notes=notes,
         grids=grids,
     )  # fmt: skip
+    print((folder / "results.md").read_text().split("\n## ")[0])
+    print(f"\nsee {page}")
+    return page
 
 
 def curve(run: Run) -> list[dict[str, Any]]:
-    return json.loads((run.commands[0].folder / "unlearn.json").read_text())["curve"]
+    return json.loads((run.tasks[0].folder / "unlearn.json").read_text())["curve"]
 
 
 def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
@@ -226,7 +174,7 @@ def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
 
 
 def samples(setting: Setting, model: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels that evaluate.py drew from the model of this hash."""
+    """Images and labels that were drawn from the model of this hash."""
     path = setting.root / "samples" / f"{model}.safetensors"
     if not path.exists():
         raise InputError(f"{path} is gone: delete the report of that model to have it drawn anew")
@@ -236,13 +184,13 @@ def samples(setting: Setting, model: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pictures(setting: Setting, table: Sequence[Row], classes: int, each: int = 6) -> dict[str, Any]:
     """The base's and every row's first images of some classes, from the same noise."""
-    made = json.loads((table[0].runs[0].commands[0].folder / "unlearn.json").read_text())
+    made = json.loads((table[0].runs[0].tasks[0].folder / "unlearn.json").read_text())
     info = json.loads((setting.base.folder / "classes.json").read_text())
     names = info["classes"]
     shown = [*made["forget"], *(c for c in range(len(names)) if c not in made["forget"])][:classes]
     hashes = {"base": made["base_hash"]}
     for r in table:
-        of = json.loads((r.runs[0].commands[0].folder / "classes.json").read_text())
+        of = json.loads((r.runs[0].tasks[0].folder / "classes.json").read_text())
         hashes[r.name] = of["hash"]
     columns = {}
     for name, model in hashes.items():
@@ -253,9 +201,3 @@ def pictures(setting: Setting, table: Sequence[Row], classes: int, each: int = 6
         "rows": [names[c] for c in shown], "columns": columns,
         "forgotten": [names[c] for c in made["forget"]],
     }  # fmt: skip
-
-
-def say(folder: Path) -> None:
-    text = (folder / "results.md").read_text()
-    print(text.split("\n## ")[0])
-    print(f"\nsee {folder / 'report.html'}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ebu_optim.errors import InputError
-from ebu_optim.files import replacing
-from ebu_optim.worlds.styled_digits.captions import (
+from ..errors import InputError
+from ..files import digest, replacing
+from ..worlds.styled_digits.captions import (
     CONTENTS,
     HELD_OUT,
     STYLES,
@@ -62,7 +62,7 @@ class Asked:
     def file(self, part: str) -> Path:
         """A file of prompts, written here; its name has a hash of what is in it."""
         text = "\n".join(p or '""' for p in getattr(self, part)()) + "\n"
-        key = hashlib.sha256(text.encode()).hexdigest()[:8]
+        key = digest(text)[:8]
         path = self.folder / f"{part}-{'-'.join(self.gone)}-{key}.txt"
         self.files[path] = text
         return path
@@ -78,18 +78,18 @@ class Asked:
         texts = [c.text for c in known if c.content_word in first and c.style_word in first]
         return list(dict.fromkeys(re.sub(rf"\b{self.target}\b", "{}", t) for t in texts))
 
-    def instead(self) -> tuple[str, ...]:
+    def instead(self) -> dict[str, Any]:
         """What takes the target's place; SalUn's labels, too."""
         if self.surrogate == "empty":
-            return ("--surrogate_prompt", "")
+            return {"surrogate_prompt": [""]}
         if self.kind == "style":  # the plain one
             other = self.others[0]
         else:  # the next one
             at = list(CONTENTS).index(self.target)
             after = (*list(CONTENTS)[at:], *CONTENTS)
             other = next(n for n in after if n in self.others)
-        noise = ("--surrogate", "gaussian") if self.surrogate == "gaussian" else ()
-        return ("--surrogate_concept", other, *noise)
+        noise = {"surrogate": "gaussian"} if self.surrogate == "gaussian" else {}
+        return {"surrogate_concept": [other], **noise}
 
     def remember(self) -> list[str]:
         kept = [c for c in captions(TRAINED) if not {c.content, c.style} & set(self.gone)]

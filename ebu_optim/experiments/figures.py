@@ -1,0 +1,102 @@
+"""What the figures of class-conditional models share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..training.options import option
+from . import pages, rows
+from .options import Replayed
+from .runs import Run
+from .tables import Row
+from .worlds import Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure(Replayed):
+    """Options of a figure, of one seed.
+
+    Raises:
+        InputError: a seed on which strengths were chosen.
+    """
+
+    seed: int = option(1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows.check_seeds([self.seed], "--seed")
+
+    def run_table(self, setting: Setting, table: Sequence[Row]) -> bool:
+        """Say what it costs, then run what is missing; False after a --dry_run."""
+        return self.run(setting, [run for r in table for run in r.runs])
+
+    def write(
+        self, setting: Setting, table: Sequence[Row], *, script: str, title: str,
+        plots: Sequence[Any], grids: Sequence[Any], notes: Sequence[str] = (),
+    ) -> Path:  # fmt: skip
+        """The report; the folder that it lies in."""
+        rate = getattr(self, "learning_rate", None)
+        ending = f"-lr{rate:g}" if rate else ""
+        folder = setting.root / f"{script}-{self.regime}-{self.loss}{ending}"
+        pages.write(
+            folder, setting, table, plots=plots, grids=grids, notes=notes,
+            title=self.said(title, setting.world), command=self.command(script),
+        )  # fmt: skip
+        return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedFigure(Figure):
+    """With one learning rate at paper scale, where the paper has two.
+
+    Raises:
+        InputError: a learning rate at another scale.
+    """
+
+    learning_rate: float | None = option(
+        None, help="at paper scale; default: {:g}, the paper also has {:g}".format(
+            *rows.PAPER_RATES
+        )
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate is not None and self.scale != "paper":
+            raise InputError(
+                f"--learning_rate {self.learning_rate:g} is of --scale paper; at --scale "
+                f"{self.scale} it is what tune.py chose"
+            )
+
+    @property
+    def paper_rate(self) -> float | None:
+        """None elsewhere, where tune.py chose it."""
+        return (self.learning_rate or rows.PAPER_RATES[0]) if self.scale == "paper" else None
+
+
+def about(run: Run) -> dict[str, Any]:
+    """What was written about a run of unlearning, its curve among it."""
+    return json.loads((run.tasks[0].folder / "unlearn.json").read_text())
+
+
+def classes(setting: Setting, run: Run) -> tuple[list[int], list[int], list[str]]:
+    """The forgotten classes, the kept ones, and the names of all."""
+    names = json.loads((setting.base.folder / "classes.json").read_text())["classes"]
+    gone = about(run)["forget"]
+    return gone, [c for c in range(len(names)) if c not in gone], names
+
+
+def named(c: int, gone: list[int], names: list[str]) -> str:
+    return f"{names[c]} ({'forgotten' if c in gone else 'kept'})"
+
+
+def samples(setting: Setting, run: Run) -> tuple[Tensor, Tensor]:
+    """Images and labels that were drawn from a run's model."""
+    info = json.loads((run.tasks[0].folder / "classes.json").read_text())
+    return pages.samples(setting, info["hash"])

@@ -1,0 +1,123 @@
+"""The rows of a table: a method, its strength, and a run for every seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..report.comparison import rows_over_seeds
+from . import rows
+from .runs import Run
+from .worlds import Options, Setting, World
+
+PAPER = Path(__file__).with_name("paper_tables.json")
+
+
+class Row(NamedTuple):
+    """A line of the table: its name and one run a seed."""
+
+    name: str
+    runs: tuple[Run, ...]
+    steps: int
+    choice: rows.Choice
+    tuning: str  # how the choice was made
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.tasks[0].options["seed"] for run in self.runs]
+
+
+def row(
+    setting: Any, method: str, seeds: Iterable[int], *, steps: int = 200,
+    choice: rows.Choice | None = None, name: str | None = None, tag: str = "",
+    options: Options | None = None, tuning: str = "none",
+) -> Row:  # fmt: skip
+    """A method at its tuned strength, or at `choice`, with further `options` of unlearning."""
+    if choice is None:
+        choice, tuning = rows.tuned(setting, method), rows.tuning(setting, method)
+    name_of_runs = label(setting, method, tag or choice.name, steps)
+    given = {**choice.given, **(options or {})}
+    runs = tuple(
+        setting.run(name_of_runs, method, seed=s, steps=steps, options=given) for s in seeds
+    )
+    return Row(name or rows.title(method), runs, steps, choice, tuning)
+
+
+def label(setting: Any, method: str, tag: str, steps: int) -> str:
+    """What the runs of a method in a setting are called; `tag` tells its strengths apart."""
+    return f"{method}-{setting.regime}-{setting.loss}-{tag}-{steps}"
+
+
+def paper_steps(world: World, method: str) -> int:
+    """As the paper's column RT has them; what it does not compare with has EBU's."""
+    table = json.loads(PAPER.read_text())[world.paper]
+    (steps,) = table[rows.PAPER.get(method, "EBU")]["RT"]
+    return steps
+
+
+def values(row: Row) -> list[dict[str, Any]]:
+    """The method's values, a seed at a time."""
+    return [rows.results(run.folder)[-1]["values"] for run in row.runs]
+
+
+def gather(row: Row) -> dict[str, Any]:
+    """The values of a row: of one run as they are, with intervals over the images; of several the
+    mean and its 95 % interval over the seeds."""
+    return {**rows_over_seeds(values(row)), "steps": row.steps}
+
+
+def class_wise(
+    setting: Setting, methods: Sequence[str], seeds: Sequence[int], *, paper: bool,
+    sa_steps: int = 5000,
+) -> list[Row]:  # fmt: skip
+    """Rows of Tables 1 and 6. At paper scale the paper contradicts itself on the learning rate:
+    both are run.
+
+    Args:
+        sa_steps: of SA with its published strength; 0: without.
+    """
+    once = (*rows.OTHERS, "embedding_only")  # their figures decide nothing
+    found = []
+    for m in methods:
+        if m == "retrain":
+            found.append(retrain(setting, seeds[0]))
+        elif paper:
+            found += at_paper_rates(setting, m, seeds, steps=paper_steps(setting.world, m))
+        else:
+            found.append(row(setting, m, seeds[:1] if m in once else seeds))
+    if sa_steps and not paper:
+        found.append(published_sa(setting, seeds[0], sa_steps))
+    return found
+
+
+def at_paper_rates(
+    setting: Setting, method: str, seeds: Sequence[int], *, steps: int = 200
+) -> list[Row]:
+    return [
+        row(setting, method, seeds, steps=steps, choice=rows.of_paper(method, lr),
+            name=f"{rows.title(method)}, learning rate {lr:g}")
+        for lr in rows.PAPER_RATES
+    ]  # fmt: skip
+
+
+def published_sa(setting: Setting, seed: int, steps: int, **options: Any) -> Row:
+    return row(
+        setting, "selective_amnesia", [seed], steps=steps, tag="published",
+        choice=rows.of_paper("selective_amnesia", 1e-4), name="SA, published strength", **options,
+    )  # fmt: skip
+
+
+def retrain(setting: Setting, seed: int) -> Row:
+    """With the steps, learning rate and batch of the base: 200 steps from random weights draw
+    nothing at all."""
+    base = setting.world.base
+    steps = base["max_train_steps"]
+    same = ("train_batch_size", "lr_scheduler", "lr_warmup_steps", "mixed_precision")
+    options = {name: base[name] for name in same if name in base}
+    return row(
+        setting, "retrain", [seed], steps=steps,
+        choice=rows.Choice(base.get("learning_rate", 2e-4), {}),
+        options={**options, "validation_steps": max(25, steps // 10), "checkpointing_steps": 1000},
+    )  # fmt: skip

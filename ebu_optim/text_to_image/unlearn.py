@@ -1,0 +1,141 @@
+"""Make Stable Diffusion 1.x or 2.x forget concepts, by EBU or by what it is compared with.
+
+The paper's setting is the default: cross attention, 1000 steps, batch size 1, learning rate 1e-5,
+images of the empty prompt as what the concept becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import UNet2DConditionModel
+
+from .. import training
+from ..baselines import methods
+from ..diffusion import anchored, model_hash, objectives
+from ..errors import InputError
+from ..training import method as method_options
+from . import hub, memory, modules, outcome, pipelines, prompts, save, sets, validation
+from .objectives import TextObjectives
+from .options import Unlearn
+
+
+def unlearn(config: Unlearn) -> None:
+    """Run, or go on with, what the options say; the result is in ``config.output_dir``.
+
+    Raises:
+        InputError: options, prompts, images or models that do not fit; nothing is changed then.
+    """
+    with unlearning(config) as run:
+        run.finish()
+
+
+@contextmanager
+def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
+    """The same, whose steps are the caller's: between entering and leaving, what is yielded is
+    ready for its steps; on leaving, the result is written."""
+    args: Any = config.resolved()  # whole: what has a default is not None
+    looked = pipelines.look(args)
+    for name in ("num_inference_steps", "guided_steps", "validation_inference_steps"):
+        if getattr(args, name) > (most := looked.scheduler.config.num_train_timesteps):
+            raise InputError(f"--{name} must be <= {most}, the model's; got {getattr(args, name)}")
+    texts = prompts.collect(args, looked.tokenizer)
+    accelerator = training.new_accelerator(args)
+    args = replace(args, mixed_precision=accelerator.mixed_precision)
+    if args.mixed_precision not in save.DTYPES:
+        raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
+    cost = memory.count(args, looked, texts)
+    outcome.say(accelerator, args, texts, cost)
+    whole = 6 * (cost.trained + cost.frozen)  # the UNet with VAE and text encoder
+    size = 4 * cost.trained
+    with training.Run(
+        args, accelerator, "unlearn_text_to_image", size=size, parts=(*save.FOLDERS, "validation"),
+        result=whole if args.save_as == "pipeline" else size,
+    ) as run:  # fmt: skip
+        args = replace(args, hub_model_id=hub.create(args, accelerator))
+        folder, base, made, raw, fisher = learn_from(args, accelerator, looked, texts)
+        trained = list(raw.trained().values())
+        teacher, anchor = None, None
+        if objectives.needs_teacher(args):
+            anchor = {p: p.detach() for p in trained}
+        opt = method_options.build(args, trained, fisher, anchor)
+        if anchor:
+            teacher = anchored(raw, opt if opt.anchors() else modules.Theta0(raw))
+        schedule = training.new_schedule(args, opt)
+        model, optimizer = accelerator.prepare(raw.train(), opt)
+        losses = TextObjectives(
+            args, texts, made, model, raw, teacher, looked.scheduler, accelerator, looked.latents
+        )
+        # whatever making the sets drew, and whether they were there already
+        set_seed(args.seed, device_specific=True)
+        done: dict[str, Any] = {"seconds": 0.0, "base": base}
+        begin = run.resume(
+            {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done}
+        )
+        if done["base"] != base:
+            raise InputError(
+                f"--resume_from_checkpoint: the run is of a model of hash {done['base']}, "
+                f"{args.pretrained_model_name_or_path} now has {base}"
+            )
+        if methods[args.method].masked and not begin:
+            opt.make_mask(losses.for_mask())
+
+        def look(step: int) -> None:
+            if args.validation_steps and accelerator.is_main_process:
+                images = validation.draw(
+                    args, raw, looked.scheduler, texts.shown, texts.null, looked.latents, folder
+                )
+                validation.write(args, accelerator, images, step)
+            accelerator.wait_for_everyone()
+
+        def looks(step: int) -> bool:
+            last = step == args.max_train_steps
+            return last or bool(args.validation_steps and step % args.validation_steps == 0)
+
+        yield training.Unlearning(
+            args, run, accelerator, model, opt, optimizer, schedule, losses, done, begin,
+            what=", ".join(args.forget), look=look, looks=looks,
+        )  # fmt: skip
+        if accelerator.is_main_process:
+            report = outcome.describe(args, texts, cost, base, opt, done)
+            there = save.kept(args, folder, report) if begin == args.max_train_steps else None
+            if there:
+                print(f"saved {there} before, with its README.md")
+            else:
+                print(f"saved {save.save(args, raw, folder, report)}")
+        accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:
+        forgot = f"Forgets {', '.join(args.forget)} ({methods[args.method].title})"
+        print(f"uploaded {hub.upload(args, args.output_dir / args.save_as, forgot)}")
+
+
+def learn_from(
+    args: Unlearn, accelerator: Any, looked: pipelines.Looked, texts: prompts.Prompts
+) -> tuple[Path, str, sets.Made, modules.Prompted, Any]:
+    """The base's folder and hash, the sets, the model with what is trained chosen, and its F. The
+    main process makes what is not there yet, the others read it."""
+    device, dtype = accelerator.device, save.DTYPES[accelerator.mixed_precision]
+    with accelerator.main_process_first():
+        folder = pipelines.fetch(args)
+    unet = pipelines.load(UNet2DConditionModel, folder / "unet", args.variant)
+    base = model_hash(unet)
+    with accelerator.main_process_first():
+        table = sets.embeddings(args, folder, looked.tokenizer, texts.texts, device)
+        with accelerator.autocast():
+            made = sets.make(args, looked, folder, texts, unet, table, base, device)
+        modules.choose(unet, args)
+        raw = modules.Prompted(unet, table).to(device)
+        fisher = method_options.fisher_source(args, "estimate")
+        if fisher == "estimate":
+            fisher = sets.fisher(args, made, looked.scheduler, unet, table)
+    if dtype != torch.float32:
+        modules.halve_frozen(unet, dtype)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return folder, base, made, raw, None if fisher == "none" else fisher
