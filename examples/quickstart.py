@@ -8,18 +8,16 @@ UNet2DModel and two classifiers that were trained on them. About a minute on two
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
+import shlex
 import shutil
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler
-from quickstart_report import card, curves, grid, table
 from torch import Tensor
 from torch.optim import Adam
 from tqdm.auto import tqdm
@@ -33,65 +31,55 @@ from ebu_optim.diffusion import (
     distillation_loss,
     model_hash,
     noisy_condition,
-    sample,
     sample_set,
     surrogate_noise,
 )
 from ebu_optim.errors import InputError
 from ebu_optim.files import check_free, replacing_folder
-from ebu_optim.metrics import accuracy, classify, entropy, probability
-from ebu_optim.metrics.depth import condition_replaced, learn_embedding, relearn
+from ebu_optim.training.options import as_dict, at_least, command, flags, option
 from ebu_optim.worlds import digits
+from ebu_optim.worlds.digits_judged import PER_CLASS, Evaluation
+from ebu_optim.worlds.digits_pages import card, curves, grid, table
 
-PER_CLASS = 50  # images of each class that before and after are measured on
 CURVE_EVERY = 25
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--forget", type=int, default=0, help="the digit to forget, 0..9")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--alpha", type=float, default=0.6)
-    parser.add_argument("--delta", type=float, default=0.5)
-    parser.add_argument("--gamma", type=float, default=None, help="default: EBUOptimizer's own")
-    parser.add_argument(
-        "--remember", choices=("replay", "distill", "crossed"), default="crossed",
-        help="remember loss: replayed pairs, the frozen model's predictions on them,\n"
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    forget: int = option(0, help="the digit to forget, 0..9")
+    steps: int = option(200)
+    batch_size: int = option(16)
+    learning_rate: float = option(1e-4)
+    alpha: float = option(0.6)
+    delta: float = option(0.5)
+    gamma: float | None = option(None, help="default: EBUOptimizer's own")
+    remember: Literal["replay", "distill", "crossed"] = option(
+        "crossed", help="remember loss: replayed pairs, the frozen model's predictions on them,\n"
         "or those with conditions drawn anew (default)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
-    parser.add_argument(
-        "--train", action="store_true",
-        help="make the shipped model and classifiers again (about 20 minutes)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.forget not in digits.CLASSES:
-        parser.error(f"--forget must be a digit, 0..9; got {args.forget}")
-    for name in ("steps", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be >= 1; got {getattr(args, name)}")
-    given = {n: getattr(args, n) for n in ("alpha", "delta", "gamma")}
-    try:
-        methods["ebu_added"].needs(**{n: v for n, v in given.items() if v is not None})
-    except ValueError as error:
-        parser.error(f"--{error}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not to be had here: {error}")
-    if not args.train:
+    seed: int = option(0)
+    output_dir: Path = option(Path("outputs/quickstart"))
+    device: str = option("cpu", help="cpu, cuda, cuda:1, ...")
+    overwrite: bool = option(False, help="replace a finished result")
+    train: bool = option(
+        False, help="make the shipped model and classifiers again (about 20 minutes)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.forget not in digits.CLASSES:
+            raise InputError(f"--forget must be a digit, 0..9; got {self.forget}")
+        at_least(self, 1, "steps", "batch_size")
+        given = {n: getattr(self, n) for n in ("alpha", "delta", "gamma")}
         try:
-            check_free(args.output_dir, is_result, args.overwrite)
-        except InputError as error:
-            parser.error(str(error))
-    return args
+            methods["ebu_added"].needs(**{n: v for n, v in given.items() if v is not None})
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {self.device} is not to be had here: {error}") from error
+        if not self.train:
+            check_free(self.output_dir, is_result, self.overwrite)
 
 
 def is_result(folder: Path) -> bool:
@@ -103,66 +91,7 @@ def is_result(folder: Path) -> bool:
         return False
 
 
-class Evaluation:
-    """Draws images with fixed seeds and asks the two classifiers about them."""
-
-    def __init__(self, forget: int, device: str) -> None:
-        self.forget, self.device = forget, device
-        self.plain, self.reject = digits.load_classifiers(device)
-        self.ddim = DDIMScheduler.from_config(digits.scheduler().config)
-
-    def draw(self, model: Any, labels: Tensor, seed: int, steps: int = 20) -> Tensor:
-        images = sample(
-            model.eval(), self.ddim, labels, digits.SHAPE, num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed), device=self.device,
-        )  # fmt: skip
-        return images.cpu()
-
-    def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """By the ten-class classifier; ``..._reject`` by the one with a reject class."""
-        f = labels == self.forget
-        plain, reject = classify(self.plain, images), classify(self.reject, images)
-        return {
-            "ce_f": entropy(plain[f]),
-            "ce_r": entropy(plain[~f]),
-            "p_f_reject": probability(reject[f], self.forget),
-            "p_f": probability(plain[f], self.forget),
-            "ra_reject": accuracy(reject[~f], labels[~f]),
-            "ra": accuracy(plain[~f], labels[~f]),
-            "ua_reject": 1 - accuracy(reject[f], labels[f]),
-        }
-
-    def noise(self, n: int = 2000) -> dict[str, float]:
-        """The limits of forgetting into uniform noise, for these classifiers."""
-        x = surrogate_noise(
-            "uniform", (n, *digits.SHAPE), generator=torch.Generator().manual_seed(0)
-        )
-        plain, reject = classify(self.plain, x), classify(self.reject, x)
-        return {
-            "ce_f": entropy(plain),
-            "p_f_reject": probability(reject, self.forget),
-            "p_f": probability(plain, self.forget),
-        }
-
-    def depth(self, model: Any) -> dict[str, float]:
-        """P_f, reject class, after an embedding learned in 100 steps and after 10 of relearning."""
-        x, y, _, _ = digits.images()
-        real, scheduler = x[y == self.forget], digits.scheduler()
-        labels = torch.full((PER_CLASS,), self.forget)
-        vector = learn_embedding(model, model.class_embedding, real, scheduler, steps=100)
-        with condition_replaced(model.class_embedding, vector):
-            inverted = classify(self.reject, self.draw(model, labels, seed=3))
-        again = relearn(model, real, self.forget, scheduler, steps=10)
-        relearned = classify(self.reject, self.draw(again, labels, seed=3))
-        return {
-            "inversion_100": probability(inverted, self.forget),
-            "relearn_10": probability(relearned, self.forget),
-        }
-
-
-def unlearn(
-    model: Any, args: argparse.Namespace, evaluation: Evaluation, work: Path
-) -> dict[str, Any]:
+def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) -> dict[str, Any]:
     """The loop: 200 steps of EBU, from the last checkpoint in `work` on; returns the curve, the
     seconds and the optimizer's settings."""
     device, scheduler = args.device, digits.scheduler()
@@ -237,23 +166,18 @@ def unlearn(
     return {**done, "settings": {**settings, "fisher": "online"}}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def main(args: Quickstart) -> None:
     if args.train:
         digits.train()
         return
-    same = {k: str(v) for k, v in vars(args).items() if k not in ("output_dir", "overwrite")}
+    same = {k: str(v) for k, v in as_dict(args).items() if k not in ("output_dir", "overwrite")}
     same |= {"torch": torch.__version__, "ebu_optim": ebu_optim.__version__}
-    try:
-        with replacing_folder(args.output_dir, resume=same) as work:
-            metrics = quickstart(args, work, " ".join(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    with replacing_folder(args.output_dir, resume=same) as work:
+        metrics = quickstart(args, work)
     print(f"\n{table(metrics)}\n\nin {metrics['seconds']['all']:.0f} s; see {args.output_dir}/")
 
 
-def quickstart(args: argparse.Namespace, work: Path, options: str) -> dict[str, Any]:
+def quickstart(args: Quickstart, work: Path) -> dict[str, Any]:
     """Forget, measure, and write everything into the folder `work`."""
     start = time.perf_counter()
     torch.manual_seed(args.seed)
@@ -306,10 +230,11 @@ def quickstart(args: argparse.Namespace, work: Path, options: str) -> dict[str, 
     curves(run["curve"], metrics["noise"], work / "curves.png")
     model.cpu().save_pretrained(work / "model")
     shutil.rmtree(work / "run")
-    (work / "README.md").write_text(card(metrics, f"python examples/quickstart.py {options}"))
+    said = shlex.join(["python", "examples/quickstart.py", *flags(args)])
+    (work / "README.md").write_text(card(metrics, said))
     (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    command(main, Quickstart, __doc__)

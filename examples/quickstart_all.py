@@ -8,15 +8,17 @@ docs/quickstart.md) beside the runs.
 
 from __future__ import annotations
 
-import argparse
 import json
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import quickstart
-
 from ebu_optim.files import replacing
+from ebu_optim.training import command, option
 
+QUICKSTART = Path(__file__).with_name("quickstart.py")
 TARGET_P, TARGET_LOSS = 0.05, 0.01
 BEFORE = ("p_f_reject", "ra_reject", "ce_f", "ce_r", "inversion_100")
 
@@ -52,19 +54,20 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart_all"))
-    parser.add_argument("--digit", type=int, default=0, help="the one that has five seeds")
-    args = parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class All:
+    output_dir: Path = option(Path("outputs/quickstart_all"))
+    digit: int = option(0, help="the one that has five seeds")
+
+
+def main(args: All) -> None:
     runs = [(d, 0) for d in range(10)] + [(args.digit, s) for s in range(1, 5)]
     rows = []
     for digit, seed in runs:
         out = args.output_dir / f"forget{digit}_seed{seed}"
         if not (out / "metrics.json").exists():
-            quickstart.main(["--forget", str(digit), "--seed", str(seed), "--output_dir", str(out)])
+            given = ["--forget", str(digit), "--seed", str(seed), "--output_dir", str(out)]
+            subprocess.run([sys.executable, QUICKSTART, *given], check=True)  # noqa: S603 - ours
         metrics = json.loads((out / "metrics.json").read_text())
         rows.append(row(metrics))
     document = {
@@ -79,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, All, __doc__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ebu_optim.files import replacing
+from ..files import replacing
 
 GAMMAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 REGIMES, LOSSES = ("partial", "full"), ("replay", "distill", "crossed")

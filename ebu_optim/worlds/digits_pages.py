@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib
 from torch import Tensor
 
-import ebu_optim
-from ebu_optim.worlds import digits
+from .. import __version__
+from . import digits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -113,7 +113,7 @@ Made by `{command}`.
 
 def card(metrics: dict[str, Any], command: str) -> str:
     return CARD.format(
-        forget=metrics["protocol"]["forget"], version=ebu_optim.__version__,
+        forget=metrics["protocol"]["forget"], version=__version__,
         steps=metrics["protocol"]["steps"], seconds=metrics["seconds"]["unlearning"],
         table=table(metrics), command=command.strip(),
     )  # fmt: skip
