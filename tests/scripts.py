@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 
-@contextlib.contextmanager
-def importable(folders: Sequence[Path]) -> Iterator[None]:
-    """The scripts' folders on the path, and their modules gone again afterwards: other folders
-    have modules of the same names."""
-    before = list(sys.path)
-    sys.path[:0] = [str(f) for f in folders]
-    yield
-    sys.path[:] = before
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").parent in folders:
-            del sys.modules[name]
+def load(script: Path) -> ModuleType:
+    """A script as a module, under a name that no other has; the same one every time."""
+    name = "examples_" + "_".join(script.with_suffix("").parts[-2:])
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where dataclasses look their names up
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 def run_script(script: Path, *args) -> tuple[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import inspect
 import json
 import os
 import signal
@@ -18,53 +18,44 @@ import pytest
 import torch
 from PIL import Image
 
-from ebu_optim.class_conditional.options import Train, Unlearn
+from ebu_optim.errors import InputError
+from ebu_optim.experiments import options as experiment
+from ebu_optim.experiments import rows, runs, tables, worlds
+from ebu_optim.experiments.options import OnImages
 from ebu_optim.training import data
-from ebu_optim.training.options import parse
+from ebu_optim.training.options import command, parse
 
 from .processes import PATIENCE
+from .scripts import load
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "examples" / "paper"
-SMALL = ("--model", "small", "--train_batch_size", 4)
-# options that come last win: every run has two steps, whatever a script asks for
-TOY = f"""
-from worlds import World
-TOY = World(
-    "toy", "toy digits", ("--digits",), (),
-    (*{SMALL}, "--use_ema", "--max_train_steps", 4),
-    (*{SMALL}, "--max_train_steps", 3),
-    ("--weights", "ema", "--replay_per_class", 2, "--num_inference_steps", 2,
-     "--guidance_scale", 1, "--fisher_images", 4, "--fisher_timesteps", 2),
-    ("--start_from", "ema", "--train_batch_size", 2, "--validation_images", 2,
-     "--validation_inference_steps", 2, "--max_train_steps", 2),
-    ("--images_per_class", 2, "--num_inference_steps", 2, "--inversion_steps", 1,
-     "--relearn_max_steps", 1, "--attack_images", 2),
-    {{"train": 1.0, "train_classifier": 1.0, "prepare": 1.0, "unlearn": 1.0, "evaluate": 1.0}},
-    "0", ("1", "2", "3"), "no time at all", "table6_cifar10_ddpm_class0",
-)
-"""
-
-
-def module(name: str):
-    return importlib.import_module(name)
+SMALL = {"model": "small", "train_batch_size": 4}
+# what a world asks for comes last: every run has two steps, whatever a script says
+TOY = worlds.World(
+    "toy", "toy digits", {"digits": True}, {},
+    base={**SMALL, "use_ema": True, "max_train_steps": 4}, judge={**SMALL, "max_train_steps": 3},
+    sets={"weights": "ema", "replay_per_class": 2, "num_inference_steps": 2, "guidance_scale": 1.0,
+          "fisher_images": 4, "fisher_timesteps": 2},
+    unlearn={"start_from": "ema", "train_batch_size": 2, "validation_images": 2,
+             "validation_inference_steps": 2, "max_train_steps": 2},
+    evaluate={"images_per_class": 2, "num_inference_steps": 2, "inversion_steps": [1],
+              "relearn_max_steps": 1, "attack_images": 2},
+    seconds=dict.fromkeys(("train", "train_classifier", "prepare", "unlearn", "evaluate"), 1.0),
+    basis="no time at all",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def paper():
-    """The scripts can be imported; runs are made here, one at a time, in this process."""
-    said = {}
+    """Runs are made here, one at a time, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for folder in (PAPER, ROOT / "examples" / "ddpm"):
-            patch.syspath_prepend(str(folder))
         patch.setenv("TQDM_DISABLE", "1")
-        runs, command_line = module("runs"), module("command_line")
-        exec(TOY, said)  # noqa: S102
-        patch.setitem(command_line.SCALES, "small", said["TOY"])
+        patch.setitem(OnImages.scales, "small", TOY)
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
         patch.setattr(runs, "_start", lambda threads: None)
-        patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
-        yield said["TOY"]
+        patch.setattr(rows, "TUNED", Path("nowhere.json"))
+        yield TOY
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +66,19 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
     """The names of the runs that were made, in order."""
-    runs, names = module("runs"), []
-    work = runs._work
+    names, work = [], runs._work
     monkeypatch.setattr(runs, "_work", lambda run: names.append(run.name) or work(run))
     return names
 
 
-def start(script: str, root: Path, *options) -> None:
+def script(name: str):
+    return load(PAPER / f"{name}.py")
+
+
+def start(name: str, root: Path, *options) -> None:
+    config = inspect.get_annotations(script(name).main, eval_str=True)["args"]
     given = ["--workers", 1, "--output_dir", root, *options]
-    module(script).main([str(o) for o in given])
+    script(name).main(parse(config, [str(o) for o in given]))
 
 
 def report(root: Path, name: str, ending: str = "-full-replay") -> dict:
@@ -134,7 +129,7 @@ def test_a_table_runs_what_is_missing_and_reuses_what_is_there(root, made, capsy
 
 
 def test_figure_2(root, made, monkeypatch):
-    monkeypatch.setattr(module("figure2"), "METHODS", ("ebu_added", "selective_amnesia", "salun"))
+    monkeypatch.setattr(script("figure2"), "METHODS", ("ebu_added", "selective_amnesia", "salun"))
     start("figure2", root, "--steps", 2, "--sa_steps", 3)
     found = report(root, "figure2")
     assert len(made) == 4  # other options than the table's runs
@@ -155,7 +150,7 @@ def test_figure_2(root, made, monkeypatch):
 
 
 def test_figure_4(root, made, monkeypatch):
-    monkeypatch.setattr(module("figure4"), "VALUES", (0.2, 0.8))
+    monkeypatch.setattr(script("figure4"), "VALUES", (0.2, 0.8))
     start("figure4", root)
     found = report(root, "figure4")
     assert len(made) == 4
@@ -178,9 +173,9 @@ def test_figure_4(root, made, monkeypatch):
 def test_figure_6_shows_the_way(paper, root, made):
     start("figure6", root, "--every", 1)
     assert len(made) == 3
-    figure6 = module("figure6")
+    figure6 = script("figure6")
     assert names(report(root, "figure6"))[2:] == ["EBU added", "SA", "FT"]
-    setting = module("worlds").Setting(paper, root)
+    setting = worlds.Setting(paper, root)
     seen = figure6.along(figure6.table(setting, 1, paper=None, steps=200, every=1))["EBU added"]
     assert list(seen) == [0, 1, 2]
     assert seen[0].shape == (10, figure6.EACH, 1, 8, 8)
@@ -205,7 +200,7 @@ def test_figure_7_is_table_6_in_pictures(root, made):
 
 
 def test_table_4_under_partial_replay(root, made, monkeypatch):
-    monkeypatch.setattr(module("rows"), "ABLATIONS", ("ebu_without_alignment",))
+    monkeypatch.setattr(rows, "ABLATIONS", ("ebu_without_alignment",))
     start("table4", root, "--seeds", 1, "--regime", "partial", "--loss", "crossed")
     assert len(made) == 3
     assert made[0] == "toy: sets, partial replay"
@@ -216,16 +211,16 @@ def test_table_4_under_partial_replay(root, made, monkeypatch):
 
 
 def test_table_1(paper, root, made, monkeypatch):
-    worlds = {"cifar100": paper._replace(smoke="Of no use."), "stl10": paper}
-    monkeypatch.setitem(module("table1").SCALES, "small", worlds)
+    both = {"cifar100": paper._replace(smoke="Of no use."), "stl10": paper}
+    monkeypatch.setitem(script("table1").Table1.scales, "small", both)
     start("table1", root, "--dataset", "cifar100", "--methods", "ebu_added")
     assert not made  # it is Table 6's run
     assert report(root, "table1", "")["notes"][0] == "Of no use."
 
 
 def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, monkeypatch):
-    rows, runs, Setting = module("rows"), module("runs"), module("worlds").Setting
-    monkeypatch.setattr(rows, "TUNED", tmp_path / "tuned.json")
+    Setting = worlds.Setting
+    monkeypatch.setattr(rows, "TUNED", tmp_path / "published.json")
     setting = Setting(paper, tmp_path)
     assert rows.tuned(setting, "joint") == rows.Choice(1e-4, {})
 
@@ -233,10 +228,10 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
         trial = "forget_weight0.5" in run.name and "lr0.0003" in run.name
         values = {"p_f_reject": {"value": 0.25}, "ra_never_replayed": 0.75,
                   "inversion_100": 0.5 if trial else 0.625}  # fmt: skip
-        for c in run.commands:
-            c.folder.mkdir(parents=True)
+        for t in run.tasks:
+            t.folder.mkdir(parents=True)
             last = json.dumps({"rows": [{"name": "joint", "values": values}]})
-            (c.folder / runs.LAST[c.script]).write_text(last)
+            (t.folder / t.maker.last).write_text(last)
 
     monkeypatch.setattr(runs, "_work", work)
     start("tune", tmp_path, "--methods", "joint")
@@ -245,7 +240,8 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
     crossed = Setting(paper, tmp_path, loss="crossed")
     assert rows.tuned(crossed, "joint") == rows.tuned(setting, "joint")
     assert rows.tuned(setting, "pcgrad") == rows.Choice(1e-4, {})
-    (told,) = json.loads(rows.TUNED.read_text()).values()
+    (told,) = json.loads((tmp_path / "tuned.json").read_text()).values()
+    assert not rows.TUNED.exists()  # what is published stays
     assert told["joint"]["score"] == 2.0
     assert sorted(t["score"] for t in told["joint"]["trials"]) == [1.875] * 5 + [2.0]
     assert rows.tuning(crossed, "joint") == "6 trials (toy, remembered by replay)"
@@ -253,70 +249,66 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
     start("tune", tmp_path, "--methods", "joint", "--learning_rates", 1e-3)
     assert rows.tuned(setting, "joint") == rows.Choice(3e-4, {"forget_weight": 0.5})
     assert rows.tuning(setting, "joint").startswith("9 trials")
-    other = Setting(paper._replace(base=(*paper.base, "--seed", 1)), tmp_path)
+    other = Setting(paper._replace(base={**paper.base, "seed": 1}), tmp_path)
     assert other.base.folder.name != told["joint"]["base"] == setting.base.folder.name
 
 
-def options(row, *names: str) -> list[str]:
-    given = row.runs[0].commands[0].options
-    return [given[len(given) - 1 - given[::-1].index(n) + 1] for n in names]
+def options(row, *names: str) -> list:
+    return [row.runs[0].tasks[0].options[n] for n in names]
 
 
 def test_at_paper_scale_steps_and_both_rates_are_the_papers(tmp_path):
-    worlds, rows, table6 = module("worlds"), module("rows"), module("table6")
     steps = {"CIFAR10": [2000, 2000, 20000, 4000, 200], "CIFAR100": [2000, 2000, 20000, 2000, 200],
              "STL10": [2000, 2000, 30000, 4000, 200]}  # fmt: skip
     for name, expected in steps.items():
         setting = worlds.Setting(getattr(worlds, name), tmp_path)
-        found = table6.table(setting, [*rows.PAPER, "joint"], [1], paper=True)
+        found = tables.class_wise(setting, [*rows.PAPER, "joint"], [1], paper=True)
         assert [r.steps for r in found[::2]] == [r.steps for r in found[1::2]] == [*expected, 200]
-        assert [options(r, "--max_train_steps") for r in found] == [[str(r.steps)] for r in found]
-        rates = [options(r, "--learning_rate")[0] for r in found]
-        assert rates == ["0.0001", "1e-05"] * 6
+        assert [options(r, "max_train_steps") for r in found] == [[r.steps] for r in found]
+        rates = [options(r, "learning_rate")[0] for r in found]
+        assert rates == [1e-4, 1e-5] * 6
     assert {r.name: r.choice.options for r in found}["SA, learning rate 1e-05"] == {"lam": 1e7}
     setting = worlds.Setting(worlds.CIFAR10, tmp_path)
-    grid = module("figure4").table(setting, "ebu_added", 1, 200, 1e-5)
-    assert options(grid[0.2, 0.8], "--learning_rate", "--method_options") == [
-        "1e-05", '{"alpha": 0.2, "delta": 0.8}',
+    grid = script("figure4").table(setting, "ebu_added", 1, 200, 1e-5)
+    assert options(grid[0.2, 0.8], "learning_rate", "method_options") == [
+        1e-5, {"alpha": 0.2, "delta": 0.8},
     ]  # fmt: skip
 
 
 def test_options_that_would_be_taken_for_others_are_refused(tmp_path):
-    error = module("command_line").InputError
-    for script, given, message in (
+    for name, given, message in (
         ("table6", ("--seeds", 1, 1), "--seeds 1 1: give each once"),
         ("table1", ("--seeds", 0), "--seeds 0: .* not 0, which tune.py"),
-        ("figure2", ("--seed", 0), "--seeds 0"),
+        ("figure2", ("--seed", 0), "--seed 0: give"),
         ("table6", ("--methods", "spm"), "--methods spm: there is fine_tune"),
         ("figure6", ("--learning_rate", 1e-5), "--learning_rate 1e-05 is of --scale paper"),
     ):
-        with pytest.raises(error, match=message):
-            start(script, tmp_path, *given, "--dry_run")
-    assert module("rows").check_methods(["joint", "joint"]) == ["joint"]
+        with pytest.raises(InputError, match=message):
+            start(name, tmp_path, *given, "--dry_run")
+    assert rows.check_methods(["joint", "joint"]) == ["joint"]
 
 
 def test_retrain_learns_as_the_base_did_and_nothing_of_it(tmp_path):
-    worlds, table6 = module("worlds"), module("table6")
     setting = worlds.Setting(worlds.DIGITS, tmp_path, loss="crossed")
-    (row,) = table6.table(setting, ["retrain"], [1, 2], paper=False, sa_steps=0)
+    (row,) = tables.class_wise(setting, ["retrain"], [1, 2], paper=False, sa_steps=0)
     assert row.seeds == [1]
-    names = ("--max_train_steps", "--learning_rate", "--lr_scheduler", "--train_batch_size")
-    assert options(row, *names) == ["2000", "0.002", "cosine", "64"]
-    assert options(row, "--remember") == ["replay"]
+    names = ("max_train_steps", "learning_rate", "lr_scheduler", "train_batch_size")
+    assert options(row, *names) == [2000, 0.002, "cosine", 64]
+    assert options(row, "remember") == ["replay"]
 
 
 def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path):
-    setting = module("worlds").Setting(module("worlds").DIGITS, tmp_path, loss="relabel")
-    for method in module("table6").METHODS:
-        argv = setting.run("x", method, seed=1).commands[0].argv
-        found = parse(Unlearn, argv).forget_loss  # it refuses what a method does not take
+    setting = worlds.Setting(worlds.DIGITS, tmp_path, loss="relabel")
+    for method in rows.ALL:
+        config = setting.run("x", method, seed=1).tasks[0].config
+        found = config.forget_loss  # it refuses what a method does not take
         own = method in ("fine_tune", "gradient_ascent", "erasediff", "retrain")
         assert found == (None if own else "relabel"), method
 
 
 def test_the_first_run_draws_the_base_alone_when_the_base_is_another(paper, tmp_path):
-    setting = module("worlds").Setting(paper, tmp_path)
-    drawn = module("command_line")._base_drawn
+    setting = worlds.Setting(paper, tmp_path)
+    drawn = experiment.base_drawn
     (setting.root / "samples").mkdir(parents=True)
     attack, made = setting.root / "samples" / "0.json", setting.base.folder / "README.md"
     attack.write_text("{}")
@@ -330,39 +322,42 @@ def test_the_first_run_draws_the_base_alone_when_the_base_is_another(paper, tmp_
 
 
 def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
-    publish, error = module("publish"), module("command_line").InputError
+    def publish(*reports: Path) -> None:
+        given = script("publish").Publish(reports=list(reports), to=tmp_path / "docs")
+        script("publish").main(given)
+
     (tmp_path / "r" / "plots").mkdir(parents=True)
     for name in ("results.json", "along.gif", "plots/0.svg", "report.html"):
         (tmp_path / "r" / name).write_text("{}")
-    publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
+    publish(tmp_path / "r")
     copied = {p.name for p in (tmp_path / "docs" / "r").rglob("*.*")}
     assert copied == {"results.json", "along.gif", "0.svg"}
-    with pytest.raises(error, match="several reports are called r"):
-        publish.main([str(tmp_path / "r"), str(tmp_path / "cifar" / "r"), str(tmp_path / "docs")])
-    with pytest.raises(error, match="holds no report"):
-        publish.main([str(tmp_path), str(tmp_path / "docs")])
+    with pytest.raises(InputError, match="several reports are called r"):
+        publish(tmp_path / "r", tmp_path / "cifar" / "r")
+    with pytest.raises(InputError, match="holds no report"):
+        publish(tmp_path)
     (tmp_path / "r" / "along.gif").write_bytes(bytes(5_000_001))
-    with pytest.raises(error, match=r"has 5\.0 MB"):
-        publish.main([str(tmp_path / "r"), str(tmp_path / "docs")])
+    with pytest.raises(InputError, match=r"has 5\.0 MB"):
+        publish(tmp_path / "r")
 
 
 def test_a_folder_is_of_its_options_and_of_nothing_else(paper, tmp_path):
-    Setting = module("worlds").Setting
+    Setting = worlds.Setting
 
-    def commands(root: Path, *, flags: tuple = (), **options) -> list[str]:
+    def folders(root: Path, *, given: dict | None = None, **options) -> list[str]:
         setting = Setting(options.pop("world", paper), root, **options)
-        run = setting.run("x", "joint", seed=1, flags=flags)
-        made = [c for r in (*setting.ground, run) for c in r.commands]
-        return [str(c.folder.relative_to(root)) for c in made]
+        run = setting.run("x", "joint", seed=1, options=given)
+        made = [t for r in (*setting.ground, run) for t in r.tasks]
+        return [str(t.folder.relative_to(root)) for t in made]
 
-    here = commands(tmp_path / "a")
+    here = folders(tmp_path / "a")
     assert len(set(here)) == len(here) == 6
-    assert here == commands(tmp_path / "b" / "c", data=["--parquet", "elsewhere"])
+    assert here == folders(tmp_path / "b" / "c", data={"parquet": [Path("elsewhere")]})
     changed = {
-        "method": commands(tmp_path, flags=("--alpha", 0.5)),
-        "loss": commands(tmp_path, loss="crossed"),
-        "regime": commands(tmp_path, regime="partial"),
-        "base": commands(tmp_path, world=paper._replace(base=(*paper.base, "--seed", 1))),
+        "method": folders(tmp_path, given={"method_options": {"forget_weight": 0.5}}),
+        "loss": folders(tmp_path, loss="crossed"),
+        "regime": folders(tmp_path, regime="partial"),
+        "base": folders(tmp_path, world=paper._replace(base={**paper.base, "seed": 1})),
     }
     others = {
         name: [a != b for a, b in zip(here, found, strict=True)] for name, found in changed.items()
@@ -381,16 +376,17 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_done(paper, tmp_path, made, capsys):
+def test_a_run_that_fails_is_named_and_the_others_are_done(
+    paper, tmp_path, made, capsys, monkeypatch
+):
     # the judges know nothing of it; the sets are asked for a class that there is not
     world = paper._replace(name="broken", forget="12")
-    module("command_line").SCALES["broken"] = world
+    monkeypatch.setitem(OnImages.scales, "broken", world)
+    given = ("--workers", 1, "--output_dir", tmp_path, "--scale", "broken", "--methods", "joint",
+             "--sa_steps", 0)  # fmt: skip
+    table6 = script("table6")
     with pytest.raises(SystemExit) as end:
-        module("command_line").main(
-            lambda: start("table6", tmp_path, "--scale", "broken", "--methods", "joint",
-                          "--sa_steps", 0)
-        )  # fmt: skip
-    del module("command_line").SCALES["broken"]
+        command(table6.main, table6.Table6, None, [str(g) for g in given])
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert made == [name.replace("toy", "broken") for name in GROUND]
@@ -402,10 +398,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(paper, tmp_path, made
 
 
 def test_what_needs_a_failed_run_is_told_so_down_to_the_last(monkeypatch, tmp_path):
-    runs = module("runs")
-
     def run(name: str, *after: str):
-        return runs.Run(name, (runs.Command("train", (), tmp_path / name),), 1, 1, after)
+        return runs.Run(name, (runs.Task(worlds.TRAIN, {}, tmp_path / name),), 1, 1, after)
 
     chain = [run("a"), run("b", "a"), run("c", "b")]
     monkeypatch.setattr(runs, "_work", lambda run: f"no {run.name}")
@@ -422,55 +416,73 @@ def test_what_needs_a_failed_run_is_told_so_down_to_the_last(monkeypatch, tmp_pa
         runs.execute(chain, 1)
 
 
-def test_a_worker_keeps_nothing_of_the_run_before(monkeypatch, tmp_path):
+def test_a_worker_keeps_nothing_of_the_run_before(tmp_path):
     from accelerate import Accelerator
 
-    runs, seen = module("runs"), []
+    seen = []
 
-    def main(argv):
-        precision = "bf16" if "--bf16" in argv else None
-        seen.append(Accelerator(cpu=True, mixed_precision=precision).mixed_precision)
+    def make(config):
+        seen.append(Accelerator(cpu=True, mixed_precision=config.mixed_precision).mixed_precision)
 
-    monkeypatch.setattr(runs.Command, "run", lambda self: main(self.argv))
-    for options in (("--bf16",), ()):
-        c = runs.command("train", options, tmp_path, "x")
-        assert runs._work(runs.Run("a", (c,), 1, 1)) is None
+    for options in ({"mixed_precision": "bf16"}, {}):
+        t = runs.task(worlds.TRAIN._replace(make=make), options, tmp_path, "x")
+        assert runs._work(runs.Run("a", (t,), 1, 1)) is None
     assert seen == ["bf16", "no"]
 
 
-def test_options_that_a_script_does_not_take_are_told(tmp_path):
-    runs = module("runs")
-    c = runs.command("train", ("--digits", "--bogus"), tmp_path, "x")
-    with pytest.raises(runs.Failed, match=r"^a: train.py does not take these options \(see .*log"):
-        runs.execute([runs.Run("a", (c,), 1, 1)], 1)
-    assert "unrecognized arguments: --bogus" in next(tmp_path.glob("*.log")).read_text()
-    other = runs.command("train", ("--digits",), tmp_path, "x")
+def test_options_that_a_task_does_not_take_are_told(tmp_path):
+    def run(**options) -> runs.Run:
+        return runs.Run("a", (runs.task(worlds.TRAIN, options, tmp_path, "x"),), 1, 1)
+
+    with pytest.raises(runs.Failed, match=r"^a: TypeError: .* argument 'bogus' \(see .*log"):
+        runs.execute([run(digits=True, bogus=True)], 1)
+    with pytest.raises(runs.Failed, match=r"^a: InputError: --cond_dropout must be in"):
+        runs.execute([run(digits=True, cond_dropout=2.0)], 1)
     with pytest.raises(ValueError, match="one name for two different runs: a"):
-        runs.execute([runs.Run("a", (c,), 1, 1), runs.Run("a", (other,), 1, 1)], 1)
+        runs.execute([run(digits=True), run()], 1)
+
+
+def test_other_images_in_the_same_place_are_refused(paper, tmp_path):
+    """Where they lie is in no hash, so that they may be moved; what they are is looked at."""
+    given = {"output_dir": tmp_path / "o", "train_data_dir": tmp_path / "images"}
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"one")
+    args = OnImages(**given)
+    setting = args.setting()
+    args._same_images(setting.root)
+    args._same_images(setting.root)
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"another")
+    with pytest.raises(InputError, match="was begun with another images"):
+        args._same_images(setting.root)
 
 
 INTERRUPTED = """
 import sys
-sys.path[:0] = sys.argv[1:3]
-import command_line, worlds
-{toy}
+from pathlib import Path
+from tests.test_examples_paper import TOY, slower
+from ebu_optim.experiments.options import OnImages
+from ebu_optim.training import exit_on_input_errors
 if __name__ == "__main__":
-    setting = worlds.Setting(TOY, command_line.Path(sys.argv[3]))
-    args = command_line.parser(None, {{"small": TOY}}).parse_args(["--workers", "1"])
-    command_line.main(lambda: command_line.run(args, setting, setting.ground[:1]))
+    OnImages.scales["small"] = slower(TOY)
+    args = OnImages(workers=1, output_dir=Path(sys.argv[1]))
+    setting = args.setting()
+    from ebu_optim.experiments import runs
+    exit_on_input_errors(lambda: runs.execute(setting.ground[:1], 1))
 """
 
 
+def slower(world):
+    steps = {"max_train_steps": 160, "checkpointing_steps": 10}
+    return world._replace(base={**world.base, **steps})
+
+
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, made):
-    steps = ("--max_train_steps", 160, "--checkpointing_steps", 10)
     script = tmp_path / "script.py"
-    toy = f"{TOY}\nTOY = TOY._replace(base=(*TOY.base, *{steps}))"
-    script.write_text(INTERRUPTED.format(toy=toy))
-    world = paper._replace(base=(*paper.base, *steps))
-    (base, *_) = module("worlds").Setting(world, tmp_path).ground
+    script.write_text(INTERRUPTED)
+    (base, *_) = worlds.Setting(slower(paper), tmp_path).ground
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, script, PAPER, ROOT / "examples" / "ddpm", tmp_path], text=True, env=env,
+        [sys.executable, script, tmp_path], text=True, env=env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         # a process that pytest-xdist or nohup started ignores it, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -488,7 +500,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
     assert process.returncode == 130, said
     assert "interrupted; the same command goes on" in said
     assert not base.done
-    module("runs").execute([base], 1)
+    runs.execute([base], 1)
     assert made == [base.name]
     assert base.done
     assert "going on after step" in base.folder.with_name(f"{base.folder.name}.log").read_text()
@@ -497,7 +509,6 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
 
 
 def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path):
-    worlds, runs = module("worlds"), module("runs")
     world = worlds.STL10_SMOKE
     setting = worlds.Setting(world, tmp_path)
     images, base, *_ = setting.ground
@@ -506,12 +517,12 @@ def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path)
     assert "generated" in world.title
     assert runs._work(images) is None
     assert images.done
-    found = data.load(parse(Train, base.commands[0].argv), "all")
+    found = data.load(base.tasks[0].config, "all")
     assert found.images.shape == (500, 3, 16, 16)
     assert len(found.classes) == 10
     assert found.labels.bincount().tolist() == [50] * 10
-    others = worlds.Setting(world._replace(generated=("--seed", 1)), tmp_path)
+    others = worlds.Setting(world._replace(generated={"seed": 1}), tmp_path)
     assert others.base.folder != setting.base.folder
-    given = worlds.Setting(world, tmp_path, data=["--parquet", "x"])
+    given = worlds.Setting(world, tmp_path, data={"parquet": [Path("x")]})
     assert [r.name for r in given.ground] == [r.name for r in setting.ground[1:]]
-    assert "--parquet" in given.base.options
+    assert given.base.options["parquet"] == [Path("x")]

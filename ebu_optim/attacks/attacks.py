@@ -6,7 +6,6 @@ from, and the P_f of which half is to be reached, come from the base.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..diffusion import denoising_loss
 from ..errors import InputError
+from ..manifest import contents
 from ..metrics.depth import condition_replaced, learn_embeddings, relearning
 from ..metrics.images import to_uint8
 from ..metrics.intervals import estimate
@@ -91,9 +91,9 @@ class Attack:
     def target_protocol(self) -> dict[str, Any]:
         """All that the target depends on."""
         a = self.args
-        files = [hashlib.sha256(p.read_bytes()).hexdigest() for p in self.files]
         return {
-            "base": self.base.hash(), "judge": self.judge.said, "files": files, "seed": a.seed,
+            "base": self.base.made_of(), "judge": self.judge.said, "seed": a.seed,
+            "files": contents(self.files),
             "asked": [x.text for x in self.asked],
             "drawn": [x.text for x in self.drawn],
             "sampler": [a.num_inference_steps, a.guidance_scale, a.sample_batch_size],

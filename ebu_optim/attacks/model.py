@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..diffusion import model_hash, sample
+from ..diffusion import sample
+from ..manifest import key, of_model, plain
 from ..modules import stream
 from ..text_to_image import pipelines
 from ..text_to_image.prompts import encode
@@ -42,8 +43,13 @@ class Attacked:
         self.sampler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
         self.null = self.encode([""])
 
-    def hash(self) -> list[str]:
-        return [model_hash(m) for m in (self.unet, self.vae, self.text_encoder)]
+    def made_of(self) -> dict[str, str]:
+        """What draws: hashes of its parts' contents."""
+        return {
+            **{n: of_model(getattr(self, n)) for n in ("unet", "vae", "text_encoder")},
+            "tokenizer": key(sorted(self.tokenizer.get_vocab().items())),
+            "scheduler": key(plain(self.schedule.config)),
+        }  # fmt: skip
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(n, L, D) on the device."""

@@ -13,7 +13,6 @@ is kept in `parts` when it is done, and the same command goes on after a kill.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import load_tensors, replacing, save_tensors
+from ..manifest import changed, contents, key
 from ..metrics import versions
 from ..text_to_image.pipelines import Model, look
 from ..text_to_image.results import held, load, named_base, whole
@@ -129,7 +129,10 @@ def attack(config: AttackOptions) -> None:
     base = Attacked(load(base_own, args.base_model), base_looked, args, device)
     run = attacks.Attack(args, model, base, questions, judge, files)
     options = {k: str(v) for k, v in as_dict(args).items() if k not in FREE}
-    same = {"options": options, "judge": judge.said, "model": model.hash(), "base": base.hash()}
+    same = {
+        "options": options, "judge": judge.said, "model": model.made_of(), "base": base.made_of(),
+        "prompts": key(questions), "images": contents(files),
+    }  # fmt: skip
     with held(args.output_dir):
         if args.overwrite:
             for name in OURS - {".lock", "target"}:
@@ -171,8 +174,7 @@ def part(
     path = args.output_dir / "parts" / f"{name}.safetensors"
     if name == "target":
         of = run.target_protocol()
-        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(args.target_dir or "") / f"target-{key}.safetensors"
+        path = Path(args.target_dir or "") / f"target-{key(of)}.safetensors"
     else:
         of = same
     of = json.loads(json.dumps(of))  # as it comes back from the file
@@ -184,7 +186,7 @@ def part(
         if meta["of"] != of:
             raise InputError(
                 f"{path} is of another model or of other options: --overwrite begins anew, or give "
-                "another --output_dir"
+                f"another --output_dir (not as before: {', '.join(changed(meta['of'], of))})"
             )
         found = attacks.Found(meta["values"], meta["said"], tensors)
     else:
@@ -223,12 +225,12 @@ def write(
     with replacing(args.output_dir / "attacks.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     print(f"P_f of the base {found['target'].values['p_f']['value']:.3f}; of what was unlearned:")
-    for key, value in values.items():
-        if key == "relearn_steps":
+    for name, value in values.items():
+        if name == "relearn_steps":
             n = f"{value['steps']:.1f}" if value["reached"] else f"more than {value['within']}"
             print(f"  steps until half of the base's P_f: {n}")
         else:
-            print(f"  {key}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+            print(f"  {name}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
     print(f"see {args.output_dir / 'attacks.json'} and pictures.png (rows: {', '.join(names)})")
 
 

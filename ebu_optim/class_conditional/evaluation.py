@@ -11,7 +11,6 @@ so that an interrupted evaluation goes on and the base model is sampled once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..diffusion import model_hash, sample, sample_set
+from ..diffusion.sampling import scheduler_protocol
 from ..errors import InputError
 from ..files import need_disk, replacing
+from ..manifest import key, of_model
 from ..metrics import (
     accuracy,
     classifier_frechet,
@@ -242,13 +243,10 @@ def depth_of_base(args: Evaluation, base: Any, *rest: Any) -> dict[str, Any]:
     """Inversion of the base model, kept beside its samples under all that it depends on."""
     scheduler, forget, real, judge, info = rest
     said = [
-        model_hash(base), model_hash(judge), real.source, forget, args.seed, args.attack_images,
-        args.inversion_steps, args.num_inference_steps, args.device,
+        of_model(base), of_model(judge), scheduler_protocol(scheduler), real.made_of(), forget,
+        args.seed, args.attack_images, args.inversion_steps, args.num_inference_steps, args.device,
     ]  # fmt: skip
-    if args.max_train_samples or real.skipped:  # other images of the same source
-        said.append(len(real.labels))
-    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-    path = args.samples / f"{key}.json"
+    path = args.samples / f"{key(said)}.json"
     if not path.exists():
         found = depth(args, base, scheduler, forget, real, judge, info, relearn=False)
         with replacing(path) as work:

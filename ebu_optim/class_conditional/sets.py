@@ -29,7 +29,7 @@ from ..diffusion import FisherBatches, fisher_loss, model_hash, sample_set
 from ..errors import InputError
 from ..files import load_tensors, locked, need_disk, save_tensors
 from ..fisher import DiagonalFisher
-from ..modules import parameter_bytes
+from ..modules import parameter_bytes, tensor_hash
 from ..training import data
 from ..training.options import at_least, option
 from ..training.sources import DataOptions
@@ -189,6 +189,12 @@ class Prepared(NamedTuple):
     own: tuple[Tensor, Tensor] | None
     surrogate: tuple[Tensor, Tensor] | None
     fisher: DiagonalFisher | None
+
+    def made_of(self) -> dict[str, str]:
+        """The contents, for a run's manifest."""
+        sets = {n: getattr(self, n) for n in ("replay", "own", "surrogate")}
+        found = {n: tensor_hash(*pair) for n, pair in sets.items() if pair}
+        return found | ({"fisher": tensor_hash(*self.fisher.values())} if self.fisher else {})
 
 
 def read(folder: Path, model: str, args: Any, classes: list[str]) -> Prepared:

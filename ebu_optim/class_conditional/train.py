@@ -52,7 +52,7 @@ def train(args: Train) -> None:
     accelerator.print(f"{images.source}: {len(images.labels)} images of {null} classes")
     training.fit(
         args, accelerator, "train", model, torch.optim.Adam(model.parameters(), args.learning_rate),
-        loss, finish, same={"data": images.source, "images": str(len(images.labels))},
+        loss, finish, same=images.made_of(),
         ema_decay=args.ema_decay if args.use_ema else None, parts=("unet", "unet_ema"),
     )  # fmt: skip
 

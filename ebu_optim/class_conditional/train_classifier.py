@@ -83,7 +83,7 @@ def train_classifier(config: TrainClassifier) -> None:
     training.fit(
         args, accelerator, "train_classifier", model,
         optimizer(groups, lr=lr, weight_decay=args.weight_decay), loss, finish,
-        same={"data": train.source},
+        same=train.made_of(),
     )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from .. import training
 from ..baselines import SalUn, reset_weights
 from ..diffusion import model_hash
 from ..diffusion.objectives import Objectives, needs_own_images, needs_teacher
+from ..diffusion.sampling import scheduler_protocol
 from ..errors import InputError
+from ..manifest import key, of_model
 from ..modules import parameter_bytes
 from ..training import data
 from ..training.ema import Ema, averaged
@@ -63,7 +65,10 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     teacher = copy.deepcopy(raw).eval() if needs_teacher(args) else None
     accelerator = training.new_accelerator(args)
     opt = build(args, raw, made)
-    size, same = parameter_bytes(raw), {"model": base_hash}
+    size, same = parameter_bytes(raw), made.made_of()
+    same |= {"model": of_model(raw), "scheduler": key(scheduler_protocol(scheduler))}
+    same |= {n: of_model(m) for n, m in (("classifier", judge), ("entropy", plain)) if m}
+    same |= real.made_of() if args.remember_data == "real" else {}
     with training.Run(args, accelerator, "unlearn", size=size, same=same) as run:
         device = accelerator.device
         teacher = teacher and teacher.to(device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._extras import require
 from ..files import load_tensors, save_tensors
+from ..manifest import config_of, key
 from ..modules import evaluating, model_hash, stream
 from .losses import Condition, Model, predict
 
@@ -156,6 +157,7 @@ def sample_set(
     meta = {
         "kind": "ebu_optim sample set",
         "model": model_hash(model),
+        "config": key(config_of(model)),
         "sampler": type(scheduler).__name__,
         "scheduler": scheduler_protocol(scheduler),
         "num_inference_steps": num_inference_steps,

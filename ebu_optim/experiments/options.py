@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
+from ..files import replacing
+from ..manifest import contents, refuse_changed
 from ..training.options import at_least, flags, option
 from . import rows, runs, worlds
 
@@ -88,12 +91,26 @@ class OnImages(Experiment):
         todo = [*setting.ground, *todo]
         if not self.announced(todo, setting.world):
             return False
+        self._same_images(setting.root)
         first = next((r for r in todo if r not in setting.ground and not r.done), None)
         if self.processes > 1 and first and not base_drawn(setting):
             # it draws and attacks the base model, for all the others
             runs.execute([*setting.ground, first], self.processes)
         runs.execute(todo, self.processes)
         return True
+
+    def _same_images(self, root: Path) -> None:
+        """Where images lie is in no folder's hash: other images would pass for the first."""
+        paths = [*(self.parquet or ()), *([self.train_data_dir] if self.train_data_dir else ())]
+        files = [f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()]
+        if not files:
+            return
+        mark, now = root / "images.json", {"images": contents(files)}
+        if mark.exists():
+            refuse_changed(json.loads(mark.read_text()), now, f"--output_dir: what is in {root}")
+        else:
+            with replacing(mark) as work:
+                work.write_text(json.dumps(now))
 
 
 def base_drawn(setting: worlds.Setting) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from ..errors import InputError
 from ..files import digest
 from ..training.options import TrainingOptions, flags
 
@@ -104,7 +105,7 @@ class Run(NamedTuple):
         return self.tasks[-1].folder
 
 
-class Failed(Exception):
+class Failed(InputError):
     """Runs that failed, each with the last line of its log."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..files import load_tensors, save_tensors
+from ..manifest import config_of, key
 from ..modules import evaluating, model_hash
 from ._per_sample import METHODS, Batch, Loss, choose
 from ._run import Run, same_run
@@ -210,6 +211,7 @@ def _identity(
         "batches": len(batches),
         "estimator": "cross" if isinstance(batches[0], (tuple, list)) else "square",
         "model": model_hash(model),
+        "config": key(config_of(model)),
         **(getattr(batches, "protocol", None) or {}),
         **(getattr(loss, "protocol", None) or {}),
         **(protocol or {}),

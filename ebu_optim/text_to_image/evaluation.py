@@ -24,6 +24,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..files import replacing
+from ..manifest import changed
 from ..metrics import (
     clip_score,
     fid,
@@ -147,13 +148,15 @@ def evaluate(args: Evaluation) -> None:
                  "resolution", "images_per_prompt", "num_inference_steps", "guidance_scale", "seed",
                  "half")
     }  # fmt: skip
+    identity |= results.made_of(args, args.base_model)
     with results.held(out):
         mark, folder = out / "drawn.json", out / "images"
         before = json.loads(mark.read_text()) if mark.exists() else None
         ours = before == identity or (before is not None and args.overwrite)
         if folder.exists() and not ours:
+            others = f" ({', '.join(changed(before, identity))})" if before else ""
             raise InputError(
-                f"--output_dir {out} holds pictures of other options: give another folder"
+                f"--output_dir {out} holds pictures of other options{others}: give another folder"
                 f"{', or --overwrite' if before else ''}"
             )
         if args.overwrite:
@@ -165,7 +168,7 @@ def evaluate(args: Evaluation) -> None:
         drawn = args.files
         draw(args, looked, drawn, folder)
         found = measure(args, drawn, folder)
-        said = {"options": args.said(), "versions": versions()}
+        said = {"options": args.said(), "drawn": identity, "versions": versions()}
         with replacing(out / RESULT) as work:
             work.write_text(json.dumps({**found, "images": drawn, "protocol": said}, indent=1))
     for key, value in found["values"].items():

@@ -98,7 +98,8 @@ def describe(
     return {
         "method": args.method, "title": methods[args.method].title, **named,
         "instead": instead(args), "base": args.pretrained_model_name_or_path,
-        "revision": args.revision, "base_hash": base, "seconds": done["seconds"],
+        "revision": args.revision, "base_hash": base, "made_of": done["made_of"],
+        "seconds": done["seconds"],
         "train_modules": "SPM's adapters" if methods[args.method].adapter else args.train_modules,
         "trained": cost.trained, "memory_counted": cost.report(), "memory_measured": peak,
         "settings": settings(args, opt), "versions": versions(),

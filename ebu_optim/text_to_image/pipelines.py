@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from ..errors import InputError
+from ..manifest import contents, key, plain
 from ..training.options import option
 
 #: What an SD 1.x or 2.x pipeline is made of, and the configuration of each part.
@@ -126,6 +127,19 @@ def weights(folder: Path, part: str, variant: str | None) -> list[Path]:
             f"{f' of --variant {variant}' if variant else ''}; it holds {there}"
         )
     return ours
+
+
+def parts(folder: Path, variant: str | None) -> dict[str, str]:
+    """Part of the pipeline -> a hash of its weights or files, and of its configuration."""
+    found = {}
+    for part, (_, file) in PARTS.items():
+        if part == "tokenizer":
+            found[part] = contents(p for p in (folder / part).iterdir() if p.is_file())
+            continue
+        config = plain(_json(folder / part / file, f"{folder}: {part} is incomplete"))
+        of_weights = "" if part == "scheduler" else contents(weights(folder, part, variant))
+        found[part] = key(config, of_weights)
+    return found
 
 
 def load(kind: Any, folder: Path, variant: str | None) -> Any:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from ..errors import InputError
 from ..files import locked
-from .pipelines import Model, fetch
+from ..manifest import contents
+from .pipelines import Model, fetch, parts
 from .save import CHANGED
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -68,6 +69,15 @@ def load(model: Model, base_model: str | None = None) -> Any:
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     return pipe
+
+
+def made_of(model: Model, base_model: str | None = None) -> dict[str, str]:
+    """What a pipeline is, by content: its parts, and the changes that are put into it."""
+    base, folder = whole(model, base_model), Path(model.pretrained_model_name_or_path)
+    found = parts(fetch(base), base.variant)
+    if changes := part(folder):
+        found["changes"] = contents([folder / changes])
+    return found
 
 
 def part(folder: Path) -> str | None:

@@ -9,8 +9,6 @@ images from a folder the mode of the VAE's posterior.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +23,6 @@ from .. import DiagonalFisher
 from ..diffusion import (
     FisherBatches,
     fisher_loss,
-    model_hash,
     sample_set,
     surrogate_noise,
 )
@@ -33,12 +30,13 @@ from ..diffusion.objectives import NOISE, kind, needs_own_images
 from ..diffusion.sampling import scheduler_protocol
 from ..errors import InputError
 from ..files import load_tensors, save_tensors, tensor_hash
+from ..manifest import config_of, contents, key, of_model
 from ..training.method import needs
 from ..training.options import option
 from ..training.sources import ENDINGS, decode
 from ..training.sources import Item as Image
 from .modules import Prompted, halve_frozen
-from .pipelines import Looked, load, weights
+from .pipelines import Looked, load, parts
 from .prompts import Prompts, encode
 from .save import DTYPES
 
@@ -113,12 +111,23 @@ def passes(args: Any, prompts: Prompts) -> int:
     return sum(n * each for n, each in sampled(args, prompts)) * args.num_inference_steps
 
 
+def made_of(args: Any, folder: Path, prompts: Prompts) -> dict[str, str]:
+    """What a run learns from, by content: the pipeline's parts, the prompts and images given."""
+    given = [f for d in (args.surrogate_dir, args.forget_dir) if d for f in image_files(d)]
+    said = prompts.texts, prompts.forget, prompts.surrogate, prompts.remember
+    instead = [[i, others] for i, others in sorted(prompts.instead.items())]
+    return {
+        **parts(folder, args.variant), "prompts": key(*said, instead), "images": contents(given),
+    }  # fmt: skip
+
+
 def embeddings(args: Any, folder: Path, tokenizer: Any, texts: list[str], device: Any) -> Tensor:
     """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
     from transformers import CLIPTextModel
 
-    files = weights(folder, "text_encoder", args.variant)
-    path = args.sets_dir / f"text-{_digest(texts, _content(files))}.safetensors"
+    found = parts(folder, args.variant)
+    name = key(texts, found["text_encoder"], found["tokenizer"])
+    path = args.sets_dir / f"text-{name}.safetensors"
     if not path.exists():
         encoder = load(CLIPTextModel, folder / "text_encoder", args.variant).to(device)
         save_tensors(path, {"embeddings": encode(texts, tokenizer, encoder)}, {})
@@ -169,7 +178,7 @@ def fisher(args: Any, made: Made, scheduler: Any, unet: Any, table: Tensor) -> A
         latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]), scheduler,
         timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed, device=unet.device,
     )  # fmt: skip
-    name = _digest(model_hash(model), sorted(model.trained()), batches.protocol, args.reduction)
+    name = key(of_model(model), sorted(model.trained()), batches.protocol, args.reduction)
     estimate = DiagonalFisher.estimate(
         model, fisher_loss(scheduler, reduction=args.reduction), batches, method="loop",
         path=args.sets_dir / f"fisher-{name}.safetensors",
@@ -209,7 +218,7 @@ def _sampled(
         args.mixed_precision, args.sample_batch_size, tensor_hash(table[used]),
         scheduler_protocol(scheduler),
     ]  # fmt: skip
-    path = args.sets_dir / f"{name}-{_digest(base, how)}.safetensors"
+    path = args.sets_dir / f"{name}-{key(base, config_of(unet), how)}.safetensors"
     latents, rows = sample_set(
         path, Prompted(unet, table[used]).to(device), scheduler,
         torch.arange(number) % len(labels), looked.latents,
@@ -227,11 +236,11 @@ def _encoded(
     device: Any,
 ) -> Tensor:  # fmt: skip
     """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""
-    files = weights(folder, "vae", args.variant)
     size = looked.resolution
     given = image_files(images) if images else []
-    how = [_content(files), _content(given), number if images is None else 0, size, args.seed]
-    path = args.sets_dir / f"encoded-{_digest(how)}.safetensors"
+    vae_hash = parts(folder, args.variant)["vae"]
+    name = key(vae_hash, contents(given), number if images is None else 0, size, args.seed)
+    path = args.sets_dir / f"encoded-{name}.safetensors"
     if not path.exists():
         vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
         if images is None:
@@ -261,17 +270,3 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
-
-
-def _content(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as f:
-            while block := f.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -20,6 +20,7 @@ from .. import training
 from ..baselines import methods
 from ..diffusion import anchored, model_hash, objectives
 from ..errors import InputError
+from ..manifest import refuse_changed
 from ..training import method as method_options
 from . import hub, memory, modules, outcome, pipelines, prompts, save, sets, validation
 from .objectives import TextObjectives
@@ -74,15 +75,14 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         )
         # whatever making the sets drew, and whether they were there already
         set_seed(args.seed, device_specific=True)
-        done: dict[str, Any] = {"seconds": 0.0, "base": base}
+        made_of = sets.made_of(args, folder, texts)
+        done: dict[str, Any] = {"seconds": 0.0, "made_of": made_of}
         begin = run.resume(
             {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done}
         )
-        if done["base"] != base:
-            raise InputError(
-                f"--resume_from_checkpoint: the run is of a model of hash {done['base']}, "
-                f"{args.pretrained_model_name_or_path} now has {base}"
-            )
+        refuse_changed(
+            done["made_of"], made_of, f"--resume_from_checkpoint: the run in {run.folder}"
+        )
         if methods[args.method].masked and not begin:
             opt.make_mask(losses.for_mask())
 

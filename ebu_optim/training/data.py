@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..modules import tensor_hash
 from .sources import DataOptions, decode, folder_items, hub_items, parquet_items
 
 
@@ -30,6 +31,10 @@ class Data(NamedTuple):
     classes: tuple[str, ...]
     source: str
     skipped: tuple[str, ...] = ()
+
+    def made_of(self) -> dict[str, str]:
+        """Where they came from, and their contents."""
+        return {"data": self.source, "images": tensor_hash(self.images, self.labels)}
 
     def only(self, classes: Iterable[int]) -> Data:
         keep = torch.isin(self.labels, torch.tensor(list(classes), dtype=torch.long))

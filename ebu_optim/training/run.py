@@ -103,8 +103,10 @@ class Run:
         if used and args.resume_from_checkpoint:
             theirs = {**before["options"], **before["same"]}
             now = {**self.identity["options"], **self.identity["same"]}
-            # an option that came later, and that is not used, is no other one
-            other = [k for k in now if theirs.get(k, "None") != now[k]]
+            # an option that came later, and that is not used, is no other one; nor is an input
+            # that an earlier version did not write down
+            known = {k: v for k, v in now.items() if k in theirs or k not in self.identity["same"]}
+            other = [k for k in known if theirs.get(k, "None") != now[k]]
             if other:
                 k = other[0]
                 raise InputError(
