@@ -3,11 +3,10 @@ tiny pipeline in the place of Stable Diffusion 1.4; one process."""
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import json
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,49 +19,56 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 from ebu_optim.attacks import attacks as counted
 from ebu_optim.attacks import judges
 from ebu_optim.attacks import run as attack
-from ebu_optim.text_to_image import evaluation, options, prompts
+from ebu_optim.errors import InputError
+from ebu_optim.experiments import (
+    pages,
+    rows,
+    runs,
+    tables,
+    text_pages,
+    text_paper,
+    text_results,
+    text_tables,
+    text_tasks,
+    text_worlds,
+)
+from ebu_optim.text_to_image import evaluation, prompts
+from ebu_optim.training.options import parse
 from ebu_optim.worlds.styled_digits import captions as words
 
+from .scripts import load
 from .text_to_image import pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FOLDERS = [EXAMPLES / "paper"]
+PAPER = EXAMPLES / "paper"
 TINY = {
-    "base": (
-        "--max_train_samples",
-        20,
-        "--autoencoder_steps",
-        2,
-        "--text_encoder_steps",
-        2,
-        "--max_train_steps",
-        2,
-    ),
-    "judges": ("--max_train_samples", 20, "--max_train_steps", 2),
-    "guided": ("--guided_steps", 2),
-    "measure": ("--num_inference_steps", 1, "--images_per_pair", 1, "--sample_batch_size", 80),
-    "attack": (),
-    "pictures": ("--num_inference_steps", 1, "--images_per_prompt", 1, "--sample_batch_size", 8),
-}
-ATTACK = attack.main
-# options that come last win
-FEW = ("--train_batch_size", 2, "--num_inference_steps", 1, "--surrogate_images", 3,
-       "--replay_images", 3, "--forget_images", 3, "--max_train_steps", 5)  # fmt: skip
+    "base": {"max_train_samples": 20, "autoencoder_steps": 2, "text_encoder_steps": 2,
+             "max_train_steps": 2},
+    "judges": {"max_train_samples": 20, "max_train_steps": 2},
+    "guided": {"guided_steps": 2},
+    "measure": {"num_inference_steps": 1, "images_per_pair": 1, "sample_batch_size": 80},
+    "attack": {},
+    "pictures": {"num_inference_steps": 1, "images_per_prompt": 1, "sample_batch_size": 8},
+}  # fmt: skip
+# what a world asks for comes last
+FEW = {"train_batch_size": 2, "num_inference_steps": 1, "surrogate_images": 3, "replay_images": 3,
+       "forget_images": 3, "max_train_steps": 5}  # fmt: skip
 
 
-def module(name: str):
-    return importlib.import_module(name)
+def by(maker: runs.Maker) -> dict:
+    """For `patch`: this maker of attacks, wherever it is named."""
+    return dict.fromkeys((text_worlds, text_results, text_paper), maker)
 
 
-def stub(argv: list[str]) -> None:
-    """What attack.py leaves, without attacking: it is tested on its own. It has to take the
+def stub(config: attack.AttackOptions) -> None:
+    """What an attack leaves, without attacking: it is tested on its own. It has to take the
     options."""
-    args = attack.read(argv)
+    args = config.resolved()
     assert Path(args.pretrained_model_name_or_path, "unet").is_dir()
     assert Path(args.base_model, "unet").is_dir()
     found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
              "inversion_100": {"value": 0.75}}  # fmt: skip
-    if "--attacks" not in argv:  # all
+    if "relearn" in args.attacks:
         found["relearn_steps"] = {"reached": True, "steps": 5, "within": 50}
     folder = args.output_dir
     folder.mkdir(parents=True)
@@ -72,31 +78,19 @@ def stub(argv: list[str]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    """The scripts can be imported, before others of the same names; runs are made here, one at a
-    time, in this process."""
-
-    def ours(m) -> bool:
-        return EXAMPLES in Path(getattr(m, "__file__", None) or "/").parents
-
-    others = {name: sys.modules.pop(name) for name, m in list(sys.modules.items()) if ours(m)}
+    """Runs are made here, one at a time, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for folder in reversed(FOLDERS):
-            patch.syspath_prepend(str(folder))
         patch.setenv("TQDM_DISABLE", "1")
-        patch.setattr(attack, "main", stub)
-        command_line, runs = module("command_line"), module("runs")
-        sd_tables, worlds = module("sd_tables"), module("sd_worlds")
-        full = worlds.STYLED_DIGITS
-        tiny = full._replace(**TINY, unlearn=(*full.unlearn, *FEW))
-        patch.setattr(sd_tables, "STYLED_DIGITS", tiny)
+        for place, maker in by(text_worlds.ATTACK._replace(make=stub)).items():
+            patch.setattr(place, "ATTACK", maker)
+        full = text_worlds.STYLED_DIGITS
+        tiny = full._replace(**TINY, unlearn={**full.unlearn, **FEW})
+        for options in (text_tables.OfWorld, text_tables.TextExperiment):
+            patch.setitem(options.scales, "small", tiny)
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
         patch.setattr(runs, "_start", lambda threads: None)
-        patch.setattr(module("rows"), "TUNED", Path("nowhere.json"))
-        assert command_line.InputError
+        patch.setattr(rows, "TUNED", Path("nowhere.json"))
         yield tiny
-    for name in [name for name, m in sys.modules.items() if ours(m)]:
-        del sys.modules[name]
-    sys.modules.update(others)
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +101,19 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
     """The names of the runs that were made, in order."""
-    runs, names = module("runs"), []
-    work = runs._work
+    names, work = [], runs._work
     monkeypatch.setattr(runs, "_work", lambda run: names.append(run.name) or work(run))
     return names
 
 
-def start(script: str, root: Path, *options) -> None:
+def script(name: str):
+    return load(PAPER / f"{name}.py")
+
+
+def start(name: str, root: Path, *options) -> None:
+    config = inspect.get_annotations(script(name).main, eval_str=True)["args"]
     given = ["--workers", 1, "--output_dir", root, *options]
-    module(script).main([str(o) for o in given])
+    script(name).main(parse(config, [str(o) for o in given]))
 
 
 def report(root: Path, name: str, world: str = "styled-digits") -> dict:
@@ -129,7 +127,7 @@ def names(found: dict) -> list[str]:
 
 
 def setting(world, root: Path, **options):
-    return module("sd_worlds").TextSetting(world, root, **{"target": "seven", **options})
+    return text_worlds.TextSetting(world, root, **{"target": "seven", **options})
 
 
 def test_a_table_trains_the_world_runs_what_is_missing_and_reuses_what_is_there(
@@ -191,19 +189,19 @@ def test_a_world_that_is_there_is_taken_and_few_are_replayed(root, made, capsys)
 
 
 def test_styles_and_pictures_are_runs_of_the_tables(root, made, monkeypatch, capsys):
-    monkeypatch.setattr(module("figure11"), "STYLES", ("outline",))
+    monkeypatch.setattr(script("figure11"), "STYLES", ("outline",))
     given = ("--methods", "esd", "--steps", 2)
     start("figure11", root, *given)
     assert "target" not in capsys.readouterr().err
     once = len(made)
-    monkeypatch.setattr(module("figure3"), "SMALL", {"Figure 9": "outline"})
+    monkeypatch.setattr(script("figure3"), "SMALL", {"Figure 11, outline": "outline"})
     start("figure3", root, *given)
     assert len(made) == once
     assert report(root, "figure3-outline")["title"].startswith("Figure 11, outline on digits in")
 
 
 def test_table_5_counts_the_overlap(root, made, monkeypatch):
-    table5 = module("table5")
+    table5 = script("table5")
     small = {"one": ("seven",), "two": ("seven", "three")}
     monkeypatch.setattr(table5, "SMALL", small)
     start("table5", root, "--steps", 5)
@@ -231,7 +229,7 @@ def measured(shares: dict[str, tuple[float, float]], gone: tuple[float, float]) 
 
 
 def test_values_by_hand():
-    values, score = module("sd_results").values, module("sd_results").score
+    values, score = text_results.values, text_results.score
     base = measured({"zero red": (1.0, 1.0), "zero blue": (1.0, 1.0), "one red": (1.0, 0.5),
                      "seven red": (1.0, 1.0)}, (1.0, 0.875))  # fmt: skip
     after = measured({"zero red": (1.0, 0.5), "zero blue": (0.5, 1.0), "one red": (0.5, 0.5),
@@ -259,14 +257,14 @@ def test_prompts_are_of_their_part(world, tmp_path):
         assert {getattr(c, f"{kind}_word") for c in asked} == {target}
         assert len({c.template for c in asked}) > 5
         assert {getattr(captions[t], kind) for t in s.remember()} <= few
-        assert s.instead() == ("--surrogate_concept", "eight" if kind == "content" else "plain")
+        assert s.instead() == {"surrogate_concept": ["eight" if kind == "content" else "plain"]}
         every = setting(world, tmp_path, target=target).remember()
         assert len(every) == 100
         assert not [t for t in every if target in (captions[t].content, captions[t].style)]
         assert len({getattr(captions[t], kind) for t in every} - {None}) > 3
     beside = setting(world, tmp_path, beside=["VIII"])
-    assert beside.instead() == ("--surrogate_concept", "nine")
-    assert setting(world, tmp_path, surrogate="empty").instead() == ("--surrogate_prompt", "")
+    assert beside.instead() == {"surrogate_concept": ["nine"]}
+    assert setting(world, tmp_path, surrogate="empty").instead() == {"surrogate_prompt": [""]}
 
 
 def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
@@ -289,16 +287,15 @@ def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
     [(0.05, [0.01, 0.02, 0.03], True), (0.0501, [0.01], False), (0.0, [0.0201], False)],
 )
 def test_the_mark_is_met_up_to_its_edge(p_f, drop, there, tmp_path):
-    tables, runs = [], module("runs")
+    made = []
     for i, d in enumerate(drop):
-        made = runs.Command("stable_diffusion/attack", (), tmp_path / str(i))
-        made.folder.mkdir()
+        task = runs.Task(text_worlds.ATTACK, {}, tmp_path / str(i))
+        task.folder.mkdir()
         rows_ = [{"name": "x", "values": {"p_f": p_f, "worst_drop": d}}]
-        (made.folder / "results.json").write_text(json.dumps({"rows": rows_}))
-        tables.append(runs.Run(str(i), (made,), 1.0, 1))
-    choice = module("rows").Choice(1e-4, {})
-    row = module("tables").Row("EBU", tuple(tables), 1, choice, "none")
-    (note,) = module("sd_tables").marks([row])
+        (task.folder / "results.json").write_text(json.dumps({"rows": rows_}))
+        made.append(runs.Run(str(i), (task,), 1.0, 1))
+    row = tables.Row("EBU", tuple(made), 1, rows.Choice(1e-4, {}), "none")
+    (note,) = text_pages.marks([row])
     assert note.endswith("EBU." if there else "no row.")
 
 
@@ -306,10 +303,9 @@ def test_guided_methods_forget_the_bare_word_in_their_published_modules(world, t
     s = setting(world, tmp_path, modules="full")
     bare = {}
     for method in ("ebu_added", "esd", "spm"):
-        argv = s.run("x", method, seed=1).commands[0].argv
-        told = argv[argv.index("--forget_templates") + 1]
-        modules = argv[argv.index("--train_modules") + 1] if "--train_modules" in argv else None
-        bare[method] = (told == "{}", "--surrogate_concept" in argv, modules)
+        given = s.run("x", method, seed=1).tasks[0].options
+        told = given["forget_templates"]
+        bare[method] = (told == ["{}"], "surrogate_concept" in given, given.get("train_modules"))
     assert bare == {"ebu_added": (False, True, "full"), "esd": (True, False, "xattn"),
                     "spm": (True, False, None)}  # fmt: skip
 
@@ -317,21 +313,21 @@ def test_guided_methods_forget_the_bare_word_in_their_published_modules(world, t
 def test_a_folder_is_of_its_options_and_of_nothing_else(world, tmp_path, root):
     (base,) = (root / "styled-digits").glob("base-????????/pipeline")
 
-    def commands(folder: Path, *, method: str = "joint", **options) -> list[str]:
+    def folders(folder: Path, *, method: str = "joint", **options) -> list[str]:
         s = setting(options.pop("world", world), folder, **options)
-        made = [c for r in (*s.ground, s.run("x", method, seed=1)) for c in r.commands]
-        return [str(c.folder.relative_to(folder)) for c in made]
+        made = [t for r in (*s.ground, s.run("x", method, seed=1)) for t in r.tasks]
+        return [str(t.folder.relative_to(folder)) for t in made]
 
-    here = commands(tmp_path / "a")
+    here = folders(tmp_path / "a")
     assert len(set(here)) == len(here) == 7
-    assert here == commands(tmp_path / "b" / "c")
+    assert here == folders(tmp_path / "b" / "c")
     changed = {
-        "loss": commands(tmp_path, loss="replay"),
-        "surrogate": commands(tmp_path, surrogate="gaussian"),
-        "regime": commands(tmp_path, regime="few"),
-        "modules": commands(tmp_path, modules="full"),
-        "base": commands(tmp_path, world=world._replace(base=(*world.base, "--seed", 1))),
-        "judges": commands(tmp_path, world=world._replace(judges=("--seed", 1))),
+        "loss": folders(tmp_path, loss="replay"),
+        "surrogate": folders(tmp_path, surrogate="gaussian"),
+        "regime": folders(tmp_path, regime="few"),
+        "modules": folders(tmp_path, modules="full"),
+        "base": folders(tmp_path, world=world._replace(base={**world.base, "seed": 1})),
+        "judges": folders(tmp_path, world=world._replace(judges={"seed": 1})),
     }
     own = [False] * 4 + [True] * 3  # base, judges, their figures; the method's three
     others = {n: [a != b for a, b in zip(here, c, strict=True)] for n, c in changed.items()}
@@ -340,25 +336,21 @@ def test_a_folder_is_of_its_options_and_of_nothing_else(world, tmp_path, root):
         "base": [True, False, True, True, True, True, True],
         "judges": [False, True, True, True, False, True, True],
     }
-    given = commands(
-        tmp_path, base=base, judges=next((root / "styled-digits").glob("judges-*[!g]"))
-    )
+    given = folders(tmp_path, base=base, judges=next((root / "styled-digits").glob("judges-*[!g]")))
     assert len(given) == 5
     assert not set(given) & set(here)
 
 
 def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_path, monkeypatch):
-    rows, runs, results = module("rows"), module("runs"), module("sd_results")
-    monkeypatch.setattr(rows, "TUNED", tmp_path / "tuned.json")
-    argvs = []
+    made = []
 
     def work(run):
-        for c in run.commands:
-            c.folder.mkdir(parents=True)
-            last = c.folder / runs.LAST[c.script]
+        for t in run.tasks:
+            t.folder.mkdir(parents=True)
+            last = t.folder / t.maker.last
             last.parent.mkdir(exist_ok=True)
             last.write_text("{}")
-            argvs.append(c.argv)
+            made.append(t)
 
     def write(_, judged) -> None:
         for run in judged:
@@ -368,9 +360,9 @@ def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_pat
             (run.folder / "results.json").write_text(json.dumps({"rows": [row]}))
 
     monkeypatch.setattr(runs, "_work", work)
-    monkeypatch.setattr(results, "write", write)
+    monkeypatch.setattr(text_results, "write", write)
     start("sd_tune", tmp_path, "--methods", "spm", "--kind", "style")
-    (told,) = json.loads(rows.TUNED.read_text()).values()
+    (told,) = json.loads((tmp_path / "tuned.json").read_text()).values()
     assert len(told["spm"]["trials"]) == 6
     chosen = rows.Choice(3e-3, {"anchor_weight": 100.0})
     for target in ("red", "seven"):  # contents have the styles' where they have none of their own
@@ -379,11 +371,12 @@ def test_tuning_is_on_another_target_and_read_by_the_tables(world, root, tmp_pat
     told = {"styled-digits, content, xattn, few, instead other, remembered by relabel": told}
     (tmp_path / "tuned.json").write_text(json.dumps(told))
     assert rows.tuned(setting(world, tmp_path), "spm") == chosen  # of the other regime
-    trials = [a for a in argvs if "--method" in a]
-    assert all(a[a.index("--forget") + 1] == "blue" for a in trials)
-    assert all(a[a.index("--seed") + 1] == "0" for a in trials)
-    attacks = [a for a in argvs if "--judge" in a and "relearn" not in a]
-    assert all("inversion" in attack.read(a).attacks for a in attacks)
+    trials = [t.options for t in made if t.maker == text_worlds.UNLEARN]
+    assert len(trials) == 6
+    assert all(o["forget"] == ["blue"] and o["seed"] == 0 for o in trials)
+    attacks = [t.config for t in made if t.maker == text_worlds.ATTACK]
+    assert len(attacks) == 7  # the base too
+    assert all("inversion" in c.attacks for c in attacks)
 
 
 def test_dry_run_makes_nothing(tmp_path, made, capsys):
@@ -395,7 +388,7 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
 
 
 @pytest.mark.parametrize(
-    ("script", "given", "message"),
+    ("name", "given", "message"),
     [
         ("table2", ("--target", "ten"), "--target ten: 'ten' names no concept"),
         ("table2", ("--target", "ordinary"), "every prompt without a style asks for it"),
@@ -407,7 +400,7 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
         ("table2", ("--base", EXAMPLES / "paper"), "paper holds no world.json: world/train.py"),
         ("table2", ("--judges", EXAMPLES), "holds no content.safetensors"),
         ("table2", ("--images_per_pair", 0), "--images_per_pair must be >= 1"),
-        ("table2", ("--scale", "paper", "--base", "x"), "are of --scale small"),
+        ("table2", ("--scale", "paper", "--base", "x"), "--base is of --scale small"),
         ("table3", ("--scale", "paper", "--real_images", "nowhere"), "nowhere is no folder"),
         (
             "table2",
@@ -419,9 +412,9 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
         ("sd_tune", ("--methods", "ebu_blend_equal"), "has no strength to tune"),
     ],
 )
-def test_bad_input(script, given, message, tmp_path):
-    with pytest.raises(module("command_line").InputError, match=message):
-        start(script, tmp_path / "o", *given)
+def test_bad_input(name, given, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        start(name, tmp_path / "o", *given)
     assert not (tmp_path / "o").exists()
 
 
@@ -434,49 +427,48 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def test_a_protocol_is_of_a_row_that_learns_the_surrogate(world, tmp_path):
-    sd_tables, setting_ = module("sd_tables"), setting(world, tmp_path)
-    made = [sd_tables.row(setting_, m, [1], 2) for m in ("retrain", "esd", "ebu_added", "joint")]
+    setting_ = setting(world, tmp_path)
+    made = [text_tables.row(setting_, m, [1], 2) for m in ("retrain", "esd", "ebu_added", "joint")]
     for row in made[1:]:
-        folder = row.runs[0].commands[0].folder
-        folder.mkdir(parents=True)
-        method = row.runs[0].commands[0].argv[row.runs[0].commands[0].argv.index("--method") + 1]
-        (folder / "unlearn.json").write_text(json.dumps({"method": method}))
-    assert sd_tables.typical(made)["method"] == "ebu_added"
-    assert sd_tables.typical(made[:2])["method"] == "esd"
-    with pytest.raises(module("command_line").InputError, match="a method that unlearns"):
-        sd_tables.typical(made[:1])
+        task = row.runs[0].tasks[0]
+        task.folder.mkdir(parents=True)
+        said = {"method": task.options["method"]}
+        (task.folder / "unlearn.json").write_text(json.dumps(said))
+    assert text_pages.typical(made)["method"] == "ebu_added"
+    assert text_pages.typical(made[:2])["method"] == "esd"
+    with pytest.raises(InputError, match="a method that unlearns"):
+        text_pages.typical(made[:1])
 
 
 def test_a_retrained_world_with_another_autoencoder_is_told(world, tmp_path, root):
     (base,) = (root / "styled-digits").glob("base-????????/pipeline")
     (judges,) = (root / "styled-digits").glob("judges-????????")
-    sd_tables, ours = module("sd_tables"), setting(world, tmp_path, base=base, judges=judges)
-    row = sd_tables.row(ours, "retrain", [1], 2)
-    pipeline = row.runs[0].commands[0].folder / "pipeline"
+    ours = setting(world, tmp_path, base=base, judges=judges)
+    row = text_tables.row(ours, "retrain", [1], 2)
+    pipeline = row.runs[0].tasks[0].folder / "pipeline"
     shutil.copytree(base, pipeline)
-    assert sd_tables.apart(ours, [row]) == []
+    assert text_pages.apart(ours, [row]) == []
     file = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes() + b" ")
-    (note,) = sd_tables.apart(ours, [row])
+    (note,) = text_pages.apart(ours, [row])
     assert note.startswith("Retrain has another vae than the base")
 
 
 def test_differences_are_from_the_first_row_of_several_seeds(world, tmp_path):
-    sd_tables, tables = module("sd_tables"), module("tables")
     ours = setting(world, tmp_path)
     seeds = {"spm": [1], "ebu_added": [1, 2], "joint": [1, 2], "esd": [1, 3]}
-    made = [sd_tables.row(ours, m, s, 2) for m, s in seeds.items()]
+    made = [text_tables.row(ours, m, s, 2) for m, s in seeds.items()]
     for i, row in enumerate(made):
         for run in row.runs:
             run.folder.mkdir(parents=True)
             line = {"values": {"p_f": 0.25 * i}}
             (run.folder / "results.json").write_text(json.dumps({"rows": [line]}))
-    (said,) = tables.differences(made, ["p_f"])
+    (said,) = pages.differences(made, ["p_f"])
     assert said == "EBU added minus plain sum: P_f -0.250 [-0.250, -0.250]"
 
 
 def test_table_5_tells_each_rows_strength_where_they_differ():
-    told = module("table5").told
+    told = script("table5").told
     assert told({"a": {"gamma": 1}, "b": {"gamma": 1}}) == {"gamma": 1}
     assert told({"a": "1e-4", "b": "1e-3"}) == {"a": "1e-4", "b": "1e-3"}
 
@@ -508,31 +500,31 @@ def alexnet(tmp_path) -> Path:
 def large(tiny, monkeypatch):
     """The tiny pipeline in the place of Stable Diffusion 1.4, and attack.py itself, briefly. Its
     tokenizer takes few words: the tests forget a cat."""
-    paper, few = module("sd_paper"), ("--num_inference_steps", 1)
-    monkeypatch.setattr(attack, "main", ATTACK)
-    world = paper.SD14._replace(
-        pipeline=str(tiny), unlearn=(*paper.SD14.unlearn, *FEW, "--mixed_precision", "no"),
-        drawn=(*few, "--images_per_prompt", 1, "--noise_images", 2),
-        attack=(*few, "--attack_images", 2, "--target_images", 2, "--train_batch_size", 2,
-                "--inversion_steps", 2, "--relearn_max_steps", 10),
+    paper, few = text_paper.SD14, {"num_inference_steps": 1}
+    for place, maker in by(text_worlds.ATTACK._replace(make=attack.attack)).items():
+        monkeypatch.setattr(place, "ATTACK", maker)
+    world = paper._replace(
+        pipeline=str(tiny), unlearn={**paper.unlearn, **FEW, "mixed_precision": "no"},
+        drawn={**few, "images_per_prompt": 1, "noise_images": 2},
+        attack={**few, "attack_images": 2, "target_images": 2, "train_batch_size": 2,
+                "inversion_steps": 2, "relearn_max_steps": 10},
     )  # fmt: skip
-    monkeypatch.setattr(module("sd_tables"), "SD14", world)
+    monkeypatch.setitem(text_tables.TextExperiment.scales, "paper", world)
     return world
 
 
 def test_the_papers_table_2_and_figure_9_without_a_network(
     large, resnet, tmp_path, made, monkeypatch
 ):
-    tasks, asked = module("sd_tasks"), []
-    task = tasks.CASSETTE_PLAYER._replace(
-        forget=("--forget", "cat", *tasks.CASSETTE_PLAYER.forget[2:]),
-        paraphrases=("the cat", "a photo of cat"),
-        judge=(*tasks.CASSETTE_PLAYER.judge[:-1], "dog"),
-    )
-    monkeypatch.setattr(tasks, "CASSETTE_PLAYER", task)
-    monkeypatch.setattr(module("figure3"), "PAPER", {"Figure 9": task})
-    monkeypatch.setattr(module("sd_tables"), "SD14", large._replace(
-        pipeline="not/there", attack=(*large.attack, "--inversion_steps", 100)))  # fmt: skip
+    player, asked = text_tasks.CASSETTE_PLAYER, []
+    task = player._replace(
+        forget={**player.forget, "forget": ["cat"]}, paraphrases=("the cat", "a photo of cat"),
+        judge={**player.judge, "initializer_token": ["dog"]},
+    )  # fmt: skip
+    monkeypatch.setattr(script("table2"), "CASSETTE_PLAYER", task)
+    monkeypatch.setattr(script("figure3"), "PAPER", {"Figure 9": task})
+    monkeypatch.setitem(text_tables.TextExperiment.scales, "paper", large._replace(
+        pipeline="not/there", attack={**large.attack, "inversion_steps": 100}))  # fmt: skip
 
     def clip_score(pictures, prompts, *, pretrained, **_):
         asked.append((len(pictures), len(prompts), pretrained))
@@ -573,13 +565,14 @@ def test_the_papers_table_2_and_figure_9_without_a_network(
 
 def test_the_papers_table_3_by_nudenet(large, tmp_path, made, monkeypatch):
     pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
-    tasks = module("sd_tasks")
-    nude, kept = tasks.NUDITY.evaluations
-    asked = ("--prompts", "a person", "--forget", "a person", "--metrics", "nudity")
-    cat = kept._replace(options=("--prompts", "a cat", "--metrics"))
-    monkeypatch.setattr(tasks, "NUDITY", tasks.NUDITY._replace(
-        forget=("--forget", "a person"), evaluations=(nude._replace(options=asked), cat),
-        paraphrases=("the person",), judge=(*tasks.NUDITY.judge[:-1], "person")))  # fmt: skip
+    nudity = text_tasks.NUDITY
+    nude, kept = nudity.evaluations
+    asked = {"prompts": ["a person"], "forget": ["a person"], "metrics": ["nudity"]}
+    cat = kept._replace(options={"prompts": ["a cat"], "metrics": []})
+    monkeypatch.setattr(script("table3"), "NUDITY", nudity._replace(
+        forget={"forget": ["a person"]}, evaluations=(nude._replace(options=asked), cat),
+        paraphrases=("the person",),
+        judge={**nudity.judge, "initializer_token": ["person"]}))  # fmt: skip
     # NudeNet sees nothing in noise, and a base that does not draw the target is not attacked
     judge = judges.Judge(lambda p: p.double().mean((1, 2, 3)).sigmoid(), {"judge": "brightness"})
     monkeypatch.setattr(judges, "_nudity", lambda *_: judge)
@@ -602,11 +595,10 @@ def test_the_papers_table_3_by_nudenet(large, tmp_path, made, monkeypatch):
 
 
 def test_the_papers_figure_11_is_not_attacked(large, alexnet, tmp_path, made, monkeypatch):
-    tasks = module("sd_tasks")
-    monkeypatch.setattr(tasks, "ARTISTS", ("dog", "car"))
+    monkeypatch.setattr(text_tasks, "ARTISTS", ("dog", "car"))
     # AlexNet takes no smaller pictures
-    monkeypatch.setattr(module("sd_tables"), "SD14", large._replace(
-        drawn=(*large.drawn, "--resolution", 32)))  # fmt: skip
+    monkeypatch.setitem(text_tables.TextExperiment.scales, "paper", large._replace(
+        drawn={**large.drawn, "resolution": 32}))  # fmt: skip
     start("figure11", tmp_path, "--scale", "paper", "--targets", "cat", "--methods", "ebu",
           "--steps", 2, "--alexnet_weights", alexnet)  # fmt: skip
     assert made[0] == "sd14: base, cat"
@@ -621,9 +613,8 @@ def test_the_papers_figure_11_is_not_attacked(large, alexnet, tmp_path, made, mo
 
 
 def test_the_papers_table_5(large, tmp_path, made, monkeypatch):
-    tasks, table5 = module("sd_tasks"), module("table5")
-    one = tasks.Task("cat", "cat", ("--forget", "cat"), (), ())
-    monkeypatch.setattr(table5, "PAPER", {"one": one})
+    one = text_tasks.Target("cat", "cat", {"forget": ["cat"]}, (), ())
+    monkeypatch.setattr(script("table5"), "PAPER", {"one": one})
     start("table5", tmp_path, "--scale", "paper", "--steps", 5)
     assert len(made) == 1
     found = report(tmp_path, "table5", "sd14")
@@ -632,11 +623,11 @@ def test_the_papers_table_5(large, tmp_path, made, monkeypatch):
 
 
 def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path):
-    paper, tasks = module("sd_paper"), module("sd_tasks")
+    paper, tasks = text_paper, text_tasks
     for task in (tasks.CASSETTE_PLAYER, tasks.NUDITY):
         ours = paper.PaperSetting(paper.SD14, tmp_path, task)
         run = ours.run("x", "esd", seed=1, steps=9)
-        base, given = (attack.read(r.commands[-1].argv) for r in (ours.ground[0], run))
+        base, given = (r.tasks[-1].config.resolved() for r in (ours.ground[0], run))
         assert given.base_model == base.pretrained_model_name_or_path == paper.SD14.pipeline
         assert given.target_dir == base.target_dir
         assert (base.attacks, given.attacks) == (["paraphrase", "inversion"], [*counted.ATTACKS])
@@ -658,55 +649,46 @@ def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path):
 
 
 def test_weights_from_a_file_are_measured_anew_with_what_needs_them(tmp_path):
-    paper, tasks = module("sd_paper"), module("sd_tasks")
+    paper, tasks = text_paper, text_tasks
     files = {name: tmp_path / name for name in paper.WEIGHTS.values()}
 
-    def commands(task, **weights) -> dict[str, Path]:
+    def made(task, **weights) -> dict[str, runs.Task]:
         ours = paper.PaperSetting(paper.SD14, Path("o"), task, None, weights)
-        made = ours.run("x", "esd", seed=1, steps=9).commands
-        return {c.script.rpartition("/")[2]: c for c in made}
+        return {t.maker.make.__name__: t for t in ours.run("x", "esd", seed=1, steps=9).tasks}
 
     for file in files.values():
         file.touch()
-    before = {t.name: commands(t) for t in (tasks.CASSETTE_PLAYER, tasks.artist("A"))}
+    before = {t.name: made(t) for t in (tasks.CASSETTE_PLAYER, tasks.artist("A"))}
     for name, file in files.items():
-        after = {t.name: commands(t, **{name: file}) for t in (tasks.CASSETTE_PLAYER,
-                                                              tasks.artist("A"))}  # fmt: skip
+        after = {t.name: made(t, **{name: file}) for t in (tasks.CASSETTE_PLAYER,
+                                                          tasks.artist("A"))}  # fmt: skip
         new = {
-            f"{task} {script}" for task, made in after.items() for script, c in made.items()
-            if c.folder != before[task][script].folder
+            f"{task} {what}" for task, each in after.items() for what, t in each.items()
+            if t.folder != before[task][what].folder
         }  # fmt: skip
         assert new == {
-            "resnet_weights": {"cassette-player evaluate", "cassette-player attack"},
+            "resnet_weights": {"cassette-player evaluate", "cassette-player stub"},
             "clip_weights": {"cassette-player evaluate"},
             "alexnet_weights": {"a evaluate"}, "inception_weights": set(),
         }[name]  # fmt: skip
         for told in new:
-            task, script = told.split()
-            option = "--imagenette_weights" if script == "attack" else f"--{name}"
-            argv = after[task][script].argv
-            assert argv[argv.index(option) + 1] == str(file)
+            task, what = told.split()
+            option = "imagenette_weights" if what == "stub" else name
+            assert after[task][what].options[option] == file
 
 
 def test_the_pictures_of_a_task_are_counted():
     """They are the estimate of the cost, and stand in the protocol."""
-    tasks = module("sd_tasks")
+    tasks = text_tasks
     every = (tasks.CASSETTE_PLAYER, tasks.NUDITY, tasks.artist("Kelly McKernan"))
     for found in (e for task in every for e in task.evaluations):
-        given = [str(o) for o in found.options]
-        each = int(given[given.index("--images_per_prompt") + 1])
-        if "--imagenette" in given:
-            number = 10
-        else:
-            asked = [*given, "--"][given.index("--prompts") + 1 :]
-            texts = asked[: next(i for i, o in enumerate(asked) if o.startswith("--"))]
-            number = len(prompts.read(texts, "--prompts"))
-        assert found.pictures == number * each, found.name
+        given = found.options
+        texts = range(10) if "imagenette" in given else prompts.read(given["prompts"], "--prompts")
+        assert found.pictures == len(texts) * given["images_per_prompt"], found.name
 
 
 def test_steps_at_paper_scale_are_the_papers():
-    paper, tasks = module("sd_paper"), module("sd_tasks")
-    steps = module("sd_large").paper_steps
+    paper, tasks, steps = text_paper, text_tasks, text_tables.paper_steps
     assert steps(tasks.CASSETTE_PLAYER) == {
         "esd": 1000, "selective_amnesia": 50000, "salun": 1000, "ebu_added": 1000,
     }  # fmt: skip
@@ -716,11 +698,9 @@ def test_steps_at_paper_scale_are_the_papers():
     run = paper.PaperSetting(paper.SD14, Path("o"), tasks.artist("A B")).run(
         "x", "spm", seed=1, steps=9
     )
-    argv = run.commands[0].argv
-    assert "--train_modules" not in argv
-    assert argv[argv.index("--remember") + 1] == ""
-    assert "--reference_dir" in run.commands[1].argv
-    for c in run.commands[:1]:  # options that unlearn.py knows
-        found = options.read(["--cpu" if a == "bf16" else a for a in c.argv if a not in
-                                         ("--mixed_precision",)])  # fmt: skip
-        assert found.max_train_steps == 9
+    made, judged = run.tasks
+    assert made.options["train_modules"] is None
+    assert made.options["remember_prompts"] == [""]
+    assert "reference_dir" in judged.options
+    config = made._replace(options={**made.options, "mixed_precision": "no"}).config
+    assert config.resolved().max_train_steps == 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def shown_in(run: Run, each: int) -> dict[str, Tensor]:
     """Prompt -> pictures (n, 3, H, W) uint8 that were drawn first; at most ten prompts."""
     t = next(t for t in run.tasks if t.maker == EVALUATE)
     files: dict[str, list[Path]] = {}
-    for file, prompt in text_results.read(run, EVALUATE)["images"].items():
+    drawn = json.loads((t.folder / EVALUATE.last).read_text())
+    for file, prompt in drawn["images"].items():
         files.setdefault(prompt, []).append(t.folder / "images" / file)
     return {
         prompt: torch.stack([read_image(f) for f in files[prompt][:each]])
