@@ -25,6 +25,21 @@ def evaluating(*models: Any) -> Iterator[None]:
             m.training = mode
 
 
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """torch.no_grad for passes of a model that may be trained, under autocast too.
+
+    Autocast keeps the 16-bit copies of the weights until its block ends. torch 2.4 gives a copy
+    that was made without a gradient to later passes too, which then have none for any Conv or
+    Linear. Copies are cleared here and not forbidden: many passes of sampling share one.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 def tensor_hash(*tensors: Tensor) -> str:
     """SHA-256 over dtypes, shapes and bytes, 16 hex digits."""
     return _hash({str(i): t for i, t in enumerate(tensors)})

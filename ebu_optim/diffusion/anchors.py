@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from ..modules import without_gradients
 from .losses import Model, predict, randn, reduce_loss
 
 
@@ -64,7 +65,7 @@ def anchor_loss(
     n = len(anchors)
     x_t, t = x_t.expand(n, *x_t.shape[1:]), t.expand(n)
     condition = {"encoder_hidden_states": anchors}
-    with torch.no_grad():
+    with without_gradients():
         target = predict(teacher, x_t, t, condition)
     return reduce_loss(predict(model, x_t, t, condition) - target, reduction)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modules import without_gradients
 from .losses import Condition, Model, predict, reduce_loss
 from .sampling import sample
 
@@ -65,7 +66,7 @@ def esd_loss(
         raise ValueError('erase_from belongs to variant="released"; the paper starts from null')
     eta = ETA[variant] if eta is None else eta
     trained = condition if erase_from is None else erase_from
-    with torch.no_grad():
+    with without_gradients():
         eps_null, eps_c = (predict(teacher, x_t, t, c).float() for c in (null, condition))
         start = None if variant == "paper" else eps_c
         if erase_from is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import evaluating
+from ..modules import evaluating, without_gradients
 
 Condition = Tensor | Mapping[str, Any]
 Model = Callable[..., Any]
@@ -216,7 +216,7 @@ def distillation_loss(
         pick = torch.randint(len(crossed), (n,), generator=generator, device=source)
         condition = crossed.to(x.device)[pick.to(x.device)]
     x_t, _ = noised(scheduler, x, randn(x.shape, generator, x), timesteps)
-    with torch.no_grad():
+    with without_gradients():
         target = predict(teacher, x_t, timesteps, condition)
     return reduce_loss(predict(model, x_t, timesteps, condition) - target, reduction)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._compat import compat as _paper
-from ..modules import evaluating
+from ..modules import evaluating, without_gradients
 from .losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
 
 
@@ -78,11 +78,11 @@ def relabel_loss(
         labels, relabelled = (
             _dropped(c, int(null_class or 0), generator) for c in (labels, relabelled)
         )
-        with torch.no_grad():
+        with without_gradients():
             target = predict(model, x_t, timesteps, relabelled)
     else:
         source = model if teacher is None else teacher
-        with torch.no_grad(), evaluating(source):
+        with without_gradients(), evaluating(source):
             target = predict(source, x_t, timesteps, relabelled)
     return reduce_loss(predict(model, x_t, timesteps, labels) - target, reduction)
 

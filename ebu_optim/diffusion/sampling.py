@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._extras import require
 from ..files import load_tensors, save_tensors
 from ..manifest import config_of, key
-from ..modules import evaluating, model_hash, stream
+from ..modules import evaluating, model_hash, stream, without_gradients
 from .losses import Condition, Model, predict
 
 
@@ -42,7 +42,7 @@ def _both(null: Condition, condition: Condition) -> Condition:
     return torch.cat([torch.as_tensor(null).to(condition), condition])
 
 
-@torch.no_grad()
+@without_gradients()
 def sample(
     model: Model,
     scheduler: Any,

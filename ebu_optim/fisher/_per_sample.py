@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules import without_gradients
+
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
 Grads = dict[str, Tensor]
@@ -183,7 +185,7 @@ def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> st
         ValueError: a loss that is not one value per sample; a `method` that is wrong here.
     """
     one = batch[0] if isinstance(batch, (tuple, list)) else batch
-    with torch.no_grad():
+    with without_gradients():
         shape = tuple(loss(model, one).shape)
     if shape != (size(one),):
         raise ValueError(

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..modules import evaluating
+from ..modules import evaluating, without_gradients
 
 
-@torch.no_grad()
+@without_gradients()
 def classify(
     classifier: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = 256
 ) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import evaluating
+from ..modules import evaluating, without_gradients
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -56,7 +56,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(dim=0), centred.T @ centred / (len(x) - 1)
 
 
-@torch.no_grad()
+@without_gradients()
 def classifier_features(
     classifier: nn.Module,
     images: Tensor,
