@@ -19,6 +19,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..diffusion.schedules import prediction_type
 from ..errors import InputError
 from ..files import replacing_folder
 
@@ -109,13 +110,24 @@ def load_unet(name: str, weights: str = "trained") -> tuple[UNet2DModel, DDPMSch
             hint = " (it was trained without --use_ema)" if weights == "ema" else ""
             raise InputError(f"{folder} is no model of train.py: {needed} is missing{hint}")
     info = json.loads((folder / "classes.json").read_text())
+    scheduler = load_scheduler(folder)
     model = UNet2DModel.from_pretrained(part, torch_dtype=torch.float32)
     if model.config.num_class_embeds != len(info["classes"]) + 1:
         raise InputError(
             f"{folder}: the model has {model.config.num_class_embeds} conditions, classes.json "
             f"names {len(info['classes'])} classes and a null class"
         )
-    return model, DDPMScheduler.from_pretrained(folder, subfolder="scheduler"), info
+    return model, scheduler, info
+
+
+def load_scheduler(folder: Path) -> DDPMScheduler:
+    """Of a model's folder; refused where it is of another family than DDPM's."""
+    try:
+        config = DDPMScheduler.load_config(folder, subfolder="scheduler")
+        prediction_type(config)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: {error}") from error
+    return DDPMScheduler.from_config(config)
 
 
 def start_of_average(name: str, model: nn.Module) -> list[Tensor]:

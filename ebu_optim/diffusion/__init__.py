@@ -6,7 +6,6 @@ from .fisher import FisherBatches, fisher_loss
 from .guidance import esd_loss, esd_target, partly_denoised
 from .losses import (
     anchored,
-    antithetic_timesteps,
     denoising_loss,
     distillation_loss,
     gaussian_forget_loss,
@@ -15,6 +14,7 @@ from .losses import (
 )
 from .relabel import next_class, relabel_loss
 from .sampling import sample, sample_set
+from .schedules import antithetic_timesteps
 
 __all__ = [
     "FisherBatches",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ def anchor_loss(
     t: Tensor,
     anchors: Tensor,
     *,
+    scheduler: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Squared distance of the model from the frozen one under the anchors' conditions.
@@ -58,6 +60,7 @@ def anchor_loss(
         model, teacher: called as ``model(x_t, t, encoder_hidden_states=anchors)``.
         x_t, t: (1, C, H, W) and (1,), the same for all anchors, or n rows.
         anchors: (n, L, D) of :func:`random_anchors`.
+        scheduler: needed for a model that predicts a variance too, alone.
 
     Returns:
         0-d float32 loss.
@@ -66,8 +69,8 @@ def anchor_loss(
     x_t, t = x_t.expand(n, *x_t.shape[1:]), t.expand(n)
     condition = {"encoder_hidden_states": anchors}
     with without_gradients():
-        target = predict(teacher, x_t, t, condition)
-    return reduce_loss(predict(model, x_t, t, condition) - target, reduction)
+        target = predict(teacher, x_t, t, condition, scheduler)
+    return reduce_loss(predict(model, x_t, t, condition, scheduler) - target, reduction)
 
 
 def transport(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..modules import stream, tensor_hash
-from .losses import noised, predict
+from .losses import predict
 from .sampling import scheduler_protocol
+from .schedules import check_family, noised
 
 
 class FisherBatches(Sequence[Any]):
@@ -48,6 +49,7 @@ class FisherBatches(Sequence[Any]):
             )
         if len(images) != len(labels) or not len(images):
             raise ValueError(f"{len(images)} images and {len(labels)} labels: need as many, > 0")
+        check_family(scheduler)
         self.images, self.labels, self.scheduler = images, labels, scheduler
         self.timesteps, self.cross, self.batch_size = timesteps, cross, batch_size
         self.seed, self.device = seed, device
@@ -98,7 +100,7 @@ def fisher_loss(
         x = batch["x"].repeat_interleave(draws, 0)
         labels = batch["labels"].repeat_interleave(draws, 0)
         x_t, target = noised(scheduler, x, noise, t)
-        error = predict(model, x_t, t, labels) - target
+        error = predict(model, x_t, t, labels, scheduler) - target
         square = error.float().square().flatten(1)
         square = square.sum(1) if reduction == "sum" else square.mean(1)
         return square.view(-1, draws).mean(1)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..modules import without_gradients
-from .losses import Condition, Model, predict, reduce_loss
+from .conditions import Condition
+from .losses import Model, predict, reduce_loss
 from .sampling import sample
+from .schedules import check_family
 
 #: eta of the two published targets, which are the same for c_from = c.
 ETA = {"paper": 1.0, "released": 2.0}
@@ -42,6 +44,7 @@ def esd_loss(
     variant: str = "paper",
     eta: float | None = None,
     erase_from: Condition | None = None,
+    scheduler: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Squared distance of the model's prediction from :func:`esd_target`.
@@ -55,6 +58,7 @@ def esd_loss(
         eta: None is 1 for "paper", 2 for "released".
         erase_from: c_from of "released": what is trained, and where its target starts; None is
             `condition`.
+        scheduler: needed for a model that predicts a variance too, alone.
         reduction: over C, H, W: "mean" (ESD) or "sum".
 
     Returns:
@@ -67,12 +71,14 @@ def esd_loss(
     eta = ETA[variant] if eta is None else eta
     trained = condition if erase_from is None else erase_from
     with without_gradients():
-        eps_null, eps_c = (predict(teacher, x_t, t, c).float() for c in (null, condition))
+        eps_null, eps_c = (
+            predict(teacher, x_t, t, c, scheduler).float() for c in (null, condition)
+        )
         start = None if variant == "paper" else eps_c
         if erase_from is not None:
-            start = predict(teacher, x_t, t, erase_from).float()
+            start = predict(teacher, x_t, t, erase_from, scheduler).float()
         target = esd_target(eps_c, eps_null, eta=eta, eps_from=start)
-    return reduce_loss(predict(model, x_t, t, trained) - target, reduction)
+    return reduce_loss(predict(model, x_t, t, trained, scheduler) - target, reduction)
 
 
 def partly_denoised(
@@ -91,38 +97,50 @@ def partly_denoised(
 ) -> tuple[Tensor, Tensor]:
     """x_t after k steps of sampling with guidance, k uniform, the same for the whole batch.
 
+    It is as the model sees it, whatever scale the sampler's own state has (Euler, Heun, LMS): of
+    variance 1 at the start, as the losses make it.
+
     ESD's paper samples from the model that is trained and draws t in the bin; its newer code
     samples from the frozen one and takes t itself. SPM samples with its adapter from the first
     step on (``earliest=1``), 30 steps.
 
     Args:
         model, scheduler, condition, null, shape: as for :func:`~ebu_optim.diffusion.sample`; a
-            DDIMScheduler takes one step a timestep.
-        earliest: least k; the greatest is ``num_inference_steps - 1``.
+            DDIMScheduler takes one step a timestep; others of its family may take more, and each
+            of them counts for k.
+        earliest: least k; the greatest is ``len(scheduler.timesteps) - 1``.
         within_bin: t is uniform among the ``T / num_inference_steps`` timesteps of the step's bin
             instead of ``scheduler.timesteps[k]``.
 
     Returns:
-        x_t (n, C, H, W) and t (n,) int64.
+        x_t (n, C, H, W) and t (n,) int64, or float32 where the sampler is between two timesteps.
+
+    Raises:
+        ValueError: as of :func:`~ebu_optim.diffusion.sample`; `earliest` out of range.
     """
-    if not 0 <= earliest < num_inference_steps:
+    check_family(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    points = len(scheduler.timesteps)
+    if not 0 <= earliest < points:
         raise ValueError(
-            f"earliest must be in [0, num_inference_steps = {num_inference_steps}); got {earliest}"
+            f"earliest must be in [0, {points}), the points of num_inference_steps="
+            f"{num_inference_steps}; got {earliest}"
         )
     source = generator.device if generator is not None else "cpu"
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator, device=source))
 
-    k = draw(earliest, num_inference_steps)
+    k = draw(earliest, points)
     x_t = sample(
         model, scheduler, condition, shape, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, null_condition=null, clip=False, stop_after=k,
         generator=generator, device=device,
     )  # fmt: skip
-    t = int(scheduler.timesteps[k])
+    t = float(scheduler.timesteps[k])
     if within_bin:
-        total, left = scheduler.config.num_train_timesteps, num_inference_steps - 1 - k
-        edges = [round(total * i / num_inference_steps) for i in (left, left + 1)]
+        steps = scheduler.timesteps.unique()  # Heun's come twice
+        total, left = scheduler.config.num_train_timesteps, int((steps < t).sum())
+        edges = [round(total * i / len(steps)) for i in (left, left + 1)]
         t = draw(*edges)
-    return x_t, torch.full((len(x_t),), t, device=device)
+    return x_t, torch.full((len(x_t),), int(t) if t == int(t) else t, device=device)

@@ -4,7 +4,9 @@ Notation: images x of shape (n, C, H, W), timesteps t of shape (n,), the schedul
 :math:`\bar\alpha_t`, and
 :math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon`.
 A condition is a tensor of class labels (n,), passed on as ``class_labels``, or a mapping of keyword
-arguments of the model. A model is a diffusers UNet2DModel or any callable with its signature.
+arguments of the model. A model is a diffusers UNet2DModel or any callable with its signature; it
+predicts a tensor of the shape of x_t. Where the scheduler's ``variance_type`` is "learned" or
+"learned_range" it may predict as many channels again, which the losses leave out.
 """
 
 from __future__ import annotations
@@ -17,26 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import evaluating, without_gradients
+from .conditions import Condition
+from .schedules import drawn, noised, prediction_type, predicts_variance
 
-Condition = Tensor | Mapping[str, Any]
 Model = Callable[..., Any]
-
-
-def antithetic_timesteps(
-    n: int,
-    num_timesteps: int,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """n timesteps in 0..T-1: n // 2 + 1 uniform draws, then their mirror images T-1-t, cut to n.
-
-    Returns:
-        (n,) int64 on `device`. The draw is made on the generator's device (CPU without one).
-    """
-    source = generator.device if generator is not None else "cpu"
-    t = torch.randint(num_timesteps, (n // 2 + 1,), generator=generator, device=source)
-    return torch.cat([t, num_timesteps - 1 - t])[:n].to(device)
 
 
 def randn(shape: Any, generator: torch.Generator | None, like: Tensor) -> Tensor:
@@ -44,15 +30,47 @@ def randn(shape: Any, generator: torch.Generator | None, like: Tensor) -> Tensor
     return torch.randn(shape, generator=generator, device=source, dtype=like.dtype).to(like.device)
 
 
-def predict(model: Model, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The model's output for a condition, as a tensor of the shape of `x_t`; a model that has a
-    ``dtype`` (diffusers' have) is given x_t in it."""
-    kwargs = condition if isinstance(condition, Mapping) else {"class_labels": condition}
+def as_taken(model: Any, x_t: Any) -> Any:
+    """x_t in the dtype of a model that has one (diffusers' have), outside autocast; what is no
+    tensor of floats stays as it is."""
     dtype = getattr(model, "dtype", None)
-    if isinstance(dtype, torch.dtype) and not torch.is_autocast_enabled(x_t.device.type):
-        x_t = x_t.to(dtype)
-    out = model(x_t, t, **kwargs)
-    return out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out[0]
+    if not isinstance(dtype, torch.dtype) or not isinstance(x_t, Tensor):
+        return x_t
+    if not x_t.is_floating_point() or torch.is_autocast_enabled(x_t.device.type):
+        return x_t
+    return x_t.to(dtype)
+
+
+def output(
+    model: Model, x_t: Tensor, t: Tensor, condition: Condition, scheduler: Any = None
+) -> Tensor:
+    """All that the model predicts for a condition: a tensor of the shape of `x_t`, or with as many
+    channels again where the scheduler's variance is learned.
+
+    Raises:
+        ValueError: another shape.
+    """
+    kwargs = condition if isinstance(condition, Mapping) else {"class_labels": condition}
+    out = model(as_taken(model, x_t), t, **kwargs)
+    out = out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out[0]
+    if out.shape == x_t.shape:
+        return out
+    n, channels, *rest = x_t.shape
+    if predicts_variance(scheduler) and out.shape == (n, 2 * channels, *rest):
+        return out
+    raise ValueError(
+        f"the model predicts shape {tuple(out.shape)} for x_t of shape {tuple(x_t.shape)}: needed "
+        "is the same one; twice the channels, the second half for the variance, are known by a "
+        'scheduler whose variance_type is "learned" or "learned_range"'
+    )
+
+
+def predict(
+    model: Model, x_t: Tensor, t: Tensor, condition: Condition, scheduler: Any = None
+) -> Tensor:
+    """The model's epsilon or v, of the shape of `x_t`; a predicted variance is left out."""
+    out = output(model, x_t, t, condition, scheduler)
+    return out if out.shape == x_t.shape else out[:, : x_t.shape[1]]
 
 
 def reduce_loss(error: Tensor, reduction: str) -> Tensor:
@@ -61,29 +79,6 @@ def reduce_loss(error: Tensor, reduction: str) -> Tensor:
         raise ValueError(f'reduction must be "sum" or "mean" over C, H, W; got {reduction!r}')
     square = error.float().square().flatten(1)
     return (square.sum(1) if reduction == "sum" else square.mean(1)).mean()
-
-
-def noised(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and the model's target there, epsilon or v, by the formulas of this file.
-
-    Not by ``scheduler.add_noise``: schedulers such as EulerDiscrete scale x_t in another way for
-    their own sampling, while the model and its target are the same.
-    """
-    kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"the scheduler's prediction_type is {kind!r}; these losses know epsilon and "
-            "v_prediction"
-        )
-    if getattr(scheduler, "alphas_cumprod", None) is None:
-        raise ValueError(
-            f"{type(scheduler).__name__} has no alphas_cumprod; these losses need a scheduler with "
-            "a variance-preserving noise schedule, such as DDPMScheduler"
-        )
-    alpha_bar = scheduler.alphas_cumprod.to(x.device, x.dtype)[t].view(-1, *[1] * (x.dim() - 1))
-    signal, spread = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    x_t = signal * x + spread * noise
-    return x_t, noise if kind == "epsilon" else signal * noise - spread * x
 
 
 def denoising_loss(
@@ -108,22 +103,24 @@ def denoising_loss(
         x: (n, C, H, W) images, in the range that the model was trained on.
         condition: labels (n,) or keyword arguments of the model.
         scheduler: a diffusers scheduler with ``alphas_cumprod`` and a ``prediction_type`` of
-            epsilon or v_prediction; its own ``add_noise`` is not used.
+            epsilon or v_prediction; its own ``add_noise`` is not used. x_t is computed in float32
+            and given in the dtype of x.
         reduction: "sum" over C, H, W (the DDPM code base) or "mean" (diffusers); mean over n.
         timesteps, noise: given values instead of antithetic draws and Gaussian noise.
         generator: of the draws; None uses torch's global stream.
 
     Returns:
         0-d float32 loss.
+
+    Raises:
+        ValueError: a scheduler of another family (flow matching, EDM) or prediction; a prediction
+            of another shape than x_t.
     """
-    if timesteps is None:
-        timesteps = antithetic_timesteps(
-            len(x), scheduler.config.num_train_timesteps, generator=generator, device=x.device
-        )
+    timesteps = drawn(scheduler, len(x), timesteps, generator, x.device)
     if noise is None:
         noise = randn(x.shape, generator, x)
     x_t, target = noised(scheduler, x, noise, timesteps)
-    error = predict(model, x_t, timesteps, condition) - target
+    error = predict(model, x_t, timesteps, condition, scheduler) - target
     return reduce_loss(error, reduction)
 
 
@@ -171,15 +168,12 @@ def gaussian_forget_loss(
     Returns:
         0-d float32 loss.
     """
+    epsilon = prediction_type(scheduler) == "epsilon"
     x_t = surrogate_noise("gaussian", shape, generator=generator, device=device)
-    if timesteps is None:
-        timesteps = antithetic_timesteps(
-            shape[0], scheduler.config.num_train_timesteps, generator=generator, device=device
-        )
+    timesteps = drawn(scheduler, shape[0], timesteps, generator, device)
     spread, _ = noised(scheduler, torch.zeros_like(x_t), torch.ones_like(x_t), timesteps)
-    epsilon = scheduler.config.prediction_type == "epsilon"
     target = spread * x_t if epsilon else torch.zeros_like(x_t)
-    return reduce_loss(predict(model, x_t, timesteps, condition) - target, reduction)
+    return reduce_loss(predict(model, x_t, timesteps, condition, scheduler) - target, reduction)
 
 
 def distillation_loss(
@@ -207,18 +201,15 @@ def distillation_loss(
         0-d float32 loss.
     """
     n = len(x)
-    if timesteps is None:
-        timesteps = antithetic_timesteps(
-            n, scheduler.config.num_train_timesteps, generator=generator, device=x.device
-        )
+    timesteps = drawn(scheduler, n, timesteps, generator, x.device)
     if crossed is not None:
         source = generator.device if generator is not None else x.device
         pick = torch.randint(len(crossed), (n,), generator=generator, device=source)
         condition = crossed.to(x.device)[pick.to(x.device)]
     x_t, _ = noised(scheduler, x, randn(x.shape, generator, x), timesteps)
     with without_gradients():
-        target = predict(teacher, x_t, timesteps, condition)
-    return reduce_loss(predict(model, x_t, timesteps, condition) - target, reduction)
+        target = predict(teacher, x_t, timesteps, condition, scheduler)
+    return reduce_loss(predict(model, x_t, timesteps, condition, scheduler) - target, reduction)
 
 
 def anchored(model: nn.Module, optimizer: Any) -> Model:
@@ -226,7 +217,8 @@ def anchored(model: nn.Module, optimizer: Any) -> Model:
 
     No second copy of the weights is made: parameters outside the optimizer are the model's own,
     and so are buffers, of which each call works on a copy. theta0 exists from the first phase on,
-    where a penalty uses it or ``anchor=`` gave it.
+    where a penalty uses it or ``anchor=`` gave it; however it is held, the teacher computes in the
+    model's dtype and on its device.
     """
 
     def teacher(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +229,12 @@ def anchored(model: nn.Module, optimizer: Any) -> Model:
                 "penalty uses it; with fisher=None or penalty='none' give the values to "
                 "EBUOptimizer(anchor={p: p.detach() for p in model.parameters()})"
             )
-        theta0 = {n: trained[p] for n, p in model.named_parameters() if p in trained}
+        theta0 = {
+            n: trained[p].to(p.device, p.dtype)  # it may be held in another way
+            for n, p in model.named_parameters()
+            if p in trained
+        }
+        args = tuple(as_taken(model, x_t) for x_t in args[:1]) + args[1:]
         buffers = {n: b.clone() for n, b in model.named_buffers()}
         with evaluating(model):
             return torch.func.functional_call(model, {**theta0, **buffers}, args, kwargs)

@@ -187,7 +187,8 @@ class Objectives:
             )  # fmt: skip
         return esd_loss(
             self.model, self.teacher, x_t, t, labels, torch.full_like(labels, self.null),
-            variant=args.esd_variant, eta=args.esd_eta, reduction=args.reduction,
+            variant=args.esd_variant, eta=args.esd_eta, scheduler=self.scheduler,
+            reduction=args.reduction,
         )  # fmt: skip
 
     def remember(self) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._compat import compat as _paper
 from ..modules import evaluating, without_gradients
-from .losses import Model, antithetic_timesteps, noised, predict, randn, reduce_loss
+from .losses import Model, predict, randn, reduce_loss
+from .schedules import drawn, noised
 
 
 def next_class(
@@ -67,10 +68,7 @@ def relabel_loss(
     paper = _paper(compat)
     if paper and (null_class is None or teacher is not None):
         raise ValueError('relabel_loss: compat="paper" needs null_class and takes no teacher')
-    if timesteps is None:
-        timesteps = antithetic_timesteps(
-            len(x), scheduler.config.num_train_timesteps, generator=generator, device=x.device
-        )
+    timesteps = drawn(scheduler, len(x), timesteps, generator, x.device)
     if noise is None:
         noise = randn(x.shape, generator, x)
     x_t, _ = noised(scheduler, x, noise, timesteps)
@@ -79,12 +77,12 @@ def relabel_loss(
             _dropped(c, int(null_class or 0), generator) for c in (labels, relabelled)
         )
         with without_gradients():
-            target = predict(model, x_t, timesteps, relabelled)
+            target = predict(model, x_t, timesteps, relabelled, scheduler)
     else:
         source = model if teacher is None else teacher
         with without_gradients(), evaluating(source):
-            target = predict(source, x_t, timesteps, relabelled)
-    return reduce_loss(predict(model, x_t, timesteps, labels) - target, reduction)
+            target = predict(source, x_t, timesteps, relabelled, scheduler)
+    return reduce_loss(predict(model, x_t, timesteps, labels, scheduler) - target, reduction)
 
 
 def _dropped(labels: Tensor, null_class: int, generator: torch.Generator | None) -> Tensor:

@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,9 @@ from .._extras import require
 from ..files import load_tensors, save_tensors
 from ..manifest import config_of, key
 from ..modules import evaluating, model_hash, stream, without_gradients
-from .losses import Condition, Model, predict
-
-
-def _rows(condition: Condition, a: int, b: int, device: Any) -> Condition:
-    if isinstance(condition, Mapping):
-        return {k: v[a:b].to(device) if isinstance(v, Tensor) else v for k, v in condition.items()}
-    return condition[a:b].to(device)
-
-
-def _both(null: Condition, condition: Condition) -> Condition:
-    """The two conditions behind one another, for one pass of guidance."""
-    if isinstance(condition, Mapping):
-        if not isinstance(null, Mapping):
-            raise ValueError("null_condition must be a mapping like the condition")
-        return {
-            k: torch.cat([null[k], v]) if isinstance(v, Tensor) else v for k, v in condition.items()
-        }
-    if len(null) != len(condition):
-        raise ValueError(
-            f"null_condition must be one label or {len(condition)} rows; got {len(null)} rows"
-        )
-    return torch.cat([torch.as_tensor(null).to(condition), condition])
+from .conditions import Condition, behind, moved, rows
+from .losses import Model, output
+from .schedules import check_family
 
 
 @without_gradients()
@@ -64,22 +44,30 @@ def sample(
         model: as in :func:`denoising_loss`; put it in eval mode first.
         scheduler: a diffusers scheduler that samples (DDIMScheduler, DDPMScheduler, ...); it is
             given its timesteps here.
-        condition: labels (n,) or keyword arguments with n rows.
+        condition: labels (n,) or keyword arguments, whose tensors have n rows; they may lie in
+            mappings, lists and tuples.
         shape: (C, H, W) of one image.
         guidance_scale: w of eps_null + w (eps_c - eps_null), diffusers' convention; 1 runs the
             conditional model alone.
-        null_condition: what the null branch is given: a label, or rows like `condition`.
+        null_condition: what the null branch is given: a label, or the like of `condition`. What
+            holds no tensor is taken from the condition.
         clip: clamp the result to [-1, 1]. Latents are not to be clamped.
         stop_after: steps to take; None takes all. What is returned is x_t at
-            ``scheduler.timesteps[stop_after]`` then.
+            ``scheduler.timesteps[stop_after]`` then, as the model sees it.
         generator: of the starting noise and of the sampler's own.
 
     Returns:
         (n, C, H, W) float32 images on `device`.
+
+    Raises:
+        ValueError: a scheduler of another family; a null condition that is not like the condition;
+            a prediction of another shape.
     """
-    first = next(iter(condition.values())) if isinstance(condition, Mapping) else condition
-    n = len(first)
-    condition = _rows(condition, 0, n, device)
+    check_family(scheduler)
+    n = rows(condition)
+    if n is None:
+        raise ValueError("the condition holds no tensor, whose rows would be the images to draw")
+    condition = moved(condition, device)
     guided = guidance_scale != 1.0
     if guided:
         if null_condition is None:
@@ -89,7 +77,7 @@ def sample(
             )
         if isinstance(null_condition, int):
             null_condition = torch.full((n,), null_condition, device=device)
-        both = _both(_rows(null_condition, 0, n, device), condition)
+        both = behind(moved(null_condition, device), condition, n)
     source = generator.device if generator is not None else device
     x = torch.randn((n, *shape), generator=generator, device=source).to(device)
     scheduler.set_timesteps(num_inference_steps)
@@ -104,13 +92,23 @@ def sample(
         x_in = scheduler.scale_model_input(x, t)
         t_in = t.to(device)
         if guided:
-            out = predict(model, torch.cat([x_in, x_in]), t_in.expand(2 * n), both).float()
-            null, cond = out.chunk(2)
-            out = null + guidance_scale * (cond - null)
+            two = torch.cat([x_in, x_in])
+            null, out = output(model, two, t_in.expand(2 * n), both, scheduler).float().chunk(2)
+            found = _first(null, x) + guidance_scale * (_first(out, x) - _first(null, x))
         else:
-            out = predict(model, x_in, t_in.expand(n), condition).float()
-        x = scheduler.step(out, t, x, **options).prev_sample
+            out = output(model, x_in, t_in.expand(n), condition, scheduler).float()
+            found = _first(out, x)
+        if out.shape != x.shape and "variance_type" in vars(scheduler):  # DDPM draws with it
+            found = torch.cat([found, out[:, x.shape[1] :]], 1)
+        x = scheduler.step(found, t, x, **options).prev_sample
+    if len(steps) < len(scheduler.timesteps):
+        x = scheduler.scale_model_input(x, scheduler.timesteps[len(steps)])
     return x.clamp(-1, 1) if clip else x
+
+
+def _first(out: Tensor, x: Tensor) -> Tensor:
+    """As many channels as x has; the rest is a variance."""
+    return out if out.shape == x.shape else out[:, : x.shape[1]]
 
 
 def scheduler_protocol(scheduler: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+from ..diffusion.schedules import prediction_type
 from ..errors import InputError
 from ..manifest import contents, key, plain
 from ..training.options import option
@@ -226,12 +227,16 @@ def _check_configs(name: str, configs: dict[str, dict[str, Any]]) -> None:
         raise InputError(
             f"{name}: the UNet takes text embeddings of {cross}, its text encoder makes {width}"
         )
-    kind = configs["scheduler"].get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
+    out = unet.get("out_channels", 4)
+    if out != channels[0]:
         raise InputError(
-            f"{name}: its scheduler's prediction_type is {kind!r}; the losses know epsilon and "
-            "v_prediction"
+            f"{name}: the UNet takes {channels[0]} channels and predicts {out}: these losses need "
+            "as many"
         )
+    try:
+        prediction_type(configs["scheduler"])
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _tokenizer(name: str, folder: Path, text_encoder: dict[str, Any]) -> Any:
