@@ -827,11 +827,13 @@ VAE = {
 UNET = 859_520_964  # numbers of SD 1.4's
 
 
+REQUIRED = ("--pretrained_model_name_or_path", "-", "--forget", "cat", "--output_dir", "-")
+
+
 @cache
 def counted(*options):
     """memory.count for SD 1.4: one prompt is forgotten, the empty one is the surrogate."""
-    base = ["--pretrained_model_name_or_path", "-", "--forget", "cat", "--output_dir", "-"]
-    args = parse(module("options").Unlearn, [*base, *map(str, options)]).resolved()
+    args = parse(module("options").Unlearn, [*REQUIRED, *map(str, options)]).resolved()
     tokenizer = SimpleNamespace(model_max_length=77)
     looked = module("pipelines").Looked(Path(), SD14, VAE, 512, (4, 64, 64), None, tokenizer)
     texts = module("prompts").Prompts([""] * 54, [0], [1], [*range(2, 54)], 1, [0], {})
@@ -1214,7 +1216,7 @@ def test_a_full_gpu_is_told_with_what_takes_less(capsys, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nFrames")
 
     with pytest.raises(SystemExit) as end:
-        module(".training").exit_on_input_errors(full)
+        module(".training").command(lambda _: full(), module("options").Unlearn, None, REQUIRED)
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("unlearn.py: error: CUDA out of memory. Tried to allocate 2 GiB.\nA ")
@@ -1301,9 +1303,8 @@ def test_a_scheduler_of_the_pipeline_and_ours_have_the_same_noise(made):
 
 def test_the_guide_names_real_options():
     files = [*SCRIPTS.rglob("*.py"), ROOT / "ebu_optim" / "diffusion" / "objectives.py"]
-    for room in ("text_to_image", "attacks", "worlds", "training"):
+    for room in ("text_to_image", "attacks", "worlds", "training", "experiments"):
         files += (ROOT / "ebu_optim" / room).rglob("*.py")
-    files.append(ROOT / "examples" / "paper" / "command_line.py")
     code = "\n".join(f.read_text() for f in files)
     known = set(re.findall(r'"--([a-z_]+)"', code))
     known |= set(re.findall(r"^    ([a-z_]+): .+ = option\(", code, re.MULTILINE))
