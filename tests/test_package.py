@@ -160,7 +160,8 @@ def assert_contents(names, extension):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"ebu_optim"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
     others = {"ebu_optim/py.typed", "ebu_optim/text_to_image/remember_prompts.txt"}
-    assets = (ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*")
+    assets = [*(ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*"),
+              *(ROOT / "ebu_optim" / "experiments").glob("*.json")]  # fmt: skip
     others |= {str(p.relative_to(ROOT)) for p in assets}
     if extension:
         others.add("ebu_optim/kernels/_cpu.abi3.so")
