@@ -57,7 +57,8 @@ class RandomlyMasked(Rule):
         }
 
     def _streams(self, step: Step, slot: Slot) -> tuple[np.random.Generator, torch.Generator]:
-        words = (int(slot.group["ebu_seed"]), step.number, *slot.key)
+        # by place, not by key: those of a resumed run may be others
+        words = (int(slot.group["ebu_seed"]), step.number, *slot.place)
         counts = np.random.default_rng(words)
         seed = int(counts.integers(2**63))
         return counts, torch.Generator(slot.param.device).manual_seed(seed)
@@ -86,12 +87,12 @@ class RandomlyMasked(Rule):
             )
             n_f, n_r, both = (int(m.sum()) for m in (m_f, m_r, m_f & m_r))
             regions = np.array([both, n_f - both, n_r - both, m_f.numel() - n_f - n_r + both])
-            left[slot.key[0]] = left.get(slot.key[0], np.zeros(4, np.int64)) + regions
+            left[slot.place[0]] = left.get(slot.place[0], np.zeros(4, np.int64)) + regions
         for slot in step.slots:
             counts, generator = self._streams(step, slot)
-            p, remaining = slot.param, left[slot.key[0]]
+            p, remaining = slot.param, left[slot.place[0]]
             here = counts.multivariate_hypergeometric(remaining, p.numel(), method="marginals")
-            left[slot.key[0]] = remaining - here
+            left[slot.place[0]] = remaining - here
             both, f_only, r_only, _ = here.tolist()
             places = torch.randperm(p.numel(), generator=generator, device=p.device)
             m_f, m_r = (torch.zeros(p.numel(), dtype=torch.bool, device=p.device) for _ in "fr")

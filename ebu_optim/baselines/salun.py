@@ -29,7 +29,7 @@ from ._recipe import recipe
 
 
 class Masked(Rule):
-    """G = M (w_f g_f + w_r g_r); M is made once and by position, and is saved.
+    """G = M (w_f g_f + w_r g_r); M is made once, follows its parameters, and is saved.
 
     Args:
         delta: the share of scalars in M, in (0, 1].

@@ -1,6 +1,6 @@
 """How two gradients become one step: the engine, the paper's rule, and rules of your own."""
 
-from ._anchors import Holding, TensorMap
+from ._holding import Holding, TensorMap
 from .ebu import EBUOptimizer
 from .phased import PhasedOptimizer
 from .rule import Rule, Slot, Step

@@ -1,73 +1,18 @@
-"""theta0 and F: what penalties need, kept by position and never in the base's state."""
+"""theta0 and F: what penalties need, kept by tensor and never in the base's state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..modules import tensor_hash
 from . import _checks
+from ._holding import Holding, TensorMap
 from ._shards import Shards, is_sharded, local, local_gradient, spread
 from ._slots import Key, Slot
-
-TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
-
-
-class Holding(NamedTuple):
-    """In what dtype, where and in whose name theta0 and F are held; see EBUOptimizer."""
-
-    anchor_dtype: torch.dtype | None = None
-    fisher_dtype: torch.dtype | None = None
-    held_on: str | None = None
-    anchor_source: str | None = None
-
-    def check(self) -> None:
-        half = (None, torch.float16, torch.bfloat16)
-        if self.anchor_dtype not in half:
-            raise ValueError(
-                "anchor_dtype must be torch.float16, torch.bfloat16 or None (the parameter's); "
-                f"got {self.anchor_dtype!r}"
-            )
-        if self.fisher_dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                "fisher_dtype must be torch.bfloat16 or None (float32): float16 would turn an F "
-                f"below 6e-8 into 0; got {self.fisher_dtype!r}"
-            )
-        if self.held_on not in (None, "cpu"):
-            raise ValueError(
-                f'held_on must be "cpu" or None (beside the parameters); got {self.held_on!r}'
-            )
-        if self.anchor_source is not None and not isinstance(self.anchor_source, str):
-            raise TypeError(
-                f"anchor_source must be a string, a hub id or a path; got {self.anchor_source!r}"
-            )
-
-    def anchor(self, t: Tensor, name: str) -> Tensor:
-        """theta0 as it is to be held."""
-        held = self._place(t, self.anchor_dtype or t.dtype)
-        if self.anchor_dtype and not local(held).isfinite().all() and local(t).isfinite().all():
-            raise ValueError(
-                f"anchor_dtype={self.anchor_dtype} does not hold {name}, whose largest weight is "
-                f"{local(t).abs().max().item():g}: use torch.bfloat16 or None"
-            )
-        return _compact(held)
-
-    def fisher(self, t: Tensor) -> Tensor:
-        """F as it is to be held."""
-        return self._place(t, self.fisher_dtype or t.dtype)
-
-    def _place(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.held_on is None or t.device.type == self.held_on:
-            return t.to(dtype)
-        if is_sharded(t):
-            raise ValueError(
-                'held_on="cpu" with sharded parameters: use the CPUOffloadPolicy of fully_shard'
-            )
-        held = torch.empty(t.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
-        return held.copy_(t)
 
 
 class Anchors:
@@ -83,8 +28,8 @@ class Anchors:
 
     Attributes:
         mode: "online", "warm" (an online F, frozen), "fixed" (a mapping) or "none".
-        anchor, fisher: by position.
-        count: by position, the batches that an online F is the mean of.
+        anchor, fisher: by key, those of tensors that have left the groups too.
+        count: by key, the batches that an online F is the mean of.
         mean: 0-d float64 mean of F where it is known; None makes it be computed anew.
     """
 
@@ -99,7 +44,8 @@ class Anchors:
     ) -> None:
         self.used, self.unit, self.holding = used, unit, holding or Holding()
         self.holding.check()
-        self._hash: str | None = None
+        self._hash: tuple[tuple[Key, ...], str] | None = None
+        self._present = {s.key for s in slots}
         self.anchor: dict[Key, Tensor] = {}
         self.fisher: dict[Key, Tensor] = {}
         self.count: dict[Key, int] = {}
@@ -127,18 +73,21 @@ class Anchors:
 
     @torch.no_grad()
     def take(self, slots: Sequence[Slot]) -> None:
-        """At a first phase: theta0 and an empty F for every parameter that has none yet."""
-        for slot in slots:
-            p = slot.param
-            for name, own in (("anchor", self.anchor), ("Fisher", self.fisher)):
-                if slot.key in own and own[slot.key].shape != p.shape:
+        """At a step's first phase: theta0 and an empty F for what is trained and has none yet."""
+        for name, own in (("anchor", self.anchor), ("Fisher", self.fisher)):
+            for key, _, p, called, _ in slots if own else ():
+                held = own.get(key)
+                if held is None:
+                    continue
+                if held.shape != p.shape:
                     raise ValueError(
-                        f"{slot.name} has shape {tuple(p.shape)} but its {name} has shape "
-                        f"{tuple(own[slot.key].shape)}: the parameter changed shape; build a new "
+                        f"{called} has shape {tuple(p.shape)} but its {name} has shape "
+                        f"{tuple(held.shape)}: the parameter changed shape; build a new "
                         "EBUOptimizer for the new model"
                     )
-                if slot.key in own:  # sharded since it was given?
-                    own[slot.key] = spread(own[slot.key], p)
+                if is_sharded(p):  # since it was given?
+                    own[key] = spread(held, p)
+        self._look(slots)
         if not self.active and not self.anchor:
             return
         if slots and not any(slot.param.requires_grad for slot in slots):
@@ -147,11 +96,29 @@ class Anchors:
                 "kept for none and the penalty be missing: unfreeze the model, or call "
                 "requires_grad_() on master copies that are given their gradients by hand"
             )
+        self.hold(slots)
+
+    @torch.no_grad()
+    def hold(self, slots: Iterable[Slot], by_hand: bool = False) -> None:
+        """theta0 and an empty F for what is trained and has none yet, in whatever phase.
+
+        Weights stand still between a step's first phase and its end, so what is first trained in
+        a later phase is as it was at the first.
+
+        Args:
+            by_hand: also for what requires no gradient, as it was given one.
+        """
+        if not self.active and not self.anchor:
+            return
+        slots = list(slots)
+        keys = {s.key for s in slots}
+        if self.anchor.keys() >= keys and not (self.active and keys - self.fisher.keys()):
+            return
         for slot in slots:
             p = slot.param
-            if not p.requires_grad:
+            if not (p.requires_grad or by_hand):
                 continue
-            if slot.key not in self.fisher and self.active:
+            if self.active and slot.key not in self.fisher:
                 if self.mode == "fixed":
                     raise ValueError(
                         f"fisher has no tensor for {slot.name}, which was frozen when the "
@@ -160,20 +127,27 @@ class Anchors:
                 self.fisher[slot.key] = self.holding.fisher(_empty_fisher(p))
             if slot.key not in self.anchor:
                 self.anchor[slot.key] = self.holding.anchor(p.detach().clone(), slot.name)
-                self._hash = None
+
+    def _look(self, slots: Iterable[Slot]) -> None:
+        """Which parameters are in the groups; the mean of F is over these."""
+        present = {s.key for s in slots}
+        if present != self._present and (present ^ self._present) & self.fisher.keys():
+            self.mean = None
+        self._present = present
 
     def scale(self, shards: Shards) -> Tensor | float:
         """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
-        if not self.unit or not self.fisher:
+        held = {key: f for key, f in self.fisher.items() if key in self._present}
+        if not self.unit or not held:
             return 1.0
         if self.mean is None:
-            device = local(next(iter(self.fisher.values()))).device
+            device = local(next(iter(held.values()))).device
             total = torch.zeros((), dtype=torch.float64, device=device)
-            for key, f in self.fisher.items():
+            for key, f in held.items():
                 if shards.counts(key):
                     total += local(f).sum(dtype=torch.float64).to(device)
             shards.add(total)
-            self.mean = total / sum(f.numel() for f in self.fisher.values())
+            self.mean = total / sum(f.numel() for f in held.values())
         return torch.where(self.mean > 0, self.mean.rsqrt(), 0.0)
 
     def online_weight(self, key: Key) -> float | None:
@@ -200,11 +174,13 @@ class Anchors:
         keys = set(keys)
         for key in keys:
             self.count[key] = self.count.get(key, 0) + 1
-        self.mean = mean if keys >= self.fisher.keys() else None
+        self.mean = mean if keys >= self._present & self.fisher.keys() else None
 
     @torch.no_grad()
     def warm(self, slots: Iterable[Slot]) -> None:
         """Average the squares of the gradients that lie on the parameters into F."""
+        slots = list(slots)
+        self.hold((s for s in slots if s.param.grad is not None), by_hand=True)
         for slot in slots:
             if slot.key in self.fisher:
                 f, g = local(self.fisher[slot.key]), local_gradient(slot.param.grad, slot.param)
@@ -220,7 +196,9 @@ class Anchors:
         """What a checkpoint holds. A tensor that is not made yet stands as what it would be made
         of now, so that a tool which only fills the keys it finds fills ours."""
         own: dict[Key, dict[str, Tensor]] = {}
-        for key, _, p, _ in slots:
+        slots = list(slots)
+        self._look(slots)
+        for key, _, p, _, _ in slots:
             mine = own.setdefault(key, {})
             wanted = self.active and p.requires_grad
             if self.holding.anchor_source is not None:
@@ -237,25 +215,33 @@ class Anchors:
                 mine["ebu_fisher_count"] = torch.tensor(self.count.get(key, 0))
         return own
 
-    def reference(self) -> dict[str, Any]:
-        """For the checkpoint: where theta0 comes from, and its hash once it is known."""
+    def reference(self, keys: Iterable[Key]) -> dict[str, Any]:
+        """For the checkpoint: where theta0 comes from, and its hash over `keys` in that order once
+        it is known."""
         if self.holding.anchor_source is None:
             return {}
-        if self._hash is None and self.anchor:
-            if any(is_sharded(t) for t in self.anchor.values()):
+        order = tuple(key for key in keys if key in self.anchor)
+        if order and (self._hash is None or self._hash[0] != order):
+            if any(is_sharded(self.anchor[key]) for key in order):
                 raise ValueError(
                     "anchor_source with sharded parameters: no process holds all of theta0 to hash "
                     "it; leave anchor_source out and save with torch.distributed.checkpoint"
                 )
-            self._hash = tensor_hash(*(self.anchor[key] for key in sorted(self.anchor)))
-        return {"ebu_anchor_source": self.holding.anchor_source, "ebu_anchor_hash": self._hash}
+            self._hash = order, tensor_hash(*(self.anchor[key] for key in order))
+        found = self._hash[1] if self._hash and order else None
+        return {"ebu_anchor_source": self.holding.anchor_source, "ebu_anchor_hash": found}
 
-    def check_reference(self, counters: Mapping[str, Any]) -> None:
-        """Raise unless theta0 is here where a checkpoint only names it."""
+    def check_reference(self, counters: Mapping[str, Any], keys: Iterable[Key]) -> None:
+        """Raise unless theta0 is here where a checkpoint only names it.
+
+        Args:
+            counters: of the checkpoint.
+            keys: in the order of the checkpoint, which its hash has.
+        """
         source, saved = (counters.get(f"ebu_anchor_{n}") for n in ("source", "hash"))
         if source is None or saved is None:
             return
-        here = self.reference() if self.anchor_given else {}
+        here = self.reference(keys) if self.anchor_given else {}
         remedy = (
             f"build EBUOptimizer(..., anchor=<the weights of {source}>, anchor_source={source!r}) "
             "with the same anchor_dtype"
@@ -285,7 +271,8 @@ class Anchors:
         by_reference = self.holding.anchor_source is not None and self.anchor_given
         if (started or not self.anchor_given) and not by_reference:
             self.anchor, self._hash = {}, None
-        self.mean = None
+        slots = list(slots)
+        self._present, self.mean = {s.key for s in slots}, None
         for slot in slots:
             mine = own.get(slot.key, {})
             if started and "ebu_anchor" in mine:
@@ -308,10 +295,3 @@ def _empty_fisher(p: Tensor) -> Tensor:
 def _own(loaded: Tensor, p: Tensor) -> Tensor:
     """A copy of a checkpoint's tensor, laid out as its parameter is."""
     return spread(loaded.to(p.device, copy=True), p)
-
-
-def _compact(t: Tensor) -> Tensor:
-    """One expanded zero where theta0 is zero (LoRA's B): nothing is stored for it."""
-    if t.numel() and not is_sharded(t) and not t.count_nonzero():
-        return t.new_zeros(()).expand(t.shape)
-    return t

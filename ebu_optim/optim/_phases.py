@@ -32,6 +32,7 @@ from torch._compile import _disable_dynamo
 
 from .. import kernels
 from . import _checks
+from ._anchors import Anchors
 from ._shards import is_sharded, local
 from ._slots import Key, Slot
 
@@ -41,18 +42,19 @@ class Phases:
 
     Args:
         slots: returns the optimizer's parameters as they are now.
-        first: called with them when a step's first phase begins.
+        anchors: what takes theta0 and F of them, at a step's first phase and where another phase
+            trains more.
         needs: the phases that a step needs, of "forget" and "remember".
     """
 
     def __init__(
         self,
         slots: Callable[[], Sequence[Slot]],
-        first: Callable[[Sequence[Slot]], None],
+        anchors: Anchors,
         needs: Sequence[str] = ("forget", "remember"),
     ) -> None:
         self._slots = slots
-        self._first = first
+        self._anchors = anchors
         self.needs = tuple(needs)
         self.shown = self.needs[-1]
         # G of the last step and its version, still on the parameters: the next phase discards it
@@ -62,7 +64,7 @@ class Phases:
     def reset(self) -> None:
         self.active: str | None = None
         self.done: frozenset[str] = frozenset()
-        #: By phase and position. Those of the shown phase lie on the parameters too.
+        #: By phase and key. Those of the shown phase lie on the parameters too.
         self.grads: dict[str, dict[Key, Tensor]] = {name: {} for name in ("forget", "remember")}
         self._versions: dict[Key, int] = {}  # of the shown gradients
         self._poison: tuple[Tensor, Tensor] | None = None
@@ -132,6 +134,7 @@ class Phases:
     def _begin(self, slots: Sequence[Slot], name: str) -> None:
         """At a step's first phase: nothing but the G of the last step may lie on the parameters."""
         if self.done:
+            self._anchors.hold(slots)
             return
         for slot in slots:
             _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
@@ -141,7 +144,7 @@ class Phases:
             spent, version = self.update.get(slot.key, (None, 0))
             if grad is not spent or grad._version != version:
                 _checks.foreign_gradient(slot, name)
-        self._first(slots)
+        self._anchors.take(slots)
         self.update = {}
         for slot in slots:
             slot.param.grad = None

@@ -55,8 +55,8 @@ def same_on_all_ranks(
     g_f: Sequence[Tensor | None],
     g_r: Sequence[Tensor | None],
     scale: Tensor | None,
-    anchor: Mapping[Any, Tensor],
-    fisher: Mapping[Any, Tensor],
+    anchor: Sequence[Tensor],
+    fisher: Sequence[Tensor],
     options: Iterable[Any],
     device: torch.device,
 ) -> None:
@@ -72,7 +72,7 @@ def same_on_all_ranks(
     """
     if "cpu:" in dist.get_backend_config():
         device = torch.device("cpu")
-    parts = (weights, g_f, g_r, [scale], _ordered(anchor), _ordered(fisher))
+    parts = (weights, g_f, g_r, [scale], anchor, fisher)
     sums = [_checksum(part, device) for part in parts]
     text = torch.frombuffer(bytearray(repr(list(options)).encode()), dtype=torch.uint8)
     sums.append(_checksum([text], device))
@@ -97,10 +97,6 @@ def _message(differs: Mapping[str, bool], ranks: Sequence[bool]) -> str:
         "Processes that share a process group and train independently on purpose set "
         "opt.rank_checks = 0, every one of them"
     )
-
-
-def _ordered(by_key: Mapping[Any, Tensor]) -> list[Tensor]:
-    return [by_key[key] for key in sorted(by_key)]
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -184,5 +184,5 @@ def _buckets(
         if s.param.numel():
             online = anchors.online_weight(s.key)
             held = (s.key in anchors.anchor, s.key in anchors.fisher)
-            buckets.setdefault((s.key[0], held, online, shards.counts(s.key)), []).append(i)
+            buckets.setdefault((s.place[0], held, online, shards.counts(s.key)), []).append(i)
     return [(members, kind[-1]) for kind, members in buckets.items()]

@@ -1,30 +1,33 @@
-"""The parameters of an optimizer and their places in it."""
+"""The parameters of an optimizer, their places in it, and which of them were there before."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Key = tuple[int, int]  # (group, position in the group): survives replaced tensors
+Key = int  # of one tensor, wherever it stands in the groups
+Group = dict[str, Any]
 
 
 class Slot(NamedTuple):
     """A parameter and its place in the optimizer.
 
     Attributes:
-        key: (group, position in the group).
+        key: what a state of its own is kept by. It belongs to the tensor and moves with it when
+            groups are deleted, filtered or reordered.
         group: the parameter group, which holds a rule's numbers as ``ebu_<name>``.
         param: the parameter; inside a step this process's part of a sharded one.
         name: for messages.
+        place: (group, position in the group) as they are now.
     """
 
     key: Key
-    group: dict[str, Any]
+    group: Group
     param: Tensor
     name: str
+    place: tuple[int, int]
 
 
 class Slots:
@@ -33,33 +36,66 @@ class Slots:
     They are kept until a group or a parameter is another: making them anew at every look costs more
     than the step of a model of many small tensors.
 
+    A tensor that left the groups is remembered: where it comes back, its state is its own. One
+    that was never seen takes over the key of the tensor that stood in its place and is gone
+    (`fully_shard` replaces parameters so), if it has the same name as far as both have names.
+
     Args:
-        groups: returns the parameter groups as they are now.
+        base: whose ``param_groups`` are looked at.
     """
 
-    def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
-        self._groups = groups
+    def __init__(self, base: Any) -> None:
+        self._base = base
         self._seen: list[Any] = []  # groups and parameters when `_known` was made
         self._known: list[Slot] = []
+        self._tensors: dict[Key, Tensor] = {}  # strong, as the base's own state holds them
+        self._layout: list[tuple[Group, list[tuple[Key, str | None]]]] = []  # at the last look
+        self._next: Key = 0
 
     def __call__(self) -> list[Slot]:
         """As they are now (do not write)."""
-        groups = self._groups()
+        groups = self._base.param_groups
         now = [x for group in groups for x in (group, *group["params"])]
         if len(now) != len(self._seen) or any(map(operator.is_not, now, self._seen)):
-            self._seen, self._known = now, list(_find(groups))
+            self._seen, self._known = now, self._look(groups)
         return self._known
 
+    def _look(self, groups: list[Group]) -> list[Slot]:
+        keys = {id(p): key for key, p in self._tensors.items()}
+        used = {keys[id(p)] for group in groups for p in group["params"] if id(p) in keys}
+        slots: dict[Key, Slot] = {}
+        layout, index = [], 0
+        for g, group in enumerate(groups):
+            held: list[tuple[Key, str | None]] = []
+            former = self._former(g, groups)
+            for i, (p, name) in enumerate(zip(group["params"], _names(group), strict=True)):
+                if id(p) not in keys:
+                    key, old = former[i] if former else (self._next, None)
+                    if key in used or not (name is None or old is None or name == old):
+                        key = self._next
+                    self._next = max(self._next, key + 1)
+                    keys[id(p)] = key
+                    used.add(key)
+                    self._tensors[key] = p
+                key = keys[id(p)]
+                held.append((key, name))
+                shown = name or f"parameter {index} (group {g})"
+                slots.setdefault(key, Slot(key, group, p, shown, (g, i)))
+                index += 1
+            layout.append((group, held))
+        self._layout = layout
+        return list(slots.values())
 
-def _find(groups: list[dict[str, Any]]) -> Iterator[Slot]:
-    seen: set[int] = set()
-    index = 0
-    for g, group in enumerate(groups):
-        names = group.get("param_names")
-        for i, p in enumerate(group["params"]):
-            if id(p) not in seen:
-                seen.add(id(p))
-                yield Slot(
-                    (g, i), group, p, names[i] if names else f"parameter {index} (group {g})"
-                )
-            index += 1
+    def _former(self, g: int, groups: list[Group]) -> list[tuple[Key, str | None]]:
+        """What stood in the g-th group at the last look; [] where its places are others now."""
+        found = next((held for old, held in self._layout if old is groups[g]), None)
+        if found is None and g < len(self._layout):
+            old, held = self._layout[g]
+            found = None if any(old is group for group in groups) else held
+        return found if found and len(found) == len(groups[g]["params"]) else []
+
+
+def _names(group: Group) -> list[str | None]:
+    names = group.get("param_names") or []
+    n = len(group["params"])
+    return list(names) if len(names) == n else [None] * n

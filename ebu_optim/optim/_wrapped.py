@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from . import _checks, _state
-from ._anchors import Anchors, Holding, TensorMap
+from ._anchors import Anchors
+from ._holding import Holding, TensorMap
 from ._phases import Phases
 from ._shards import Shards, local
 from ._slots import Key, Slots
@@ -77,7 +78,8 @@ class WrappedOptimizer(Optimizer):
 
         self._step_count = 0
         self._last: Any = None
-        slots = Slots(lambda: base.param_groups)()
+        self._slots = Slots(base)
+        slots = self._slots()
         kernels.backend([local(s.param) for s in slots], rule.fused)
         Shards(slots)
         self._anchors = Anchors(
@@ -127,13 +129,12 @@ class WrappedOptimizer(Optimizer):
         # like torch.optim without hooks and patched methods; an unfinished phase is not copied
         return {
             k: v for k, v in self.__dict__.items()
-            if k not in ("_phases", "_slots") and not _is_hook_or_patch(k)
+            if k != "_phases" and not _is_hook_or_patch(k)
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots = Slots(lambda: self.base.param_groups)
-        self._phases = Phases(self._slots, self._anchors.take, self.needs)
+        self._phases = Phases(self._slots, self._anchors, self.needs)
 
     def __repr__(self) -> str:
         shown = {name: _common(self.param_groups, f"ebu_{name}") for name in self.rule.numbers}
@@ -177,8 +178,9 @@ class WrappedOptimizer(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        own = self._anchors.state(self._slots())
-        for key, tensors in self.rule.state(self._slots()).items():
+        slots = self._slots()
+        own = self._anchors.state(slots)
+        for key, tensors in self.rule.state(slots).items():
             own.setdefault(key, {}).update(tensors)
         counters = {
             "ebu_step": self._step_count,
@@ -187,8 +189,8 @@ class WrappedOptimizer(Optimizer):
             "ebu_fisher_frozen": self._anchors.mode == "warm",
             "ebu_started": bool(self._anchors.anchor),
         }
-        counters |= self._anchors.reference()
-        packed = _state.join(self.base.state_dict(), self.param_groups, own, counters)
+        counters |= self._anchors.reference(s.key for s in slots)
+        packed = _state.join(self.base.state_dict(), self.param_groups, slots, own, counters)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, packed)
             packed = packed if changed is None else changed
@@ -197,11 +199,12 @@ class WrappedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or a state of the base alone.
 
-        States are matched by position, as torch does. The dtypes of theta0 and F are kept.
+        States are matched by position, as torch does; by name, in whatever order, where both sides
+        know the names of their parameters. The dtypes of theta0 and F are kept.
 
         Raises:
-            ValueError: the state is one of another model, or holds theta0 by reference and
-                ``anchor`` is missing or another; nothing has been changed then.
+            ValueError: the state is one of another model or of other groups, or holds theta0 by
+                reference and ``anchor`` is missing or another; nothing has been changed then.
         """
         state_dict = dict(state_dict)
         for before_load in self._optimizer_load_state_dict_pre_hooks.values():
@@ -214,7 +217,7 @@ class WrappedOptimizer(Optimizer):
             # its factors have the shapes of rows and columns
             and not isinstance(self.base, getattr(torch.optim, "Adafactor", ())),
         )  # fmt: skip
-        self._anchors.check_reference(counters)
+        self._anchors.check_reference(counters, own)
         values = [{n: group[n] for n in self._defaults} for group in self.param_groups]
         self.base.load_state_dict(base)
         for group, missing in zip(self.param_groups, values, strict=True):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..kernels import reference
 from . import _checks
-from ._anchors import Holding, TensorMap
+from ._holding import Holding, TensorMap
 from ._selection import combine
 from ._shards import local
 from ._stats import read_stats
@@ -110,7 +110,8 @@ class EBUOptimizer(PhasedOptimizer):
             one.
         fisher_scale: ``"unit"`` uses F / sqrt(mean F), which makes gamma independent of the
             scale of the loss; ``"raw"`` uses F as it is.
-        anchor: theta0, a mapping like ``fisher``; None takes the values at the first phase.
+        anchor: theta0, a mapping like ``fisher``; None takes the values before a parameter's first
+            step.
         penalty: ``"partial"`` (on remember-only scalars, the paper), ``"full"`` (on all, as in
             Selective Amnesia) or ``"none"``.
         update: ``"added"``, ``"replaced"`` or ``"routed"``, three readings of the paper's update.

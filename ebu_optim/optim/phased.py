@@ -159,6 +159,7 @@ class PhasedOptimizer(WrappedOptimizer):
 
         of_f, of_r = phases.grads["forget"], phases.grads["remember"]
         slots = [s for s in slots if s.key in of_f or s.key in of_r]
+        self._anchors.hold(slots, by_hand=True)
         g_f = [local_gradient(of_f.get(s.key), s.param) for s in slots]
         g_r = [local_gradient(of_r.get(s.key), s.param) for s in slots]
         compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
@@ -192,16 +193,17 @@ class PhasedOptimizer(WrappedOptimizer):
         if _ranks.alone():
             return False
         slots = [s for s in self._slots() if s.param.requires_grad]
+        # by place: the keys of a process that was resumed may be others
         own = ("fisher_scale", "nonfinite", "max_grad_norm")
         options: list[Any] = [*self.rule.options.items(), *(getattr(self, n) for n in own)]
-        options += [(s.key, *(s.group[name] for name in self._defaults)) for s in slots]
+        options += [(s.place, *(s.group[name] for name in self._defaults)) for s in slots]
         whole = {s.key for s in slots if not is_sharded(s.param)}
         options += [
-            (s.key, tuple(s.param.shape), str(s.param.placements))  # type: ignore[attr-defined]
+            (s.place, tuple(s.param.shape), str(s.param.placements))  # type: ignore[attr-defined]
             for s in slots if s.key not in whole
         ]  # fmt: skip
         anchor, fisher = (
-            {key: t for key, t in held.items() if key in whole}
+            [held[s.key] for s in slots if s.key in whole and s.key in held]
             for held in (self._anchors.anchor, self._anchors.fisher)
         )
         if len(whole) < len(slots):

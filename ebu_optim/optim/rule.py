@@ -210,7 +210,7 @@ class Rule:
         through the base step. None: all."""
         return None
 
-    # -- its own state, by position -------------------------------------------------------------
+    # -- its own state, by key ------------------------------------------------------------------
 
     def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
         """Tensors for the checkpoint, named ``ebu_...``."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ebu_optim import EBUOptimizer
+from ebu_optim.baselines import RandomMasks
 
 from ..inputs import constants
 from ..steps import assert_same, net, params, run
@@ -112,6 +113,70 @@ def test_an_anchor_that_float16_does_not_hold_is_named():
 def test_bad_options_are_named(option, value, said):
     with pytest.raises((ValueError, TypeError), match=said):
         adam(net(), **{option: value})
+
+
+# -- when theta0 and F are taken --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["between the phases", "inside the phase", "by hand"])
+@pytest.mark.parametrize("first", ["forget", "remember"])
+@pytest.mark.parametrize("make", [EBUOptimizer, RandomMasks])
+def test_what_a_later_phase_alone_trains_has_theta0_and_F(how, first, make):
+    """a is trained in the second phase of each step alone, b in both."""
+    a, b = (nn.Parameter(torch.arange(4.0) + i) for i in range(2))
+    start = a.detach().clone()
+    opt = make(torch.optim.SGD([a, b], lr=1e-3))
+    second = "remember" if first == "forget" else "forget"
+    squares = []
+    for _ in range(3):
+        a.requires_grad_(False)
+        with getattr(opt, first)():
+            (a * b).sum().backward()
+        a.requires_grad_(how == "between the phases")
+        with getattr(opt, second)():
+            a.requires_grad_(how != "by hand")
+            (a * b).square().sum().backward()
+            if how == "by hand":
+                a.grad = 2 * a * b.detach() ** 2
+            squares.append(a.grad.square() if second == "remember" else torch.zeros(4))
+        opt.step()
+    assert torch.equal(opt.anchor_of(a), start)
+    torch.testing.assert_close(opt.fisher_of(a), torch.stack(squares).mean(0))
+
+
+def test_warming_up_covers_gradients_given_by_hand():
+    a, b = (nn.Parameter(torch.ones(4)) for _ in "ab")
+    a.requires_grad_(False)
+    opt = EBUOptimizer(torch.optim.SGD([a, b], lr=0.1))
+
+    def batch():
+        b.sum().backward()
+        a.grad = torch.full((4,), 2.0)
+
+    opt.warmup_fisher([batch, batch])
+    assert opt.fisher_of(a).eq(4.0).all()
+    assert torch.equal(opt.anchor_of(a), torch.ones(4))
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_later_phase_that_trains_what_a_fixed_fisher_does_not_cover(by_hand):
+    a, b = (nn.Parameter(torch.ones(4)) for _ in "ab")
+    a.requires_grad_(False)
+    opt = EBUOptimizer(torch.optim.SGD([a, b], lr=0.1), fisher={b: torch.ones(4)})
+    with opt.forget():
+        b.sum().backward()
+
+    def remember():
+        a.requires_grad_(not by_hand)
+        with opt.remember():
+            b.sum().backward()
+            a.grad = torch.ones(4)
+        opt.step()
+
+    with pytest.raises(ValueError, match=r"fisher has no tensor for parameter 0"):
+        remember()
+    assert torch.equal(a, torch.ones(4))
+    assert torch.equal(b, torch.ones(4))
 
 
 # -- theta0 by reference ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def problem(*deltas):
         {"params": params[i * cut : (i + 1) * cut], "ebu_delta": d} for i, d in enumerate(deltas)
     ]
     g_f, g_r = ([torch.randn(n, generator=generator) for n in SIZES] for _ in "fr")
-    return Slots(lambda: groups)(), g_f, g_r
+    return Slots(SimpleNamespace(param_groups=groups))(), g_f, g_r
 
 
 def chosen(slots, g_f, g_r, granularity="model"):

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam
 
 from ebu_optim import EBUOptimizer
 
-from ..steps import BASES, assert_same, build, net, params, run, snapshot
+from ..steps import BASES, NAMES, assert_same, build, net, params, run, snapshot
 
 
 def saved(*objects: object) -> list:
@@ -113,6 +113,132 @@ def test_states_are_matched_by_position_where_their_ids_are_names():
     run(opt, m, range(2, 4))
     run(other, n, range(2, 4))
     assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+# -- names ------------------------------------------------------------------------------------
+
+
+def named(order=(0, 1, 2, 3), groups=(4,), names=None, **options):
+    """A network and its wrapper over named parameters in that order, in groups of those sizes."""
+    m = net()
+    pairs = [list(m.named_parameters())[i] for i in order]
+    pairs = [(n if names is None else names(n), p) for n, p in pairs]
+    cuts = [pairs[sum(groups[:g]) : sum(groups[: g + 1])] for g in range(len(groups))]
+    made = [{"params": cut, "lr": 0.01 * (1 + int(cut[0][0][0]))} for cut in cuts]
+    return m, EBUOptimizer(Adam(made), gamma=3.0, **options)
+
+
+def by_name(opt):
+    """Everything that is kept for a parameter, and the options of its group."""
+    state, found = opt.state_dict(), {}
+    for group in state["param_groups"]:
+        rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for name, i in zip(group["param_names"], group["params"], strict=True):
+            found[name] = (state["state"].get(i), rest)
+    return found
+
+
+@NAMES
+@pytest.mark.parametrize("base_alone", [False, True])
+@pytest.mark.parametrize(
+    ("order", "groups", "was"),
+    [((3, 1, 0, 2), (4,), (4,)), ((2, 3, 0, 1), (2, 2), (2, 2)), ((3, 1, 2, 0), (3, 1), (1, 3))],
+    ids=["reordered", "groups swapped", "both"],
+)
+def test_a_state_of_another_order_is_matched_by_name(order, groups, was, base_alone):
+    m, opt = named(groups=was)
+    run(opt, m, range(3))
+    n, other = named(order, groups)
+    n.load_state_dict(m.state_dict())
+    other.load_state_dict(saved(opt.base if base_alone else opt)[0])
+    for p, q in zip(m.parameters(), n.parameters(), strict=True):
+        assert_same(opt.state[p], other.state[q])
+    if base_alone:
+        return
+    assert_same(by_name(opt), by_name(other))
+    for p, q in zip(m.parameters(), n.parameters(), strict=True):
+        assert_same(opt.anchor_of(p), other.anchor_of(q))
+    for which, model in ((opt, m), (other, n)):
+        run(which, model, range(3, 6))
+    for a, b in zip(params(m), params(n), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@NAMES
+def test_theta0_by_reference_is_known_in_another_order():
+    m, opt = named(anchor_source="hub/model", anchor=dict(net().named_parameters()))
+    run(opt, m, range(2))
+    n, other = named((3, 1, 0, 2), anchor_source="hub/model", anchor=dict(net().named_parameters()))
+    n.load_state_dict(m.state_dict())
+    other.load_state_dict(saved(opt)[0])
+    for p, q in zip(m.parameters(), n.parameters(), strict=True):
+        assert_same(opt.fisher_of(p), other.fisher_of(q))
+
+
+@NAMES
+@pytest.mark.parametrize(
+    ("order", "groups", "names"),
+    [((1, 0, 2, 3), (4,), lambda n: n.replace("2.", "3.")), ((2, 1, 0, 3), (2, 2), None)],
+    ids=["other names", "other groups"],
+)
+def test_names_in_other_places_among_others_are_refused(order, groups, names):
+    m, opt = named(groups=groups)
+    run(opt, m, range(2))
+    n, other = named(order, groups, names)
+    run(other, n, range(1))
+    before = snapshot(other, n)
+    with pytest.raises(ValueError, match=r"is parameter \d of group \d but the checkpoint has it"):
+        other.load_state_dict(saved(opt)[0])
+    assert_same(snapshot(other, n), before)
+
+
+@NAMES
+def test_names_that_are_spelled_otherwise_are_matched_by_position_and_stay():
+    m, opt = named()
+    run(opt, m, range(2))
+    n, other = named(names=lambda name: f"{name}.module")
+    n.load_state_dict(m.state_dict())
+    other.load_state_dict(saved(opt)[0])
+    assert [s.name for s in other._slots()] == [f"{n}.module" for n, _ in m.named_parameters()]
+    for which, model in ((opt, m), (other, n)):
+        run(which, model, range(2, 4))
+    assert_same(params(m), params(n))
+
+
+@NAMES
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoint_restores_a_run_into_another_order(tmp_path):
+    m, opt = named()
+    run(opt, m, range(3))
+    opt.zero_grad()
+    dcp.save({"o": get_optimizer_state_dict(m, opt)}, checkpoint_id=tmp_path)
+    n, other = named((3, 1, 0, 2))
+    state = {"o": get_optimizer_state_dict(n, other)}
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(n, other, state["o"])
+    assert [s.name for s in other._slots()] == ["2.bias", "0.bias", "0.weight", "2.weight"]
+    for p, q in zip(m.parameters(), n.parameters(), strict=True):
+        assert_same(opt.fisher_of(p), other.fisher_of(q))
+        assert_same(opt.state[p]["exp_avg"], other.state[q]["exp_avg"])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:optimizer contains a parameter group with duplicate:UserWarning"
+)
+def test_the_state_of_a_tied_parameter_is_saved():
+    made = []
+    for _ in range(2):
+        m = net()
+        tied = [*m.parameters(), m[0].weight]
+        made.append((m, EBUOptimizer(SGD(tied, lr=0.05), gamma=3.0)))
+    (m, opt), (n, other) = made
+    run(opt, m, range(2))
+    n.load_state_dict(m.state_dict())
+    other.load_state_dict(saved(opt)[0])
+    for which, model in ((opt, m), (other, n)):
+        run(which, model, range(2, 4))
+    assert_same(snapshot(opt, m), snapshot(other, n))
+    assert torch.equal(other.anchor_of(n[0].weight), net()[0].weight)
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw_fused"])
