@@ -74,19 +74,21 @@ class Anchors:
     @torch.no_grad()
     def take(self, slots: Sequence[Slot]) -> None:
         """At a step's first phase: theta0 and an empty F for what is trained and has none yet."""
-        for name, own in (("anchor", self.anchor), ("Fisher", self.fisher)):
-            for key, _, p, called, _ in slots if own else ():
-                held = own.get(key)
-                if held is None:
-                    continue
-                if held.shape != p.shape:
-                    raise ValueError(
-                        f"{called} has shape {tuple(p.shape)} but its {name} has shape "
-                        f"{tuple(held.shape)}: the parameter changed shape; build a new "
-                        "EBUOptimizer for the new model"
-                    )
-                if is_sharded(p):  # since it was given?
-                    own[key] = spread(held, p)
+        for key, _, p, name, _ in slots:
+            held = self.anchor.get(key)
+            held = self.fisher.get(key) if held is None else held  # they have one shape
+            if held is None:
+                continue
+            if held.shape != p.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(p.shape)} but its theta0 or F has shape "
+                    f"{tuple(held.shape)}: the parameter changed shape; build a new EBUOptimizer "
+                    "for the new model"
+                )
+            if is_sharded(p):  # since they were given?
+                for own in (self.anchor, self.fisher):
+                    if key in own:
+                        own[key] = spread(own[key], p)
         self._look(slots)
         if not self.active and not self.anchor:
             return

@@ -66,7 +66,7 @@ class Phases:
         self.done: frozenset[str] = frozenset()
         #: By phase and key. Those of the shown phase lie on the parameters too.
         self.grads: dict[str, dict[Key, Tensor]] = {name: {} for name in ("forget", "remember")}
-        self._versions: dict[Key, int] = {}  # of the shown gradients
+        self._versions: dict[str, dict[Key, int]] = {name: {} for name in self.grads}
         self._poison: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -129,7 +129,7 @@ class Phases:
         for key, grad in shown.items():
             if _shares_storage(grad):
                 shown[key] = grad = grad.clone()
-                self._versions[key] = grad._version
+                self._versions[self.shown][key] = grad._version
 
     def _begin(self, slots: Sequence[Slot], name: str) -> None:
         """At a step's first phase: nothing but the G of the last step may lie on the parameters."""
@@ -171,6 +171,7 @@ class Phases:
             for slot in slots:
                 _checks.gradient(slot)
             _checks.kept_back(slots, name)
+            self._check_kept(slots, name)
         except (TypeError, RuntimeError):
             self.discard()
             raise
@@ -181,8 +182,9 @@ class Phases:
                 if grad is not None:
                     own[slot.key] = grad.clone() if _shares_storage(grad) else grad
                 slot.param.grad = shown.get(slot.key)
+            self._remark(name)
         self.grads[self.shown] = {s.key: grad for s in slots if (grad := s.param.grad) is not None}
-        self._remark()
+        self._remark(self.shown)
         if self.complete:
             self._carry_nonfinite()
 
@@ -206,7 +208,7 @@ class Phases:
         element = grad.as_strided((), ())
         self._poison = (element, element.clone())
         element += probe.to(element.device, element.dtype)
-        self._remark()
+        self._remark(self.shown)
 
     def unpoison(self) -> None:
         if self._poison is not None:
@@ -214,18 +216,36 @@ class Phases:
             with torch.no_grad():
                 element.copy_(saved)
             self._poison = None
-            self._remark()
+            self._remark(self.shown)
 
-    def _remark(self) -> None:
-        self._versions = {k: g._version for k, g in self.grads[self.shown].items()}
+    def _remark(self, name: str) -> None:
+        self._versions[name] = {k: g._version for k, g in self.grads[name].items()}
+
+    def _check_kept(self, slots: Iterable[Slot], name: str) -> None:
+        """At the end of a phase: it has not written the other's gradients, as a user does who gives
+        ``param.grad`` one tensor of his own in both."""
+        for other in self.needs:
+            kept, versions = self.grads[other], self._versions[other]
+            if other == name or not kept:
+                continue
+            for slot in slots:
+                grad = kept.get(slot.key)
+                if grad is None:
+                    continue
+                if grad._version != versions[slot.key] or _same_memory(grad, slot.param.grad):
+                    raise RuntimeError(
+                        f"the {other} gradient of {slot.name} was written inside {name}(), or is "
+                        "the tensor that this phase gave too: one tensor cannot hold both. Give "
+                        "each phase its own, such as param.grad = buffer.clone()"
+                    )
 
     def check_untouched(self, slots: Iterable[Slot]) -> None:
         """Between the phases and step nobody may clip, unscale, clear or add to the gradients."""
-        shown = self.grads[self.shown]
+        shown, versions = self.grads[self.shown], self._versions[self.shown]
         for slot in slots:
             grad = shown.get(slot.key)
             same = slot.param.grad is grad
-            if same and (grad is None or grad._version == self._versions[slot.key]):
+            if same and (grad is None or grad._version == versions[slot.key]):
                 continue
             self.discard()
             raise RuntimeError(
@@ -251,6 +271,12 @@ class Phases:
                 f"the {name} phase {what} (phases run: {ran}): a step needs a backward pass inside "
                 f"{where}, or closures that call backward() on a loss of these parameters"
             )
+
+
+def _same_memory(kept: Tensor, new: Tensor | None) -> bool:
+    if new is None or is_sharded(new):  # FSDP2 reduces into a new buffer at every backward pass
+        return False
+    return new.data_ptr() == kept.data_ptr() and bool(new.numel())
 
 
 def _shares_storage(grad: Tensor) -> bool:

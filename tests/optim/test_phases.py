@@ -163,6 +163,54 @@ def test_views_into_buckets_that_are_written_again_are_copied(buckets, order):
     assert_same(snapshot(opt, m), snapshot(other, n))
 
 
+@pytest.mark.parametrize("order", ["fr", "rf", "ffr", "frf", "rfr"])
+@pytest.mark.parametrize("how", ["tensor", "numpy", "written, then cloned"])
+def test_one_buffer_for_both_gradients_is_refused(order, how):
+    m, opt = build()
+    buffers = [torch.zeros_like(p) for p in m.parameters()]
+    values = {
+        phase: torch.autograd.grad(loss(m, 0, phase == "forget"), list(m.parameters()))
+        for phase in ("forget", "remember")
+    }
+
+    def hand_over(phase, clones):
+        for p, buffer, g in zip(m.parameters(), buffers, values[phase], strict=True):
+            if how == "numpy":
+                buffer.numpy()[...] = g.numpy()
+                p.grad = torch.from_numpy(buffer.numpy())
+            else:
+                buffer.copy_(g)
+                p.grad = buffer.clone() if how != "tensor" and clones else buffer
+
+    def step():
+        for letter in order:
+            phase = "forget" if letter == "f" else "remember"
+            with getattr(opt, phase)():
+                hand_over(phase, letter != order[0])
+        opt.step()
+
+    with pytest.raises(
+        RuntimeError, match=r"gradient of parameter 0 .*inside .*its own.*clone\(\)"
+    ):
+        step()
+    assert_as_if_nothing_had_happened(opt, m)
+
+
+def test_a_buffer_that_is_cloned_serves_both_phases():
+    m, opt = build()
+    buffers = [torch.zeros_like(p) for p in m.parameters()]
+    for i in range(2):
+        for forget, phase in ((True, opt.forget), (False, opt.remember)):
+            grads = torch.autograd.grad(loss(m, i, forget), list(m.parameters()))
+            with phase():
+                for p, buffer, g in zip(m.parameters(), buffers, grads, strict=True):
+                    p.grad = buffer.copy_(g).clone()
+        opt.step()
+    n, other = build()
+    run(other, n, range(2))
+    assert_same(snapshot(opt, m), snapshot(other, n))
+
+
 # -- NaN and Inf --------------------------------------------------------------------------------
 
 
