@@ -102,6 +102,12 @@ def base(optimizer: Any) -> None:
 
 
 def real(p: Tensor, name: str) -> None:
+    if p.is_meta:
+        raise TypeError(
+            f"{name} is on the meta device and has no values: load the weights first "
+            "(model.to_empty(device=...) and load_state_dict, or load_state_dict(..., "
+            "assign=True)), then build the optimizer over the parameters that are there then"
+        )
     if p.is_complex() or not p.is_floating_point():
         raise TypeError(f"{name} has dtype {p.dtype}; parameters must be real floating tensors")
     if p.layout is not torch.strided:
@@ -139,8 +145,7 @@ def gradient(slot: Any) -> None:
 
 def kept_back(slots: Sequence[Any], phase: str) -> None:
     """fully_shard's own accumulation adds up what the phases keep apart."""
-    sharded = [s for s in slots if is_sharded(s.param)]
-    if sharded and all(s.param.grad is None for s in slots):
+    if all(s.param.grad is None for s in slots) and any(is_sharded(s.param) for s in slots):
         raise RuntimeError(
             f"the {phase} phase made no gradient. Where set_requires_gradient_sync(False) was set, "
             "fully_shard keeps the gradients of that micro-batch to itself and adds them to the "

@@ -176,6 +176,19 @@ def test_complex_and_integer_parameters_in_a_new_group(dtype):
     run(opt, m, range(1, 2))
 
 
+def test_parameters_on_the_meta_device():
+    with torch.device("meta"):
+        m = net()
+    with pytest.raises(
+        TypeError, match=r"parameter 0 of group 0 is on the meta device.*assign=True"
+    ):
+        EBUOptimizer(SGD(m.parameters(), lr=0.1))
+    _, opt = build()
+    with pytest.raises(TypeError, match=r"parameter 1 of the new group is on the meta device"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2)), m[0].bias]})
+    assert len(opt.param_groups) == 1
+
+
 @pytest.mark.parametrize("phase", ["forget", "remember"])
 def test_sparse_gradients(phase):
     def build_embedding():
