@@ -199,17 +199,18 @@ def test_anchored_is_in_eval_mode_and_leaves_buffers_alone():
     teacher = D.anchored(model, opt)
     with pytest.raises(RuntimeError, match=r"no theta0.*anchor="):
         teacher(x, None)
+    with_anchor = EBUOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), fisher=None,
+        anchor={p: p.detach() for p in model.parameters()},
+    )  # fmt: skip
+    other = D.anchored(model, with_anchor)
     with opt.forget():
         model(x, None).sum().backward()
     before = {n: b.clone() for n, b in model.named_buffers()}
     assert torch.equal(teacher(x, None), teacher(x, None))
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
     assert model.d.training
-    with_anchor = EBUOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), fisher=None,
-        anchor={p: p.detach() for p in model.parameters()},
-    )  # fmt: skip
-    assert torch.equal(D.anchored(model, with_anchor)(x, None), teacher(x, None))
+    assert torch.equal(other(x, None), teacher(x, None))
 
 
 def test_noisy_condition_is_bounded_by_the_spread_and_leaves_nothing_behind():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..modules import evaluating, without_gradients
 from .conditions import Condition
+from .pretrained import Pretrained
 from .schedules import drawn, noised, prediction_type, predicts_variance
 
 Model = Callable[..., Any]
@@ -212,32 +213,33 @@ def distillation_loss(
     return reduce_loss(predict(model, x_t, timesteps, condition, scheduler) - target, reduction)
 
 
-def anchored(model: nn.Module, optimizer: Any) -> Model:
+def anchored(
+    model: nn.Module, optimizer: Any, *, masters: Mapping[Tensor, Tensor] | None = None
+) -> Model:
     """The pretrained model in eval mode as a callable, from the theta0 that an EBUOptimizer holds.
 
-    No second copy of the weights is made: parameters outside the optimizer are the model's own,
-    and so are buffers, of which each call works on a copy. theta0 exists from the first phase on,
-    where a penalty uses it or ``anchor=`` gave it; however it is held, the teacher computes in the
-    model's dtype and on its device.
+    No second copy of the weights is made: frozen parameters are the model's own. Floating buffers,
+    such as BatchNorm's statistics, are those of this call: make the teacher before the first phase,
+    and before a checkpoint is loaded. theta0 exists from the first phase on, where a penalty uses
+    it or ``anchor=`` gave it; however it is held, the teacher computes in the model's dtype and on
+    its device.
+
+    Args:
+        masters: from the model's parameter to the optimizer's, where that holds float32 copies:
+            ``dict(zip(model.parameters(), masters))``.
+
+    Raises:
+        RuntimeError: when the teacher is called and a parameter that requires a gradient has no
+            theta0: it would be the student.
+        TypeError, ValueError: `masters` is no mapping, or one has another shape.
     """
+    pretrained = Pretrained(model, optimizer, masters)
 
     def teacher(*args: Any, **kwargs: Any) -> Any:
-        trained = optimizer.anchors()
-        if not trained:
-            raise RuntimeError(
-                "anchored: the optimizer holds no theta0. It is taken at the first phase where a "
-                "penalty uses it; with fisher=None or penalty='none' give the values to "
-                "EBUOptimizer(anchor={p: p.detach() for p in model.parameters()})"
-            )
-        theta0 = {
-            n: trained[p].to(p.device, p.dtype)  # it may be held in another way
-            for n, p in model.named_parameters()
-            if p in trained
-        }
+        tensors = pretrained.tensors()
         args = tuple(as_taken(model, x_t) for x_t in args[:1]) + args[1:]
-        buffers = {n: b.clone() for n, b in model.named_buffers()}
         with evaluating(model):
-            return torch.func.functional_call(model, {**theta0, **buffers}, args, kwargs)
+            return torch.func.functional_call(model, tensors, args, kwargs)
 
     return teacher
 
