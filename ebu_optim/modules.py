@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,29 @@ def without_gradients() -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested mappings, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors_in(value)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model whose weights are computed from others.
+
+    weight_norm, spectral_norm and pruning leave the weight of the last forward pass on the module,
+    with its graph, which torch does not copy. The copy has its values until its own forward pass.
+    """
+    attributes = (vars(module) for module in model.modules())
+    computed = {id(t): t.detach().clone() for t in tensors_in(list(attributes)) if not t.is_leaf}
+    return copy.deepcopy(model, computed)
 
 
 def tensor_hash(*tensors: Tensor) -> str:

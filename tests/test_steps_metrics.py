@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from ebu_optim.diffusion import denoising_loss
 from ebu_optim.metrics import inversion, relearn_steps, unlearn_steps
@@ -210,3 +211,50 @@ def test_a_loss_that_attacks_nothing_is_refused(loss, message):
 def test_bad_attacks_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_unet())
+
+
+# -- models that compute a weight from others -------------------------------------------------
+
+COMPUTED = {
+    "weight_norm": lambda m: nn.utils.weight_norm(m[1]),
+    "spectral_norm": lambda m: nn.utils.spectral_norm(m[1]),
+    "pruned": lambda m: prune.l1_unstructured(m[1], "weight", 0.5),
+    "parametrized": lambda m: nn.utils.parametrizations.spectral_norm(m[1]),
+    "cached": lambda m: m.register_forward_hook(
+        lambda m, _, out: setattr(m, "seen", {"out": [out]})
+    ),
+}
+
+
+def computing(how: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
+        COMPUTED[how](m)
+    return m
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", COMPUTED)
+def test_relearning_copies_a_model_after_a_backward_pass(how):
+    images = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+
+    def loss(model, x, labels, generator):
+        return nn.functional.cross_entropy(model(x), labels)
+
+    found = []
+    for used in (True, False):
+        m = computing(how)
+        with torch.set_grad_enabled(used):
+            out = m(images).sum()
+        if used:
+            out.backward()
+        before = {n: t.clone() for n, t in m.state_dict().items()}
+        options = {"loss": loss, "batch_size": 4}
+        student = relearn(m, images, 1, None, steps=3, lr=0.1, **options)
+        found.append([*student.state_dict().values(), student(images)])
+        assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
+        assert not torch.equal(student(images), m(images))
+        p_f = relearn_steps(m, images, 1, None, lambda s: 1.0, max_steps=1, **options)
+        assert p_f["steps"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -7,12 +7,14 @@ import io
 import random
 import re
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..modules import tensors_in
 
 RANDOM = "random"
 
@@ -90,24 +92,13 @@ def put(item: Any, state: Any) -> None:
         item.update(state)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
 def on_cpu(state: Any) -> Any:
     """A deep copy with its tensors on the CPU, where there is room."""
-    return copy.deepcopy(state, {id(t): t.detach().to("cpu", copy=True) for t in _tensors(state)})
+    return copy.deepcopy(state, {id(t): t.detach().to("cpu", copy=True) for t in tensors_in(state)})
 
 
 def check_plain(name: str, state: Any) -> None:
-    for t in _tensors(state):
+    for t in tensors_in(state):
         sharded = hasattr(t, "placements") or hasattr(t, "_fsdp_flattened")
         if sharded or type(t).__name__ == "ShardedTensor":
             raise TypeError(
@@ -116,7 +107,7 @@ def check_plain(name: str, state: Any) -> None:
             )
     plain = (Tensor, torch.nn.Parameter)
     try:  # everything but plain tensors, there and back
-        rest = copy.deepcopy(state, {id(t): 0 for t in _tensors(state) if type(t) in plain})
+        rest = copy.deepcopy(state, {id(t): 0 for t in tensors_in(state) if type(t) in plain})
         file = io.BytesIO()
         torch.save(rest, file)
         file.seek(0)

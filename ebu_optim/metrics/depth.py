@@ -11,7 +11,6 @@ not used and may be None.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.losses import denoising_loss
-from ..modules import evaluating
+from ..modules import copied, evaluating
 
 Loss = Callable[[Any, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -175,7 +174,7 @@ def relearning(
     _known(model, label)
     attack_loss = _attack_loss(loss, scheduler)
     g = torch.Generator().manual_seed(seed)
-    student = copy.deepcopy(model).eval().requires_grad_(True)
+    student = copied(model).eval().requires_grad_(True)
     device = next(student.parameters()).device
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     while True:
