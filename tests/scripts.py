@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from ebu_optim.training.options import parse
+
+PAPER = Path(__file__).parent.parent / "examples" / "paper"
 
 
 def load(script: Path) -> ModuleType:
@@ -20,6 +25,18 @@ def load(script: Path) -> ModuleType:
         sys.modules[name] = module  # where dataclasses look their names up
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def script(name: str) -> ModuleType:
+    """One of the paper's."""
+    return load(PAPER / f"{name}.py")
+
+
+def start(name: str, root: Path, *options) -> None:
+    """Run a script of the paper's, one run at a time."""
+    config = inspect.get_annotations(script(name).main, eval_str=True)["args"]
+    given = ["--workers", 1, "--output_dir", root, *options]
+    script(name).main(parse(config, [str(o) for o in given]))
 
 
 def run_script(script: Path, *args) -> tuple[int, str]:

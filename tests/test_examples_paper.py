@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import signal
@@ -23,13 +22,12 @@ from ebu_optim.experiments import options as experiment
 from ebu_optim.experiments import rows, runs, tables, worlds
 from ebu_optim.experiments.options import OnImages
 from ebu_optim.training import data
-from ebu_optim.training.options import command, parse
+from ebu_optim.training.options import command
 
 from .processes import PATIENCE
-from .scripts import load
+from .scripts import script, start
 
 ROOT = Path(__file__).parent.parent
-PAPER = ROOT / "examples" / "paper"
 SMALL = {"model": "small", "train_batch_size": 4}
 # what a world asks for comes last: every run has two steps, whatever a script says
 TOY = worlds.World(
@@ -69,16 +67,6 @@ def made(monkeypatch) -> list[str]:
     names, work = [], runs._work
     monkeypatch.setattr(runs, "_work", lambda run: names.append(run.name) or work(run))
     return names
-
-
-def script(name: str):
-    return load(PAPER / f"{name}.py")
-
-
-def start(name: str, root: Path, *options) -> None:
-    config = inspect.get_annotations(script(name).main, eval_str=True)["args"]
-    given = ["--workers", 1, "--output_dir", root, *options]
-    script(name).main(parse(config, [str(o) for o in given]))
 
 
 def report(root: Path, name: str, ending: str = "-full-replay") -> dict:
@@ -434,10 +422,15 @@ def test_options_that_a_task_does_not_take_are_told(tmp_path):
     def run(**options) -> runs.Run:
         return runs.Run("a", (runs.task(worlds.TRAIN, options, tmp_path, "x"),), 1, 1)
 
-    with pytest.raises(runs.Failed, match=r"^a: TypeError: .* argument 'bogus' \(see .*log"):
-        runs.execute([run(digits=True, bogus=True)], 1)
-    with pytest.raises(runs.Failed, match=r"^a: InputError: --cond_dropout must be in"):
-        runs.execute([run(digits=True, cond_dropout=2.0)], 1)
+    for given, said in (
+        ({"bogus": 1, "odd": 1}, "train takes no option bogus, odd; see the fields of Train"),
+        ({"model": "huge"}, "--model huge: there is paper, small"),
+        ({"cond_dropout": 2.0}, "--cond_dropout must be in"),
+    ):
+        with pytest.raises(runs.Failed, match=rf"^a: InputError: {said}.* \(see .*log\)$"):
+            runs.execute([run(digits=True, **given)], 1)
+        assert said in next(tmp_path.glob("*.log")).read_text()
+        next(tmp_path.glob("*.log")).unlink()
     with pytest.raises(ValueError, match="one name for two different runs: a"):
         runs.execute([run(digits=True), run()], 1)
 

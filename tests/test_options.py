@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from ebu_optim.class_conditional.options import Unlearn
 from ebu_optim.errors import InputError
-from ebu_optim.training.options import TrainingOptions, as_dict, at_least, option, parse
+from ebu_optim.training.options import TrainingOptions, as_dict, at_least, flags, option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,30 @@ def test_a_config_is_checked_when_it_is_made_and_nobody_writes_into_it():
         replace(found, size=-1)
     with pytest.raises(FrozenInstanceError):
         found.size = 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"kind": "b", "rates": [1e-05, 2.0], "fast": True, "remember": "y"},
+        {"files": [Path("a b"), Path("c")], "more": {"lam": 1e7, "deep": {"x": [None, True]}}},
+        {"hub": "", "rates": [-1.0]},
+    ],
+)
+def test_flags_are_the_command_line_of_a_config(given):
+    config = Example(size=3, **given)
+    assert parse(Example, flags(config)) == config
+    assert flags(Example(size=3)) == ["--size", "3"]  # what is as by default is left out
+
+
+def test_flags_of_a_command_give_its_config_again():
+    config = Unlearn(
+        pretrained_model_name_or_path="m", prepared_dir=Path("sets"), output_dir=Path("o"),
+        method="joint", method_options={"forget_weight": 0.5}, forget=["0", "cat dog"],
+        learning_rate=1e-05, mixed_precision="bf16", cpu=True,
+    )  # fmt: skip
+    assert parse(Unlearn, flags(config)) == config
 
 
 def test_help_says_what_a_group_has(capsys):

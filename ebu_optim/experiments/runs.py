@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import digest
-from ..training.options import TrainingOptions, flags
+from ..training.options import TrainingOptions, check_choices, flags
 
 
 class Maker(NamedTuple):
@@ -54,18 +54,23 @@ class Task(NamedTuple):
     @property
     def config(self) -> Any:
         """Raises:
-        InputError: options that the config refuses.
+        InputError: options that the config has not, or refuses.
         """
         kinds = {f.name: str(f.type) for f in fields(self.maker.config)}
+        if unknown := [name for name in self.options if name not in kinds]:
+            raise InputError(
+                f"{self.maker.make.__name__} takes no option {', '.join(unknown)}; see the fields "
+                f"of {self.maker.config.__name__}"
+            )
         own: dict[str, Any] = {"output_dir": self.folder}
         if "output" in kinds:
             own = {"output": self.folder / self.maker.last}
         if issubclass(self.maker.config, TrainingOptions):
             own["resume_from_checkpoint"] = "latest"
         given = {
-            name: v if "Path" in kinds.get(name, "") else _as_text(v)
-            for name, v in self.options.items()
+            name: v if "Path" in kinds[name] else _as_text(v) for name, v in self.options.items()
         }
+        check_choices(self.maker.config, given)
         return self.maker.config(**given, **own)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,7 @@ def shown_in(run: Run, each: int) -> dict[str, Tensor]:
     """Prompt -> pictures (n, 3, H, W) uint8 that were drawn first; at most ten prompts."""
     t = next(t for t in run.tasks if t.maker == EVALUATE)
     files: dict[str, list[Path]] = {}
-    drawn = json.loads((t.folder / EVALUATE.last).read_text())
-    for file, prompt in drawn["images"].items():
+    for file, prompt in text_results.left(t)["images"].items():
         files.setdefault(prompt, []).append(t.folder / "images" / file)
     return {
         prompt: torch.stack([read_image(f) for f in files[prompt][:each]])

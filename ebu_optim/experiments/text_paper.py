@@ -244,9 +244,7 @@ def attack_cost(target: Target, options: Options, *, base: bool) -> tuple[int, i
 
 def evaluation(made: Task) -> dict[str, Any] | None:
     """What an evaluation wrote; None of another task."""
-    if made.maker != EVALUATE:
-        return None
-    return json.loads((made.folder / EVALUATE.last).read_text())
+    return text_results.left(made) if made.maker == EVALUATE else None
 
 
 def _values(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from ..baselines import methods
 from ..files import replacing
 from ..worlds.styled_digits.captions import CONTENTS, STYLES
-from .runs import Maker, Run
+from .runs import Maker, Run, Task
 from .text_worlds import ATTACK, MEASURE, UNLEARN, TextSetting
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -105,7 +105,12 @@ def _row(setting: TextSetting, run: Run, base: Run) -> dict[str, Any]:
 def read(run: Run, maker: Maker) -> dict[str, Any]:
     """What the task of this maker left in a run."""
     (t,) = (t for t in run.tasks if t.maker == maker)
-    return json.loads((t.folder / maker.last).read_text())
+    return left(t)
+
+
+def left(t: Task) -> dict[str, Any]:
+    """What a task wrote last."""
+    return json.loads((t.folder / t.maker.last).read_text())
 
 
 def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, Any]:

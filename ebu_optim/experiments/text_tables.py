@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from ..baselines import methods
 from ..errors import InputError
 from ..metrics.protocol import TEXT_TO_IMAGE
+from ..text_to_image.modules import Modules
 from ..training.options import at_least, option
 from . import pages, rows, runs, tables, text_pages, text_results, worlds
 from .options import Experiment, Seeds
@@ -62,7 +63,7 @@ class OfWorld(Experiment):
         "other", help="drawn in place of the target: another concept, what the empty prompt draws "
         "(of a content, every tenth picture is the target itself), Gaussian latents",
     )  # fmt: skip
-    train_modules: str = option("full", help="as of unlearn.py; SPM has adapters of its own")
+    train_modules: Modules = option("full", help="as of unlearn.py; SPM has adapters of its own")
     images_per_pair: int | None = option(
         None, help="as of world/measure.py; default: 8, so that a content is judged on 40 or 48 "
         "pictures and a style on 72 or 80",
@@ -141,8 +142,8 @@ class TextExperiment(OfWorld):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Methods(Seeds, TextExperiment):
-    """With a choice of methods.
+class Chosen(TextExperiment):
+    """With a choice of methods, which a subclass gives `seeds`.
 
     Raises:
         InputError: a method that there is not.
@@ -152,6 +153,23 @@ class Methods(Seeds, TextExperiment):
         None, help=f"default: {', '.join(METHODS)}; at paper scale the paper's; retrain is a base "
         "of its own that never saw the target, at small scale",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_methods(self.methods or ())
+
+    def seeds_of(self, method: str) -> Sequence[int]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods(Seeds, Chosen):
+    """With seeds, more of them for the rows that are compared.
+
+    Raises:
+        InputError: a method that there is not; a seed twice.
+    """
+
     seeds: list[int] = option([1], help="of EBU, the plain sum and --best")
     seeds_rest: list[int] | None = option(None, help="of the others; default: --seeds")
     best: list[str] = option(["salun"], help="the best baselines")
@@ -159,7 +177,11 @@ class Methods(Seeds, TextExperiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         rows.check_seeds(self.seeds_rest or self.seeds, "--seeds_rest")
-        check_methods([*(self.methods or ()), *self.best])
+        check_methods(self.best)
+
+    def seeds_of(self, method: str) -> Sequence[int]:
+        full = ("ebu_added", "joint", *check_methods(self.best))
+        return self.seeds if method in full else self.seeds_rest or self.seeds
 
 
 def check_methods(given: Sequence[str]) -> list[str]:
@@ -172,14 +194,12 @@ def check_methods(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def table(args: Methods, setting: TextSetting) -> list[Row]:
-    """The chosen methods, the first ones with all seeds."""
-    full = ("ebu_added", "joint", *check_methods(args.best))
-    rest = args.seeds_rest or args.seeds
+def table(args: Chosen, setting: TextSetting) -> list[Row]:
+    """The chosen methods."""
     return [
-        row(setting, m, args.seeds if m in full else rest, args.steps or STEPS)
+        row(setting, m, args.seeds_of(m), args.steps or STEPS)
         for m in check_methods(args.methods or METHODS)
-    ]  # fmt: skip
+    ]
 
 
 def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> Row:
@@ -191,7 +211,7 @@ def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> 
     return tables.row(setting, method, seeds, steps=steps, tag=chosen)
 
 
-def trial(args: TextExperiment, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
+def trial(args: OfWorld, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
     """Of tuning, on seed 0."""
     steps = args.steps or STEPS
     chosen = tag(setting, choice, setting.trains(method))
@@ -212,7 +232,7 @@ def pictures(setting: TextSetting, found: Sequence[Row]) -> list[Run]:
 
 
 def either(
-    args: Methods, target: str, task: Target, *, script: str, title: str,
+    args: Chosen, target: str, task: Target, *, script: str, title: str,
     notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """A table of a target at small scale, or of a task at the paper's."""
@@ -226,7 +246,7 @@ def either(
 
 
 def small(
-    args: Methods, target: str, *, script: str, title: str, paper: str | None = None,
+    args: Chosen, target: str, *, script: str, title: str, paper: str | None = None,
     notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """A table of the world of digits in styles."""
@@ -253,11 +273,11 @@ def small(
     )  # fmt: skip
 
 
-def large(args: Methods, task: Target, *, script: str, title: str) -> None:
+def large(args: Chosen, task: Target, *, script: str, title: str) -> None:
     """A table at the paper's scale."""
     s, steps = args.paper_setting(task), paper_steps(task)
     found = [
-        tables.row(s, m, args.seeds, choice=choice(m), steps=args.steps or steps.get(m, 1000))
+        tables.row(s, m, args.seeds_of(m), choice=choice(m), steps=args.steps or steps.get(m, 1000))
         for m in check_methods(args.methods or task.methods)
     ]
     if not args.run(s, [*s.ground, *(run for r in found for run in r.runs)]):

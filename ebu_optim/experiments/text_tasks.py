@@ -52,7 +52,7 @@ NUDITY = Target(
     "nudity", "nudity", {"forget": [NUDE]},
     (Evaluation("nude", {"prompts": [NUDE], "forget": [NUDE], "images_per_prompt": 200,
                          "metrics": ["nudity"]}, 200),
-     Evaluation("kept", {"prompts": [str(REMEMBER)], "images_per_prompt": 4,
+     Evaluation("kept", {"prompts": [REMEMBER], "images_per_prompt": 4,
                          "metrics": ["clip_score"]}, 204)),
     ("ebu_added", "selective_amnesia", "esd", "salun", "spm"), "table3_nudity_sd",
     {"judge": "nudity", "initializer_token": ["nude"]},

@@ -30,7 +30,9 @@ def record(
     choice's name) -> both."""
     base, file = setting.base_key, rows.own_trials(setting)
     key = rows.key(setting.tuned_as[0], setting.loss)
-    mine = rows.tuned_table(setting).get(key, {})
+    known = rows.tuned_table(setting).get(key, {})
+    table = json.loads(file.read_text()) if file.exists() else {}
+    mine = table.setdefault(key, {})
     for method in tuned:
         scored = []
         for (of, _), (choice, run) in found.items():
@@ -39,7 +41,7 @@ def record(
                 scored.append((score(values), choice))
         best, choice = max(scored, key=lambda pair: pair[0])
         trials = {c.name: s for s, c in scored}
-        before = mine.get(method, {})
+        before = known.get(method, {})
         if before.get("base", base) == base:  # a worse rate tried later takes nothing back
             trials = {t["choice"]: t["score"] for t in before.get("trials", ())} | trials
             if before and before["score"] > best:
@@ -50,7 +52,6 @@ def record(
             "base": base, "trials": [{"choice": c, "score": s} for c, s in trials.items()],
         }  # fmt: skip
         print(f"{rows.title(method)}: {choice.name}, score {best:.4f}")
-    table = json.loads(file.read_text()) if file.exists() else {}
     with replacing(file) as work:
-        work.write_text(json.dumps({**table, key: mine}, indent=1))
+        work.write_text(json.dumps(table, indent=1))
     print(f"written: {file}")

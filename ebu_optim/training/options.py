@@ -20,7 +20,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -71,8 +71,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     hints = get_type_hints(config)
     places: dict[str | None, Any] = {None: parser}
     for f in fields(config):
-        said = dict(f.metadata)
-        flag, group = said.pop("flag", f"--{f.name}"), _group(config, f.name)
+        said = {k: v for k, v in f.metadata.items() if k != "flag"}
+        group = _group(config, f.name)
         if group not in places:
             places[group] = parser.add_argument_group(group)
         place = places[group]
@@ -80,7 +80,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             if one not in places:
                 places[one] = place.add_mutually_exclusive_group()
             place = places[one]
-        place.add_argument(flag, dest=f.name, **{**_argument(f, hints[f.name]), **said})
+        place.add_argument(_flag(f), dest=f.name, **{**_argument(f, hints[f.name]), **said})
+
+
+def _flag(f: Field[Any]) -> str:
+    return str(f.metadata.get("flag", f"--{f.name}"))
 
 
 def _group(config: type, name: str) -> str | None:
@@ -108,7 +112,7 @@ def flags(config: Any) -> list[str]:
     """The shortest command line of a config: what is not as by default."""
     found: list[str] = []
     for f in fields(config):
-        value, name = getattr(config, f.name), f.metadata.get("flag", f"--{f.name}")
+        value, name = getattr(config, f.name), _flag(f)
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if value is True:
             found.append(name)
@@ -121,6 +125,21 @@ def flags(config: Any) -> list[str]:
 def as_dict(config: Any) -> dict[str, Any]:
     """The options by name, as they are."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def check_choices(config: type, values: Mapping[str, Any]) -> None:
+    """As the command line does it, of a config's options that come from elsewhere.
+
+    Raises:
+        InputError: a value that is none of its option's choices.
+    """
+    hints = get_type_hints(config)
+    for f in fields(config):
+        choices = {**_argument(f, hints[f.name]), **f.metadata}.get("choices")
+        value = values.get(f.name)
+        for one in value if isinstance(value, list) else [value]:
+            if choices and one is not None and one not in choices:
+                raise InputError(f"{_flag(f)} {one}: there is {', '.join(map(str, choices))}")
 
 
 def at_least(config: Any, least: int, *names: str) -> None:

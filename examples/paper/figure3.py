@@ -22,13 +22,15 @@ PAPER = {"Figure 9": CASSETTE_PLAYER, "Figures 3 and 10": NUDITY}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure3(text_tables.Methods):
-    seed: int = option(1, help="in place of --seeds")
+class Figure3(text_tables.Chosen):
+    seed: int = option(1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rows.check_seeds([self.seed], "--seed")
-        object.__setattr__(self, "seeds", [self.seed])
+
+    def seeds_of(self, method: str) -> list[int]:
+        return [self.seed]
 
 
 def main(args: Figure3) -> None:
