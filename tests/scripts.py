@@ -8,6 +8,7 @@ import inspect
 import io
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -39,12 +40,25 @@ def start(name: str, root: Path, *options) -> None:
     script(name).main(parse(config, [str(o) for o in given]))
 
 
-def run_script(script: Path, *args) -> tuple[int, str]:
-    """Exit status and what was said."""
+def reset_accelerate() -> None:
+    """A process keeps both: a run would have the precision and accumulation of the one before."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+def by_both(script: Path, function, config) -> tuple[Path, Path]:
+    """The output folders of a script's `main` and of the package's function, in one process."""
+    for name, run in (("script", load(script).main), ("package", function)):
+        reset_accelerate()
+        run(replace(config, output_dir=config.output_dir / name))
+    return config.output_dir / "script", config.output_dir / "package"
+
+
+def run_script(script: Path, *args) -> tuple[int, str]:
+    """Exit status and what was said."""
+    reset_accelerate()
     said, argv, path = io.StringIO(), sys.argv, list(sys.path)
     sys.argv = [str(script), *map(str, args)]
     try:

@@ -19,11 +19,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+from ebu_optim.class_conditional import unlearn as package
+from ebu_optim.class_conditional.options import Unlearn
 from ebu_optim.files import load_tensors, locked, need_disk
 from ebu_optim.training.options import parse
 from ebu_optim.training.sources import DataOptions
 
 from .processes import PATIENCE
+from .scripts import by_both
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "ddpm"
@@ -172,6 +175,22 @@ def test_a_resumed_training_is_the_unbroken_one(made, tmp_path):
     assert "seed 0, this one 1" in seed
     for part in ("unet", "unet_ema"):
         assert same(tmp_path / "parts" / part, made / "base" / part)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--use_ema", "--gradient_accumulation_steps", 2), ("--method", "salun"),
+     ("--method", "gradient_ascent")],
+)  # fmt: skip
+def test_the_loop_in_sight_is_the_packages(more, made, tmp_path):
+    argv = unlearn(made, tmp_path, "--max_train_steps", 3, "--logging_steps", 1, *more)[1:]
+    script, ours = by_both(
+        SCRIPTS / "unlearn.py", package.unlearn, parse(Unlearn, list(map(str, argv)))
+    )
+    for part in ("unet", "unet_ema")[: 2 if "--use_ema" in more else 1]:
+        assert same(script / part, ours / part)
+        assert not same(script / part, made / "base" / part)
+    assert (script / "log.jsonl").read_text() == (ours / "log.jsonl").read_text()
 
 
 def test_two_processes_accumulate_and_agree(made, tmp_path):

@@ -36,10 +36,11 @@ from torch.profiler import ProfilerActivity
 
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
+from ebu_optim.text_to_image.unlearn import unlearn as by_package
 from ebu_optim.training.options import parse
 
 from .processes import PATIENCE
-from .scripts import run_script
+from .scripts import by_both, run_script
 from .text_to_image import LENGTH, pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +172,21 @@ def test_v_prediction(options, made, tmp_path):
         (tmp_path / "o" / "pipeline" / "scheduler" / "scheduler_config.json").read_text()
     )
     assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--gradient_accumulation_steps", 2), ("--method", "salun", "--surrogate_prompt", "dog"),
+     ("--method", "esd"), ("--method", "fine_tune")],
+)  # fmt: skip
+def test_the_loop_in_sight_is_the_packages(more, made, tmp_path):
+    argv = unlearn(made, tmp_path, "--logging_steps", 1, *more)
+    config = parse(module("options").Unlearn, list(map(str, argv)))
+    script, ours = by_both(SCRIPT, by_package, config)
+    a, b = weights(script / "pipeline"), weights(ours / "pipeline")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert moved(made, script)
+    assert (script / "log.jsonl").read_text() == (ours / "log.jsonl").read_text()
 
 
 def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
