@@ -234,9 +234,14 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
     assert sorted(t["score"] for t in told["joint"]["trials"]) == [1.875] * 5 + [2.0]
     assert rows.tuning(crossed, "joint") == "6 trials (toy, remembered by replay)"
     # worse rates that are tried later are trials too, and take nothing back
+    published = {"pcgrad": {"learning_rate": 1.0, "options": {}, "score": 1.0, "trials": []}}
+    rows.TUNED.write_text(json.dumps({"toy, remembered by replay": published}))
     start("tune", tmp_path, "--methods", "joint", "--learning_rates", 1e-3)
     assert rows.tuned(setting, "joint") == rows.Choice(3e-4, {"forget_weight": 0.5})
     assert rows.tuning(setting, "joint").startswith("9 trials")
+    assert rows.tuned(setting, "pcgrad") == rows.Choice(1.0, {})
+    (told,) = json.loads((tmp_path / "tuned.json").read_text()).values()
+    assert told.keys() == {"joint"}  # nothing of what is published is copied
     other = Setting(paper._replace(base={**paper.base, "seed": 1}), tmp_path)
     assert other.base.folder.name != told["joint"]["base"] == setting.base.folder.name
 

@@ -370,6 +370,9 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
     for scale, n in (("small", 18), ("paper", 5)):
         start("table2", tmp_path / "o", "--scale", scale, "--dry_run")
         assert f"{n} runs, 0 of them there already; to do: {n}" in capsys.readouterr().out
+    few = ("--seeds", 1, 2, "--seeds_rest", 1)  # two of EBU and of SalUn, the best
+    start("table2", tmp_path / "o", "--scale", "paper", *few, "--dry_run")
+    assert "7 runs, 0 of them" in capsys.readouterr().out
     assert not made
     assert not (tmp_path / "o").exists()
 
