@@ -211,14 +211,6 @@ def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> 
     return tables.row(setting, method, seeds, steps=steps, tag=chosen)
 
 
-def trial(args: OfWorld, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
-    """Of tuning, on seed 0."""
-    steps = args.steps or STEPS
-    chosen = tag(setting, choice, setting.trains(method))
-    name = tables.label(setting, method, chosen, steps)
-    return setting.run(name, method, seed=0, steps=steps, options=choice.given, trial=True)
-
-
 def tag(
     setting: TextSetting | PaperSetting, choice: rows.Choice, modules: str | None = None
 ) -> str:

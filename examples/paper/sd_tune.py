@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ebu_optim.experiments import rows, text_results, text_tables, tuning
+from ebu_optim.experiments import rows, tables, text_results, text_tables, tuning
+from ebu_optim.experiments.runs import Run
+from ebu_optim.experiments.text_worlds import TextSetting
 from ebu_optim.training import command, option
 
 #: What is forgotten in the trials: in no table. Both have a near neighbour (eight, red), which a
@@ -47,11 +49,18 @@ def rates(method: str, given: Sequence[float]) -> list[float]:
     return [float(f"{r * (ADAPTER if method == 'spm' else 1):g}") for r in given]
 
 
+def trial(args: TextTune, setting: TextSetting, method: str, choice: rows.Choice) -> Run:
+    steps = args.steps or text_tables.STEPS
+    chosen = text_tables.tag(setting, choice, setting.trains(method))
+    name = tables.label(setting, method, chosen, steps)
+    return setting.run(name, method, seed=0, steps=steps, options=choice.given, trial=True)
+
+
 def main(args: TextTune) -> None:
     methods = tuning.check_methods(text_tables.check_methods(args.methods), GRIDS)
     setting = args.setting(TARGETS[args.kind])
     found = {
-        (m, c.name): (c, text_tables.trial(args, setting, m, c))
+        (m, c.name): (c, trial(args, setting, m, c))
         for m in methods
         for c in rows.trials(m, rates(m, args.learning_rates), GRIDS)
     }
