@@ -27,7 +27,7 @@ from ebu_optim.text_to_image import pipelines
 from ebu_optim.text_to_image.evaluation import evaluate
 from ebu_optim.text_to_image.evaluation_options import Evaluation
 from ebu_optim.text_to_image.options import Unlearn
-from ebu_optim.text_to_image.unlearn import unlearn
+from ebu_optim.text_to_image.unlearn import unlearn, unlearning
 
 from .test_manifest import unet
 from .text_to_image import pipeline
@@ -142,6 +142,33 @@ def test_a_resumed_run_whose_inputs_changed_is_refused_by_their_name(model, tmp_
     with pytest.raises(InputError, match=rf"was begun with another {part} \({part}: "):
         run(model, tmp_path / "o", steps=2, **options)
     assert {f: f.read_bytes() for f in before} == before
+
+
+def test_steps_that_are_left_early_write_no_result(model, tmp_path):
+    config = Unlearn(
+        pretrained_model_name_or_path=str(model), forget=["cat"], output_dir=tmp_path / "o",
+        remember_prompts=["a dog"], max_train_steps=3, replay_images=2, surrogate_images=2,
+        num_inference_steps=1, validation_steps=0,
+    )  # fmt: skip
+
+    def leave_early() -> None:
+        with unlearning(config) as run:
+            for step in run.steps():
+                run.step(step)
+                if step == 2:
+                    break
+
+    with pytest.raises(RuntimeError, match="were left after 1 of 3, and no result was written"):
+        leave_early()
+    assert not (tmp_path / "o" / "pipeline").exists()
+
+
+def test_a_config_by_hand_knows_its_choices(tmp_path):
+    given = {"pretrained_model_name_or_path": "-", "output_dir": tmp_path}
+    with pytest.raises(InputError, match="--method bogus: there is ebu, "):
+        Unlearn(**given, forget=["cat"], method="bogus")
+    with pytest.raises(InputError, match="--method spm: there is ebu, "):
+        ClassConditional(**given, prepared_dir=tmp_path, method="spm")
 
 
 def test_equal_weights_of_another_configuration_share_no_set_and_no_fisher(tmp_path):

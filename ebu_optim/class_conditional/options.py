@@ -10,7 +10,7 @@ from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
 from ..training.method import MethodOptions, guided_steps
-from ..training.options import TrainingOptions, at_least, option
+from ..training.options import TrainingOptions, as_dict, at_least, check_choices, option
 from ..training.sources import DataOptions
 from .models import Weights
 
@@ -126,6 +126,7 @@ class Unlearn(MethodOptions, LossOptions, DataOptions, TrainingOptions):
         return replace(self, **found) if found else self
 
     def __post_init__(self) -> None:
+        check_choices(type(self), as_dict(self))
         if self.resolved() is not self:
             return  # that one is checked
         self.check_training()

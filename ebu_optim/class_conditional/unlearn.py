@@ -102,12 +102,14 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
             raw.train()
             accelerator.wait_for_everyone()
 
-        yield training.Unlearning(
+        ready = training.Unlearning(
             args, run, accelerator, model, opt, optimizer, schedule, losses, done, begin,
             what=", ".join(classes[c] for c in made.forget), look=look,
             looks=lambda step: step % args.validation_steps == 0 or step == args.max_train_steps,
             ema=(ema, raw) if ema else None,
         )  # fmt: skip
+        yield ready
+        ready.check_whole()
         if accelerator.is_main_process:
             done["noise_p_f"] = judge and noise_p_f(judge, made.forget, info["shape"])
             finish(args, raw, scheduler, info, made, done, ema, base_hash, opt)

@@ -9,7 +9,7 @@ from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
 from ..training.method import MethodOptions, guided_steps
-from ..training.options import TrainingOptions, option
+from ..training.options import TrainingOptions, as_dict, check_choices, option
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
@@ -69,6 +69,7 @@ class Unlearn(
         return replace(self, **found) if found else self
 
     def __post_init__(self) -> None:
+        check_choices(type(self), as_dict(self))
         if self.resolved() is not self:
             return  # that one is checked
         self.check_training()

@@ -98,10 +98,12 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
             last = step == args.max_train_steps
             return last or bool(args.validation_steps and step % args.validation_steps == 0)
 
-        yield training.Unlearning(
+        ready = training.Unlearning(
             args, run, accelerator, model, opt, optimizer, schedule, losses, done, begin,
             what=", ".join(args.forget), look=look, looks=looks,
         )  # fmt: skip
+        yield ready
+        ready.check_whole()
         if accelerator.is_main_process:
             report = outcome.describe(args, texts, cost, base, opt, done)
             there = save.kept(args, folder, report) if begin == args.max_train_steps else None

@@ -53,10 +53,12 @@ class Unlearning:
     looks: Callable[[int], bool]
     ema: tuple[Ema, Any] | None = None
     said: dict[str, Tensor] = field(default_factory=dict)
+    reached: int = 0
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to do, from 1. Around each the schedule, the average, the clock, the
         log, checkpoints, and what is looked at on the way."""
+        self.reached = self.begin
         if not self.begin:
             self.look(0)
         for step in self.run.steps(self.begin, f"forgetting {self.what}"):
@@ -71,6 +73,20 @@ class Unlearning:
                 self.run.log(step, **figures(self.said, self.opt))
             if self.looks(step):
                 self.look(step)
+            self.reached = step
+
+    def check_whole(self) -> None:
+        """Before the result is written.
+
+        Raises:
+            RuntimeError: steps are left, as after a `break`: it would pass for the whole run.
+        """
+        if self.reached < self.args.max_train_steps:
+            raise RuntimeError(
+                f"the steps were left after {self.reached} of {self.args.max_train_steps}, and no "
+                "result was written: go through run.steps() to its end, or ask for fewer with "
+                "max_train_steps; resume_from_checkpoint='latest' goes on"
+            )
 
     def step(self, step: int) -> None:
         """One step of any method, with its micro-batches."""
