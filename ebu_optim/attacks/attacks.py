@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 
 from ..diffusion import denoising_loss
 from ..errors import InputError
+from ..images import ENDINGS, image_files
 from ..manifest import contents
 from ..metrics.depth import condition_replaced, learn_embeddings, relearning
 from ..metrics.images import to_uint8
 from ..metrics.intervals import estimate
 from ..metrics.unlearn_steps import crossing
 from ..modules import stream
-from ..text_to_image.sets import encode_images, image_files, read_images
-from ..training.sources import ENDINGS
+from ..text_to_image.sets import encode_images, read_images
 from .judges import Judge
 from .model import Attacked, NewWord, initial_words
 from .prompts import Questions

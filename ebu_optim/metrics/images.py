@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._extras import require
+from ..images import ENDINGS, image_files, pixels_of, read_rgb
 from .naming import name_of
 
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 NAMED = 5  # unreadable files that a message names; it counts all
 
 
@@ -27,7 +26,7 @@ class RGBImages(Dataset[Tensor]):
 
     Args:
         source: (n, C, H, W) with C of 1 or 3, uint8 or float; or a folder of images, searched
-            with its subfolders.
+            with its subfolders; hidden names are skipped, other files left out with a warning.
         name: of the argument, for messages.
         unreadable: "raise" or "skip" files that are no whole image; they are in ``skipped``.
         least: how many images there must be.
@@ -60,7 +59,7 @@ class RGBImages(Dataset[Tensor]):
     def _folder(self, folder: Path, name: str, unreadable: str) -> list[Path]:
         if not folder.is_dir():
             raise ValueError(f"{name} must be a tensor or a folder of images; no folder {folder}")
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+        files = image_files(folder)
         if not files:
             raise ValueError(f"{name}: {folder} holds no image ({', '.join(ENDINGS)})")
         require("PIL.Image", "metrics")  # or each file below would seem to be no image
@@ -111,12 +110,8 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def read_image(file: Path) -> Tensor:
-    """(3, H, W) uint8, whatever the file's mode."""
-    image: Any = require("PIL.Image", "metrics")
-    with image.open(file) as opened:
-        rgb = opened.convert("RGB")
-    data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return data.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+    """(3, H, W) uint8, whatever the file's mode, as :func:`ebu_optim.images.read_rgb` reads it."""
+    return pixels_of(read_rgb(file))
 
 
 def _check(x: Tensor, name: str) -> None:

@@ -30,11 +30,12 @@ from ..diffusion.objectives import NOISE, kind, needs_own_images
 from ..diffusion.sampling import scheduler_protocol
 from ..errors import InputError
 from ..files import load_tensors, save_tensors, tensor_hash
+from ..images import ENDINGS, image_files
 from ..manifest import config_of, contents, key, of_model
 from ..training.method import needs
 from ..training.options import option
-from ..training.sources import ENDINGS, decode
 from ..training.sources import Item as Image
+from ..training.sources import decode
 from .modules import Prompted, halve_frozen
 from .pipelines import Looked, load, parts
 from .prompts import Prompts, encode
@@ -266,7 +267,3 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Scaled latents (n, C, H, W) on the CPU: the mode of the posterior, one image at a time."""
     latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
     return torch.cat(latents) * vae.config.scaling_factor
-
-
-def image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)

@@ -7,6 +7,8 @@
 
 Parquet files and folders whose names begin with "train" and "test" are the two splits. Where there
 is no test split, a tenth of the training images, drawn with a fixed seed, is held out as one.
+Names that begin with a dot are skipped, and a warning names what else is no image. Images are read
+as :func:`ebu_optim.images.read_rgb` says: turned as EXIF says, transparency over white.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def load(args: DataOptions, split: str = "train") -> Data:
     model learns from: with --join_splits both, else those of "train".
 
     Raises:
-        InputError: no source, not reachable, without images, of several sizes, unreadable images.
+        InputError: no source, not reachable, without images or those of a class, of several sizes,
+            unreadable images, labels that are no whole numbers.
     """
     asked, joined = "test" if split == "test" else "train", args.join_splits and not args.digits
     data, held_out = _read(args, "train" if joined else asked)
@@ -107,7 +110,19 @@ def _read(args: DataOptions, split: str) -> tuple[Data, bool]:
     images, labels, skipped = decode(
         items, classes, source, resolution=args.resolution, skip=args.skip_unreadable
     )
+    if split != "test":
+        _check_classes(labels, classes, source)
     return Data(images, labels, tuple(classes), source, skipped), held_out
+
+
+def _check_classes(labels: Tensor, classes: Sequence[str], source: str) -> None:
+    there = set(labels.tolist())
+    if empty := [name for i, name in enumerate(classes) if i not in there]:
+        named = f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+        raise InputError(
+            f"{source}: no image of class {named}: nothing would be learned of it. Add images, "
+            "delete its folder, or name the other classes with --classes"
+        )
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,10 +15,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..images import (
+    ENDINGS,
+    image_files,
+    is_image,
+    pixels_of,
+    read_rgb,
+    visible,
+    warn_of_left_out,
+)
 from .options import option
 
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TRAIN, TEST = ("train",), ("test", "val")
+MOST = 100_000  # classes; a greater label is the number of something else
 NAMED = 5  # unreadable images that a message names; it counts all
 
 
@@ -99,45 +107,53 @@ def parquet_items(args: DataOptions, split: str) -> Found:
                 schema.names, args.label_column, ("label", "fine_label", "labels"), file
             )
             table = parquet.read_table(file, columns=[image, label])
-        except (OSError, pyarrow.ArrowException) as error:
+            hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise InputError(f"--parquet {file} cannot be read: {error}") from error
-        hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = hub.get("info", {}).get("features", {}).get(label, {})
         names = feature.get("names", names)
         for i, (cell, number) in enumerate(
             zip(table[image].to_pylist(), table[label].to_pylist(), strict=True)
         ):
             data = cell.get("bytes") if isinstance(cell, dict) else cell
-            items.append(Item(data, number, f"{file.name}, row {i}"))
-    count = max(item.label for item in items) + 1 if items else 0
-    return (
-        items,
-        names or [str(i) for i in range(count)],
-        f"{files[0].parent.name}, {split}",
-        held_out,
-    )
+            items.append(_item(data, number, f"{file.name}, row {i}", label))
+    return items, names or _numbers(items), f"{files[0].parent.name}, {split}", held_out
 
 
 def folder_items(args: DataOptions, split: str) -> Found:
     root = args.train_data_dir or Path()
     if not root.is_dir():
         raise InputError(f"--train_data_dir {root}: there is no such folder")
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    held_out = True
+    folders, held_out, beside = _folders(root), True, root
+    classes = [p.name for p in folders]
     if folders and all(p.name.startswith((*TRAIN, *TEST)) for p in folders):  # not a class "train"
-        folders, held_out = _of_split(folders, split)
-        folders = sorted(p for f in folders[:1] for p in f.iterdir() if p.is_dir())
+        classes = [p.name for f in _of_split(folders, "train")[0][:1] for p in _folders(f)]
+        splits, held_out = _of_split(folders, split)
+        beside = splits[0] if splits else root
+        folders = _folders(beside) if splits else []
+    if other := [p.name for p in folders if p.name not in classes]:
+        raise InputError(
+            f"--train_data_dir {root}: the {split} split has the class {other[0]}, which the train "
+            f"split has not: {', '.join(classes)}"
+        )
+    loose = [f for f in visible(beside) if f.is_file() and is_image(f)]
     items = [
-        Item(file, i, str(file.relative_to(root)))
-        for i, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in ENDINGS
+        Item(file, classes.index(folder.name), str(file.relative_to(root)))
+        for folder in folders
+        for file in image_files(folder)
     ]
     if not items:
+        own = f"; the {len(loose)} in {beside} itself are of no class" if loose else ""
         raise InputError(
-            f"--train_data_dir {root}: no image ({', '.join(ENDINGS)}) in folders named by class"
+            f"--train_data_dir {root}: no image ({', '.join(ENDINGS)}) in folders named by "
+            f"class{own}"
         )
-    return items, [p.name for p in folders], f"{root.name}, {split}", held_out
+    warn_of_left_out(loose, beside)
+    return items, classes, f"{root.name}, {split}", held_out
+
+
+def _folders(root: Path) -> list[Path]:
+    return [p for p in visible(root) if p.is_dir()]
 
 
 def hub_items(args: DataOptions, split: str) -> Found:
@@ -169,13 +185,33 @@ def hub_items(args: DataOptions, split: str) -> Found:
     )
     rows = rows.cast_column(image, datasets.Image(decode=False))
     feature = rows.features[label]
-    items = [
-        Item(row[image]["bytes"] or row[image]["path"], row[label], f"row {i}")
-        for i, row in enumerate(rows)
-    ]
-    count = max(item.label for item in items) + 1
-    names = getattr(feature, "names", None) or [str(i) for i in range(count)]
+    items = []
+    for i, row in enumerate(rows):
+        cell = row[image] or {}
+        data = cell.get("bytes") or cell.get("path")
+        items.append(_item(data, row[label], f"row {i}", label))
+    names = getattr(feature, "names", None) or _numbers(items)
     return items, names, f"{args.dataset_name}, {found[0].name}", held_out
+
+
+def _item(image: Any, label: Any, name: str, column: str) -> Item:
+    """Raises:
+    InputError: the label is no whole number.
+    """
+    if not isinstance(label, int):
+        raise InputError(
+            f"{name}: the label in column {column} is {label!r}, not a whole number: number the "
+            "classes from 0, or give the column that does as --label_column"
+        )
+    return Item(image, int(label), name)
+
+
+def _numbers(items: list[Item]) -> list[str]:
+    """Names of classes that have none."""
+    last = max(items, key=lambda item: item.label, default=None)
+    if last is not None and last.label >= MOST:
+        raise InputError(f"{last.name}: label {last.label} is no class: give --label_column")
+    return [str(i) for i in range(last.label + 1)] if last else []
 
 
 def _of_split(paths: list[Path], split: str) -> tuple[list[Path], bool]:
@@ -231,15 +267,13 @@ def decode(
 
 
 def _pixels(image: Any, resolution: int | None) -> Tensor:
-    if isinstance(image, bytes):
-        image = io.BytesIO(image)
-    with Image.open(image) as opened:
-        rgb = opened.convert("RGB")
+    if image is None:
+        raise ValueError("the cell is empty")
+    rgb = read_rgb(image)
     if resolution and rgb.size != (resolution, resolution):
         side = min(rgb.size)
         left, top = ((a - side) // 2 for a in rgb.size)
         rgb = rgb.resize(
             (resolution, resolution), Image.Resampling.LANCZOS, (left, top, left + side, top + side)
         )
-    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+    return pixels_of(rgb)
