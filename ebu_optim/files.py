@@ -28,6 +28,7 @@ __all__ = [
     "load_tensors",
     "locked",
     "need_disk",
+    "not_finite",
     "replacing",
     "replacing_folder",
     "save_tensors",
@@ -193,8 +194,17 @@ def locked(lock: Path, path: Path) -> Iterator[None]:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write a safetensors file; `meta` goes into its metadata as JSON under the key "meta"."""
+    """Write a safetensors file; `meta` goes into its metadata as JSON under the key "meta".
+
+    Raises:
+        ValueError: NaN or Inf in a tensor, which would be kept for good; nothing is written.
+    """
     safetensors = require("safetensors.torch", "diffusion")
+    if bad := not_finite(tensors):
+        raise ValueError(
+            f"{path} is not written: {bad}. The model that made it has diverged, or its precision "
+            "is too small for it: look at its weights, or use float32"
+        )
     with replacing(path) as temporary:
         try:
             safetensors.save_file(
@@ -209,20 +219,45 @@ def save_tensors(
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote: the tensors and `meta`."""
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Which tensor and row of it hold NaN or Inf; empty where none does."""
+    for name, t in tensors.items():
+        # aminmax takes no copy; both are NaN where one value is
+        if not t.is_floating_point() or not t.numel() or all(x.isfinite() for x in t.aminmax()):
+            continue
+        rows = (~t.isfinite()).reshape(len(t) if t.dim() else 1, -1).any(1).nonzero().flatten()
+        more = f" and {len(rows) - 1} more of {len(t)}" if len(rows) > 1 else ""
+        return f"{name}[{int(rows[0])}]{more} holds NaN or Inf"
+    return ""
+
+
+def load_tensors(
+    path: str | os.PathLike[str], *, finite: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote: the tensors and `meta`.
+
+    Args:
+        finite: whether NaN and Inf are refused, which earlier versions wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: no file; no whole one; NaN or Inf in it.
+    """
     safetensors = require("safetensors", "diffusion")
     try:
         with safetensors.safe_open(path, framework="pt") as f:
             meta = (f.metadata() or {}).get("meta", "{}")
             names = list(f.keys())
-            return {k: f.get_tensor(k) for k in names}, json.loads(meta)
+            tensors = {k: f.get_tensor(k) for k in names}
+            found = json.loads(meta)
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): delete it and make it again"
         ) from error
+    if finite and (bad := not_finite(tensors)):
+        raise ValueError(f"{path}: {bad}, so that it is of no use: delete it and make it again")
+    return tensors, found
 
 
 def digest(said: Any) -> str:

@@ -265,6 +265,18 @@ def test_relearning_that_does_not_get_there_says_so(attack, monkeypatch):
     assert found.values["relearn_steps"] == {"reached": False, "steps": None, "within": 12}
 
 
+def test_nan_is_told_before_it_counts_as_forgotten(attack):
+    model = attack.model
+    model.unet.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="draws NaN: its weights have diverged"):
+        attack.make("p_f")
+    model.unet.conv_out.bias.data.zero_()
+    attack.make("p_f")
+    model.vae.decoder.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="draws NaN: its weights have diverged"):
+        attack.make("p_f")
+
+
 # -- what is attacked ---------------------------------------------------------------------------
 
 

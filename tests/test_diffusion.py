@@ -11,6 +11,8 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ebu_optim import EBUOptimizer
@@ -379,6 +381,35 @@ def test_set_of_another_model_or_protocol_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="no whole safetensors file"):
         make_set(path)
+
+
+def test_a_set_with_nan_is_never_kept_and_what_came_before_it_is(tmp_path):
+    path, model = tmp_path / "a.safetensors", tiny_unet()
+    whole, _ = make_set(tmp_path / "b.safetensors")
+    forward = model.forward
+
+    def diverging(x, t, class_labels=None, **kwargs):
+        out = forward(x, t, class_labels=class_labels, **kwargs).sample
+        out[class_labels == 3] = torch.nan
+        return (out,)
+
+    model.forward = diverging
+    with pytest.raises(
+        ValueError, match=r"00000002\.safetensors is not written: images\[1\] holds"
+    ):
+        make_set(path, model)  # the second of the batch that begins with the third image
+    assert [p.name for p in (tmp_path / "a.safetensors.parts").iterdir()] == [
+        "00000000.safetensors"
+    ]
+    model.forward = forward
+    assert torch.equal(make_set(path, model)[0], whole)
+    # what an earlier version kept
+    tensors = {"images": whole.clone(), "labels": torch.tensor([0, 1, 2, 3, 0])}
+    tensors["images"][4, 0, 0, 0] = torch.nan
+    with safe_open(path, "pt") as f:
+        save_file(tensors, path, f.metadata())
+    with pytest.raises(ValueError, match=r"images\[4\] holds NaN .*delete it and make it again"):
+        make_set(path, model)
 
 
 def test_unknown_prediction_type_and_reduction_are_named():

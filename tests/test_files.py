@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from contextlib import suppress
@@ -9,8 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from ebu_optim.files import digest, load_tensors, replacing, replacing_folder, save_tensors
+from ebu_optim.files import (
+    digest,
+    load_tensors,
+    not_finite,
+    replacing,
+    replacing_folder,
+    save_tensors,
+)
 
 
 def write(path, text):
@@ -131,3 +142,38 @@ def test_a_digest_is_of_what_is_said_and_not_of_its_order_or_place():
     assert len(digest(said)) == 64
     for other in ({"a": ["x", 1]}, {"b": Path("here/other")}, {"c": {"y": None, "z": 0.25}}):
         assert digest(said | other) != digest(said)
+
+
+# -- NaN -----------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.lists(st.integers(1, 4), max_size=3),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_one_value_of_any_place_and_dtype_that_is_not_finite_is_found(dtype, shape, value, data):
+    x = torch.ones(shape, dtype=dtype)
+    assert not_finite({"n": torch.tensor([1]), "empty": torch.empty(0), "x": x}) == ""
+    at = data.draw(st.integers(0, x.numel() - 1))
+    x.view(-1)[at] = value
+    row = at // (x.numel() // len(x)) if shape else 0
+    assert not_finite({"n": torch.tensor([1]), "x": x}) == f"x[{row}] holds NaN or Inf"
+
+
+def test_nan_is_refused_before_it_is_written_and_when_it_is_read(tmp_path):
+    path, x = tmp_path / "x.safetensors", torch.ones(5, 2)
+    save_tensors(path, {"images": x}, {})
+    before = path.read_bytes()
+    x[1, 0] = x[3, 1] = math.nan
+    with pytest.raises(ValueError, match=r"is not written: images\[1\] and 1 more of 5 holds NaN"):
+        save_tensors(path, {"images": x}, {})
+    assert path.read_bytes() == before
+    save_file({"images": x}, path, {"meta": "{}"})  # as an earlier version did
+    with pytest.raises(
+        ValueError, match=r"x.safetensors: images\[1\].*delete it and make it again"
+    ):
+        load_tensors(path)
+    assert load_tensors(path, finite=False)[0]["images"].isnan().sum() == 2

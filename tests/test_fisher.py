@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from ebu_optim import DiagonalFisher, EBUOptimizer
@@ -298,6 +303,42 @@ def test_ctrl_c_in_the_middle_of_an_update_keeps_every_batch_that_was_done(tmp_p
     resumed = DiagonalFisher.estimate(model, loss, batches(), path=tmp_path / "f", **options)
     assert len(calls) == len(batches()) * len(whole)  # and was not done again
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+@METHOD
+@given(st.integers(0, 5), st.sampled_from([math.nan, math.inf, 1e30]))
+@settings(max_examples=10, deadline=None)
+def test_nan_ends_an_estimate_with_the_name_of_its_batch_and_spoils_nothing(method, at, value):
+    x = torch.arange(18.0).view(6, 3) / 18
+    good = [{"x": x[i : i + 2]} for i in (0, 2, 4)]
+    x = x.clone()
+    x[at, 1] = value  # 1e30 squared is Inf
+    bad = [{"x": x[i : i + 2]} for i in (0, 2, 4)]
+    model, b = nn.Linear(3, 1, bias=False), at // 2
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "f"
+        run = {"path": path, "method": method, "progress": False}
+        said = rf"batch {b} \(samples {2 * b} to {2 * b + 1}\): weight\[0\] holds NaN or Inf"
+        for _ in range(2):  # the rerun too
+            with pytest.raises(ValueError, match=said):
+                DiagonalFisher.estimate(model, linear_loss, bad, **run)
+            assert not path.exists()
+        with pytest.raises(ValueError, match=said):
+            DiagonalFisher.estimate(model, linear_loss, bad, method=method, progress=False)
+        whole = DiagonalFisher.estimate(model, linear_loss, good, method=method, progress=False)
+        resumed = DiagonalFisher.estimate(model, linear_loss, good, **run)
+    assert torch.equal(whole["weight"], resumed["weight"])
+    assert whole.protocol == resumed.protocol
+
+
+def test_a_fisher_with_nan_is_neither_written_nor_read(tmp_path):
+    fisher = DiagonalFisher({"a": torch.ones(2), "b": torch.tensor([0.0, math.nan])}, {})
+    with pytest.raises(ValueError, match=r"f is not written: b\[1\] holds NaN"):
+        fisher.save(tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+    save_file(fisher.tensors, tmp_path / "f", {"meta": '{"kind": "ebu_optim fisher"}'})
+    with pytest.raises(ValueError, match=r"b\[1\] holds NaN or Inf.*delete it and make it again"):
+        DiagonalFisher.load(tmp_path / "f")
 
 
 def test_other_weights_data_or_reduction_are_another_run(tmp_path):

@@ -171,6 +171,25 @@ def test_a_config_by_hand_knows_its_choices(tmp_path):
         ClassConditional(**given, prepared_dir=tmp_path, method="spm")
 
 
+@pytest.mark.parametrize(
+    ("part", "tensor", "said"),
+    [("unet", "conv_out.bias", r"images\[0\]"), ("vae", "quant_conv.bias", r"latents\[0\]"),
+     ("text_encoder", "final_layer_norm.bias", r"embeddings\[0\]")],
+)  # fmt: skip
+def test_nan_of_any_part_is_told_in_one_line_and_nothing_of_it_is_kept(
+    model, tmp_path, part, tensor, said
+):
+    (file,) = (model / part).glob("*.safetensors")
+    state = load_file(file)
+    (name,) = [n for n in state if f".{n}".endswith(f".{tensor}")]
+    state[name].fill_(torch.nan)
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"is not written: {said}.* holds NaN or Inf"):
+        run(model, tmp_path / "o", surrogate="pixels")
+    there = {f.name.partition("-")[0] for f in (tmp_path / "o" / "sets").rglob("*.safetensors")}
+    assert there == {"unet": {"text", "encoded"}, "vae": {"text"}, "text_encoder": set()}[part]
+
+
 def test_equal_weights_of_another_configuration_share_no_set_and_no_fisher(tmp_path):
     one, other, schedule = (
         unet(num_class_embeds=2),

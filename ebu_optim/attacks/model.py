@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..diffusion import sample
+from ..errors import InputError
 from ..manifest import key, of_model, plain
 from ..modules import stream
 from ..text_to_image import pipelines
@@ -71,16 +72,28 @@ class Attacked:
                     generator=stream(seed, i), device=self.device,
                 ).cpu()
             )  # fmt: skip
-        return torch.cat(found)
+        return finite(torch.cat(found))
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
         """(n, 3, H, W) in [-1, 1] on the CPU."""
         scale = self.vae.config.scaling_factor
         parts = latents.split(self.args.sample_batch_size)
-        return torch.cat(
-            [self.vae.decode(x.to(self.device) / scale).sample.clamp(-1, 1).cpu() for x in parts]
+        return finite(
+            torch.cat([self.vae.decode(x.to(self.device) / scale).sample.cpu() for x in parts])
+        ).clamp(-1, 1)
+
+
+def finite(drawn: Tensor) -> Tensor:
+    """Raises:
+    InputError: NaN or Inf, which a judge would take for a forgotten concept.
+    """
+    if not drawn.isfinite().all():
+        raise InputError(
+            "the attacked model or its base draws NaN: its weights have diverged, or "
+            "--relearn_learning_rate or --inversion_learning_rates are too high"
         )
+    return drawn
 
 
 class NewWord(nn.Module):

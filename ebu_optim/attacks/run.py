@@ -191,7 +191,11 @@ def part(
         found = attacks.Found(meta["values"], meta["said"], tensors)
     else:
         found = run.make(name)
-        save_tensors(path, found.tensors, {"of": of, "values": found.values, "said": found.said})
+        meta = {"of": of, "values": found.values, "said": found.said}
+        try:
+            save_tensors(path, found.tensors, meta)
+        except ValueError as error:  # NaN
+            raise InputError(str(error)) from error
     run.known(name, found)
     return found
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, not_finite, save_tensors
 from ._per_sample import METHODS, Batch, Loss, size
 
 _PROBES = 4096
@@ -87,6 +87,9 @@ class Run:
                 first, last = grads[0][name].float(), grads[-1][name].float()
                 product = (first * last).sum(0)
                 total[name] = total[name] + product if name in total else product
+        trace = sum(float(t.sum(dtype=torch.float64)) for t in total.values()) / n
+        if not math.isfinite(trace):
+            raise ValueError(self._bad(total, n))
         with _undisturbed():
             self.whole = False  # until the end of this update
             values = []
@@ -95,12 +98,18 @@ class Run:
                 mean.lerp_(batch_mean, n / (self.samples + n))
                 probed = batch_mean.flatten()[self.probes[name].to(mean.device)]
                 values.append(probed.cpu().double())
-            trace = sum(float(t.sum(dtype=torch.float64)) for t in total.values()) / n
             row = torch.cat([torch.tensor([trace], dtype=torch.float64), *values])
             self.spread += n * torch.stack([row, row.square()])
             self.samples += n
             self.next += 1
             self.whole = True
+
+    def _bad(self, total: Mapping[str, Tensor], n: int) -> str:
+        return (
+            f"the Fisher of batch {self.next} (samples {self.samples} to {self.samples + n - 1}): "
+            f"{not_finite(total)}; the batches before it are kept. Look at these samples, the "
+            "model's weights, and whether its precision is too small for them"
+        )
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         mean, square = self.spread / self.samples

@@ -78,7 +78,11 @@ class DiagonalFisher(Mapping[str, Tensor]):
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: the tensors by name, the protocol in the metadata."""
+        """Write a safetensors file: the tensors by name, the protocol in the metadata.
+
+        Raises:
+            ValueError: NaN or Inf in it; nothing is written.
+        """
         save_tensors(path, self.tensors, {"kind": "ebu_optim fisher", **self.protocol})
 
     @classmethod
@@ -86,7 +90,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is damaged or no Fisher.
+            ValueError: the file is damaged, holds NaN or Inf, or is no Fisher.
         """
         tensors, meta = load_tensors(path)
         if meta.pop("kind", None) != "ebu_optim fisher":
@@ -129,7 +133,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
         Raises:
             ValueError: unknown method; a file of another protocol, model or damaged; a loss that is
                 not one value per sample or does not depend on the model; a `method` that
-                differs from "loop" on this model.
+                differs from "loop" on this model; NaN or Inf, with the batch it is from.
             TypeError: ``method="hooks"`` on a module that it does not know.
         """
         if method not in ("auto", *METHODS):

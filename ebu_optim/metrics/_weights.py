@@ -40,7 +40,7 @@ def read_weights(path: str | os.PathLike[str], argument: str) -> dict[str, Tenso
             "downloaded"
         )
     if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
+        return load_tensors(path, finite=False)[0]  # a mask may be -inf
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on files that are none of its own

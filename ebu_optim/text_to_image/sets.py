@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -122,6 +123,16 @@ def made_of(args: Any, folder: Path, prompts: Prompts) -> dict[str, str]:
     }  # fmt: skip
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with a set, NaN in it for one, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@_told()
 def embeddings(args: Any, folder: Path, tokenizer: Any, texts: list[str], device: Any) -> Tensor:
     """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
     from transformers import CLIPTextModel
@@ -135,6 +146,7 @@ def embeddings(args: Any, folder: Path, tokenizer: Any, texts: list[str], device
     return load_tensors(path)[0]["embeddings"]
 
 
+@_told()
 def make(
     args: Any, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
     table: Tensor, base: str, device: Any,
@@ -144,7 +156,7 @@ def make(
     samples, and `unet` stays where it is.
 
     Raises:
-        InputError: unreadable images.
+        InputError: unreadable images; NaN or Inf in what was made of them.
     """
     if sampled(args, prompts):
         if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
@@ -166,6 +178,7 @@ def make(
     )
 
 
+@_told()
 def fisher(args: Any, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
     """F of the UNet's trained weights over the replay set, by parameter."""
     assert made.replay  # whatever has a Fisher remembers
