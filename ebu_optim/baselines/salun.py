@@ -172,7 +172,8 @@ class SalUn(PhasedOptimizer):
         for closure in closures:
             with torch.enable_grad(), self.forget():
                 closure()
-            grads = {key: local(g) for key, g in self._phases.grads["forget"].items()}
+            of = zip(self._slots(), self._phases.of("forget"), strict=True)
+            grads = {slot.key: local(g) for slot, g in of if g is not None}
             if self.rule.paper and grads:
                 norm = torch.stack([square(g) for g in grads.values()]).sum().sqrt()
                 reference.scale(list(grads.values()), (1.0 / (norm + 1e-6)).clamp(max=1.0).float())

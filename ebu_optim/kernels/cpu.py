@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch  # first: the extension uses the OpenMP library that torch has loaded
@@ -33,6 +34,7 @@ __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 _KIND = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _EXPANDED = 8
 _TASK = 1 << 16
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 PATHS = ("direct", "bracket", "second bracket", "radix")
 
 
@@ -64,8 +66,8 @@ def _address(table: array[int]) -> int:
 def _plain(tensors: Sequence[Tensor]) -> bool:
     return (
         all(map(Tensor.is_contiguous, tensors))
-        and all(t.is_cpu for t in tensors)
-        and _KIND.keys() >= {t.dtype for t in tensors}
+        and all(map(_IS_CPU, tensors))
+        and _KIND.keys() >= set(map(_DTYPE, tensors))
     )
 
 
@@ -93,18 +95,23 @@ def _walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Ten
     return taken, rest
 
 
-def _kind(t: Tensor) -> int:
-    """Of a dense tensor, or of one value expanded to one dimension."""
-    return _KIND[t.dtype] if t.is_contiguous() else _KIND[t.dtype] | _EXPANDED
+def _kinds(tensors: Sequence[Tensor]) -> array[int]:
+    """Of dense tensors, or of one value expanded to one dimension."""
+    kinds = array("q", map(_KIND.__getitem__, map(_DTYPE, tensors)))
+    if not all(map(Tensor.is_contiguous, tensors)):
+        for i, t in enumerate(tensors):
+            if not t.is_contiguous():
+                kinds[i] |= _EXPANDED
+    return kinds
 
 
 class _List:
     """The addresses, kinds and ends of dense tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.at = array("Q", [t.data_ptr() for t in tensors])
-        self.kind = array("q", map(_kind, tensors))
-        self.end = array("q", accumulate(t.numel() for t in tensors))
+        self.at = array("Q", map(Tensor.data_ptr, tensors))
+        self.kind = _kinds(tensors)
+        self.end = array("q", accumulate(map(Tensor.numel, tensors)))
         self.n = self.end[-1] if tensors else 0
 
     def arguments(self) -> tuple[int, int, int, int]:
@@ -128,28 +135,30 @@ def _select(
     """Also the path that each pool took: one of `PATHS`, or "reference"."""
     keys = torch.zeros(len(pools), dtype=torch.int64)
     nonfinite, took = torch.zeros_like(keys), torch.zeros_like(keys)
-    tensors: list[Tensor] = []
-    first, end, taken = array("q", [0]), array("q"), []
+    at, kind, end = array("Q"), array("q"), array("q")
+    first, taken, total = array("q", [0]), [], 0
     for p, (grads, k) in enumerate(pools):
         flat, rest = _walkable(grads)
-        n = sum(t.numel() for t in grads)
+        n = sum(map(Tensor.numel, grads))
         if not 1 <= k <= n:
             raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
         if rest or dtype != torch.float32:
             keys[p : p + 1], nonfinite[p : p + 1] = chunked.select([(grads, k)], dtype)
             continue
-        tensors += flat
-        end.extend(accumulate(t.numel() for t in flat))  # counted from the pool's start
-        first.append(len(tensors))
+        listed = _List(flat)
+        at += listed.at
+        kind += listed.kind
+        end += listed.end  # counted from the pool's start
+        first.append(len(at))
         taken.append(p)
+        total += n
     if taken:
-        at, kind = array("Q", [t.data_ptr() for t in tensors]), array("q", map(_kind, tensors))
         ranks = array("q", [pools[p][1] for p in taken])
         found = torch.zeros(3, len(taken), dtype=torch.int64)
         _cpu.select(
             _address(at), _address(kind), _address(end), len(at), _address(first), _address(ranks),
             len(taken), *(row.data_ptr() for row in found),
-            _threads(sum(t.numel() for t in tensors)),
+            _threads(total),
         )  # fmt: skip
         where = torch.tensor(taken)
         keys[where], nonfinite[where], took[where] = found
@@ -211,10 +220,12 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         -1.0 if how.online is None else how.online,
         1.0 if how.inv_scale is None else float(how.inv_scale),
     )  # fmt: skip
-    cells = [t for column in taken for t in column]  # column after column
-    at = array("Q", [0 if t is None else t.data_ptr() for t in cells])
-    kind = array("q", [0 if t is None else _kind(t) for t in cells])
-    end = array("q", accumulate(t.numel() for t in taken[0]))  # type: ignore[union-attr]
+    at, kind = array("Q"), array("q")  # column after column
+    for column in taken:
+        column_at, column_kind = _column(column)
+        at += column_at
+        kind += column_kind
+    end = array("q", accumulate(map(Tensor.numel, taken[0])))  # type: ignore[arg-type]
     found = taus.clamp(min=1).tolist()  # zeros are never selected
     pools = columns.pool_f, columns.pool_r
     key_f, key_r = (array("q", [found[pool[i]] for i in rows]) for pool in pools)
@@ -226,12 +237,25 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     stats += sums.to(stats)
 
 
+def _column(tensors: Sequence[Tensor | None]) -> tuple[array[int], array[int]]:
+    """The addresses and kinds of dense tensors; 0 where there is none."""
+    there = [t for t in tensors if t is not None]
+    if len(there) == len(tensors):
+        return array("Q", map(Tensor.data_ptr, there)), _kinds(there)
+    at, kind = array("Q", bytes(8 * len(tensors))), array("q", bytes(8 * len(tensors)))
+    if there:
+        rows = [i for i, t in enumerate(tensors) if t is not None]
+        for i, t, k in zip(rows, there, _kinds(there), strict=True):
+            at[i], kind[i] = t.data_ptr(), k
+    return at, kind
+
+
 def _walkable_rows(
     columns: Sequence[Sequence[Tensor | None]],
 ) -> tuple[Sequence[Sequence[Tensor | None]], Sequence[int], Sequence[int]]:
     """The columns of the rows that the extension walks, in one memory order each, and the numbers
     of these rows and of the others."""
-    if _plain([t for column in columns for t in column if t is not None]):
+    if all(_plain([t for t in column if t is not None]) for column in columns):
         return columns, range(len(columns[0])), ()
     taken: list[list[Tensor | None]] = []
     rows, left = [], []

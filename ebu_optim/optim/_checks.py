@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -130,22 +132,36 @@ def sharded(p: Tensor, name: str) -> None:
         )
 
 
-def gradient(slot: Any) -> None:
-    grad = slot.param.grad
-    if grad is None:
+def all_sharded(slots: Sequence[Any]) -> None:
+    """`sharded` of every slot."""
+    params = [s.param for s in slots]
+    looks = any(map(hasattr, params, repeat("_fsdp_flattened")))
+    if looks or any(map(is_sharded, params)):
+        for slot in slots:
+            sharded(slot.param, slot.name)
+
+
+def gradients(slots: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
+    """Of the slots, by slot."""
+    there = [g for g in grads if g is not None]
+    layouts, dtypes = (set(map(attrgetter(n), there)) for n in ("layout", "dtype"))
+    if layouts <= {torch.strided} and not any(dtype.is_complex for dtype in dtypes):
         return
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"the gradient of {slot.name} has layout {grad.layout}; gradients must be dense "
-            "(nn.Embedding: sparse=False)"
-        )
-    if grad.is_complex():
-        raise TypeError(f"the gradient of {slot.name} is complex; gradients must be real")
+    for slot, grad in zip(slots, grads, strict=True):
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {slot.name} has layout {grad.layout}; gradients must be dense "
+                "(nn.Embedding: sparse=False)"
+            )
+        if grad.is_complex():
+            raise TypeError(f"the gradient of {slot.name} is complex; gradients must be real")
 
 
-def kept_back(slots: Sequence[Any], phase: str) -> None:
+def kept_back(slots: Sequence[Any], grads: Sequence[Tensor | None], phase: str) -> None:
     """fully_shard's own accumulation adds up what the phases keep apart."""
-    if all(s.param.grad is None for s in slots) and any(is_sharded(s.param) for s in slots):
+    if all(g is None for g in grads) and any(is_sharded(s.param) for s in slots):
         raise RuntimeError(
             f"the {phase} phase made no gradient. Where set_requires_gradient_sync(False) was set, "
             "fully_shard keeps the gradients of that micro-batch to itself and adds them to the "

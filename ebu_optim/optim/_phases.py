@@ -23,7 +23,7 @@ A phase that the rule does not need runs all the same, and what it makes is drop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,8 +33,9 @@ from torch._compile import _disable_dynamo
 from .. import kernels
 from . import _checks
 from ._anchors import Anchors
-from ._shards import is_sharded, local
-from ._slots import Key, Slot
+from ._gradients import Column, Gradients, any_of, on, owning, put
+from ._shards import local
+from ._slots import SlotList
 
 
 class Phases:
@@ -49,7 +50,7 @@ class Phases:
 
     def __init__(
         self,
-        slots: Callable[[], Sequence[Slot]],
+        slots: Callable[[], SlotList],
         anchors: Anchors,
         needs: Sequence[str] = ("forget", "remember"),
     ) -> None:
@@ -57,33 +58,44 @@ class Phases:
         self._anchors = anchors
         self.needs = tuple(needs)
         self.shown = self.needs[-1]
-        # G of the last step and its version, still on the parameters: the next phase discards it
-        self.update: dict[Key, tuple[Tensor, int]] = {}
+        # G of the last step, still on the parameters: the next phase discards it
+        self.update = Gradients()
         self.reset()
 
     def reset(self) -> None:
         self.active: str | None = None
         self.done: frozenset[str] = frozenset()
-        #: By phase and key. Those of the shown phase lie on the parameters too.
-        self.grads: dict[str, dict[Key, Tensor]] = {name: {} for name in ("forget", "remember")}
-        self._versions: dict[str, dict[Key, int]] = {name: {} for name in self.grads}
+        #: By phase. Those of the shown phase lie on the parameters too.
+        self._grads = {name: Gradients() for name in ("forget", "remember")}
         self._poison: tuple[Tensor, Tensor] | None = None
+
+    def of(self, name: str) -> Column:
+        """The gradients of a phase, by slot."""
+        self._look()
+        return self._grads[name].tensors
+
+    def _look(self) -> SlotList:
+        """The slots as they are now, and the gradients in their order."""
+        slots = self._slots()
+        for kept in self._grads.values():
+            kept.follow(slots)
+        return slots
 
     @property
     def complete(self) -> bool:
         """Every phase that a step needs has run."""
         return self.done.issuperset(self.needs)
 
-    def close(self, slots: Iterable[Slot]) -> None:
+    def close(self) -> None:
         """After a step: what lies on the parameters now is spent."""
-        grads = {s.key: s.param.grad for s in slots}
-        self.update = {k: (g, g._version) for k, g in grads.items() if g is not None}
+        slots = self._slots()
+        self.update = Gradients(slots, on(slots.params))
         self.reset()
 
     def discard(self) -> None:
         """Drop the step under way, gradients included."""
-        for slot in self._slots():
-            slot.param.grad = None
+        for param in self._slots().params:
+            param.grad = None
         self.reset()
 
     @contextmanager
@@ -104,87 +116,69 @@ class Phases:
             self._leave(name)
 
     @_disable_dynamo
-    def _set_aside(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
+    def _set_aside(self, name: str) -> tuple[list[Tensor], Column]:
         """Before a phase that the step does not need: the parameters and their gradients."""
-        slots = self._slots()
-        self._begin(slots, name)
-        self.check_untouched(slots)
-        self._own_shown()
-        shown = self.grads[self.shown]
-        aside = [(s.param, shown.get(s.key)) for s in slots]
-        for param, _ in aside:
-            param.grad = None
+        slots = self._begin(name)
+        shown = self._grads[self.shown]
+        now = shown.tensors
+        shown.own()
+        put(slots.params, now, [None] * len(slots))
         self.active = name
-        return aside
+        return slots.params, shown.tensors
 
     @_disable_dynamo
-    def _put_back(self, aside: list[tuple[Tensor, Tensor | None]]) -> None:
+    def _put_back(self, aside: tuple[list[Tensor], Column]) -> None:
         self.active = None
-        for param, grad in aside:
-            param.grad = grad
+        params, grads = aside
+        put(params, on(params), grads)
 
-    def _own_shown(self) -> None:
-        """Before another backward pass fills the buckets that gradients lie in."""
-        shown = self.grads[self.shown]
-        for key, grad in shown.items():
-            if _shares_storage(grad):
-                shown[key] = grad = grad.clone()
-                self._versions[self.shown][key] = grad._version
-
-    def _begin(self, slots: Sequence[Slot], name: str) -> None:
-        """At a step's first phase: nothing but the G of the last step may lie on the parameters."""
+    def _begin(self, name: str) -> SlotList:
+        """Before any phase. At a step's first nothing but the G of the last step may lie on the
+        parameters, at a later one nothing but the shown gradient."""
+        slots = self._look()
         if self.done:
             self._anchors.hold(slots)
-            return
-        for slot in slots:
-            _checks.sharded(slot.param, slot.name)  # replaced since the optimizer was built?
-            grad = slot.param.grad
-            if grad is None:
-                continue
-            spent, version = self.update.get(slot.key, (None, 0))
-            if grad is not spent or grad._version != version:
-                _checks.foreign_gradient(slot, name)
+            self.check_untouched(slots)
+            return slots
+        _checks.all_sharded(slots)  # replaced since the optimizer was built?
+        now = on(slots.params)
+        if any_of(now):
+            self.update.follow(slots)
+            for i in self.update.others(now):
+                _checks.foreign_gradient(slots[i], name)
         self._anchors.take(slots)
-        self.update = {}
-        for slot in slots:
-            slot.param.grad = None
+        self.update = Gradients()
+        put(slots.params, now, [None] * len(slots))
+        return slots
 
     @_disable_dynamo
     def _enter(self, name: str) -> None:
-        slots = self._slots()
-        self._begin(slots, name)
-        self.check_untouched(slots)
+        slots = self._begin(name)
         self.unpoison()
         if name != self.shown:
-            own = self.grads[name]
-            for slot in slots:
-                slot.param.grad = own.pop(slot.key, None)
-            self._own_shown()
+            own, shown = self._grads[name], self._grads[self.shown]
+            put(slots.params, shown.tensors, own.tensors)
+            own.hold([None] * len(slots))
+            # before another backward pass fills the buckets that gradients lie in
+            shown.own()
         self.active = name
 
     @_disable_dynamo
     def _leave(self, name: str) -> None:
         self.active = None
         self.done |= {name}
-        slots = self._slots()
+        slots = self._look()
+        now = on(slots.params)
         try:
-            for slot in slots:
-                _checks.gradient(slot)
-            _checks.kept_back(slots, name)
-            self._check_kept(slots, name)
+            _checks.gradients(slots, now)
+            _checks.kept_back(slots, now, name)
+            self._check_kept(slots, now, name)
         except (TypeError, RuntimeError):
             self.discard()
             raise
+        self._grads[name].hold(now if name == self.shown else owning(now))
         if name != self.shown:
-            own, shown = self.grads[name], self.grads[self.shown]
-            for slot in slots:
-                grad = slot.param.grad
-                if grad is not None:
-                    own[slot.key] = grad.clone() if _shares_storage(grad) else grad
-                slot.param.grad = shown.get(slot.key)
-            self._remark(name)
-        self.grads[self.shown] = {s.key: grad for s in slots if (grad := s.param.grad) is not None}
-        self._remark(self.shown)
+            put(slots.params, now, self._grads[self.shown].tensors)
         if self.complete:
             self._carry_nonfinite()
 
@@ -196,19 +190,20 @@ class Phases:
         is not finite is added to one element of param.grad on the device, and taken back before
         that gradient is used.
         """
-        others = [g for n in self.needs if n != self.shown for g in self.grads[n].values()]
-        if not others:
+        others = [g for n in self.needs if n != self.shown for g in self._grads[n].tensors]
+        hidden = [local(g) for g in others if g is not None]
+        if not hidden:
             return
-        hidden = [local(g) for g in others]
         probe = kernels.backend(hidden, None).finite_probe(hidden)
-        parts = (local(g) for g in self.grads[self.shown].values())
+        shown = self._grads[self.shown]
+        parts = (local(g) for g in shown.tensors if g is not None)
         grad = next((g for g in parts if g.numel()), None)
         if probe is None or grad is None:
             return
         element = grad.as_strided((), ())
         self._poison = (element, element.clone())
         element += probe.to(element.device, element.dtype)
-        self._remark(self.shown)
+        shown.hold(shown.tensors)
 
     def unpoison(self) -> None:
         if self._poison is not None:
@@ -216,51 +211,40 @@ class Phases:
             with torch.no_grad():
                 element.copy_(saved)
             self._poison = None
-            self._remark(self.shown)
+            shown = self._grads[self.shown]
+            shown.hold(shown.tensors)
 
-    def _remark(self, name: str) -> None:
-        self._versions[name] = {k: g._version for k, g in self.grads[name].items()}
-
-    def _check_kept(self, slots: Iterable[Slot], name: str) -> None:
+    def _check_kept(self, slots: SlotList, now: Column, name: str) -> None:
         """At the end of a phase: it has not written the other's gradients, as a user does who gives
         ``param.grad`` one tensor of his own in both."""
         for other in self.needs:
-            kept, versions = self.grads[other], self._versions[other]
-            if other == name or not kept:
-                continue
-            for slot in slots:
-                grad = kept.get(slot.key)
-                if grad is None:
-                    continue
-                if grad._version != versions[slot.key] or _same_memory(grad, slot.param.grad):
-                    raise RuntimeError(
-                        f"the {other} gradient of {slot.name} was written inside {name}(), or is "
-                        "the tensor that this phase gave too: one tensor cannot hold both. Give "
-                        "each phase its own, such as param.grad = buffer.clone()"
-                    )
+            i = None if other == name else self._grads[other].written(now)
+            if i is not None:
+                raise RuntimeError(
+                    f"the {other} gradient of {slots[i].name} was written inside {name}(), or is "
+                    "the tensor that this phase gave too: one tensor cannot hold both. Give "
+                    "each phase its own, such as param.grad = buffer.clone()"
+                )
 
-    def check_untouched(self, slots: Iterable[Slot]) -> None:
+    def check_untouched(self, slots: SlotList) -> None:
         """Between the phases and step nobody may clip, unscale, clear or add to the gradients."""
-        shown, versions = self.grads[self.shown], self._versions[self.shown]
-        for slot in slots:
-            grad = shown.get(slot.key)
-            same = slot.param.grad is grad
-            if same and (grad is None or grad._version == versions[slot.key]):
-                continue
-            self.discard()
-            raise RuntimeError(
-                f"the gradient of {slot.name} was changed outside the phases: clipping, unscaling, "
-                "zero_grad or a backward pass there touches one of the two gradients only. Clip "
-                "with EBUOptimizer(max_grad_norm=...), leave unscaling to scaler.step(), and run "
-                "every backward pass inside forget() or remember()"
-            )
+        i = self._grads[self.shown].touched(on(slots.params))
+        if i is None:
+            return
+        self.discard()
+        raise RuntimeError(
+            f"the gradient of {slots[i].name} was changed outside the phases: clipping, unscaling, "
+            "zero_grad or a backward pass there touches one of the two gradients only. Clip "
+            "with EBUOptimizer(max_grad_norm=...), leave unscaling to scaler.step(), and run "
+            "every backward pass inside forget() or remember()"
+        )
 
-    def require_all(self, slots: Sequence[Slot]) -> None:
+    def require_all(self) -> None:
         """Raise unless every phase that is needed ran and made a gradient."""
         if self.active is not None:
             raise RuntimeError(f"step inside {self.active}(): leave the phase first")
         for name in self.needs:
-            if name in self.done and any(s.key in self.grads[name] for s in slots):
+            if name in self.done and any_of(self.of(name)):
                 continue
             what = "made no gradient" if name in self.done else "is missing"
             ran = ", ".join(sorted(self.done)) or "none"
@@ -271,18 +255,3 @@ class Phases:
                 f"the {name} phase {what} (phases run: {ran}): a step needs a backward pass inside "
                 f"{where}, or closures that call backward() on a loss of these parameters"
             )
-
-
-def _same_memory(kept: Tensor, new: Tensor | None) -> bool:
-    if new is None or is_sharded(new):  # FSDP2 reduces into a new buffer at every backward pass
-        return False
-    return new.data_ptr() == kept.data_ptr() and bool(new.numel())
-
-
-def _shares_storage(grad: Tensor) -> bool:
-    """Part of a larger buffer, such as DDP's bucket, which will be overwritten."""
-    if is_sharded(grad):  # FSDP2 reduces into a new buffer at every backward pass
-        return False
-    # a view may fill its buffer exactly: a bucket of one parameter
-    whole = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
-    return grad._is_view() or not whole

@@ -8,6 +8,7 @@ travel, never a gradient; their number and size do not depend on the number of p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,6 +30,10 @@ _DIGITS = {torch.float32: (11, 10, 10), torch.float64: (11, 13, 13, 13, 13)}
 def is_sharded(t: Any) -> bool:
     """A DTensor."""
     return hasattr(t, "placements")
+
+
+def any_sharded(tensors: Iterable[Any]) -> bool:
+    return any(map(hasattr, tensors, repeat("placements")))
 
 
 def local(t: T) -> T:

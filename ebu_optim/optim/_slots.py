@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from ._shards import any_sharded, local
+
 Key = int  # of one tensor, wherever it stands in the groups
 Group = dict[str, Any]
+T = TypeVar("T")
 
 
 class Slot(NamedTuple):
@@ -30,6 +35,38 @@ class Slot(NamedTuple):
     place: tuple[int, int]
 
 
+class SlotList(list[Slot]):
+    """Slots, and what belongs to all of them as long as they are the same (do not write).
+
+    Attributes:
+        keys, params: by slot.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        super().__init__(slots)
+        self.keys = [s.key for s in self]
+        self.params = [s.param for s in self]
+        self._made: dict[str, tuple[Any, Any]] = {}
+
+    @cached_property
+    def key_set(self) -> frozenset[Key]:
+        return frozenset(self.keys)
+
+    def local(self) -> SlotList:
+        """With this process's parts of the parameters."""
+        if not any_sharded(self.params):
+            return self
+        return SlotList(s._replace(param=local(s.param)) for s in self)
+
+    def made(self, name: str, of: Any, make: Callable[[], T]) -> T:
+        """What `make` makes of these slots and `of`, made anew where `of` is another: anything
+        that is compared by its value."""
+        held = self._made.get(name)
+        if held is None or held[0] != of:
+            held = self._made[name] = of, make()
+        return held[1]
+
+
 class Slots:
     """Every parameter of the groups, a tied one once.
 
@@ -47,12 +84,12 @@ class Slots:
     def __init__(self, base: Any) -> None:
         self._base = base
         self._seen: list[Any] = []  # groups and parameters when `_known` was made
-        self._known: list[Slot] = []
+        self._known = SlotList(())
         self._tensors: dict[Key, Tensor] = {}  # strong, as the base's own state holds them
         self._layout: list[tuple[Group, list[tuple[Key, str | None]]]] = []  # at the last look
         self._next: Key = 0
 
-    def __call__(self) -> list[Slot]:
+    def __call__(self) -> SlotList:
         """As they are now (do not write)."""
         groups = self._base.param_groups
         now = [x for group in groups for x in (group, *group["params"])]
@@ -60,7 +97,7 @@ class Slots:
             self._seen, self._known = now, self._look(groups)
         return self._known
 
-    def _look(self, groups: list[Group]) -> list[Slot]:
+    def _look(self, groups: list[Group]) -> SlotList:
         keys = {id(p): key for key, p in self._tensors.items()}
         used = {keys[id(p)] for group in groups for p in group["params"] if id(p) in keys}
         slots: dict[Key, Slot] = {}
@@ -84,7 +121,7 @@ class Slots:
                 index += 1
             layout.append((group, held))
         self._layout = layout
-        return list(slots.values())
+        return SlotList(slots.values())
 
     def _former(self, g: int, groups: list[Group]) -> list[tuple[Key, str | None]]:
         """What stood in the g-th group at the last look; [] where its places are others now."""

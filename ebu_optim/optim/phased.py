@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch._compile import _disable_dynamo
 
 from .. import kernels
 from . import _checks, _ranks
-from ._shards import Shards, is_sharded, like, local, local_gradient
-from ._slots import Slot
+from ._gradients import Column, on, put, with_gradients
+from ._shards import Shards, any_sharded, is_sharded, like, local, local_gradient
+from ._slots import SlotList
 from ._wrapped import WrappedOptimizer
 from .rule import Combined, Step
 
@@ -151,17 +152,16 @@ class PhasedOptimizer(WrappedOptimizer):
             )
         if phases.complete and phases.active is None:
             phases.check_untouched(slots)
-        phases.require_all(slots)
+        phases.require_all()
         for group in self.param_groups:
             _checks.group(group)
         _checks.capture(self.nonfinite, self._anchors.mode if self._anchors.active else "none")
         phases.unpoison()
 
-        of_f, of_r = phases.grads["forget"], phases.grads["remember"]
-        slots = [s for s in slots if s.key in of_f or s.key in of_r]
+        slots, g_f, g_r = with_gradients(slots, phases.of("forget"), phases.of("remember"))
         self._anchors.hold(slots, by_hand=True)
-        g_f = [local_gradient(of_f.get(s.key), s.param) for s in slots]
-        g_r = [local_gradient(of_r.get(s.key), s.param) for s in slots]
+        if any_sharded(slots.params):
+            g_f, g_r = (list(map(local_gradient, g, slots.params)) for g in (g_f, g_r))
         compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
         combined = None
         if not scaler or not self.found_inf.item():
@@ -171,21 +171,23 @@ class PhasedOptimizer(WrappedOptimizer):
             self.skipped_steps += 1
         else:
             self._last = combined.last
-            for slot, grad in zip(slots, combined.grads, strict=True):
-                slot.param.grad = like(grad, slot.param)
+            grads = combined.grads
+            if any_sharded(slots.params):
+                grads = list(map(like, grads, slots.params))
+            put(slots.params, on(slots.params), grads)
             try:
                 self.base.step()
             except BaseException:
                 phases.discard()
                 raise
             if combined.held is not None:
-                params = [local(s.param) for s in slots]
+                params = slots.local().params
                 kernels.backend(params, self.rule.fused).restore(params, combined.held)
             self._step_count += 1
             self.rank_checks -= compared
-        phases.close(slots)
+        phases.close()
 
-    def _compare_ranks(self, g_f: Sequence[Tensor | None], g_r: Sequence[Tensor | None]) -> bool:
+    def _compare_ranks(self, g_f: Column, g_r: Column) -> bool:
         """True where there are ranks and they agree. It comes before any may skip or raise.
 
         Of sharded parameters, which differ from rank to rank, the layout is compared.
@@ -221,14 +223,14 @@ class PhasedOptimizer(WrappedOptimizer):
 
     def _combine(
         self,
-        slots: Sequence[Slot],
-        g_f: Sequence[Tensor | None],
-        g_r: Sequence[Tensor | None],
+        slots: SlotList,
+        g_f: Column,
+        g_r: Column,
         scaler: bool,
     ) -> Combined | None:
         """G and what belongs to it; None where the step is to be skipped."""
         step = Step(
-            [s._replace(param=local(s.param)) for s in slots], g_f, g_r,
+            slots.local(), g_f, g_r,
             self.grad_scale.double().reciprocal() if scaler else None,
             Shards(slots), self._anchors, self._step_count,
         )  # fmt: skip
