@@ -172,7 +172,7 @@ class SalUn(PhasedOptimizer):
         for closure in closures:
             with torch.enable_grad(), self.forget():
                 closure()
-            of = zip(self._slots(), self._phases.of("forget"), strict=True)
+            of = zip(self._phases.look(), self._phases.of("forget"), strict=True)
             grads = {slot.key: local(g) for slot, g in of if g is not None}
             if self.rule.paper and grads:
                 norm = torch.stack([square(g) for g in grads.values()]).sum().sqrt()

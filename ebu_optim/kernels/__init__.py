@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,7 @@ def _fused(device: str) -> tuple[ModuleType | None, str]:
 
 
 def _choose(tensors: Sequence[Tensor]) -> tuple[ModuleType | None, str]:
-    devices = sorted({t.device.type for t in tensors})
+    devices = sorted({device.type for device in set(map(attrgetter("device"), tensors))})
     if len(devices) != 1:
         return None, f"parameters on {', '.join(devices) or 'no device'}"
     module, reason = _fused(devices[0])

@@ -9,6 +9,7 @@ denormals beside float64 tensors, whose conversion flushes).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ STATS = (
 
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float64 if any tensor is float64, else float32: holds every value of `tensors` exactly."""
-    wide = any(t.dtype == torch.float64 for t in tensors)
+    wide = torch.float64 in set(map(attrgetter("dtype"), tensors))
     return torch.float64 if wide else torch.float32
 
 
@@ -67,6 +68,31 @@ def key_of_inf(dtype: torch.dtype) -> int:
 
 
 # -- what `combine` takes -----------------------------------------------------------------------
+
+
+class Column(list[Any]):
+    """Tensors that stay where they are in memory as long as this list lives.
+
+    Args:
+        tensors: or None where one is missing.
+        of: the column and the rows that these are of.
+
+    Attributes:
+        notes: what an implementation has found out about them, under its name.
+    """
+
+    def __init__(
+        self, tensors: Iterable[Any] = (), of: tuple[Column, Sequence[int]] | None = None
+    ) -> None:
+        super().__init__(tensors)
+        self.of, self.notes = of, {}  # type: ignore[var-annotated]
+
+    def __reduce__(self) -> Any:
+        return Column, (list(self),)  # a copy lies elsewhere
+
+    def picked(self, rows: Sequence[int]) -> Column:
+        """These rows alone."""
+        return self if len(rows) == len(self) else Column([self[i] for i in rows], (self, rows))
 
 
 class Columns(NamedTuple):
@@ -95,7 +121,10 @@ class Columns(NamedTuple):
     def rows(self, indices: Iterable[int]) -> Columns:
         """The columns of these parameters alone."""
         indices = list(indices)
-        picked: Any = [[column[i] for i in indices] for column in self]
+        picked: Any = [
+            column.picked(indices) if isinstance(column, Column) else [column[i] for i in indices]
+            for column in self
+        ]
         return Columns(*picked)
 
     @property

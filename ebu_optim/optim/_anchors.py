@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
+from itertools import repeat
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.contract import Column
 from ..modules import tensor_hash
 from . import _checks
 from ._holding import Holding, TensorMap
-from ._shards import Shards, is_sharded, local, local_gradient, spread
-from ._slots import Key, Slot
+from ._shards import Shards, any_sharded, is_sharded, local, local_gradient, spread
+from ._slots import Key, Slot, SlotList
+
+_SHAPE = attrgetter("shape")
 
 
 class Anchors:
@@ -35,7 +41,7 @@ class Anchors:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        slots: SlotList,
         fisher: str | TensorMap | None,
         anchor: TensorMap | None,
         used: bool,
@@ -45,7 +51,9 @@ class Anchors:
         self.used, self.unit, self.holding = used, unit, holding or Holding()
         self.holding.check()
         self._hash: tuple[tuple[Key, ...], str] | None = None
-        self._present = {s.key for s in slots}
+        self._present = slots.key_set
+        self._columns = Column(), Column()  # of the last step
+        self._fits: tuple[SlotList | None, list[torch.Size]] = None, []  # see `take`
         self.anchor: dict[Key, Tensor] = {}
         self.fisher: dict[Key, Tensor] = {}
         self.count: dict[Key, int] = {}
@@ -72,23 +80,16 @@ class Anchors:
         return self.mode != "none" and self.used
 
     @torch.no_grad()
-    def take(self, slots: Sequence[Slot]) -> None:
+    def take(self, slots: SlotList) -> None:
         """At a step's first phase: theta0 and an empty F for what is trained and has none yet."""
-        for key, _, p, name, _ in slots:
-            held = self.anchor.get(key)
-            held = self.fisher.get(key) if held is None else held  # they have one shape
-            if held is None:
-                continue
-            if held.shape != p.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(p.shape)} but its theta0 or F has shape "
-                    f"{tuple(held.shape)}: the parameter changed shape; build a new EBUOptimizer "
-                    "for the new model"
-                )
-            if is_sharded(p):  # since they were given?
-                for own in (self.anchor, self.fisher):
-                    if key in own:
-                        own[key] = spread(own[key], p)
+        known, shapes = self._fits
+        if known is not slots or not all(map(eq, map(_SHAPE, slots.params), shapes)):
+            self._check_shapes(slots)
+            self._fits = slots, list(map(_SHAPE, slots.params))
+        for slot in slots if any_sharded(slots.params) else ():  # since they were given?
+            for own in (self.anchor, self.fisher):
+                if slot.key in own:
+                    own[slot.key] = spread(own[slot.key], slot.param)
         self._look(slots)
         if not self.active and not self.anchor:
             return
@@ -100,8 +101,18 @@ class Anchors:
             )
         self.hold(slots)
 
+    def _check_shapes(self, slots: SlotList) -> None:
+        for slot in slots:
+            held = self.anchor.get(slot.key, self.fisher.get(slot.key))  # they have one shape
+            if held is not None and held.shape != slot.param.shape:
+                raise ValueError(
+                    f"{slot.name} has shape {tuple(slot.param.shape)} but its theta0 or F has "
+                    f"shape {tuple(held.shape)}: the parameter changed shape; build a new "
+                    "EBUOptimizer for the new model"
+                )
+
     @torch.no_grad()
-    def hold(self, slots: Iterable[Slot], by_hand: bool = False) -> None:
+    def hold(self, slots: SlotList, by_hand: bool = False) -> None:
         """theta0 and an empty F for what is trained and has none yet, in whatever phase.
 
         Weights stand still between a step's first phase and its end, so what is first trained in
@@ -112,9 +123,8 @@ class Anchors:
         """
         if not self.active and not self.anchor:
             return
-        slots = list(slots)
-        keys = {s.key for s in slots}
-        if self.anchor.keys() >= keys and not (self.active and keys - self.fisher.keys()):
+        needed = (self.anchor, self.fisher) if self.active else (self.anchor,)
+        if all(all(map(own.__contains__, slots.keys)) for own in needed):
             return
         for slot in slots:
             p = slot.param
@@ -130,19 +140,19 @@ class Anchors:
             if slot.key not in self.anchor:
                 self.anchor[slot.key] = self.holding.anchor(p.detach().clone(), slot.name)
 
-    def _look(self, slots: Iterable[Slot]) -> None:
+    def _look(self, slots: SlotList) -> None:
         """Which parameters are in the groups; the mean of F is over these."""
-        present = {s.key for s in slots}
+        present = slots.key_set
         if present != self._present and (present ^ self._present) & self.fisher.keys():
             self.mean = None
         self._present = present
 
     def scale(self, shards: Shards) -> Tensor | float:
         """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
-        held = {key: f for key, f in self.fisher.items() if key in self._present}
-        if not self.unit or not held:
+        if not self.unit or self._present.isdisjoint(self.fisher):
             return 1.0
         if self.mean is None:
+            held = {key: f for key, f in self.fisher.items() if key in self._present}
             device = local(next(iter(held.values()))).device
             total = torch.zeros((), dtype=torch.float64, device=device)
             for key, f in held.items():
@@ -150,6 +160,9 @@ class Anchors:
                     total += local(f).sum(dtype=torch.float64).to(device)
             shards.add(total)
             self.mean = total / sum(f.numel() for f in held.values())
+        if self.mean.is_cpu:
+            mean = self.mean.item()
+            return 1 / math.sqrt(mean) if mean > 0 else 0.0
         return torch.where(self.mean > 0, self.mean.rsqrt(), 0.0)
 
     def online_weight(self, key: Key) -> float | None:
@@ -162,6 +175,22 @@ class Anchors:
         scale = scale.to(like) if isinstance(scale, Tensor) else scale
         return fisher * scale * (slot.param.to(like) - anchor)
 
+    def columns(self, slots: SlotList) -> tuple[Column, Column]:
+        """theta0 and F by slot, this process's parts; None where there is none to use."""
+        held = self.anchor, self.fisher if self.active else {}
+        now = [list(map(own.get, slots.keys)) for own in held]
+        kept = self._columns
+        if not all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, kept)):
+            if any(map(any_sharded, now)):
+                return Column(map(local, now[0])), Column(map(local, now[1]))
+            self._columns = kept = Column(now[0]), Column(now[1])
+        return kept
+
+    def counts(self, slots: SlotList) -> list[int]:
+        """By slot, the batches that an online F is the mean of; 0 where F is fixed."""
+        online = self.mode == "online" and self.active
+        return list(map((self.count if online else {}).get, slots.keys, repeat(0)))
+
     def average(self, slots: Iterable[Slot], squares: Iterable[Tensor]) -> None:
         """Squares of the remember gradients go into an online F."""
         slots = list(slots)
@@ -169,20 +198,22 @@ class Anchors:
             f, weight = local(self.fisher[slot.key]), self.online_weight(slot.key)
             square = square.to(f.device)
             f.copy_(torch.lerp(f.to(square), square, weight or 0.0))
-        self.counted((s.key for s in slots), None)
+        self.counted(SlotList(slots), None)
 
-    def counted(self, keys: Iterable[Key], mean: Tensor | None) -> None:
-        """One more square has gone into the F of `keys`; their mean, None where not known."""
-        keys = set(keys)
-        for key in keys:
-            self.count[key] = self.count.get(key, 0) + 1
-        self.mean = mean if keys >= self._present & self.fisher.keys() else None
+    def counted(self, slots: SlotList, mean: Tensor | None) -> None:
+        """One more square has gone into the F of these; their mean, None where not known."""
+        counts = map((1).__add__, map(self.count.get, slots.keys, repeat(0)))
+        self.count.update(zip(slots.keys, counts, strict=True))
+        whole = slots.key_set == self._present or slots.key_set >= (
+            self._present & self.fisher.keys()
+        )
+        self.mean = mean if whole else None
 
     @torch.no_grad()
     def warm(self, slots: Iterable[Slot]) -> None:
         """Average the squares of the gradients that lie on the parameters into F."""
         slots = list(slots)
-        self.hold((s for s in slots if s.param.grad is not None), by_hand=True)
+        self.hold(SlotList(s for s in slots if s.param.grad is not None), by_hand=True)
         for slot in slots:
             if slot.key in self.fisher:
                 f, g = local(self.fisher[slot.key]), local_gradient(slot.param.grad, slot.param)
@@ -194,11 +225,10 @@ class Anchors:
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
+    def state(self, slots: SlotList) -> dict[Key, dict[str, Tensor]]:
         """What a checkpoint holds. A tensor that is not made yet stands as what it would be made
         of now, so that a tool which only fills the keys it finds fills ours."""
         own: dict[Key, dict[str, Tensor]] = {}
-        slots = list(slots)
         self._look(slots)
         for key, _, p, _, _ in slots:
             mine = own.setdefault(key, {})
@@ -259,7 +289,7 @@ class Anchors:
     def load(
         self,
         own: Mapping[Key, Mapping[str, Tensor]],
-        slots: Iterable[Slot],
+        slots: SlotList,
         *,
         started: bool,
         frozen: bool,
@@ -273,8 +303,8 @@ class Anchors:
         by_reference = self.holding.anchor_source is not None and self.anchor_given
         if (started or not self.anchor_given) and not by_reference:
             self.anchor, self._hash = {}, None
-        slots = list(slots)
-        self._present, self.mean = {s.key for s in slots}, None
+        self._present, self.mean = slots.key_set, None
+        self._columns, self._fits = (Column(), Column()), (None, [])
         for slot in slots:
             mine = own.get(slot.key, {})
             if started and "ebu_anchor" in mine:

@@ -13,7 +13,7 @@ from operator import attrgetter, eq, is_, is_not
 import torch
 from torch import Tensor
 
-from ._shards import is_sharded
+from ._shards import any_sharded, is_sharded
 from ._slots import Key, Slot, SlotList
 
 Column = list[Tensor | None]  # by slot, None where there is none
@@ -31,16 +31,16 @@ def any_of(grads: Sequence[Tensor | None]) -> bool:
     return any(map(is_not, grads, repeat(None)))
 
 
-def put(params: Sequence[Tensor], now: Column, grads: Column) -> None:
+def put(
+    params: Sequence[Tensor], now: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> None:
     """Onto the parameters, where `now` lies."""
     for p, old, grad in zip(params, now, grads, strict=True):
         if grad is not old:
             p.grad = grad
 
 
-def with_gradients(
-    slots: SlotList, g_f: Column, g_r: Column
-) -> tuple[SlotList, Column, Column]:
+def with_gradients(slots: SlotList, g_f: Column, g_r: Column) -> tuple[SlotList, Column, Column]:
     """The slots that have at least one of two gradients, and these."""
     if all(map(is_not, g_f, repeat(None))) or all(map(is_not, g_r, repeat(None))):
         return slots, g_f, g_r
@@ -114,9 +114,13 @@ class Gradients:
         kept_at, new_at = _addresses(self.tensors, 0), _addresses(new, -1)
         if versions == self._versions and not any(map(eq, kept_at, new_at)):
             return None
-        rows = zip(versions, self._versions, kept_at, new_at, strict=True)
-        found = (i for i, (v, was, a, b) in enumerate(rows) if v != was or a == b)
-        return next((i for i in found if versions[i] != self._versions[i] or new[i].numel()), None)
+        rows = zip(self.tensors, versions, self._versions, kept_at, new_at, strict=True)
+        return next(
+            (
+                i for i, (grad, v, was, a, b) in enumerate(rows)
+                if v != was or (a == b and grad is not None and grad.numel())
+            ), None,
+        )  # fmt: skip
 
     def own(self) -> None:
         """Copy what the next backward pass would write again."""
@@ -129,7 +133,7 @@ def owning(grads: Column) -> Column:
     """The gradients, copied where they are part of a larger buffer, such as DDP's bucket, which
     will be overwritten; the same list where none is."""
     # FSDP2 reduces into a new buffer at every backward pass
-    there = [g for g in grads if g is not None and not is_sharded(g)]
+    there = [g for g in grads if g is not None and not hasattr(g, "placements")]
     storages = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, there))
     # a view may fill its buffer exactly: a bucket of one parameter
     if not any(map(Tensor._is_view, there)) and list(storages) == list(map(_NBYTES, there)):
@@ -149,4 +153,6 @@ def _versions(grads: Column) -> list[int | None]:
 
 def _addresses(grads: Column, missing: int) -> list[int]:
     """Of plain tensors."""
-    return [missing if g is None or is_sharded(g) else g.data_ptr() for g in grads]
+    if any_sharded(grads):
+        return [missing if g is None or is_sharded(g) else g.data_ptr() for g in grads]
+    return [missing if g is None else g.data_ptr() for g in grads]

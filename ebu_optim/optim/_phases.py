@@ -58,6 +58,8 @@ class Phases:
         self._anchors = anchors
         self.needs = tuple(needs)
         self.shown = self.needs[-1]
+        # Before the first step, and where the last one came through GradScaler: look for it
+        self.probes = True
         # G of the last step, still on the parameters: the next phase discards it
         self.update = Gradients()
         self.reset()
@@ -70,11 +72,10 @@ class Phases:
         self._poison: tuple[Tensor, Tensor] | None = None
 
     def of(self, name: str) -> Column:
-        """The gradients of a phase, by slot."""
-        self._look()
+        """The gradients of a phase, by slot as at the last `look`."""
         return self._grads[name].tensors
 
-    def _look(self) -> SlotList:
+    def look(self) -> SlotList:
         """The slots as they are now, and the gradients in their order."""
         slots = self._slots()
         for kept in self._grads.values():
@@ -135,7 +136,7 @@ class Phases:
     def _begin(self, name: str) -> SlotList:
         """Before any phase. At a step's first nothing but the G of the last step may lie on the
         parameters, at a later one nothing but the shown gradient."""
-        slots = self._look()
+        slots = self.look()
         if self.done:
             self._anchors.hold(slots)
             self.check_untouched(slots)
@@ -167,7 +168,7 @@ class Phases:
     def _leave(self, name: str) -> None:
         self.active = None
         self.done |= {name}
-        slots = self._look()
+        slots = self.look()
         now = on(slots.params)
         try:
             _checks.gradients(slots, now)
@@ -188,8 +189,11 @@ class Phases:
 
         Before `step` it looks into param.grad alone. A probe that is NaN where the other gradient
         is not finite is added to one element of param.grad on the device, and taken back before
-        that gradient is used.
+        that gradient is used. Where the last step came without a scaler there is no probe; should
+        one come after all, `step` looks itself.
         """
+        if not self.probes:
+            return
         others = [g for n in self.needs if n != self.shown for g in self._grads[n].tensors]
         hidden = [local(g) for g in others if g is not None]
         if not hidden:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +17,17 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import reference
-from ..kernels.contract import Columns, Update
+from ..kernels.contract import Column, Columns, Update
 from . import _checks
 from ._anchors import Anchors
-from ._shards import Shards, local
-from ._slots import Slot
+from ._shards import Shards
+from ._slots import Slot, SlotList
 
 
 class Selection(NamedTuple):
     """What is ranked together, and the thresholds of it."""
 
-    grads: tuple[list[Tensor], list[Tensor]]  # g_f and g_r per slot, missing ones as zeros
+    grads: tuple[Column, Column]  # g_f and g_r per slot, missing ones as zeros
     taus: Tensor  # keys, one for every pool
     pools: tuple[list[int], list[int]]  # per slot, of g_f and of g_r
     nonfinite: Tensor  # of g_f and of g_r, int64 [2]
@@ -50,35 +52,32 @@ def select(
         g_f, g_r: per slot; None counts as zero.
         shards: where the parameters are parts of larger ones, how the parts count together.
     """
-    full_f = [_or_zero(g, s.param) for g, s in zip(g_f, slots, strict=True)]
-    full_r = [_or_zero(g, s.param) for g, s in zip(g_r, slots, strict=True)]
-    backend = kernels.backend([s.param for s in slots], fused)
+    slots = slots if isinstance(slots, SlotList) else SlotList(slots)
+    full_f, full_r = (Column(_filled(grads, slots.params)) for grads in (g_f, g_r))
+    backend = kernels.backend(slots.params, fused)
     dtype = reference.working_dtype([*full_f, *full_r])
-    sizes = [shards.numel(s) for s in slots]
-    pools: list[tuple[list[int], int]] = []  # members, rank
-    of_slot: tuple[list[int], list[int]] = ([0] * len(slots), [0] * len(slots))
-    for which in (0, 1):
-        for members, k in _pools(slots, sizes, which, granularity):
-            for i in members:
-                of_slot[which][i] = len(pools)
-            pools.append((members, k))
-        if which == 0:
-            forget_pools = len(pools)
-    ranked = [
-        ([(full_f if j < forget_pools else full_r)[i] for i in members], k)
-        for j, (members, k) in enumerate(pools)
+    sizes = [shards.numel(s) for s in slots] if shards else list(map(Tensor.numel, slots.params))
+    ranked = _ranked(slots, sizes, granularity)
+    pools = [
+        (grads.picked(members), k)
+        for grads, pools in zip((full_f, full_r), ranked.pools, strict=True)
+        for members, k in pools
     ]
     if shards:
-        owned = [[shards.counts(slots[i].key) for i in members] for members, _ in pools]
-        taus, nonfinite = shards.select(backend, ranked, owned, dtype)
+        owned = [
+            [shards.counts(slots.keys[i]) for i in members] for members, _ in chain(*ranked.pools)
+        ]
+        taus, nonfinite = shards.select(backend, pools, owned, dtype)
     else:
-        taus, nonfinite = backend.select(ranked, dtype)
-    both = torch.stack([nonfinite[:forget_pools].sum(), nonfinite[forget_pools:].sum()])
-    return Selection((full_f, full_r), taus, of_slot, both, sum(sizes), dtype, backend)
+        taus, nonfinite = backend.select(pools, dtype)
+    both = nonfinite
+    if len(pools) > 2:  # more than one for each gradient
+        both = torch.stack([part.sum() for part in nonfinite.split([*map(len, ranked.pools)])])
+    return Selection((full_f, full_r), taus, ranked.of_slot, both, sum(sizes), dtype, backend)
 
 
 def combine(
-    slots: Sequence[Slot],
+    slots: SlotList,
     g_f: Sequence[Tensor | None],
     g_r: Sequence[Tensor | None],
     selection: Selection,
@@ -97,10 +96,10 @@ def combine(
         G per slot; what ``unrelated="freeze"`` has to put back, or None; the `STATS` over all
         processes; the thresholds as magnitudes, loss scale undone.
     """
-    out: list[Tensor] = [
-        r if r is not None else f  # type: ignore[misc]
-        for f, r in zip(g_f, g_r, strict=True)
-    ]
+    (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
+    out: list[Any] = full_r
+    if any(map(is_, g_r, repeat(None))):
+        out = [f if r is None else r for f, r in zip(g_f, g_r, strict=True)]
     held: list[Tensor] | None = None
     if unrelated == "freeze":
         # the spent forget gradient holds the old values
@@ -109,27 +108,19 @@ def combine(
             else torch.empty_like(s.param)
             for f, o, s in zip(g_f, out, slots, strict=True)
         ]  # fmt: skip
-    (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
-    uncounted = torch.zeros_like(stats)  # of what another process counts
     scale = anchors.scale(shards)
     device = stats.device
     if isinstance(scale, Tensor):
         scale = scale.to(device)
-    for rows, counted in _buckets(slots, anchors, shards):
+    theta0, fishers = anchors.columns(slots)
+    whole = Columns(
+        Column(slots.params), full_f, full_r, theta0, fishers, out,
+        Column(held or [None] * len(slots)), pool_f, pool_r,
+    )  # fmt: skip
+    for rows, counted in _buckets(slots, theta0, fishers, anchors, shards):
         first = slots[rows[0]]
-        fishers = [anchors.fisher.get(slots[i].key) if anchors.active else None for i in rows]
-        columns = Columns(
-            params=[slots[i].param for i in rows],
-            g_f=[full_f[i] for i in rows],
-            g_r=[full_r[i] for i in rows],
-            anchors=[local(anchors.anchor.get(slots[i].key)) for i in rows],
-            fishers=[local(f) for f in fishers],
-            out=[out[i] for i in rows],
-            held=[held[i] if held is not None else None for i in rows],
-            pool_f=[pool_f[i] for i in rows],
-            pool_r=[pool_r[i] for i in rows],
-        )
+        columns = whole.rows(rows)
         how = Update(
             alpha=float(first.group["ebu_alpha"]),
             gamma=scale * float(first.group["ebu_gamma"]),
@@ -140,10 +131,11 @@ def combine(
             inv_scale=inv_scale,
             dtype=dtype,
         )
-        backend.combine(columns, taus, how, stats if counted else uncounted)
+        # into the void what another process counts
+        backend.combine(columns, taus, how, stats if counted else torch.zeros_like(stats))
     shards.add(stats)
     if anchors.mode == "online" and anchors.active:
-        anchors.counted((s.key for s in slots), stats[_AT["fisher_sum"]] / total)
+        anchors.counted(slots, stats[_AT["fisher_sum"]] / total)
     values = reference.key_to_value(taus, dtype)
     if inv_scale is not None:
         values = values * inv_scale.to(values)
@@ -153,36 +145,74 @@ def combine(
 _AT = {name: i for i, name in enumerate(reference.STATS)}
 
 
-def _or_zero(grad: Tensor | None, p: Tensor) -> Tensor:
-    return p.detach().new_zeros(()).expand(p.shape) if grad is None else grad
+def _filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        p.detach().new_zeros(()).expand(p.shape) if g is None else g
+        for g, p in zip(grads, params, strict=True)
+    ]
+
+
+class _Ranked(NamedTuple):
+    """The slots that are ranked together with the rank of their threshold, for g_f and for g_r; and
+    which of all these pools a slot is in."""
+
+    pools: tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]
+    of_slot: tuple[list[int], list[int]]
+
+
+def _ranked(slots: SlotList, sizes: list[int], granularity: str) -> _Ranked:
+    pairs = [g["ebu_delta"] for g in slots.groups]
+    pairs = [tuple(map(float, d if isinstance(d, (tuple, list)) else (d, d))) for d in pairs]
+
+    def make() -> _Ranked:
+        forget, remember = (
+            _pools(slots, sizes, deltas, granularity) for deltas in zip(*pairs, strict=True)
+        )
+        of_slot = [0] * len(slots), [0] * len(slots)
+        for pools, of, first in ((forget, of_slot[0], 0), (remember, of_slot[1], len(forget))):
+            for number, (members, _) in enumerate(pools, first):
+                for i in members:
+                    of[i] = number
+        return _Ranked((forget, remember), of_slot)
+
+    return slots.made("ranked", (sizes, pairs, granularity), make)
 
 
 def _pools(
-    slots: Sequence[Slot], sizes: Sequence[int], which: int, granularity: str
+    slots: SlotList, sizes: Sequence[int], deltas: Sequence[float], granularity: str
 ) -> list[tuple[list[int], int]]:
-    """The slots that are ranked together, and the rank of their threshold."""
-    deltas = [s.group["ebu_delta"] for s in slots]
-    deltas = [d[which] if isinstance(d, (tuple, list)) else d for d in deltas]
     pools: dict[Any, list[int]] = {}
-    for i, (size, d) in enumerate(zip(sizes, deltas, strict=True)):
+    for i, (size, group) in enumerate(zip(sizes, slots.group_of, strict=True)):
         if size:
-            pools.setdefault(i if granularity == "tensor" else float(d), []).append(i)
+            pools.setdefault(i if granularity == "tensor" else deltas[group], []).append(i)
     found = []
     for members in pools.values():
-        n = sum(sizes[i] for i in members)
-        found.append((members, max(1, math.floor(deltas[members[0]] * n + 0.5))))
+        n, delta = sum(sizes[i] for i in members), deltas[slots.group_of[members[0]]]
+        found.append((members, max(1, math.floor(delta * n + 0.5))))
     return found
 
 
 def _buckets(
-    slots: Sequence[Slot], anchors: Anchors, shards: Shards
+    slots: SlotList,
+    theta0: Sequence[Tensor | None],
+    fishers: Sequence[Tensor | None],
+    anchors: Anchors,
+    shards: Shards,
 ) -> list[tuple[list[int], bool]]:
     """Slots that share their group and count of squares go through one call; and whether this
     process is the one that counts them."""
-    buckets: dict[Any, list[int]] = {}
-    for i, s in enumerate(slots):
-        if s.param.numel():
-            online = anchors.online_weight(s.key)
-            held = (s.key in anchors.anchor, s.key in anchors.fisher)
-            buckets.setdefault((s.place[0], held, online, shards.counts(s.key)), []).append(i)
-    return [(members, kind[-1]) for kind, members in buckets.items()]
+    counts = anchors.counts(slots)
+    # they go up together in every step: what tells the slots apart stays
+    apart = counts if len(set(counts)) > 1 else None
+    owned = [shards.counts(key) for key in slots.keys] if shards else [True] * len(slots)
+    sizes = list(map(Tensor.numel, slots.params))
+    kinds = [list(map(type, column)) for column in (theta0, fishers)]  # NoneType where missing
+
+    def make() -> list[tuple[list[int], bool]]:
+        buckets: dict[Any, list[int]] = {}
+        for i, kind in enumerate(zip(slots.group_of, *kinds, counts, owned, strict=True)):
+            if sizes[i]:
+                buckets.setdefault(kind, []).append(i)
+        return [(members, kind[-1]) for kind, members in buckets.items()]
+
+    return slots.made("buckets", (sizes, kinds, apart, owned), make)

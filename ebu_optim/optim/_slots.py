@@ -40,12 +40,17 @@ class SlotList(list[Slot]):
 
     Attributes:
         keys, params: by slot.
+        groups: those that the slots are in.
+        group_of: by slot, the place of its group in `groups`.
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         super().__init__(slots)
         self.keys = [s.key for s in self]
         self.params = [s.param for s in self]
+        found = {s.place[0]: s.group for s in self}
+        at = {place: i for i, place in enumerate(found)}
+        self.groups, self.group_of = list(found.values()), [at[s.place[0]] for s in self]
         self._made: dict[str, tuple[Any, Any]] = {}
 
     @cached_property

@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .. import kernels
 from . import _checks, _ranks
-from ._gradients import Column, on, put, with_gradients
+from ._gradients import Column, put, with_gradients
 from ._shards import Shards, any_sharded, is_sharded, like, local, local_gradient
 from ._slots import SlotList
 from ._wrapped import WrappedOptimizer
@@ -142,7 +141,7 @@ class PhasedOptimizer(WrappedOptimizer):
     def _apply(self) -> None:
         phases = self._phases
         scaler = getattr(self, "found_inf", None) is not None
-        slots = self._slots()
+        slots = phases.look()
         if scaler and getattr(self, "grad_scale", None) is None:
             phases.discard()
             raise RuntimeError(
@@ -159,13 +158,16 @@ class PhasedOptimizer(WrappedOptimizer):
         phases.unpoison()
 
         slots, g_f, g_r = with_gradients(slots, phases.of("forget"), phases.of("remember"))
+        shown = g_f if phases.shown == "forget" else g_r
         self._anchors.hold(slots, by_hand=True)
         if any_sharded(slots.params):
             g_f, g_r = (list(map(local_gradient, g, slots.params)) for g in (g_f, g_r))
         compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
         combined = None
+        # the scaler has seen both gradients where the hidden one was probed
+        seen, phases.probes = scaler and phases.probes, scaler
         if not scaler or not self.found_inf.item():
-            combined = self._combine(slots, g_f, g_r, scaler)
+            combined = self._combine(slots, g_f, g_r, scaler, seen)
         self.last_step_skipped = combined is None
         if combined is None:
             self.skipped_steps += 1
@@ -174,7 +176,7 @@ class PhasedOptimizer(WrappedOptimizer):
             grads = combined.grads
             if any_sharded(slots.params):
                 grads = list(map(like, grads, slots.params))
-            put(slots.params, on(slots.params), grads)
+            put(slots.params, shown, grads)
             try:
                 self.base.step()
             except BaseException:
@@ -227,6 +229,7 @@ class PhasedOptimizer(WrappedOptimizer):
         g_f: Column,
         g_r: Column,
         scaler: bool,
+        seen: bool,
     ) -> Combined | None:
         """G and what belongs to it; None where the step is to be skipped."""
         step = Step(
@@ -235,7 +238,7 @@ class PhasedOptimizer(WrappedOptimizer):
             Shards(slots), self._anchors, self._step_count,
         )  # fmt: skip
         looks = self.nonfinite != "propagate"
-        if looks and not scaler:
+        if (looks or scaler) and not seen:
             f, r = self.rule.nonfinite(step).tolist()
             if (f or r) and self._skips(
                 f"non-finite gradients: {f} elements of the forget gradient, {r} of the remember "

@@ -29,7 +29,7 @@ from . import _checks
 from ._anchors import Anchors
 from ._selection import Selection, select
 from ._shards import Shards, like, local, spread
-from ._slots import Key, Slot
+from ._slots import Key, Slot, SlotList
 
 __all__ = [
     "Combined",
@@ -86,7 +86,7 @@ class Step:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        slots: SlotList,
         g_f: Sequence[Tensor | None],
         g_r: Sequence[Tensor | None],
         inv_scale: Tensor | None,
