@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -201,10 +202,9 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply in place by a 0-d tensor."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:
-        by_device.setdefault(t.device, []).append(t)
-    for device, group in by_device.items():
+    devices = set(map(attrgetter("device"), tensors))
+    for device in devices:
+        group = [t for t in tensors if t.device == device] if len(devices) > 1 else list(tensors)
         torch._foreach_mul_(group, factor.to(device))
 
 

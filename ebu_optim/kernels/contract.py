@@ -91,8 +91,8 @@ class Column(list[Any]):
         return Column, (list(self),)  # a copy lies elsewhere
 
     def picked(self, rows: Sequence[int]) -> Column:
-        """These rows alone."""
-        return self if len(rows) == len(self) else Column([self[i] for i in rows], (self, rows))
+        """These rows alone, in this order."""
+        return Column([self[i] for i in rows], (self, rows))
 
 
 class Columns(NamedTuple):
@@ -121,6 +121,8 @@ class Columns(NamedTuple):
     def rows(self, indices: Iterable[int]) -> Columns:
         """The columns of these parameters alone."""
         indices = list(indices)
+        if indices == list(range(len(self.params))):
+            return self
         picked: Any = [
             column.picked(indices) if isinstance(column, Column) else [column[i] for i in indices]
             for column in self

@@ -129,6 +129,19 @@ class Gradients:
             self.hold(owned)
 
 
+def writable(grads: Column) -> Column:
+    """The gradients, copied where several elements are one place in memory (an expanded tensor), as
+    a step writes into them; the same list where none is."""
+    there = [g for g in grads if g is not None]
+    if all(map(Tensor.is_contiguous, there)) or not any(map(_overlaps, there)):
+        return grads
+    return [g.clone() if g is not None and _overlaps(g) else g for g in grads]
+
+
+def _overlaps(grad: Tensor) -> bool:
+    return any(st == 0 for st, s in zip(grad.stride(), grad.shape, strict=True) if s > 1)
+
+
 def owning(grads: Column) -> Column:
     """The gradients, copied where they are part of a larger buffer, such as DDP's bucket, which
     will be overwritten; the same list where none is."""

@@ -33,7 +33,7 @@ from torch._compile import _disable_dynamo
 from .. import kernels
 from . import _checks
 from ._anchors import Anchors
-from ._gradients import Column, Gradients, any_of, on, owning, put
+from ._gradients import Column, Gradients, any_of, on, owning, put, writable
 from ._shards import local
 from ._slots import SlotList
 
@@ -177,9 +177,8 @@ class Phases:
         except (TypeError, RuntimeError):
             self.discard()
             raise
-        self._grads[name].hold(now if name == self.shown else owning(now))
-        if name != self.shown:
-            put(slots.params, now, self._grads[self.shown].tensors)
+        self._grads[name].hold(writable(now) if name == self.shown else owning(now))
+        put(slots.params, now, self._grads[self.shown].tensors)
         if self.complete:
             self._carry_nonfinite()
 

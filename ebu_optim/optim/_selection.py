@@ -59,7 +59,7 @@ def select(
     sizes = [shards.numel(s) for s in slots] if shards else list(map(Tensor.numel, slots.params))
     ranked = _ranked(slots, sizes, granularity)
     pools = [
-        (grads.picked(members), k)
+        (grads if len(members) == len(grads) else grads.picked(members), k)
         for grads, pools in zip((full_f, full_r), ranked.pools, strict=True)
         for members, k in pools
     ]

@@ -53,6 +53,9 @@ class SlotList(list[Slot]):
         self.groups, self.group_of = list(found.values()), [at[s.place[0]] for s in self]
         self._made: dict[str, tuple[Any, Any]] = {}
 
+    def __reduce__(self) -> Any:
+        return SlotList, (list(self),)
+
     @cached_property
     def key_set(self) -> frozenset[Key]:
         return frozenset(self.keys)

@@ -211,6 +211,24 @@ def test_a_buffer_that_is_cloned_serves_both_phases():
     assert_same(snapshot(opt, m), snapshot(other, n))
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("order", ["fr", "rf", "frfr"])
+def test_gradients_whose_elements_are_one_place_in_memory(order, fused):
+    """As torch.autograd.grad gives them for a sum; G needs a place for every element."""
+    results = []
+    for copies in (False, True):
+        m, opt = build(fused=fused)
+        for _ in range(2):
+            for phase in order:
+                with opt.forget() if phase == "f" else opt.remember():
+                    for p in m.parameters():
+                        value = torch.tensor(1.0 if phase == "f" else -2.0).expand(p.shape)
+                        p.grad = value.clone() if copies else value
+            opt.step()
+        results.append(snapshot(opt, m))
+    assert_same(*results)
+
+
 # -- NaN and Inf --------------------------------------------------------------------------------
 
 
