@@ -66,7 +66,7 @@ def _select(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Also the path that each pool took: one of `PATHS`, or "reference"."""
     found = torch.zeros(3, len(pools), dtype=torch.int64)
-    keys, nonfinite = found[:2]
+    keys, nonfinite = found[0], found[1]
     at, kind, end = array("Q"), array("q"), array("q")
     first, taken, total = array("q", [0]), [], 0
     for p, (grads, k) in enumerate(pools):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import Column
-from ..modules import tensor_hash
 from . import _checks
-from ._holding import Holding, TensorMap
-from ._shards import Shards, any_sharded, is_sharded, local, local_gradient, spread
+from ._holding import Holding, Reference, TensorMap
+from ._shards import Shards, any_sharded, local, local_gradient, spread
 from ._slots import Key, Slot, SlotList
 
 _SHAPE = attrgetter("shape")
@@ -50,7 +49,7 @@ class Anchors:
     ) -> None:
         self.used, self.unit, self.holding = used, unit, holding or Holding()
         self.holding.check()
-        self._hash: tuple[tuple[Key, ...], str] | None = None
+        self._reference = Reference(self.holding.anchor_source)
         self._present = slots.key_set
         self._columns = Column(), Column()  # of the last step
         self._fits: tuple[SlotList | None, list[torch.Size]] = None, []  # see `take`
@@ -250,41 +249,11 @@ class Anchors:
     def reference(self, keys: Iterable[Key]) -> dict[str, Any]:
         """For the checkpoint: where theta0 comes from, and its hash over `keys` in that order once
         it is known."""
-        if self.holding.anchor_source is None:
-            return {}
-        order = tuple(key for key in keys if key in self.anchor)
-        if order and (self._hash is None or self._hash[0] != order):
-            if any(is_sharded(self.anchor[key]) for key in order):
-                raise ValueError(
-                    "anchor_source with sharded parameters: no process holds all of theta0 to hash "
-                    "it; leave anchor_source out and save with torch.distributed.checkpoint"
-                )
-            self._hash = order, tensor_hash(*(self.anchor[key] for key in order))
-        found = self._hash[1] if self._hash and order else None
-        return {"ebu_anchor_source": self.holding.anchor_source, "ebu_anchor_hash": found}
+        return self._reference.of(self.anchor, keys)
 
     def check_reference(self, counters: Mapping[str, Any], keys: Iterable[Key]) -> None:
-        """Raise unless theta0 is here where a checkpoint only names it.
-
-        Args:
-            counters: of the checkpoint.
-            keys: in the order of the checkpoint, which its hash has.
-        """
-        source, saved = (counters.get(f"ebu_anchor_{n}") for n in ("source", "hash"))
-        if source is None or saved is None:
-            return
-        here = self.reference(keys) if self.anchor_given else {}
-        remedy = (
-            f"build EBUOptimizer(..., anchor=<the weights of {source}>, anchor_source={source!r}) "
-            "with the same anchor_dtype"
-        )
-        if not here:
-            raise ValueError(f"the checkpoint holds theta0 by reference to {source!r}: {remedy}")
-        if here["ebu_anchor_hash"] != saved:
-            raise ValueError(
-                f"the anchor given is not the theta0 of the checkpoint ({source!r}, hash {saved}; "
-                f"given: {here['ebu_anchor_hash']}): {remedy}"
-            )
+        """Raise unless theta0 is here where a checkpoint only names it; `keys` in its order."""
+        self._reference.check(counters, self.anchor if self.anchor_given else {}, keys)
 
     def load(
         self,
@@ -302,7 +271,8 @@ class Anchors:
             self.mode = "warm" if frozen else "online"
         by_reference = self.holding.anchor_source is not None and self.anchor_given
         if (started or not self.anchor_given) and not by_reference:
-            self.anchor, self._hash = {}, None
+            self.anchor = {}
+            self._reference.forget()
         self._present, self.mean = slots.key_set, None
         self._columns, self._fits = (Column(), Column()), (None, [])
         for slot in slots:
@@ -310,7 +280,7 @@ class Anchors:
             if started and "ebu_anchor" in mine:
                 loaded = _own(mine["ebu_anchor"], slot.param)
                 self.anchor[slot.key] = self.holding.anchor(loaded, slot.name)
-                self._hash = None
+                self._reference.forget()
             if "ebu_fisher" in mine and (started or self.mode == "fixed"):
                 self.fisher[slot.key] = self.holding.fisher(_own(mine["ebu_fisher"], slot.param))
                 self.count[slot.key] = int(mine.get("ebu_fisher_count", 0))

@@ -171,7 +171,7 @@ def kept_back(slots: Sequence[Any], grads: Sequence[Tensor | None], phase: str) 
 
 
 def capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def capture(nonfinite: str, fisher: str) -> None:

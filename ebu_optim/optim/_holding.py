@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..modules import tensor_hash
 from ._shards import is_sharded, local
 
 TensorMap = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
@@ -65,6 +66,64 @@ class Holding(NamedTuple):
             )
         held = torch.empty(t.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
         return held.copy_(t)
+
+
+class Reference:
+    """theta0 by reference: a checkpoint names where it comes from, with its hash.
+
+    Args:
+        source: a hub id or a path; None where checkpoints hold theta0 itself.
+    """
+
+    def __init__(self, source: str | None) -> None:
+        self.source = source
+        self.forget()
+
+    def forget(self) -> None:
+        """theta0 is another."""
+        self._hash: tuple[tuple[Any, ...], str] | None = None
+
+    def of(self, anchor: Mapping[Any, Tensor], keys: Iterable[Any]) -> dict[str, Any]:
+        """For the checkpoint: the source and the hash of `anchor` over `keys` in that order, once
+        it is known."""
+        if self.source is None:
+            return {}
+        order = tuple(key for key in keys if key in anchor)
+        if order and (self._hash is None or self._hash[0] != order):
+            if any(is_sharded(anchor[key]) for key in order):
+                raise ValueError(
+                    "anchor_source with sharded parameters: no process holds all of theta0 to hash "
+                    "it; leave anchor_source out and save with torch.distributed.checkpoint"
+                )
+            self._hash = order, tensor_hash(*(anchor[key] for key in order))
+        found = self._hash[1] if self._hash and order else None
+        return {"ebu_anchor_source": self.source, "ebu_anchor_hash": found}
+
+    def check(
+        self, counters: Mapping[str, Any], given: Mapping[Any, Tensor], keys: Iterable[Any]
+    ) -> None:
+        """Raise unless theta0 was given where a checkpoint only names it.
+
+        Args:
+            counters: of the checkpoint.
+            given: theta0 as the optimizer was given it.
+            keys: in the order of the checkpoint, which its hash has.
+        """
+        source, saved = (counters.get(f"ebu_anchor_{n}") for n in ("source", "hash"))
+        if source is None or saved is None:
+            return
+        here = self.of(given, keys) if given else {}
+        remedy = (
+            f"build EBUOptimizer(..., anchor=<the weights of {source}>, anchor_source={source!r}) "
+            "with the same anchor_dtype"
+        )
+        if not here:
+            raise ValueError(f"the checkpoint holds theta0 by reference to {source!r}: {remedy}")
+        if here["ebu_anchor_hash"] != saved:
+            raise ValueError(
+                f"the anchor given is not the theta0 of the checkpoint ({source!r}, hash {saved}; "
+                f"given: {here['ebu_anchor_hash']}): {remedy}"
+            )
 
 
 def _compact(t: Tensor) -> Tensor:

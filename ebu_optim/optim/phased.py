@@ -140,9 +140,11 @@ class PhasedOptimizer(WrappedOptimizer):
     @torch.no_grad()
     def _apply(self) -> None:
         phases = self._phases
-        scaler = getattr(self, "found_inf", None) is not None
+        # of GradScaler, for the time of a step
+        scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
+        scaler = found_inf is not None
         slots = phases.look()
-        if scaler and getattr(self, "grad_scale", None) is None:
+        if scaler and scale is None:
             phases.discard()
             raise RuntimeError(
                 "scaler.unscale_() was called between the phases and step (accelerate's "
@@ -166,7 +168,7 @@ class PhasedOptimizer(WrappedOptimizer):
         combined = None
         # the scaler has seen both gradients where the hidden one was probed
         seen, phases.probes = scaler and phases.probes, scaler
-        if not scaler or not self.found_inf.item():
+        if found_inf is None or not found_inf.item():
             combined = self._combine(slots, g_f, g_r, scaler, seen)
         self.last_step_skipped = combined is None
         if combined is None:

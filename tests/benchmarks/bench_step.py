@@ -217,8 +217,8 @@ def combine(case: Case) -> None:
     case.run(found, "plain copy", share, MOVED)
 
 
-# two selections, the combination, the probe of g_f at the end of the phases, AdamW
-FLOORS = {"given F": 8.4 + 24 + 4 + 28}
+# two selections, the combination, AdamW
+FLOORS = {"given F": 8.4 + 24 + 28}
 FLOORS["online F"] = FLOORS["given F"] + 4
 FLOORS["online F, clipped"] = FLOORS["online F"] + 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from ebu_optim import EBUOptimizer
+from ebu_optim.kernels import chunked, cpu
 
 from ..steps import assert_same, build, loss, net, params, run, snapshot
 
@@ -114,6 +116,55 @@ def test_one_element_anywhere_is_enough(index, value, phase):
     assert_same(params(m), params(net()))
     assert opt.last_step_skipped
     assert scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("options", [{}, {"unrelated": "freeze"}, {"fused": False}])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "propagate"])
+@WHERE
+def test_a_scaler_that_comes_after_steps_without_one(forget, remember, nonfinite, options):
+    """Its first step has no probe in param.grad, and looks at both gradients itself."""
+    m, opt = build("adam", nonfinite=nonfinite, **options)
+    n, other = build("adam", nonfinite=nonfinite, **options)
+    run(opt, m, range(2))
+    run(other, n, range(2))
+    before = but_for_the_count(snapshot(opt, m))
+    scaler = scaler_of()
+    step(scaler, opt, m, 5, forget, remember)
+    assert_same(but_for_the_count(snapshot(opt, m)), before)
+    assert (opt.skipped_steps, opt.last_step_skipped) == (1, True)
+    scale = scaler.get_scale()  # the scaler has seen an overflow of the remember gradient alone
+    assert scale == (16.0 if remember == 1 else 8.0)
+    step(scaler, opt, m, 5, forget, remember)
+    assert_same(but_for_the_count(snapshot(opt, m)), before)
+    assert opt.skipped_steps == 2
+    assert scaler.get_scale() == scale / 2
+    step(scaler, opt, m, 2)
+    run(other, n, range(2, 3))
+    assert not opt.last_step_skipped
+    torch.testing.assert_close(params(m), params(n), rtol=1e-6, atol=1e-8)
+
+
+def test_the_hidden_gradient_is_probed_where_a_scaler_may_be_in_use(monkeypatch):
+    probed = []
+    for module in (chunked, cpu):
+        probe = module.finite_probe
+        monkeypatch.setattr(module, "finite_probe", lambda t, p=probe: probed.append(1) or p(t))
+    m, opt = build()
+    scaler = scaler_of()
+
+    def probes(take, *arguments):
+        probed.clear()
+        take(*arguments)
+        return bool(probed)
+
+    assert probes(run, opt, m, range(1))  # who knows what comes
+    assert not probes(run, opt, m, range(1, 3))
+    assert not probes(step, scaler, opt, m, 3)
+    assert probes(step, scaler, opt, m, 4)
+    assert probes(run, opt, m, range(5, 6))
+    assert not probes(run, opt, m, range(6, 7))
+    m, opt = copy.deepcopy((m, opt))
+    assert probes(run, opt, m, range(7, 8))
 
 
 def test_several_overflows_and_growth():

@@ -1,4 +1,4 @@
-"""What is remembered from step to step changes nothing: a twin that forgets takes the same steps."""
+"""What is remembered from step to step changes nothing: a twin that forgets does the same."""
 
 from __future__ import annotations
 
