@@ -71,7 +71,7 @@ def select(
     else:
         taus, nonfinite = backend.select(pools, dtype)
     both = nonfinite
-    if len(pools) > 2:  # more than one for each gradient
+    if len(pools) != 2:  # not one for each gradient
         both = torch.stack([part.sum() for part in nonfinite.split([*map(len, ranked.pools)])])
     return Selection((full_f, full_r), taus, ranked.of_slot, both, sum(sizes), dtype, backend)
 

@@ -93,10 +93,11 @@ class Shards:
         self._counts: dict[Key, bool] = {}
         self._numel: dict[Key, int] = {}
         slots = list(slots)
-        sharded = [s for s in slots if is_sharded(s.param)]
-        if not sharded:
+        if not any_sharded([s.param for s in slots]):
             return
-        for s in sharded:
+        for s in slots:
+            if not is_sharded(s.param):
+                continue
             mesh = s.param.device_mesh  # type: ignore[attr-defined]
             if self._mesh is not None and mesh != self._mesh:
                 raise TypeError(
