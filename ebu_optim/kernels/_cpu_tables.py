@@ -48,9 +48,8 @@ def flat_row(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
 
 
 def walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What the extension walks, as dense tensors, and the rest."""
-    table = table_of(tensors)
-    if table is not None and not table.expands:
+    """What the extension walks, as dense tensors or one value expanded, and the rest."""
+    if table_of(tensors) is not None:
         return tensors, ()
     taken, rest = [], []
     for t in tensors:
