@@ -101,6 +101,43 @@ def test_hooks_know_linear_conv_norms_embedding_and_shared_modules():
             torch.testing.assert_close(results[0][name], other[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 1},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+    ],
+)
+def test_hooks_and_loop_give_the_same_float64_gradients_of_convolutions(draws, memory_format, conv):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, **conv), nn.SiLU(), nn.Conv2d(3, 2, **conv)).double()
+    batch = {"x": torch.randn(4, draws, 2, 9, 8, dtype=torch.float64)}
+
+    def loss(m, b):
+        x = b["x"].flatten(0, 1).to(memory_format=memory_format)
+        return m(x).square().flatten(1).sum(1).view(-1, draws).mean(1)
+
+    (got,) = METHODS["hooks"](model, loss, batch)
+    truth = list(METHODS["loop"](model, loss, batch))
+    assert list(got) == list(truth[0])
+    for name, grad in got.items():
+        expected = torch.cat([g[name] for g in truth])
+        torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_hooks_compute_no_gradient_of_a_parameter():
+    model, (batch, *_) = tiny_unet(), batches(cross=False)
+    asked = []
+    for p in model.parameters():
+        p.register_hook(asked.append)
+    (got,) = METHODS["hooks"](model, fisher_loss(schedule()), batch)
+    assert all(bool(got[name].any()) for name in got)
+    assert not asked
+
+
 def test_hooks_refuse_unknown_modules_by_name_and_auto_goes_on():
     model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 1))
     data = [{"x": torch.randn(2, 1, 4)}]

@@ -6,6 +6,7 @@ rows) and yields per-sample gradients by name, shape (m, *parameter) for m sampl
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from ..modules import without_gradients
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
-Grads = dict[str, Tensor]
+Grads = Mapping[str, Tensor]
 
 
 def size(batch: Batch) -> int:
@@ -51,7 +52,7 @@ def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     class Functional:
         """The model with parameters that vmap gives; its other attributes are the model's."""
 
-        def __init__(self, p: Grads) -> None:
+        def __init__(self, p: dict[str, Tensor]) -> None:
             self._p = p
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +61,7 @@ def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
 
-    def one(p: Grads, item: Batch) -> Tensor:
+    def one(p: dict[str, Tensor], item: Batch) -> Tensor:
         return loss(Functional(p), {k: v[None] for k, v in item.items()}).sum()
 
     yield torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(params, dict(batch))
@@ -78,20 +79,12 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     """
     n = size(batch)
     params = _trainable(model)
-    names = {id(p): name for name, p in params.items()}
-    found: Grads = {}
-
-    def add(p: Tensor | None, grad: Callable[[], Tensor]) -> None:
-        if p is None or id(p) not in names:
-            return
-        name = names[id(p)]
-        value = grad().reshape(n, *p.shape)
-        found[name] = found[name] + value if name in found else value
+    calls: list[tuple[nn.Module, Tensor, Any]] = []
 
     def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach()
         if output.requires_grad:
-            output.register_hook(lambda g: _of_module(module, x, g.detach(), n, add))
+            edge = torch.autograd.graph.get_gradient_edge(output)
+            calls.append((module, args[0].detach(), edge))
 
     with ExitStack() as handles:
         for module in model.modules():
@@ -100,42 +93,78 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
                     raise TypeError(f'method="hooks" does not know {module}; use "vmap" or "loop"')
                 handles.callback(module.register_forward_hook(forward).remove)
         total = loss(model, batch).sum()
-        # only the graph is walked: .grad of the parameters stays as it was
-        torch.autograd.grad(total, list(params.values()), allow_unused=True)
-    yield {
-        name: found.get(name, torch.zeros((), dtype=p.dtype, device=p.device).expand(n, *p.shape))
-        for name, p in params.items()
-    }
+    # the gradients of the outputs alone: those of the parameters are not computed
+    edges = [edge for _, _, edge in calls]
+    grads = torch.autograd.grad(total, edges, allow_unused=True) if edges else ()
+    parts: dict[int, list[Callable[[], Tensor]]] = {id(p): [] for p in params.values()}
+    for (module, x, _), g in zip(calls, grads, strict=True):
+        if g is not None:
+            for p, grad in _of_module(module, x, g, n):
+                parts.get(id(p), []).append(grad)
+    yield _OnDemand(params, parts, n)
+
+
+class _OnDemand(Grads):
+    """Per-sample gradients, each computed when it is read: what is used at once stays in the cache,
+    and n times the parameters are never held together."""
+
+    def __init__(
+        self, params: dict[str, nn.Parameter], parts: dict[int, list[Callable[[], Tensor]]], n: int
+    ) -> None:
+        self._params, self._parts, self._n = params, parts, n
+
+    def __getitem__(self, name: str) -> Tensor:
+        p = self._params[name]
+        if not (parts := self._parts[id(p)]):
+            return torch.zeros((), dtype=p.dtype, device=p.device).expand(self._n, *p.shape)
+        grad = parts[0]()
+        for part in parts[1:]:  # a module called several times
+            grad = grad + part()
+        return grad.reshape(self._n, *p.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
 
 
 def _of_module(
-    module: nn.Module, x: Tensor, g: Tensor, n: int,
-    add: Callable[[Tensor | None, Callable[[], Tensor]], None],
-) -> None:  # fmt: skip
-    """Per-sample gradients of one module's parameters, from its input and its output's gradient."""
+    module: nn.Module, x: Tensor, g: Tensor, n: int
+) -> list[tuple[Tensor | None, Callable[[], Tensor]]]:
+    """One module's parameters and how to compute their per-sample gradients, from its input and its
+    output's gradient."""
     if x.is_floating_point():
         x = x.to(g.dtype)  # under autocast
     if isinstance(module, nn.Linear):
         rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
-        add(module.weight, lambda: torch.bmm(out.transpose(1, 2), rows))
-        add(module.bias, lambda: out.sum(1))
-    elif isinstance(module, nn.Conv2d):
-        add(module.weight, lambda: _conv_weight(module, x, g, n))
-        add(module.bias, lambda: g.reshape(n, -1, *g.shape[1:]).sum((1, 3, 4)))
-    elif isinstance(module, nn.GroupNorm):
-        normal = F.group_norm(x, module.num_groups, eps=module.eps)
-        add(module.weight, lambda: _channels(g * normal, n))
-        add(module.bias, lambda: _channels(g, n))
-    elif isinstance(module, nn.LayerNorm):
-        normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-        shape = (n, -1, *module.normalized_shape)
-        add(module.weight, lambda: (g * normal).reshape(shape).sum(1))
-        add(module.bias, lambda: g.reshape(shape).sum(1))
-    elif isinstance(module, nn.Embedding):
-        index, out = x.reshape(n, -1), g.reshape(n, -1, g.shape[-1])
-        zero = out.new_zeros(n, *module.weight.shape)
-        where = index.unsqueeze(-1).expand_as(out)
-        add(module.weight, lambda: zero.scatter_add_(1, where, out))
+        return [
+            (module.weight, lambda: torch.bmm(out.transpose(1, 2), rows)),
+            (module.bias, lambda: out.sum(1)),
+        ]
+    if isinstance(module, nn.Conv2d):
+        return [
+            (module.weight, lambda: _conv_weight(module, x, g, n)),
+            (module.bias, lambda: _channels(g, n)),
+        ]
+    if isinstance(module, nn.GroupNorm):
+        groups, eps = module.num_groups, module.eps
+        return [
+            (module.weight, lambda: _channels(g * F.group_norm(x, groups, eps=eps), n)),
+            (module.bias, lambda: _channels(g, n)),
+        ]
+    if isinstance(module, nn.LayerNorm):
+        normal, eps = module.normalized_shape, module.eps
+        shape = (n, -1, *normal)
+        return [
+            (module.weight, lambda: (g * F.layer_norm(x, normal, eps=eps)).reshape(shape).sum(1)),
+            (module.bias, lambda: g.reshape(shape).sum(1)),
+        ]
+    assert isinstance(module, nn.Embedding)
+    index, out = x.reshape(n, -1), g.reshape(n, -1, g.shape[-1])
+    where = index.unsqueeze(-1).expand_as(out)
+    zeros = (n, *module.weight.shape)
+    return [(module.weight, lambda: out.new_zeros(zeros).scatter_add_(1, where, out))]
 
 
 def _known(module: nn.Module) -> bool:
@@ -157,22 +186,25 @@ def differ(a: Grads, b: Grads) -> float:
 
 
 def _conv_weight(module: nn.Conv2d, x: Tensor, g: Tensor, n: int) -> Tensor:
-    padding = module.padding
-    columns = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
-    out = g.flatten(2)
-    if len(x) == n:
-        return torch.bmm(out, columns.transpose(1, 2))
-    # the rows of one sample (its timesteps) are further positions of it
-    rows = columns.reshape(n, -1, *columns.shape[1:]).transpose(1, 2).flatten(2)
-    return torch.bmm(out.reshape(n, -1, *out.shape[1:]).transpose(1, 2).flatten(2),
-                     rows.transpose(1, 2))  # fmt: skip
+    """(n, out, in * kh * kw); the rows of one sample (its timesteps) are further positions."""
+    top, left = module.padding  # type: ignore[str-unpack]  # `_known` lets no string pass
+    (down, right), (dy, dx) = module.stride, module.dilation
+    x = F.pad(x, (left, left, top, top))  # type: ignore[arg-type]
+    sample, channel, line, column = x.stride()
+    out, *kernel = module.weight.shape
+    rows = len(x) // n
+    # what F.unfold gives, in less time: each entry of the kernel sees the image from another place
+    seen = x.as_strided(
+        (n, *kernel, rows, *g.shape[2:]),
+        (rows * sample, channel, dy * line, dx * column, sample, down * line, right * column),
+    ).reshape(n, math.prod(kernel), -1)
+    g = g.reshape(n, rows, out, -1).transpose(1, 2).reshape(n, out, -1)
+    return torch.bmm(g, seen.transpose(1, 2))
 
 
 def _channels(t: Tensor, n: int) -> Tensor:
     """(rows, C, ...) -> (n, C): summed over a sample's rows and all positions."""
-    return t.flatten(2).sum(2).reshape(n, -1, t.shape[1]).sum(1) if t.dim() > 2 else (
-        t.reshape(n, -1, t.shape[1]).sum(1)
-    )  # fmt: skip
+    return t.reshape(n, len(t) // n, t.shape[1], -1).sum((1, 3))
 
 
 METHODS = {"hooks": hooks, "vmap": vmap, "loop": loop}
@@ -202,7 +234,7 @@ def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> st
         try:
             for _ in range(2 if method == "auto" else 1):  # the first call warms up
                 start = time.perf_counter()
-                grads = list(METHODS[name](model, loss, one))
+                grads = [dict(g) for g in METHODS[name](model, loss, one)]
                 float(next(iter(grads[-1].values())).sum())  # wait for an accelerator
                 seconds = time.perf_counter() - start
             got = {n: torch.stack([grads[0][n][0], grads[-1][n][-1]]) for n in expected}

@@ -66,11 +66,8 @@ class Run:
         # then single entries of F
         self.spread = torch.zeros(2, 1 + _PROBES, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
-        sizes = torch.tensor([m.numel() for m in mean.values()])
-        draw = torch.randint(int(sizes.sum()), (_PROBES,), generator=generator).sort().values
-        starts = [0, *sizes.cumsum(0).tolist()]
-        cuts = torch.searchsorted(draw, torch.tensor(starts)).tolist()
-        self.probes = {name: draw[cuts[i] : cuts[i + 1]] - starts[i] for i, name in enumerate(mean)}
+        self.sizes = [m.numel() for m in mean.values()]
+        self.probes = torch.randint(sum(self.sizes), (_PROBES,), generator=generator).sort().values
 
     @classmethod
     def begin(cls, params: Mapping[str, Tensor], method: str, identity: dict[str, Any]) -> Run:
@@ -84,21 +81,21 @@ class Run:
         total: dict[str, Tensor] = {}
         for grads in zip(*(per_sample(model, loss, b) for b in pair), strict=True):
             for name in self.mean:
-                first, last = grads[0][name].float(), grads[-1][name].float()
-                product = (first * last).sum(0)
+                factors = [g[name].float() for g in grads]
+                product = (factors[0] * factors[-1]).sum(0)
                 total[name] = total[name] + product if name in total else product
-        trace = sum(float(t.sum(dtype=torch.float64)) for t in total.values()) / n
-        if not math.isfinite(trace):
+        # one vector: a model has hundreds of tensors, and each call on one takes its time
+        device = next(iter(total.values())).device
+        batch_mean = torch.cat([t.flatten().to(device) for t in total.values()]) / n
+        trace = batch_mean.sum(dtype=torch.float64).reshape(1)
+        if not trace.isfinite():
             raise ValueError(self._bad(total, n))
         with _undisturbed():
             self.whole = False  # until the end of this update
-            values = []
-            for name, mean in self.mean.items():
-                batch_mean = total[name] / n
-                mean.lerp_(batch_mean, n / (self.samples + n))
-                probed = batch_mean.flatten()[self.probes[name].to(mean.device)]
-                values.append(probed.cpu().double())
-            row = torch.cat([torch.tensor([trace], dtype=torch.float64), *values])
+            pieces = batch_mean.split(self.sizes)
+            for mean, piece in zip(self.mean.values(), pieces, strict=True):
+                mean.lerp_(piece.view(mean.shape).to(mean.device), n / (self.samples + n))
+            row = torch.cat([trace, batch_mean[self.probes.to(device)].double()]).cpu()
             self.spread += n * torch.stack([row, row.square()])
             self.samples += n
             self.next += 1
