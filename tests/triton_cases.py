@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebu_optim import EBUOptimizer, kernels
-from ebu_optim.kernels import _tables, chunked, reference
+from ebu_optim.kernels import (
+    _launch,
+    _launch_plan,
+    _launch_selection,
+    _tables,
+    chunked,
+    reference,
+)
 from ebu_optim.kernels import triton as fused
 from ebu_optim.kernels.contract import Columns, Update
 
@@ -48,37 +55,37 @@ TAKEN = (torch.float32, *HALVES)
 # no shrinking: a call takes a large part of a second here
 slow = settings(deadline=None, max_examples=12, phases=(Phase.explicit, Phase.generate))
 combine = functools.partial(inputs.combine, kernels=fused)
-CONSTANTS = {
-    "WINDOW_MIN": 1 << 40,
-    "WINDOW_MIN_16": 1 << 40,
-    "TILE": 64,
-    "RADIX_TILE": 64,
-    "RADIX_PROGRAMS": 3,
-}
+CONSTANTS = (
+    (_tables, "CHUNK", 128),
+    (_launch, "TILE", 64),
+    (_launch_plan, "WINDOW_MIN", 1 << 40),
+    (_launch_plan, "WINDOW_MIN_16", 1 << 40),
+    (_launch_selection, "RADIX_TILE", 64),
+    (_launch_selection, "RADIX_PROGRAMS", 3),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _fused():
     """Tiny chunks and no windows, also for the tests imported from other files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tables, "CHUNK", 128)
-        for name, value in CONSTANTS.items():
-            patch.setattr(fused, name, value)
+        for constant in CONSTANTS:
+            patch.setattr(*constant)
         yield
 
 
 @pytest.fixture
 def windows(monkeypatch):
     """Every pool has a window."""
-    monkeypatch.setattr(fused, "WINDOW_MIN", 1)
-    monkeypatch.setattr(fused, "WINDOW_MIN_16", 1)
-    monkeypatch.setattr(fused, "SAMPLE_MIN", 6000)
+    monkeypatch.setattr(_launch_plan, "WINDOW_MIN", 1)
+    monkeypatch.setattr(_launch_plan, "WINDOW_MIN_16", 1)
+    monkeypatch.setattr(_launch_plan, "SAMPLE_MIN", 6000)
 
 
 def settled(pools):
     """The keys, and which pools their window settled."""
-    plan, _alive = fused._read_plan(pools, pools[0][0][0].device)
-    keys, _, done = fused._select(plan)
+    plan, _alive = _launch_plan.read_plan(pools, pools[0][0][0].device)
+    keys, _, done = _launch_selection._select(plan)
     return keys, done.tolist()
 
 
@@ -148,10 +155,10 @@ class Sampled:
         seen = torch.zeros(1, 32768, dtype=torch.int32)
         bins = torch.arange(n, dtype=torch.int32) << 16  # each element in a bin of its own
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "WINDOW_MIN", 1)
-            plan, _ = fused._read_plan([([bins.view(torch.float32)], 1)], bins.device)
+            patch.setattr(_launch_plan, "WINDOW_MIN", 1)
+            plan, _ = _launch_plan.read_plan([([bins.view(torch.float32)], 1)], bins.device)
         for (kind,), first, count in plan.windowed:
-            fused._kernels().sample_kernel[(count,)](
+            _launch.kernels().sample_kernel[(count,)](
                 plan.chunks, plan.chunks.shape[1], first, plan.pools, 1, seen, KIND=kind, TILE=256
             )
         self.at = seen[0, :n] > 0
@@ -159,7 +166,7 @@ class Sampled:
 
 
 def test_sample_is_drawn_evenly_with_the_size_asked_for(monkeypatch):
-    monkeypatch.setattr(fused, "SAMPLE_MIN", 1500)
+    monkeypatch.setattr(_launch_plan, "SAMPLE_MIN", 1500)
     n = 3000
     drawn = Sampled(n, monkeypatch)
     assert abs(drawn.count - 1500) <= n / 96 + 1  # each chunk rounds its share
@@ -176,10 +183,10 @@ def test_window_that_missed_is_refuted_and_the_radix_selection_finds_the_key(
     path, dtype, monkeypatch
 ):
     n = 1500
-    monkeypatch.setattr(fused, "SAMPLE_MIN", 300)
+    monkeypatch.setattr(_launch_plan, "SAMPLE_MIN", 300)
     drawn = Sampled(n, monkeypatch).at
-    monkeypatch.setattr(fused, "WINDOW_MIN", 1)
-    monkeypatch.setattr(fused, "WINDOW_MIN_16", 1)
+    monkeypatch.setattr(_launch_plan, "WINDOW_MIN", 1)
+    monkeypatch.setattr(_launch_plan, "WINDOW_MIN_16", 1)
     x = torch.linspace(1, 2, n)[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
     if path == "too low":
         x = torch.where(drawn, x, x * 1000)
@@ -209,7 +216,7 @@ def test_rank_among_zeros_needs_no_second_pass():
 def test_window_whose_bins_do_not_add_up_settles_nothing(monkeypatch):
     """As after the overflow of a 32-bit bin, which takes 2**31 equal elements."""
     x = clusters()
-    module, calls = fused._kernels(), []
+    module, calls = _launch.kernels(), []
 
     class Doctored:
         def __getitem__(self, grid):
@@ -229,9 +236,9 @@ def test_window_whose_bins_do_not_add_up_settles_nothing(monkeypatch):
 
 def test_counts_of_pools_past_32_bits_are_64_bits_wide():
     x = torch.linspace(-3, 3, 500)
-    plan, _ = fused._read_plan([([x], 123)], x.device)
+    plan, _ = _launch_plan.read_plan([([x], 123)], x.device)
     assert not plan.wide
-    keys, _, _ = fused._select(plan._replace(wide=True))
+    keys, _, _ = _launch_selection._select(plan._replace(wide=True))
     assert keys.tolist() == reference.select([([x], 123)], torch.float32)[0].tolist()
 
 
@@ -438,7 +445,7 @@ def launched(monkeypatch):
 
             return Kernel()
 
-    monkeypatch.setattr(fused, "_kernels", Kernels)
+    monkeypatch.setattr(_launch, "kernels", Kernels)
     return calls
 
 
@@ -474,7 +481,7 @@ def test_small_models_take_eight_launches_and_no_wait_whatever_the_number_of_ten
 
 
 def test_large_models_launch_the_window_and_the_fallback_without_asking(launched, monkeypatch):
-    monkeypatch.setattr(fused, "WINDOW_MIN", 1000)
+    monkeypatch.setattr(_launch_plan, "WINDOW_MIN", 1000)
     columns = [list(torch.randn(2000).split(500)) for _ in range(4)]
     step(*columns)
     window = ["sample", "bracket", "window", "fold", "settle"]

@@ -31,7 +31,7 @@ import ways
 from torch import Tensor
 
 from ebu_optim import EBUOptimizer
-from ebu_optim.kernels import _tables, reference
+from ebu_optim.kernels import _launch_plan, _launch_selection, _tables, reference
 from ebu_optim.kernels import triton as fused
 
 PARTS = ("exact", "select", "bandwidth", "small", "loop")
@@ -223,7 +223,7 @@ def bandwidth_one(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
     size = torch.finfo(dtype).bits // 8
     x = columns(bench, n, dtype)
     keys, _ = fused.select([(x["g_f"], n // 2), (x["g_r"], n // 2)], torch.float32)
-    plan, _ = fused._read_plan([(x["g_f"], n // 2)], bench.device)
+    plan, _ = _launch_plan.read_plan([(x["g_f"], n // 2)], bench.device)
     target = torch.empty_like(x["g_f"][0])
     factor = torch.ones((), device=bench.device)
     # G goes to g_r itself, which so drifts; the work does not depend on the values
@@ -231,14 +231,14 @@ def bandwidth_one(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
     runs: dict[str, tuple[int, Callable[[], Any]]] = {
         "plain read": (size, lambda: x["g_f"][0].sum()),
         "plain copy": (2 * size, lambda: target.copy_(x["g_f"][0])),
-        "select": (size, lambda: fused._select(plan)),
+        "select": (size, lambda: _launch_selection._select(plan)),
         "finite_probe": (size, lambda: fused.finite_probe(x["g_f"])),
         "combine": (5 * size + 4, lambda: ways.combine(fused, x, x["g_r"], keys)),
         "combine, online F": (5 * size + 8, functools.partial(online, x, x["g_r"], keys)),
         "scale": (2 * size, lambda: fused.scale(x["g_f"], factor)),
         "torch.compile of the formula": (5 * size + 4, compiled_formula(bench, x, target, keys)),
     }
-    _, _, done = fused._select(plan)
+    _, _, done = _launch_selection._select(plan)
     seconds = bench.timed({name: run for name, (_, run) in runs.items()})
     gigabytes = {
         name: s if isinstance(s, str) else runs[name][0] * n / s / 1e9
@@ -421,11 +421,12 @@ def main() -> None:
         parser.error("--dry-run needs TRITON_INTERPRET=1 in the environment")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device; TRITON_INTERPRET=1 and --dry-run try this file without one")
-    if args.chunk < fused.RADIX_TILE or args.chunk & (args.chunk - 1):
-        parser.error(f"--chunk: a power of 2 from {fused.RADIX_TILE} on, not {args.chunk}")
+    least = _launch_selection.RADIX_TILE
+    if args.chunk < least or args.chunk & (args.chunk - 1):
+        parser.error(f"--chunk: a power of 2 from {least} on, not {args.chunk}")
     if reason := fused.available():
         parser.error(reason)
-    _tables.CHUNK = fused.RADIX_TILE if args.dry_run else args.chunk
+    _tables.CHUNK = least if args.dry_run else args.chunk
     bench = Bench(args.dry_run, args.rounds)
     result: dict[str, Any] = {"machine": machine(args.dry_run), "rounds": bench.rounds}
     if "exact" not in wanted:

@@ -1,0 +1,160 @@
+"""The combination: which rows one launch takes, and what is launched; its inverse, `restore`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _launch, _tables, chunked
+from ._launch import OPTIONS, on, runs_on
+from ._tables import KINDS, Launch
+from .contract import STATS, Columns, Update
+
+_PENALTY = {"none": 0, "partial": 1, "full": 2}
+
+Row = Sequence[Any]  # tensors, None where a column is missing; theta first
+
+
+class _Table(NamedTuple):
+    chunks: Tensor  # [11, chunks]
+    launches: list[Launch]
+    host: Tensor
+
+
+def _columns(row: Row, device: torch.device) -> tuple[int, ...] | None:
+    """KIND and stride of every column of a row; None where the kernel cannot take it.
+
+    theta comes first; its layout is the row's, but for columns that are one expanded value.
+    """
+    theta = row[0]
+    assert theta is not None
+    found: list[int] = []
+    lead = None if theta.is_contiguous() else theta.stride()
+    for j, t in enumerate(row):
+        if t is None:
+            found += (-1, 0)
+            continue
+        kind = KINDS.get(t.dtype)
+        if kind is None or t.device != device:
+            return None
+        if t.is_contiguous() if lead is None else t.stride() == lead:
+            stride: int | None = 1
+        else:
+            stride = 0 if _tables.flat_stride(t) == 0 else None
+        if stride is None or (j == 0 and _tables.flat_stride(t) is None):
+            return None
+        found += (kind, stride)
+    return tuple(found)
+
+
+def _table(
+    rows: list[Row], columns: list[tuple[int, ...]], pairs: list[tuple[int, int]],
+    device: torch.device,
+) -> _Table:  # fmt: skip
+    both = np.array(columns, np.int64).reshape(len(rows), 7, 2).transpose(2, 1, 0)
+    kinds, strides = both
+    order = np.lexsort(kinds)
+    addresses = np.array([[0 if t is None else t.data_ptr() for t in row] for row in rows]).T
+    sizes = np.array([row[0].numel() for row in rows])
+    keys = np.array(pairs).T
+    kinds, strides, addresses, keys = (a[:, order] for a in (kinds, strides, addresses, keys))
+    row_of, at, length, full = _tables.split(addresses, kinds, strides, sizes[order], _tables.CHUNK)
+    bits = (strides << np.arange(7)[:, None]).sum(0)
+    table = np.concatenate(
+        [at, length[None], keys[:, row_of], (bits[row_of] | full.astype(np.int64) << 7)[None]]
+    )
+    (chunks,), host = _tables.upload([table], device)
+    return _Table(chunks, _tables.launches(kinds[:, row_of]), host)
+
+
+def _rows_table(
+    use: str, rows: list[Row], device: torch.device, pairs: list[tuple[int, int]]
+) -> tuple[_Table | None, list[int]]:
+    """The table of the rows that a kernel takes, and the indices of the others."""
+    taken: list[int] = []
+    columns: list[tuple[int, ...]] = []
+    others: list[int] = []
+    for i, row in enumerate(rows):
+        found = _columns(row, device) if runs_on(device) else None
+        if found is None:
+            others.append(i)
+        elif row[0].numel():
+            taken.append(i)
+            columns.append(found)
+    if not taken:
+        return None, others
+    key = [
+        (rows[i][0].numel(), pairs[i], found, *(0 if t is None else t.data_ptr() for t in rows[i]))
+        for i, found in zip(taken, columns)
+    ]
+    table: _Table = _tables.cached(
+        (use, device, _tables.CHUNK, *key),
+        device,
+        lambda: _table([rows[i] for i in taken], columns, [pairs[i] for i in taken], device),
+    )
+    return table, others
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
+    """As `reference.combine`; `online` may be a 0-d tensor too. Tensors are read on the device."""
+    device = stats.device
+    rows: list[Row] = list(zip(*columns.tensors, strict=True))
+    table, others = None, list(range(len(rows)))
+    if how.dtype == torch.float32 and taus.device == device:
+        pairs = list(zip(columns.pool_f, columns.pool_r, strict=True))
+        table, others = _rows_table("combine", rows, device, pairs)
+    if table is not None:
+        there: Any = (x.to(device) if isinstance(x, Tensor) else x for x in how)
+        with on(device):
+            _combine(table, taus, Update(*there), stats)
+    if others:
+        online = how.online.item() if isinstance(how.online, Tensor) else how.online
+        chunked.combine(columns.rows(others), taus, how._replace(online=online), stats)
+
+
+def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
+    kernels, device = _launch.kernels(), table.chunks.device
+    n_chunks = table.chunks.shape[1]
+    partial = torch.empty(len(STATS), n_chunks, dtype=torch.float64, device=device)
+    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    gamma, online, inv_scale = how.gamma, how.online, how.inv_scale
+    for kinds, start, count in table.launches:
+        theta, f, r, anchor, fisher, to, kept = kinds
+        kernels.combine_kernel[(count,)](
+            table.chunks, n_chunks, start, taus, on_r, on_m, blend,
+            gamma, 0.0 if online is None else online, 1.0 if inv_scale is None else inv_scale,
+            partial,
+            THETA=theta, F=f, R=r, ANCHOR=anchor, FISHER=fisher, OUT=to, HELD=kept,
+            ROUTED=bool(only_r), FIRST=bool(on_f),
+            PENALTY=_PENALTY[penalty] if anchor >= 0 and fisher >= 0 else 0,
+            ONLINE=int(online is not None and fisher >= 0), SCALED=inv_scale is not None,
+            GAMMA_AT=isinstance(gamma, Tensor), ONLINE_AT=isinstance(online, Tensor),
+            CHUNK=_tables.CHUNK, TILE=min(_launch.TILE, 512 if max(kinds) == 0 else 1024),
+            LANE=4 if max(kinds) == 0 else 8, **OPTIONS,
+        )  # fmt: skip
+    kernels.reduce_kernel[(len(STATS),)](partial, n_chunks, stats, BLOCK=1024, **OPTIONS)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
+    """As `reference.restore`, in one launch for each dtype."""
+    if not params:
+        return
+    device = params[0].device
+    rows: list[Row] = [(p, *[None] * 5, h) for p, h in zip(params, held) if h is not None]
+    table, others = _rows_table("restore", rows, device, [(0, 0)] * len(rows))
+    if table is not None:
+        with on(device):
+            for kinds, first, count in table.launches:
+                _launch.kernels().restore_kernel[(count,)](
+                    table.chunks, table.chunks.shape[1], first, THETA=kinds[0], HELD=kinds[6],
+                    CHUNK=_tables.CHUNK, TILE=_launch.TILE, **OPTIONS,
+                )  # fmt: skip
+    chunked.restore([rows[i][0] for i in others], [rows[i][6] for i in others])
