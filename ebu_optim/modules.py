@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
+
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
@@ -39,6 +41,29 @@ def without_gradients() -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
+
+
+def whole_model(kind: Any, folder: Any, **options: Any) -> Any:
+    """What ``kind.from_pretrained(folder)`` of diffusers or transformers reads.
+
+    Raises:
+        InputError: weights that cannot be read, of other shapes, or that lack a tensor: the
+            libraries leave that one empty, and the error comes much later.
+    """
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except (RuntimeError, ValueError) as error:  # shapes that differ
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: the weights do not fit its configuration: {first}") from error
+    # of transformers: counted, not stored
+    missing = sorted(n for n in info["missing_keys"] if not n.endswith("position_ids"))
+    if missing:
+        raise InputError(
+            f"{folder}: the weights lack {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: they are cut short or of "
+            "another model; get the files again"
+        )
+    return model
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

@@ -70,7 +70,8 @@ def test_world_is_asked_in_all_words_and_templates_of_the_concept_once(words):
 def arguments(**options) -> SimpleNamespace:
     return SimpleNamespace(**{
         "judge": "nudity", "forget": ["cat"], "forget_templates": None, "paraphrases": [],
-        "attacks": ["paraphrase", "inversion"], "initializer_token": [], **options,
+        "attacks": ["paraphrase", "inversion"], "initializer_token": [],
+        "ignore_row_settings": False, **options,
     })  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_elsewhere_prompts_and_paraphrases_are_those_given(tmp_path):
             paraphrases=["the cat", str(tmp_path / "other.txt")],
         ), words,
     )  # fmt: skip
-    assert found.forget == [
+    assert [one[:2] for one in found.forget] == [
         ("an image of cat", "an image of {}"), ("cat in red", "{} in red"),
         ("an image of dog", "an image of {}"), ("dog in red", "{} in red"),
     ]  # fmt: skip
@@ -96,6 +97,18 @@ def test_elsewhere_prompts_and_paraphrases_are_those_given(tmp_path):
     known = words("a cat in red", padding="max_length").input_ids
     assert (at, len(ids)) == (2, len(known))
     assert ids[:at] + ids[at + 1 :] == known[:at] + known[at + 1 :]
+
+
+def test_rows_of_a_table_bring_their_seed_and_guidance(tmp_path):
+    from .text_to_image import tokenizer
+
+    (tmp_path / "a.csv").write_text("prompt,sd_seed,sd_guidance_scale\na cat,7,1.5\na dog,,\n")
+    a, words = module("prompts"), tokenizer(tmp_path / "words")
+    given = {"forget": [str(tmp_path / "a.csv")], "paraphrases": ["the cat"]}
+    found = a.collect(arguments(**given), words).forget
+    assert found == [("a cat", "{}", 7, 1.5), ("a dog", "{}", None, None)]
+    plain = a.collect(arguments(**given, ignore_row_settings=True), words).forget
+    assert [one[2:] for one in plain] == [(None, None)] * 2
 
 
 # -- what the attacks do ------------------------------------------------------------------------
@@ -263,6 +276,21 @@ def test_relearning_that_does_not_get_there_says_so(attack, monkeypatch):
     found = attack.make("relearn")
     assert [r["step"] for r in found.said["curve"]] == [0, 1, 2, 5, 10, 12]
     assert found.values["relearn_steps"] == {"reached": False, "steps": None, "within": 12}
+
+
+def test_a_row_is_drawn_with_its_own_seed_and_guidance(attack):
+    model, Asked = attack.model, module("prompts").Asked
+    one, other = Asked("a cat", "a {}", 7, 1.5), Asked("a dog", "a {}")
+    embeddings = model.encode([one.text, one.text, other.text])
+    drawn = model.latents(embeddings, 3, asked=[one, one, other])
+    for row, seed in ((0, 7), (1, 8)):  # where it comes again, from the next seed
+        alone = model.latents(embeddings[:1], 99, asked=[one._replace(seed=seed)])
+        assert torch.equal(drawn[row : row + 1], alone)
+    assert not torch.equal(drawn[0], drawn[1])
+    dearer = model.latents(embeddings[:1], 99, asked=[one._replace(guidance=3.0)])
+    assert not torch.equal(drawn[:1], dearer)
+    usual = model.latents(embeddings, 3, asked=[other] * 3)
+    assert torch.equal(usual, model.latents(embeddings, 3))
 
 
 def test_nan_is_told_before_it_counts_as_forgotten(attack):

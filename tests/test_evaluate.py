@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
 from ebu_optim.metrics.intervals import wilson
+from ebu_optim.text_to_image.prompt_files import Row
 from ebu_optim.training.options import parse
 
 from .text_to_image import pipeline
@@ -86,7 +87,7 @@ def test_pictures_are_of_their_noise_and_go_on(tiny, tmp_path):
 def test_noise_of_pictures_past_the_ten_thousandth(tiny, tmp_path, monkeypatch):
     evaluate(tiny, tmp_path / "a", "--prompts", "a cat", "--images_per_prompt", 1, "--seed", 10001)
     script = module("evaluation")
-    monkeypatch.setattr(script.Evaluation, "files", {"10000_10001.png": "a cat"})
+    monkeypatch.setattr(script.Evaluation, "drawn", {"10000_10001.png": Row("a cat", 10001, 7.5)})
     evaluate(tiny, tmp_path / "b", "--prompts", "a cat")
     assert [*saved(tmp_path / "a").values()] == [*saved(tmp_path / "b").values()]
 
@@ -233,7 +234,8 @@ def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
         torch.manual_seed(0)
         torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
     found = evaluate(
-        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--forget", "church", "--metrics",
+        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--forget", "church", "--truncate",
+        "--metrics",
         "imagenette", "--images_per_prompt", 1, "--noise_images", 2, "--over", "imagenette",
         "--resnet_weights", tmp_path / "resnet.pth",
     )  # fmt: skip
@@ -280,8 +282,9 @@ def test_lpips_is_against_the_base(tiny, tmp_path, alexnet):
 
 
 def test_lpips_pairs_numbers_of_more_digits(tiny, tmp_path, alexnet, monkeypatch):
-    names = {"1000_0000.png": "a cat", "10000_0000.png": "a dog"}  # a folder is read by name
-    monkeypatch.setattr(module("evaluation").Evaluation, "files", names)
+    # a folder is read by name
+    names = {"1000_0000.png": Row("a cat", 0, 7.5), "10000_0000.png": Row("a dog", 0, 7.5)}
+    monkeypatch.setattr(module("evaluation").Evaluation, "drawn", names)
     evaluate(tiny, tmp_path / "base", *CAT_AND_DOG)
     invert(tmp_path / "base" / "images" / "1000_0000.png")
     found = evaluate(
@@ -301,7 +304,8 @@ def test_what_cannot_be_computed_says_which_option_helps(tiny, tmp_path, monkeyp
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     monkeypatch.setattr("open_clip.factory.download_pretrained", fetch)
-    given = ("--imagenette", "--template", "{}", "--images_per_prompt", 1, "--resolution", 32)
+    given = ("--imagenette", "--template", "{}", "--images_per_prompt", 1, "--resolution", 32,
+             "--truncate")  # fmt: skip
     evaluate(tiny, tmp_path / "base", *given)
     shutil.copytree(tmp_path / "base" / "images", tmp_path / "real")
     found = evaluate(

@@ -83,8 +83,10 @@ class Attack:
     # -- what is drawn and what is learned from --------------------------------------------------
 
     def look(self, model: Attacked, embeddings: Tensor, unet: Any = None) -> tuple[dict, Tensor]:
-        """P_f with its interval, and some of the pictures; the same noise every time."""
-        pictures = model.pictures(model.latents(embeddings, self.args.seed, unet))
+        """P_f with its interval, and some of the pictures; the same noise every time. The
+        embeddings are of `asked`, in that order."""
+        latents = model.latents(embeddings, self.args.seed, unet, self.asked)
+        pictures = model.pictures(latents)
         score = estimate(self.judge.score(pictures), seed=self.args.seed)
         return score, to_uint8(pictures[:SHOWN])
 
@@ -94,8 +96,7 @@ class Attack:
         return {
             "base": self.base.made_of(), "judge": self.judge.said, "seed": a.seed,
             "files": contents(self.files),
-            "asked": [x.text for x in self.asked],
-            "drawn": [x.text for x in self.drawn],
+            "asked": self.asked, "drawn": self.drawn,
             "sampler": [a.num_inference_steps, a.guidance_scale, a.sample_batch_size],
             "shape": list(self.base.shape),
         }  # fmt: skip
@@ -111,7 +112,7 @@ class Attack:
         else:
             # the sampler's own latents, not decoded and encoded again
             texts = [x.text for x in self.drawn]
-            latents = base.latents(base.encode(texts), self.args.seed + 1)
+            latents = base.latents(base.encode(texts), self.args.seed + 1, asked=self.drawn)
             prompts = torch.arange(len(latents))
             said = {"pictures": f"{len(latents)} drawn by the base"}
         shown = to_uint8(base.pictures(latents[:SHOWN]))

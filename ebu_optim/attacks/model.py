@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from ..manifest import key, of_model, plain
 from ..modules import stream
 from ..text_to_image import pipelines
 from ..text_to_image.prompts import encode
-from .prompts import one_token, tokens_around
+from .prompts import Asked, one_token, tokens_around
 
 
 class Attacked:
@@ -57,22 +58,48 @@ class Attacked:
         return encode(texts, self.tokenizer, self.text_encoder).to(self.device)
 
     @torch.no_grad()
-    def latents(self, embeddings: Tensor, seed: int, unet: Any = None) -> Tensor:
+    def latents(
+        self, embeddings: Tensor, seed: int, unet: Any = None, asked: Sequence[Asked] = ()
+    ) -> Tensor:
         """(n, C, H, W) on the CPU, drawn for the embeddings (n, L, D); the same starting noise for
-        the same seed, whatever the model. `unet`: another than the pipeline's."""
-        size, found = self.args.sample_batch_size, []
-        for i in tqdm(range(0, len(embeddings), size), "drawing", leave=False):
-            asked = embeddings[i : i + size]
-            null = {"encoder_hidden_states": self.null.expand(len(asked), -1, -1)}
+        the same seed, whatever the model.
+
+        Args:
+            unet: another than the pipeline's.
+            asked: what the embeddings are of: one with a seed of its own is drawn from that, one
+                by one; where it comes again, from the next seed.
+        """
+        found = []
+        for a, b, g, guidance in tqdm(
+            list(self._batches(len(embeddings), seed, asked)), "drawing", leave=False
+        ):
+            null = {"encoder_hidden_states": self.null.expand(b - a, -1, -1)}
             found.append(
                 sample(
-                    unet or self.unet, self.sampler, {"encoder_hidden_states": asked}, self.shape,
-                    num_inference_steps=self.args.num_inference_steps,
-                    guidance_scale=self.args.guidance_scale, null_condition=null, clip=False,
-                    generator=stream(seed, i), device=self.device,
+                    unet or self.unet, self.sampler, {"encoder_hidden_states": embeddings[a:b]},
+                    self.shape, num_inference_steps=self.args.num_inference_steps,
+                    guidance_scale=guidance, null_condition=null, clip=False, generator=g,
+                    device=self.device,
                 ).cpu()
             )  # fmt: skip
         return finite(torch.cat(found))
+
+    def _batches(
+        self, n: int, seed: int, asked: Sequence[Asked]
+    ) -> Iterator[tuple[int, int, torch.Generator, float]]:
+        """First and last row of each batch, its starting noise and its guidance."""
+        size, usual = self.args.sample_batch_size, self.args.guidance_scale
+        if all(one.seed is None and one.guidance is None for one in asked):
+            for i in range(0, n, size):
+                yield i, min(i + size, n), stream(seed, i), usual
+            return
+        seen: Counter[Asked] = Counter()
+        for i, one in enumerate(asked):
+            g = stream(seed, i)
+            if one.seed is not None:
+                g = torch.Generator().manual_seed(one.seed + seen[one])
+            seen[one] += 1
+            yield i, i + 1, g, usual if one.guidance is None else one.guidance
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:

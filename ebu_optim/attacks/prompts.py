@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import InputError
-from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill, read
+from ..text_to_image.prompt_files import Row, read, rows
+from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill
 from ..training.options import option
 
 
 class Asked(NamedTuple):
     """A prompt, and the same with `PLACE` where the concept's word was: there inversion puts its
-    new word."""
+    new word; the seed and the guidance of its own, where its row in a file has them."""
 
     text: str
     template: str
+    seed: int | None = None
+    guidance: float | None = None
 
 
 class Wording(NamedTuple):
@@ -41,6 +44,9 @@ class QuestionOptions:
     forget: list[str] = option(
         help="what was forgotten, as unlearn.py was told; with --judge world words of one concept"
     )
+    ignore_row_settings: bool = option(
+        False, help="draw rows of .csv and .parquet files with --seed and --guidance_scale"
+    )
     forget_templates: list[str] | None = option(
         None,
         help='default: "{}"; with --judge world its trained templates, in all styles or digits',
@@ -56,13 +62,16 @@ def collect(args: Any, tokenizer: Any) -> Questions:
     InputError: a word of no concept, no paraphrase, a template without a place, too long a prompt,
         an --initializer_token that is not one token.
     """
-    words = read(args.forget, "--forget")
+    given = rows(args.forget, "--forget")
+    if args.ignore_row_settings:
+        given = [Row(row.prompt) for row in given]
+    words = list(dict.fromkeys(row.prompt for row in given))
     if not all(words):
         raise InputError('--forget "": the empty prompt names nothing that could be forgotten')
     check_templates(args.forget_templates or [])
     world = args.judge == "world"
     templates = args.forget_templates or ([] if world else [PLACE])
-    forget = [Asked(fill(t, w), t) for w in words for t in templates]
+    forget = [Asked(fill(t, r.prompt), t, *r[1:]) for r in given for t in templates]
     paraphrases: list[Wording] = []
     if world:
         forget = forget or of_world(words)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..diffusion.schedules import prediction_type
 from ..errors import InputError
 from ..files import replacing_folder
+from ..modules import whole_model
 
 Weights = Literal["trained", "ema"]
 WEIGHTS = {"trained": "unet", "ema": "unet_ema"}
@@ -111,7 +112,7 @@ def load_unet(name: str, weights: str = "trained") -> tuple[UNet2DModel, DDPMSch
             raise InputError(f"{folder} is no model of train.py: {needed} is missing{hint}")
     info = json.loads((folder / "classes.json").read_text())
     scheduler = load_scheduler(folder)
-    model = UNet2DModel.from_pretrained(part, torch_dtype=torch.float32)
+    model = whole_model(UNet2DModel, part, torch_dtype=torch.float32)
     if model.config.num_class_embeds != len(info["classes"]) + 1:
         raise InputError(
             f"{folder}: the model has {model.config.num_class_embeds} conditions, classes.json "

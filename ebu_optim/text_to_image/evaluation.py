@@ -39,6 +39,8 @@ from ..metrics.intervals import estimate
 from ..metrics.naming import called
 from . import drawing, pipelines, results
 from .evaluation_options import RESULT, Evaluation
+from .prompt_files import Row
+from .prompts import check_lengths
 
 #: The figures of each metric, as a report calls them.
 KNOWN = {
@@ -54,8 +56,8 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, str], folder: Path) -> None:
-    """PNG files into `folder`, those that are missing."""
+def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], folder: Path) -> None:
+    """PNG files into `folder`, those that are missing; one guidance after the other."""
     missing = [name for name in wanted if not (folder / name).exists()]
     if not missing:
         return
@@ -63,13 +65,23 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, str], fol
         results.load(args, args.base_model),
         torch.float16 if args.half else torch.float32,
     )
-    seeds = [args.seed + int(Path(name).stem.split("_")[1]) for name in missing]
-    pictures = drawing.draw(
-        pipe, [wanted[name] for name in missing], seeds, batch=args.sample_batch_size,
-        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-        height=looked.resolution, width=looked.resolution,
+    by_guidance: dict[Any, list[str]] = {}
+    for name in missing:
+        by_guidance.setdefault(wanted[name].guidance, []).append(name)
+    pictures = (
+        (name, x)
+        for guidance, names in by_guidance.items()
+        for name, x in zip(
+            names,
+            drawing.draw(
+                pipe, [wanted[n].prompt for n in names], [wanted[n].seed or 0 for n in names],
+                batch=args.sample_batch_size, num_inference_steps=args.num_inference_steps,
+                guidance_scale=guidance, height=looked.resolution, width=looked.resolution,
+            ),
+            strict=True,
+        )
     )  # fmt: skip
-    for name, x in zip(missing, pictures, strict=True):
+    for name, x in pictures:
         if not x.isfinite().all():  # as uint8 it would be black, and seem to be forgotten
             raise InputError(
                 f"{args.pretrained_model_name_or_path} draws NaN: its weights have diverged"
@@ -142,6 +154,8 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 def evaluate(args: Evaluation) -> None:
     """Draw and measure, and write the results to ``args.output_dir``."""
     looked, out = pipelines.look(results.whole(args, args.base_model)), args.output_dir
+    if not args.truncate:
+        check_lengths(args.texts, looked.tokenizer, "or give --truncate")
     identity = {
         k: v for k, v in args.said().items()
         if k in ("pretrained_model_name_or_path", "base_model", "revision", "variant", "texts",
@@ -166,7 +180,7 @@ def evaluate(args: Evaluation) -> None:
         with replacing(mark) as work:
             work.write_text(json.dumps(identity))
         drawn = args.files
-        draw(args, looked, drawn, folder)
+        draw(args, looked, args.drawn, folder)
         found = measure(args, drawn, folder)
         said = {"options": args.said(), "drawn": identity, "versions": versions()}
         with replacing(out / RESULT) as work:

@@ -16,7 +16,8 @@ from ..metrics.images import RGBImages
 from ..training.options import as_dict, option
 from .nudity import NudityOptions
 from .pipelines import Model
-from .prompts import fill, read
+from .prompt_files import Row, read, rows
+from .prompts import fill
 
 RESULT = "evaluation.json"
 WEIGHTS = "file of {} weights, without a network"
@@ -36,7 +37,16 @@ class Evaluation(NudityOptions, Model):
     base_model: str | None = option(
         None, help="which the model's `changed` or `lora` folder belongs to"
     )
-    prompts: list[str] | None = option(None, help="prompts or .txt files")
+    prompts: list[str] | None = option(
+        None, help="prompts, or files: .txt, or .csv and .parquet with a column `prompt`, whose\n"
+        "rows may have a seed and a guidance of their own",
+    )  # fmt: skip
+    ignore_row_settings: bool = option(
+        False, help="draw every row with --seed and --guidance_scale"
+    )
+    truncate: bool = option(
+        False, help="cut prompts that are too long for the tokenizer, as published lists need"
+    )
     imagenette: bool = option(False, help="a prompt for each of Imagenette's ten classes")
     template: str = option("an image of {}", help="of --imagenette")
     forget: list[str] = option([], help="the forgotten prompts or classes: which pictures are of "
@@ -68,29 +78,48 @@ class Evaluation(NudityOptions, Model):
     clip_weights: str = option("openai", help="open_clip's tag, or a file")
 
     @cached_property
-    def texts(self) -> list[str]:
-        """The prompts."""
+    def rows(self) -> list[Row]:
+        """The prompts, with the settings of their own that are used."""
         if self.imagenette:
-            return [fill(self.template, c) for c in CLASSES]
-        return read(self.prompts or [], "--prompts")
+            return [Row(fill(self.template, c)) for c in CLASSES]
+        found = rows(self.prompts or [], "--prompts")
+        plain = [Row(r.prompt) for r in found] if self.ignore_row_settings else found
+        return list(dict.fromkeys(plain))
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of each row."""
+        return [row.prompt for row in self.rows]
 
     @cached_property
     def forgotten(self) -> list[str]:
         """Those that are not to be drawn any more."""
-        return [fill(self.template, c) if self.imagenette else c for c in self.forget]
+        if self.imagenette:
+            return [fill(self.template, c) for c in self.forget]
+        return read(self.forget, "--forget")
 
     @cached_property
     def files(self) -> dict[str, str]:
         """Name of each picture -> its prompt."""
-        n = self.images_per_prompt
-        return {f"{i:04d}_{k:04d}.png": t for i, t in enumerate(self.texts) for k in range(n)}
+        return {name: row.prompt for name, row in self.drawn.items()}
+
+    @cached_property
+    def drawn(self) -> dict[str, Row]:
+        """Name of each picture -> its prompt, seed and guidance."""
+        return {
+            f"{i:04d}_{k:04d}.png": Row(
+                row.prompt, (self.seed if row.seed is None else row.seed) + k,
+                self.guidance_scale if row.guidance is None else row.guidance,
+            )
+            for i, row in enumerate(self.rows) for k in range(self.images_per_prompt)
+        }  # fmt: skip
 
     def said(self) -> dict[str, str]:
         """All options, and what they come to."""
-        return {
-            k: str(v)
-            for k, v in {**as_dict(self), "texts": self.texts, "forgotten": self.forgotten}.items()
-        }
+        own = any(row != Row(row.prompt) for row in self.rows)
+        texts = [tuple(row) for row in self.rows] if own else self.texts
+        found = {**as_dict(self), "texts": texts, "forgotten": self.forgotten}
+        return {k: str(v) for k, v in found.items()}
 
     def __post_init__(self) -> None:
         for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size",
@@ -120,8 +149,10 @@ def _check_prompts(args: Evaluation) -> None:
         raise InputError("give either --prompts or --imagenette")
     if args.template.count("{}") != 1:
         raise InputError(f'--template needs one "{{}}"; got {args.template!r}')
-    for given, text in zip(args.forget, args.forgotten, strict=True):
-        if text not in args.texts:
+    texts = set(args.texts)
+    for i, text in enumerate(args.forgotten):
+        if text not in texts:
+            given = args.forget[i] if args.imagenette else text
             what = f"there is {', '.join(CLASSES)}" if args.imagenette else "it is none of them"
             raise InputError(f"--forget {given!r} is to be one of the prompts: {what}")
 
@@ -158,7 +189,7 @@ def _check_reference(args: Evaluation) -> None:
                 f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
                 f"not {getattr(args, name)}: measure the base with the same options"
             )
-    if reference["images"] != args.files:
+    if reference["images"] != args.files or before["texts"] != args.said()["texts"]:
         raise InputError(
             f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
             "pictures: measure the base with the same options"

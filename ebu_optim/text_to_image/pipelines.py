@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from ..diffusion.schedules import prediction_type
 from ..errors import InputError
 from ..manifest import contents, key, plain
+from ..modules import whole_model
 from ..training.options import option
 
 #: What an SD 1.x or 2.x pipeline is made of, and the configuration of each part.
@@ -144,8 +145,12 @@ def parts(folder: Path, variant: str | None) -> dict[str, str]:
 
 
 def load(kind: Any, folder: Path, variant: str | None) -> Any:
-    """A part of the pipeline in float32 and eval mode, on the CPU."""
-    return kind.from_pretrained(folder, variant=variant, use_safetensors=True).float().eval()
+    """A part of the pipeline in float32 and eval mode, on the CPU.
+
+    Raises:
+        InputError: the file lacks tensors of the model, or holds others.
+    """
+    return whole_model(kind, folder, variant=variant, use_safetensors=True).float().eval()
 
 
 def _hub(model: Model, get: Any, **options: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..training.options import option
+from .prompt_files import read
 
 PLACE = "{}"  # of the concept in a template
 REMEMBER = Path(__file__).with_name("remember_prompts.txt")
@@ -38,9 +39,9 @@ class PromptOptions:
 
     group: ClassVar[str] = "prompts"
 
-    forget: list[str] = option(help="prompts, concepts or classes, or .txt files")
+    forget: list[str] = option(help="prompts, concepts or classes, or files of them")
     forget_templates: list[str] = option(
-        [PLACE], help='each concept is put into each, e.g. "an image of {}"; or .txt files'
+        [PLACE], help='each concept is put into each, e.g. "an image of {}"; or files of them'
     )
     surrogate_prompt: list[str] = option(
         [""], help="whose images, or for SalUn predictions, take the place; default: the empty "
@@ -52,27 +53,9 @@ class PromptOptions:
     )  # fmt: skip
     remember_prompts: list[str] = option(
         [str(REMEMBER)], flag="--remember",
-        help=f'prompts or .txt files; "" is the empty prompt; default: {REMEMBER.name}',
+        help='prompts or files of them (.txt, .csv, .parquet); "" is the empty prompt; default: '
+        f"{REMEMBER.name}",
     )  # fmt: skip
-
-
-def read(values: Iterable[str], option: str) -> list[str]:
-    """Prompts as given, and the lines of .txt files: blank ones and comments (#) are skipped, ""
-    is the empty prompt."""
-    found: list[str] = []
-    for value in values:
-        if not value.endswith(".txt"):
-            found.append(value.strip())
-            continue
-        try:
-            lines = [line.strip() for line in Path(value).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{option} {value} cannot be read: {error}") from error
-        lines = [line for line in lines if line and not line.startswith("#")]
-        if not lines:
-            raise InputError(f"{option} {value} holds no prompt")
-        found += ["" if line == '""' else line for line in lines]
-    return list(dict.fromkeys(found))
 
 
 def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
@@ -131,15 +114,19 @@ def check_templates(templates: Iterable[str], option: str = "--forget_templates"
             raise InputError(f'{option} needs one "{PLACE}" in each; got {template!r}')
 
 
-def check_lengths(texts: Iterable[str], tokenizer: Any) -> None:
-    """Raises:
-    InputError: a prompt has more tokens than the tokenizer takes.
+def check_lengths(texts: Iterable[str], tokenizer: Any, remedy: str = "") -> None:
+    """Args:
+        remedy: beside a shorter prompt.
+
+    Raises:
+        InputError: a prompt has more tokens than the tokenizer takes.
     """
     for text in texts:
         if (n := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
             raise InputError(
                 f"the prompt {text[:60]!r}... has {n} tokens, begin and end included, and the "
                 f"tokenizer takes {tokenizer.model_max_length}: shorten it"
+                f"{f', {remedy}' if remedy else ''}"
             )
 
 

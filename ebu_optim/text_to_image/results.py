@@ -8,13 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from ..errors import InputError
 from ..files import locked
 from ..manifest import contents
 from .pipelines import Model, fetch, parts
+from .pipelines import load as load_part
 from .save import CHANGED
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -45,13 +47,18 @@ def load(model: Model, base_model: str | None = None) -> Any:
     `changed` or `lora` folder, put into the base.
 
     Raises:
-        InputError: the changes do not fit the base.
+        InputError: weights that are not whole; the changes do not fit the base.
     """
     folder, base = Path(model.pretrained_model_name_or_path), whole(model, base_model)
+    where, kinds = fetch(base), (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+    # each by itself: the pipeline would fill in what a file lacks, with noise
+    parts_of = {
+        name: load_part(kind, where / name, base.variant)
+        for name, kind in zip(("unet", "vae", "text_encoder"), kinds, strict=True)
+    }
     pipe = StableDiffusionPipeline.from_pretrained(
-        fetch(base), variant=base.variant, use_safetensors=True, safety_checker=None
+        where, variant=base.variant, use_safetensors=True, safety_checker=None, **parts_of
     )
-    pipe.unet.float()
     kind = part(folder)
     if kind == CHANGED:
         state, ours = load_file(folder / CHANGED), pipe.unet.state_dict()

@@ -200,7 +200,11 @@ def command(
 
 
 def exit_on_input_errors(main: Callable[[], object], goes_on: str = "the same command") -> None:
-    """Run `main`; what the user can put right is printed in one line, with exit status 2."""
+    """Run `main`; what the user can put right is printed in one line, with exit status 2. A
+    character that the console does not know is printed as another, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

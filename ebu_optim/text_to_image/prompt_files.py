@@ -1,0 +1,149 @@
+"""The one reader of prompts: as given, from text files, and from CSV and parquet tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+
+PROMPT = "prompt"
+#: What published tables (I2P, UnlearnDiffAtk, ESD, COCO-10k) call a row's seed and guidance.
+SEED = ("evaluation_seed", "sd_seed", "seed")
+GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance")
+ENDINGS = (".txt", ".csv", ".parquet")
+
+
+class Row(NamedTuple):
+    """A prompt, and the seed and the guidance scale that it is to be drawn with, if it has any."""
+
+    prompt: str
+    seed: int | None = None
+    guidance: float | None = None
+
+
+def read(values: Iterable[str], option: str) -> list[str]:
+    """The prompts of :func:`rows`, each once."""
+    return list(dict.fromkeys(row.prompt for row in rows(values, option)))
+
+
+def rows(values: Iterable[str], option: str) -> list[Row]:
+    """Prompts as given, and those of files, each row once.
+
+    A ``.txt`` file has a prompt a line: blank lines and comments (#) are skipped, ``""`` is the
+    empty prompt. A ``.csv`` or ``.parquet`` table has a column `prompt` and may have one of `SEED`
+    and one of `GUIDANCE`. Text is UTF-8, with or without a byte order mark.
+
+    Args:
+        option: whose values they are, for messages.
+
+    Raises:
+        InputError: a file that cannot be read, holds no prompt or has another ending; a table
+            without the column, or with two of a kind; a seed that is no whole number >= 0.
+    """
+    found: list[Row] = []
+    for value in values:
+        ending = os.path.splitext(value)[1].lower()
+        if ending not in ENDINGS:
+            if os.path.isfile(value):
+                raise InputError(
+                    f"{option} {value} is a file; prompts are read from {', '.join(ENDINGS)}: "
+                    "give it one of these endings"
+                )
+            found.append(Row(value.strip()))
+            continue
+        told = f"{option} {value}"
+        own = _lines(told, value) if ending == ".txt" else _table(told, Path(value), ending)
+        if not own:
+            raise InputError(f"{told} holds no prompt")
+        found += own
+    return list(dict.fromkeys(found))
+
+
+def _lines(told: str, path: str) -> list[Row]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{told} cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith("#")]
+    return [Row("" if line == '""' else line) for line in kept]
+
+
+def _table(told: str, path: Path, ending: str) -> list[Row]:
+    read = _csv if ending == ".csv" else _parquet
+    try:
+        names, cells = read(path)
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{told} cannot be read: {error}") from error
+    if PROMPT not in names:
+        raise InputError(f"{told} has no column {PROMPT!r}: it has {', '.join(map(str, names))}")
+    seed, guidance = (_column(told, names, known) for known in (SEED, GUIDANCE))
+    found = []
+    for i, row in enumerate(cells, 1):
+        prompt = str(row[PROMPT] or "").strip()
+        if prompt:
+            where = f"{told}, row {i}"
+            found.append(
+                Row(prompt, _seed(where, row.get(seed)), _guidance(where, row.get(guidance)))
+            )
+    return found
+
+
+def _csv(path: Path) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
+    with open(path, newline="", encoding="utf-8-sig") as opened:
+        reader = csv.DictReader(opened)
+        return list(reader.fieldnames or ()), iter(list(reader))
+
+
+def _parquet(path: Path) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f'it needs pyarrow: pip install "ebu_optim[data]" ({error})') from error
+    try:
+        names = parquet.read_schema(path).names
+        wanted = [n for n in names if n in (PROMPT, *SEED, *GUIDANCE)]
+        return names, iter(parquet.read_table(path, columns=wanted).to_pylist())
+    except ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def _column(told: str, names: Sequence[str], known: Sequence[str]) -> str:
+    there = [n for n in known if n in names]
+    if len(there) > 1:
+        raise InputError(f"{told} has the columns {' and '.join(there)}: leave one")
+    return there[0] if there else ""
+
+
+def _seed(where: str, cell: Any) -> int | None:
+    number = _number(where, "seed", cell)
+    if number is None:
+        return None
+    if number != int(number) or number < 0:
+        raise InputError(f"{where}: the seed {cell!r} is no whole number >= 0")
+    return int(number)
+
+
+def _guidance(where: str, cell: Any) -> float | None:
+    number = _number(where, "guidance", cell)
+    if number is not None and number < 0:
+        raise InputError(f"{where}: the guidance {cell!r} is not >= 0")
+    return number
+
+
+def _number(where: str, what: str, cell: Any) -> float | None:
+    """None of an empty cell."""
+    if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    try:
+        number = float(cell)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: the {what} {cell!r} is no number") from error
+    if not math.isfinite(number):
+        raise InputError(f"{where}: the {what} {cell!r} is no number")
+    return number
