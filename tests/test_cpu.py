@@ -100,6 +100,18 @@ def test_ties_are_counted_not_kept(value, dtype):
 
 
 @built
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_one_value_expanded_as_a_missing_gradient_is_keeps_the_extension(dtype):
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(3000, generator=g).to(dtype), torch.zeros((), dtype=dtype).expand(40, 50)]
+    for k in (1, 2999, 3001, 5000):
+        found = cpu._select([(grads, k)], torch.float32)
+        assert found[2] != ["reference"]
+        for got, want in zip(found[:2], reference.select([(grads, k)], torch.float32)):
+            same(got, want)
+
+
+@built
 def test_many_pools_and_many_tensors():
     g = torch.Generator().manual_seed(0)
     tensors = [torch.randn(i % 7, 3, generator=g) for i in range(10_000)]
