@@ -16,12 +16,12 @@ from torch import Tensor
 from ._shards import any_sharded, is_sharded
 from ._slots import Key, Slot, SlotList
 
-Column = list[Tensor | None]  # by slot, None where there is none
+Grads = list[Tensor | None]  # by slot, None where there is none
 
 _GRAD, _NBYTES = attrgetter("grad"), attrgetter("nbytes")
 
 
-def on(params: Sequence[Tensor]) -> Column:
+def on(params: Sequence[Tensor]) -> Grads:
     """What lies on the parameters."""
     return list(map(_GRAD, params))
 
@@ -40,7 +40,7 @@ def put(
             p.grad = grad
 
 
-def with_gradients(slots: SlotList, g_f: Column, g_r: Column) -> tuple[SlotList, Column, Column]:
+def with_gradients(slots: SlotList, g_f: Grads, g_r: Grads) -> tuple[SlotList, Grads, Grads]:
     """The slots that have at least one of two gradients, and these."""
     if all(map(is_not, g_f, repeat(None))) or all(map(is_not, g_r, repeat(None))):
         return slots, g_f, g_r
@@ -62,12 +62,12 @@ class Gradients:
         tensors: by slot.
     """
 
-    def __init__(self, slots: Sequence[Slot] = (), tensors: Column | None = None) -> None:
+    def __init__(self, slots: Sequence[Slot] = (), tensors: Grads | None = None) -> None:
         self._slots = slots
         self._left: dict[Key, tuple[Tensor | None, int | None]] = {}  # of what is in no group now
         self.hold(tensors or [])
 
-    def hold(self, tensors: Column) -> None:
+    def hold(self, tensors: Grads) -> None:
         """These from now on, as they are now."""
         self.tensors, self._versions = tensors, _versions(tensors)
 
@@ -85,7 +85,7 @@ class Gradients:
         else:
             self.hold([None] * len(slots))
 
-    def others(self, now: Column) -> list[int]:
+    def others(self, now: Grads) -> list[int]:
         """The slots where a gradient of `now` is another tensor or was written since."""
         versions = _versions(now)
         if versions == self._versions and all(map(is_, now, self.tensors)):
@@ -96,7 +96,7 @@ class Gradients:
             if new is not None and (new is not kept or v != was)
         ]  # fmt: skip
 
-    def touched(self, now: Column) -> int | None:
+    def touched(self, now: Grads) -> int | None:
         """The first slot where `now`, what lies on the parameters, is another tensor or was
         written; None where none is."""
         versions = _versions(now)
@@ -105,7 +105,7 @@ class Gradients:
         rows = zip(now, self.tensors, versions, self._versions, strict=True)
         return next(i for i, (new, kept, v, was) in enumerate(rows) if new is not kept or v != was)
 
-    def written(self, new: Column) -> int | None:
+    def written(self, new: Grads) -> int | None:
         """The first slot where the gradient was written, or lies in the memory of a `new` one;
         None where none does."""
         if not any_of(self.tensors):
@@ -129,7 +129,7 @@ class Gradients:
             self.hold(owned)
 
 
-def writable(grads: Column) -> Column:
+def writable(grads: Grads) -> Grads:
     """The gradients, copied where several elements are one place in memory (an expanded tensor), as
     a step writes into them; the same list where none is."""
     there = [g for g in grads if g is not None]
@@ -142,7 +142,7 @@ def _overlaps(grad: Tensor) -> bool:
     return any(st == 0 for st, s in zip(grad.stride(), grad.shape, strict=True) if s > 1)
 
 
-def owning(grads: Column) -> Column:
+def owning(grads: Grads) -> Grads:
     """The gradients, copied where they are part of a larger buffer, such as DDP's bucket, which
     will be overwritten; the same list where none is."""
     # FSDP2 reduces into a new buffer at every backward pass
@@ -160,11 +160,11 @@ def _shares_storage(grad: Tensor) -> bool:
     return grad._is_view() or grad.untyped_storage().nbytes() != grad.nbytes
 
 
-def _versions(grads: Column) -> list[int | None]:
+def _versions(grads: Grads) -> list[int | None]:
     return [None if g is None else g._version for g in grads]
 
 
-def _addresses(grads: Column, missing: int) -> list[int]:
+def _addresses(grads: Grads, missing: int) -> list[int]:
     """Of plain tensors."""
     if any_sharded(grads):
         return [missing if g is None or is_sharded(g) else g.data_ptr() for g in grads]

@@ -33,7 +33,7 @@ from torch._compile import _disable_dynamo
 from .. import kernels
 from . import _checks
 from ._anchors import Anchors
-from ._gradients import Column, Gradients, any_of, on, owning, put, writable
+from ._gradients import Gradients, Grads, any_of, on, owning, put, writable
 from ._shards import local
 from ._slots import SlotList
 
@@ -71,7 +71,7 @@ class Phases:
         self._grads = {name: Gradients() for name in ("forget", "remember")}
         self._poison: tuple[Tensor, Tensor] | None = None
 
-    def of(self, name: str) -> Column:
+    def of(self, name: str) -> Grads:
         """The gradients of a phase, by slot as at the last `look`."""
         return self._grads[name].tensors
 
@@ -117,7 +117,7 @@ class Phases:
             self._leave(name)
 
     @_disable_dynamo
-    def _set_aside(self, name: str) -> tuple[list[Tensor], Column]:
+    def _set_aside(self, name: str) -> tuple[list[Tensor], Grads]:
         """Before a phase that the step does not need: the parameters and their gradients."""
         slots = self._begin(name)
         shown = self._grads[self.shown]
@@ -128,7 +128,7 @@ class Phases:
         return slots.params, shown.tensors
 
     @_disable_dynamo
-    def _put_back(self, aside: tuple[list[Tensor], Column]) -> None:
+    def _put_back(self, aside: tuple[list[Tensor], Grads]) -> None:
         self.active = None
         params, grads = aside
         put(params, on(params), grads)
@@ -217,7 +217,7 @@ class Phases:
             shown = self._grads[self.shown]
             shown.hold(shown.tensors)
 
-    def _check_kept(self, slots: SlotList, now: Column, name: str) -> None:
+    def _check_kept(self, slots: SlotList, now: Grads, name: str) -> None:
         """At the end of a phase: it has not written the other's gradients, as a user does who gives
         ``param.grad`` one tensor of his own in both."""
         for other in self.needs:

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from .. import kernels
 from . import _checks, _ranks
-from ._gradients import Column, put, with_gradients
+from ._gradients import Grads, put, with_gradients
 from ._shards import Shards, any_sharded, is_sharded, like, local, local_gradient
 from ._slots import SlotList
 from ._wrapped import WrappedOptimizer
@@ -191,7 +191,7 @@ class PhasedOptimizer(WrappedOptimizer):
             self.rank_checks -= compared
         phases.close()
 
-    def _compare_ranks(self, g_f: Column, g_r: Column) -> bool:
+    def _compare_ranks(self, g_f: Grads, g_r: Grads) -> bool:
         """True where there are ranks and they agree. It comes before any may skip or raise.
 
         Of sharded parameters, which differ from rank to rank, the layout is compared.
@@ -228,8 +228,8 @@ class PhasedOptimizer(WrappedOptimizer):
     def _combine(
         self,
         slots: SlotList,
-        g_f: Column,
-        g_r: Column,
+        g_f: Grads,
+        g_r: Grads,
         scaler: bool,
         seen: bool,
     ) -> Combined | None:
