@@ -234,8 +234,8 @@ def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
         torch.manual_seed(0)
         torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
     found = evaluate(
-        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--forget", "church", "--truncate",
-        "--metrics",
+        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--truncate",
+        "--forget", "church", "--metrics",
         "imagenette", "--images_per_prompt", 1, "--noise_images", 2, "--over", "imagenette",
         "--resnet_weights", tmp_path / "resnet.pth",
     )  # fmt: skip
