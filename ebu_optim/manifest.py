@@ -53,6 +53,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """What a model computes with beside its weights: the settings of its configuration, or of its
     parts', that are not their class's defaults. So a newer library, which knows more settings,
     makes no other model of it."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile changes no setting
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):  # transformers
         return plain(config.to_diff_dict())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,17 +96,60 @@ def tensor_hash(*tensors: Tensor) -> str:
     return _hash({str(i): t for i, t in enumerate(tensors)})
 
 
+def plain_name(name: str) -> str:
+    """Of a parameter in a model that torch.compile wrapped, or a part of which it did: the name
+    that it has without."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, 16 hex digits."""
-    return _hash(model.state_dict())
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, and over what modules keep by
+    ``get_extra_state``, 16 hex digits. Compiled, a model is the same model.
+
+    Raises:
+        TypeError: an extra state that is neither tensors nor plain values.
+    """
+    return _hash({plain_name(name): entry for name, entry in model.state_dict().items()})
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def _hash(entries: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, entry in sorted(entries.items()):
+        for text, data in _contents(name, entry):
+            digest.update(text.encode())
+            digest.update(data)
     return digest.hexdigest()[:16]
+
+
+#: What its `repr` says all of.
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+def _contents(name: str, entry: Any) -> Iterator[tuple[str, Any]]:
+    """What identifies an entry of a state_dict, piece by piece: a heading and bytes. A tensor's
+    are its own memory."""
+    if isinstance(entry, Tensor):
+        flat = entry.detach().cpu().contiguous().flatten()
+        yield f"{name} {entry.dtype} {tuple(entry.shape)}", flat.view(torch.uint8).numpy().data
+    elif isinstance(entry, PLAIN):
+        yield f"{name} {type(entry).__name__}", repr(entry).encode()
+    elif isinstance(entry, (bytes, bytearray)):
+        yield f"{name} bytes {len(entry)}", entry
+    elif isinstance(entry, io.BytesIO):
+        yield from _contents(name, entry.getvalue())
+    elif isinstance(entry, (np.ndarray, np.generic)) and not entry.dtype.hasobject:
+        yield f"{name} {entry.dtype.str} {entry.shape}", entry.tobytes()
+    elif isinstance(entry, (Mapping, list, tuple)):
+        pairs = entry.items() if isinstance(entry, Mapping) else enumerate(entry)
+        kind = "mapping" if isinstance(entry, Mapping) else "list"
+        yield f"{name} {kind} {len(entry)}", b""
+        for key, inner in sorted(pairs, key=lambda pair: repr(pair[0])):
+            yield from _contents(f"{name}[{key!r}]", inner)
+    else:
+        raise TypeError(
+            f"the extra state {name} holds a {type(entry).__name__}, whose contents cannot be told "
+            "from another's: give tensors, numbers, text, bytes, lists or dicts of them"
+        )
 
 
 def stream(seed: int, i: int) -> torch.Generator:
@@ -115,4 +160,5 @@ def stream(seed: int, i: int) -> torch.Generator:
 
 def parameter_bytes(model: nn.Module) -> int:
     """Bytes of the weights and buffers."""
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    held = (t for t in model.state_dict().values() if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in held)

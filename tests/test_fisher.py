@@ -452,6 +452,23 @@ def test_goes_into_the_optimizer_by_name_or_by_parameter():
         fisher.for_model(nn.Linear(4, 1, bias=False))
 
 
+def test_a_compiled_model_has_the_names_of_the_plain_one(tmp_path):
+    model, data, expected = linear_case()
+    compiled, path = torch.compile(model, backend="eager"), tmp_path / "f"
+    run = {"method": "loop", "path": path, "progress": False}
+    fisher = DiagonalFisher.estimate(compiled, linear_loss, data, **run)
+    assert list(fisher) == ["weight"]
+    torch.testing.assert_close(fisher["weight"], expected)
+    assert DiagonalFisher.estimate(model, linear_loss, data, **run).protocol == fisher.protocol
+    for one in (model, compiled):  # they share their parameters
+        assert fisher.for_model(one) == {model.weight: fisher["weight"]}
+    # named as the compiled model names them, also in a file of an earlier version
+    EBUOptimizer(torch.optim.SGD(compiled.named_parameters(), lr=0.1), fisher=fisher)
+    assert "_orig_mod.weight" in fisher
+    save_file({"_orig_mod.weight": expected}, path, {"meta": '{"kind": "ebu_optim fisher"}'})
+    assert list(DiagonalFisher.load(path)) == ["weight"]
+
+
 def test_damaged_and_foreign_files(tmp_path):
     path = tmp_path / "f.safetensors"
     path.write_bytes(b"nothing")

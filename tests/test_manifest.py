@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from ebu_optim import manifest
+from ebu_optim.diffusion import sample_set
 from ebu_optim.errors import InputError
-from ebu_optim.modules import model_hash
+from ebu_optim.modules import model_hash, parameter_bytes
 
 
 def unet(**config) -> UNet2DModel:
@@ -45,6 +48,71 @@ def test_a_model_in_another_is_known_by_its_configuration():
     assert manifest.config_of(other)["unet"]["act_fn"] == "gelu"
     assert manifest.config_of(nn.Linear(1, 1)) == {}
     assert manifest.config_of(one) != manifest.config_of(other)
+
+
+class Counting(nn.Linear):
+    """A layer that keeps more than tensors, as quantizers and fp8 recipes do."""
+
+    def __init__(self, extra) -> None:
+        torch.manual_seed(0)
+        super().__init__(2, 2)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state) -> None:
+        self.extra = state
+
+
+EXTRAS = [
+    None, 3, 0.5, "fp8", b"amax", torch.tensor([1.0]), torch.bfloat16, [1, 2], [1, [2]], {},
+    {"scale": torch.tensor([1.0]), "recipe": {"margin": 0}}, io.BytesIO(b"pickled"),
+    {"scale": torch.tensor([2.0]), "recipe": {"margin": 0}}, np.float32(1), np.arange(3),
+    {"scale": torch.tensor([1.0]), "recipe": {"margin": 1}},
+]  # fmt: skip
+
+
+def test_a_state_that_is_no_tensor_counts_by_its_contents():
+    hashes = [model_hash(nn.Sequential(Counting(extra))) for extra in EXTRAS]
+    assert len(set(hashes)) == len(EXTRAS)
+    assert hashes == [model_hash(nn.Sequential(Counting(extra))) for extra in EXTRAS]
+    a, b = (dict.fromkeys(order, 1) for order in ("xy", "yx"))
+    assert model_hash(Counting(a)) == model_hash(Counting(b))
+    assert model_hash(Counting((1, 2))) == model_hash(Counting([1, 2]))
+    with pytest.raises(
+        TypeError, match=r"extra state _extra_state.'a'. holds a object, whose"
+    ):
+        model_hash(Counting({"a": object()}))
+    assert parameter_bytes(nn.Sequential(Counting({"a": 1}))) == 4 * (4 + 2)
+
+
+def test_the_hash_of_tensors_alone_stays_what_it_was():
+    """Sets, Fishers and runs of earlier versions name their model by it."""
+    model = nn.Linear(2, 2)
+    model.load_state_dict({"weight": torch.arange(4.0).view(2, 2), "bias": torch.zeros(2)})
+    assert model_hash(model) == "9c3c75cfc6ff8482"
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def test_a_compiled_model_is_the_same_model(tmp_path):
+    part = unet()
+    part.down_blocks[0] = compiled(part.down_blocks[0])
+    whole, scheduler, labels = unet(num_class_embeds=2), DDPMScheduler(), torch.tensor([0, 1])
+    for one, other in ((unet(), compiled(unet())), (unet(), part), (whole, compiled(whole))):
+        assert any("_orig_mod" in name for name in other.state_dict())
+        assert model_hash(one) == model_hash(other)
+        assert manifest.of_model(one) == manifest.of_model(other)
+    pair = nn.ModuleDict({"unet": unet()})
+    assert manifest.config_of(pair) == manifest.config_of(compiled(pair))
+    path = tmp_path / "set.safetensors"
+    options = scheduler, labels, (1, 8, 8)
+    images, _ = sample_set(path, whole, *options, num_inference_steps=1)
+    again, _ = sample_set(path, compiled(whole), *options, num_inference_steps=1)
+    assert torch.equal(images, again)
 
 
 def test_contents_are_names_and_bytes_and_not_places(tmp_path):

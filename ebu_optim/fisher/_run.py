@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import load_tensors, not_finite, save_tensors
+from ..modules import plain_name
 from ._per_sample import METHODS, Batch, Loss, size
 
 _PROBES = 4096
@@ -79,7 +80,8 @@ class Run:
         pair = batch if isinstance(batch, (tuple, list)) else (batch,)
         n = size(pair[0])
         total: dict[str, Tensor] = {}
-        for grads in zip(*(per_sample(model, loss, b) for b in pair), strict=True):
+        for found in zip(*(per_sample(model, loss, b) for b in pair), strict=True):
+            grads = [{plain_name(name): g for name, g in one.items()} for one in found]
             for name in self.mean:
                 factors = [g[name].float() for g in grads]
                 product = (factors[0] * factors[-1]).sum(0)

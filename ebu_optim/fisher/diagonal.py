@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..files import load_tensors, save_tensors
 from ..manifest import config_of, key
-from ..modules import evaluating, model_hash
+from ..modules import evaluating, model_hash, plain_name
 from ._per_sample import METHODS, Batch, Loss, choose
 from ._run import Run, same_run
 
@@ -32,17 +32,17 @@ class DiagonalFisher(Mapping[str, Tensor]):
     names, as ``fisher=fisher.for_model(model)``.
 
     Attributes:
-        tensors: the values by name.
+        tensors: the values by name, as without torch.compile.
         protocol: how it was made, and ``convergence``: the relative standard error of the trace,
             and the median of it over 4096 single entries (nan with less than two batches).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], protocol: Mapping[str, Any]) -> None:
-        self.tensors = dict(tensors)
+        self.tensors = {plain_name(name): t for name, t in tensors.items()}
         self.protocol = dict(protocol)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        return self.tensors[plain_name(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -64,17 +64,17 @@ class DiagonalFisher(Mapping[str, Tensor]):
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
-            if name not in self.tensors:
+            if name not in self:
                 raise ValueError(
                     f"the Fisher has no entry {name!r} (it has {', '.join(list(self)[:3])}, ...): "
                     "it was made for another model, or with this parameter frozen"
                 )
-            if self.tensors[name].shape != p.shape:
+            if self[name].shape != p.shape:
                 raise ValueError(
-                    f"the Fisher's {name!r} has shape {tuple(self.tensors[name].shape)}, the "
+                    f"the Fisher's {name!r} has shape {tuple(self[name].shape)}, the "
                     f"model's {tuple(p.shape)}: it was made for another model"
                 )
-            found[p] = self.tensors[name]
+            found[p] = self[name]
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -142,7 +142,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
             raise ValueError("batches is empty: give at least one batch of samples")
         if save_every < 1:
             raise ValueError(f"save_every must be >= 1; got {save_every}")
-        params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        params = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         if not params:
             raise ValueError("the model has no trainable parameter; call requires_grad_(True)")
         identity = _identity(model, loss, batches, protocol)
