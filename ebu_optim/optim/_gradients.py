@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from operator import attrgetter, eq, is_, is_not
+from operator import attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
 
-from ._shards import any_sharded, is_sharded
-from ._slots import Key, Slot, SlotList
+from ._shards import is_sharded
+from ._slots import Key, SlotList
 
 Grads = list[Tensor | None]  # by slot, None where there is none
 
 _GRAD, _NBYTES = attrgetter("grad"), attrgetter("nbytes")
+_PLACED = (0).__lt__  # of `addresses`: a tensor lies there
 
 
 def on(params: Sequence[Tensor]) -> Grads:
@@ -62,14 +63,14 @@ class Gradients:
         tensors: by slot.
     """
 
-    def __init__(self, slots: Sequence[Slot] = (), tensors: Grads | None = None) -> None:
-        self._slots = slots
+    def __init__(self, slots: SlotList | None = None, tensors: Grads | None = None) -> None:
+        self._slots = SlotList(()) if slots is None else slots
         self._left: dict[Key, tuple[Tensor | None, int | None]] = {}  # of what is in no group now
         self.hold(tensors or [])
 
-    def hold(self, tensors: Grads) -> None:
-        """These from now on, as they are now."""
-        self.tensors, self._versions = tensors, _versions(tensors)
+    def hold(self, tensors: Grads, at: list[int] | None = None) -> None:
+        """These from now on, as they are now, `at` these `addresses` where they are known."""
+        self.tensors, self._versions, self._at = tensors, _versions(tensors), at
 
     def follow(self, slots: SlotList) -> None:
         """By these slots from now on; each gradient stays with its parameter."""
@@ -81,7 +82,7 @@ class Gradients:
         if found:
             pairs = [found.pop(key, (None, None)) for key in slots.keys]
             self.tensors, self._versions = [t for t, _ in pairs], [v for _, v in pairs]
-            self._left = found
+            self._left, self._at = found, None
         else:
             self.hold([None] * len(slots))
 
@@ -105,22 +106,18 @@ class Gradients:
         rows = zip(now, self.tensors, versions, self._versions, strict=True)
         return next(i for i, (new, kept, v, was) in enumerate(rows) if new is not kept or v != was)
 
-    def written(self, new: Grads) -> int | None:
-        """The first slot where the gradient was written, or lies in the memory of a `new` one;
-        None where none does."""
+    def written(self, new_at: list[int]) -> int | None:
+        """The first slot where the gradient was written, or lies in the memory of a new one, of
+        which these are the `addresses`; None where none does."""
         if not any_of(self.tensors):
             return None
         versions = _versions(self.tensors)
-        kept_at, new_at = _addresses(self.tensors, 0), _addresses(new, -1)
-        if versions == self._versions and not any(map(eq, kept_at, new_at)):
+        at = addresses(self._slots, self.tensors) if self._at is None else self._at
+        if versions == self._versions and set(at).isdisjoint(new_at):
             return None
-        rows = zip(self.tensors, versions, self._versions, kept_at, new_at, strict=True)
-        return next(
-            (
-                i for i, (grad, v, was, a, b) in enumerate(rows)
-                if v != was or (a == b and grad is not None and grad.numel())
-            ), None,
-        )  # fmt: skip
+        taken = set(filter(_PLACED, new_at))
+        rows = zip(at, versions, self._versions, strict=True)
+        return next((i for i, (a, v, was) in enumerate(rows) if v != was or a in taken), None)
 
     def own(self) -> None:
         """Copy what the next backward pass would write again."""
@@ -140,6 +137,26 @@ def writable(grads: Grads) -> Grads:
 
 def _overlaps(grad: Tensor) -> bool:
     return any(st == 0 for st, s in zip(grad.stride(), grad.shape, strict=True) if s > 1)
+
+
+def separate(grads: Grads, at: list[int]) -> Grads:
+    """The gradients, copied where they begin where an earlier one does, as those of terms of a sum
+    by `torch.autograd.grad` do: a step writes into each; the same list where none does.
+
+    Args:
+        at: their `addresses`.
+    """
+    if len(set(at)) == len(at):
+        return grads
+    there = list(filter(_PLACED, at))
+    if len(set(there)) == len(there):
+        return grads
+    seen: set[int] = set()
+    found: Grads = []
+    for grad, address in zip(grads, at, strict=True):
+        found.append(grad.clone() if grad is not None and 0 < address in seen else grad)
+        seen.add(address if address > 0 else -1)
+    return found
 
 
 def owning(grads: Grads) -> Grads:
@@ -164,8 +181,8 @@ def _versions(grads: Grads) -> list[int | None]:
     return [None if g is None else g._version for g in grads]
 
 
-def _addresses(grads: Grads, missing: int) -> list[int]:
-    """Of plain tensors."""
-    if any_sharded(grads):
-        return [missing if g is None or is_sharded(g) else g.data_ptr() for g in grads]
-    return [missing if g is None else g.data_ptr() for g in grads]
+def addresses(slots: SlotList, grads: Grads) -> list[int]:
+    """Where plain tensors begin; 0 for empty ones, -1 where there is none, or a sharded one."""
+    if slots.sharded:
+        return [-1 if g is None or is_sharded(g) else g.data_ptr() for g in grads]
+    return [-1 if g is None else g.data_ptr() for g in grads]

@@ -33,7 +33,17 @@ from torch._compile import _disable_dynamo
 from .. import kernels
 from . import _checks
 from ._anchors import Anchors
-from ._gradients import Gradients, Grads, any_of, on, owning, put, writable
+from ._gradients import (
+    Gradients,
+    Grads,
+    addresses,
+    any_of,
+    on,
+    owning,
+    put,
+    separate,
+    writable,
+)
 from ._shards import local
 from ._slots import SlotList
 
@@ -173,11 +183,13 @@ class Phases:
         try:
             _checks.gradients(slots, now)
             _checks.kept_back(slots, now, name)
-            self._check_kept(slots, now, name)
+            at = addresses(slots, now)
+            self._check_kept(slots, at, name)
         except (TypeError, RuntimeError):
             self.discard()
             raise
-        self._grads[name].hold(writable(now) if name == self.shown else owning(now))
+        own = separate(writable(now) if name == self.shown else owning(now), at)
+        self._grads[name].hold(own, at if own is now else None)
         put(slots.params, now, self._grads[self.shown].tensors)
         if self.complete:
             self._carry_nonfinite()
@@ -217,11 +229,11 @@ class Phases:
             shown = self._grads[self.shown]
             shown.hold(shown.tensors)
 
-    def _check_kept(self, slots: SlotList, now: Grads, name: str) -> None:
+    def _check_kept(self, slots: SlotList, at: list[int], name: str) -> None:
         """At the end of a phase: it has not written the other's gradients, as a user does who gives
         ``param.grad`` one tensor of his own in both."""
         for other in self.needs:
-            i = None if other == name else self._grads[other].written(now)
+            i = None if other == name else self._grads[other].written(at)
             if i is not None:
                 raise RuntimeError(
                     f"the {other} gradient of {slots[i].name} was written inside {name}(), or is "

@@ -60,9 +60,14 @@ class SlotList(list[Slot]):
     def key_set(self) -> frozenset[Key]:
         return frozenset(self.keys)
 
+    @cached_property
+    def sharded(self) -> bool:
+        """Some parameter is a part of a larger one."""
+        return any_sharded(self.params)
+
     def local(self) -> SlotList:
         """With this process's parts of the parameters."""
-        if not any_sharded(self.params):
+        if not self.sharded:
             return self
         return SlotList(s._replace(param=local(s.param)) for s in self)
 

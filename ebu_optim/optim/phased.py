@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from .. import kernels
 from . import _checks, _ranks
 from ._gradients import Grads, put, with_gradients
-from ._shards import Shards, any_sharded, is_sharded, like, local, local_gradient
+from ._shards import Shards, is_sharded, like, local, local_gradient
 from ._slots import SlotList
 from ._wrapped import WrappedOptimizer
 from .rule import Combined, Step
@@ -162,7 +162,7 @@ class PhasedOptimizer(WrappedOptimizer):
         slots, g_f, g_r = with_gradients(slots, phases.of("forget"), phases.of("remember"))
         shown = g_f if phases.shown == "forget" else g_r
         self._anchors.hold(slots, by_hand=True)
-        if any_sharded(slots.params):
+        if slots.sharded:
             g_f, g_r = (list(map(local_gradient, g, slots.params)) for g in (g_f, g_r))
         compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
         combined = None
@@ -176,7 +176,7 @@ class PhasedOptimizer(WrappedOptimizer):
         else:
             self._last = combined.last
             grads = combined.grads
-            if any_sharded(slots.params):
+            if slots.sharded:
                 grads = list(map(like, grads, slots.params))
             put(slots.params, shown, grads)
             try:

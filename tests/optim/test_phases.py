@@ -196,6 +196,18 @@ def test_one_buffer_for_both_gradients_is_refused(order, how):
     assert_as_if_nothing_had_happened(opt, m)
 
 
+def test_a_buffer_of_one_parameter_in_one_phase_and_of_another_in_the_other_is_refused():
+    a, b = (nn.Parameter(torch.ones(3)) for _ in "ab")
+    opt = EBUOptimizer(torch.optim.SGD([a, b], lr=0.1))
+    buffer = torch.ones(3)
+    with opt.forget():
+        a.grad, b.grad = buffer, torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 0 .*inside remember.*clone\(\)"):
+        with opt.remember():
+            a.grad, b.grad = torch.ones(3), buffer
+    assert_same([a.detach(), b.detach()], [torch.ones(3)] * 2)
+
+
 def test_a_buffer_that_is_cloned_serves_both_phases():
     m, opt = build()
     buffers = [torch.zeros_like(p) for p in m.parameters()]
@@ -226,6 +238,33 @@ def test_gradients_whose_elements_are_one_place_in_memory(order, fused):
                         p.grad = value.clone() if copies else value
             opt.step()
         results.append(snapshot(opt, m))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("unrelated", ["update", "freeze"])
+@pytest.mark.parametrize("order", ["fr", "rf", "frfr"])
+def test_parameters_that_are_added_may_be_given_one_gradient(order, unrelated, fused):
+    """torch.autograd.grad returns one tensor for all terms of a sum, of a transposed one a view of
+    it; torch's optimizers never write into it, a step here does."""
+    results = []
+    for copies in (False, True):
+        torch.manual_seed(0)
+        rows = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (3, 4), (4, 3), (3, 4))]
+        a, b, c, alone = rows
+        opt = EBUOptimizer(torch.optim.SGD(rows, lr=0.1), unrelated=unrelated, fused=fused)
+        for _ in range(2):
+            for phase in order:
+                together = a + b + c.T
+                value = together.sin() if phase == "f" else together.square() * alone
+                grads = torch.autograd.grad(value.sum(), rows, allow_unused=True)
+                if phase == "r":
+                    assert grads[0].data_ptr() == grads[1].data_ptr() == grads[2].data_ptr()
+                with opt.forget() if phase == "f" else opt.remember():
+                    for p, g in zip(rows, grads, strict=True):
+                        p.grad = g.clone() if copies and g is not None else g
+            opt.step()
+        results.append([p.detach().clone() for p in rows])
     assert_same(*results)
 
 
