@@ -202,9 +202,9 @@ def test_a_buffer_of_one_parameter_in_one_phase_and_of_another_in_the_other_is_r
     buffer = torch.ones(3)
     with opt.forget():
         a.grad, b.grad = buffer, torch.ones(3)
-    with pytest.raises(RuntimeError, match=r"gradient of parameter 0 .*inside remember.*clone\(\)"):
-        with opt.remember():
-            a.grad, b.grad = torch.ones(3), buffer
+    said = r"gradient of parameter 0 .*inside remember.*clone\(\)"
+    with pytest.raises(RuntimeError, match=said), opt.remember():
+        a.grad, b.grad = torch.ones(3), buffer
     assert_same([a.detach(), b.detach()], [torch.ones(3)] * 2)
 
 
