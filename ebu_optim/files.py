@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from .modules import tensor_hash
 
 __all__ = [
     "check_free",
-    "digest",
     "load_tensors",
     "locked",
     "need_disk",
@@ -258,13 +256,6 @@ def load_tensors(
     if finite and (bad := not_finite(tensors)):
         raise ValueError(f"{path}: {bad}, so that it is of no use: delete it and make it again")
     return tensors, found
-
-
-def digest(said: Any) -> str:
-    """The SHA-256, in hexadecimal, of what can be written as JSON: the order of a mapping's keys
-    changes nothing, a tuple is a list, of a path its name alone counts, not where it lies."""
-    text = json.dumps(said, sort_keys=True, default=lambda path: Path(path).name)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_free(out: Path, is_result: Callable[[Path], bool], overwrite: bool) -> None:

@@ -18,14 +18,20 @@ from typing import Any
 from torch import nn
 
 from .errors import InputError
-from .files import digest
 from .modules import model_hash
 
 LENGTH = 16  # hex digits of a key
 
 
+def digest(said: Any) -> str:
+    """The SHA-256, in hexadecimal, of what can be written as JSON: the order of a mapping's keys
+    changes nothing, a tuple is a list, of a path its name alone counts, not where it lies."""
+    text = json.dumps(said, sort_keys=True, default=lambda path: Path(path).name)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def key(*what: Any) -> str:
-    """16 hex digits over what can be written as JSON; see :func:`ebu_optim.files.digest`."""
+    """16 hex digits over what can be written as JSON; see :func:`digest`."""
     return digest(what)[:LENGTH]
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ebu_optim.files import (
-    digest,
     load_tensors,
     not_finite,
     replacing,
@@ -133,15 +131,6 @@ def test_an_error_about_another_file_is_not_called_one_of_writing(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, replacing_folder(tmp_path / "a" / "out"):
         (tmp_path / "elsewhere" / "x").read_text()
     assert "cannot write" not in str(caught.value)
-
-
-def test_a_digest_is_of_what_is_said_and_not_of_its_order_or_place():
-    said = {"a": [1, "x"], "b": Path("here/model"), "c": {"y": None, "z": 0.5}}
-    same = {"c": {"z": 0.5, "y": None}, "b": Path("/elsewhere/model"), "a": (1, "x")}
-    assert digest(said) == digest(same)
-    assert len(digest(said)) == 64
-    for other in ({"a": ["x", 1]}, {"b": Path("here/other")}, {"c": {"y": None, "z": 0.25}}):
-        assert digest(said | other) != digest(said)
 
 
 # -- NaN -----------------------------------------------------------------------------------------

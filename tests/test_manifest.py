@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +141,12 @@ def test_what_changed_is_named():
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"^the run was begun with another prompts \(prompts: 2"):
         manifest.refuse_changed(before, {**before, "prompts": "5"}, "the run")
+
+
+def test_a_digest_is_of_what_is_said_and_not_of_its_order_or_place():
+    said = {"a": [1, "x"], "b": Path("here/model"), "c": {"y": None, "z": 0.5}}
+    same = {"c": {"z": 0.5, "y": None}, "b": Path("/elsewhere/model"), "a": (1, "x")}
+    assert manifest.digest(said) == manifest.digest(same)
+    assert len(manifest.digest(said)) == 64
+    for other in ({"a": ["x", 1]}, {"b": Path("here/other")}, {"c": {"y": None, "z": 0.25}}):
+        assert manifest.digest(said | other) != manifest.digest(said)

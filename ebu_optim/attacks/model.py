@@ -41,7 +41,7 @@ class Attacked:
             looked.scheduler,
             looked.latents,
         )
-        self.args, self.device = args, device
+        self.args, self.device, self.folder = args, device, looked.folder
         self.sampler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
         self.null = self.encode([""])
 
@@ -49,7 +49,7 @@ class Attacked:
         """What draws: hashes of its parts' contents."""
         return {
             **{n: of_model(getattr(self, n)) for n in ("unet", "vae", "text_encoder")},
-            "tokenizer": key(sorted(self.tokenizer.get_vocab().items())),
+            "tokenizer": pipelines.tokenizer_hash(self.folder),
             "scheduler": key(plain(self.schedule.config)),
         }  # fmt: skip
 

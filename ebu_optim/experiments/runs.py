@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..files import digest
+from ..manifest import digest
 from ..training.options import TrainingOptions, check_choices, flags
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import digest, replacing
+from ..files import replacing
+from ..manifest import digest
 from ..worlds.styled_digits.captions import (
     CONTENTS,
     HELD_OUT,

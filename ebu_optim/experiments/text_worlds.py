@@ -6,7 +6,6 @@ paper     Stable Diffusion 1.4; a GPU
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from ..attacks.run import AttackOptions, attack
 from ..baselines import methods
 from ..errors import InputError
-from ..files import digest
+from ..manifest import contents
 from ..text_to_image.evaluation import evaluate
 from ..text_to_image.evaluation_options import RESULT, Evaluation
 from ..text_to_image.options import Unlearn
@@ -122,11 +121,8 @@ class TextSetting(Asked):
             if not (folder / file).is_file():
                 by = "world/train.py" if part else "world/judges.py"
                 raise InputError(f"--{name} {folder} holds no {file}: {by} makes it")
-        files = sorted(folder.glob("**/*.safetensors" if part else "*.safetensors"))
-        held = {
-            str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
-        }
-        return Given(folder.resolve(), digest(held)[:8], None)
+        key = contents(folder.glob("**/*.safetensors" if part else "*.safetensors"))[:8]
+        return Given(folder.resolve(), key, None)
 
     @property
     def base_key(self) -> str:

@@ -136,12 +136,17 @@ def parts(folder: Path, variant: str | None) -> dict[str, str]:
     found = {}
     for part, (_, file) in PARTS.items():
         if part == "tokenizer":
-            found[part] = contents(p for p in (folder / part).iterdir() if p.is_file())
+            found[part] = tokenizer_hash(folder)
             continue
         config = plain(_json(folder / part / file, f"{folder}: {part} is incomplete"))
         of_weights = "" if part == "scheduler" else contents(weights(folder, part, variant))
         found[part] = key(config, of_weights)
     return found
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Of the contents of the tokenizer's files: merges decide as much as the vocabulary."""
+    return contents(p for p in (folder / "tokenizer").iterdir() if p.is_file())
 
 
 def load(kind: Any, folder: Path, variant: str | None) -> Any:
