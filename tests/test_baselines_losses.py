@@ -28,6 +28,17 @@ def test_next_class_skips_what_is_forgotten():
         next_class(labels, 2, forgotten=(0, 1))
 
 
+@pytest.mark.parametrize("compat", [None, "paper"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_next_class_of_labels_of_any_whole_dtype(dtype, compat):
+    # as many labels as classes: of uint8 torch would take them for a mask over the classes
+    found = next_class(torch.tensor([0, 1, 2], dtype=dtype), 3, forgotten=(1,), compat=compat)
+    assert found.dtype == torch.int64
+    assert found.tolist() == ([1, 2, 0] if compat else [2, 2, 0])
+    with pytest.raises(TypeError, match=r"labels must be whole numbers; got torch\.float32"):
+        next_class(torch.tensor([0.0]), 3, forgotten=(1,))
+
+
 class Linear(nn.Module):
     """eps = slope[class] * x_t + dropout: a model whose predictions are known."""
 

@@ -116,6 +116,7 @@ IMAGES, LABELS = example()
     ("args", "options", "message"),
     [
         ((Judge(5), IMAGES, LABELS, []), {}, "forget must name at least one class"),
+        ((Judge(5), IMAGES, LABELS.float(), [2]), {}, r"labels must be whole.*torch\.float32"),
         ((Judge(5), IMAGES, LABELS, [7]), {}, r"forget names \[7\], of which there is no image"),
         ((Judge(5), IMAGES, LABELS, range(5)), {}, "RA and CE_r need images of kept classes"),
         ((Judge(5), IMAGES, LABELS[:3], [0]), {}, "one per image"),

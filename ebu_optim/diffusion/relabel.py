@@ -21,6 +21,9 @@ def next_class(
 
     With "paper" (c + 1) mod num_classes, be it forgotten or not: SalUn's "random label".
     """
+    if labels.is_floating_point():
+        raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
+    labels = labels.long()  # uint8 would be taken for a mask
     if _paper(compat):
         return (labels + 1) % num_classes
     kept = [c for c in range(num_classes) if c not in set(forgotten)]

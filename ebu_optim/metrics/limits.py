@@ -28,6 +28,8 @@ def _split(images: Tensor, labels: Tensor, forget: Sequence[int]) -> Tensor:
         raise ValueError(
             f"labels must have shape ({len(images)},), one per image; got {tuple(labels.shape)}"
         )
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be whole numbers, the classes; got {labels.dtype}")
     absent = sorted(set(forget) - set(labels.tolist()))
     if absent:
         raise ValueError(

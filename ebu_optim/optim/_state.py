@@ -8,6 +8,7 @@ Where both sides know the names of their parameters, a name is the same paramete
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -102,10 +103,19 @@ def join(
     for saved_id, slot in _slot_of_id(groups, base["param_groups"], slots).items():
         if own.get(slot.key):
             state[saved_id] = {**state.get(saved_id, {}), **own[slot.key]}
-    return {
-        "state": state,
-        "param_groups": [{**group, **counters} for group in base["param_groups"]],
-    }
+    saved = [
+        {k: _plain(v) if k.startswith("ebu_") else v for k, v in group.items()}
+        for group in base["param_groups"]
+    ]
+    return {"state": state, "param_groups": [{**group, **counters} for group in saved]}
+
+
+def _plain(number: Any) -> Any:
+    """A rule's number without numpy, whose scalars no file without pickle holds."""
+    if isinstance(number, (tuple, list)):
+        return type(number)(map(_plain, number))
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    return float(number) if real and type(number) is not int else number
 
 
 def split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -51,6 +52,25 @@ def test_a_run_resumed_from_a_file_is_the_same_run(name, at):
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_a_run_resumed_from_a_file_is_the_same_run_for_every_fisher(fisher, at):
     resumed("adam", fisher, at)
+
+
+@pytest.mark.parametrize("how", ["argument", "attribute", "group"])
+def test_numbers_of_numpy_are_saved_as_plain_ones(how):
+    """As np.linspace gives them to a sweep; no file without pickle holds them."""
+    numbers = {"alpha": np.float64(0.25), "delta": (np.float32(0.5), np.float64(0.25)),
+               "gamma": np.int64(3)}  # fmt: skip
+    m = net()
+    opt = EBUOptimizer(Adam(m.parameters()), **(numbers if how == "argument" else {}))
+    for name, value in numbers.items():
+        if how == "attribute":
+            setattr(opt, name, value)
+        elif how == "group":
+            opt.param_groups[0][f"ebu_{name}"] = value
+    run(opt, m, range(1))
+    (state,) = saved(opt)
+    (group,) = state["param_groups"]
+    assert [group[f"ebu_{name}"] for name in numbers] == [0.25, (0.5, 0.25), 3]
+    assert type(group["ebu_alpha"]) is float
 
 
 @pytest.mark.parametrize("used", ["online", "warm"])
