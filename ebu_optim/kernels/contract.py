@@ -9,6 +9,7 @@ denormals beside float64 tensors, whose conversion flushes).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -36,6 +37,18 @@ STATS = (
     "fisher_sum",
     "update_nonfinite",
 )
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether `STATS` can be added up there: Apple's MPS and some Intel GPUs have no float64."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 # -- keys ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..kernels.contract import has_float64
 from ._shards import is_sharded, local, spread
 
 TERMS = ("forget", "remember", "modulated")  # of the update, in the order that kernels take
@@ -114,7 +115,17 @@ def real(p: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; parameters must be real floating tensors")
     if p.layout is not torch.strided:
         raise TypeError(f"{name} has layout {p.layout}; parameters must be dense")
+    wide_device(p, name)
     sharded(p, name)
+
+
+def wide_device(p: Tensor, name: str) -> None:
+    """Refuse a device on which nothing can be added up."""
+    if not has_float64(p.device):
+        raise TypeError(
+            f"{name} is on {p.device}, which has no float64 for the sums over all parameters: "
+            "unlearn on the CPU, model.cpu(), or on a CUDA device"
+        )
 
 
 def sharded(p: Tensor, name: str) -> None:
@@ -133,7 +144,9 @@ def sharded(p: Tensor, name: str) -> None:
 
 
 def all_sharded(slots: Sequence[Any]) -> None:
-    """`sharded` of every slot."""
+    """`sharded` of every slot; their device by the first."""
+    if slots:
+        wide_device(slots[0].param, slots[0].name)
     params = [s.param for s in slots]
     looks = any(map(hasattr, params, repeat("_fsdp_flattened")))
     if looks or any(map(is_sharded, params)):

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from ebu_optim import EBUOptimizer
@@ -187,6 +188,20 @@ def test_parameters_on_the_meta_device():
     with pytest.raises(TypeError, match=r"parameter 1 of the new group is on the meta device"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2)), m[0].bias]})
     assert len(opt.param_groups) == 1
+
+
+def test_a_device_without_float64():
+    # a stand-in for Apple's MPS, which is not here to try
+    with FakeTensorMode():
+        p = nn.Parameter(torch.zeros(2, device="mps"))
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0 is on mps.*float64.*\.cpu\(\)"):
+        EBUOptimizer(SGD([p], lr=0.1))
+    opt = EBUOptimizer(SGD([nn.Parameter(torch.zeros(2))], lr=0.1))
+    with pytest.raises(TypeError, match=r"parameter 0 of the new group is on mps"):
+        opt.add_param_group({"params": [p]})
+    opt.param_groups[0]["params"] = [p]  # moved after the optimizer was built
+    with pytest.raises(TypeError, match=r"parameter 0 .*on mps.*float64"), opt.forget():
+        pytest.fail("the phase began")
 
 
 @pytest.mark.parametrize("phase", ["forget", "remember"])
