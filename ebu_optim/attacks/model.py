@@ -139,12 +139,17 @@ class NewWord(nn.Module):
         rows = [tokens_around(model.tokenizer, t) for t in templates]
         self.ids = torch.tensor([ids for ids, _ in rows], device=model.device)
         self.at = torch.tensor([at for _, at in rows], device=model.device)
+        # the end, after the place of the word, where such a token stands too; then padding
+        number = torch.arange(self.ids.shape[1], device=model.device)
+        ends = (self.ids == model.tokenizer.eos_token_id) & (number > self.at[:, None])
+        self.used = (number <= ends.int().argmax(1, keepdim=True)).long()
+        self.masks = getattr(self.text_encoder.config, "use_attention_mask", False)
 
     def embeddings(self, rows: Tensor) -> Tensor:
         """(n, L, D) text embeddings of the templates `rows` (n,)."""
         ids, at = self.ids[rows], self.at[rows]
         with self._put_in(at):
-            return self.text_encoder(ids)[0]
+            return self.text_encoder(ids, self.used[rows] if self.masks else None)[0]
 
     @contextmanager
     def _put_in(self, at: Tensor) -> Iterator[None]:
