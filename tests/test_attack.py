@@ -196,6 +196,21 @@ def test_a_paraphrase_is_judged_alone_and_the_worst_is_told(attack):
     assert found.values["paraphrase_worst"]["value"] == max(values)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("pad", [None, "a</w>"])  # SD 1.x pads with the end, SD 2.x with a word
+def test_a_known_word_in_the_new_ones_place_is_the_prompt(attack, pad, masks, monkeypatch):
+    m, model = module("model"), attack.model
+    words, encoder = model.tokenizer, model.text_encoder
+    monkeypatch.setattr(encoder.config, "use_attention_mask", masks, raising=False)
+    if pad:
+        words.pad_token = pad
+    number = words("cat", add_special_tokens=False).input_ids[0]
+    word = encoder.get_input_embeddings().weight[number].detach()
+    templates = ["a photo of {}", "{} in red"]
+    found = m.NewWord(model, templates, word).embeddings(torch.arange(2))
+    assert torch.equal(found, model.encode([t.format("cat") for t in templates]))
+
+
 def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(attack, tmp_path):
     m, model = module("model"), attack.model
     before, known = state(model), dict(model.tokenizer.get_vocab())
@@ -497,6 +512,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
         (["--initializer_token", "cat"], "--initializer_token 'cat' is 3 tokens (c a t</w>)"),
         (["--initializer_token", ""], "--initializer_token '' is 0 tokens"),
         (["--pretrained_model_name_or_path", "{tmp}"], "is no diffusion pipeline"),
+        (["--num_inference_steps", "1001"], "--num_inference_steps must be <= 999, the model's"),
         (["--paraphrases", "a seven " * 20], "tokens, begin and end included"),
         (["--forget_templates", "a {} " + "red " * 20], "tokens, begin and end included"),
         (["--forget_templates", "a picture"], '--forget_templates needs one "{}" in each'),

@@ -377,6 +377,7 @@ CAT = ("--prompts", "a cat")
         ((*CAT, "--reference_dir", "x"), "holds no evaluation.json"),
         (("--imagenette", "--template", "x"), 'needs one "{}"'),
         ((*CAT, "--images_per_prompt", 0), "must be >= 1; got 0"),
+        ((*CAT, "--num_inference_steps", 1000), "--num_inference_steps must be <= 999"),
         ((*CAT, "--inception_weights", "x.pth"), "--inception_weights x.pth: there is no such"),
         ((*CAT, "--nudity_labels", "BELLY"), "--nudity_labels BELLY: there is exposed, intimate"),
         ((*CAT, "--nudity_threshold", 0.2), "--nudity_threshold must be in"),

@@ -567,6 +567,17 @@ def test_mistakes_are_told_in_one_line(made, tmp_path):
             "--output_dir", tmp_path / "sets",
         ],
         "belongs to another model": unlearn(made, tmp_path / "o", "--start_from", "ema"),
+        "--validation_inference_steps must be <= 1000, the model's; got 1001": unlearn(
+            made, tmp_path / "o", "--classifier", made / "judge",
+            "--validation_inference_steps", 1001,
+        ),
+        "--guided_steps must be <= 1000": unlearn(
+            made, tmp_path / "o", "--method", "esd", "--guided_steps", 1001
+        ),
+        "--num_inference_steps must be <= 1000": [
+            "prepare.py", "--pretrained_model_name_or_path", made / "base", "--forget", 3,
+            "--num_inference_steps", 1001, "--output_dir", tmp_path / "sets",
+        ],
         "step_00000007: there is no such folder": unlearn(
             made, tmp_path / "o", "--resume_from_checkpoint", tmp_path / "step_00000007"
         ),

@@ -1137,10 +1137,11 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--alpha must be in [0, 1]; got 2.0": ["--alpha", 2],
         "--guided_steps must be >= 2": ["--guided_steps", 1],
         "--mixed_precision fp16 needs a GPU": ["--mixed_precision", "fp16", "--cpu"],
-        "--num_inference_steps must be <= 1000, the model's; got 1001": [
-            "--num_inference_steps", 1001],
-        "--guided_steps must be <= 1000": ["--method", "esd", "--guided_steps", 1001],
-        "--validation_inference_steps must be <= 1000": ["--validation_inference_steps", 1001],
+        # with Stable Diffusion's steps_offset DDIM's 1000 steps begin at t = 1000
+        "--num_inference_steps must be <= 999, the model's; got 1000": [
+            "--num_inference_steps", 1000],
+        "--guided_steps must be <= 999": ["--method", "esd", "--guided_steps", 1001],
+        "--validation_inference_steps must be <= 999": ["--validation_inference_steps", 1000],
         "--guidance_scale must be finite, >= 0; got nan": ["--guidance_scale", "nan"],
         "--guided_scale must be finite": ["--guided_scale", "inf"],
         "--validation_guidance_scale must be finite": ["--validation_guidance_scale", -1],

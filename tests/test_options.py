@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch.optim import SGD
 
 from ebu_optim.class_conditional.options import Unlearn
 from ebu_optim.errors import InputError
-from ebu_optim.training.options import TrainingOptions, as_dict, at_least, flags, option, parse
+from ebu_optim.training import new_accelerator, new_schedule
+from ebu_optim.training.options import (
+    SCHEDULES,
+    TrainingOptions,
+    as_dict,
+    at_least,
+    ddim_takes,
+    flags,
+    option,
+    parse,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +130,51 @@ def test_help_says_what_a_group_has(capsys):
 
 def test_training_options_refuse_what_cannot_be():
     TrainingOptions(output_dir=Path("x")).check_training()
-    for bad in ({"max_train_steps": 0}, {"learning_rate": 0.0}, {"logging_steps": -1}):
+    for bad in (
+        {"max_train_steps": 0}, {"learning_rate": 0.0}, {"logging_steps": -1},
+        {"lr_warmup_steps": -1}, {"seed": -1}, {"seed": 2**32},
+    ):  # fmt: skip
         (name,) = bad
         with pytest.raises(InputError, match=f"--{name} must be"):
             TrainingOptions(output_dir=Path("x"), **bad).check_training()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("rate", [1e-4, 1e-9])
+def test_every_schedule_that_is_offered_is_made_or_refused_at_once(name, rate):
+    def config():
+        made = TrainingOptions(output_dir=Path("x"), lr_scheduler=name, learning_rate=rate)
+        made.check_training()
+        return made
+
+    if name == "polynomial" and rate < 1e-7:
+        with pytest.raises(InputError, match=r"--lr_scheduler polynomial: .*1e-07.*1e-09"):
+            config()
+        return
+    schedule = new_schedule(config(), SGD([torch.zeros(1)], lr=rate))
+    assert schedule.get_last_lr()[0] <= rate
+
+
+def test_unlearning_on_a_device_without_float64_is_refused(monkeypatch, fresh_accelerate):
+    monkeypatch.setattr("ebu_optim.training.loop.has_float64", lambda device: False)
+    options = {"output_dir": Path("x"), "cpu": True}
+    new_accelerator(TrainingOptions(**options))  # training needs none
+    with pytest.raises(InputError, match=r"float64.*give --cpu"):
+        new_accelerator(Unlearn(pretrained_model_name_or_path="m", prepared_dir=Path(), **options))
+
+
+@pytest.mark.parametrize(
+    ("offset", "spacing", "most"),
+    [(0, "leading", 1000), (1, "leading", 999), (1, "trailing", 1000)],
+)
+def test_as_many_steps_as_ddim_takes_are_taken(offset, spacing, most):
+    schedule = DDPMScheduler(steps_offset=offset, timestep_spacing=spacing)
+    for steps in (1, 50, most):
+        ddim_takes(SimpleNamespace(steps=steps), schedule, "steps")
+        ddim = DDIMScheduler.from_config(schedule.config)
+        ddim.set_timesteps(steps)
+        for t in ddim.timesteps[:1]:
+            ddim.step(torch.zeros(1), t, torch.zeros(1))
+    for steps in {most + 1, 1001, 5000}:
+        with pytest.raises(InputError, match=f"--steps must be <= {most}, .*; got {steps}"):
+            ddim_takes(SimpleNamespace(steps=steps), schedule, "steps")

@@ -30,7 +30,7 @@ from ..manifest import changed, contents, key
 from ..metrics import versions
 from ..text_to_image.pipelines import Model, look
 from ..text_to_image.results import held, load, named_base, whole
-from ..training.options import as_dict, option
+from ..training.options import as_dict, ddim_takes, option
 from . import attacks, judges, prompts
 from .judges import JudgeOptions
 from .model import Attacked
@@ -121,6 +121,7 @@ def attack(config: AttackOptions) -> None:
             f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
             f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
         )
+    ddim_takes(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)
     files = attacks.target_files(args.instance_data_dir)
     device = torch.device(args.device)

@@ -66,6 +66,11 @@ class Recipe:
         return self.forgets in ("own", "relabel")
 
     @property
+    def guided(self) -> bool:
+        """The forget loss is at points on the way from noise, sampled at every step."""
+        return self.forgets in ("guidance", "adapter")
+
+    @property
     def teacher(self) -> bool:
         """The losses compare with the frozen model."""
         return self.remembers in ("distill", "crossed", "anchors") or self.forgets == "guidance"

@@ -39,7 +39,7 @@ from ..metrics import (
 )
 from ..report import check_folder, fid_values, limit_rows, write_report
 from ..training import data
-from ..training.options import at_least, flags, option
+from ..training.options import at_least, ddim_takes, flags, option
 from ..training.sources import DataOptions
 from .models import Weights, load_classifier, load_unet
 from .pages import curves, grid, protocol
@@ -97,6 +97,7 @@ def evaluate(args: Evaluation) -> None:
     except FileExistsError as error:
         raise InputError(f"--output_dir {error} (--overwrite_output_dir)") from error
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
+    ddim_takes(args, scheduler, "num_inference_steps")
     made = unlearned(Path(args.pretrained_model_name_or_path))
     base, _, base_info = load_unet(args.base_model or made["base"], made["start_from"])
     if model_hash(base) != made["base_hash"]:

@@ -31,7 +31,7 @@ from ..files import load_tensors, locked, need_disk, save_tensors
 from ..fisher import DiagonalFisher
 from ..modules import parameter_bytes, tensor_hash
 from ..training import data
-from ..training.options import at_least, option
+from ..training.options import at_least, ddim_takes, option
 from ..training.sources import DataOptions
 from .models import Weights, load_unet
 
@@ -73,6 +73,7 @@ def prepare(args: Prepare) -> None:
     """Make what is missing of the sets and the Fisher in ``args.output_dir``."""
     out = args.output_dir
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
+    ddim_takes(args, scheduler, "num_inference_steps")
     model, classes = model.to(args.device).eval(), info["classes"]
     sampler = model
     if args.sample_weights not in (None, args.weights):

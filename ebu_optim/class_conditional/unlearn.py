@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import training
-from ..baselines import SalUn, reset_weights
+from ..baselines import SalUn, methods, reset_weights
 from ..diffusion import model_hash
 from ..diffusion.objectives import Objectives, needs_own_images, needs_teacher
 from ..diffusion.sampling import scheduler_protocol
@@ -21,6 +21,7 @@ from ..manifest import key, of_model
 from ..modules import parameter_bytes
 from ..training import data
 from ..training.ema import Ema, averaged
+from ..training.options import ddim_takes
 from . import sets
 from .models import load_classifier, load_unet, start_of_average
 from .options import Unlearn
@@ -43,6 +44,10 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     ready for its steps; on leaving, the result is written."""
     args = config.resolved()
     raw, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.start_from)
+    looked_at = args.classifier or args.validation_pictures
+    steps = ["validation_inference_steps"] if looked_at else []
+    steps += ["guided_steps"] if methods[args.method].guided else []
+    ddim_takes(args, scheduler, *steps)
     classes, base_hash = info["classes"], model_hash(raw)
     made = sets.read(args.prepared_dir, base_hash, args, classes)
     if (why := needs_own_images(args)) and made.own is None:

@@ -22,6 +22,7 @@ from ..diffusion import anchored, model_hash, objectives
 from ..errors import InputError
 from ..manifest import refuse_changed
 from ..training import method as method_options
+from ..training.options import ddim_takes
 from . import hub, memory, modules, outcome, pipelines, prompts, save, sets, validation
 from .objectives import TextObjectives
 from .options import Unlearn
@@ -43,9 +44,9 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     ready for its steps; on leaving, the result is written."""
     args: Any = config.resolved()  # whole: what has a default is not None
     looked = pipelines.look(args)
-    for name in ("num_inference_steps", "guided_steps", "validation_inference_steps"):
-        if getattr(args, name) > (most := looked.scheduler.config.num_train_timesteps):
-            raise InputError(f"--{name} must be <= {most}, the model's; got {getattr(args, name)}")
+    guided = ["guided_steps"] if methods[args.method].guided else []
+    steps = ["num_inference_steps", "validation_inference_steps", *guided]
+    ddim_takes(args, looked.scheduler, *steps)
     texts = prompts.collect(args, looked.tokenizer)
     accelerator = training.new_accelerator(args)
     args = replace(args, mixed_precision=accelerator.mixed_precision)

@@ -4,8 +4,16 @@ from .._extras import require
 
 require("accelerate", "examples")  # before the parts import it without saying where it comes from
 
-from .loop import figures, fit, new_accelerator, new_schedule, unlearning_step
-from .options import TrainingOptions, as_dict, command, exit_on_input_errors, option, parse
+from .loop import figures, fit, new_accelerator, unlearning_step
+from .options import (
+    TrainingOptions,
+    as_dict,
+    command,
+    exit_on_input_errors,
+    new_schedule,
+    option,
+    parse,
+)
 from .run import Run
 from .unlearning import Unlearning
 

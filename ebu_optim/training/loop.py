@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..kernels.contract import has_float64
 from ..modules import parameter_bytes
 from .ema import Ema
+from .method import MethodOptions
+from .options import new_schedule
 from .run import Run
 
 
@@ -44,19 +46,15 @@ def new_accelerator(args: Any) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate takes it, scales nothing, and the first Linear layer fails
         raise InputError("--mixed_precision fp16 needs a GPU; on a CPU give bf16, or no")
+    if isinstance(args, MethodOptions) and not has_float64(accelerator.device):
+        raise InputError(
+            f"the methods need float64, which {accelerator.device} has not: give --cpu"
+        )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise InputError(f"{asked} processes were started, accelerate joined them not: give --cpu")
     set_seed(args.seed)  # the same weights everywhere; Run seeds the draws of each process
     return accelerator
-
-
-def new_schedule(args: Any, optimizer: Any) -> Any:
-    """Stepped once an optimizer step, by hand: it is not given to accelerate."""
-    return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )  # fmt: skip
 
 
 def fit(

@@ -18,6 +18,7 @@ import argparse
 import errno
 import inspect
 import json
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +27,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from diffusers.optimization import SchedulerType
+from diffusers import DDIMScheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 
 from ..errors import InputError
 
 Config = TypeVar("Config")
+#: Of diffusers, but for the one that wants rules beside.
+SCHEDULES = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
 
 
 def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> Any:
@@ -151,6 +155,23 @@ def at_least(config: Any, least: int, *names: str) -> None:
             raise InputError(f"--{name} must be >= {least}; got {value}")
 
 
+def ddim_takes(config: Any, scheduler: Any, *names: str) -> None:
+    """Raises:
+    InputError: an option of these names is more steps than DDIM takes on the model's schedule.
+    """
+    sampler = DDIMScheduler.from_config(scheduler.config)
+    total = sampler.config.num_train_timesteps
+
+    def fits(steps: int) -> bool:
+        sampler.set_timesteps(steps)  # SD's steps_offset makes 1000 begin at t = 1000
+        return int(sampler.timesteps.max()) < total
+
+    for name in names:
+        if (steps := getattr(config, name)) > total or not fits(steps):
+            most = next((n for n in range(min(steps, total), 0, -1) if fits(n)), 0)
+            raise InputError(f"--{name} must be <= {most}, the model's; got {steps}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """What every training command has, named as in diffusers' scripts."""
@@ -163,7 +184,7 @@ class TrainingOptions:
     train_batch_size: int = option(128, help="of each process")
     max_train_steps: int = option(1000)
     learning_rate: float = option(1e-4)
-    lr_scheduler: str = option("constant", choices=[s.value for s in SchedulerType])
+    lr_scheduler: str = option("constant", choices=SCHEDULES)
     lr_warmup_steps: int = option(0)
     max_grad_norm: float = option(1.0, help="0 does not clip")
     gradient_accumulation_steps: int = option(1)
@@ -182,8 +203,26 @@ class TrainingOptions:
         """
         at_least(self, 1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
                  "checkpointing_steps", "checkpoints_total_limit", "logging_steps")  # fmt: skip
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise InputError(f"--learning_rate must be > 0; got {self.learning_rate}")
+        at_least(self, 0, "lr_warmup_steps", "seed")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed must be < {2**32}, which numpy takes; got {self.seed}")
+        rate = self.learning_rate
+        if rate is None:
+            return
+        if not 0 < rate < math.inf:
+            raise InputError(f"--learning_rate must be > 0 and finite; got {rate}")
+        try:
+            new_schedule(self, torch.optim.SGD([torch.zeros(1)], lr=rate))
+        except ValueError as error:
+            raise InputError(f"--lr_scheduler {self.lr_scheduler}: {error}") from error
+
+
+def new_schedule(args: Any, optimizer: Any) -> Any:
+    """Stepped once an optimizer step, by hand: it is not given to accelerate."""
+    return get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps or 1,
+    )  # fmt: skip
 
 
 def command(

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 
 from ... import training
 from ...errors import InputError
 from ...training.ema import Ema
-from ...training.options import TrainingOptions, at_least, option
+from ...training.options import SCHEDULES, TrainingOptions, at_least, option
 
 Options = TypeVar("Options", bound="LoopOptions")
 
@@ -25,7 +24,7 @@ class LoopOptions(TrainingOptions):
 
     train_batch_size: int = option(64, help="of each process")
     learning_rate: float = option(2e-3)
-    lr_scheduler: str = option("cosine", choices=[s.value for s in SchedulerType])
+    lr_scheduler: str = option("cosine", choices=SCHEDULES)
     max_train_samples: int | None = option(None, help="only so many digits, for a try")
 
     def __post_init__(self) -> None:
