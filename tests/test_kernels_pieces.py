@@ -49,3 +49,21 @@ def test_parts_are_the_pieces_shares_of_a_row():
     parts = list(_pieces.parts(like, torch.arange(11.0)))
     assert all(a is b and p.shape == b.shape for (a, p), b in zip(parts, like))
     assert torch.cat([p.flatten() for _, p in parts]).tolist() == list(range(11))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stride"),
+    [
+        (torch.ones(3, 4), 1),
+        (torch.ones(3, 4).mT, 1),
+        (torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), 1),
+        (torch.ones(3, 8)[:, :4], None),
+        (torch.ones(8)[::2], None),
+        (torch.ones(()).expand(3, 4), 0),
+        (torch.ones(4).expand(3, 4), None),
+        (torch.ones(()), 1),
+        (torch.ones(0, 3), 1),
+    ],
+)
+def test_layouts_that_are_one_stretch_of_memory(tensor, stride):
+    assert _pieces.flat_stride(tensor) == stride

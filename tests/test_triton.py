@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from ebu_optim.kernels import _tables, reference
-
 ROOT = Path(__file__).parents[1]
 triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -102,58 +100,3 @@ def test_without_a_device_the_reason_says_so_and_the_package_does_not_import_tri
     assert "no CUDA device" in done.stdout, done.stderr
     code = "import ebu_optim, sys; print('triton' in sys.modules)"
     assert run("-c", code, TRITON_INTERPRET="0").stdout.strip() == "False"
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def test_tables_address_every_element_once_past_32_bits_too():
-    sizes = np.array([3_000_000_000, 0, 5, 65536, 65537])
-    kinds = np.array([[0, 0, 1, 2, 2], [1, 1, 1, -1, 0]])
-    strides = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]])
-    addresses = np.array([[1 << 40, 0, 48, 64, 66], [16, 0, 32, 0, 96]])
-    row, at, length, full = _tables.split(addresses, kinds, strides, sizes, 1 << 16)
-    assert at.dtype == np.int64
-    assert np.bincount(row, weights=length).tolist() == sizes.tolist()
-    first = row == 0
-    ends = at[0, first] + 4 * length[first]
-    assert (ends[:-1] == at[0, first][1:]).all()  # no gap, no overlap
-    assert ends[-1] == (1 << 40) + 4 * 3_000_000_000
-    assert (at[1, first] == 16).all()  # one value, expanded
-    assert not full[first].any()
-    assert full[row == 3].tolist() == [True]  # a missing column is no obstacle
-    assert full[row == 4].tolist() == [False, False]  # 66 is no multiple of 16
-
-
-def test_launches_are_the_runs_of_equal_columns():
-    kinds = np.array([[0, 0, 0, 1, 1, 0], [2, 2, -1, -1, -1, -1]])
-    got = _tables.launches(kinds, first=7)
-    assert got == [((0, 2), 7, 2), ((0, -1), 9, 1), ((1, -1), 10, 2), ((0, -1), 12, 1)]
-    assert _tables.launches(kinds[:, :0]) == []
-
-
-@pytest.mark.parametrize(
-    ("tensor", "stride"),
-    [
-        (torch.ones(3, 4), 1),
-        (torch.ones(3, 4).mT, 1),
-        (torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), 1),
-        (torch.ones(3, 8)[:, :4], None),
-        (torch.ones(8)[::2], None),
-        (torch.ones(()).expand(3, 4), 0),
-        (torch.ones(4).expand(3, 4), None),
-        (torch.ones(()), 1),
-        (torch.ones(0, 3), 1),
-    ],
-)
-def test_layouts_that_are_one_stretch_of_memory(tensor, stride):
-    assert _tables.flat_stride(tensor) == stride
-
-
-def test_uploaded_parts_are_the_arrays():
-    arrays = [np.arange(6).reshape(2, 3), np.array([True, False]), np.zeros((5, 0), np.int64)]
-    parts, _ = _tables.upload(arrays, torch.device("cpu"))
-    assert [p.tolist() for p in parts] == [a.astype(int).tolist() for a in arrays]
-    assert all(p.dtype == torch.int64 for p in parts)
-    assert reference.STATS[-1] == "update_nonfinite"  # the order that combine_kernel writes
-    assert len(reference.STATS) == 14

@@ -26,7 +26,7 @@ POINTERS = {
     **dict.fromkeys(["partial", "keys", "nonfinite", "prefix", "hist"], "*i64"),
     **dict.fromkeys(["samples", "done", "settled", "bits"], "*i32"),
     **dict.fromkeys(["n_chunks", "first", "count", "n_pools"], "i32"),
-    **dict.fromkeys(["second", "third", "blend", "gamma", "online", "inv_scale"], "fp32"),
+    **dict.fromkeys(["on_r", "on_m", "blend", "gamma", "online", "inv_scale"], "fp32"),
     "stats": "*fp64",
 }
 
@@ -63,19 +63,24 @@ def cases():
     yield "fold_kernel", {"WIDTH": 16}, {"hist": "*i32"}
     yield "settle_kernel", {"WIDTH": 16}, {"hist": "*i32"}
     yield "finish_kernel", {}, {"hist": "*i32"}
-    yield "restore_kernel", {"THETA": 0, "HELD": 0, **walk}, {}
+    yield "restore_kernel", {"KINDS": 0, **walk}, {}
     yield "reduce_kernel", {"BLOCK": 1024}, {"partial": "*fp64"}
     for kind in (0, 1, 2):
-        columns = {"THETA": kind, "F": kind, "R": kind, "ANCHOR": kind, "FISHER": 0, "OUT": kind}
-        added = {"HELD": -1, "ROUTED": False, "FIRST": True, "PENALTY": 1, "ONLINE": 1}
-        routed = {"HELD": kind, "ROUTED": True, "FIRST": True, "PENALTY": 2, "ONLINE": 1}
         walk |= {"TILE": 512, "LANE": 4} if kind == 0 else {"TILE": 1024, "LANE": 8}
-        numbers = {"SCALED": False, "GAMMA_AT": False, "ONLINE_AT": False, **walk}
-        tensors = {"SCALED": True, "GAMMA_AT": True, "ONLINE_AT": True, **walk}
-        at = {"partial": "*fp64", "gamma": "*fp32", "online": "*fp32", "inv_scale": "*fp32"}
-        yield "combine_kernel", {**columns, **added, **numbers}, {"partial": "*fp64"}
+        numbers = {"GAMMA_AT": False, "ONLINE_AT": False, "inv_scale": None, **walk}
+        usual = {"ROUTED": False, "ON_F": True, "PENALTY": "partial"}
+        added = {"KINDS": packed(kind, kind, kind, kind, 0, kind, -1), **usual, **numbers}
+        yield "combine_kernel", added, {"partial": "*fp64"}
         if kind == 0:  # the most registers
-            yield "combine_kernel", {**columns, **routed, **tensors}, at
+            tensors = {"GAMMA_AT": True, "ONLINE_AT": True, **walk}
+            most = {"KINDS": 0, "ROUTED": True, "ON_F": True, "PENALTY": "full", **tensors}
+            at = dict.fromkeys(["gamma", "online", "inv_scale"], "*fp32")
+            yield "combine_kernel", most, {"partial": "*fp64", **at}
+
+
+def packed(*kinds):
+    """KINDS, from those of theta, g_f, g_r, theta0, F, out and held (-1: missing)."""
+    return sum(kind % 4 * 4**j for j, kind in enumerate(kinds))
 
 
 def source(function, kinds, constants):
@@ -93,7 +98,7 @@ def source(function, kinds, constants):
             {place(n): v for n, v in constants.items()},
         )  # fmt: skip
     if version >= (3, 3):
-        kinds |= dict.fromkeys(constants, "constexpr")
+        kinds = {n: kinds.get(n, "constexpr") for n in names}  # in the order of the arguments
     return ASTSource(function, kinds, constants)
 
 
@@ -152,7 +157,7 @@ def main():
     for card in map(int, sys.argv[1:]):
         for case in cases():
             c = compile_one(case, card)
-            kind = c.constants.get("KIND", c.constants.get("THETA", ""))
+            kind = c.constants.get("KIND", c.constants.get("KINDS", ""))
             state = c.error or f"{c.registers} registers, {c.stack} bytes of stack, {c.wide}"
             print(f"triton {triton.__version__} sm_{card} {c.name} {kind}: {state}", flush=True)
 

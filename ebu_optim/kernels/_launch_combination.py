@@ -11,10 +11,9 @@ from torch import Tensor
 
 from . import _launch, _tables, chunked
 from ._launch import OPTIONS, on, runs_on
+from ._pieces import flat_stride
 from ._tables import KINDS, Launch
 from .contract import STATS, Columns, Update
-
-_PENALTY = {"none": 0, "partial": 1, "full": 2}
 
 Row = Sequence[Any]  # tensors, None where a column is missing; theta first
 
@@ -44,8 +43,8 @@ def _columns(row: Row, device: torch.device) -> tuple[int, ...] | None:
         if t.is_contiguous() if lead is None else t.stride() == lead:
             stride: int | None = 1
         else:
-            stride = 0 if _tables.flat_stride(t) == 0 else None
-        if stride is None or (j == 0 and _tables.flat_stride(t) is None):
+            stride = 0 if flat_stride(t) == 0 else None
+        if stride is None or (j == 0 and flat_stride(t) != 1):
             return None
         found += (kind, stride)
     return tuple(found)
@@ -118,23 +117,23 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         chunked.combine(columns.rows(others), taus, how._replace(online=online), stats)
 
 
+def _packed(kinds: Sequence[int]) -> int:
+    """KINDS of `_triton_combination`: a digit to base 4 for each column, 3 where it is missing."""
+    return sum(kind % 4 * 4**j for j, kind in enumerate(kinds))
+
+
 def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
     kernels, device = _launch.kernels(), table.chunks.device
     n_chunks = table.chunks.shape[1]
     partial = torch.empty(len(STATS), n_chunks, dtype=torch.float64, device=device)
     on_f, on_r, on_m, only_r, blend, penalty = how.weights()
-    gamma, online, inv_scale = how.gamma, how.online, how.inv_scale
-    for kinds, start, count in table.launches:
-        theta, f, r, anchor, fisher, to, kept = kinds
+    for kinds, first, count in table.launches:
+        penalized = kinds[3] >= 0 and kinds[4] >= 0  # theta0 and F
         kernels.combine_kernel[(count,)](
-            table.chunks, n_chunks, start, taus, on_r, on_m, blend,
-            gamma, 0.0 if online is None else online, 1.0 if inv_scale is None else inv_scale,
-            partial,
-            THETA=theta, F=f, R=r, ANCHOR=anchor, FISHER=fisher, OUT=to, HELD=kept,
-            ROUTED=bool(only_r), FIRST=bool(on_f),
-            PENALTY=_PENALTY[penalty] if anchor >= 0 and fisher >= 0 else 0,
-            ONLINE=int(online is not None and fisher >= 0), SCALED=inv_scale is not None,
-            GAMMA_AT=isinstance(gamma, Tensor), ONLINE_AT=isinstance(online, Tensor),
+            table.chunks, n_chunks, first, taus, on_r, on_m, blend, how.gamma, how.online,
+            how.inv_scale, partial, KINDS=_packed(kinds),
+            ROUTED=bool(only_r), ON_F=bool(on_f), PENALTY=penalty if penalized else "none",
+            GAMMA_AT=isinstance(how.gamma, Tensor), ONLINE_AT=isinstance(how.online, Tensor),
             CHUNK=_tables.CHUNK, TILE=min(_launch.TILE, 512 if max(kinds) == 0 else 1024),
             LANE=4 if max(kinds) == 0 else 8, **OPTIONS,
         )  # fmt: skip
@@ -154,7 +153,7 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
         with on(device):
             for kinds, first, count in table.launches:
                 _launch.kernels().restore_kernel[(count,)](
-                    table.chunks, table.chunks.shape[1], first, THETA=kinds[0], HELD=kinds[6],
+                    table.chunks, table.chunks.shape[1], first, KINDS=_packed(kinds),
                     CHUNK=_tables.CHUNK, TILE=_launch.TILE, **OPTIONS,
                 )  # fmt: skip
     chunked.restore([rows[i][0] for i in others], [rows[i][6] for i in others])

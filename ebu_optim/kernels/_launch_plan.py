@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _tables
+from ._pieces import flat_stride
 from ._tables import KINDS, Launch
 
 #: Elements from which a pool has a window: its 4 MiB of exact counts (a few KiB where all its
@@ -84,7 +85,7 @@ def read_plan(pools: Pools, device: torch.device) -> tuple[Plan, object]:
         row: list[Tensor] = []
         for g in members:
             if g.numel():
-                stride = _tables.flat_stride(g)
+                stride = flat_stride(g)
                 row.append(g if stride is not None else g.contiguous())
                 strides.append(1 if stride is None else stride)
         n = sum(g.numel() for g in row)

@@ -17,14 +17,20 @@ CHUNK_CPU = 1 << 19
 CHUNK_DEVICE = 1 << 22
 
 
-def _dense(t: Tensor) -> bool:
-    """Non-overlapping and dense: the elements fill one stretch of memory in some order."""
+def flat_stride(t: Tensor) -> int | None:
+    """1 where the elements fill one stretch of memory in some order, 0 where all are one; else
+    None."""
+    if t.is_contiguous():
+        return 1
+    pairs = sorted((st, s) for st, s in zip(t.stride(), t.shape) if s > 1)
+    if all(st == 0 for st, _ in pairs):
+        return 0
     expected = 1
-    for stride, size in sorted((st, s) for st, s in zip(t.stride(), t.shape) if s > 1):
+    for stride, size in pairs:
         if stride != expected:
-            return False
+            return None
         expected *= size
-    return True
+    return 1
 
 
 def flat(columns: Sequence[Tensor]) -> list[Tensor] | None:
@@ -34,7 +40,7 @@ def flat(columns: Sequence[Tensor]) -> list[Tensor] | None:
     """
     lead = columns[0]
     contiguous = lead.is_contiguous()
-    if not contiguous and not _dense(lead):
+    if flat_stride(lead) != 1:
         return None
     views = []
     for c in columns:
@@ -42,7 +48,7 @@ def flat(columns: Sequence[Tensor]) -> list[Tensor] | None:
             views.append(c.view(-1))
         elif c.stride() == lead.stride():
             views.append(c.as_strided((c.numel(),), (1,)))
-        elif all(st == 0 for st, s in zip(c.stride(), c.shape) if s > 1):
+        elif flat_stride(c) == 0:
             views.append(c.as_strided((c.numel(),), (0,)))
         else:
             return None

@@ -35,21 +35,6 @@ class Launch(NamedTuple):
     programs: int
 
 
-def flat_stride(t: Tensor) -> int | None:
-    """1 where the elements fill one stretch of memory, 0 where all are one; else None."""
-    if t.is_contiguous():
-        return 1
-    pairs = sorted((st, s) for st, s in zip(t.stride(), t.shape) if s > 1)
-    if all(st == 0 for st, _ in pairs):
-        return 0
-    expected = 1
-    for stride, size in pairs:
-        if stride != expected:
-            return None
-        expected *= size
-    return 1
-
-
 def split(
     addresses: np.ndarray, kinds: np.ndarray, strides: np.ndarray, sizes: np.ndarray, chunk: int
 ) -> tuple[np.ndarray, ...]:

@@ -20,43 +20,37 @@ from ._triton_parts import (
     stored_value,
 )
 
-# rows of the combination's table: 7 addresses, then these, [11, chunks] int64
-C_LENGTH = tl.constexpr(7)
-C_KEY_F = tl.constexpr(8)
-C_KEY_R = tl.constexpr(9)
-C_STRIDES = tl.constexpr(10)  # bit j: column j is not one expanded value; bit 7: FULL
-
-
-# -- one tile -------------------------------------------------------------------------------------
+# columns: rows of addresses in the combination's table, and places in KINDS and STRIDES
+THETA = tl.constexpr(0)
+F = tl.constexpr(1)
+R = tl.constexpr(2)
+ANCHOR = tl.constexpr(3)
+FISHER = tl.constexpr(4)
+OUT = tl.constexpr(5)
+HELD = tl.constexpr(6)
+# the table's other rows; it is [11, chunks] int64
+LENGTH = tl.constexpr(7)
+KEY_F = tl.constexpr(8)
+KEY_R = tl.constexpr(9)
+STRIDES = tl.constexpr(10)  # bit j: column j is not one expanded value; bit 7: FULL
 
 
 @triton.jit
 def mixed(
-    g_f, g_r, m_f, both, only_r, second, third, blend, ROUTED: tl.constexpr, FIRST: tl.constexpr
+    g_f, g_r, m_f, both, only_r, on_r, on_m, blend, ROUTED: tl.constexpr, ON_F: tl.constexpr
 ):  # fmt: skip
     """G without the penalty, see `contract.Weights`."""
     if ROUTED:
         out = m_f * g_f
         out = out + only_r * g_r
     else:
-        if FIRST:
-            out = g_f + g_r * second
+        if ON_F:
+            out = g_f + g_r * on_r
         else:
-            out = g_r * second
-        out = out + third * m_f * g_f
+            out = g_r * on_r
+        out = out + on_m * m_f * g_f
     out = out + -blend * both * g_f
     out = out + blend * both * g_r
-    return out
-
-
-@triton.jit
-def with_penalty(out, moved, fisher, only_r, gamma, PENALTY: tl.constexpr):
-    """G with p of eqs. 8 and 9, on remember-only or everywhere."""
-    p = moved * fisher * gamma
-    if PENALTY == 1:
-        out = out + only_r * p
-    else:
-        out = out + p
     return out
 
 
@@ -94,74 +88,95 @@ def put(
 
 
 @triton.jit
-def addresses(column, n_chunks):
-    """Of theta, g_f, g_r, theta0, F, out and held."""
-    return (
-        tl.load(column),
-        tl.load(column + 1 * n_chunks),
-        tl.load(column + 2 * n_chunks),
-        tl.load(column + 3 * n_chunks),
-        tl.load(column + 4 * n_chunks),
-        tl.load(column + 5 * n_chunks),
-        tl.load(column + 6 * n_chunks),
-    )
+def read(
+    address, strides, offs, mask,
+    KINDS: tl.constexpr, COLUMN: tl.constexpr, IS_FULL: tl.constexpr,
+):  # fmt: skip
+    """One tile of a column."""
+    if not IS_FULL:
+        offs = offs * ((strides >> COLUMN) & 1)
+    return load_float(address, offs, mask, KINDS // 4**COLUMN % 4, IS_FULL)
 
 
 @triton.jit
-def combine_tile(
-    theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
-    offs, mask, on_theta, on_f, on_r, on_anchor, on_fisher,
-    tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-    counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
-    fisher_sum,
-    THETA: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ANCHOR: tl.constexpr,
-    FISHER: tl.constexpr, OUT: tl.constexpr, HELD: tl.constexpr, ROUTED: tl.constexpr,
-    FIRST: tl.constexpr, PENALTY: tl.constexpr, ONLINE: tl.constexpr, SCALED: tl.constexpr,
+def no_sums(SIZE: tl.constexpr):
+    """The sums over no element: three of integers, nine of floats."""
+    none = tl.zeros((SIZE,), tl.int32)
+    zero = tl.zeros((SIZE,), tl.float32)
+    return none, none, none, zero, zero, zero, zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def combine_chunk(
+    column, n_chunks, length, strides, tau_f, tau_r, on_r, on_m, blend, gamma, online, inv_scale,
+    KINDS: tl.constexpr, ROUTED: tl.constexpr, ON_F: tl.constexpr, PENALTY: tl.constexpr,
     TILE: tl.constexpr, LANE: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
-    """`reference.combine` on one tile, in its order of operations."""
-    g_f = load_float(f_at, offs * on_f, mask, F, IS_FULL)
-    g_r = load_float(r_at, offs * on_r, mask, R, IS_FULL)
-    m_f = (magnitude(g_f) >= tau_f).to(tl.float32)
-    m_r = (magnitude(g_r) >= tau_r).to(tl.float32)
-    opposed = (g_f.to(tl.int32, bitcast=True) ^ g_r.to(tl.int32, bitcast=True)) < 0
-    if SCALED:
-        g_f = g_f * inv_scale
-        g_r = g_r * inv_scale
-    both = m_f * m_r
-    only_r = m_r - both
-    out = mixed(g_f, g_r, m_f, both, only_r, second, third, blend, ROUTED, FIRST)
-    if (ANCHOR >= 0) or (HELD >= 0):
-        theta = load_float(theta_at, offs * on_theta, mask, THETA, IS_FULL)
-    if FISHER >= 0:
-        fisher = load_float(fisher_at, offs * on_fisher, mask, FISHER, IS_FULL)
-    if ANCHOR >= 0:
-        moved = theta - load_float(anchor_at, offs * on_anchor, mask, ANCHOR, IS_FULL)
-        square = moved * moved
-        moved_f += by_thread(square * (m_f - both), TILE, LANE)
-        moved_r += by_thread(square * only_r, TILE, LANE)
-        moved_both += by_thread(square * both, TILE, LANE)
-        moved_rest += by_thread(square * ((1.0 - m_f) * (1.0 - m_r)), TILE, LANE)
-        if PENALTY > 0:
-            out = with_penalty(out, moved, fisher, only_r, gamma, PENALTY)
-    rounded = round_to(out, OUT)
-    wrong += by_thread((magnitude(stored_value(rounded, OUT)) >= INF).to(tl.int32), TILE, LANE)
-    # two counts in one integer, of at most CHUNK / TILE * LANE < 2**15 each
-    counts += by_thread(m_f.to(tl.int32) + (m_r.to(tl.int32) << 16), TILE, LANE)
-    opposed = opposed & (both > 0)
-    more += by_thread(both.to(tl.int32) + (opposed.to(tl.int32) << 16), TILE, LANE)
-    dot += by_thread(g_f * g_r, TILE, LANE)
-    f_sq += by_thread(g_f * g_f, TILE, LANE)
-    r_sq += by_thread(g_r * g_r, TILE, LANE)
-    g_sq += by_thread(out * out, TILE, LANE)
-    if ONLINE > 0:
-        kept = round_to(online_fisher(fisher, g_r, online), FISHER)
-        fisher_sum += by_thread(stored_value(kept, FISHER), TILE, LANE)
-        store(fisher_at, offs, mask, kept, FISHER, IS_FULL)
-    if HELD >= 0:
-        kept = tl.where(m_f + m_r > 0, float("nan"), theta)
-        store(held_at, offs, mask, round_to(kept, HELD), HELD, IS_FULL)
-    store(out_at, offs, mask, rounded, OUT, IS_FULL)
+    """`reference.combine` on one chunk, in its order of operations: the sums."""
+    # KINDs, 3 where the column is missing
+    ANCHOR_KIND: tl.constexpr = KINDS // 4**ANCHOR % 4
+    FISHER_KIND: tl.constexpr = KINDS // 4**FISHER % 4
+    OUT_KIND: tl.constexpr = KINDS // 4**OUT % 4
+    HELD_KIND: tl.constexpr = KINDS // 4**HELD % 4
+    theta_at = tl.load(column + THETA * n_chunks)
+    f_at = tl.load(column + F * n_chunks)
+    r_at = tl.load(column + R * n_chunks)
+    anchor_at = tl.load(column + ANCHOR * n_chunks)
+    fisher_at = tl.load(column + FISHER * n_chunks)
+    out_at = tl.load(column + OUT * n_chunks)
+    held_at = tl.load(column + HELD * n_chunks)
+    (
+        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+        fisher_sum,
+    ) = no_sums(TILE // LANE)  # fmt: skip
+    for start in range(0, length, TILE):
+        offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
+        mask = offs < length
+        g_f = read(f_at, strides, offs, mask, KINDS, F, IS_FULL)
+        g_r = read(r_at, strides, offs, mask, KINDS, R, IS_FULL)
+        m_f = (magnitude(g_f) >= tau_f).to(tl.float32)
+        m_r = (magnitude(g_r) >= tau_r).to(tl.float32)
+        opposed = (g_f.to(tl.int32, bitcast=True) ^ g_r.to(tl.int32, bitcast=True)) < 0
+        if inv_scale is not None:
+            g_f = g_f * inv_scale
+            g_r = g_r * inv_scale
+        both = m_f * m_r
+        only_r = m_r - both
+        out = mixed(g_f, g_r, m_f, both, only_r, on_r, on_m, blend, ROUTED, ON_F)
+        if (ANCHOR_KIND < 3) or (HELD_KIND < 3):
+            theta = read(theta_at, strides, offs, mask, KINDS, THETA, IS_FULL)
+        if FISHER_KIND < 3:
+            fisher = read(fisher_at, strides, offs, mask, KINDS, FISHER, IS_FULL)
+        if ANCHOR_KIND < 3:
+            moved = theta - read(anchor_at, strides, offs, mask, KINDS, ANCHOR, IS_FULL)
+            square = moved * moved
+            moved_f += by_thread(square * (m_f - both), LANE)
+            moved_r += by_thread(square * only_r, LANE)
+            moved_both += by_thread(square * both, LANE)
+            moved_rest += by_thread(square * ((1.0 - m_f) * (1.0 - m_r)), LANE)
+            if PENALTY != "none":  # p of eqs. 8 and 9
+                p = moved * fisher * gamma
+                if PENALTY == "partial":
+                    p = only_r * p
+                out = out + p
+        rounded = round_to(out, OUT_KIND)
+        wrong += by_thread((magnitude(stored_value(rounded, OUT_KIND)) >= INF).to(tl.int32), LANE)
+        # two counts in one integer, of at most CHUNK / TILE * LANE < 2**15 each
+        counts += by_thread(m_f.to(tl.int32) + (m_r.to(tl.int32) << 16), LANE)
+        opposed = opposed & (both > 0)
+        more += by_thread(both.to(tl.int32) + (opposed.to(tl.int32) << 16), LANE)
+        dot += by_thread(g_f * g_r, LANE)
+        f_sq += by_thread(g_f * g_f, LANE)
+        r_sq += by_thread(g_r * g_r, LANE)
+        g_sq += by_thread(out * out, LANE)
+        if (online is not None) and (FISHER_KIND < 3):
+            kept = round_to(online_fisher(fisher, g_r, online), FISHER_KIND)
+            fisher_sum += by_thread(stored_value(kept, FISHER_KIND), LANE)
+            store(fisher_at, offs, mask, kept, FISHER_KIND, IS_FULL)
+        if HELD_KIND < 3:
+            held = tl.where(m_f + m_r > 0, float("nan"), theta)
+            store(held_at, offs, mask, round_to(held, HELD_KIND), HELD_KIND, IS_FULL)
+        store(out_at, offs, mask, rounded, OUT_KIND, IS_FULL)
     return (
         counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
         fisher_sum,
@@ -170,76 +185,52 @@ def combine_tile(
 
 @kernel
 def combine_kernel(
-    table, n_chunks, first, keys, second, third, blend, gamma, online, inv_scale, partial,
-    THETA: tl.constexpr, F: tl.constexpr, R: tl.constexpr, ANCHOR: tl.constexpr,
-    FISHER: tl.constexpr, OUT: tl.constexpr, HELD: tl.constexpr, ROUTED: tl.constexpr,
-    FIRST: tl.constexpr, PENALTY: tl.constexpr, ONLINE: tl.constexpr, SCALED: tl.constexpr,
+    table, n_chunks, first, keys, on_r, on_m, blend, gamma, online, inv_scale, partial,
+    KINDS: tl.constexpr, ROUTED: tl.constexpr, ON_F: tl.constexpr, PENALTY: tl.constexpr,
     GAMMA_AT: tl.constexpr, ONLINE_AT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     LANE: tl.constexpr,
 ):  # fmt: skip
     """Steps 2 to 5 of method.md on one chunk, in place; its sums go to `partial`, [14, chunks].
 
-    THETA ... HELD are KINDs, or -1 where a column is missing. PENALTY: 0 none, 1 partial, 2 full.
-    gamma and online are numbers, or with GAMMA_AT, ONLINE_AT pointers to one.
+    Digit j of KINDS, to base 4, is the KIND of column j, or 3 where it is missing. gamma and online
+    are numbers, or with GAMMA_AT and ONLINE_AT pointers to one, as inv_scale is; online and
+    inv_scale may be None.
     """
     c = (first + tl.program_id(0)).to(tl.int64)
     column = table + c
-    theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at = addresses(column, n_chunks)
-    length = tl.load(column + C_LENGTH * n_chunks).to(tl.int32)
+    length = tl.load(column + LENGTH * n_chunks).to(tl.int32)
+    strides = tl.load(column + STRIDES * n_chunks).to(tl.int32)
     # zeros are never selected
-    tau_f = tl.maximum(tl.load(keys + tl.load(column + C_KEY_F * n_chunks)), 1).to(tl.int32)
-    tau_r = tl.maximum(tl.load(keys + tl.load(column + C_KEY_R * n_chunks)), 1).to(tl.int32)
-    strides = tl.load(column + C_STRIDES * n_chunks).to(tl.int32)
+    tau_f = tl.maximum(tl.load(keys + tl.load(column + KEY_F * n_chunks)), 1).to(tl.int32)
+    tau_r = tl.maximum(tl.load(keys + tl.load(column + KEY_R * n_chunks)), 1).to(tl.int32)
     if GAMMA_AT:
         gamma = tl.load(gamma).to(tl.float32)
     if ONLINE_AT:
         online = tl.load(online).to(tl.float32)
-    if SCALED:
+    if inv_scale is not None:
         inv_scale = tl.load(inv_scale).to(tl.float32)
-
-    counts = tl.zeros((TILE // LANE,), tl.int32)
-    more = tl.zeros((TILE // LANE,), tl.int32)
-    wrong = tl.zeros((TILE // LANE,), tl.int32)
-    dot = tl.zeros((TILE // LANE,), tl.float32)
-    f_sq = tl.zeros((TILE // LANE,), tl.float32)
-    r_sq = tl.zeros((TILE // LANE,), tl.float32)
-    g_sq = tl.zeros((TILE // LANE,), tl.float32)
-    moved_f = tl.zeros((TILE // LANE,), tl.float32)
-    moved_r = tl.zeros((TILE // LANE,), tl.float32)
-    moved_both = tl.zeros((TILE // LANE,), tl.float32)
-    moved_rest = tl.zeros((TILE // LANE,), tl.float32)
-    fisher_sum = tl.zeros((TILE // LANE,), tl.float32)
+    # Triton orders by name what the branches alone make; in that order some cards spill, or need
+    # more registers.
+    (
+        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+        fisher_sum,
+    ) = no_sums(TILE // LANE)  # fmt: skip
     if (strides & 128) != 0:
-        for start in range(0, CHUNK, TILE):
-            offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
-            (
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
-                moved_rest, fisher_sum,
-            ) = combine_tile(
-                theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
-                offs, offs >= 0, 1, 1, 1, 1, 1,
-                tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
-                moved_rest, fisher_sum,
-                THETA, F, R, ANCHOR, FISHER, OUT, HELD, ROUTED, FIRST, PENALTY, ONLINE, SCALED,
-                TILE, LANE, True,
-            )  # fmt: skip
+        (
+            counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+            fisher_sum,
+        ) = combine_chunk(
+            column, n_chunks, CHUNK, strides, tau_f, tau_r, on_r, on_m, blend, gamma, online,
+            inv_scale, KINDS, ROUTED, ON_F, PENALTY, TILE, LANE, True,
+        )  # fmt: skip
     else:
-        for start in range(0, length, TILE):
-            offs = start + tl.arange(0, TILE)
-            (
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
-                moved_rest, fisher_sum,
-            ) = combine_tile(
-                theta_at, f_at, r_at, anchor_at, fisher_at, out_at, held_at,
-                offs, offs < length, strides & 1, (strides >> 1) & 1, (strides >> 2) & 1,
-                (strides >> 3) & 1, (strides >> 4) & 1,
-                tau_f, tau_r, second, third, blend, gamma, online, inv_scale,
-                counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
-                moved_rest, fisher_sum,
-                THETA, F, R, ANCHOR, FISHER, OUT, HELD, ROUTED, FIRST, PENALTY, ONLINE, SCALED,
-                TILE, LANE, False,
-            )  # fmt: skip
+        (
+            counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+            fisher_sum,
+        ) = combine_chunk(
+            column, n_chunks, length, strides, tau_f, tau_r, on_r, on_m, blend, gamma, online,
+            inv_scale, KINDS, ROUTED, ON_F, PENALTY, TILE, LANE, False,
+        )  # fmt: skip
     put(
         partial + c, n_chunks, counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r,
         moved_both, moved_rest, fisher_sum,
@@ -257,28 +248,31 @@ def reduce_kernel(partial, n_chunks, stats, BLOCK: tl.constexpr):
     tl.store(stats + i, tl.load(stats + i) + tl.sum(total, 0))
 
 
+@triton.jit
+def restore_tile(
+    theta_at, held_at, strides, offs, mask, KINDS: tl.constexpr, IS_FULL: tl.constexpr
+):  # fmt: skip
+    theta = load_float(theta_at, offs, mask, KINDS % 4, IS_FULL)
+    held = read(held_at, strides, offs, mask, KINDS, HELD, IS_FULL)
+    kept = round_to(tl.where(held == held, held, theta), KINDS % 4)
+    store(theta_at, offs, mask, kept, KINDS % 4, IS_FULL)
+
+
 @kernel
 def restore_kernel(
-    table, n_chunks, first,
-    THETA: tl.constexpr, HELD: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    table, n_chunks, first, KINDS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
+):
     """Put back what `combine_kernel` held: theta = held where held is not NaN."""
-    c = (first + tl.program_id(0)).to(tl.int64)
-    theta_at = tl.load(table + c)
-    held_at = tl.load(table + c + 6 * n_chunks)
-    length = tl.load(table + c + C_LENGTH * n_chunks).to(tl.int32)
-    strides = tl.load(table + c + C_STRIDES * n_chunks).to(tl.int32)
+    column = table + (first + tl.program_id(0)).to(tl.int64)
+    theta_at = tl.load(column + THETA * n_chunks)
+    held_at = tl.load(column + HELD * n_chunks)
+    length = tl.load(column + LENGTH * n_chunks).to(tl.int32)
+    strides = tl.load(column + STRIDES * n_chunks).to(tl.int32)
     if (strides & 128) != 0:
         for start in range(0, CHUNK, TILE):
             offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
-            theta = load_float(theta_at, offs, offs >= 0, THETA, True)
-            held = load_float(held_at, offs, offs >= 0, HELD, True)
-            kept = round_to(tl.where(held == held, held, theta), THETA)
-            store(theta_at, offs, offs >= 0, kept, THETA, True)
+            restore_tile(theta_at, held_at, strides, offs, offs >= 0, KINDS, True)
     else:
         for start in range(0, length, TILE):
             offs = start + tl.arange(0, TILE)
-            theta = load_float(theta_at, offs, offs < length, THETA, False)
-            held = load_float(held_at, offs * ((strides >> 6) & 1), offs < length, HELD, False)
-            kept = round_to(tl.where(held == held, held, theta), THETA)
-            store(theta_at, offs, offs < length, kept, THETA, False)
+            restore_tile(theta_at, held_at, strides, offs, offs < length, KINDS, False)

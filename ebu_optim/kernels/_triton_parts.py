@@ -99,10 +99,10 @@ def magnitude(x):
 
 
 @triton.jit
-def by_thread(x, TILE: tl.constexpr, LANE: tl.constexpr):
+def by_thread(x, LANE: tl.constexpr):
     """Sums of LANE neighbours, which lie in one thread: sums over tiles take few registers then."""
     if LANE == 1:
         y = x
     else:
-        y = tl.sum(tl.reshape(x, (TILE // LANE, LANE)), 1)
+        y = tl.sum(tl.reshape(x, (x.shape[0] // LANE, LANE)), 1)
     return y

@@ -139,9 +139,9 @@ def window_tile(
 ):  # fmt: skip
     u = magnitude(load_float(address, offs, mask, KIND, IS_FULL))
     within = (u >= base) & (u <= top) & (u != 0)
-    above += by_thread((u > top).to(tl.int32), TILE, LANE)
-    inside += by_thread(within.to(tl.int32), TILE, LANE)
-    bad += by_thread((u >= INF).to(tl.int32), TILE, LANE)
+    above += by_thread((u > top).to(tl.int32), LANE)
+    inside += by_thread(within.to(tl.int32), LANE)
+    bad += by_thread((u >= INF).to(tl.int32), LANE)
     if KIND == 0:
         one = tl.full((TILE,), 1, tl.int32)
         tl.atomic_add(hist + ((u - base) >> shift), one, mask=within, sem="relaxed")
