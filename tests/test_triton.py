@@ -45,11 +45,11 @@ def run(*args, **environment):
 
 @interpreter
 def test_kernels_in_the_interpreter():
-    """`triton_cases.py`, in a process where nothing has imported Triton yet."""
+    """tests/interpreted, in a process where nothing has imported Triton yet."""
     # "values1" are tests of the reference's chunk sizes, which the kernels do not know
     done = run(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not values1",
-        "tests/triton_cases.py", TRITON_INTERPRET="1",
+        "tests/interpreted", TRITON_INTERPRET="1",
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
