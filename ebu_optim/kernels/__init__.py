@@ -7,7 +7,6 @@ tensors at hand, True insists on a fused one, False takes the plain one.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from operator import attrgetter
@@ -29,7 +28,7 @@ _FUSED = {"cpu": "cpu", "cuda": "triton"}
 def _fused(device: str) -> tuple[ModuleType | None, str]:
     """The fused backend for a type of device, or None and why there is none."""
     name = _FUSED.get(device)
-    if name is None or importlib.util.find_spec(f"{__name__}.{name}") is None:
+    if name is None:
         return None, f"this version has no fused kernels for {device}"
     module: Any = importlib.import_module(f".{name}", __name__)
     reason = module.available()

@@ -30,23 +30,19 @@ def _columns(row: Row, device: torch.device) -> tuple[int, ...] | None:
     theta comes first; its layout is the row's, but for columns that are one expanded value.
     """
     theta = row[0]
-    assert theta is not None
+    if flat_stride(theta) != 1:
+        return None
     found: list[int] = []
     lead = None if theta.is_contiguous() else theta.stride()
-    for j, t in enumerate(row):
+    for t in row:
         if t is None:
             found += (-1, 0)
             continue
         kind = KINDS.get(t.dtype)
-        if kind is None or t.device != device:
+        alike = t.is_contiguous() if lead is None else t.stride() == lead
+        if kind is None or t.device != device or not (alike or flat_stride(t) == 0):
             return None
-        if t.is_contiguous() if lead is None else t.stride() == lead:
-            stride: int | None = 1
-        else:
-            stride = 0 if flat_stride(t) == 0 else None
-        if stride is None or (j == 0 and flat_stride(t) != 1):
-            return None
-        found += (kind, stride)
+        found += (kind, int(alike))
     return tuple(found)
 
 
@@ -71,7 +67,7 @@ def _table(
 
 
 def _rows_table(
-    use: str, rows: list[Row], device: torch.device, pairs: list[tuple[int, int]]
+    rows: list[Row], device: torch.device, pairs: list[tuple[int, int]]
 ) -> tuple[_Table | None, list[int]]:
     """The table of the rows that a kernel takes, and the indices of the others."""
     taken: list[int] = []
@@ -91,7 +87,7 @@ def _rows_table(
         for i, found in zip(taken, columns)
     ]
     table: _Table = _tables.cached(
-        (use, device, _tables.CHUNK, *key),
+        (device, _tables.CHUNK, *key),
         device,
         lambda: _table([rows[i] for i in taken], columns, [pairs[i] for i in taken], device),
     )
@@ -107,7 +103,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     table, others = None, list(range(len(rows)))
     if how.dtype == torch.float32 and taus.device == device:
         pairs = list(zip(columns.pool_f, columns.pool_r, strict=True))
-        table, others = _rows_table("combine", rows, device, pairs)
+        table, others = _rows_table(rows, device, pairs)
     if table is not None:
         there: Any = (x.to(device) if isinstance(x, Tensor) else x for x in how)
         with on(device):
@@ -148,7 +144,7 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
         return
     device = params[0].device
     rows: list[Row] = [(p, *[None] * 5, h) for p, h in zip(params, held) if h is not None]
-    table, others = _rows_table("restore", rows, device, [(0, 0)] * len(rows))
+    table, others = _rows_table(rows, device, [(0, 0)] * len(rows))
     if table is not None:
         with on(device):
             for kinds, first, count in table.launches:

@@ -209,8 +209,8 @@ def combine_kernel(
         online = tl.load(online).to(tl.float32)
     if inv_scale is not None:
         inv_scale = tl.load(inv_scale).to(tl.float32)
-    # Triton orders by name what the branches alone make; in that order some cards spill, or need
-    # more registers.
+    # What the branches alone make, Triton puts in an order of its own; in that some cards need more
+    # registers.
     (
         counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
         fisher_sum,
