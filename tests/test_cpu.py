@@ -23,6 +23,11 @@ built = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available
 HALVES = (torch.float16, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def a_team_at_any_size(monkeypatch):
+    monkeypatch.setattr(cpu, "_TEAM", 1)
+
+
 def same(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
@@ -133,6 +138,13 @@ def problem(sizes, dtype=torch.float32, seed=0):
     columns = [[torch.randn(s, generator=g).to(dtype) for s in sizes] for _ in range(5)]
     columns[4] = [f.abs().float() for f in columns[4]]
     return columns
+
+
+def test_small_work_waits_for_no_other_thread(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert cpu._threads(1) == cpu._threads((1 << 22) - 1) == 1
+    assert cpu._threads(1 << 22) == 8
 
 
 SIZES = (1, 15, 16, 17, 1023, 1024, 1025, 3 * 65536 + 5, 40_000)

@@ -78,7 +78,7 @@ typedef struct {
 
 typedef struct {
     float on_f, on_r, on_m, on_only_r, blend, partial, full, online, inv_scale;
-    int32_t penalized;
+    int32_t penalized, counted;
 } Rule;
 
 /* What a scan looks for: keys in [from, to] are kept. */
@@ -225,7 +225,7 @@ static const char *next(Walk *w, size_t *n, uint32_t *buffer)
 static uint32_t kth_largest(uint32_t *u, size_t n, size_t k, uint32_t lo, uint32_t hi)
 {
     while (n > 32 && lo < hi) {
-        int digit = n > 8192 ? 11 : 8, range = 32 - __builtin_clz(hi - lo);
+        int digit = n > 512 ? 11 : 8, range = 32 - __builtin_clz(hi - lo);
         int shift = range > digit ? range - digit : 0;
         uint32_t counts[2048];
         memset(counts, 0, sizeof(uint32_t) << digit);
@@ -349,12 +349,12 @@ static void sample(List list, size_t size, uint64_t attempt, uint32_t *keys, int
     }
 }
 
-/* 1/16 of a pool that lies in the caches; of a large one 1/256, whose bracket holds 1 % of it. */
+/* A selection handles a key of the sample about three times, and each of the 3.5 n / sqrt(size) keys
+   in the bracket once or twice: (0.6 n)^(2/3) makes the sum least. */
 static size_t sample_size(size_t n)
 {
-    size_t size = smaller(n / 16, 1 << 15);
-    size = size > n / 256 ? size : n / 256;
-    return size < SAMPLE_MIN ? SAMPLE_MIN : smaller(size, SAMPLE_MAX);
+    double size = pow(0.6 * (double)n, 2.0 / 3.0);
+    return size < SAMPLE_MIN ? SAMPLE_MIN : smaller((size_t)size, SAMPLE_MAX);
 }
 
 /* Where there is room, what one thread has found goes to all that was found. */
@@ -718,7 +718,8 @@ static void combine_block(const Table *t, const Rule *rule, size_t row, size_t f
     float in[OUT][BLOCK], out[BLOCK], held[BLOCK], new_fisher[BLOCK];
     const size_t padded = (n + 15) & ~(size_t)15;
     const int whole = padded == n;
-    const int moves = t->kind[ANCHOR][row] != NONE || t->kind[HELD][row] != NONE;
+    const int pulls = rule->counted || rule->penalized;
+    const int moves = (pulls && t->kind[ANCHOR][row] != NONE) || t->kind[HELD][row] != NONE;
     const int online = rule->online >= 0 && t->kind[FISHER][row] != NONE;
     for (int c = 0; c < OUT && !whole; c++)
         memset(in[c] + (padded - 16), 0, 16 * sizeof(float));
@@ -726,7 +727,7 @@ static void combine_block(const Table *t, const Rule *rule, size_t row, size_t f
         .theta = moves ? column(t, THETA, row, from, n, whole, in[THETA]) : NULL,
         .g_f = column(t, G_F, row, from, n, whole, in[G_F]),
         .g_r = column(t, G_R, row, from, n, whole, in[G_R]),
-        .anchor = column(t, ANCHOR, row, from, n, whole, in[ANCHOR]),
+        .anchor = pulls ? column(t, ANCHOR, row, from, n, whole, in[ANCHOR]) : NULL,
         .fisher = online || rule->penalized ? column(t, FISHER, row, from, n, whole, in[FISHER])
                                             : NULL,
         .out = out,
@@ -944,14 +945,15 @@ static PyObject *py_combine(PyObject *self, PyObject *args)
     (void)self;
     address at, kind, end, key_f, key_r, stats;
     Py_ssize_t rows;
-    int threads, penalized, result;
+    int threads, penalized, counted, result;
     Rule rule;
-    if (!PyArg_ParseTuple(args, "KKKnKK(fffffffff)pKi", &at, &kind, &end, &rows, &key_f, &key_r,
+    if (!PyArg_ParseTuple(args, "KKKnKK(fffffffff)ppKi", &at, &kind, &end, &rows, &key_f, &key_r,
                           &rule.on_f, &rule.on_r, &rule.on_m, &rule.on_only_r, &rule.blend,
                           &rule.partial, &rule.full, &rule.online, &rule.inv_scale, &penalized,
-                          &stats, &threads))
+                          &counted, &stats, &threads))
         return NULL;
     rule.penalized = penalized;
+    rule.counted = counted;
     Table t = {.end = ADDRESS(int64_t *, end), .key_f = ADDRESS(int64_t *, key_f),
                .key_r = ADDRESS(int64_t *, key_r), .rows = (size_t)rows};
     for (int c = 0; c < COLUMNS; c++) { /* column after column */

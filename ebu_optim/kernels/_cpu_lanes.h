@@ -185,10 +185,12 @@ TARGET static double NAME(sum)(const float *x, size_t n)
     return sum;
 }
 
-/* Steps 2 to 5 of method.md over one block, n a multiple of LANES, n <= BLOCK; sets sums. The
-   order of operations is that of reference.py. A sum is kept in LANES floats for one block, then
-   goes on in double. Masks are multiplied, not used to choose: see reference.py. */
-TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, double *sums)
+/* Steps 2 to 5 of method.md over one block, n a multiple of LANES, n <= BLOCK; sets sums, of which
+   only those of G where they are not `counted`. The order of operations is that of reference.py. A
+   sum is kept in LANES floats for one block, then goes on in double. Masks are multiplied, not used
+   to choose: see reference.py. */
+TARGET static inline __attribute__((always_inline)) void NAME(combined)(
+    const Block *b, const Rule *rule, size_t n, double *sums, const int counted)
 {
     const I none = {0};
     const F zero = {0};
@@ -214,10 +216,12 @@ TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, dou
         I f_is = (I)((bits_f & magnitude) >= key_f), r_is = (I)((bits_r & magnitude) >= key_r);
         I both_is = f_is & r_is;
         F m_f = (F)(f_is & one), both = (F)(both_is & one), only_r = (F)(~f_is & r_is & one);
-        count_f -= f_is;
-        count_r -= r_is;
-        count_both -= both_is;
-        opposed -= both_is & (I)((bits_f ^ bits_r) < none);
+        if (counted) {
+            count_f -= f_is;
+            count_r -= r_is;
+            count_both -= both_is;
+            opposed -= both_is & (I)((bits_f ^ bits_r) < none);
+        }
 
         F g_f = (F)bits_f * inv, g_r = (F)bits_r * inv;
         F g = on_f * g_f + on_r * g_r;
@@ -231,11 +235,13 @@ TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, dou
             theta = LOAD_F(theta_at + i);
         if (anchor) {
             F moved = theta - LOAD_F(anchor + i);
-            I square = (I)(moved * moved);
-            moved_f += (F)(square & f_is & ~r_is);
-            moved_r += (F)(square & r_is & ~f_is);
-            moved_both += (F)(square & both_is);
-            moved_rest += (F)(square & ~(f_is | r_is));
+            if (counted) {
+                I square = (I)(moved * moved);
+                moved_f += (F)(square & f_is & ~r_is);
+                moved_r += (F)(square & r_is & ~f_is);
+                moved_both += (F)(square & both_is);
+                moved_rest += (F)(square & ~(f_is | r_is));
+            }
             if (penalized)
                 g += (partial * only_r + full) * (moved * LOAD_F(fisher + i));
         }
@@ -245,9 +251,11 @@ TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, dou
             F now = early ? old + online * way : square - way * offline;
             STORE_F(new_fisher + i, now);
         }
-        dot += g_f * g_r;
-        ff += g_f * g_f;
-        rr += g_r * g_r;
+        if (counted) {
+            dot += g_f * g_r;
+            ff += g_f * g_f;
+            rr += g_r * g_r;
+        }
         gg += g * g;
         bad -= (I)(((I)g & magnitude) >= infinite);
         if (held) {
@@ -271,6 +279,14 @@ TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, dou
         sums[MOVED_UNRELATED_SQ] += moved_rest[j];
         sums[UPDATE_NONFINITE] += bad[j];
     }
+}
+
+TARGET static void NAME(combine)(const Block *b, const Rule *rule, size_t n, double *sums)
+{
+    if (rule->counted)
+        NAME(combined)(b, rule, n, sums, 1);
+    else
+        NAME(combined)(b, rule, n, sums, 0);
 }
 
 static const Lanes NAME(lanes) = {

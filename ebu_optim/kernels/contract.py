@@ -176,6 +176,8 @@ class Update(NamedTuple):
         inv_scale: where not None, a 0-d float32 tensor: both gradients are multiplied by it before
             all but the comparison with the keys, which are those of the gradients as they come.
         dtype: working dtype of the selection; the arithmetic runs in it too.
+        counted: False lets an implementation leave out all `STATS` but update_sq, fisher_sum and
+            update_nonfinite.
     """
 
     alpha: float
@@ -186,6 +188,7 @@ class Update(NamedTuple):
     online: Any
     inv_scale: Tensor | None
     dtype: torch.dtype
+    counted: bool = True
 
     def weights(self) -> Weights:
         """The constants that every reading of eqs. 11 to 13 comes down to.

@@ -28,7 +28,10 @@ except ImportError as error:
 
 __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 
-_TASK = 1 << 16
+_TASK = 1 << 16  # as in _cpu.c
+#: Scalars from which several threads share the work: on fewer they wait for each other longer than
+#: they save where anything else runs on the machine (docs/benchmarks.md).
+_TEAM = 1 << 22
 PATHS = ("direct", "bracket", "second bracket", "radix")
 
 
@@ -46,8 +49,8 @@ def takes(tensors: Sequence[Tensor]) -> str | None:
 
 
 def _threads(n: int) -> int:
-    """No more threads than there are tasks."""
-    return max(1, min(torch.get_num_threads(), -(-n // _TASK)))
+    """No team below `_TEAM`, and no more threads than there are tasks."""
+    return min(torch.get_num_threads(), -(-n // _TASK)) if n >= _TEAM else 1
 
 
 # -- selection ----------------------------------------------------------------------------------
@@ -162,12 +165,13 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         pool if whole else [pool[i] for i in rows] for pool in (columns.pool_f, columns.pool_r)
     )
     key_f, key_r = (array("q", map(found.__getitem__, pool)) for pool in pools)
-    sums = torch.zeros(len(STATS), dtype=torch.float64)
+    sums = stats if stats.is_cpu else torch.zeros(len(STATS), dtype=torch.float64)
     _cpu.combine(
         address(at), address(kind), address(end), len(rows), address(key_f), address(key_r),
-        numbers, penalty != "none", sums.data_ptr(), _threads(end[-1]),
+        numbers, penalty != "none", how.counted, sums.data_ptr(), _threads(end[-1]),
     )  # fmt: skip
-    stats += sums.to(stats)
+    if sums is not stats:
+        stats += sums.to(stats)
 
 
 def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:

@@ -89,6 +89,7 @@ def combine(
     terms: Sequence[str],
     inv_scale: Tensor | None,
     shards: Shards,
+    counted: bool = True,
 ) -> tuple[list[Tensor], list[Tensor] | None, Tensor, Tensor]:
     """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None); an online F is updated.
 
@@ -118,7 +119,7 @@ def combine(
         Column(slots.params), full_f, full_r, theta0, fishers, out,
         Column(held or [None] * len(slots)), pool_f, pool_r,
     )  # fmt: skip
-    for rows, counted in _buckets(slots, theta0, fishers, anchors, shards):
+    for rows, ours in _buckets(slots, theta0, fishers, anchors, shards):
         first = slots[rows[0]]
         columns = whole.rows(rows)
         how = Update(
@@ -130,9 +131,10 @@ def combine(
             online=anchors.online_weight(first.key),
             inv_scale=inv_scale,
             dtype=dtype,
+            counted=counted,
         )
         # into the void what another process counts
-        backend.combine(columns, taus, how, stats if counted else torch.zeros_like(stats))
+        backend.combine(columns, taus, how, stats if ours else torch.zeros_like(stats))
     shards.add(stats)
     if anchors.mode == "online" and anchors.active:
         anchors.counted(slots, stats[_AT["fisher_sum"]] / total)

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..kernels.reference import STATS
 
 
-def read_stats(last: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
-    """Figures of the last accepted step, {} before the first.
+def read_stats(last: tuple[Tensor, Tensor, int] | None, counted: bool = True) -> dict[str, Any]:
+    """Figures of the last accepted step, {} before the first; where the two gradients and the masks
+    were not `counted`, total, update_norm and thresholds alone.
 
     ======================== ==================================================================
     total                    N, scalars that had a gradient
@@ -28,6 +29,9 @@ def read_stats(last: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
         return {}
     vector, thresholds, total = last
     raw = dict(zip(STATS, vector.tolist(), strict=True))
+    if not counted:
+        norm = math.sqrt(raw["update_sq"])
+        return {"total": total, "update_norm": norm, "thresholds": thresholds.tolist()}
     selected = raw["forget_selected"] * raw["remember_selected"]
     norms = math.sqrt(raw["forget_sq"]) * math.sqrt(raw["remember_sq"])
     stats: dict[str, Any] = {

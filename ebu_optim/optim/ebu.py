@@ -36,6 +36,7 @@ class EBURule(Rule):
         terms: Sequence[str],
         granularity: str,
         fused: bool | None,
+        stats: bool,
     ) -> None:
         super().__init__(alpha=alpha, delta=delta, gamma=gamma)
         choice = _checks.choice
@@ -46,7 +47,7 @@ class EBURule(Rule):
             "terms": _checks.terms(terms, update),
             "granularity": choice("granularity", granularity, ("model", "tensor")),
         }
-        self.fused = fused
+        self.fused, self.stats = fused, stats
 
     @property
     def penalised(self) -> bool:  # type: ignore[override]
@@ -61,7 +62,7 @@ class EBURule(Rule):
         grads, held, stats, thresholds = combine(
             step.slots, step.g_f, step.g_r, selection, step.anchors, **how,
             inv_scale=None if step.inv_scale is None else step.inv_scale.float(),
-            shards=step.shards,
+            shards=step.shards, counted=self.stats,
         )  # fmt: skip
         return Combined(
             grads, held, stats[_UPDATE_NONFINITE], stats[_UPDATE_SQ],
@@ -72,7 +73,7 @@ class EBURule(Rule):
         """The kernels have updated an online F."""
 
     def read(self, last: Any) -> dict[str, Any]:
-        return read_stats(last)
+        return read_stats(last, self.stats)
 
 
 class EBUOptimizer(PhasedOptimizer):
@@ -132,6 +133,8 @@ class EBUOptimizer(PhasedOptimizer):
             into 0). An online F stalls in it after some 250 steps: warm up or give a mapping.
         held_on: ``"cpu"`` holds theta0 and F in the main memory (pinned where there is a GPU) and
             streams them through the step; None holds them beside their parameters.
+        stats: False leaves out of ``opt.stats`` what is added up over the two gradients and the
+            masks, which costs some time where one thread computes more slowly than memory answers.
         anchor_source: where theta0 comes from (a hub id, a path): checkpoints then name it, with a
             hash, instead of holding theta0. Loading one needs ``anchor``.
 
@@ -170,10 +173,12 @@ class EBUOptimizer(PhasedOptimizer):
         fisher_dtype: torch.dtype | None = None,
         held_on: str | None = None,
         anchor_source: str | None = None,
+        stats: bool = True,
     ) -> None:
         rule = EBURule(
             alpha=alpha, delta=delta, gamma=gamma, penalty=penalty, update=update,
             unrelated=unrelated, terms=terms, granularity=granularity, fused=fused,
+            stats=stats,
         )  # fmt: skip
         super().__init__(
             base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,

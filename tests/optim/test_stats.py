@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ebu_optim import EBUOptimizer
 from ebu_optim.kernels.contract import STATS
 from ebu_optim.optim._stats import read_stats
 
@@ -18,6 +19,34 @@ def read(total: int = 100, **sums: float):
 
 def test_nothing_before_the_first_step():
     assert read_stats(None) == {}
+
+
+def test_what_was_not_counted_is_not_shown():
+    vector = torch.tensor([4.0 * (name == "update_sq") for name in STATS], dtype=torch.float64)
+    shown = read_stats((vector, torch.tensor([0.5, 0.25]), 100), counted=False)
+    assert shown == {"total": 100, "update_norm": 2.0, "thresholds": [0.5, 0.25]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"penalty": "none"}, {"unrelated": "freeze"}])
+def test_steps_without_statistics_are_the_same_steps(dtype, options):
+    def run(**more):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, dtype=dtype)) for n in (5, 1030)]
+        opt = EBUOptimizer(torch.optim.Adam(params, lr=1e-2), max_grad_norm=1.0, **options, **more)
+        for _ in range(3):
+            for phase in (opt.forget, opt.remember):
+                with phase():
+                    for p in params:
+                        p.grad = torch.randn_like(p)
+            opt.step()
+        return params, opt
+
+    counted, a = run()
+    without, b = run(stats=False)
+    torch.testing.assert_close(without, counted, rtol=0, atol=0)
+    assert b.stats == {name: a.stats[name] for name in ("total", "update_norm", "thresholds")}
+    assert str(b.state_dict()) == str(a.state_dict())
 
 
 def test_lift_is_the_overlap_over_chance():
