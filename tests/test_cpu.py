@@ -143,8 +143,8 @@ def problem(sizes, dtype=torch.float32, seed=0):
 def test_small_work_waits_for_no_other_thread(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert cpu._threads(1) == cpu._threads((1 << 22) - 1) == 1
-    assert cpu._threads(1 << 22) == 8
+    assert cpu._threads(1) == cpu._threads((1 << 24) - 1) == 1
+    assert cpu._threads(1 << 24) == 8
 
 
 SIZES = (1, 15, 16, 17, 1023, 1024, 1025, 3 * 65536 + 5, 40_000)

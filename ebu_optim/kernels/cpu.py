@@ -31,7 +31,7 @@ __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 _TASK = 1 << 16  # as in _cpu.c
 #: Scalars from which several threads share the work: on fewer they wait for each other longer than
 #: they save where anything else runs on the machine (docs/benchmarks.md).
-_TEAM = 1 << 22
+_TEAM = 1 << 24
 PATHS = ("direct", "bracket", "second bracket", "radix")
 
 
