@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ebu_optim import EBUOptimizer
 from ebu_optim.kernels import backend, chunked, cpu, reference
+from ebu_optim.kernels._cpu_tables import List
 
 Row = dict[str, Any]
 GIB = 1 << 30
@@ -132,7 +133,7 @@ def select(case: Case) -> None:
         "ours": lambda: ways.engine(engine, grads, k),
     }
     if engine is cpu:
-        listed = cpu._List(grads)
+        listed = List(grads)
         found["ours, fallback alone"] = lambda: cpu._cpu.radix(
             *listed.arguments(), k, case.options.threads
         )

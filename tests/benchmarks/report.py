@@ -21,7 +21,7 @@ TITLES = {
 }  # fmt: skip
 
 
-def _seconds(s: float) -> str:
+def seconds(s: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if s >= size:
             return f"{s / size:.3g} {unit}"
@@ -36,7 +36,7 @@ def _cell(value: Any, form: Any = "{:.3g}".format) -> str:
     return "" if value is None else form(value)
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -56,19 +56,19 @@ def table(rows: Sequence[Row]) -> str:
     if section == "linear":
         lines = [
             [r["way"], f"{r['n']:,}", f"{r['tensors']:,}",
-             _cell(r.get("seconds"), _seconds) or r["left_out"],
+             _cell(r.get("seconds"), seconds) or r["left_out"],
              _cell(r.get("nanoseconds_per_scalar"))]
             for r in rows
         ]  # fmt: skip
         head = ["", "scalars", "tensors", "time", "ns a scalar"]
-        return f"\n**{TITLES[section]}**, {threads}\n\n{_table(head, lines)}"
+        return f"\n**{TITLES[section]}**, {threads}\n\n{aligned(head, lines)}"
     lines = []
     for r in sorted(rows, key=lambda r: (not r["way"].startswith("plain"), r.get("seconds", 1e9))):
         if "left_out" in r:
             lines.append([r["way"], f"left out: {r['left_out']}", "", "", "", ""])
         else:
             lines.append([
-                r["way"], _seconds(r["seconds"]), _cell(r.get("over_limit")),
+                r["way"], seconds(r["seconds"]), _cell(r.get("over_limit")),
                 _cell(r.get("over_best_rival")), _cell(r.get("bytes_per_scalar")),
                 _cell(r.get("fresh_bytes"), _memory),
             ])  # fmt: skip
@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> str:
     loads = [r["others"] for r in rows if "others" in r]
     if loads and max(loads) > 0.1:
         threads += f" (other processes kept {max(loads):.1f} cores busy)"
-    return f"\n**{TITLES[section]}{name}**, {of}, {threads}\n\n{_table(head, lines)}"
+    return f"\n**{TITLES[section]}{name}**, {of}, {threads}\n\n{aligned(head, lines)}"
 
 
 def everything(rows: Sequence[Row]) -> str:
