@@ -1,0 +1,28 @@
+"""Which file does a person have, and which do they get back? Checkpoints in one file, as ComfyUI,
+A1111 and kohya's scripts have them: looked at, opened as a pipeline, written again. LoRAs too."""
+
+from .._extras import require
+
+require("transformers", "text_to_image")
+
+from .folders import write_folder
+from .header import Header, read_header
+from .looking import Checkpoint, look
+from .lora import fuse, write_lora
+from .opening import Single, open_single
+from .tokens import tokenizer
+from .writing import write_single
+
+__all__ = [
+    "Checkpoint",
+    "Header",
+    "Single",
+    "fuse",
+    "look",
+    "open_single",
+    "read_header",
+    "tokenizer",
+    "write_folder",
+    "write_lora",
+    "write_single",
+]

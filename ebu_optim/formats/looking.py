@@ -1,0 +1,176 @@
+"""What a safetensors file is, seen from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import InputError
+from .header import Header, read_header
+
+#: Family -> part of the pipeline -> where its tensors may be in the file.
+PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
+    "sd1": {
+        "unet": ("model.diffusion_model.", "diffusion_model.", ""),
+        "vae": ("first_stage_model.",),
+        "text_encoder": ("cond_stage_model.transformer.",),
+    },
+    "sd2": {
+        "unet": ("model.diffusion_model.", "diffusion_model.", ""),
+        "vae": ("first_stage_model.",),
+        # the second one is what sgm writes
+        "text_encoder": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+    },
+    "sdxl": {
+        "unet": ("model.diffusion_model.", "diffusion_model.", ""),
+        "vae": ("first_stage_model.",),
+        "text_encoder": ("conditioner.embedders.0.transformer.",),
+        "text_encoder_2": ("conditioner.embedders.1.model.",),
+    },
+}
+TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
+TAKEN = "Stable Diffusion 1.x, 2.x and SDXL, and their inpainting models, are taken"
+
+FIRST = "input_blocks.0.0.weight"  # of an LDM UNet: (width, channels, 3, 3)
+EMA = "model_ema."
+
+#: In the names of tensors that scale others: their weights alone mean nothing.
+SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".comfy_quant")
+ADAPTERS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".hada_w1_",
+            ".lokr_w1", ".oft_", ".glora")  # fmt: skip
+
+
+class Checkpoint(NamedTuple):
+    """Attributes:
+    family: "sd1", "sd2" or "sdxl".
+    inpainting: whether the UNet takes 9 channels: latents, a mask, latents of the masked image.
+    parts: which parts of a pipeline the file holds, and the prefix of each one's tensors.
+    dtypes: of the parts' weights, as safetensors calls them, the one with the most bytes first.
+    ema: how many tensors of ``model_ema.`` it holds, a second UNet that is not used.
+    """
+
+    header: Header
+    family: str
+    inpainting: bool
+    parts: Mapping[str, str]
+    dtypes: tuple[str, ...]
+    ema: int
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.family] + (" inpainting" if self.inpainting else "")
+
+    def keys(self, part: str) -> list[str]:
+        """The part's tensors, by their names in the file."""
+        others = [p for name, p in self.parts.items() if name != part] + [EMA]
+        prefix = self.parts[part]
+        return [
+            k for k in self.header.tensors
+            if k.startswith(prefix) and (prefix or not k.startswith(tuple(others)))
+        ]  # fmt: skip
+
+
+def look(path: str | os.PathLike[str]) -> Checkpoint:
+    """Which model a file holds, from its header alone.
+
+    Raises:
+        InputError: no file, no safetensors, no whole one; a LoRA, a VAE or another part alone; a
+            family that is not taken, which it names; float8 with scales.
+    """
+    header = read_header(path)
+    tensors = header.tensors
+    _refuse_scales(header)
+    prefixes = PREFIXES["sd1"]["unet"]
+    prefix = next((p for p in prefixes if p + FIRST in tensors), None)
+    if prefix is None:
+        raise InputError(f"{path} {_other(tensors)}: {TAKEN}")
+    channels = tensors[prefix + FIRST].shape[1]
+    family = _family(header, prefix)
+    strange = [k for k in ("edm_mean", "edm_vpred.sigma_max") if k in tensors]
+    if channels not in (4, 9) or strange or any(k.startswith("control_model.") for k in tensors):
+        what = "a model of EDM" if strange else f"a UNet of {channels} channels"
+        raise InputError(f"{path} holds {what}{_inferred(tensors)}: {TAKEN}")
+    parts = {
+        part: prefix if part == "unet" else found
+        for part, places in PREFIXES[family].items()
+        if (found := next((p for p in places if _any(tensors, p)), None)) is not None
+    }
+    sizes: dict[str, int] = {}
+    for key, entry in tensors.items():
+        if key.startswith(tuple(parts.values())):
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.last - entry.first
+    kinds = [d for d in sorted(sizes, key=lambda d: -sizes[d]) if d[0] in "FB" and d != "BOOL"]
+    ema = sum(k.startswith(EMA) for k in tensors)
+    return Checkpoint(header, family, channels == 9, parts, tuple(kinds), ema)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    return any(mark in name for name in names for mark in ADAPTERS)
+
+
+def _any(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _refuse_scales(header: Header) -> None:
+    scales = [k for k in header.tensors if k.endswith(SCALES)]
+    if scales:
+        raise InputError(
+            f"{header.path} holds quantized weights with scales ({scales[0]}): give the model in "
+            "float16, bfloat16 or float32, or in float8 without scales"
+        )
+
+
+def _family(header: Header, prefix: str) -> str:
+    """By the text encoders and the structure of the UNet, not by sizes: small models too."""
+    tensors = header.tensors
+    inside = [k for k in tensors if k.startswith(prefix)]
+    context = next((tensors[k].shape[-1] for k in inside if k.endswith("attn2.to_k.weight")), None)
+    if f"{prefix}label_emb.0.0.weight" in tensors:
+        if _any(tensors, "conditioner.embedders.1.model.") or context == 2048:
+            return "sdxl"
+        is_refiner = _any(tensors, "conditioner.embedders.0.model.") or context == 1280
+        what = "SDXL's refiner" if is_refiner else "Stable Diffusion 2.x unCLIP"
+        raise InputError(f"{header.path} looks like {what}: {TAKEN}")
+    if context is None:
+        raise InputError(f"{header.path} holds a UNet without cross attention: {TAKEN}")
+    linear = [tensors[k].shape for k in inside if k.endswith(".proj_in.weight")]
+    openclip = any(_any(tensors, p) for p in PREFIXES["sd2"]["text_encoder"])
+    return "sd2" if openclip or (linear and len(linear[0]) == 2) else "sd1"
+
+
+def _other(tensors: Mapping[str, object]) -> str:
+    """What a file without an LDM UNet is."""
+    if is_lora(tensors):
+        return "is a LoRA, not a model: give the model, and the LoRA as one"
+    if any(k in tensors for k in ("emb_params", "clip_l", "clip_g")):
+        return "is an embedding of a prompt (textual inversion), not a model"
+    if any(k.startswith(("down_blocks.", "encoder.down_blocks.")) for k in tensors):
+        return (
+            "is one part of a diffusers folder: give the folder that has model_index.json, or the "
+            "single file of the whole model"
+        )
+    vae = "decoder.conv_in.weight"
+    if vae in tensors or f"first_stage_model.{vae}" in tensors:
+        return "is a VAE without a UNet: give the model, and this file as its VAE"
+    if _any(tensors, "text_model.") or _any(tensors, "transformer.resblocks."):
+        return "is a text encoder without a UNet"
+    return f"is no model that is taken{_inferred(tensors)}"
+
+
+def _inferred(tensors: Mapping[str, object]) -> str:
+    """Which one it looks like to diffusers, which calls what it does not know "v1"."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    try:
+        kind = infer_diffusers_model_type(dict(tensors))
+    except Exception:  # of shapes that no release has; the error to come says the rest
+        kind = "v1"
+    first = ", ".join(sorted(tensors)[:2])
+    return f" (it begins with {first})" if kind == "v1" else f" (it looks like {kind})"

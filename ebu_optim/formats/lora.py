@@ -1,0 +1,224 @@
+"""LoRAs: added to a pipeline's weights, and written in diffusers' layout or kohya's."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import replacing
+from .header import read_header
+from .looking import is_lora
+
+PathLike = str | os.PathLike[str]
+#: Layers of an adapter: part of the pipeline -> peft's names without the adapter's -> tensors.
+Layers = Mapping[str, Mapping[str, Tensor]]
+
+KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
+
+
+def fuse(pipe: Any, path: PathLike, scale: float = 1.0) -> None:
+    """Add a LoRA to the weights, with its own alpha.
+
+    Args:
+        path: a safetensors file in diffusers', peft's or kohya's layout.
+
+    Raises:
+        InputError: no LoRA, or one of another model; nothing was changed.
+    """
+    path = Path(path)
+    header = read_header(path)
+    if not is_lora(header.tensors):
+        raise InputError(f"{path} is no LoRA (it begins with {sorted(header.tensors)[0]})")
+    pairs = _pairs(pipe, path)
+    with torch.no_grad():
+        for layer, (down, up, factor) in pairs.items():
+            weight = layer.weight
+            update = (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
+            weight += (scale * factor * update).to(weight.dtype)
+
+
+def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
+    """Layer -> A, B and alpha / rank."""
+    what = f"{path} is no LoRA for this {type(pipe).__name__}"
+    try:
+        asked = {"unet_config": pipe.unet.config} if hasattr(pipe, "text_encoder_2") else {}
+        state, alphas, metadata = pipe.lora_state_dict(
+            path.parent, weight_name=path.name, local_files_only=True,
+            return_lora_metadata=True, **asked,
+        )  # fmt: skip
+    except Exception as error:  # of the converters: many kinds
+        raise InputError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+    alphas = {re.sub(r"(\.lora.*)?\.alpha$", "", k): float(v) for k, v in (alphas or {}).items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, t in state.items():
+        layer, kind = _split(name)
+        if kind is None:
+            raise InputError(f"{path} holds {name}: LoRAs alone are taken, not LoHa, LoKr or DoRA")
+        found.setdefault(layer, {})[kind] = t
+    pairs = {}
+    for name, both in found.items():
+        module = _layer(pipe, name)
+        if module is None or both.keys() != {"down", "up"}:
+            raise InputError(f"{what}: it has no {name}")
+        down, up = both["down"], both["up"]
+        shape = (up.shape[0], *down.shape[1:])
+        if shape != tuple(module.weight.shape):
+            raise InputError(
+                f"{what}: its {name} is {list(shape)}, the model's {list(module.weight.shape)}"
+            )
+        rank = down.shape[0]
+        alpha = alphas.get(name, _said(metadata, name, rank))
+        pairs[module] = (down, up, alpha / rank)
+    return pairs
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    for down, up in (("lora_A", "lora_B"), ("lora.down", "lora.up"), ("lora_down", "lora_up"),
+                     ("lora_linear_layer.down", "lora_linear_layer.up")):  # fmt: skip
+        for mark, kind in ((down, "down"), (up, "up")):
+            if name.endswith(f".{mark}.weight"):
+                return name.removesuffix(f".{mark}.weight"), kind
+    return name, None
+
+
+def _layer(pipe: Any, name: str) -> Any:
+    part, _, inner = name.partition(".")
+    model = getattr(pipe, part, None)
+    if model is None:
+        return None
+    for path in (inner, inner.removeprefix("text_model."), f"text_model.{inner}"):
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+def _said(metadata: Mapping[str, Any] | None, name: str, rank: int) -> float:
+    """alpha of a layer by the metadata that diffusers writes, else the rank."""
+    part, _, inner = name.partition(".")
+    said = {k.removeprefix(f"{part}."): v for k, v in (metadata or {}).items()
+            if k.startswith(f"{part}.")}  # fmt: skip
+    pattern = said.get("alpha_pattern") or {}
+    return float(pattern.get(inner, said.get("lora_alpha", rank)))
+
+
+def write_lora(
+    layers: Layers, out: PathLike, alpha: float,
+    layout: Literal["diffusers", "kohya"] = "diffusers", *, metadata: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Write an adapter as one safetensors file, with the alpha that it was trained with.
+
+    Args:
+        layers: part ("unet", "text_encoder", "text_encoder_2") -> what
+            ``peft.get_peft_model_state_dict`` gives.
+        alpha: of every layer; what is added to a weight is alpha / rank * B @ A.
+        layout: "diffusers" for ``load_lora_weights``; "kohya" for A1111, ComfyUI and diffusers.
+        metadata: what else the file says of itself.
+
+    Raises:
+        InputError: `out` exists; a part or a layout that is none; no LoRA.
+    """
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists: delete it, or give another path")
+    if layout not in ("diffusers", "kohya"):
+        raise InputError(f'layout must be "diffusers" or "kohya"; got {layout!r}')
+    _check(layers)
+    held = {p: {k: t.detach().cpu().contiguous() for k, t in layers[p].items()} for p in layers}
+    if layout == "diffusers":
+        return _write_diffusers(held, out, alpha, metadata)
+    from safetensors.torch import save_file
+
+    with replacing(out) as temporary:
+        save_file(kohya(held, alpha), temporary, metadata=_said_by_kohya(held, alpha, metadata))
+    return out
+
+
+def kohya(layers: Layers, alpha: float) -> dict[str, Tensor]:
+    """The adapter by kohya's names.
+
+    A1111 and ComfyUI read UNets' layers by diffusers' names too. A text encoder is ``lora_te``
+    where it is the only one, and has its ``text_model``, which transformers has flattened away.
+    """
+    single = "text_encoder_2" not in layers
+    starts = {
+        "unet": "lora_unet", "text_encoder": "lora_te" if single else "lora_te1",
+        "text_encoder_2": "lora_te2",
+    }  # fmt: skip
+    found = {}
+    for part, state in layers.items():
+        for name, t in state.items():
+            layer, mark, _ = re.split(r"\.(lora_[AB])\.", name)
+            if part != "unet":
+                layer = f"text_model.{layer.removeprefix('text_model.')}"
+            start = f"{starts[part]}_{layer.replace('.', '_')}"
+            found[f"{start}.{KOHYA[mark]}.weight"] = t
+            found[f"{start}.alpha"] = torch.tensor(float(alpha))
+    return found
+
+
+def _check(layers: Layers) -> None:
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    if not layers or not all(layers.values()) or not set(layers) <= set(parts):
+        raise InputError(f"layers must be of {', '.join(parts)}, none empty; got {list(layers)}")
+    for part, state in layers.items():
+        for name in state:
+            other = name.replace("lora_A", "lora_B") if "lora_A" in name else \
+                name.replace("lora_B", "lora_A")  # fmt: skip
+            if not re.search(r"\.lora_[AB]\.weight$", name) or other not in state:
+                raise InputError(f"layers: {part} has {name}, which is no half of a LoRA")
+
+
+def _ranks(layers: Layers) -> set[int]:
+    return {len(t) for state in layers.values() for n, t in state.items() if ".lora_A." in n}
+
+
+def _said_by_kohya(layers: Layers, alpha: float, metadata: Any) -> dict[str, str]:
+    said = {"ss_network_module": "networks.lora", "ss_network_alpha": str(alpha)}
+    ranks = _ranks(layers)
+    if len(ranks) == 1:
+        said["ss_network_dim"] = str(*ranks)
+    return said | dict(metadata or {})
+
+
+def _write_diffusers(layers: Layers, out: Path, alpha: float, metadata: Any) -> Path:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    kind = StableDiffusionXLPipeline if "text_encoder_2" in layers else StableDiffusionPipeline
+    options: dict[str, Any] = {}
+    for part, state in layers.items():
+        options[f"{part}_lora_layers"] = state
+        options[f"{part}_lora_adapter_metadata"] = _config(state, alpha)
+    with replacing(out) as temporary:
+        kind.save_lora_weights(temporary.parent, weight_name=temporary.name, **options)
+        if metadata:
+            _add_metadata(temporary, metadata)
+    return out
+
+
+def _config(state: Mapping[str, Tensor], alpha: float) -> dict[str, Any]:
+    """What diffusers keeps of peft's configuration: JSON of plain values."""
+    from peft import LoraConfig
+
+    ranks = {n.partition(".lora_A.")[0]: len(t) for n, t in state.items() if ".lora_A." in n}
+    rank = next(iter(ranks.values()))
+    options: Any = {"lora_alpha": alpha}  # a whole number by its type alone
+    return LoraConfig(
+        r=rank, **options, target_modules=sorted(ranks),
+        rank_pattern={n: r for n, r in ranks.items() if r != rank},
+    ).to_dict()  # fmt: skip
+
+
+def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    kept = dict(read_header(path).metadata)
+    save_file(load_file(path), path, metadata=kept | dict(metadata))

@@ -1,0 +1,148 @@
+"""A single file as a pipeline of diffusers, or part by part."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from . import lora as loras
+from .architecture import Architecture, architecture
+from .header import read, read_header
+from .looking import PREFIXES, Checkpoint, look
+from .names import Rows, table
+from .tokens import END, tokenizer
+
+PathLike = str | os.PathLike[str]
+
+
+class Single:
+    """A checkpoint in one file, its parts built when they are asked for.
+
+    Nothing is asked of a network.
+
+    Attributes:
+        checkpoint: what the file is.
+        architecture: of its parts, with the prediction and how it was told.
+
+    Raises:
+        InputError: what `look` and `architecture` refuse; a part that the file lacks, lacks tensors
+            of, or has too many or other ones of: all seen from headers, before a weight is read.
+    """
+
+    def __init__(
+        self, path: PathLike, *, config: PathLike | None = None,
+        prediction_type: str | None = None, vae: PathLike | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoint = look(path)
+        self.architecture = architecture(self.checkpoint, config, prediction_type)
+        self.sources = dict.fromkeys(self.architecture.parts, self.checkpoint)
+        if vae is not None:
+            self.sources["vae"] = _vae_file(vae, self.checkpoint.family)
+        self._tables: dict[str, dict[str, Rows]] = {}
+
+    def check(self) -> None:
+        """Raises:
+        InputError: a part of the pipeline is not in the file as it must be.
+        """
+        for part in self.architecture.parts:
+            self.table(part)
+
+    def table(self, part: str) -> dict[str, Rows]:
+        """diffusers' names of the part's tensors -> where they are in the file."""
+        if part not in self._tables:
+            self._tables[part] = table(self.sources[part], part, self.architecture)
+        return self._tables[part]
+
+    def part(self, part: str) -> Any:
+        """ "unet", "vae", "text_encoder" or "text_encoder_2" in float32 on the CPU, in eval mode."""
+        if part not in self.architecture.parts:
+            raise InputError(f"part must be one of {', '.join(self.architecture.parts)}: {part!r}")
+        model = self.architecture.empty(part)
+        model.load_state_dict(self.tensors(part, model), strict=True, assign=True)
+        return model
+
+    def tensors(self, part: str, model: nn.Module) -> dict[str, Tensor]:
+        """In float32, with the shapes of the model's."""
+        header, shapes = self.sources[part].header, model.state_dict()
+        found = {}
+        with header.path.open("rb") as file:
+            for name, at in self.table(part).items():
+                t = read(file, header.tensors[at.key], (at.first, at.last))
+                t = t.T if at.transposed else t.reshape(shapes[name].shape)
+                found[name] = t.to(torch.float32).contiguous()
+        return found
+
+    def tokenizer(self, part: str = "tokenizer") -> Any:
+        made = self.architecture
+        pad = made.configs.get(part, {}).get("pad_token", END)
+        found = tokenizer(made.folder, part=part, pad_token=pad)
+        config = made.configs[part.replace("tokenizer", "text_encoder")]
+        if len(found) > config["vocab_size"]:
+            raise InputError(
+                f"the tokenizer has {len(found)} tokens, the text encoder of "
+                f"{self.checkpoint.path} {config['vocab_size']}: give config=, a folder with the "
+                "model's own tokenizer"
+            )
+        return found
+
+    def scheduler(self) -> Any:
+        return self.architecture.kind("scheduler").from_config(
+            self.architecture.configs["scheduler"]
+        )
+
+    def pipeline(self, *, lora: PathLike | None = None, lora_scale: float = 1.0) -> Any:
+        """All of it."""
+        made = self.architecture
+        self.check()
+        parts = {part: self.part(part) for part in made.parts}
+        for part in made.parts:
+            if part.startswith("text_encoder"):
+                name = part.replace("text_encoder", "tokenizer")
+                parts[name] = self.tokenizer(name)
+        parts["scheduler"] = self.scheduler()
+        pipe = made.kind("model_index")(**parts, **_rest(made))
+        if lora is not None:
+            loras.fuse(pipe, lora, lora_scale)
+        return pipe
+
+
+def open_single(
+    path: PathLike, *, config: PathLike | None = None, prediction_type: str | None = None,
+    vae: PathLike | None = None, lora: PathLike | None = None, lora_scale: float = 1.0,
+) -> Any:  # fmt: skip
+    """A whole pipeline in float32 on the CPU, from a file as ComfyUI, A1111 and kohya have it.
+
+    Args:
+        config: see `architecture`; its tokenizers are taken too.
+        prediction_type: see `architecture`.
+        vae: the file of another VAE, in either layout.
+        lora: a LoRA that is added to the weights, `lora_scale` times.
+
+    Raises:
+        InputError: see `Single`; a LoRA of another model.
+    """
+    single = Single(path, config=config, prediction_type=prediction_type, vae=vae)
+    return single.pipeline(lora=lora, lora_scale=lora_scale)
+
+
+def _rest(made: Architecture) -> dict[str, Any]:
+    """What pipelines take beside the parts that are here."""
+    if "text_encoder_2" in made.configs:
+        empty = made.configs["model_index"].get("force_zeros_for_empty_prompt", True)
+        return {"force_zeros_for_empty_prompt": empty, "add_watermarker": False}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def _vae_file(path: PathLike, family: str) -> Checkpoint:
+    header = read_header(path)
+    (inside,) = PREFIXES[family]["vae"]
+    names = header.tensors
+    prefix = inside if any(k.startswith(inside) for k in names) else ""
+    if f"{prefix}decoder.conv_in.weight" not in names:
+        raise InputError(f"{Path(path)} holds no VAE of Stable Diffusion: give the file of one")
+    return Checkpoint(header, family, False, {"vae": prefix}, (), 0)

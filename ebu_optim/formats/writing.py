@@ -1,0 +1,160 @@
+"""A single file again: that which came in with other values, or one made of a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import need_disk, replacing
+from .header import DTYPES, Entry, read
+from .looking import EMA
+from .names import Rows
+from .opening import PathLike, Single
+
+CHUNK = 2**24
+#: Part of the pipeline -> diffusers' names -> new values.
+Changed = Mapping[str, Mapping[str, Tensor]]
+
+#: What a file says of its own bytes, and is wrong once they change.
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def write_single(
+    source: PathLike | Single, changed: Changed, out: PathLike, *,
+    config: PathLike | None = None, metadata: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """The file `source` with the tensors of `changed` in place of its own.
+
+    Layout, names and dtypes are the source's; every tensor that is not changed is copied byte for
+    byte, the file's metadata too, without hashes of its bytes. ``model_ema.*`` is left out: it is
+    the UNet as it was. One tensor is in memory at a time.
+
+    Args:
+        changed: part ("unet", "vae", "text_encoder", "text_encoder_2") -> diffusers' names -> new
+            values.
+        config: the folder that the file was opened with, where it was.
+        metadata: what else the file says of itself.
+
+    Raises:
+        InputError: what `Single` refuses; `out` exists; names or shapes that the file has not; NaN,
+            Inf or a value beyond the file's dtype; no space on the disk.
+    """
+    single = source if isinstance(source, Single) else Single(source, config=config)
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists: delete it, or give another path")
+    header = single.checkpoint.header
+    edits = _edits(single, changed)
+    kept = sorted(
+        (k for k in header.tensors if not k.startswith(EMA)), key=lambda k: header.tensors[k].first
+    )
+    said = {k: v for k, v in header.metadata.items() if k not in HASHES} | dict(metadata or {})
+    shapes = {k: (header.tensors[k].dtype, header.tensors[k].shape) for k in kept}
+    head = header_bytes(shapes, said)
+    size = sum(e.last - e.first for e in (header.tensors[k] for k in kept))
+    need_disk(out.parent, size + len(head), "the checkpoint")
+    with replacing(out) as temporary, temporary.open("wb") as target, header.path.open("rb") as old:
+        target.write(head)
+        for key in kept:
+            entry = header.tensors[key]
+            if key in edits:
+                target.write(to_bytes(_edited(key, entry, old, edits[key], header.path)))
+            else:
+                _copy(old, entry, target)
+    return out
+
+
+def header_bytes(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Of tensors that follow each other in this order; name -> safetensors' dtype, shape."""
+    found: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for key, (dtype, shape) in shapes.items():
+        end = at + torch.Size(shape).numel() * DTYPES[dtype].itemsize
+        found[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def to_bytes(t: Tensor) -> Any:
+    return t.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def cast(t: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Raises:
+    InputError: a value is NaN or Inf, or becomes it.
+    """
+    found = t.detach().to("cpu", dtype)
+    # float8 has no isfinite
+    if dtype.is_floating_point and not bool(found.float().isfinite().all()):
+        why = "holds NaN or Inf" if not bool(t.isfinite().all()) else f"has values beyond {dtype}"
+        raise InputError(f"{what} {why}: write it in another dtype, or look at the training")
+    return found
+
+
+def _edits(single: Single, changed: Changed) -> dict[str, list[tuple[Rows, Tensor]]]:
+    """Tensor in the file -> the rows of it that are new; refused where they do not fit."""
+    made, path = single.architecture, single.checkpoint.path
+    edits: dict[str, list[tuple[Rows, Tensor]]] = {}
+    for part, tensors in changed.items():
+        if part not in made.parts or single.sources[part] is not single.checkpoint:
+            raise InputError(f"changed: {path} holds no {part}; it has {', '.join(made.parts)}")
+        places = single.table(part)
+        for name, t in fitting(tensors, made.shapes(part), f"the {part} of {path}").items():
+            edits.setdefault(places[name].key, []).append((places[name], t))
+    return edits
+
+
+def fitting(
+    changed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str
+) -> dict[str, Tensor]:
+    """`changed` by the names of `shapes`.
+
+    Raises:
+        InputError: a name or a shape that `what` has not.
+    """
+    found = {}
+    for given, t in changed.items():
+        name = known(given, shapes)
+        if name is None or tuple(t.shape) != tuple(shapes[name]):
+            want = "has no such tensor" if name is None else f"has {list(shapes[name])} there"
+            raise InputError(f"changed: {what} {want}: {given}, {list(t.shape)}")
+        found[name] = t
+    return found
+
+
+def known(name: str, places: Iterable[str]) -> str | None:
+    """transformers 4 has ``text_model.`` before a text encoder's names, 5 has not."""
+    both = (name, name.removeprefix("text_model."), f"text_model.{name}")
+    return next((n for n in both if n in places), None)
+
+
+def _edited(
+    key: str, entry: Entry, file: BinaryIO, edits: list[tuple[Rows, Tensor]], path: Path
+) -> Tensor:
+    found = read(file, entry)
+    for at, new in edits:
+        new = cast(new, found.dtype, f"changed: the new {key} of {path}")
+        place = found[at.first : at.last] if found.dim() else found
+        place.copy_((new.T if at.transposed else new).reshape(place.shape))
+    return found
+
+
+def _copy(source: BinaryIO, entry: Entry, target: BinaryIO) -> None:
+    source.seek(entry.first)
+    left = entry.last - entry.first
+    while left:
+        block = source.read(min(left, CHUNK))
+        if not block:
+            raise InputError(f"{source.name} became shorter while it was read: get it again")
+        target.write(block)
+        left -= len(block)
