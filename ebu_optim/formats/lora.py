@@ -55,7 +55,7 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
         )  # fmt: skip
     except Exception as error:  # of the converters: many kinds
         raise InputError(f"{what}: {str(error).strip().splitlines()[0]}") from error
-    alphas = {re.sub(r"(\.lora.*)?\.alpha$", "", k): float(v) for k, v in (alphas or {}).items()}
+    alphas = {_split(name)[0]: float(alpha) for name, alpha in (alphas or {}).items()}
     found: dict[str, dict[str, Tensor]] = {}
     for name, t in state.items():
         layer, kind = _split(name)
@@ -80,12 +80,16 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    for down, up in (("lora_A", "lora_B"), ("lora.down", "lora.up"), ("lora_down", "lora_up"),
-                     ("lora_linear_layer.down", "lora_linear_layer.up")):  # fmt: skip
-        for mark, kind in ((down, "down"), (up, "up")):
-            if name.endswith(f".{mark}.weight"):
-                return name.removesuffix(f".{mark}.weight"), kind
-    return name, None
+    """The layer, and whether the tensor is its "down" or its "up" half; None: neither.
+
+    diffusers' converters leave peft's names, its own and its old ones with ``processor``.
+    """
+    name = name.replace(".processor.", ".").removesuffix(".alpha")
+    halves = r"(lora_A|lora_B|lora_down|lora_up|down|up)"
+    found = re.fullmatch(rf"(.+?)(?:\.lora_linear_layer|\.lora|_lora)?\.{halves}\.weight", name)
+    if found is None:
+        return name, None
+    return found[1], "down" if found[2] in ("lora_A", "lora_down", "down") else "up"
 
 
 def _layer(pipe: Any, name: str) -> Any:
@@ -93,6 +97,10 @@ def _layer(pipe: Any, name: str) -> Any:
     model = getattr(pipe, part, None)
     if model is None:
         return None
+    if part == "unet":
+        inner = re.sub(r"\.to_out$", ".to_out.0", inner)
+    else:
+        inner = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", inner)
     for path in (inner, inner.removeprefix("text_model."), f"text_model.{inner}"):
         try:
             return model.get_submodule(path)
