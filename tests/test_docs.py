@@ -70,6 +70,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if page.name == "stable_diffusion.md":
         namespace |= text_to_image(tmp_path)
         on_the_hub(tmp_path, monkeypatch)
+    if page.name == "formats.md":
+        namespace |= single_file(tmp_path)
     with one_process() if page.name == "processes.md" else nullcontext():
         for code in blocks(page, "python"):
             exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
@@ -84,6 +86,16 @@ def text_to_image(folder: Path) -> dict[str, object]:
     pipe = StableDiffusionPipeline.from_pretrained(pipeline(folder / "base"))
     latents = torch.randn(2, 1, 4, 8, 8)
     return {"pipe": pipe, "surrogate_latents": latents, "replay_latents": latents.flip(0)}
+
+
+def single_file(folder: Path) -> dict[str, object]:
+    pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
+    from ebu_optim.formats import write_folder
+
+    from .text_to_image import pipeline
+
+    base = pipeline(folder / "base")
+    return {"checkpoint": write_folder(base, {}, folder / "in.safetensors"), "config": base}
 
 
 def on_the_hub(folder: Path, monkeypatch) -> None:

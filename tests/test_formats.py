@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ebu_optim.errors import InputError
-from ebu_optim.formats import Single, look, open_single, write_folder, write_single
+from ebu_optim.formats import Single, look, open_single, tokens, write_folder, write_single
 from ebu_optim.formats.architecture import Architecture, architecture, shipped
 from ebu_optim.formats.folders import layout
 from ebu_optim.formats.tokens import from_open_clip, tokenizer
@@ -164,8 +165,25 @@ def test_a_folder_as_a_file_with_changes_in_another_dtype(made, tmp_path):
     found = tensors(out)
     assert {t.dtype for t in found.values()} == {torch.float16}
     assert torch.equal(found["conditioner.embedders.1.model.text_projection"], new.half().T)
-    assert metadata(out) == {"a": "b"}
+    assert metadata(out) == {"a": "b", "format": "pt", "modelspec.prediction_type": "epsilon"}
     draw(open_single(out, config=base))
+
+
+def test_a_file_says_what_its_scheduler_was(made, tmp_path):
+    assert metadata(made["sd2"][1])["modelspec.prediction_type"] == "v"
+    base = shutil.copytree(made["sdxl"][0], tmp_path / "base")
+    place = base / "scheduler" / "scheduler_config.json"
+    config = json.loads(place.read_text())
+    config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    place.write_text(json.dumps(config))
+    file = write_folder(base, {}, tmp_path / "v.safetensors")
+    assert tensors(file)["v_pred"].shape == (0,)
+    scheduler = architecture(look(file)).configs["scheduler"]
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"]
+    out = write_single(file, {}, tmp_path / "again.safetensors", config=base)
+    assert tensors(out).keys() == tensors(file).keys()
+    assert "v_pred" not in tensors(made["sdxl"][1])
 
 
 @pytest.mark.parametrize(
@@ -302,6 +320,12 @@ def test_the_file_of_another_vae(made, tmp_path, layout_):
     # a file without one takes it too
     without = resaved(file, tmp_path / "b.safetensors", drop=lambda n: n.startswith(start))
     assert torch.equal(draw(open_single(without, config=base, vae=vae)), draw(pipe))
+    # and may get it for good, in its own layout
+    theirs = Single(file, config=base, vae=vae)
+    merged = write_single(theirs, {"vae": new}, tmp_path / "merged.safetensors")
+    assert same_bytes(tensors(merged), tensors(other), tensors(other))
+    with pytest.raises(InputError, match="holds no vae; it has unet, text_encoder"):
+        write_single(Single(without, config=base, vae=vae), {"vae": new}, tmp_path / "d")
     with pytest.raises(InputError, match="holds no VAE"):
         open_single(file, config=base, vae=resaved(file, tmp_path / "c", drop=lambda n: start in n))
 
@@ -340,7 +364,7 @@ def test_the_prediction(made, tmp_path):
         architecture(look(file), prediction_type="v")
 
 
-def test_clips_vocabulary(made, tmp_path):
+def test_clips_vocabulary(made, tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     ours, theirs = from_open_clip(), open_clip.get_tokenizer("ViT-L-14")
     prompts = [
@@ -356,6 +380,14 @@ def test_clips_vocabulary(made, tmp_path):
     assert from_open_clip("!").pad_token_id == 0
     base, file = made["sd1"]
     assert len(tokenizer(base)) < 200
+    monkeypatch.setattr(tokens, "HUB", str(tmp_path / "hub"))
+    from_open_clip().save_pretrained(tmp_path / "hub")
+    monkeypatch.setattr(tokens, "find_spec", lambda name: None)
+    assert (len(tokenizer()), tokenizer(pad_token="!").pad_token_id) == (49408, 0)  # noqa: S106
+    monkeypatch.setattr(tokens, "HUB", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="no vocabulary of CLIP is here: pip install open_clip"):
+        tokenizer()
+    monkeypatch.undo()
     without = tmp_path / "bare"
     shutil.copytree(base, without, ignore=shutil.ignore_patterns("tokenizer", "*.safetensors"))
     with pytest.raises(InputError, match="the tokenizer has 49408 tokens"):

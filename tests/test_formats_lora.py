@@ -138,7 +138,7 @@ def test_what_is_no_lora_for_this_model(bases, tmp_path):
                 fuse(pipe, file)
     file = write_lora({"unet": layers["unet"]}, tmp_path / "a", 2, "kohya")
     loha = resaved(file, tmp_path / "b", rename=lambda n: n.replace("lora_up.weight", "hada_w1_a"))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="LoRA"):
         fuse(pipe, loha)
     with pytest.raises(InputError, match="is no LoRA"):
         fuse(pipe, write_folder(bases["sd1"], {}, tmp_path / "model.safetensors"))

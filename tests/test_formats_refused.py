@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -184,12 +185,16 @@ def test_tensors_missing_too_many_or_of_another_size(made, tmp_path):
             resaved(file, tmp_path / "e", add={f"{UNET}time_embed.0.bias": torch.ones(7)}),
             f"{UNET}time_embed.0.bias is [7], which is no time_embedding.linear_1.bias of [32]",
         ),
+        (
+            resaved(file, tmp_path / "f", add={key: torch.ones(32, 8, dtype=torch.int8)}),
+            f"{key} is I8, which is no weight",
+        ),
     ):
         with pytest.raises(InputError) as caught:
             open_single(source, config=base)
         assert said in str(caught.value)
     # a small model with the configuration of a release
-    with pytest.raises(InputError, match="its unet lacks .* give config=, a diffusers folder"):
+    with pytest.raises(InputError, match=r"its unet lacks .* give config=, a diffusers folder"):
         open_single(file)
 
 
@@ -197,9 +202,9 @@ def test_folders_that_are_no_configuration(made, tmp_path):
     file = made["sd1"][1]
     with pytest.raises(InputError, match=r"has no model_index\.json"):
         open_single(file, config=tmp_path)
-    with pytest.raises(InputError, match="is Stable Diffusion 1.x, and .* a StableDiffusionXL"):
+    with pytest.raises(InputError, match=r"is Stable Diffusion 1\.x, and .* a StableDiffusionXL"):
         open_single(file, config=made["sdxl"][0])
-    with pytest.raises(InputError, match="is SDXL, and .* is a StableDiffusionPipeline"):
+    with pytest.raises(InputError, match=r"is SDXL, and .* is a StableDiffusionPipeline"):
         open_single(made["sdxl"][1], config=made["sd1"][0])
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
@@ -209,7 +214,7 @@ def test_folders_that_are_no_configuration(made, tmp_path):
         open_single(file, config=tmp_path)
     nine = f"{UNET}input_blocks.0.0.weight"
     inpainting = resaved(file, tmp_path / "a", add={nine: torch.zeros(8, 9, 3, 3)})
-    with pytest.raises(InputError, match="its UNet takes 9 channels, that of .* 4"):
+    with pytest.raises(InputError, match=r"its UNet takes 9 channels, that of .* 4"):
         open_single(inpainting, config=made["sd1"][0])
     with pytest.raises(InputError, match="part must be one of unet, vae, text_encoder: 'clip'"):
         Single(file, config=made["sd1"][0]).part("clip")
@@ -238,6 +243,13 @@ def test_what_is_not_written(made, tmp_path):
         with pytest.raises(InputError) as caught:
             write_folder(base, changed, out)
         assert said in str(caught.value)
+    strange = shutil.copytree(base, tmp_path / "strange")
+    config = json.loads((strange / "unet" / "config.json").read_text())
+    (strange / "unet" / "config.json").write_text(json.dumps(config | {"time_cond_proj_dim": 8}))
+    with pytest.raises(
+        InputError, match=r"its unet has time_embedding.cond_proj.weight, which the"
+    ):
+        write_folder(strange, {}, out)
     with pytest.raises(InputError, match="holds no weights as safetensors of the variant fp16"):
         write_folder(base, {}, out, variant="fp16")
     with pytest.raises(InputError, match=r"dtype must be one .* got torch\.complex64"):

@@ -48,6 +48,10 @@ PUBLIC = {
         "learn_embeddings", "lpips_distance", "nudity_score", "probability", "relearn",
         "relearn_steps", "relearning", "unlearn_steps", "versions",
     ],
+    "ebu_optim.formats": [
+        "Checkpoint", "Header", "Single", "fuse", "look", "open_single", "read_header", "tokenizer",
+        "write_folder", "write_lora", "write_single",
+    ],
     "ebu_optim.report": ["check_folder", "fid_values", "limit_rows", "write_report"],
 }  # fmt: skip
 
@@ -113,6 +117,7 @@ def test_a_missing_package_names_the_extra(bare):
     [
         ("training", "examples"),
         ("class_conditional", "examples"),
+        ("formats", "text_to_image"),
         ("text_to_image", "text_to_image"),
         ("attacks", "text_to_image"),
         ("worlds", "examples"),
@@ -161,7 +166,8 @@ def assert_contents(names, extension):
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
     others = {"ebu_optim/py.typed", "ebu_optim/text_to_image/remember_prompts.txt"}
     assets = [*(ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*"),
-              *(ROOT / "ebu_optim" / "experiments").glob("*.json")]  # fmt: skip
+              *(ROOT / "ebu_optim" / "experiments").glob("*.json"),
+              *(ROOT / "ebu_optim" / "formats" / "configs").glob("*.json")]  # fmt: skip
     others |= {str(p.relative_to(ROOT)) for p in assets}
     if extension:
         others.add("ebu_optim/kernels/_cpu.abi3.so")

@@ -20,7 +20,7 @@ from ..files import need_disk, replacing
 from .architecture import Architecture, from_folder
 from .header import DTYPES, NAMES, Entry, Header, read, read_header
 from .looking import PREFIXES
-from .names import Rows, Shape, rows
+from .names import Rows, Shape, rows, some
 from .opening import PathLike
 from .writing import Changed, cast, fitting, header_bytes, known, to_bytes
 
@@ -43,7 +43,10 @@ def write_folder(
     folder: PathLike, changed: Changed, out: PathLike, *, dtype: torch.dtype | None = None,
     variant: str | None = None, metadata: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
-    """A diffusers folder as a file in the LDM layout, which ComfyUI, A1111 and kohya's scripts read.
+    """A diffusers folder as one file in the LDM layout, as ComfyUI, A1111 and kohya have it.
+
+    What the scheduler says of the prediction is in the file's metadata, for SDXL in tensors without
+    content too, which ComfyUI looks for (``v_pred``, ``ztsnr``).
 
     Args:
         folder: of Stable Diffusion 1.x, 2.x or SDXL, its weights as safetensors.
@@ -72,7 +75,9 @@ def write_folder(
             entry = _stored(next(iter(places)), sources[part], folder / part)[1]
             stored = NAMES[dtype] if dtype else entry.dtype
             kinds[key], gathered[key] = (stored, shape), (part, places)
-    head = header_bytes(kinds, metadata or {})
+    said, empty = _marks(family, made.configs["scheduler"])
+    kinds |= dict.fromkeys(empty, ("F32", (0,)))
+    head = header_bytes(kinds, said | dict(metadata or {}))
     size = sum(torch.Size(s).numel() * DTYPES[d].itemsize for d, s in kinds.values())
     need_disk(out.parent, size + len(head), "the checkpoint")
     with replacing(out) as temporary, temporary.open("wb") as target:
@@ -89,6 +94,15 @@ def write_folder(
     return out
 
 
+def _marks(family: str, scheduler: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """What a single file says of the scheduler that it has not: metadata, and empty tensors."""
+    is_v = scheduler.get("prediction_type", "epsilon") == "v_prediction"
+    said = {"format": "pt", "modelspec.prediction_type": "v" if is_v else "epsilon"}
+    if family != "sdxl" or not is_v:
+        return said, []
+    return said, ["v_pred", *(["ztsnr"] if scheduler.get("rescale_betas_zero_snr") else [])]
+
+
 def family_of(made: Architecture) -> str:
     if "text_encoder_2" in made.configs:
         return "sdxl"
@@ -96,7 +110,7 @@ def family_of(made: Architecture) -> str:
 
 
 def layout(family: str, part: str, made: Architecture) -> dict[str, tuple[Shape, dict[str, Rows]]]:
-    """LDM's name of each tensor -> its shape, and which rows of it are which of diffusers' tensors.
+    """LDM's name of each tensor -> its shape, and which rows of it are which of diffusers'.
 
     Raises:
         InputError: a tensor of diffusers' that no name of LDM's becomes.
@@ -107,8 +121,8 @@ def layout(family: str, part: str, made: Architecture) -> dict[str, tuple[Shape,
     found = rows(part, candidates, config, shapes)
     if missing := sorted(shapes.keys() - found.keys()):
         raise InputError(
-            f"{made.folder}: its {part} has {missing[0]} and {len(missing) - 1} more, which have no "
-            "name in a single file: save it as a diffusers folder"
+            f"{made.folder}: its {part} has {some(missing)}, which the layout of a single file has "
+            "no name for: keep it as a diffusers folder"
         )
     grouped: dict[str, dict[str, Rows]] = defaultdict(dict)
     for name in shapes:
@@ -127,10 +141,11 @@ def layout(family: str, part: str, made: Architecture) -> dict[str, tuple[Shape,
 
 def _sources(folder: Path, part: str, variant: str | None) -> dict[str, Header]:
     """The part's tensors, by diffusers' names -> the header of the file that each is in."""
-    files = [
-        file for file in sorted((folder / part).glob("*.safetensors"))
-        if (f".{variant}." in file.name if variant else not re.search(r"\.(fp16|bf16)\b", file.name))
-    ]  # fmt: skip
+    files = sorted((folder / part).glob("*.safetensors"))
+    if variant:
+        files = [file for file in files if f".{variant}." in file.name]
+    else:
+        files = [file for file in files if not re.search(r"\.(fp16|bf16)\b", file.name)]
     if not files:
         of = f" of the variant {variant}" if variant else ""
         raise InputError(f"{folder / part} holds no weights as safetensors{of}")

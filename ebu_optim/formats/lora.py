@@ -120,7 +120,8 @@ def _said(metadata: Mapping[str, Any] | None, name: str, rank: int) -> float:
 
 def write_lora(
     layers: Layers, out: PathLike, alpha: float,
-    layout: Literal["diffusers", "kohya"] = "diffusers", *, metadata: Mapping[str, str] | None = None,
+    layout: Literal["diffusers", "kohya"] = "diffusers", *,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Write an adapter as one safetensors file, with the alpha that it was trained with.
 

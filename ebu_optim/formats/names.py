@@ -8,7 +8,7 @@ the first dimension, to drop dimensions of one and to transpose text_projection.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -53,19 +53,28 @@ def table(checkpoint: Checkpoint, part: str, made: Architecture) -> dict[str, Ro
     extra = sorted(keys[k] for k in keys.keys() - used if not _unused(part, k, made))
     for what, names in (("lacks", missing), ("also holds", extra)):
         if names:
-            more = f" and {len(names) - 2} more" if names[2:] else ""
             raise InputError(
-                f"{path}: its {part} {what} {', '.join(names[:2])}{more} (taken for "
+                f"{path}: its {part} {what} {some(names)} (taken for "
                 f"{checkpoint.title}): give config=, a diffusers folder of the same model, or "
                 "another file"
             )
     for name, at in found.items():
+        if (dtype := entries[keys[at.key]].dtype)[0] not in "FB" or dtype == "BOOL":
+            raise InputError(
+                f"{path}: {keys[at.key]} is {dtype}, which is no weight: give the model in "
+                "float32, float16, bfloat16 or float8"
+            )
         if not fits(shapes[at.key], at, targets[name]):
             raise InputError(
                 f"{path}: {keys[at.key]} is {list(shapes[at.key])}, which is no {name} of "
                 f"{list(targets[name])}: give config=, a diffusers folder of the same model"
             )
     return {name: at._replace(key=keys[at.key]) for name, at in found.items()}
+
+
+def some(names: Sequence[str]) -> str:
+    """The first two, and how many more."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if names[2:] else "")
 
 
 def rows(

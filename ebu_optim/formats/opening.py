@@ -58,8 +58,14 @@ class Single:
             self._tables[part] = table(self.sources[part], part, self.architecture)
         return self._tables[part]
 
+    def own_table(self, part: str) -> dict[str, Rows]:
+        """As `table`, of the checkpoint itself, also where the VAE comes from another file."""
+        if self.sources[part] is self.checkpoint:
+            return self.table(part)
+        return table(self.checkpoint, part, self.architecture)
+
     def part(self, part: str) -> Any:
-        """ "unet", "vae", "text_encoder" or "text_encoder_2" in float32 on the CPU, in eval mode."""
+        """One of "unet", "vae", "text_encoder", "text_encoder_2": float32, CPU, eval mode."""
         if part not in self.architecture.parts:
             raise InputError(f"part must be one of {', '.join(self.architecture.parts)}: {part!r}")
         model = self.architecture.empty(part)

@@ -106,9 +106,10 @@ def _edits(single: Single, changed: Changed) -> dict[str, list[tuple[Rows, Tenso
     made, path = single.architecture, single.checkpoint.path
     edits: dict[str, list[tuple[Rows, Tensor]]] = {}
     for part, tensors in changed.items():
-        if part not in made.parts or single.sources[part] is not single.checkpoint:
-            raise InputError(f"changed: {path} holds no {part}; it has {', '.join(made.parts)}")
-        places = single.table(part)
+        if part not in single.checkpoint.parts:
+            ours = ", ".join(single.checkpoint.parts)
+            raise InputError(f"changed: {path} holds no {part}; it has {ours}")
+        places = single.own_table(part)
         for name, t in fitting(tensors, made.shapes(part), f"the {part} of {path}").items():
             edits.setdefault(places[name].key, []).append((places[name], t))
     return edits
