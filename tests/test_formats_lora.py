@@ -67,12 +67,13 @@ def test_written_and_read_again_it_draws_the_same(bases, tmp_path, family, layou
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_diffusers_loads_it(bases, tmp_path, family, layout):
-    """The UNet's, which every version of peft can put in: alpha is not the rank."""
+    """alpha is not the rank. Of kohya's layout the UNet's: text encoders' attention is dropped by
+    diffusers 0.42 with transformers 5."""
     pipe, layers = adapted(bases[family], alpha=5)
-    for part in ("text_encoder", "text_encoder_2"):
-        if part in layers:
+    if layout == "kohya":
+        for part in layers.keys() - {"unet"}:
             setattr(pipe, part, getattr(loaded(bases[family]), part))
-    layers = {"unet": layers["unet"]}
+        layers = {"unet": layers["unet"]}
     file = write_lora(layers, tmp_path / "a.safetensors", 5, layout)
     theirs = loaded(bases[family])
     theirs.load_lora_weights(tmp_path, weight_name=file.name, local_files_only=True)
