@@ -19,6 +19,7 @@ from ebu_optim.training.options import (
     SCHEDULES,
     TrainingOptions,
     as_dict,
+    as_yaml,
     at_least,
     ddim_takes,
     flags,
@@ -70,9 +71,9 @@ def test_defaults_are_the_fields_and_no_two_configs_share_one():
     ("argv", "said"),
     [
         ([], "the following arguments are required: --size"),
-        (["--size", "many"], "argument --size: invalid int value: 'many'"),
+        (["--size", "many"], "argument --size: Expected int. Got value: many"),
         (["--size", "1", "--kind", "c"], "argument --kind: invalid choice: 'c'"),
-        (["--size", "1", "--more", "{"], "argument --more: invalid"),
+        (["--size", "1", "--more", "{"], "argument --more: Expected dict. Got value: {"),
         (["--size", "1", "--hub", "a", "--files", "b"], "not allowed with argument --hub"),
         (["--size", "1", "--sizes", "1"], "unrecognized arguments: --sizes 1"),
     ],
@@ -94,19 +95,68 @@ def test_a_config_is_checked_when_it_is_made_and_nobody_writes_into_it():
         found.size = 2
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"kind": "b", "rates": [1e-05, 2.0], "fast": True, "remember": "y"},
-        {"files": [Path("a b"), Path("c")], "more": {"lam": 1e7, "deep": {"x": [None, True]}}},
-        {"hub": "", "rates": [-1.0]},
-    ],
-)
+GIVEN = [
+    {},
+    {"kind": "b", "rates": [1e-05, 2.0], "fast": True, "remember": "y"},
+    {"files": [Path("a b"), Path("c")], "more": {"lam": 1e7, "deep": {"x": [None, True]}}},
+    {"hub": "", "rates": [-1.0]},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN)
 def test_flags_are_the_command_line_of_a_config(given):
     config = Example(size=3, **given)
     assert parse(Example, flags(config)) == config
     assert flags(Example(size=3)) == ["--size", "3"]  # what is as by default is left out
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_yaml_of_a_config_gives_it_again_and_flags_have_the_last_word(given, tmp_path):
+    config = Example(size=3, **given)
+    file = tmp_path / "run.yaml"
+    file.write_text(as_yaml(config), encoding="utf-8")
+    assert parse(Example, ["--config", str(file)]) == config
+    assert parse(Example, ["--config", str(file), "--size", "4"]) == replace(config, size=4)
+
+
+def test_a_file_of_options_that_cannot_be_is_one_line(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    for text, said in (
+        ("sizes: 1", "Option 'sizes' is not accepted"),
+        ("size: many", "argument --size: Expected int. Got value: many"),
+        ("kind: [a", "Problems parsing config"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit) as end:
+            parse(Example, ["--config", str(file)])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    with pytest.raises(SystemExit):
+        parse(Example, ["--config", str(tmp_path / "none.yaml")])
+    assert "none.yaml" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting(Example):
+    model: str = option(positional="MODEL")
+    words: list[str] = option(positional="WORD")
+    instead: list[str] = option([], flag=("-a", "--as"))
+    size: int = option(1)
+
+
+def test_what_comes_first_has_no_flag(tmp_path, capsys):
+    found = parse(Forgetting, ["m", "a b", "c", "--as", "d", "--size", "2"])
+    assert found == Forgetting(model="m", words=["a b", "c"], instead=["d"], size=2)
+    assert parse(Forgetting, flags(found)) == found
+    assert parse(Forgetting, ["m", "a b", "c", "-a", "d", "--size", "2"]) == found
+    (tmp_path / "run.yaml").write_text(as_yaml(found))
+    again = ["--config", str(tmp_path / "run.yaml")]
+    assert parse(Forgetting, again) == found
+    assert parse(Forgetting, [*again, "other"]) == replace(found, model="other")
+    with pytest.raises(SystemExit):
+        parse(Forgetting, ["m"])
+    assert "the following arguments are required: WORD" in capsys.readouterr().err
 
 
 def test_flags_of_a_command_give_its_config_again():

@@ -9,7 +9,8 @@
 
     config = parse(Sampling, description=__doc__)
 
-The command line is argparse's: flags are the fields' names; an error is one line, the status 2.
+The command line is jsonargparse's: flags are the fields' names, ``--config run.yaml`` gives any of
+them by name; an error is one line, the status 2.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ import errno
 import inspect
 import json
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import jsonargparse
 import torch
 from diffusers import DDIMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -43,7 +56,8 @@ def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> A
     Args:
         default: without one the flag is required; a list or dict is copied for every config.
         more: what ``add_argument`` takes, such as `choices` or `nargs`; `flag`, where it is not
-            the field's name; `exclusive`, a name for flags of which one can be given.
+            the field's name, or its several names; `exclusive`, a name for flags of which one can
+            be given; `positional`, how the help calls a field that has no flag.
     """
     said = {"help": help, **more}
     if isinstance(default, (list, dict)):
@@ -52,30 +66,55 @@ def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> A
 
 
 def parse(
-    config: type[Config], argv: Sequence[str] | None = None, description: str | None = None
-) -> Config:
+    config: type[Config], argv: Sequence[str] | None = None, description: str | None = None,
+    prog: str | None = None,
+) -> Config:  # fmt: skip
     """The config of a command line; None: the one of this process.
 
     A ``list[T]`` takes several values, a ``Literal`` one of its own, a ``dict`` JSON, a ``bool`` is
-    a switch. A base class with an attribute `group` has its flags under that title in ``--help``.
+    a switch. ``--config`` takes a YAML file of fields; what follows it has the last word. A base
+    class with an attribute `group` has its flags under that title in ``--help``.
 
     Raises:
         SystemExit: with status 2, flags that are not understood.
         InputError: values that the config itself refuses.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter,
+        exit_on_error=False,
+    )  # fmt: skip
+    parser.add_argument("--config", action="config", help="YAML of options by name")
     add_flags(parser, config)
-    return config(**vars(parser.parse_args(argv)))
+    try:
+        found = vars(parser.parse_args(None if argv is None else list(argv)))
+    except argparse.ArgumentError as error:
+        _refuse(parser, _said(config, str(error)))
+    wanted: Any = config
+    required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
+    if missing := [f for f in required if found.get(_key(f)) is None]:
+        names = ", ".join(f.metadata.get("positional") or _flag(f) for f in missing)
+        _refuse(parser, f"the following arguments are required: {names}")
+    return config(**{f.name: found[_key(f)] for f in fields(wanted)})
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add the flags of a config to a parser."""
+def _said(config: Any, why: str) -> str:
+    """jsonargparse's words, by the option's name on the command line and without Python's types."""
+    names = {_key(f): f.metadata.get("positional") or _flag(f) for f in fields(config)}
+    why = re.sub(r'Parser key "(\w+)"', lambda m: f"argument {names.get(m[1], '--' + m[1])}", why)
+    return re.sub(r"a <class '(\w+)'>", r"\1", why)
+
+
+def _refuse(parser: Any, why: str) -> NoReturn:
+    print(f"{parser.prog}: error: {' '.join(why.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def add_flags(parser: Any, config: type) -> None:
+    """Add the flags of a config to a parser; a required one that is not given is None or absent."""
     hints = get_type_hints(config)
     places: dict[str | None, Any] = {None: parser}
     for f in fields(config):
-        said = {k: v for k, v in f.metadata.items() if k != "flag"}
+        said = {k: v for k, v in f.metadata.items() if k not in ("flag", "positional")}
         group = _group(config, f.name)
         if group not in places:
             places[group] = parser.add_argument_group(group)
@@ -84,11 +123,29 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             if one not in places:
                 places[one] = place.add_mutually_exclusive_group()
             place = places[one]
-        place.add_argument(_flag(f), dest=f.name, **{**_argument(f, hints[f.name]), **said})
+        how = {**_argument(f, hints[f.name]), **said}
+        if name := f.metadata.get("positional"):
+            # a default would take the place of what --config says; jsonargparse checks one by type
+            how |= {"nargs": "*" if "nargs" in how else "?", "default": argparse.SUPPRESS}
+            how.pop("type")
+            parser.add_argument(f.name, metavar=name, **how)
+        else:
+            place.add_argument(*_names(f), dest=_key(f), **how)
+
+
+def _names(f: Field[Any]) -> tuple[str, ...]:
+    given = f.metadata.get("flag", f"--{f.name}")
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _flag(f: Field[Any]) -> str:
-    return str(f.metadata.get("flag", f"--{f.name}"))
+    """The long name."""
+    return _names(f)[-1]
+
+
+def _key(f: Field[Any]) -> str:
+    """Its name in a file of options: as on the command line."""
+    return f.name if "positional" in f.metadata else _flag(f).lstrip("-")
 
 
 def _group(config: type, name: str) -> str | None:
@@ -102,33 +159,51 @@ def _argument(f: Field[Any], kind: Any) -> dict[str, Any]:
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not types.NoneType)
     default = f.default_factory() if f.default_factory is not MISSING else f.default
-    said: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
+    said: dict[str, Any] = {"default": None if default is MISSING else default}
     if kind is bool:
         return {"action": "store_true"}
     if get_origin(kind) is list:
         said["nargs"], (kind,) = "+", get_args(kind)
     if get_origin(kind) is Literal:
         said["choices"], kind = get_args(kind), str
-    return {**said, "type": json.loads if get_origin(kind) is dict else kind}
+    return {**said, "type": dict if get_origin(kind) is dict else kind}
 
 
 def flags(config: Any) -> list[str]:
     """The shortest command line of a config: what is not as by default."""
+    first: list[str] = []
     found: list[str] = []
     for f in fields(config):
         value, name = getattr(config, f.name), _flag(f)
+        if "positional" in f.metadata:
+            first += map(str, value if isinstance(value, list) else [value])
+            continue
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if value is True:
             found.append(name)
         elif value != default and value is not None:
             texts = [json.dumps(value)] if isinstance(value, dict) else value
             found += [name, *map(str, texts if isinstance(texts, list) else [texts])]
-    return found
+    return [*first, *found]
 
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The options by name, as they are."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def as_yaml(config: Any) -> str:
+    """What ``--config`` reads again: the options that are not None, as YAML."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    given = {_key(f): getattr(config, f.name) for f in fields(config)}
+    said = {name: plain(value) for name, value in given.items() if value is not None}
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
 
 
 def check_choices(config: type, values: Mapping[str, Any]) -> None:
