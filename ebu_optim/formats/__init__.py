@@ -11,17 +11,20 @@ from .looking import Checkpoint, look
 from .lora import fuse, write_lora
 from .opening import Single, open_single
 from .tokens import tokenizer
+from .unpacking import cache_folder, unpacked
 from .writing import write_single
 
 __all__ = [
     "Checkpoint",
     "Header",
     "Single",
+    "cache_folder",
     "fuse",
     "look",
     "open_single",
     "read_header",
     "tokenizer",
+    "unpacked",
     "write_folder",
     "write_lora",
     "write_single",

@@ -1,0 +1,87 @@
+"""A checkpoint in one file as a diffusers folder, which everything else here takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import need_disk, replacing_folder
+from ..manifest import contents, key
+from .opening import PathLike, Single
+
+#: What safetensors calls the dtypes in which a folder holds the same weights exactly.
+EXACT = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def cache_folder() -> Path:
+    """Of what can be made again: EBU_OPTIM_CACHE, or ``ebu_optim`` in the user's cache."""
+    if given := os.environ.get("EBU_OPTIM_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebu_optim"
+
+
+def unpacked(
+    path: PathLike, *, config: PathLike | None = None, prediction_type: str | None = None,
+    vae: PathLike | None = None, lora: PathLike | None = None, weights: bool = True,
+) -> Path:  # fmt: skip
+    """The folder of a checkpoint, made once and kept in `cache_folder` under its content.
+
+    Args:
+        config, prediction_type, vae, lora: see :func:`open_single`.
+        weights: False makes the configurations and the tokenizers alone, from the file's header.
+
+    Returns:
+        A folder with the weights in the file's dtype where all are float16 or bfloat16 and no LoRA
+        is added, else in float32.
+
+    Raises:
+        InputError: see :func:`open_single`; no room on the disk.
+    """
+    single = Single(path, config=config, prediction_type=prediction_type, vae=vae)
+    single.check()
+    made = single.architecture
+    given = [Path(p) for p in (path, vae, lora) if p is not None]
+    # of 7 GB a hash takes seconds: the configurations depend on the header alone
+    of = contents(given) if weights else key([(p.name, p.stat().st_size) for p in given])
+    name = key(of, made.configs, "weights" if weights else sorted(single.checkpoint.header.tensors))
+    folder = cache_folder() / "unpacked" / name
+    if not (folder / "model_index.json").is_file():
+        if weights:
+            need_disk(folder.parent, 2.1 * sum(p.stat().st_size for p in given), "the model")
+        with replacing_folder(folder) as work:
+            _write(single, work, lora, weights)
+    return folder
+
+
+def _write(single: Single, folder: Path, lora: PathLike | None, weights: bool) -> None:
+    made, dtypes = single.architecture, single.checkpoint.dtypes
+    dtype = EXACT.get(dtypes[0], torch.float32) if len(dtypes) == 1 and not lora else torch.float32
+    pipe = single.pipeline(lora=lora) if lora and weights else None
+    kept = {"_class_name", "scheduler", *made.parts}
+    for part in made.parts:
+        if not weights:
+            model: Any = made.empty(part)
+            # of a transformers model the configuration is an object
+            config = model.config if part.startswith("text_encoder") else None
+            config.save_pretrained(folder / part) if config else model.save_config(folder / part)
+        else:
+            model = getattr(pipe, part) if pipe else single.part(part)
+            # another file's VAE may be in another dtype
+            own = single.sources[part] is single.checkpoint
+            torch.nn.Module.to(model, dtype if own else torch.float32)
+            model.save_pretrained(folder / part)
+        del model  # the next one takes its place in memory
+        if part.startswith("text_encoder"):
+            words = part.replace("text_encoder", "tokenizer")
+            single.tokenizer(words).save_pretrained(folder / words)
+            kept.add(words)
+    single.scheduler().save_pretrained(folder / "scheduler")
+    index = {
+        n: v if n in kept or not isinstance(v, list) else [None, None]
+        for n, v in made.configs["model_index"].items()
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
