@@ -35,43 +35,90 @@ def tokenizer(folder: Path) -> Any:
     )
 
 
-def pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """SD 1.x with "epsilon", SD 2.x (linear projections) with "v_prediction"; saved in `folder`."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel
+def read(words: Any, kind: str = "CLIPTextModel") -> Any:
+    """A text encoder of transformers' class `kind`."""
+    import transformers
 
-    torch.manual_seed(seed)
-    words = tokenizer(folder.with_name(f"{folder.name}_words"))
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=LENGTH,
-            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=LENGTH, projection_dim=8,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )  # fmt: skip
-    vae = AutoencoderKL(
+    return getattr(transformers, kind)(config)
+
+
+def autoencoder() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
         sample_size=16,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
-        attention_head_dim=4, use_linear_projection=prediction_type == "v_prediction",
+
+
+def denoiser(**more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**{
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 16,
+        "attention_head_dim": 4, **more,
+    })  # fmt: skip
+
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def pipeline(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, inpainting: bool = False
+) -> Path:
+    """SD 1.x with "epsilon", SD 2.x (linear projections) with "v_prediction"; saved in `folder`."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    words = tokenizer(folder.with_name(f"{folder.name}_words"))
+    text_encoder, vae = read(words), autoencoder()
+    unet = denoiser(
+        use_linear_projection=prediction_type == "v_prediction",
+        **{"in_channels": 9} if inpainting else {},
+    )
+    scheduler = diffusers.DDIMScheduler(
+        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        prediction_type=prediction_type,
     )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
-    )  # fmt: skip
-    StableDiffusionPipeline(
+    kind = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
+    getattr(diffusers, kind)(
         vae, text_encoder, words, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def sdxl(folder: Path, inpainting: bool = False, seed: int = 0) -> Path:
+    """SDXL base in small, saved in `folder`."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    words = tokenizer(folder.with_name(f"{folder.name}_words"))
+    other = tokenizer(folder.with_name(f"{folder.name}_words_2"))
+    other.pad_token = "z"  # noqa: S105 - as SDXL's second pads with a word
+    encoders = read(words), read(words, "CLIPTextModelWithProjection")
+    unet = denoiser(
+        cross_attention_dim=32, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 + 6 * 8,
+        **{"in_channels": 9} if inpainting else {},
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **SCHEDULE, timestep_spacing="leading", steps_offset=1
+    )
+    kind = "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
+    getattr(diffusers, kind)(
+        autoencoder(), *encoders, words, other, unet, scheduler
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -24,7 +24,7 @@ from ..metrics.images import to_uint8
 from ..metrics.intervals import estimate
 from ..metrics.unlearn_steps import crossing
 from ..modules import stream
-from ..text_to_image.sets import encode_images, read_images
+from ..text_to_image.sets import read_images
 from .judges import Judge
 from .model import Attacked, NewWord, initial_words
 from .prompts import Questions
@@ -199,7 +199,7 @@ class Attack:
 
         def loss(_: Any, rows: Tensor, _labels: Tensor, g: torch.Generator) -> Tensor:
             latents, numbers = self.pairs(rows)
-            condition = {"encoder_hidden_states": word.embeddings(numbers)}
+            condition = self.model.told(word.embeddings(numbers))
             value = self.denoise(word.unet, latents, condition, g)
             losses.append(value.item())
             bar.update()
@@ -222,7 +222,7 @@ class Attack:
 
         def loss(unet: Any, rows: Tensor, _: Tensor, g: torch.Generator) -> Tensor:
             latents, numbers = self.pairs(rows)
-            return self.denoise(unet, latents, {"encoder_hidden_states": trained[numbers]}, g)
+            return self.denoise(unet, latents, model.told(trained[numbers]), g)
 
         students = relearning(
             model.unet, self.rows(), 0, None, lr=args.relearn_learning_rate,
@@ -254,8 +254,9 @@ class Attack:
     def denoise(self, unet: Any, latents: Tensor, condition: Any, g: torch.Generator) -> Tensor:
         # of the unlearned model's own kind of prediction
         return denoising_loss(
-            unet, latents, condition, self.model.schedule, reduction="mean", generator=g
-        )
+            self.model.denoiser(unet), latents, condition, self.model.schedule, reduction="mean",
+            generator=g,
+        )  # fmt: skip
 
 
 #: --attacks: what each measures.
@@ -286,8 +287,8 @@ def target_files(folder: Path | None) -> list[Path]:
 
 def encoded(model: Attacked, files: list[Path]) -> Tensor:
     """Latents (n, C, H, W) of image files."""
-    size = model.shape[1] * 2 ** (len(model.vae.config.block_out_channels) - 1)
-    return encode_images(model.vae, read_images(files, "--instance_data_dir", size))
+    pixels = read_images(files, "--instance_data_dir", model.size)
+    return model.family.to_latents(model.vae, pixels)
 
 
 def mean(values: list[float]) -> float:

@@ -1,14 +1,16 @@
-"""The attacked pipeline in parts, and the new word that textual inversion learns in it."""
+"""The attacked pipeline in parts, and the new word that textual inversion learns in it.
+
+What a prompt is to the model, its condition, is one row of a tensor here: text embeddings (L, D),
+or all numbers of a row where the family has several conditions; `Attacked.told` takes it apart."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -17,7 +19,7 @@ from ..errors import InputError
 from ..manifest import key, of_model, plain
 from ..modules import stream
 from ..text_to_image import pipelines
-from ..text_to_image.prompts import encode
+from ..text_to_image.families import join, split
 from .prompts import Asked, one_token, tokens_around
 
 
@@ -31,38 +33,57 @@ class Attacked:
     """
 
     def __init__(self, pipe: Any, looked: pipelines.Looked, args: Any, device: Any) -> None:
-        self.unet, self.vae, self.text_encoder = (
+        self.family = looked.family
+        self.parts = {
             # not diffusers' own `to`, which logs a warning for each part
-            nn.Module.to(m, device, torch.float32).eval().requires_grad_(False)
-            for m in (pipe.unet, pipe.vae, pipe.text_encoder)
-        )
-        self.tokenizer, self.schedule, self.shape = (
-            looked.tokenizer,
-            looked.scheduler,
-            looked.latents,
-        )
+            n: nn.Module.to(getattr(pipe, n), device, torch.float32).eval().requires_grad_(False)
+            for n in self.family.weighty()
+        }
+        self.unet, self.vae = self.parts[self.family.denoiser], self.parts["vae"]
+        self.text_encoders = [self.parts[n] for n in self.family.encoders]
+        self.tokenizers = list(looked.tokenizers.values())
+        self.text_encoder, self.tokenizer = self.text_encoders[0], self.tokenizers[0]
+        self.schedule, self.shape, self.size = looked.scheduler, looked.latents, looked.resolution
         self.args, self.device, self.folder = args, device, looked.folder
-        self.sampler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
+        self.sampler = self.family.sampler(looked.scheduler)
+        self.pipe = pipe
+        pipe.register_modules(**looked.tokenizers)
+        self.shapes = self.family.shapes(looked.unet, looked.tokenizer.model_max_length)
+        shared = self.family.shared(self.size, lambda x: self.family.to_latents(self.vae, x))
+        self.shared = {n: t.to(device) for n, t in shared.items()}
         self.null = self.encode([""])
 
     def made_of(self) -> dict[str, str]:
         """What draws: hashes of its parts' contents."""
         return {
-            **{n: of_model(getattr(self, n)) for n in ("unet", "vae", "text_encoder")},
-            "tokenizer": pipelines.tokenizer_hash(self.folder),
+            **{n: of_model(part) for n, part in self.parts.items()},
+            **{n: pipelines.tokenizer_hash(self.folder, n) for n in self.family.tokenizers()},
             "scheduler": key(plain(self.schedule.config)),
         }  # fmt: skip
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n, L, D) on the device."""
-        return encode(texts, self.tokenizer, self.text_encoder).to(self.device)
+        """The condition of each, a row, on the device."""
+        return join(self.family.encode(self.pipe, texts)).to(self.device)
+
+    def told(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """The conditions of such rows, by their names."""
+        return split(embeddings, self.shapes)
+
+    def denoiser(self, unet: Any = None) -> Callable[..., Tensor]:
+        """The denoiser, or another with its configuration, as the losses and `sample` call it."""
+        part = self.unet if unet is None else unet
+
+        def call(x_t: Tensor, t: Tensor, **told: Tensor) -> Tensor:
+            return self.family.predict(part, x_t, t, {**told, **self.shared})
+
+        return call
 
     @torch.no_grad()
     def latents(
         self, embeddings: Tensor, seed: int, unet: Any = None, asked: Sequence[Asked] = ()
     ) -> Tensor:
-        """(n, C, H, W) on the CPU, drawn for the embeddings (n, L, D); the same starting noise for
-        the same seed, whatever the model.
+        """(n, C, H, W) on the CPU, drawn for the rows `embeddings` of `encode`; the same starting
+        noise for the same seed, whatever the model.
 
         Args:
             unet: another than the pipeline's.
@@ -73,11 +94,11 @@ class Attacked:
         for a, b, g, guidance in tqdm(
             list(self._batches(len(embeddings), seed, asked)), "drawing", leave=False
         ):
-            null = {"encoder_hidden_states": self.null.expand(b - a, -1, -1)}
+            null = self.told(self.null.expand(b - a, *self.null.shape[1:]))
             found.append(
                 sample(
-                    unet or self.unet, self.sampler, {"encoder_hidden_states": embeddings[a:b]},
-                    self.shape, num_inference_steps=self.args.num_inference_steps,
+                    self.denoiser(unet), self.sampler, self.told(embeddings[a:b]), self.shape,
+                    num_inference_steps=self.args.num_inference_steps,
                     guidance_scale=guidance, null_condition=null, clip=False, generator=g,
                     device=self.device,
                 ).cpu()
@@ -104,10 +125,9 @@ class Attacked:
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
         """(n, 3, H, W) in [-1, 1] on the CPU."""
-        scale = self.vae.config.scaling_factor
         parts = latents.split(self.args.sample_batch_size)
         return finite(
-            torch.cat([self.vae.decode(x.to(self.device) / scale).sample.cpu() for x in parts])
+            torch.cat([self.family.to_pixels(self.vae, x.to(self.device)).cpu() for x in parts])
         ).clamp(-1, 1)
 
 
@@ -125,7 +145,8 @@ def finite(drawn: Tensor) -> Tensor:
 
 class NewWord(nn.Module):
     """Prompts in which one word's input embedding is `self.word`, the only row of a table; the
-    tokenizer and the text encoder's vocabulary stay as they are.
+    tokenizers and the text encoders' vocabularies stay as they are. Of several text encoders each
+    has its part of the row.
 
     Args:
         templates: with a place where the word goes.
@@ -134,44 +155,65 @@ class NewWord(nn.Module):
 
     def __init__(self, model: Attacked, templates: Sequence[str], initial: Tensor) -> None:
         super().__init__()
-        self.unet, self.text_encoder = model.unet, model.text_encoder
+        self.unet, self.family = model.unet, model.family
+        self.text_encoders = nn.ModuleList(model.text_encoders)
         self.word = nn.Embedding.from_pretrained(initial[None].clone(), freeze=True)
-        rows = [tokens_around(model.tokenizer, t) for t in templates]
-        self.ids = torch.tensor([ids for ids, _ in rows], device=model.device)
-        self.at = torch.tensor([at for _, at in rows], device=model.device)
-        # the end, after the place of the word, where such a token stands too; then padding
-        number = torch.arange(self.ids.shape[1], device=model.device)
-        ends = (self.ids == model.tokenizer.eos_token_id) & (number > self.at[:, None])
-        self.used = (number <= ends.int().argmax(1, keepdim=True)).long()
-        self.masks = getattr(self.text_encoder.config, "use_attention_mask", False)
+        self.read = [_read(words, templates, model.device) for words in model.tokenizers]
 
     def embeddings(self, rows: Tensor) -> Tensor:
-        """(n, L, D) text embeddings of the templates `rows` (n,)."""
-        ids, at = self.ids[rows], self.at[rows]
-        with self._put_in(at):
-            return self.text_encoder(ids, self.used[rows] if self.masks else None)[0]
+        """Rows as of `Attacked.encode`, of the templates `rows` (n,)."""
+        ids, at, used = zip(*((ids[rows], at[rows], used[rows]) for ids, at, used in self.read))
+        encoders: list[Any] = list(self.text_encoders)
+        tables = [e.get_input_embeddings() for e in encoders]
+        # by its module, so that whoever learns the word can put another there
+        vectors = self.word(torch.zeros_like(rows)).split([t.embedding_dim for t in tables], -1)
+        with ExitStack() as stack:
+            for table, vector, place in zip(tables, vectors, at, strict=True):
+                stack.enter_context(_put_in(table, vector, place, ids[0].shape[1]))
+            return join(self.family.of_tokens(encoders, ids, used))
 
-    @contextmanager
-    def _put_in(self, at: Tensor) -> Iterator[None]:
-        number = torch.arange(self.ids.shape[1], device=at.device)
-        mask = (number == at[:, None])[..., None]
-        table = self.text_encoder.get_input_embeddings()
-        handle = table.register_forward_hook(
-            lambda _module, _args, out: torch.where(
-                mask, self.word(torch.zeros_like(at))[:, None], out
-            )
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
+
+def _read(
+    tokenizer: Any, templates: Sequence[str], device: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Tokens (n, L), the word's place (n,), and 0 where a token is padding (n, L)."""
+    rows = [tokens_around(tokenizer, t) for t in templates]
+    ids = torch.tensor([ids for ids, _ in rows], device=device)
+    at = torch.tensor([at for _, at in rows], device=device)
+    # the end, after the place of the word; then padding
+    number = torch.arange(ids.shape[1], device=device)
+    ends = (ids == tokenizer.eos_token_id) & (number > at[:, None])
+    return ids, at, (number <= ends.int().argmax(1, keepdim=True)).long()
+
+
+@contextmanager
+def _put_in(table: nn.Module, vector: Tensor, at: Tensor, length: int) -> Iterator[None]:
+    """Inside the block the table gives `vector` (n, D) at the places `at` (n,)."""
+    mask = (torch.arange(length, device=at.device) == at[:, None])[..., None]
+    handle = table.register_forward_hook(
+        lambda _module, _args, out: torch.where(mask, vector[:, None], out)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str, Tensor]:
     """Where inversion begins, (D,) each: a random draw with the mean and the spread of the whole
     vocabulary, and the embeddings of tokens."""
-    table = model.text_encoder.get_input_embeddings().weight.detach()
-    mean, spread = table.mean(0).cpu(), table.std(0).cpu()
+    tables = [e.get_input_embeddings().weight.detach() for e in model.text_encoders]
+    mean, spread = (torch.cat([f(t, 0).cpu() for t in tables]) for f in (torch.mean, torch.std))
     draw = torch.randn(mean.shape, generator=stream(seed, 0))
-    named = {t: table[one_token(model.tokenizer, t)].clone() for t in tokens}
-    return {"random": (mean + spread * draw).to(table), **named}
+    pairs = list(zip(tables, model.tokenizers, strict=True))
+    named = {t: torch.cat([table[one_token(words, t)] for table, words in pairs]) for t in tokens}
+    return {"random": (mean + spread * draw).to(tables[0]), **named}
+
+
+def by_encoder(model: Attacked, word: Tensor, name: str) -> dict[str, Tensor]:
+    """The word as it is saved: under its name, by which pipe.load_textual_inversion knows the
+    token; of several text encoders, under theirs."""
+    if len(model.text_encoders) == 1:
+        return {name: word}
+    sizes = [e.get_input_embeddings().embedding_dim for e in model.text_encoders]
+    return {n: t.clone() for n, t in zip(model.family.encoders, word.split(sizes), strict=True)}

@@ -144,8 +144,8 @@ def tokens_around(tokenizer: Any, template: str) -> tuple[list[int], int]:
     before, after = (
         tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACE)
     )
-    # which token stands there does not matter: its embedding is replaced
-    ids = [tokenizer.bos_token_id, *before, tokenizer.eos_token_id, *after, tokenizer.eos_token_id]
+    # any token may stand there, its embedding is replaced, but the end: of the first end SDXL pools
+    ids = [tokenizer.bos_token_id, *before, 0, *after, tokenizer.eos_token_id]
     longest = tokenizer.model_max_length
     if len(ids) > longest:
         raise InputError(

@@ -33,7 +33,7 @@ from ..text_to_image.results import held, load, named_base, whole
 from ..training.options import as_dict, ddim_takes, option
 from . import attacks, judges, prompts
 from .judges import JudgeOptions
-from .model import Attacked
+from .model import Attacked, by_encoder
 from .prompts import QuestionOptions
 
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
@@ -121,6 +121,8 @@ def attack(config: AttackOptions) -> None:
             f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
             f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
         )
+    if "inversion" in args.attacks and (why := looked.family.no_new_word):
+        raise InputError(f"--attacks inversion: not with {looked.family.name}: {why}")
     ddim_takes(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)
     files = attacks.target_files(args.instance_data_dir)
@@ -143,7 +145,7 @@ def attack(config: AttackOptions) -> None:
             for name in ("target", "p_f", *attacks.ATTACKS)
             if name in ("target", "p_f", *args.attacks)
         }
-        write(args, found, same, judge.said)
+        write(args, found, same, judge.said, model)
 
 
 def look_at_folder(args: AttackOptions) -> None:
@@ -203,7 +205,7 @@ def part(
 
 def write(
     args: AttackOptions, found: dict[str, attacks.Found], same: dict[str, Any],
-    judged: dict[str, Any],
+    judged: dict[str, Any], model: Attacked,
 ) -> None:  # fmt: skip
     """learned_word.safetensors, pictures.png and, last, attacks.json."""
     rows = {k: t for f in found.values() for k, t in f.tensors.items() if k.startswith("pictures")}
@@ -212,8 +214,8 @@ def write(
         grid([t[:SHOWN] for t in rows.values()]).save(temporary, format="PNG")
     if "inversion" in found:
         with replacing(args.output_dir / "learned_word.safetensors") as temporary:
-            # by its name pipe.load_textual_inversion knows the token
-            save_file({attacks.WORD: found["inversion"].tensors["word"]}, temporary)
+            word = found["inversion"].tensors["word"]
+            save_file(by_encoder(model, word, attacks.WORD), temporary)
     values = {k: v for name, f in found.items() if name != "target" for k, v in f.values.items()}
     result = {
         "values": values,

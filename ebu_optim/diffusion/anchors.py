@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def random_anchors(
     anchors are noise.
 
     Args:
-        embedding: (L, D) of the prompt to erase.
+        embedding: (L, D) of the prompt to erase, or one of its conditions of any shape.
 
     Returns:
         (n, L, D) like `embedding`.
@@ -49,7 +49,7 @@ def anchor_loss(
     teacher: Model,
     x_t: Tensor,
     t: Tensor,
-    anchors: Tensor,
+    anchors: Tensor | Mapping[str, Tensor],
     *,
     scheduler: Any = None,
     reduction: str = "mean",
@@ -59,15 +59,16 @@ def anchor_loss(
     Args:
         model, teacher: called as ``model(x_t, t, encoder_hidden_states=anchors)``.
         x_t, t: (1, C, H, W) and (1,), the same for all anchors, or n rows.
-        anchors: (n, L, D) of :func:`random_anchors`.
+        anchors: (n, L, D) of :func:`random_anchors`; or, of a model with several conditions such
+            as SDXL, a mapping of its keyword arguments, n rows each.
         scheduler: needed for a model that predicts a variance too, alone.
 
     Returns:
         0-d float32 loss.
     """
-    n = len(anchors)
+    condition = {"encoder_hidden_states": anchors} if isinstance(anchors, Tensor) else anchors
+    n = len(next(iter(condition.values())))
     x_t, t = x_t.expand(n, *x_t.shape[1:]), t.expand(n)
-    condition = {"encoder_hidden_states": anchors}
     with without_gradients():
         target = predict(teacher, x_t, t, condition, scheduler)
     return reduce_loss(predict(model, x_t, t, condition, scheduler) - target, reduction)

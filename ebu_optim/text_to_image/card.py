@@ -9,28 +9,30 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-LOAD = {
-    "pipeline": """from diffusers import StableDiffusionPipeline
+from .families import named
 
-pipe = StableDiffusionPipeline.from_pretrained("{result}")
+LOAD = {
+    "pipeline": """from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{result}")
 """,
-    "changed": """from diffusers import StableDiffusionPipeline
+    "changed": """from diffusers import {pipeline}
 from safetensors.torch import load_file
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
-pipe.unet.load_state_dict(load_file("{result}/unet_changed.safetensors"), strict=False)
+pipe = {pipeline}.from_pretrained("{base}")
+pipe.{denoiser}.load_state_dict(load_file("{result}/unet_changed.safetensors"), strict=False)
 """,
-    "changed on the hub": """from diffusers import StableDiffusionPipeline
+    "changed on the hub": """from diffusers import {pipeline}
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 file = hf_hub_download("{result}", "unet_changed.safetensors")
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
-pipe.unet.load_state_dict(load_file(file), strict=False)
+pipe = {pipeline}.from_pretrained("{base}")
+pipe.{denoiser}.load_state_dict(load_file(file), strict=False)
 """,
-    "lora": """from diffusers import StableDiffusionPipeline
+    "lora": """from diffusers import {pipeline}
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = {pipeline}.from_pretrained("{base}")
 pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors")
 """,
 }
@@ -47,6 +49,7 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
     """
     name = str(args.pretrained_model_name_or_path)
     on_hub = not Path(name).is_dir()
+    family = named(report.get("pipeline", "StableDiffusionPipeline"))
     gone = ", ".join(f"`{t}`" for t in report["forget"])
     given = licence(base)
     relation = "adapter" if args.save_as == "lora" else "finetune"
@@ -54,8 +57,8 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
         library_name="diffusers", pipeline_tag="text-to-image",
         base_model=name if on_hub else None,
         base_model_relation=relation if on_hub else None,
-        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image",
-              "machine-unlearning", *["lora"] * (args.save_as == "lora")],
+        tags=[*family.tags, "text-to-image", "machine-unlearning",
+              *["lora"] * (args.save_as == "lora")],
         **given,
     )  # fmt: skip
     spm = (
@@ -65,7 +68,9 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
     kind = "changed on the hub" if hub and args.save_as == "changed" else args.save_as
     # a folder of this machine says nothing to whoever reads it on the hub
     of = name if on_hub or not hub else BASE
-    code = LOAD[kind].format(base=of, result=hub or PLACE)
+    code = LOAD[kind].format(
+        base=of, result=hub or PLACE, pipeline=family.pipeline.__name__, denoiser=family.denoiser
+    )
     terms = f" (`{given['license']}`)" if "license" in given else ""
     return f"""---
 {header.to_yaml()}

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .families import named
 
 
 def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline on the GPU, where there is one, with a DDIM sampler that clips nothing."""
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.scheduler = named(type(pipe).__name__).sampler(pipe.scheduler)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,4 +1,4 @@
-"""Draw what a Stable Diffusion pipeline makes of prompts, from fixed noise, and measure it.
+"""Draw what a text-to-image pipeline makes of prompts, from fixed noise, and measure it.
 
     python examples/stable_diffusion/evaluate.py \\
         --pretrained_model_name_or_path outputs/without_cassette_player/pipeline \\
@@ -66,6 +66,8 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
         results.load(args, args.base_model),
         torch.float16 if args.half else torch.float32,
     )
+    size = looked.resolution
+    beside = looked.family.drawing(pipe, size)
     by_guidance: dict[Any, list[str]] = {}
     for name in missing:
         by_guidance.setdefault(wanted[name].guidance, []).append(name)
@@ -77,7 +79,7 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
             drawing.draw(
                 pipe, [wanted[n].prompt for n in names], [wanted[n].seed or 0 for n in names],
                 batch=args.sample_batch_size, num_inference_steps=args.num_inference_steps,
-                guidance_scale=guidance, height=looked.resolution, width=looked.resolution,
+                guidance_scale=guidance, height=size, width=size, **beside,
             ),
             strict=True,
         )

@@ -1,14 +1,13 @@
-"""What a run needs in GPU memory, by counting on a UNet and a VAE without weights."""
+"""What a run needs in GPU memory, by counting on models without weights."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ from ..baselines import methods
 from ..diffusion.objectives import needs_teacher
 from ..training.method import fisher_source, needs
 from . import sets
+from .families import Conditions
 from .modules import Prompted, choose
 from .objectives import ANCHORS
 from .pipelines import Looked
@@ -59,8 +59,8 @@ class Cost(NamedTuple):
 
 
 def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
-    """The cost of --method with --train_modules on this pipeline, phase by phase; the text encoder,
-    which is alone on the device before all of them, is left out.
+    """The cost of --method with --train_modules on this pipeline, phase by phase; of the text
+    encoders, which are alone on the device before all others, the weights alone are counted.
 
     Weights, gradients and optimizer state are exact. Activations are what autograd saves of a
     pass, or what is alive at once in a pass without it, with an attention that keeps no matrix of
@@ -72,7 +72,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     """
     half = args.mixed_precision in ("fp16", "bf16")
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(looked.unet)
+        unet = looked.family.kind(looked.family.denoiser).from_config(looked.unet)
         whole = _numel(unet.parameters())
         choose(unet, args)
     trained = _numel(p for p in unet.parameters() if p.requires_grad)
@@ -86,7 +86,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         "prompts": len(prompts.texts) * one.prompt,
         **_between_steps(args, trained, source),
     }
-    phases = {}
+    phases = {"prompts": {"text encoders": encoders}} if (encoders := text_encoders(looked)) else {}
     if kinds := sets.kinds(args, prompts):
         phases["sets"] = _sets(args, prompts, len(kinds), one, whole * (2 if half else 4))
     if source == "estimate":
@@ -126,10 +126,9 @@ def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Ro
     sampled = sets.sampled(args, prompts)
     images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
     encoding = one.encoded if len(sampled) < kinds else {}
-    return {
-        "frozen weights": unet if sampled else 0,
-        **_larger({"activations": images * one.drawn}, encoding),
-    }
+    return _larger(
+        {"frozen weights": unet if sampled else 0, "activations": images * one.drawn}, encoding
+    )
 
 
 def _kept(args: Any, one: Passes) -> int:
@@ -146,7 +145,7 @@ def _step(args: Any, trained: int) -> int:
     return trained * 4 * (2 if frozen else 1)
 
 
-def _numel(tensors: Iterator[Tensor]) -> int:
+def _numel(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() for t in tensors)
 
 
@@ -169,10 +168,13 @@ class Passes(NamedTuple):
 def passes(unet: Any, looked: Looked) -> Passes:
     """What a forward pass keeps for its backward pass (with gradient checkpointing: the rest, the
     units' inputs and the largest unit), and the most that a pass without one has at once."""
-    length, width = looked.tokenizer.model_max_length, unet.config.cross_attention_dim
+    family = looked.family
+    shapes = family.shapes(unet.config, looked.tokenizer.model_max_length)
     with torch.device("meta"):
-        model = Prompted(unet, torch.empty(1, length, width))
-        vae = AutoencoderKL.from_config(looked.vae)
+        each = {name: torch.empty(1, *shape) for name, shape in shapes.items()}
+        shared = family.shared(looked.resolution, lambda _: torch.empty(1, *looked.latents))
+        model = Prompted(unet, Conditions(each, shared), family)
+        vae = family.kind("vae").from_config(looked.vae)
         x, number = torch.empty(1, *looked.latents), torch.zeros(1, dtype=torch.long)
         picture = torch.empty(1, 3, looked.resolution, looked.resolution)
     weights = _numel(vae.parameters()) * 4
@@ -184,7 +186,16 @@ def passes(unet: Any, looked: Looked) -> Passes:
         encoded = {"VAE": weights, "activations": alive(vae, lambda: vae.encode(picture))}
     recomputed = max((v for k, v in units.items() if k is not None), default=0)
     checkpointed = units.get(None, 0) + sum(inputs.values()) + recomputed
-    return Passes(sum(units.values()), checkpointed, drawn, decoded, encoded, length * width * 4)
+    prompt = _numel(each.values()) * 4
+    return Passes(sum(units.values()), checkpointed, drawn, decoded, encoded, prompt)
+
+
+def text_encoders(looked: Looked) -> int:
+    """Bytes of their weights."""
+    with torch.device("meta"):
+        kinds = ((looked.family.kind(p), looked.configs.get(p)) for p in looked.family.encoders)
+        found = [kind(kind.config_class(**config)) for kind, config in kinds if config]
+    return 4 * sum(_numel(encoder.parameters()) for encoder in found)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Which weights of the UNet are trained, and the UNet as a model whose conditions are numbers."""
+"""Which weights of the denoiser are trained, and the denoiser as a model whose conditions are
+numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..baselines import methods
 from ..errors import InputError
 from ..training.options import option
+from .families import STABLE_DIFFUSION, Conditions, Family, join, split
 
 
 def _layers(inside: Callable[[str], bool]) -> Callable[[str, nn.Module], bool]:
@@ -165,29 +167,51 @@ def halve_frozen(unet: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Prompted(nn.Module):
-    """A UNet2DConditionModel whose condition is the number of a prompt, as ``class_labels``: the
-    losses, sets and Fisher of class-conditional models serve as they are.
+    """A denoiser whose condition is the number of a prompt, as ``class_labels``: the losses, sets
+    and Fisher of class-conditional models serve as they are. Conditions themselves may be given by
+    their names instead, such as ``encoder_hidden_states``, or beside numbers.
 
     Args:
-        embeddings: (n, L, D) of all prompts.
+        conditions: of all prompts; a tensor: text embeddings (n, L, D).
+        family: the denoiser's.
     """
 
-    def __init__(self, unet: Any, embeddings: Tensor) -> None:
+    def __init__(
+        self, denoiser: Any, conditions: Tensor | Conditions, family: Family = STABLE_DIFFUSION
+    ) -> None:
         super().__init__()
-        self.unet, self.shape = unet, embeddings.shape[1:]
-        self.class_embedding = nn.Embedding.from_pretrained(embeddings.flatten(1), freeze=True)
-        self.config = SimpleNamespace(num_class_embeds=len(embeddings))
+        self.family, (each, shared) = family, Conditions.of(conditions)
+        self.add_module(family.denoiser, denoiser)
+        self.shapes = {name: t.shape[1:] for name, t in each.items()}
+        self.class_embedding = nn.Embedding.from_pretrained(join(each).flatten(1), freeze=True)
+        self.config = SimpleNamespace(num_class_embeds=len(self.class_embedding.weight))
+        self.shared = tuple(shared)
+        for name, t in shared.items():
+            self.register_buffer(name, t)
+
+    @property
+    def denoiser(self) -> Any:
+        return self.get_submodule(self.family.denoiser)
+
+    def condition(self, class_labels: Tensor) -> dict[str, Tensor]:
+        """Of numbered prompts, by its names."""
+        return split(self.class_embedding(class_labels), self.shapes)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        if encoder_hidden_states is None:
-            encoder_hidden_states = self.class_embedding(class_labels).view(-1, *self.shape)
-        return self.unet(x_t, t, encoder_hidden_states).sample
+        self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None, **given: Tensor
+    ) -> Tensor:
+        told = {} if class_labels is None else self.condition(class_labels)
+        told |= given
+        if missing := self.shapes.keys() - told.keys():
+            raise ValueError(
+                f"{self.family.name} needs the conditions {', '.join(self.shapes)}; "
+                f"{sorted(missing)[0]} is missing: give class_labels, or all of them"
+            )
+        told |= {name: self.get_buffer(name) for name in self.shared}
+        return self.family.predict(self.denoiser, x_t, t, told)
 
     def trained(self) -> dict[str, Tensor]:
-        return {n: p for n, p in self.unet.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self.denoiser.named_parameters() if p.requires_grad}
 
 
 class Trained:

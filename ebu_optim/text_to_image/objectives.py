@@ -26,6 +26,7 @@ class TextObjectives(Objectives):
     ) -> None:  # fmt: skip
         super().__init__(args, made, model, raw, teacher, scheduler, accelerator, shape)
         self.prompts, self.null = prompts, prompts.null
+        self.sampler = raw.family.sampler(scheduler)
         self.crossed = torch.tensor(prompts.remember)
 
     def other(self, labels: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class TextObjectives(Objectives):
                 num_inference_steps=args.guided_steps, guidance_scale=args.guided_scale,
                 earliest=1, device=self.device,
             )  # fmt: skip
-        self.erased = labels[0]
+        self.erased = labels[:1]
         return esd_loss(
             self.model, self.teacher, self.x_t, self.t, labels,
             torch.full_like(labels, self.null), eta=args.esd_eta, reduction=args.reduction,
@@ -59,8 +60,8 @@ class TextObjectives(Objectives):
     def remember(self) -> Tensor:
         if self.kind != "adapter":
             return super().remember()
-        embedding = self.raw.class_embedding.weight[self.erased].view(self.raw.shape)
-        anchors = random_anchors(embedding, ANCHORS)
+        erased = self.raw.condition(self.erased)
+        anchors = {name: random_anchors(t[0], ANCHORS) for name, t in erased.items()}
         # at the first of the points where the forget loss just was
         return anchor_loss(
             self.model, self.teacher, self.x_t[:1], self.t[:1], anchors,

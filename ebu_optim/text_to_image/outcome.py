@@ -13,6 +13,7 @@ from ..metrics import versions
 from ..training import method as method_options
 from ..training.options import as_dict
 from . import modules, prompts, sets
+from .families import Family
 
 
 def instead(args: Any) -> str:
@@ -88,7 +89,7 @@ def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
 
 
 def describe(
-    args: Any, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict
+    args: Any, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict, family: Family
 ) -> dict[str, Any]:
     """unlearn.json."""
     named = {
@@ -98,6 +99,7 @@ def describe(
     return {
         "method": args.method, "title": methods[args.method].title, **named,
         "instead": instead(args), "base": args.pretrained_model_name_or_path,
+        "pipeline": family.pipeline.__name__,
         "revision": args.revision, "base_hash": base, "made_of": done["made_of"],
         "seconds": done["seconds"],
         "train_modules": "SPM's adapters" if methods[args.method].adapter else args.train_modules,

@@ -1,4 +1,4 @@
-"""Find a Stable Diffusion pipeline, on disk or on the hub, and see whether it can be unlearned.
+"""Find a text-to-image pipeline, on disk or on the hub, and see whether it can be unlearned.
 
 `look` reads configurations and the tokenizer alone, a few megabytes; `fetch` gets the weights.
 """
@@ -6,26 +6,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from ..diffusion.schedules import prediction_type
 from ..errors import InputError
 from ..manifest import contents, key, plain
 from ..modules import whole_model
 from ..training.options import option
-
-#: What an SD 1.x or 2.x pipeline is made of, and the configuration of each part.
-PARTS = {
-    "unet": ("UNet2DConditionModel", "config.json"),
-    "vae": ("AutoencoderKL", "config.json"),
-    "text_encoder": ("CLIPTextModel", "config.json"),
-    "tokenizer": ("CLIPTokenizer", "tokenizer_config.json"),
-    "scheduler": (None, "scheduler_config.json"),
-}
+from .families import STABLE_DIFFUSION, Family, of_folder, of_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +26,9 @@ class Model:
 
     group: ClassVar[str] = "model"
 
-    pretrained_model_name_or_path: str = option(help="hub id or folder: SD 1.x or 2.x")
+    pretrained_model_name_or_path: str = option(
+        help="hub id or folder: SD 1.x, 2.x, SDXL, inpainting"
+    )
     revision: str | None = option(None, help="of the hub: branch, tag or commit")
     variant: str | None = option(None, help="of the files, e.g. fp16")
     resolution: int | None = option(None, help="default: the model's own")
@@ -43,9 +37,13 @@ class Model:
 class Looked(NamedTuple):
     """Attributes:
     folder: with the configurations; `fetch` gives the one with the weights.
-    unet, vae: their configurations.
+    unet, vae: configurations of the denoiser and of the VAE.
     latents: (C, H, W) at --resolution.
-    scheduler: the noise schedule, as a DDPMScheduler.
+    scheduler: the noise schedule, as the losses take it.
+    tokenizer: of the first text encoder; one with several has others alike.
+    family: the adapter.
+    configs: all parts' configurations.
+    tokenizers: all of them, by part.
     """
 
     folder: Path
@@ -55,11 +53,14 @@ class Looked(NamedTuple):
     latents: tuple[int, int, int]
     scheduler: Any
     tokenizer: Any
+    family: Family = STABLE_DIFFUSION
+    configs: Mapping[str, Any] = {}
+    tokenizers: Mapping[str, Any] = {}
 
 
 def look(model: Model) -> Looked:
     """Raises:
-    InputError: no network, gated, not found; no Stable Diffusion pipeline; parts missing.
+    InputError: no network, gated, not found; no pipeline of a family that is known; parts missing.
     """
     name = model.pretrained_model_name_or_path
     folder = Path(name)
@@ -67,7 +68,7 @@ def look(model: Model) -> Looked:
     if folder.is_file():
         raise InputError(
             f"{name} is a file: StableDiffusionPipeline.from_single_file(...).save_pretrained("
-            "folder) makes the folder that this script reads"
+            "folder), or another family's class, makes the folder that this script reads"
         )
     if not local:
         import huggingface_hub
@@ -80,28 +81,29 @@ def look(model: Model) -> Looked:
             )
         )  # fmt: skip
     index = _json(folder / "model_index.json", f"{name} is no diffusion pipeline")
-    _check_index(name, index)
+    family = of_index(name, index)
     configs = {}
-    for part, (_, file) in PARTS.items():
+    for part, (_, file) in family.parts.items():
         if not (folder / part).is_dir():
             raise InputError(f"{name}: the subfolder {part} is missing")
-        if part != "tokenizer":
+        if part not in family.tokenizers():
             configs[part] = _json(folder / part / file, f"{name}: {part} is incomplete")
     if local:
-        for part in ("unet", "vae", "text_encoder"):
+        for part in family.weighty():
             weights(folder, part, model.variant)
-        _check_rest(name, folder, index)
-    _check_configs(name, configs)
-    unet, vae = configs["unet"], configs["vae"]
-    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    size = model.resolution or unet.get("sample_size", 64) * factor
-    step = factor * 2 ** (len(unet.get("block_out_channels", [0] * 4)) - 1)
+        _check_rest(name, folder, index, family)
+    family.check(name, configs)
+    size, step = model.resolution or family.size(configs), family.step(configs)
     if size < 1 or size % step:
         raise InputError(f"--resolution must be a multiple of {step} for this model; got {size}")
+    tokenizers = {
+        tokenizer: _tokenizer(name, folder, tokenizer, configs[encoder])
+        for encoder, tokenizer in family.encoders.items()
+    }
+    _check_alike(name, tokenizers)
     return Looked(
-        folder, unet, vae, size, (unet.get("in_channels", 4), size // factor, size // factor),
-        DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
-        _tokenizer(name, folder, configs["text_encoder"]),
+        folder, configs[family.denoiser], configs["vae"], size, family.latents(configs, size),
+        family.schedule(folder), next(iter(tokenizers.values())), family, configs, tokenizers,
     )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def fetch(model: Model) -> Path:
         return Path(model.pretrained_model_name_or_path)
     return Path(
         _hub(
-            model, StableDiffusionPipeline.download, revision=model.revision, variant=model.variant,
+            model, DiffusionPipeline.download, revision=model.revision, variant=model.variant,
             use_safetensors=True,
         )
     )  # fmt: skip
@@ -133,20 +135,23 @@ def weights(folder: Path, part: str, variant: str | None) -> list[Path]:
 
 def parts(folder: Path, variant: str | None) -> dict[str, str]:
     """Part of the pipeline -> a hash of its weights or files, and of its configuration."""
-    found = {}
-    for part, (_, file) in PARTS.items():
-        if part == "tokenizer":
-            found[part] = tokenizer_hash(folder)
+    family, found = of_folder(folder), {}
+    for part, (_, file) in family.parts.items():
+        if part in family.tokenizers():
+            found[part] = tokenizer_hash(folder, part)
             continue
         config = plain(_json(folder / part / file, f"{folder}: {part} is incomplete"))
-        of_weights = "" if part == "scheduler" else contents(weights(folder, part, variant))
+        of_weights = contents(weights(folder, part, variant)) if part in family.weighty() else ""
         found[part] = key(config, of_weights)
+    if family.settings:
+        index = _json(folder / "model_index.json", f"{folder} is no diffusion pipeline")
+        found["settings"] = key({name: index.get(name) for name in family.settings})
     return found
 
 
-def tokenizer_hash(folder: Path) -> str:
+def tokenizer_hash(folder: Path, part: str = "tokenizer") -> str:
     """Of the contents of the tokenizer's files: merges decide as much as the vocabulary."""
-    return contents(p for p in (folder / "tokenizer").iterdir() if p.is_file())
+    return contents(p for p in (folder / part).iterdir() if p.is_file())
 
 
 def load(kind: Any, folder: Path, variant: str | None) -> Any:
@@ -198,23 +203,10 @@ def _json(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{what}: {path} cannot be read ({error})") from error
 
 
-def _check_index(name: str, index: dict[str, Any]) -> None:
-    found = index.get("_class_name", "no class")
-    known = "this script takes pipelines of Stable Diffusion 1.x and 2.x"
-    if "text_encoder_2" in index or "transformer" in index:
-        raise InputError(f"{name} is a {found}; {known}, with one text encoder and a UNet")
-    for part, (kind, _) in PARTS.items():
-        entry = index.get(part)
-        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
-            raise InputError(f"{name} ({found}) has no {part}: {known}")
-        if kind and not str(entry[1]).startswith(kind):  # CLIPTokenizerFast is one too
-            raise InputError(f"{name}: its {part} is a {entry[1]}, not a {kind}: {known}")
-
-
-def _check_rest(name: str, folder: Path, index: dict[str, Any]) -> None:
+def _check_rest(name: str, folder: Path, index: dict[str, Any], family: Family) -> None:
     """The safety checker and the like, which are read when the result is saved: late to fail."""
     for part, entry in index.items():
-        if part in PARTS or not isinstance(entry, list) or entry[-1] is None:
+        if part in family.parts or not isinstance(entry, list) or entry[-1] is None:
             continue
         remedy = f'get it, or set "{part}" to [null, null] in model_index.json'
         if not (folder / part).is_dir():
@@ -223,46 +215,32 @@ def _check_rest(name: str, folder: Path, index: dict[str, Any]) -> None:
             raise InputError(f"{name}: {part} holds no weights as safetensors: {remedy}")
 
 
-def _check_configs(name: str, configs: dict[str, dict[str, Any]]) -> None:
-    unet, vae = configs["unet"], configs["vae"]
-    channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels[0] != channels[1]:
-        raise InputError(
-            f"{name}: the UNet takes {channels[0]} channels and the VAE makes {channels[1]}: it is "
-            "for inpainting or the like, this script is for text to image"
-        )
-    width = configs["text_encoder"].get("hidden_size")
-    cross = unet.get("cross_attention_dim")
-    if width is not None and cross != width:
-        raise InputError(
-            f"{name}: the UNet takes text embeddings of {cross}, its text encoder makes {width}"
-        )
-    out = unet.get("out_channels", 4)
-    if out != channels[0]:
-        raise InputError(
-            f"{name}: the UNet takes {channels[0]} channels and predicts {out}: these losses need "
-            "as many"
-        )
-    try:
-        prediction_type(configs["scheduler"])
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def _tokenizer(name: str, folder: Path, text_encoder: dict[str, Any]) -> Any:
+def _tokenizer(name: str, folder: Path, part: str, text_encoder: Mapping[str, Any]) -> Any:
     from transformers import CLIPTokenizer
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(folder / part)
     except Exception as error:  # the tokenizers' library raises many kinds
-        raise InputError(f"{name}: its tokenizer cannot be read: {error}") from error
+        raise InputError(f"{name}: its {part} cannot be read: {error}") from error
     size = text_encoder.get("vocab_size")
     # from a folder without its files some versions make a tokenizer of two tokens, in silence
     if size is not None and not size / 2 < len(tokenizer) <= size:
         raise InputError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {size}: files "
-            "are missing in the subfolder tokenizer, or it belongs to another model"
+            f"{name}: the {part} has {len(tokenizer)} tokens and the text encoder {size}: files "
+            f"are missing in the subfolder {part}, or it belongs to another model"
         )
     positions = text_encoder.get("max_position_embeddings", 77)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
+
+
+def _check_alike(name: str, tokenizers: Mapping[str, Any]) -> None:
+    """Prompts' lengths and words are then those of any of them."""
+    first, *others = tokenizers.values()
+    for other in others:
+        same = other.get_vocab() == first.get_vocab()
+        if not same or other.model_max_length != first.model_max_length:
+            raise InputError(
+                f"{name}: its tokenizers have other vocabularies or lengths: known are such that "
+                "read a prompt alike"
+            )

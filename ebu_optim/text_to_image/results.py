@@ -8,13 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTextModel
 
 from ..errors import InputError
 from ..files import locked
 from ..manifest import contents
+from .families import of_folder
 from .pipelines import Model, fetch, parts
 from .pipelines import load as load_part
 from .save import CHANGED
@@ -43,31 +42,32 @@ def whole(model: Model, base_model: str | None = None) -> Model:
 
 
 def load(model: Model, base_model: str | None = None) -> Any:
-    """The StableDiffusionPipeline of a hub id or a folder; or what unlearn.py changed, its
+    """The pipeline of a hub id or a folder; or what unlearn.py changed, its
     `changed` or `lora` folder, put into the base.
 
     Raises:
         InputError: weights that are not whole; the changes do not fit the base.
     """
     folder, base = Path(model.pretrained_model_name_or_path), whole(model, base_model)
-    where, kinds = fetch(base), (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+    where = fetch(base)
+    family = of_folder(where)
     # each by itself: the pipeline would fill in what a file lacks, with noise
     parts_of = {
-        name: load_part(kind, where / name, base.variant)
-        for name, kind in zip(("unet", "vae", "text_encoder"), kinds, strict=True)
+        name: load_part(family.kind(name), where / name, base.variant) for name in family.weighty()
     }
-    pipe = StableDiffusionPipeline.from_pretrained(
-        where, variant=base.variant, use_safetensors=True, safety_checker=None, **parts_of
+    pipe = family.pipeline.from_pretrained(
+        where, variant=base.variant, use_safetensors=True, **family.opened, **parts_of
     )
+    denoiser = getattr(pipe, family.denoiser)
     kind = part(folder)
     if kind == CHANGED:
-        state, ours = load_file(folder / CHANGED), pipe.unet.state_dict()
+        state, ours = load_file(folder / CHANGED), denoiser.state_dict()
         other = [n for n, t in state.items() if n not in ours or ours[n].shape != t.shape]
         if other:
             raise InputError(
                 f"{folder} does not fit --base_model {base_model}, which has no such {other[0]}"
             )
-        pipe.unet.load_state_dict(state, strict=False)
+        denoiser.load_state_dict(state, strict=False)
     elif kind == LORA:
         try:
             pipe.load_lora_weights(folder, weight_name=LORA)

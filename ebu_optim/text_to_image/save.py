@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing, replacing_folder
 from ..training.options import option
 from . import card
+from .families import of_folder
 from .modules import Prompted, is_adapter
 
 CHANGED = "unet_changed.safetensors"
@@ -50,7 +50,10 @@ def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> P
     text = json.dumps(dict(report), indent=1, default=str)
     with replacing_folder(folder) as work:
         if kind == "lora":
-            StableDiffusionPipeline.save_lora_weights(work, _cast(lora_layers(model.unet), dtype))
+            layers = {f"{model.family.denoiser}_lora_layers": lora_layers(model.denoiser)}
+            model.family.pipeline.save_lora_weights(
+                work, **{name: _cast(tensors, dtype) for name, tensors in layers.items()}
+            )
         elif kind == "changed":
             save_file(_cast(changed(args, model, base), dtype), work / CHANGED)
         else:
@@ -73,7 +76,8 @@ def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
     where it goes now.
     """
     folder = args.output_dir / args.save_as
-    weights = (folder / "unet" if args.save_as == "pipeline" else folder).glob("*.safetensors")
+    where = folder / of_folder(base).denoiser if args.save_as == "pipeline" else folder
+    weights = where.glob("*.safetensors")
     card_file = folder / "README.md"
     try:
         text = card_file.read_text(encoding="utf-8")
@@ -91,26 +95,28 @@ def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
     return folder
 
 
-def merged(args: Any, model: Prompted, base: Path) -> StableDiffusionPipeline:
+def merged(args: Any, model: Prompted, base: Path) -> Any:
     """The base pipeline in float32 on the CPU with the trained weights in it."""
-    pipe = StableDiffusionPipeline.from_pretrained(base, variant=args.variant, use_safetensors=True)
-    pipe.unet.float()
+    family = model.family
+    pipe = family.pipeline.from_pretrained(base, variant=args.variant, use_safetensors=True)
+    denoiser = getattr(pipe, family.denoiser).float()
     if is_adapter(args):
-        layers = {f"unet.{n}": t.cpu() for n, t in lora_layers(model.unet).items()}
+        found = lora_layers(model.denoiser)
+        layers = {f"{family.denoiser}.{n}": t.cpu() for n, t in found.items()}
         pipe.load_lora_weights(layers)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     else:
-        pipe.unet.load_state_dict({n: p.cpu() for n, p in model.trained().items()}, strict=False)
+        denoiser.load_state_dict({n: p.cpu() for n, p in model.trained().items()}, strict=False)
     return pipe
 
 
 def changed(args: Any, model: Prompted, base: Path) -> dict[str, Tensor]:
-    """The tensors that differ from the base's, by the UNet's names."""
+    """The tensors that differ from the base's, by the denoiser's names."""
     if not is_adapter(args):
         return model.trained()
-    state = merged(args, model, base).unet.state_dict()
-    layers = {n.partition(".lora_")[0] for n in lora_layers(model.unet)}
+    state = getattr(merged(args, model, base), model.family.denoiser).state_dict()
+    layers = {n.partition(".lora_")[0] for n in lora_layers(model.denoiser)}
     return {f"{n}.weight": state[f"{n}.weight"] for n in layers}
 
 

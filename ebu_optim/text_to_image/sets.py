@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor
 
 from .. import DiagonalFisher
@@ -30,16 +29,17 @@ from ..diffusion import (
 from ..diffusion.objectives import NOISE, kind, needs_own_images
 from ..diffusion.sampling import scheduler_protocol
 from ..errors import InputError
-from ..files import load_tensors, save_tensors, tensor_hash
+from ..files import load_tensors, save_tensors
 from ..images import ENDINGS, image_files
 from ..manifest import config_of, contents, key, of_model
 from ..training.method import needs
 from ..training.options import option
 from ..training.sources import Item as Image
 from ..training.sources import decode
+from .families import Conditions
 from .modules import Prompted, halve_frozen
 from .pipelines import Looked, load, parts
-from .prompts import Prompts, encode
+from .prompts import Prompts
 from .save import DTYPES
 
 
@@ -133,61 +133,85 @@ def _told() -> Iterator[None]:
 
 
 @_told()
-def embeddings(args: Any, folder: Path, tokenizer: Any, texts: list[str], device: Any) -> Tensor:
-    """Text embeddings (n, L, D); the text encoder is gone again afterwards."""
-    from transformers import CLIPTextModel
-
-    found = parts(folder, args.variant)
-    name = key(texts, found["text_encoder"], found["tokenizer"])
-    path = args.sets_dir / f"text-{name}.safetensors"
+def conditions(
+    args: Any, looked: Looked, folder: Path, texts: list[str], device: Any
+) -> Conditions:
+    """Of all prompts; the text encoders are gone again afterwards, and so is the VAE, where one
+    made what the prompts share."""
+    family, found = looked.family, parts(folder, args.variant)
+    of = [found[part] for pair in family.encoders.items() for part in pair]
+    of += [found["settings"]] if family.settings else []
+    path = args.sets_dir / f"text-{key(texts, *of)}.safetensors"
     if not path.exists():
-        encoder = load(CLIPTextModel, folder / "text_encoder", args.variant).to(device)
-        save_tensors(path, {"embeddings": encode(texts, tokenizer, encoder)}, {})
-    return load_tensors(path)[0]["embeddings"]
+        encoders = {
+            part: load(family.kind(part), folder / part, args.variant).to(device)
+            for part in family.encoders
+        }
+        reader = family.reader(folder, args.variant, {**encoders, **looked.tokenizers})
+        each = family.encode(reader, texts)
+        save_tensors(path, {_named(name): t for name, t in each.items()}, {})
+        del encoders, reader
+    kept = load_tensors(path)[0]
+
+    def encoded(pixels: Tensor) -> Tensor:
+        return _to_latents(args, looked, folder, pixels, device)
+
+    shapes = family.shapes(looked.unet, looked.tokenizer.model_max_length)
+    each = {name: kept[_named(name)] for name in shapes}
+    return Conditions(each, family.shared(looked.resolution, encoded))
+
+
+def _named(condition: str) -> str:
+    """In files."""
+    return "embeddings" if condition == "encoder_hidden_states" else condition
 
 
 @_told()
 def make(
     args: Any, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
-    table: Tensor, base: str, device: Any,
+    table: Tensor | Conditions, base: str, device: Any,
 ) -> Made:  # fmt: skip
     """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
-    is their hash, `table` the embeddings of all prompts. Under mixed precision a copy in 16 bits
+    is their hash, `table` the conditions of all prompts. Under mixed precision a copy in 16 bits
     samples, and `unet` stays where it is.
 
     Raises:
         InputError: unreadable images; NaN or Inf in what was made of them.
     """
+    table = Conditions.of(table)
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    wanted = kinds(args, prompts)
+    for name, (number, labels, images) in wanted.items():
+        if images is not None or not labels:  # before the denoiser is on the device
+            latents = _encoded(args, looked, folder, images, number, device)
+            pick = torch.arange(len(latents)) % len(prompts.forget)
+            made[name] = latents, torch.tensor(prompts.forget)[pick]
     if sampled(args, prompts):
         if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
             unet = copy.deepcopy(unet).requires_grad_(False)
             halve_frozen(unet, DTYPES[args.mixed_precision])
         unet = unet.to(device)
-    made: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, (number, labels, images) in kinds(args, prompts).items():
-        if labels and images is None:
+    for name, (number, labels, _) in wanted.items():
+        if name not in made:
             made[name] = _sampled(
                 args, looked, prompts, unet, table, base, device, name, number, labels
             )
-        else:
-            latents = _encoded(args, looked, folder, images, number, device)
-            pick = torch.arange(len(latents)) % len(prompts.forget)
-            made[name] = latents, torch.tensor(prompts.forget)[pick]
     return Made(
         prompts.forget, prompts.remember, made.get("replay"), made.get("own"), made.get("surrogate")
     )
 
 
 @_told()
-def fisher(args: Any, made: Made, scheduler: Any, unet: Any, table: Tensor) -> Any:
-    """F of the UNet's trained weights over the replay set, by parameter."""
+def fisher(args: Any, made: Made, looked: Looked, unet: Any, table: Conditions) -> Any:
+    """F of the denoiser's trained weights over the replay set, by parameter."""
     assert made.replay  # whatever has a Fisher remembers
     latents, labels = made.replay
     rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
     rows = rows[: args.fisher_images]
     # the replayed prompts alone: F is not another where another prompt is forgotten
     number = {c: i for i, c in enumerate(made.replayed)}
-    model = Prompted(unet, table[made.replayed]).to(unet.device)
+    scheduler = looked.scheduler
+    model = Prompted(unet, table.rows(made.replayed), looked.family).to(unet.device)
     batches = FisherBatches(
         latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]), scheduler,
         timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed, device=unet.device,
@@ -219,22 +243,22 @@ def _guided(labels: list[int], prompts: Prompts) -> bool:
 
 
 def _sampled(
-    args: Any, looked: Looked, prompts: Prompts, unet: Any, table: Tensor,
+    args: Any, looked: Looked, prompts: Prompts, unet: Any, table: Conditions,
     base: str, device: Any, name: str, number: int, labels: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     used = [*labels, prompts.null]
-    scheduler = DDIMScheduler.from_config(looked.scheduler.config, clip_sample=False)
+    told, scheduler = table.rows(used), looked.family.sampler(looked.scheduler)
     texts = [prompts.texts[i] for i in used]
     # no set of any seed begins at the noise of another's
     seed = 3 * args.seed + ("replay", "surrogate", "own").index(name)
     how = [
         texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, seed,
-        args.mixed_precision, args.sample_batch_size, tensor_hash(table[used]),
+        args.mixed_precision, args.sample_batch_size, told.hash(),
         scheduler_protocol(scheduler),
     ]  # fmt: skip
     path = args.sets_dir / f"{name}-{key(base, config_of(unet), how)}.safetensors"
     latents, rows = sample_set(
-        path, Prompted(unet, table[used]).to(device), scheduler,
+        path, Prompted(unet, told, looked.family).to(device), scheduler,
         torch.arange(number) % len(labels), looked.latents,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale if _guided(labels, prompts) else 1.0,
@@ -244,7 +268,6 @@ def _sampled(
     return latents, torch.tensor(labels)[rows]
 
 
-@torch.no_grad()
 def _encoded(
     args: Any, looked: Looked, folder: Path, images: Path | None, number: int,
     device: Any,
@@ -256,16 +279,21 @@ def _encoded(
     name = key(vae_hash, contents(given), number if images is None else 0, size, args.seed)
     path = args.sets_dir / f"encoded-{name}.safetensors"
     if not path.exists():
-        vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
         if images is None:
             g = torch.Generator().manual_seed(args.seed)
             pixels = surrogate_noise("uniform", (number, 3, size, size), generator=g)
         else:
             pixels = read_images(given, str(images), size)
-        # in float32 whatever --mixed_precision is, as the name of the file says nothing of it
-        with torch.autocast(torch.device(device).type, enabled=False):
-            save_tensors(path, {"latents": encode_images(vae, pixels)}, {})
+        save_tensors(path, {"latents": _to_latents(args, looked, folder, pixels, device)}, {})
     return load_tensors(path)[0]["latents"]
+
+
+def _to_latents(args: Any, looked: Looked, folder: Path, pixels: Tensor, device: Any) -> Tensor:
+    """By the VAE, which is gone again afterwards."""
+    vae = load(looked.family.kind("vae"), folder / "vae", args.variant).to(device)
+    # in float32 whatever --mixed_precision is, as a file's name says nothing of it
+    with torch.autocast(torch.device(device).type, enabled=False):
+        return looked.family.to_latents(vae, pixels)
 
 
 def read_images(files: Sequence[Path], where: str, size: int) -> Tensor:
@@ -273,10 +301,3 @@ def read_images(files: Sequence[Path], where: str, size: int) -> Tensor:
     items = [Image(p, 0, p.name) for p in files]
     stack, _, _ = decode(items, ["image"], where, resolution=size, skip=False)
     return stack.float().div_(127.5).sub_(1)
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Scaled latents (n, C, H, W) on the CPU: the mode of the posterior, one image at a time."""
-    latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
-    return torch.cat(latents) * vae.config.scaling_factor

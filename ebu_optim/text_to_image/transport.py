@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..diffusion import transport
 from ..errors import InputError
-from .prompts import encode, words
+from .families import named
+from .prompts import words
 
 
 class Erased(NamedTuple):
@@ -44,16 +45,22 @@ def load(pipe: Any, folders: list[Path]) -> list[Erased]:
             ) from error
         if len(erased) != 1:
             raise InputError(f"--adapters {folder} erases {len(erased)} prompts: transport is of 1")
-        (embedding,) = encode(erased, pipe.tokenizer, pipe.text_encoder)
+        embedding = _embedding(pipe, erased[0])
         found.append(Erased(f"erased_{i}", embedding, words(erased[0], pipe.tokenizer)))
     return found
 
 
 def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
     """Scale the pipeline's adapters for a prompt; m of each."""
-    (embedding,) = encode([prompt], pipe.tokenizer, pipe.text_encoder)
     m = transport(
-        embedding, words(prompt, pipe.tokenizer), [(e.embedding, e.tokens) for e in erased]
+        _embedding(pipe, prompt),
+        words(prompt, pipe.tokenizer),
+        [(e.embedding, e.tokens) for e in erased],
     )
     pipe.set_adapters([e.name for e in erased], m)
     return m
+
+
+def _embedding(pipe: Any, prompt: str) -> Tensor:
+    (found,) = named(type(pipe).__name__).encode(pipe, [prompt])["encoder_hidden_states"]
+    return found

@@ -1,4 +1,4 @@
-"""Make Stable Diffusion 1.x or 2.x forget concepts, by EBU or by what it is compared with.
+"""Make a text-to-image model forget concepts, by EBU or by what it is compared with.
 
 The paper's setting is the default: cross attention, 1000 steps, batch size 1, learning rate 1e-5,
 images of the empty prompt as what the concept becomes.
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import UNet2DConditionModel
 
 from .. import training
 from ..baselines import methods
@@ -44,6 +43,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     ready for its steps; on leaving, the result is written."""
     args: Any = config.resolved()  # whole: what has a default is not None
     looked = pipelines.look(args)
+    looked.family.refuse(args)
     guided = ["guided_steps"] if methods[args.method].guided else []
     steps = ["num_inference_steps", "validation_inference_steps", *guided]
     ddim_takes(args, looked.scheduler, *steps)
@@ -54,7 +54,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
     cost = memory.count(args, looked, texts)
     outcome.say(accelerator, args, texts, cost)
-    whole = 6 * (cost.trained + cost.frozen)  # the UNet with VAE and text encoder
+    whole = 6 * (cost.trained + cost.frozen)  # the denoiser with VAE and text encoders
     size = 4 * cost.trained
     with training.Run(
         args, accelerator, "unlearn_text_to_image", size=size, parts=(*save.FOLDERS, "validation"),
@@ -106,7 +106,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         yield ready
         ready.check_whole()
         if accelerator.is_main_process:
-            report = outcome.describe(args, texts, cost, base, opt, done)
+            report = outcome.describe(args, texts, cost, base, opt, done, looked.family)
             there = save.kept(args, folder, report) if begin == args.max_train_steps else None
             if there:
                 print(f"saved {there} before, with its README.md")
@@ -126,17 +126,19 @@ def learn_from(
     device, dtype = accelerator.device, save.DTYPES[accelerator.mixed_precision]
     with accelerator.main_process_first():
         folder = pipelines.fetch(args)
-    unet = pipelines.load(UNet2DConditionModel, folder / "unet", args.variant)
+    with accelerator.main_process_first():  # before there is a denoiser
+        table = sets.conditions(args, looked, folder, texts.texts, device)
+    part = looked.family.denoiser
+    unet = pipelines.load(looked.family.kind(part), folder / part, args.variant)
     base = model_hash(unet)
     with accelerator.main_process_first():
-        table = sets.embeddings(args, folder, looked.tokenizer, texts.texts, device)
         with accelerator.autocast():
             made = sets.make(args, looked, folder, texts, unet, table, base, device)
         modules.choose(unet, args)
-        raw = modules.Prompted(unet, table).to(device)
+        raw = modules.Prompted(unet, table, looked.family).to(device)
         fisher = method_options.fisher_source(args, "estimate")
         if fisher == "estimate":
-            fisher = sets.fisher(args, made, looked.scheduler, unet, table)
+            fisher = sets.fisher(args, made, looked, unet, table)
     if dtype != torch.float32:
         modules.halve_frozen(unet, dtype)
     if args.gradient_checkpointing:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -56,7 +55,7 @@ def draw(
     the model's device for the decoding alone, and the random streams are as they were."""
     device = next(model.parameters()).device
     rows = torch.tensor(labels).repeat_interleave(args.num_validation_images)
-    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    family, ddim = model.family, model.family.sampler(scheduler)
     options = {
         "num_inference_steps": args.validation_inference_steps, "clip": False, "device": device,
         "guidance_scale": args.validation_guidance_scale, "null_condition": null,
@@ -66,8 +65,8 @@ def draw(
         for i in range(len(rows)):
             g = torch.Generator().manual_seed(args.seed + i % args.num_validation_images)
             latents.append(sample(model, ddim, rows[i : i + 1], shape, generator=g, **options))
-        vae = load(AutoencoderKL, folder / "vae", args.variant).to(device)
-        images = [vae.decode(x / vae.config.scaling_factor).sample.cpu() for x in latents]
+        vae = load(family.kind("vae"), folder / "vae", args.variant).to(device)
+        images = [family.to_pixels(vae, x).cpu() for x in latents]
     return torch.cat(images).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,0 +1,85 @@
+"""Which families of text-to-image pipelines there are, one adapter a file. `of_index` finds a
+pipeline's; docs/families.md says how one is added."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from .family import Conditions, Family, join, split
+from .inpainting import Inpainting, SDXLInpainting
+from .sdxl import SDXL
+from .stable_diffusion import StableDiffusion
+
+__all__ = ["FAMILIES", "Conditions", "Family", "join", "named", "of_folder", "of_index", "split"]
+
+STABLE_DIFFUSION = StableDiffusion()
+#: Name of the pipeline's class -> its adapter.
+FAMILIES: dict[str, Family] = {
+    family.pipeline.__name__: family
+    for family in (STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting())
+}
+#: What begins the class's name of a pipeline without an adapter -> what it is.
+OTHERS = {
+    "StableDiffusionXLImg2Img": "Stable Diffusion XL's refiner, or its image to image",
+    "StableDiffusionXL": "a variant of Stable Diffusion XL for more than text to image",
+    "StableDiffusion3": "Stable Diffusion 3", "StableDiffusionUpscale": "an upscaler",
+    "StableDiffusionLatentUpscale": "an upscaler",
+    "StableDiffusionImg2Img": "Stable Diffusion for image to image",
+    "StableDiffusion": "a variant of Stable Diffusion for more than text to image",
+    "LatentConsistency": "a latent consistency model", "Flux2": "FLUX.2", "Flux": "FLUX.1",
+    "ZImage": "Z-Image", "QwenImage": "Qwen-Image", "PixArt": "PixArt", "Sana": "Sana",
+    "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
+    "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
+}  # fmt: skip
+
+
+def named(pipeline: str) -> Family:
+    """By the name of the pipeline's class.
+
+    Raises:
+        InputError: there is no adapter for it.
+    """
+    if pipeline not in FAMILIES:
+        raise InputError(f"no adapter for a {pipeline}; {known()}")
+    return FAMILIES[pipeline]
+
+
+def known() -> str:
+    said = (f"{family.name} ({pipeline})" for pipeline, family in FAMILIES.items())
+    return f"supported are {', '.join(said)}"
+
+
+def of_folder(folder: Path) -> Family:
+    """Of a pipeline that was looked at."""
+    return named(json.loads((folder / "model_index.json").read_text())["_class_name"])
+
+
+def of_index(name: str, index: Mapping[str, Any]) -> Family:
+    """The family of the pipeline `name`, whose model_index.json says `index`.
+
+    Raises:
+        InputError: another family, which is named; parts that are missing, or of another class.
+    """
+    found = str(index.get("_class_name", "no class"))
+    family = FAMILIES.get(found)
+    if family is None:
+        like = next((what for begin, what in OTHERS.items() if found.startswith(begin)), None)
+        raise InputError(f"{name} is a {found}{f', {like}' if like else ''}; {known()}")
+    if foreign := sorted(p for p in family.foreign if (index.get(p) or [None])[-1] is not None):
+        raise InputError(
+            f"{name} is a {found} and has a {foreign[0]}: {family.name} is a pipeline with "
+            f"{family.made}"
+        )
+    for part, (kind, _) in family.parts.items():
+        entry = index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            raise InputError(f"{name} ({found}) has no {part}: {family.name} needs it")
+        if kind and entry[1] not in (kind.__name__, f"{kind.__name__}Fast"):
+            raise InputError(
+                f"{name}: its {part} is a {entry[1]}, not a {kind.__name__}: {known()}"
+            )
+    return family

@@ -1,0 +1,197 @@
+"""What differs from one family of text-to-image pipelines to another: the questions that an adapter
+answers. Here are the answers that most of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from ...errors import InputError
+from ...modules import tensor_hash
+
+Config = Mapping[str, Any]
+
+
+class Conditions(NamedTuple):
+    """What the denoiser is told beside x_t and t, by the names that `Family.predict` knows.
+
+    Attributes:
+        each: tensors with a row for each prompt.
+        shared: tensors with one row, for all prompts.
+    """
+
+    each: dict[str, Tensor]
+    shared: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, given: Tensor | Conditions) -> Conditions:
+        """Text embeddings (n, L, D) alone are such conditions too."""
+        return cls({"encoder_hidden_states": given}, {}) if isinstance(given, Tensor) else given
+
+    def rows(self, numbers: Any) -> Conditions:
+        return Conditions({n: t[numbers] for n, t in self.each.items()}, self.shared)
+
+    def hash(self) -> str:
+        return tensor_hash(*self.each.values(), *self.shared.values())
+
+
+def join(each: Mapping[str, Tensor]) -> Tensor:
+    """One tensor for them: (n, ...) of a single one, as it is, or all numbers of a row, (n, F)."""
+    if len(each) == 1:
+        return next(iter(each.values()))
+    return torch.cat([t.flatten(1) for t in each.values()], 1)
+
+
+def split(joined: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The tensors of `join`, whose rows have these shapes."""
+    sizes = [int(torch.Size(shape).numel()) for shape in shapes.values()]
+    parts = joined.flatten(1).split(sizes, 1)
+    return {n: t.view(-1, *shape) for (n, shape), t in zip(shapes.items(), parts, strict=True)}
+
+
+class Family:
+    """A subclass for each family; it keeps nothing.
+
+    Attributes:
+        name: in messages.
+        made: of which parts, in messages.
+        pipeline: its class in diffusers, whose name model_index.json has.
+        parts: name of a part -> its class (None: any) and its file of settings.
+        denoiser: the part that is trained.
+        encoders: part that reads text -> its tokenizer.
+        foreign: parts that make it a pipeline of another family.
+        settings: entries of model_index.json on which the conditions depend.
+        opened: what `pipeline.from_pretrained` is told.
+        tags: of the model card.
+        lacks: an option with its value, e.g. "--method spm" -> why the family cannot do that.
+        no_new_word: why textual inversion cannot be tried, where it cannot.
+    """
+
+    name: str
+    made: str
+    pipeline: Any
+    parts: Mapping[str, tuple[Any, str]]
+    denoiser: str
+    encoders: Mapping[str, str]
+    foreign: frozenset[str] = frozenset()
+    settings: tuple[str, ...] = ()
+    opened: Mapping[str, Any] = {}
+    tags: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = {}
+    no_new_word: str | None = None
+
+    def kind(self, part: str) -> Any:
+        """The class of a part."""
+        return self.parts[part][0]
+
+    def tokenizers(self) -> Iterator[str]:
+        return iter(self.encoders.values())
+
+    def weighty(self) -> list[str]:
+        """The parts that have weights."""
+        return [self.denoiser, "vae", *self.encoders]
+
+    def check(self, name: str, configs: Mapping[str, Config]) -> None:
+        """Raises:
+        InputError: parts that do not fit together, or that the losses do not know.
+        """
+        raise NotImplementedError
+
+    def refuse(self, args: Any) -> None:
+        """Raises:
+        InputError: options whose value the family cannot do.
+        """
+        for said, why in self.lacks.items():
+            option, _, value = said.removeprefix("--").partition(" ")
+            if getattr(args, option, None) == value:
+                raise InputError(f"{said}: not with {self.name}: {why}")
+
+    # -- latents ---------------------------------------------------------------------------------
+
+    def factor(self, configs: Mapping[str, Config]) -> int:
+        """Pixels of a latent's side."""
+        return 2 ** (len(configs["vae"].get("block_out_channels", [0] * 4)) - 1)
+
+    def step(self, configs: Mapping[str, Config]) -> int:
+        """Of which a picture's side must be a multiple."""
+        raise NotImplementedError
+
+    def size(self, configs: Mapping[str, Config]) -> int:
+        """A picture's side that the model was made for."""
+        return configs[self.denoiser].get("sample_size", 64) * self.factor(configs)
+
+    def latents(self, configs: Mapping[str, Config], size: int) -> tuple[int, int, int]:
+        """Shape of what is noised, for pictures with sides of `size`."""
+        side = size // self.factor(configs)
+        return configs["vae"].get("latent_channels", 4), side, side
+
+    @torch.no_grad()
+    def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
+        """What is noised (n, C, H, W), on the CPU, of pictures (n, 3, H, W) in [-1, 1]: the mode of
+        the posterior, scaled; one picture at a time."""
+        latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
+        return torch.cat(latents) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def to_pixels(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pictures, about in [-1, 1], of what is noised; both on the VAE's device."""
+        return vae.decode(latents / vae.config.scaling_factor).sample
+
+    # -- the noise schedule ----------------------------------------------------------------------
+
+    def schedule(self, folder: Path) -> Any:
+        """The scheduler that the losses noise by."""
+        return DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+
+    def sampler(self, schedule: Any) -> Any:
+        """The scheduler that draws."""
+        return DDIMScheduler.from_config(schedule.config, clip_sample=False)
+
+    # -- conditions ------------------------------------------------------------------------------
+
+    def reader(self, folder: Path, variant: str | None, parts: Mapping[str, Any]) -> Any:
+        """The pipeline of these text encoders and tokenizers, without denoiser and VAE."""
+        return self.pipeline.from_pretrained(
+            folder, variant=variant, use_safetensors=True,
+            **{**self.opened, self.denoiser: None, "vae": None, **parts},
+        )  # fmt: skip
+
+    def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
+        """The conditions of prompts, float32 on the CPU, of a pipeline whose text encoders are
+        there; those of "" are what the pipeline's guidance leads away from."""
+        raise NotImplementedError
+
+    def of_tokens(
+        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The same of tokens (n, L), for each encoder in turn, with gradients; `used` is 0 at
+        padding. For textual inversion, see `no_new_word`."""
+        raise NotImplementedError
+
+    def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
+        """Shape of a row of each condition, by the denoiser's configuration and the number of
+        tokens."""
+        raise NotImplementedError
+
+    def shared(self, size: int, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Conditions that are the same for all prompts, one row each.
+
+        Args:
+            size: side of a picture.
+            encode: `to_latents` with the VAE, which is loaded for it.
+        """
+        return {}
+
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        """The denoiser's prediction, like x_t (n, C, H, W); `told` has n rows, or the one of
+        `shared`."""
+        raise NotImplementedError
+
+    def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
+        """What a call of the pipeline needs beside a prompt, to draw from text alone."""
+        return {}

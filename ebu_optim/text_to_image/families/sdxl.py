@@ -1,0 +1,101 @@
+"""Stable Diffusion XL, base: two text encoders, the second's pooled embedding, and the picture's
+size. Its VAE overflows in float16; here every VAE computes in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from ...errors import InputError
+from .family import Config
+from .stable_diffusion import StableDiffusion
+
+SIZES = 6  # numbers of original size, top left corner and size
+
+
+class SDXL(StableDiffusion):
+    name = "Stable Diffusion XL"
+    made = "two text encoders and a UNet"
+    pipeline = StableDiffusionXLPipeline
+    parts: Mapping[str, tuple[Any, str]] = {
+        **StableDiffusion.parts,
+        "text_encoder_2": (CLIPTextModelWithProjection, "config.json"),
+        "tokenizer_2": (CLIPTokenizer, "tokenizer_config.json"),
+    }
+    encoders: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    foreign = frozenset({"transformer"})
+    settings = ("force_zeros_for_empty_prompt",)
+    opened: Mapping[str, Any] = {}
+    tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
+    lacks: Mapping[str, str] = dict.fromkeys(
+        ("--train_modules xlayer", "--train_modules selflayer"),
+        "these are single layers of Stable Diffusion 1.x, by their numbers",
+    )
+
+    def check(self, name: str, configs: Mapping[str, Config]) -> None:
+        super().check(name, configs)
+        unet, pooled = configs["unet"], configs["text_encoder_2"].get("projection_dim", 512)
+        if unet.get("addition_embed_type") != "text_time":
+            raise InputError(
+                f"{name}: its UNet has the addition_embed_type {unet.get('addition_embed_type')!r};"
+                " Stable Diffusion XL's is 'text_time'"
+            )
+        takes = unet.get("projection_class_embeddings_input_dim")
+        sizes = SIZES * (unet.get("addition_time_embed_dim") or 0)
+        if takes != pooled + sizes:
+            raise InputError(
+                f"{name}: its UNet takes {takes} numbers beside the text, the base model's takes "
+                f"{pooled} + {sizes}: the refiner is not supported, it only goes on with pictures"
+            )
+        if configs["vae"].get("latents_mean") is not None:
+            raise InputError(
+                f"{name}: its VAE has a latents_mean; known is Stable Diffusion XL's, which has a "
+                "scaling_factor alone"
+            )
+
+    @torch.no_grad()
+    def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
+        def read(some: Sequence[str]) -> list[Tensor]:
+            found = pipe.encode_prompt(list(some), do_classifier_free_guidance=True)
+            return [t.float().cpu() for t in found]
+
+        # guidance leads away from zeros where the pipeline says so, not from the encoded ""
+        _, null, _, pooled_null = read([""])
+        found = []
+        for i in range(0, len(texts), batch):
+            some = texts[i : i + batch]
+            text, _, pooled, _ = read(some)
+            empty = torch.tensor([t == "" for t in some])
+            text[empty], pooled[empty] = null, pooled_null
+            found.append((text, pooled))
+        text, pooled = (torch.cat(parts) for parts in zip(*found))
+        return {"encoder_hidden_states": text, "text_embeds": pooled}
+
+    def of_tokens(
+        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        found = [e(i, output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
+        text = torch.cat([out.hidden_states[-2] for out in found], -1)  # as `encode_prompt`
+        return {"encoder_hidden_states": text, "text_embeds": found[-1].text_embeds}
+
+    def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
+        pooled = config["projection_class_embeddings_input_dim"]
+        pooled -= SIZES * config["addition_time_embed_dim"]
+        return {**super().shapes(config, length), "text_embeds": (pooled,)}
+
+    def shared(self, size: int, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        # of a whole picture of this size, as the pipeline's `_get_add_time_ids`
+        return {"time_ids": torch.tensor([[size, size, 0, 0, size, size]]).float()}
+
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        added = {
+            "text_embeds": told["text_embeds"],
+            "time_ids": told["time_ids"].expand(len(x_t), -1),
+        }
+        text = told["encoder_hidden_states"]
+        return denoiser(x_t, t, text, added_cond_kwargs=added).sample
