@@ -11,7 +11,9 @@ import torch
 
 from ..files import need_disk, replacing_folder
 from ..manifest import contents, key
+from .architecture import shipped
 from .opening import PathLike, Single
+from .tokens import tokenizer
 
 #: What safetensors calls the dtypes in which a folder holds the same weights exactly.
 EXACT = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,6 +56,30 @@ def unpacked(
             need_disk(folder.parent, 2.1 * sum(p.stat().st_size for p in given), "the model")
         with replacing_folder(folder) as work:
             _write(single, work, lora, weights)
+    return folder
+
+
+def shipped_folder(family: str) -> Path:
+    """The configurations of a family at its real size, and its tokenizers, without weights.
+
+    Args:
+        family: of `looking.TITLES`.
+    """
+    configs = shipped(family)
+    folder = cache_folder() / "shipped" / key(family, configs)
+    if not (folder / "model_index.json").is_file():
+        index = configs["model_index"]
+        with replacing_folder(folder) as work:
+            for part, config in configs.items():
+                if part not in index or part == "_class_name":
+                    continue
+                (work / part).mkdir()
+                if part.startswith("tokenizer"):
+                    tokenizer(pad_token=config["pad_token"]).save_pretrained(work / part)
+                    continue
+                file = "scheduler_config.json" if part == "scheduler" else "config.json"
+                (work / part / file).write_text(json.dumps(config), encoding="utf-8")
+            (work / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 

@@ -35,6 +35,15 @@ pipe.{denoiser}.load_state_dict(load_file(file), strict=False)
 pipe = {pipeline}.from_pretrained("{base}")
 pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors")
 """,
+    "single": """from diffusers import {pipeline}
+
+pipe = {pipeline}.from_single_file("{result}/{file}")  # or in ComfyUI, A1111, kohya's scripts
+""",
+    "kohya": """from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{base}")  # or in ComfyUI and A1111, as any LoRA
+pipe.load_lora_weights("{result}", weight_name="{file}")
+""",
 }
 PLACE, BASE = "<this repository or folder>", "<the base model>"
 
@@ -48,17 +57,17 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
         hub: where it is uploaded to, if it is.
     """
     name = str(args.pretrained_model_name_or_path)
-    on_hub = not Path(name).is_dir()
+    on_hub = not Path(name).exists()
     family = named(report.get("pipeline", "StableDiffusionPipeline"))
     gone = ", ".join(f"`{t}`" for t in report["forget"])
     given = licence(base)
-    relation = "adapter" if args.save_as == "lora" else "finetune"
+    relation = "adapter" if args.save_as in ("lora", "kohya") else "finetune"
     header = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image",
         base_model=name if on_hub else None,
         base_model_relation=relation if on_hub else None,
         tags=[*family.tags, "text-to-image", "machine-unlearning",
-              *["lora"] * (args.save_as == "lora")],
+              *["lora"] * (args.save_as in ("lora", "kohya"))],
         **given,
     )  # fmt: skip
     spm = (
@@ -69,7 +78,11 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
     # a folder of this machine says nothing to whoever reads it on the hub
     of = name if on_hub or not hub else BASE
     code = LOAD[kind].format(
-        base=of, result=hub or PLACE, pipeline=family.pipeline.__name__, denoiser=family.denoiser
+        base=of,
+        result=hub or PLACE,
+        pipeline=family.pipeline.__name__,
+        denoiser=family.denoiser,
+        file=f"{args.output_dir.resolve().name}.safetensors",
     )
     terms = f" (`{given['license']}`)" if "license" in given else ""
     return f"""---

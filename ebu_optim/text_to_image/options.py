@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ..baselines import methods
@@ -14,7 +15,7 @@ from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
 from .prompts import PromptOptions
-from .save import SaveOptions
+from .save import ADAPTERS, SaveOptions
 from .sets import SetOptions
 from .validation import ValidationOptions
 
@@ -51,13 +52,14 @@ class Unlearn(
         method = ALIASES.get(self.method, self.method)
         recipe = methods[method]
         adapter = recipe.adapter or self.train_modules == "lora"
+        one_file = Path(self.pretrained_model_name_or_path).is_file()
         own: dict[str, Any] = {
             "learning_rate": recipe.learning_rate,
             "max_grad_norm": 1.0 if recipe.clips else 0.0,
             "guided_steps": guided_steps(method),
             "train_modules": None if recipe.adapter else "xattn",
             "sets_dir": self.output_dir / "sets",
-            "save_as": "lora" if adapter else "pipeline",
+            "save_as": "lora" if adapter else "single" if one_file else "pipeline",
             "hub_model_id": self.output_dir.resolve().name if self.push_to_hub else None,
         }
         found = {k: v for k, v in own.items() if getattr(self, k) is None and v is not None}
@@ -83,10 +85,10 @@ class Unlearn(
         self.check_losses()
         self.check_sets()
         self.check_validation()
-        if self.save_as == "lora" and not is_adapter(self):
+        if self.save_as in ADAPTERS and not is_adapter(self):
             raise InputError(
-                f"--save_as lora: --train_modules {self.train_modules} changes the weights "
-                "themselves; train with --train_modules lora, or give --save_as changed, which is "
-                "as small"
+                f"--save_as {self.save_as}: --train_modules {self.train_modules} changes the "
+                "weights themselves; train with --train_modules lora, or give --save_as "
+                "changed, which is as small"
             )
         self.check_hub()

@@ -9,11 +9,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from diffusers import DiffusionPipeline
 
 from ..errors import InputError
+from ..formats import unpacked
 from ..manifest import contents, key, plain
 from ..modules import whole_model
 from ..training.options import option
@@ -27,11 +28,33 @@ class Model:
     group: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: str = option(
-        help="hub id or folder: SD 1.x, 2.x, SDXL, inpainting"
+        help="hub id, folder or .safetensors file: SD 1.x, 2.x, SDXL, inpainting"
     )
     revision: str | None = option(None, help="of the hub: branch, tag or commit")
     variant: str | None = option(None, help="of the files, e.g. fp16")
     resolution: int | None = option(None, help="default: the model's own")
+    architecture: Path | None = option(
+        None,
+        help="of a file whose sizes no release has: a diffusers folder, with or without weights",
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        None, help="of a file; default: what the file, its scheduler or its weights say"
+    )
+    vae: Path | None = option(None, help="of a file: another one's VAE")
+    lora: Path | None = option(None, help="of a file: a LoRA that is added to the weights")
+
+    def check_file(self) -> None:
+        """Raises:
+        InputError: options of a single file for what is none.
+        """
+        if Path(self.pretrained_model_name_or_path).is_file():
+            return
+        for name in ("architecture", "prediction_type", "vae", "lora"):
+            if (value := getattr(self, name)) is not None:
+                raise InputError(
+                    f"--{name} {value} is for a model in one file; "
+                    f"{self.pretrained_model_name_or_path} is none"
+                )
 
 
 class Looked(NamedTuple):
@@ -58,19 +81,22 @@ class Looked(NamedTuple):
     tokenizers: Mapping[str, Any] = {}
 
 
-def look(model: Model) -> Looked:
-    """Raises:
-    InputError: no network, gated, not found; no pipeline of a family that is known; parts missing.
+def look(model: Model, weights: bool = True) -> Looked:
+    """Args:
+        weights: False looks at configurations alone: of a file at its header, of a folder not for
+            weights.
+
+    Raises:
+        InputError: no network, gated, not found; no pipeline of a family that is known; parts
+            missing.
     """
     name = model.pretrained_model_name_or_path
+    model.check_file()
     folder = Path(name)
     local = folder.is_dir()
     if folder.is_file():
-        raise InputError(
-            f"{name} is a file: StableDiffusionPipeline.from_single_file(...).save_pretrained("
-            "folder), or another family's class, makes the folder that this script reads"
-        )
-    if not local:
+        folder = of_file(model, weights)
+    elif not local:
         import huggingface_hub
 
         patterns = ["model_index.json", "README.md", "*/*.json", "*/*.txt"]
@@ -88,9 +114,9 @@ def look(model: Model) -> Looked:
             raise InputError(f"{name}: the subfolder {part} is missing")
         if part not in family.tokenizers():
             configs[part] = _json(folder / part / file, f"{name}: {part} is incomplete")
-    if local:
+    if local and weights:
         for part in family.weighty():
-            weights(folder, part, model.variant)
+            weights_of(folder, part, model.variant)
         _check_rest(name, folder, index, family)
     family.check(name, configs)
     size, step = model.resolution or family.size(configs), family.step(configs)
@@ -108,7 +134,9 @@ def look(model: Model) -> Looked:
 
 
 def fetch(model: Model) -> Path:
-    """The folder with the weights, downloaded where it is not here yet."""
+    """The folder with the weights, downloaded or unpacked where it is not here yet."""
+    if Path(model.pretrained_model_name_or_path).is_file():
+        return of_file(model)
     if Path(model.pretrained_model_name_or_path).is_dir():
         return Path(model.pretrained_model_name_or_path)
     return Path(
@@ -119,7 +147,15 @@ def fetch(model: Model) -> Path:
     )  # fmt: skip
 
 
-def weights(folder: Path, part: str, variant: str | None) -> list[Path]:
+def of_file(model: Model, weights: bool = True) -> Path:
+    """The folder of a model in one file, in the cache."""
+    return unpacked(
+        model.pretrained_model_name_or_path, config=model.architecture, vae=model.vae,
+        prediction_type=model.prediction_type, lora=model.lora, weights=weights,
+    )  # fmt: skip
+
+
+def weights_of(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The safetensors files of a part, of the variant or of none."""
     found = sorted((folder / part).glob("*.safetensors"))
     ours = [f for f in found if (f".{variant}." in f"{f.name}.") == bool(variant)]
@@ -141,7 +177,7 @@ def parts(folder: Path, variant: str | None) -> dict[str, str]:
             found[part] = tokenizer_hash(folder, part)
             continue
         config = plain(_json(folder / part / file, f"{folder}: {part} is incomplete"))
-        of_weights = contents(weights(folder, part, variant)) if part in family.weighty() else ""
+        of_weights = contents(weights_of(folder, part, variant)) if part in family.weighty() else ""
         found[part] = key(config, of_weights)
     if family.settings:
         index = _json(folder / "model_index.json", f"{folder} is no diffusion pipeline")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ def whole(model: Model, base_model: str | None = None) -> Model:
     name = model.pretrained_model_name_or_path
     if part(Path(name)):
         name = base_model or named_base(name)
-    # the base may be a variant of the hub's, and the result a folder
-    local = Path(name).is_dir()
-    return Model(
-        pretrained_model_name_or_path=name, resolution=model.resolution,
-        revision=None if local else model.revision, variant=None if local else model.variant,
-    )  # fmt: skip
+    # the base may be a variant of the hub's or a file, and the result a folder
+    own = {f.name: getattr(model, f.name) for f in fields(Model)}
+    own["pretrained_model_name_or_path"] = name
+    if Path(name).is_dir():
+        own |= {"revision": None, "variant": None}
+    if not Path(name).is_file():
+        own |= dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
+    return Model(**own)
 
 
 def load(model: Model, base_model: str | None = None) -> Any:

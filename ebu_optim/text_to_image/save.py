@@ -1,4 +1,5 @@
-"""What unlearn.py leaves: a whole pipeline, the changed tensors alone, or a LoRA; with its card."""
+"""What unlearn.py leaves: a whole pipeline, one file, the changed tensors alone, or a LoRA in one
+of two layouts; with its card."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing, replacing_folder
+from ..formats import Single, write_folder, write_lora, write_single
 from ..training.options import option
 from . import card
 from .families import of_folder
@@ -20,7 +23,8 @@ from .modules import Prompted, is_adapter
 
 CHANGED = "unet_changed.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FOLDERS = ("pipeline", "changed", "lora")
+FOLDERS = ("pipeline", "single", "changed", "lora", "kohya")
+ADAPTERS = ("lora", "kohya")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +33,11 @@ class SaveOptions:
 
     group: ClassVar[str] = "result"
 
-    save_as: Literal["pipeline", "changed", "lora"] | None = option(
-        None, help="default: lora for adapters, else pipeline"
-    )
+    save_as: Literal["pipeline", "single", "changed", "lora", "kohya"] | None = option(
+        None, help="single: one file in the layout of ComfyUI and A1111; changed: the changed\n"
+        "tensors alone; lora: as diffusers has it; kohya: as ComfyUI and A1111 have it;\n"
+        "default: lora for adapters, else as the model came",
+    )  # fmt: skip
     save_precision: Literal["no", "fp16", "bf16"] = option(
         "no", help="of the saved weights; no: float32"
     )
@@ -54,6 +60,13 @@ def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> P
             model.family.pipeline.save_lora_weights(
                 work, **{name: _cast(tensors, dtype) for name, tensors in layers.items()}
             )
+        elif kind == "kohya":
+            state = get_peft_model_state_dict(model.denoiser)
+            layers = {model.family.denoiser: _cast(state, dtype)}
+            (config,) = model.denoiser.peft_config.values()
+            write_lora(layers, work / file_name(args), config.lora_alpha, "kohya")
+        elif kind == "single":
+            single(args, model, base, work / file_name(args))
         elif kind == "changed":
             save_file(_cast(changed(args, model, base), dtype), work / CHANGED)
         else:
@@ -66,6 +79,26 @@ def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> P
         (work / "unlearn.json").write_text(text)
     (args.output_dir / "unlearn.json").write_text(text)
     return folder
+
+
+def file_name(args: Any) -> str:
+    """Of a result in one file."""
+    return f"{args.output_dir.resolve().name}.safetensors"
+
+
+def single(args: Any, model: Prompted, base: Path, out: Path) -> None:
+    """One file: that which came in, with the changed tensors in it; or made of the folder."""
+    source, denoiser = args.pretrained_model_name_or_path, model.family.denoiser
+    new: dict[str, Mapping[str, Tensor]] = {denoiser: changed(args, model, base)}
+    if not Path(source).is_file():
+        write_folder(base, new, out, dtype=DTYPES[args.save_precision], variant=args.variant)
+        return
+    if args.lora or args.vae:  # then more than was trained is not as in the file
+        pipe = merged(args, model, base)
+        parts = [p for p in model.family.weighty() if args.lora or p in (denoiser, "vae")]
+        new = {part: getattr(pipe, part).state_dict() for part in parts}
+    of = Single(source, config=args.architecture, prediction_type=args.prediction_type)
+    write_single(of, {p: _cast(t, torch.float32) for p, t in new.items()}, out)
 
 
 def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
@@ -127,8 +160,6 @@ def lora_layers(unet: Any) -> dict[str, Tensor]:
     diffusers' convert_state_dict_to_diffusers renames the layers of attention alone, and of such a
     mixture load_lora_weights drops these without an error.
     """
-    from peft.utils import get_peft_model_state_dict
-
     (config,) = unet.peft_config.values()
     scale = config.lora_alpha / config.r
     found = get_peft_model_state_dict(unet)

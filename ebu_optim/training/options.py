@@ -302,13 +302,13 @@ def new_schedule(args: Any, optimizer: Any) -> Any:
 
 def command(
     function: Callable[[Any], object], config: type, description: str | None = None,
-    argv: Sequence[str] | None = None,
+    argv: Sequence[str] | None = None, prog: str | None = None,
 ) -> None:  # fmt: skip
     """Run `function` with the `config` of the command line, as a script does; `argv`: not of this
     process. What the user can put right is printed in one line, with exit status 2."""
     resumes = issubclass(config, TrainingOptions)
     exit_on_input_errors(
-        lambda: function(parse(config, argv, description)),
+        lambda: function(parse(config, argv, description, prog)),
         "--resume_from_checkpoint latest" if resumes else "the same command",
     )
 

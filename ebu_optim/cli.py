@@ -1,0 +1,129 @@
+"""The command `ebu`: from the file a person has to the file they can publish.
+
+ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
+ebu attack ...      is it gone in depth?
+ebu show without    the report of a folder
+ebu verify without  is it still what was handed over?
+ebu doctor          what is installed, which kernels run, what fits on this card
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from ._extras import require
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of `COMMANDS`; errors that a user can put right are one line, with status 2."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = given[0] if given else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__.strip())
+        print("\nebu COMMAND --help has the options of each; ebu --version")
+        return
+    if name == "--version":
+        print(f"ebu_optim {__version__}")
+        return
+    if name not in COMMANDS:
+        print(f"ebu: error: no command {name!r}: there is {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        require("jsonargparse", "text_to_image")
+        COMMANDS[name](given[1:])
+    except ImportError as error:
+        print(f"ebu: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _run(name: str, function: Any, config: Any, doc: str, argv: Sequence[str]) -> None:
+    from .training.options import command
+
+    command(function, config, doc, argv, prog=f"ebu {name}")
+
+
+def _forget(argv: Sequence[str]) -> None:
+    from . import takedown
+
+    function, config = takedown.chosen(argv)
+    _run("forget", function, config, takedown.run.__doc__ or "", argv)
+
+
+def _attack(argv: Sequence[str]) -> None:
+    from .attacks import run
+
+    _run("attack", run.attack, run.AttackOptions, run.__doc__ or "", argv)
+
+
+def _show(argv: Sequence[str]) -> None:
+    from .training.options import option
+
+    @dataclass(frozen=True, kw_only=True)
+    class Show:
+        folder: Path = option(positional="FOLDER", help="made by `ebu forget`")
+
+    _run("show", lambda config: show(config.folder), Show, "The report of a folder.", argv)
+
+
+def show(folder: Path) -> None:
+    """Print a report's table, and where its page is.
+
+    Raises:
+        InputError: there is none.
+    """
+    from .errors import InputError
+
+    found = next((f for f in (folder / "report", folder) if (f / "results.md").is_file()), None)
+    if found is None:
+        raise InputError(f"{folder} holds no report: give a folder made by `ebu forget`")
+    print((found / "results.md").read_text(encoding="utf-8"))
+    print(f"the page with the pictures: {found / 'report.html'}")
+
+
+def _verify(argv: Sequence[str]) -> None:
+    from .training.options import option
+
+    @dataclass(frozen=True, kw_only=True)
+    class Verify:
+        folder: Path = option(positional="FOLDER", help="made by `ebu forget`")
+        public_key: Path | None = option(None, help="of who signed it (PEM)")
+        base: str | None = option(None, help="the model before, if it is elsewhere now")
+
+    _run("verify", verify, Verify, "Compute every hash of the evidence again.", argv)
+
+
+def verify(config: Any) -> None:
+    """Print what is not as the evidence says; status 1 where something is not."""
+    from .takedown import evidence
+
+    wrong = evidence.verify(config.folder, public_key=config.public_key, base=config.base)
+    for line in wrong:
+        print(line)
+    if wrong:
+        raise SystemExit(1)
+    signed = " and signed by the owner of the key" if config.public_key else ""
+    print(f"{config.folder}: every file is as {evidence.FILE} says{signed}")
+    print(f"What that proves: {evidence.PROVES}")
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    from .takedown.doctor import doctor
+    from .training.options import option
+
+    @dataclass(frozen=True, kw_only=True)
+    class Doctor:
+        no_memory: bool = option(False, help="leave out what fits, which takes a minute")
+
+    _run(
+        "doctor", lambda c: print(doctor(fits=not c.no_memory)), Doctor, "See the first line.", argv
+    )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "forget": _forget, "attack": _attack, "show": _show, "verify": _verify, "doctor": _doctor,
+}  # fmt: skip

@@ -1,0 +1,99 @@
+"""The same request for a class-conditional model: sets, unlearning, report and evidence in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..class_conditional import evaluation, sets
+from ..class_conditional.options import Unlearn
+from ..class_conditional.unlearn import unlearn
+from ..errors import InputError
+from ..files import replacing
+from ..training.options import as_yaml, option
+from . import evidence
+from .pictures import FOLDER
+
+MARK = "classes.json"  # what the folder of such a model has
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetClasses(Unlearn):
+    """A request for a model whose conditions are classes.
+
+    Raises:
+        InputError: numbers and options that cannot be, or not together.
+    """
+
+    pretrained_model_name_or_path: str = option(
+        positional="MODEL", help=f"a folder with {MARK}, as examples/ddpm/train.py makes it"
+    )
+    forget: list[str] = option(positional="CLASS", help="by number or name")
+    replay_classes: list[str] | None = option(None, flag="--keep", help="default: all the others")
+    output_dir: Path = option(flag=("-o", "--output_dir"))
+    prepared_dir: Path | None = option(None, help="default: sets in the output folder")  # type: ignore[assignment]
+    replay_per_class: int = option(500, help="images that are sampled of each class to keep")
+    sampling_steps: int = option(50, help="DDIM, for these images")
+    guidance_scale: float = option(3.0, help="for these images")
+    plan: bool = option(False, help="say what will be done; do nothing")
+    sign_key: Path | None = option(None, help="sign the evidence with this private key (PEM)")
+
+    def resolved(self) -> ForgetClasses:
+        """With the defaults that depend on other options; `self` where it has them all."""
+        whole = self
+        if self.prepared_dir is None:
+            whole = replace(
+                self, prepared_dir=self.output_dir.with_name(f"{self.output_dir.name}_sets")
+            )
+        return super(ForgetClasses, whole).resolved()  # type: ignore[return-value]
+
+
+def run(config: ForgetClasses) -> None:
+    """Prepare what is not there, unlearn, measure where a classifier is given, write evidence."""
+    args: Any = config.resolved()
+    prepare = sets.Prepare(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path, forget=args.forget,
+        replay_classes=args.replay_classes, replay_per_class=args.replay_per_class,
+        num_inference_steps=args.sampling_steps, guidance_scale=args.guidance_scale,
+        seed=args.seed, output_dir=args.prepared_dir, no_fisher=args.fisher != "prepared",
+        fisher_reduction=args.reduction,
+    )  # fmt: skip
+    if args.plan:
+        print(_plan(args))
+        return
+    sets.prepare(prepare)
+    unlearn(args)
+    with replacing(args.output_dir / evidence.CONFIG) as work:
+        work.write_text(as_yaml(config), encoding="utf-8")
+    if args.classifier:
+        evaluation.evaluate(
+            evaluation.Evaluation(
+                pretrained_model_name_or_path=str(args.output_dir), classifier=args.classifier,
+                output_dir=args.output_dir / FOLDER, num_inference_steps=args.sampling_steps,
+                no_depth=True, images_per_class=min(100, args.replay_per_class),
+            )
+        )  # fmt: skip
+    else:
+        print("no --classifier: nothing was measured, the folder has the model and its curve alone")
+    print(f"evidence: {evidence.write(args)}, to be checked by `ebu verify`")
+
+
+def _plan(args: Any) -> str:
+    from ..class_conditional.models import load_unet
+    from ..modules import parameter_bytes
+
+    model, _, info = load_unet(args.pretrained_model_name_or_path, args.start_from)
+    classes = info["classes"]
+    known = {*classes, *map(str, range(len(classes)))}
+    if unknown := [c for c in args.forget if c not in known]:
+        raise InputError(f"CLASS {unknown[0]}: there is {', '.join(classes)}")
+    kept = len(args.replay_classes or classes) - len(args.forget) * (not args.replay_classes)
+    passes = kept * args.replay_per_class * args.sampling_steps * 2
+    return (
+        f"model: {args.pretrained_model_name_or_path}, {len(classes)} classes, "
+        f"{parameter_bytes(model) / 2**20:.1f} MiB\n"
+        f"sets in {args.prepared_dir}: {passes:,} passes through the model, unless they are there\n"
+        f"unlearning: {args.method}, {args.max_train_steps} steps of batch {args.train_batch_size}"
+        f"\nwritten to {args.output_dir}: unet, README.md, unlearn.json, {evidence.FILE}, run.yaml"
+    )

@@ -1,0 +1,58 @@
+"""What is installed, which kernels run, and what fits on this card."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata, util
+
+import torch
+
+from .. import __version__, kernels
+
+EXTRAS = {
+    "diffusion": ("diffusers", "safetensors", "jsonargparse"),
+    "text_to_image": ("transformers", "peft", "open_clip_torch", "accelerate"),
+    "metrics": ("torch-fidelity", "lpips"),
+    "nudity": ("nudenet",),
+    "sign": ("model-signing",),
+}
+
+
+def doctor(fits: bool = True) -> str:
+    """A line for each thing; `fits`: what fits on this card too."""
+    lines = [
+        f"ebu_optim {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    ]
+    for extra, packages in EXTRAS.items():
+        there = [f"{p} {_version(p) or 'missing'}" for p in packages]
+        short = [p for p in packages if _version(p) is None]
+        remedy = f'  (pip install "ebu_optim[{extra}]")' if short else ""
+        lines.append(f"{extra}: {', '.join(there)}{remedy}")
+    lines.append(f"kernels for the CPU: {kernels.active('cpu')}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            lines.append(
+                f"cuda:{i}: {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of "
+                f"{total / 2**30:.1f} GiB free"
+            )
+        lines.append(f"kernels for CUDA: {kernels.active('cuda')}")
+    else:
+        lines.append("no CUDA device: small models run on the CPU, real ones take hours a step")
+    if fits and util.find_spec("diffusers") and util.find_spec("transformers"):
+        lines += ["", "memory of a run at the model's own size, batch 1, by count:", *_fits()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _fits() -> list[str]:
+    from .fitting import table
+
+    room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    return table(room)

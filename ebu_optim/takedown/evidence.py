@@ -1,0 +1,158 @@
+"""What was handed over, by content: hashes of the base, of what was learned from and of the result,
+which anybody can compute again; signed on request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .._extras import require
+from ..class_conditional.models import load_unet
+from ..errors import InputError
+from ..files import replacing
+from ..metrics import versions
+from ..modules import model_hash
+from ..text_to_image import pipelines
+from ..text_to_image.pipelines import Model
+
+FILE, SIGNATURE, CONFIG = "evidence.json", "evidence.sig", "run.yaml"
+#: Of a folder: what a run leaves for going on, and this file itself.
+LEFT_OUT = ("checkpoints", "logs", FILE, SIGNATURE, ".lock")
+PROVES = (
+    "that these files came from this base by this configuration is what the maker says; the hashes "
+    "show that nothing was changed since. They do not show that the concept is gone: see report/, "
+    "and attack the result."
+)
+
+
+def write(args: Any) -> Path:
+    """Hash everything in the folder, and write, and on request sign, what was found."""
+    folder = Path(args.output_dir)
+    spoken = json.loads((folder / "unlearn.json").read_text(encoding="utf-8"))
+    found = {
+        "kind": "ebu_optim evidence", "version": __version__, "forget": args.forget,
+        "base": {
+            "name": args.pretrained_model_name_or_path,
+            "revision": getattr(args, "revision", None), "variant": getattr(args, "variant", None),
+            "files": _given(args), "denoiser_hash": spoken["base_hash"],
+            "made_of": spoken.get("made_of", {}),
+        },
+        "files": files(folder), "versions": versions(), "what_it_proves": PROVES,
+    }  # fmt: skip
+    path = folder / FILE
+    with replacing(path) as work:
+        work.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    if args.sign_key is not None:
+        sign(folder, args.sign_key)
+    return path
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Path in the folder -> SHA-256."""
+    there = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {
+        name: _sha256(p)
+        for p in there
+        if (name := p.relative_to(folder).as_posix()).split("/")[0] not in LEFT_OUT
+        and not p.name.startswith(".")
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sign(folder: Path, key: Path) -> None:
+    """By OpenSSF's model-signing: `evidence.json`, which names every file by its hash.
+
+    Raises:
+        InputError: no private key of an elliptic curve.
+    """
+    signing = require("model_signing.signing", "sign")
+    try:
+        config = signing.Config().use_elliptic_key_signer(private_key=key)
+        config.sign(folder / FILE, folder / SIGNATURE)
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(
+            f"--sign_key {key} is no private key of an elliptic curve in PEM ({error}): make one "
+            "with `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
+        ) from error
+
+
+def verify(
+    folder: str | Path, *, public_key: Path | None = None, base: str | None = None
+) -> list[str]:
+    """Compute every hash again.
+
+    Args:
+        public_key: of the signature, which is checked then.
+        base: where the model before is, if not where it was; its parts are hashed too where it is
+            on this machine.
+
+    Returns:
+        What is not as `evidence.json` says, one line each; empty where all is.
+
+    Raises:
+        InputError: there is no evidence in the folder.
+    """
+    folder = Path(folder)
+    try:
+        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        before, model = said["files"], said["base"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no whole {FILE} of `ebu forget`") from error
+    now = files(folder)
+    wrong = [f"{name}: is missing" for name in before if name not in now]
+    wrong += [f"{n}: was changed" for n in before if n in now and now[n] != before[n]]
+    wrong += [f"{name}: was added" for name in now if name not in before]
+    if public_key is not None:
+        wrong += _signature(folder, public_key)
+    return wrong + _base(model, base)
+
+
+def _signature(folder: Path, key: Path) -> list[str]:
+    if not (folder / SIGNATURE).is_file():
+        return [f"{SIGNATURE}: is missing, the evidence was not signed"]
+    verifying = require("model_signing.verifying", "sign")
+    try:
+        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(
+            folder / FILE, folder / SIGNATURE
+        )
+    except Exception as error:  # of the library: many kinds
+        return [f"{SIGNATURE}: {FILE} is not what the owner of {key} signed ({error})"]
+    return []
+
+
+def _given(args: Any) -> dict[str, str]:
+    """SHA-256 of the file or files that the base is in, where it is no folder."""
+    paths = [args.pretrained_model_name_or_path, *(getattr(args, n, None) for n in ("vae", "lora"))]
+    return {str(p): _sha256(Path(p)) for p in paths if p is not None and Path(p).is_file()}
+
+
+def _base(model: dict[str, Any], given: str | None) -> list[str]:
+    """The base, where it is here: files by their bytes, a folder by its parts."""
+    name = given or model["name"]
+    if not Path(name).exists():
+        return [] if given is None else [f"base: there is no {given}"]
+    if Path(name).is_file():
+        known = {**model["files"], name: model["files"].get(model["name"])}
+        now = {p: _sha256(Path(p)) for p in known if Path(p).is_file() and p != model["name"]}
+        now |= {name: _sha256(Path(name))}
+        return [f"base: {p} is another" for p, of in now.items() if known[p] != of]
+    if (Path(name) / "classes.json").is_file():
+        same = model_hash(load_unet(name)[0]) == model["denoiser_hash"]
+        return [] if same else [f"base: unet of {name} is another"]
+    where = Model(pretrained_model_name_or_path=name, variant=model["variant"])
+    now = pipelines.parts(pipelines.fetch(where), model["variant"])
+    return [
+        f"base: {part} of {name} is another" for part, of in now.items()
+        if model["made_of"].get(part, of) != of
+    ]  # fmt: skip

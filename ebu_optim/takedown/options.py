@@ -1,0 +1,108 @@
+"""The options of `ebu forget`: those of unlearning, under the names that a request has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ..baselines import methods
+from ..errors import InputError
+from ..text_to_image.options import ALIASES, Unlearn
+from ..text_to_image.prompts import PLACE, REMEMBER
+from ..training.options import at_least, option
+
+#: --preset: what it gives to options that are not given. The recommended one is what
+#: docs/text_to_image_results.md recommends, the paper's is `Unlearn`'s own defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "train_modules": "full", "forget_loss": "relabel", "remember": "crossed", "gamma": 1000.0,
+        "forget_templates": ["an image of {}", "a photo of {}", "{}"],
+    },
+    "paper": {"remember": "replay", "forget_templates": [PLACE]},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What a request says."""
+
+    group: ClassVar[str] = "request"
+
+    preset: Literal["recommended", "paper"] = option(
+        "recommended", help="gives what is not given: of losses, weights that are trained, gamma"
+    )
+    plan: bool = option(
+        False, help="say what will be done, what it costs and what is written; do nothing"
+    )
+    evidence_images: int = option(4, help="of each prompt, before and after; 0: no pictures")
+    evidence_prompts: int = option(8, help="at most so many neighbours, and as many others")
+    attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(
+        [], nargs="*", help="that the report has figures of; they need a --judge of `ebu attack`"
+    )
+    clip_weights: str = option(
+        "openai", help="open_clip's tag or a file, for the CLIP score; or none"
+    )
+    sign_key: Path | None = option(
+        None, help="sign the result with this private key (PEM, elliptic curve), by model-signing"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forget(RequestOptions, Unlearn):
+    """A request: which model, without what.
+
+    Raises:
+        InputError: numbers and options that cannot be, or not together.
+    """
+
+    pretrained_model_name_or_path: str = option(
+        positional="MODEL", help="a .safetensors file, a diffusers folder or a hub id"
+    )
+    forget: list[str] = option(
+        positional="CONCEPT",
+        nargs="*",
+        help="what is to be gone, in a word or a few; files of them",
+    )
+    surrogate_concept: list[str] = option(
+        [], flag="--as", metavar="CONCEPT", help="what each becomes, in the words around it"
+    )
+    remember_prompts: list[str] = option(
+        [str(REMEMBER)], flag="--keep", metavar="PROMPT",
+        help="what must stay, above all its neighbours: prompts or files of them",
+    )  # fmt: skip
+    output_dir: Path = option(flag=("-o", "--output_dir"))
+    forget_templates: list[str] | None = option(  # type: ignore[assignment]
+        None, help=f'sentences with "{PLACE}" for the concept, or files of them'
+    )
+    remember: Literal["replay", "distill", "crossed"] | None = option(  # type: ignore[assignment]
+        None, flag="--remember_loss"
+    )
+
+    def resolved(self) -> Forget:
+        """With the preset's values, and the defaults that depend on other options."""
+        given = {k: v for k, v in self._preset().items() if getattr(self, k) is None}
+        whole = replace(self, **given) if given else self
+        return super(Forget, whole).resolved()  # type: ignore[return-value]
+
+    def _preset(self) -> dict[str, Any]:
+        """Without what the method has of its own."""
+        recipe = methods[ALIASES.get(self.method, self.method)]
+        given = dict(PRESETS[self.preset])
+        if recipe.forgets not in ("surrogate", "relabel"):
+            given = {k: v for k, v in given.items() if k not in ("forget_loss", "train_modules")}
+        if "gamma" not in recipe.options:
+            given.pop("gamma", None)
+        if not recipe.replayed:
+            given["remember"] = "replay"  # which has no effect
+        return given
+
+    def __post_init__(self) -> None:
+        if self.resolved() is not self:
+            return  # that one is checked
+        if not self.forget:
+            raise InputError("CONCEPT: name what is to be forgotten")
+        super().__post_init__()
+        at_least(self, 0, "evidence_images", "evidence_prompts")
+        if self.sign_key is not None and not self.sign_key.is_file():
+            raise InputError(f"--sign_key {self.sign_key}: there is no such file")

@@ -1,0 +1,183 @@
+"""The report of a request: the same noise before and after, for the target, what lies near it and
+what does not, with the figures that the pictures give."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..baselines import methods
+from ..formats import fuse
+from ..metrics import clip_score, versions
+from ..metrics.intervals import estimate
+from ..report import write_report
+from ..text_to_image import drawing, pipelines, prompt_files, prompts, results
+from ..text_to_image.pipelines import Looked, Model
+from ..text_to_image.prompts import REMEMBER
+from ..text_to_image.save import file_name
+
+FOLDER = "report"
+#: Options of a model in one file, for one that is a folder.
+NOT_A_FILE = dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
+KINDS = ("target", "neighbours", "others")
+NOTES = (
+    "Each picture after starts from the noise of the one before. What is small under "
+    "'change' was left as it was; what is large was changed, which does not say into what: look.",
+    "These figures do not prove that the concept is gone: a prompt that nobody tried, a new "
+    "word, or some steps of training may bring it back. `ebu attack` measures that.",
+)
+
+
+def report(args: Any) -> dict[str, Any]:
+    """Draw, measure and write the page.
+
+    Returns:
+        The figures of the row "after".
+    """
+    asked = questions(args)
+    looked = pipelines.look(before(args))
+    then = draw(args, results.load(before(args)), looked, asked)
+    now = draw(args, after(args), looked, asked)
+    rows = measure(args, asked, then, now)
+    spoken = json.loads((args.output_dir / "unlearn.json").read_text(encoding="utf-8"))
+    write_report(
+        args.output_dir / FOLDER, title=f"Without {', '.join(args.forget)}", rows=rows,
+        protocol=_protocol(args, asked, spoken), parts=(), grids=_grids(asked, then, now),
+        notes=NOTES, command=f"ebu forget --config {args.output_dir}/run.yaml", overwrite=True,
+    )  # fmt: skip
+    return dict(rows[-1]["values"])
+
+
+def questions(args: Any) -> dict[str, list[str]]:
+    """Kind -> prompts: of the target in every template, of what was asked to be kept, of others."""
+    target = [
+        prompts.fill(t, c)
+        for c in prompt_files.read(args.forget, "CONCEPT")
+        for t in prompt_files.read(args.forget_templates, "--forget_templates")
+    ]
+    kept = [t for t in prompt_files.read(args.remember_prompts, "--keep") if t]
+    shipped = [t for t in prompt_files.read([str(REMEMBER)], "--keep") if t]
+    own = [] if args.remember_prompts == [str(REMEMBER)] else kept
+    others = [t for t in shipped if t not in own]
+    n = args.evidence_prompts
+    return dict(zip(KINDS, (target[:n], own[:n], others[:n]), strict=True))
+
+
+def before(args: Any) -> Model:
+    """The model that was given."""
+    return Model(**{f.name: getattr(args, f.name) for f in fields(Model)})
+
+
+def after(args: Any) -> Any:
+    """The pipeline that the run left, opened as whoever gets it would."""
+    base, folder = before(args), args.output_dir / args.save_as
+    if args.save_as == "kohya":
+        pipe = results.load(base)
+        fuse(pipe, folder / file_name(args))
+        return pipe
+    if args.save_as != "single":
+        made = replace(base, pretrained_model_name_or_path=str(folder), **NOT_A_FILE)
+        return results.load(made, base.pretrained_model_name_or_path)
+    given = Path(base.pretrained_model_name_or_path)
+    # of sizes that no release has, what came in says how it is built
+    own: dict[str, Any] = {
+        **NOT_A_FILE,
+        "architecture": given if given.is_dir() else args.architecture,
+    }
+    path = str(folder / file_name(args))
+    return results.load(replace(base, pretrained_model_name_or_path=path, **own))
+
+
+def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Kind -> pictures (prompts, n, 3, H, W) in [0, 1]; the k-th of a prompt from seed + k."""
+    beside = looked.family.drawing(pipe, looked.resolution)
+    pipe = drawing.ready(pipe)
+    n, found = args.evidence_images, {}
+    for kind, texts in asked.items():
+        if not texts or not n:
+            continue
+        each = [t for t in texts for _ in range(n)]
+        seeds = [args.seed + k for _ in texts for k in range(n)]
+        drawn = drawing.draw(
+            pipe, each, seeds, batch=args.sample_batch_size, height=looked.resolution,
+            width=looked.resolution, num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale, **beside,
+        )  # fmt: skip
+        found[kind] = torch.stack(list(drawn)).unflatten(0, (len(texts), n))
+    return found
+
+
+def measure(
+    args: Any, asked: dict[str, list[str]], then: dict[str, Tensor], now: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """The rows before and after: the CLIP score of every kind with its own prompts, where CLIP's
+    weights are to be had, and how far the pictures of one noise lie apart: the root of the mean
+    squared difference of pixels in [0, 1]."""
+    rows: list[dict[str, Any]] = [{"name": n, "values": {}} for n in ("before", "after")]
+    scores = _clip(args, asked, then, now)
+    for kind in then:
+        apart = (now[kind] - then[kind]).square().mean((2, 3, 4)).sqrt().flatten()
+        rows[1]["values"][f"change, {kind}"] = estimate(apart.double(), seed=args.seed)
+        for row in rows:
+            row["values"][f"CLIP score, {kind}"] = scores[row["name"], kind]
+    return rows
+
+
+def _clip(
+    args: Any, asked: dict[str, list[str]], then: dict[str, Tensor], now: dict[str, Tensor]
+) -> dict[tuple[str, str], Any]:
+    """(row, kind) -> the score, or why there is none; asked for once, as a network that is missing
+    is waited for."""
+    sets = {
+        (row, kind): t for row, m in (("before", then), ("after", now)) for kind, t in m.items()
+    }
+    if args.clip_weights == "none" or not sets:
+        return dict.fromkeys(sets, {"not_computed": "--clip_weights none"})
+    flat = torch.cat([t.flatten(0, 1) for t in sets.values()])
+    texts = [
+        text for (_, kind), t in sets.items() for text in asked[kind] for _ in range(t.shape[1])
+    ]
+    found = clip_score(flat.mul(255).round().to(torch.uint8), texts, pretrained=args.clip_weights)
+    if why := found["not_computed"]:
+        return dict.fromkeys(sets, {"not_computed": why})
+    scores = torch.tensor(found["per_image"], dtype=torch.float64)
+    parts = scores.split([t.shape[0] * t.shape[1] for t in sets.values()])
+    return {place: estimate(part, seed=args.seed) for place, part in zip(sets, parts, strict=True)}
+
+
+def _grids(
+    asked: dict[str, list[str]], then: dict[str, Tensor], now: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": kind, "rows": asked[kind], "forgotten": asked[kind] * (kind == "target"),
+            "columns": {"before": then[kind] * 2 - 1, "after": now[kind] * 2 - 1},
+        }
+        for kind in then
+    ]  # fmt: skip
+
+
+def _protocol(args: Any, asked: dict[str, list[str]], spoken: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "request": {
+            "forget": args.forget, "instead": spoken["instead"], "keep": asked["neighbours"],
+        },
+        "unlearning": {
+            "method": methods[args.method].title, "settings": spoken["settings"],
+            "steps": args.max_train_steps, "batch_size": args.train_batch_size,
+            "learning_rate": args.learning_rate, "trained": spoken["train_modules"],
+            "seconds": spoken["seconds"],
+        },
+        "model": {"base": args.pretrained_model_name_or_path, "made_of": spoken["made_of"]},
+        "sampling": {
+            "sampler": f"DDIM, {args.num_inference_steps} steps", "guidance": args.guidance_scale,
+            "images": f"{args.evidence_images} of each prompt, from seed {args.seed} on",
+            "starting_noise": "the same before and after",
+        },
+        "versions": versions(),
+    }  # fmt: skip

@@ -1,0 +1,41 @@
+"""What a run will do, from configurations alone: no byte of weights is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..baselines import methods
+from ..text_to_image import memory, outcome, pipelines, prompts, sets
+
+
+def plan(args: Any) -> str:
+    """In words, a line each.
+
+    Raises:
+        InputError: whatever would end the run at once.
+    """
+    looked = pipelines.look(args, weights=False)
+    texts = prompts.collect(args, looked.tokenizer, warn=lambda line: None)
+    args = replace(args, mixed_precision=args.mixed_precision or "no")
+    cost = memory.count(args, looked, texts)
+    per_step = 2 * args.train_batch_size * args.gradient_accumulation_steps
+    lines = [
+        f"model: {args.pretrained_model_name_or_path}, {looked.resolution} pixels",
+        f"method: {methods[args.method].title}, preset {args.preset}; instead: "
+        f"{outcome.instead(args)}",
+        f"forgets: {', '.join(repr(texts.texts[i]) for i in texts.forget[:5])}"
+        f"{f' and {len(texts.forget) - 5} more' if len(texts.forget) > 5 else ''}; keeps "
+        f"{len(texts.remember)} prompts",
+        f"trained: {args.train_modules or 'adapters'}, {cost.trained:,} of "
+        f"{cost.trained + cost.frozen:,} parameters",
+        f"passes through the model: {sets.passes(args, texts):,} for the sets, about "
+        f"{args.max_train_steps * per_step:,} forward and backward in {args.max_train_steps:,} "
+        "steps; the time of one is known once the first is timed, then the bar says the rest",
+        f"memory by phase, without about 1 GiB of the libraries:\n{cost.table()}",
+        f"written to {args.output_dir}: {args.save_as}, report/, evidence.json, run.yaml, "
+        "checkpoints",
+    ]
+    if idle := outcome.unused(args):
+        lines.append(f"without effect on this run: {', '.join(idle)}")
+    return "\n".join(lines)

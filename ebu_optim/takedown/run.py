@@ -1,0 +1,97 @@
+"""One call: a model and a concept in, the model without it and its evidence out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+
+from ..errors import InputError
+from ..files import replacing
+from ..text_to_image import unlearn as train
+from ..training.options import as_yaml
+from . import evidence, pictures
+from .options import Forget
+from .planning import plan
+
+
+class Forgotten(NamedTuple):
+    """Attributes:
+    pipeline: without the concept, float32, on the CPU; None on processes that are not the first.
+    figures: of the report: name -> value, see `pictures.measure`.
+    folder: with the result and its evidence.
+    """
+
+    pipeline: Any
+    figures: dict[str, Any]
+    folder: Path
+
+
+def forget(
+    model: Any, concept: str | Sequence[str] = (), *, output_dir: str | os.PathLike[str],
+    instead: str | Sequence[str] = (), keep: Sequence[str] | str | None = None, **options: Any,
+) -> Forgotten | None:  # fmt: skip
+    """Make a text-to-image model forget a concept, or several.
+
+    Args:
+        model: a file, a diffusers folder, a hub id, or a pipeline of diffusers.
+        concept: in a word or a few; or a file with one a line.
+        output_dir: gets the result and its evidence.
+        instead: what each concept becomes, in the words around it; default: what the empty prompt
+            draws.
+        keep: prompts, or a file of them, above all of what lies near; default: those that ship.
+        options: of :class:`Forget`, as on the command line.
+
+    Returns:
+        The pipeline, the figures and the folder; None with ``plan=True``, which prints.
+
+    Raises:
+        InputError: whatever can be told before time is spent.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        model = _saved(model, Path(output_dir))
+    given: dict[str, Any] = {"surrogate_concept": _listed(instead), **options}
+    if keep is not None:
+        given["remember_prompts"] = _listed(keep)
+    config = Forget(
+        pretrained_model_name_or_path=str(model), forget=_listed(concept),
+        output_dir=Path(output_dir), **given,
+    )  # fmt: skip
+    return run(config)
+
+
+def run(config: Forget) -> Forgotten | None:
+    """As the command does it."""
+    args: Any = config.resolved()
+    if args.plan:
+        print(plan(args))
+        return None
+    train.unlearn(args)
+    state = PartialState()
+    if not state.is_main_process:
+        return Forgotten(None, {}, args.output_dir)
+    with replacing(args.output_dir / evidence.CONFIG) as work:
+        work.write_text(as_yaml(config), encoding="utf-8")
+    figures = pictures.report(args)
+    evidence.write(args)
+    print(f"evidence: {args.output_dir / evidence.FILE}, to be checked by `ebu verify`")
+    return Forgotten(pictures.after(args), figures, args.output_dir)
+
+
+def _listed(words: str | Sequence[str]) -> list[str]:
+    return [words] if isinstance(words, str) else list(words)
+
+
+def _saved(pipe: Any, output_dir: Path) -> Path:
+    """A pipeline of the caller's as a folder beside the result."""
+    if not hasattr(pipe, "save_pretrained"):
+        raise InputError(
+            f"model must be a file, a folder, a hub id or a pipeline; got {type(pipe).__name__}"
+        )
+    folder = output_dir.with_name(f"{output_dir.name}_base")
+    if not (folder / "model_index.json").is_file():
+        pipe.save_pretrained(folder)
+    return folder
