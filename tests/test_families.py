@@ -4,7 +4,6 @@ and a run, a picture, an attack goes through the adapter."""
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import io
 import json
@@ -163,7 +162,6 @@ def test_text_encoders_vae_and_denoiser_are_never_there_together(name, made, tmp
     held, together, of = [], [], run.pipelines.load
 
     def loads(*args):
-        gc.collect()
         there = {kind for kind, part in held if part() is not None}
         part, kind = of(*args), args[0].__name__.partition("With")[0]
         held.append((kind, weakref.ref(part)))

@@ -62,12 +62,9 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
     missing = [name for name in wanted if not (folder / name).exists()]
     if not missing:
         return
-    pipe = drawing.ready(
-        results.load(args, args.base_model),
-        torch.float16 if args.half else torch.float32,
-    )
-    size = looked.resolution
-    beside = looked.family.drawing(pipe, size)
+    pipe, size = results.load(args, args.base_model), looked.resolution
+    beside = looked.family.drawing(pipe, size)  # while the VAE is in float32
+    pipe = drawing.ready(pipe, torch.float16 if args.half else torch.float32)
     by_guidance: dict[Any, list[str]] = {}
     for name in missing:
         by_guidance.setdefault(wanted[name].guidance, []).append(name)

@@ -194,7 +194,9 @@ def text_encoders(looked: Looked) -> int:
     """Bytes of their weights."""
     with torch.device("meta"):
         kinds = ((looked.family.kind(p), looked.configs.get(p)) for p in looked.family.encoders)
-        found = [kind(kind.config_class(**config)) for kind, config in kinds if config]
+        found = [
+            kind(kind.config_class.from_dict(dict(config))) for kind, config in kinds if config
+        ]
     return 4 * sum(_numel(encoder.parameters()) for encoder in found)
 
 

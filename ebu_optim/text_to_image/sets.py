@@ -143,27 +143,23 @@ def conditions(
     of += [found["settings"]] if family.settings else []
     path = args.sets_dir / f"text-{key(texts, *of)}.safetensors"
     if not path.exists():
-        encoders = {
-            part: load(family.kind(part), folder / part, args.variant).to(device)
-            for part in family.encoders
-        }
-        reader = family.reader(folder, args.variant, {**encoders, **looked.tokenizers})
-        each = family.encode(reader, texts)
-        save_tensors(path, {_named(name): t for name, t in each.items()}, {})
-        del encoders, reader
+        save_tensors(path, _read(args, looked, folder, texts, device), {})
     kept = load_tensors(path)[0]
-
-    def encoded(pixels: Tensor) -> Tensor:
-        return _to_latents(args, looked, folder, pixels, device)
-
+    kept["encoder_hidden_states"] = kept.pop("embeddings")
     shapes = family.shapes(looked.unet, looked.tokenizer.model_max_length)
-    each = {name: kept[_named(name)] for name in shapes}
-    return Conditions(each, family.shared(looked.resolution, encoded))
+    shared = family.shared(
+        looked.resolution, lambda pixels: _to_latents(args, looked, folder, pixels, device)
+    )
+    return Conditions({name: kept[name] for name in shapes}, shared)
 
 
-def _named(condition: str) -> str:
-    """In files."""
-    return "embeddings" if condition == "encoder_hidden_states" else condition
+def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any) -> Any:
+    """The conditions of texts by their names in a file; the text encoders end with this call."""
+    family, parts_of = looked.family, dict(looked.tokenizers)
+    for part in family.encoders:
+        parts_of[part] = load(family.kind(part), folder / part, args.variant).to(device)
+    found = family.encode(family.reader(folder, args.variant, parts_of), texts)
+    return {"embeddings": found.pop("encoder_hidden_states"), **found}
 
 
 @_told()
@@ -210,15 +206,15 @@ def fisher(args: Any, made: Made, looked: Looked, unet: Any, table: Conditions) 
     rows = rows[: args.fisher_images]
     # the replayed prompts alone: F is not another where another prompt is forgotten
     number = {c: i for i, c in enumerate(made.replayed)}
-    scheduler = looked.scheduler
     model = Prompted(unet, table.rows(made.replayed), looked.family).to(unet.device)
     batches = FisherBatches(
-        latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]), scheduler,
-        timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed, device=unet.device,
+        latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]),
+        looked.scheduler, timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed,
+        device=unet.device,
     )  # fmt: skip
     name = key(of_model(model), sorted(model.trained()), batches.protocol, args.reduction)
     estimate = DiagonalFisher.estimate(
-        model, fisher_loss(scheduler, reduction=args.reduction), batches, method="loop",
+        model, fisher_loss(looked.scheduler, reduction=args.reduction), batches, method="loop",
         path=args.sets_dir / f"fisher-{name}.safetensors",
     )  # fmt: skip
     return estimate.for_model(model)

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ebu_optim.errors import InputError
 from ebu_optim.text_to_image.transport import load, scale
@@ -39,7 +39,7 @@ def main() -> None:
     add("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
             use_safetensors=True,
         ).to(args.device)  # fmt: skip

@@ -41,7 +41,7 @@ class _Inpainting(StableDiffusion):
         return super().predict(denoiser, shown, t, told)
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
-        gray = torch.zeros(1, 3, size, size, dtype=pipe.vae.dtype)
+        gray = torch.zeros(1, 3, size, size)
         return {
             "image": torch.full((1, 3, size, size), 0.5),
             "mask_image": torch.ones(1, 1, size, size),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ... import training
@@ -165,7 +164,7 @@ def measure(args: Measure) -> None:
             "trained before the words were changed"
         )
     pipe = drawing.ready(
-        StableDiffusionPipeline.from_pretrained(pipelines.fetch(args), variant=args.variant)
+        looked.family.pipeline.from_pretrained(pipelines.fetch(args), variant=args.variant)
     )
     asked = choose(args.images_per_pair, args.seed)
     seeds = range(args.seed, args.seed + len(asked))
