@@ -1,4 +1,4 @@
-"""What a text-to-image model is: pipelines of Stable Diffusion, prompts, what is trained, sets,
+"""What a text-to-image model is: pipelines and their families, prompts, what is trained, sets,
 memory counted, results saved and opened, and the evaluation of what is drawn. One part a file."""
 
 from .._extras import require
