@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from ebu_optim.kernels import _chunked_selection, _pieces, chunked, cpu, reference, triton
-from ebu_optim.kernels.contract import Columns, Update
+from ebu_optim.kernels.contract import Columns, Update, Weights
 
 from . import devices, oracle
 
@@ -24,6 +24,7 @@ LAYOUTS = ("contiguous", "transposed", "strided", "channels_last", "expanded", "
 FINITE = ("normal", "ties", "equal", "zero", "denormal", "signed zero", "wide")
 KINDS = (*FINITE, "inf", "nan", "all nan")
 REAL = {}
+ADDED = Weights.reading(alpha=0.6, penalty="partial", update="added", terms=(True,) * 3)
 TINY = {"CHUNK_CPU": 8, "CAPACITY": 6, "SAMPLE_MIN": 4, "SAMPLE_MAX": 16}
 
 
@@ -168,12 +169,19 @@ def threshold(grads, k, dtype, kernels=reference):
 
 
 def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=None, held=None,
-            gamma=1.0, online=None, inv_scale=None, kernels=reference, **options):  # fmt: skip
-    """Outputs start as NaN and what is held as 777, so that an unwritten one fails."""
+            gamma=1.0, online=None, inv_scale=None, kernels=reference, weights=None,
+            **options):  # fmt: skip
+    """Outputs start as NaN and what is held as 777, so that an unwritten one fails.
+
+    With a `delta` of None nothing is selected.
+    """
     dtype = reference.working_dtype([*g_f, *g_r])
     n, none = total(theta), [None] * len(theta)
-    pools = [(g, rank(n, d)) for g, d in zip((g_f, g_r), delta)]
-    taus, _ = kernels.select(pools, dtype)
+    if delta is None:
+        taus = torch.tensor([reference.key_of_nothing(dtype)] * 2)
+    else:
+        pools = [(g, rank(n, d)) for g, d in zip((g_f, g_r), delta)]
+        taus, _ = kernels.select(pools, dtype)
     first, second = ([which] * len(theta) for which in (0, 1))
     out = [torch.full_like(t, math.nan) for t in theta] if out is None else out
     held = [torch.full_like(t, 777.0) for t in theta] if held is None else held
@@ -181,11 +189,9 @@ def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=
     options = {"alpha": 0.6, "penalty": "partial", "update": "added"} | options
     terms = options.pop("terms", oracle.TERMS)
     columns = Columns(theta, g_f, g_r, anchor or none, fisher or none, out, held, first, second)
-    how = Update(
-        gamma=gamma, terms=tuple(t in terms for t in oracle.TERMS), online=online,
-        inv_scale=inv_scale, dtype=dtype, **options,
-    )  # fmt: skip
-    kernels.combine(columns, taus, how, stats)
+    if weights is None:
+        weights = Weights.reading(terms=tuple(t in terms for t in oracle.TERMS), **options)
+    kernels.combine(columns, taus, Update(weights, gamma, online, inv_scale, dtype), stats)
     return out, held, dict(zip(reference.STATS, stats.tolist(), strict=True))
 
 

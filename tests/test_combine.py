@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebu_optim.kernels import chunked, reference
-from ebu_optim.kernels.contract import Columns, Update
+from ebu_optim.kernels.contract import Columns, Update, Weights
 
 from . import oracle
 from .inputs import (
+    ADDED,
     FINITE,
     REAL,
     TINY,
@@ -25,6 +26,7 @@ from .inputs import (
     combine,
     constants,
     every_backend,
+    fill,
     gradients,
     lay_out,
     numpy,
@@ -120,6 +122,41 @@ def test_combination_and_sums_are_the_oracles(kernels, make, sizes, options, anc
     for tensors, copies in zip(arrays, before):
         for t, c in zip(tensors, copies):
             torch.testing.assert_close(t, c, rtol=0, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("delta", [None, (0.3, 0.6)])
+@pytest.mark.parametrize("penalty", ["partial", "full", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_sum_has_any_weights_and_masks_that_may_be_empty(kernels, delta, penalty, dtype):
+    rng = np.random.default_rng(0)
+    shapes = ((40,), (3, 5), (1,), ())
+    theta, g_f, g_r, anchor, fisher = arrays = problem(
+        lambda kind="normal": [fill(kind, shape, dtype, rng) for shape in shapes]
+    )
+    weights = Weights(-1.5, 0.25, 2.0, -0.5, 0.75, penalty)
+    out, _, stats = combine(*arrays, delta=delta, weights=weights, gamma=3.0, kernels=kernels)
+    theta, g_f, g_r, anchor, fisher = (numpy(a) for a in arrays)
+    masks = [[np.zeros(g.shape, bool) for g in g_f]] * 2
+    if delta is not None:
+        masks = [oracle.select(g, [d] * 4)[0] for g, d in zip((g_f, g_r), delta, strict=True)]
+    want, size = [], []
+    for t, f, r, t0, F, m_f, m_r in zip(theta, g_f, g_r, anchor, fisher, *masks, strict=True):
+        only_r, both = m_r & ~m_f, m_f & m_r
+        p = 3 * F * (t - t0) * {"partial": only_r, "full": 1, "none": 0}[penalty]
+        masked = 2 * m_f * f - 0.5 * only_r * r + 0.75 * both * (r - f)
+        want.append(-1.5 * f + 0.25 * r + masked + p)
+        size.append(5 * (abs(f) + abs(r)) + 3 * F * (abs(t) + abs(t0)))
+    assert_rounded(out, want, size)
+    selected = [sum(int(m.sum()) for m in ms) for ms in masks]
+    assert [stats["forget_selected"], stats["remember_selected"]] == selected
+    moved = [stats[f"moved_{name}_sq"] for name in ("forget_only", "remember_only", "overlap")]
+    assert any(moved) == (delta is not None)
+    assert sum(moved) + stats["moved_unrelated_sq"] == pytest.approx(
+        sum(((t - t0) ** 2).sum() for t, t0 in zip(theta, anchor, strict=True)), rel=1e-5
+    )
+    dot = sum((f * r).sum() for f, r in zip(g_f, g_r, strict=True))
+    assert stats["dot"] == pytest.approx(dot, abs=1e-4)
 
 
 @every_backend
@@ -324,7 +361,7 @@ def test_temporaries_are_bounded_by_the_constants_whatever_the_number_of_scalars
             chunked.combine(
                 Columns(*columns, out, held, [0] * len(theta), [1] * len(theta)),
                 taus,
-                Update(0.6, 1.0, "partial", "added", (True, True, True), 0.5, None, torch.float32),
+                Update(ADDED, 1.0, 0.5, None, torch.float32),
                 torch.zeros(len(reference.STATS), dtype=torch.float64),
             )
             chunked.restore(theta, held)

@@ -8,12 +8,10 @@ import math
 import pytest
 import torch
 
-from ebu_optim.kernels import contract, reference
-from ebu_optim.kernels.contract import Columns, Update
+from ebu_optim.kernels import contract
+from ebu_optim.kernels.contract import Columns, Weights
 
 from .poison import poison  # noqa: F401
-
-OPTIONS = {"gamma": 1.0, "online": None, "inv_scale": None, "dtype": torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -36,26 +34,28 @@ def test_rows_are_the_same_parameters_of_every_column():
 
 @pytest.mark.parametrize("update", ["added", "replaced", "routed"])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
-def test_weights_give_what_the_specification_computes(update, alpha):
+def test_weights_give_what_the_equations_do(update, alpha):
     """One scalar in each region, every choice of terms; without a penalty."""
     f, r = torch.tensor([5.0, 5.0, 1.0, 1.0]), torch.tensor([7.0, 2.0, 7.0, 2.0])
     m_f, m_r = (f > 3).float(), (r > 3).float()
     both = m_f * m_r
+    b = alpha * f + (1 - alpha) * r
+    m = both * b + (m_f - both) * f
     for terms in itertools.product((True, False), repeat=3):
         if update == "routed" and not all(terms):
             continue
-        how = Update(alpha=alpha, penalty="none", update=update, terms=terms, **OPTIONS)
-        w = how.weights()
+        w = Weights.reading(alpha=alpha, penalty="none", update=update, terms=terms)
         G = w.on_f * f + w.on_r * r + w.on_m * m_f * f + w.only_r * (m_r - both) * r
         G = G + w.blend * both * (r - f)
-        taus = contract.keys(torch.tensor([5.0, 7.0]), torch.float32).long()
-        out, none = [torch.zeros(4)], [None]
-        columns = Columns([torch.ones(4)], [f], [r], none, none, out, none, [0], [1])
-        reference.combine(columns, taus, how, torch.zeros(len(contract.STATS)).double())
-        torch.testing.assert_close(out[0], G)
+        first = both * b + (1 - both) * f if update == "replaced" else f
+        summed = sum(on * part for on, part in zip(terms, (first, r, m), strict=True))
+        want = m + (m_r - both) * r if update == "routed" else summed
+        torch.testing.assert_close(G, want)
 
 
 @pytest.mark.parametrize(("remember", "penalty"), [(True, "full"), (False, "none")])
 def test_penalty_is_part_of_the_remember_term(remember, penalty):
-    how = Update(0.6, penalty="full", update="added", terms=(True, remember, True), **OPTIONS)
-    assert how.weights().penalty == penalty
+    weights = Weights.reading(
+        alpha=0.6, penalty="full", update="added", terms=(True, remember, True)
+    )
+    assert weights.penalty == penalty

@@ -26,7 +26,8 @@ POINTERS = {
     **dict.fromkeys(["partial", "keys", "nonfinite", "prefix", "hist"], "*i64"),
     **dict.fromkeys(["samples", "done", "settled", "bits"], "*i32"),
     **dict.fromkeys(["n_chunks", "first", "count", "n_pools"], "i32"),
-    **dict.fromkeys(["on_r", "on_m", "blend", "gamma", "online", "inv_scale"], "fp32"),
+    **dict.fromkeys(["on_f", "on_r", "on_m", "on_only_r", "blend"], "fp32"),
+    **dict.fromkeys(["gamma", "online", "inv_scale"], "fp32"),
     "stats": "*fp64",
 }
 
@@ -68,12 +69,11 @@ def cases():
     for kind in (0, 1, 2):
         walk |= {"TILE": 512, "LANE": 4} if kind == 0 else {"TILE": 1024, "LANE": 8}
         numbers = {"GAMMA_AT": False, "ONLINE_AT": False, "inv_scale": None, **walk}
-        usual = {"ROUTED": False, "ON_F": True, "PENALTY": "partial"}
-        added = {"KINDS": packed(kind, kind, kind, kind, 0, kind, -1), **usual, **numbers}
-        yield "combine_kernel", added, {"partial": "*fp64"}
+        usual = {"KINDS": packed(kind, kind, kind, kind, 0, kind, -1), "PENALTY": "partial"}
+        yield "combine_kernel", {**usual, **numbers}, {"partial": "*fp64"}
         if kind == 0:  # the most registers
             tensors = {"GAMMA_AT": True, "ONLINE_AT": True, **walk}
-            most = {"KINDS": 0, "ROUTED": True, "ON_F": True, "PENALTY": "full", **tensors}
+            most = {"KINDS": 0, "PENALTY": "full", **tensors}
             at = dict.fromkeys(["gamma", "online", "inv_scale"], "*fp32")
             yield "combine_kernel", most, {"partial": "*fp64", **at}
 

@@ -122,13 +122,13 @@ def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
     kernels, device = _launch.kernels(), table.chunks.device
     n_chunks = table.chunks.shape[1]
     partial = torch.empty(len(STATS), n_chunks, dtype=torch.float64, device=device)
-    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    *weights, penalty = how.weights
     for kinds, first, count in table.launches:
         penalized = kinds[3] >= 0 and kinds[4] >= 0  # theta0 and F
         kernels.combine_kernel[(count,)](
-            table.chunks, n_chunks, first, taus, on_r, on_m, blend, how.gamma, how.online,
+            table.chunks, n_chunks, first, taus, *weights, how.gamma, how.online,
             how.inv_scale, partial, KINDS=_packed(kinds),
-            ROUTED=bool(only_r), ON_F=bool(on_f), PENALTY=penalty if penalized else "none",
+            PENALTY=penalty if penalized else "none",
             GAMMA_AT=isinstance(how.gamma, Tensor), ONLINE_AT=isinstance(how.online, Tensor),
             CHUNK=_tables.CHUNK, TILE=min(_launch.TILE, 512 if max(kinds) == 0 else 1024),
             LANE=4 if max(kinds) == 0 else 8, **OPTIONS,

@@ -36,22 +36,13 @@ STRIDES = tl.constexpr(10)  # bit j: column j is not one expanded value; bit 7: 
 
 
 @triton.jit
-def mixed(
-    g_f, g_r, m_f, both, only_r, on_r, on_m, blend, ROUTED: tl.constexpr, ON_F: tl.constexpr
-):  # fmt: skip
+def mixed(g_f, g_r, m_f, both, only_r, on_f, on_r, on_m, on_only_r, blend):
     """G without the penalty, see `contract.Weights`."""
-    if ROUTED:
-        out = m_f * g_f
-        out = out + only_r * g_r
-    else:
-        if ON_F:
-            out = g_f + g_r * on_r
-        else:
-            out = g_r * on_r
-        out = out + on_m * m_f * g_f
+    out = on_f * g_f + on_r * g_r
+    out = out + on_m * m_f * g_f
+    out = out + on_only_r * only_r * g_r
     out = out + -blend * both * g_f
-    out = out + blend * both * g_r
-    return out
+    return out + blend * both * g_r
 
 
 @triton.jit
@@ -108,9 +99,9 @@ def no_sums(SIZE: tl.constexpr):
 
 @triton.jit
 def combine_chunk(
-    column, n_chunks, length, strides, tau_f, tau_r, on_r, on_m, blend, gamma, online, inv_scale,
-    KINDS: tl.constexpr, ROUTED: tl.constexpr, ON_F: tl.constexpr, PENALTY: tl.constexpr,
-    TILE: tl.constexpr, LANE: tl.constexpr, IS_FULL: tl.constexpr,
+    column, n_chunks, length, strides, tau_f, tau_r, on_f, on_r, on_m, on_only_r, blend, gamma,
+    online, inv_scale, KINDS: tl.constexpr, PENALTY: tl.constexpr, TILE: tl.constexpr,
+    LANE: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
     """`reference.combine` on one chunk, in its order of operations: the sums."""
     # KINDs, 3 where the column is missing
@@ -142,7 +133,7 @@ def combine_chunk(
             g_r = g_r * inv_scale
         both = m_f * m_r
         only_r = m_r - both
-        out = mixed(g_f, g_r, m_f, both, only_r, on_r, on_m, blend, ROUTED, ON_F)
+        out = mixed(g_f, g_r, m_f, both, only_r, on_f, on_r, on_m, on_only_r, blend)
         if (ANCHOR_KIND < 3) or (HELD_KIND < 3):
             theta = read(theta_at, strides, offs, mask, KINDS, THETA, IS_FULL)
         if FISHER_KIND < 3:
@@ -185,10 +176,9 @@ def combine_chunk(
 
 @kernel
 def combine_kernel(
-    table, n_chunks, first, keys, on_r, on_m, blend, gamma, online, inv_scale, partial,
-    KINDS: tl.constexpr, ROUTED: tl.constexpr, ON_F: tl.constexpr, PENALTY: tl.constexpr,
-    GAMMA_AT: tl.constexpr, ONLINE_AT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    LANE: tl.constexpr,
+    table, n_chunks, first, keys, on_f, on_r, on_m, on_only_r, blend, gamma, online, inv_scale,
+    partial, KINDS: tl.constexpr, PENALTY: tl.constexpr, GAMMA_AT: tl.constexpr,
+    ONLINE_AT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """Steps 2 to 5 of method.md on one chunk, in place; its sums go to `partial`, [14, chunks].
 
@@ -220,16 +210,16 @@ def combine_kernel(
             counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
             fisher_sum,
         ) = combine_chunk(
-            column, n_chunks, CHUNK, strides, tau_f, tau_r, on_r, on_m, blend, gamma, online,
-            inv_scale, KINDS, ROUTED, ON_F, PENALTY, TILE, LANE, True,
+            column, n_chunks, CHUNK, strides, tau_f, tau_r, on_f, on_r, on_m, on_only_r, blend,
+            gamma, online, inv_scale, KINDS, PENALTY, TILE, LANE, True,
         )  # fmt: skip
     else:
         (
             counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
             fisher_sum,
         ) = combine_chunk(
-            column, n_chunks, length, strides, tau_f, tau_r, on_r, on_m, blend, gamma, online,
-            inv_scale, KINDS, ROUTED, ON_F, PENALTY, TILE, LANE, False,
+            column, n_chunks, length, strides, tau_f, tau_r, on_f, on_r, on_m, on_only_r, blend,
+            gamma, online, inv_scale, KINDS, PENALTY, TILE, LANE, False,
         )  # fmt: skip
     put(
         partial + c, n_chunks, counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r,

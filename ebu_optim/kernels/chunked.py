@@ -61,23 +61,21 @@ def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions, weights: Weights, rows: Rows)
     Masks are multiplied, not used to choose: where a gradient is not finite, neither is G.
     """
     out = rows("out", g_f)
-    if weights.only_r:
-        torch.mul(at.f, g_f, out=out)
-        out.addcmul_(at.only_r, g_r)
+    if weights.on_f == 1:
+        torch.add(g_f, g_r, alpha=weights.on_r, out=out)
     else:
-        if weights.on_f:
-            torch.add(g_f, g_r, alpha=weights.on_r, out=out)
-        else:
-            torch.mul(g_r, weights.on_r, out=out)
+        torch.mul(g_f, weights.on_f, out=out).add_(g_r, alpha=weights.on_r)
+    if weights.on_m:
         out.addcmul_(at.f, g_f, value=weights.on_m)
-    # in this order alpha = 0 leaves exactly g_r of a blend
-    out.addcmul_(at.both, g_f, value=-weights.blend)
-    return out.addcmul_(at.both, g_r, value=weights.blend)
+    if weights.only_r:
+        out.addcmul_(at.only_r, g_r, value=weights.only_r)
+    if weights.blend:  # in this order alpha = 0 leaves exactly g_r of a blend
+        out.addcmul_(at.both, g_f, value=-weights.blend)
+        out.addcmul_(at.both, g_r, value=weights.blend)
+    return out
 
 
-def _add_penalty(
-    out: Tensor, pack: Pack, at: _Regions, how: Update, weights: Weights, rows: Rows
-) -> list[Tensor]:
+def _add_penalty(out: Tensor, pack: Pack, at: _Regions, how: Update, rows: Rows) -> list[Tensor]:
     """Add p (eqs. 8, 9) to `out`; the squares of theta - theta0, summed over each region."""
     if "anchors" not in pack:
         return [out.new_zeros(())] * 4
@@ -87,14 +85,14 @@ def _add_penalty(
     ):
         torch.sub(theta.reshape(-1).to(how.dtype), _flat_on(anchor, theta, how.dtype), out=part)
     square = torch.mul(moved, moved, out=rows("moved_sq", out))
-    if "fishers" in pack and weights.penalty != "none":
+    if "fishers" in pack and how.weights.penalty != "none":
         for fisher, part in parts(pack["fishers"], moved):
             part.mul_(fisher.to(part.device, how.dtype, non_blocking=True))
         # p is `strength` times what is in `moved` now
         strength = 1.0 if isinstance(how.gamma, Tensor) else how.gamma
         if isinstance(how.gamma, Tensor):
             moved.mul_(how.gamma)
-        if weights.penalty == "partial":
+        if how.weights.penalty == "partial":
             out.addcmul_(at.only_r, moved, value=strength)
         else:
             out.add_(moved, alpha=strength)
@@ -113,7 +111,7 @@ def _online(pack: Pack, g_r: Tensor, how: Update, rows: Rows) -> tuple[Tensor, T
 
 
 def _combine_pack(
-    pack: Pack, tau_f: Tensor | int, tau_r: Tensor | int, how: Update, weights: Weights, rows: Rows
+    pack: Pack, tau_f: Tensor | int, tau_r: Tensor | int, how: Update, rows: Rows
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What goes into the columns out, fishers and held, as 1-d tensors; and the `STATS`."""
     g_f, g_r = (column(pack[name], name, rows).to(how.dtype) for name in ("g_f", "g_r"))
@@ -121,8 +119,8 @@ def _combine_pack(
     if how.inv_scale is not None:
         g_f = torch.mul(g_f, how.inv_scale, out=rows("scaled g_f", g_f))
         g_r = torch.mul(g_r, how.inv_scale, out=rows("scaled g_r", g_r))
-    out = _mixed(g_f, g_r, at, weights, rows)
-    moved = _add_penalty(out, pack, at, how, weights, rows)
+    out = _mixed(g_f, g_r, at, how.weights, rows)
+    moved = _add_penalty(out, pack, at, how, rows)
     products = [_dot(a, b) for a, b in ((g_f, g_r), (g_f, g_f), (g_r, g_r), (out, out))]
 
     result = out.to(pack["out"][0].dtype)
@@ -160,7 +158,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         for name, found in zip(Columns._fields, columns.tensors)
         if found and found[0] is not None
     }
-    buffers, weights = Rows(), how.weights()
+    buffers = Rows()
     pools = list(zip(columns.pool_f, columns.pool_r, strict=True))
     for pair, rows in packs(list(zip(*there.values(), strict=True)), pools):
         pack = dict(zip(there, zip(*rows)))
@@ -169,7 +167,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         here = how._replace(
             gamma=on_device(how.gamma, device), inv_scale=on_device(how.inv_scale, device)
         )
-        new, sums = _combine_pack(pack, tau_f, tau_r, here, weights, buffers)
+        new, sums = _combine_pack(pack, tau_f, tau_r, here, buffers)
         stats += torch.stack(sums).to(stats)
         for name, values in new.items():
             for piece, part in parts(pack[name], values):

@@ -80,6 +80,11 @@ def key_of_inf(dtype: torch.dtype) -> int:
     return INF[dtype]
 
 
+def key_of_nothing(dtype: torch.dtype) -> int:
+    """A threshold that no number reaches."""
+    return MAGNITUDE[dtype]
+
+
 # -- what `combine` takes -----------------------------------------------------------------------
 
 
@@ -150,26 +155,45 @@ class Columns(NamedTuple):
 
 class Weights(NamedTuple):
     """G = on_f g_f + on_r g_r + on_m M_f g_f + only_r R g_r + blend O (g_r - g_f) + p, where O is
-    the overlap, R what is selected to be remembered alone, and p the penalty that `penalty` names.
+    the overlap, R what is selected to be remembered alone, and p the penalty that `penalty` names:
+    "partial" (on R), "full" (on every scalar) or "none".
     """
 
     on_f: float
     on_r: float
-    on_m: float
-    only_r: float
-    blend: float
-    penalty: str
+    on_m: float = 0.0
+    only_r: float = 0.0
+    blend: float = 0.0
+    penalty: str = "none"
+
+    @classmethod
+    def reading(
+        cls, *, alpha: float, penalty: str, update: str, terms: tuple[bool, bool, bool]
+    ) -> Weights:
+        """The weights that every reading of eqs. 11 to 13 comes down to.
+
+        The blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that each is a sum of the same
+        products with other weights.
+
+        Args:
+            alpha: weight of g_f on the overlap.
+            penalty: as above.
+            update: "added", "replaced" or "routed".
+            terms: which of g_f, g_r + p and m are summed (not for "routed").
+        """
+        if update == "routed":
+            return cls(0.0, 0.0, 1.0, 1.0, 1.0 * (1 - alpha), penalty)
+        on_f, on_r, on_m = (float(on) for on in terms)
+        blended = on_m + (on_f if update == "replaced" else 0.0)
+        return cls(on_f, on_r, on_m, 0.0, blended * (1 - alpha), penalty if terms[1] else "none")
 
 
 class Update(NamedTuple):
     """How gradients become G: the options of a combination.
 
     Attributes:
-        alpha: weight of g_f on the overlap.
+        weights: the sum that G is.
         gamma: penalty strength times the scale of F; a float or a 0-d tensor on the device.
-        penalty: "partial", "full" or "none".
-        update: "added", "replaced" or "routed".
-        terms: which of g_f, g_r + p and m are summed (not for "routed").
         online: where not None, F += online * (g_r^2 - F) in place, after F was used; with
             online = 1 / (n + 1) after n updates F is the mean of the squares. A number, for the
             Triton kernels also a 0-d tensor.
@@ -180,25 +204,9 @@ class Update(NamedTuple):
             update_nonfinite.
     """
 
-    alpha: float
+    weights: Weights
     gamma: float | Tensor
-    penalty: str
-    update: str
-    terms: tuple[bool, bool, bool]
     online: Any
     inv_scale: Tensor | None
     dtype: torch.dtype
     counted: bool = True
-
-    def weights(self) -> Weights:
-        """The constants that every reading of eqs. 11 to 13 comes down to.
-
-        The blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that each is a sum of the same
-        products with other weights.
-        """
-        if self.update == "routed":
-            return Weights(0.0, 0.0, 1.0, 1.0, 1.0 * (1 - self.alpha), self.penalty)
-        on_f, on_r, on_m = (float(on) for on in self.terms)
-        blended = on_m + (on_f if self.update == "replaced" else 0.0)
-        penalty = self.penalty if self.terms[1] else "none"
-        return Weights(on_f, on_r, on_m, 0.0, blended * (1 - self.alpha), penalty)

@@ -145,7 +145,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         chunked.combine(columns.rows(left), taus, how, stats)
     if not rows:
         return
-    on_f, on_r, on_m, only_r, blend, penalty = how.weights()
+    on_f, on_r, on_m, only_r, blend, penalty = how.weights
     strength = float(how.gamma)
     numbers = (
         on_f, on_r, on_m, only_r, blend,

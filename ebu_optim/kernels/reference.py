@@ -21,6 +21,7 @@ from .contract import (
     Update,
     key_bits,
     key_of_inf,
+    key_of_nothing,
     key_to_value,
     keys,
     working_dtype,
@@ -33,6 +34,7 @@ __all__ = [
     "histogram",
     "key_bits",
     "key_of_inf",
+    "key_of_nothing",
     "key_to_value",
     "keys",
     "pieces",
@@ -99,18 +101,21 @@ def histogram(
 
 
 def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
-    """Steps 2 to 5 of method.md: regions, penalty, modulation and combination.
+    """Steps 2 to 5 of method.md: regions, penalty, modulation and combination, as the one sum that
+    they come down to (`contract.Weights`).
 
     Masks are 0 and 1 and are multiplied, not used to choose: where a gradient is not finite,
     neither is G.
 
     Args:
         columns: what is read, and written in place.
-        taus: the keys that `select` returned; a key of 0 selects every non-zero scalar.
+        taus: the keys that `select` returned; a key of 0 selects every non-zero scalar,
+            `key_of_nothing` none.
         how: the options.
         stats: float64 vector of len(STATS), added to.
     """
     dtype, taus = how.dtype, taus.clamp(min=1)  # zeros are never selected
+    on_f, on_r, on_m, on_only_r, blend, penalty = how.weights
     for theta, g_f, g_r, theta0, F, out, held, pool_f, pool_r in zip(*columns, strict=True):
         f, r = g_f.to(dtype), g_r.to(dtype)
         opposed = f.signbit() != r.signbit()
@@ -121,22 +126,14 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
         overlap = m_f * m_r
         only_f, only_r, unrelated = m_f - overlap, m_r - overlap, (1 - m_f) * (1 - m_r)
 
+        G = on_f * f + on_r * r + on_m * m_f * f + on_only_r * only_r * r
+        # in this order alpha = 0 leaves exactly g_r of a blend
+        G = G - blend * overlap * f + blend * overlap * r
         # penalty, eqs. 8 and 9
         moved = theta.to(dtype) - theta0.to(f.device, dtype) if theta0 is not None else 0 * m_f
-        p = torch.zeros_like(f)
-        if theta0 is not None and F is not None and how.penalty != "none":
+        if theta0 is not None and F is not None and penalty != "none":
             p = how.gamma * F.to(f.device, dtype) * moved
-            p = p if how.penalty == "full" else only_r * p
-        # modulation, eq. 11 as in Algorithm 1 line 7
-        b = how.alpha * f + (1 - how.alpha) * r
-        m = overlap * b + only_f * f
-        # combination, eqs. 12 and 13
-        if how.update == "routed":
-            G = m + only_r * r + p
-        else:
-            on_f, on_r, on_m = how.terms
-            first = overlap * b + (1 - overlap) * f if how.update == "replaced" else f
-            G = on_f * first + on_r * (r + p) + on_m * m
+            G = G + (p if penalty == "full" else only_r * p)
 
         new = None
         if F is not None and how.online is not None:

@@ -190,17 +190,8 @@ class Anchors:
         online = self.mode == "online" and self.active
         return list(map((self.count if online else {}).get, slots.keys, repeat(0)))
 
-    def average(self, slots: Iterable[Slot], squares: Iterable[Tensor]) -> None:
-        """Squares of the remember gradients go into an online F."""
-        slots = list(slots)
-        for slot, square in zip(slots, squares, strict=True):
-            f, weight = local(self.fisher[slot.key]), self.online_weight(slot.key)
-            square = square.to(f.device)
-            f.copy_(torch.lerp(f.to(square), square, weight or 0.0))
-        self.counted(SlotList(slots), None)
-
-    def counted(self, slots: SlotList, mean: Tensor | None) -> None:
-        """One more square has gone into the F of these; their mean, None where not known."""
+    def counted(self, slots: SlotList, mean: Tensor) -> None:
+        """One more square has gone into the F of these, which have this mean."""
         counts = map((1).__add__, map(self.count.get, slots.keys, repeat(0)))
         self.count.update(zip(slots.keys, counts, strict=True))
         whole = slots.key_set == self._present or slots.key_set >= (

@@ -7,7 +7,7 @@ theirs (`kernels.reference`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import reference
-from ..kernels.contract import Column, Columns, Update
-from . import _checks
+from ..kernels.contract import Column, Columns, Update, Weights
 from ._anchors import Anchors
 from ._shards import Shards
-from ._slots import Slot, SlotList
+from ._slots import Group, Slot, SlotList
 
 
 class Selection(NamedTuple):
@@ -30,10 +29,33 @@ class Selection(NamedTuple):
     grads: tuple[Column, Column]  # g_f and g_r per slot, missing ones as zeros
     taus: Tensor  # keys, one for every pool
     pools: tuple[list[int], list[int]]  # per slot, of g_f and of g_r
-    nonfinite: Tensor  # of g_f and of g_r, int64 [2]
+    nonfinite: Tensor  # of g_f and of g_r, int64 [2]; zeros where no selection was made
     total: int  # scalars
     dtype: torch.dtype
     backend: Any
+
+    def thresholds(self, inv_scale: Tensor | None) -> Tensor:
+        """As magnitudes, loss scale undone."""
+        values = reference.key_to_value(self.taus, self.dtype)
+        return values if inv_scale is None else values * inv_scale.to(values)
+
+
+class Combined(NamedTuple):
+    """What a rule made of a step's gradients.
+
+    Attributes:
+        grads: G per slot, in the parameter's dtype; may lie in the buffer of a spent gradient.
+        held: per slot what the base step may not move, NaN elsewhere, or None for nothing.
+        nonfinite: elements of G that are NaN or Inf, or any number > 0 for some; 0-d float64.
+        update_sq: |G|^2 over the whole model, 0-d float64.
+        last: what `Rule.read` makes `stats` of; on the device.
+    """
+
+    grads: list[Tensor]
+    held: list[Tensor] | None
+    nonfinite: Tensor
+    update_sq: Tensor
+    last: Any
 
 
 def select(
@@ -41,7 +63,7 @@ def select(
     g_f: Sequence[Tensor | None],
     g_r: Sequence[Tensor | None],
     *,
-    granularity: str,
+    granularity: str | None,
     fused: bool | None,
     shards: Shards,
 ) -> Selection:
@@ -50,6 +72,7 @@ def select(
     Args:
         slots: parameters that have at least one of the two gradients.
         g_f, g_r: per slot; None counts as zero.
+        granularity: "model" or "tensor"; None selects nothing, and looks at no gradient.
         shards: where the parameters are parts of larger ones, how the parts count together.
     """
     slots = slots if isinstance(slots, SlotList) else SlotList(slots)
@@ -57,6 +80,14 @@ def select(
     backend = kernels.backend(slots.params, fused)
     dtype = reference.working_dtype([*full_f, *full_r])
     sizes = [shards.numel(s) for s in slots] if shards else list(map(Tensor.numel, slots.params))
+    total = sum(sizes)
+    if granularity is None:
+        device, nowhere = slots[0].param.device, [0] * len(slots)
+        taus = torch.full((1,), reference.key_of_nothing(dtype), device=device)
+        nonfinite = torch.zeros(2, dtype=torch.int64)
+        return Selection(
+            (full_f, full_r), taus, (nowhere, nowhere), nonfinite, total, dtype, backend
+        )
     ranked = _ranked(slots, sizes, granularity)
     pools = [
         (grads if len(members) == len(grads) else grads.picked(members), k)
@@ -73,7 +104,7 @@ def select(
     both = nonfinite
     if len(pools) != 2:  # not one for each gradient
         both = torch.stack([part.sum() for part in nonfinite.split([*map(len, ranked.pools)])])
-    return Selection((full_f, full_r), taus, ranked.of_slot, both, sum(sizes), dtype, backend)
+    return Selection((full_f, full_r), taus, ranked.of_slot, both, total, dtype, backend)
 
 
 def combine(
@@ -83,26 +114,37 @@ def combine(
     selection: Selection,
     anchors: Anchors,
     *,
-    penalty: str,
-    update: str,
-    unrelated: str,
-    terms: Sequence[str],
+    weigh: Callable[[Group], tuple[Weights, float]],
     inv_scale: Tensor | None,
     shards: Shards,
+    freeze: bool = False,
+    average: bool = True,
     counted: bool = True,
-) -> tuple[list[Tensor], list[Tensor] | None, Tensor, Tensor]:
-    """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None); an online F is updated.
+) -> Combined:
+    """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None).
+
+    Args:
+        weigh: the weights and the strength of the penalty in a parameter group.
+        freeze: hold what ``unrelated="freeze"`` has to put back.
+        average: update an online F; False leaves it, and what it is made of: G is in place of g_f.
+        counted: add up what is no figure of G too, see `Update`.
 
     Returns:
-        G per slot; what ``unrelated="freeze"`` has to put back, or None; the `STATS` over all
-        processes; the thresholds as magnitudes, loss scale undone.
+        `last` is the `STATS` over all processes and the number of scalars.
     """
     (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
-    out: list[Any] = full_r
-    if any(map(is_, g_r, repeat(None))):
-        out = [f if r is None else r for f, r in zip(g_f, g_r, strict=True)]
+    online = anchors.mode == "online" and anchors.active
+    out, first, second = full_r, g_r, g_f
+    if online and not average:
+        out, first, second = full_f, g_f, [None] * len(slots)
+    if any(map(is_, first, repeat(None))):
+        spent = (b if a is None else a for a, b in zip(first, second, strict=True))
+        out = Column(
+            torch.empty_like(p) if g is None else g
+            for g, p in zip(spent, slots.params, strict=True)
+        )
     held: list[Tensor] | None = None
-    if unrelated == "freeze":
+    if freeze:
         # the spent forget gradient holds the old values
         held = [
             f if f is not None and f is not o and f.dtype == s.param.dtype
@@ -120,28 +162,19 @@ def combine(
         Column(held or [None] * len(slots)), pool_f, pool_r,
     )  # fmt: skip
     for rows, ours in _buckets(slots, theta0, fishers, anchors, shards):
-        first = slots[rows[0]]
+        slot = slots[rows[0]]
         columns = whole.rows(rows)
-        how = Update(
-            alpha=float(first.group["ebu_alpha"]),
-            gamma=scale * float(first.group["ebu_gamma"]),
-            penalty=penalty,
-            update=update,
-            terms=tuple(t in terms for t in _checks.TERMS),  # type: ignore[arg-type]
-            online=anchors.online_weight(first.key),
-            inv_scale=inv_scale,
-            dtype=dtype,
-            counted=counted,
-        )
+        weights, gamma = weigh(slot.group)
+        share = anchors.online_weight(slot.key) if average else None
+        how = Update(weights, scale * gamma, share, inv_scale, dtype, counted)
         # into the void what another process counts
         backend.combine(columns, taus, how, stats if ours else torch.zeros_like(stats))
     shards.add(stats)
-    if anchors.mode == "online" and anchors.active:
+    if online and average:
         anchors.counted(slots, stats[_AT["fisher_sum"]] / total)
-    values = reference.key_to_value(taus, dtype)
-    if inv_scale is not None:
-        values = values * inv_scale.to(values)
-    return out, held, stats, values
+    return Combined(
+        out, held, stats[_AT["update_nonfinite"]], stats[_AT["update_sq"]], (stats, total)
+    )
 
 
 _AT = {name: i for i, name in enumerate(reference.STATS)}

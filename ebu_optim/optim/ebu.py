@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels import reference
+from ..kernels.contract import Weights
 from . import _checks
 from ._holding import Holding, TensorMap
-from ._selection import combine
 from ._shards import local
+from ._slots import Group
 from ._stats import read_stats
 from .phased import PhasedOptimizer
 from .rule import Combined, Rule, Step
-
-_UPDATE_NONFINITE, _UPDATE_SQ = map(reference.STATS.index, ("update_nonfinite", "update_sq"))
 
 
 class EBURule(Rule):
@@ -58,16 +57,15 @@ class EBURule(Rule):
 
     def combine(self, step: Step) -> Combined:
         selection = step.select(self.options["granularity"], self.fused)
-        how = {name: self.options[name] for name in ("penalty", "update", "unrelated", "terms")}
-        grads, held, stats, thresholds = combine(
-            step.slots, step.g_f, step.g_r, selection, step.anchors, **how,
-            inv_scale=None if step.inv_scale is None else step.inv_scale.float(),
-            shards=step.shards, counted=self.stats,
-        )  # fmt: skip
-        return Combined(
-            grads, held, stats[_UPDATE_NONFINITE], stats[_UPDATE_SQ],
-            (stats, thresholds, selection.total),
-        )  # fmt: skip
+        made = step.combine(selection, self._weigh, freeze=self.options["unrelated"] == "freeze")
+        stats, total = made.last
+        return made._replace(last=(stats, selection.thresholds(step.inv_scale), total))
+
+    def _weigh(self, group: Group) -> tuple[Weights, float]:
+        penalty, update, terms = (self.options[name] for name in ("penalty", "update", "terms"))
+        summed: Any = tuple(t in terms for t in _checks.TERMS)
+        alpha, gamma = float(group["ebu_alpha"]), float(group["ebu_gamma"])
+        return Weights.reading(alpha=alpha, penalty=penalty, update=update, terms=summed), gamma
 
     def accepted(self, step: Step) -> None:
         """The kernels have updated an online F."""

@@ -18,18 +18,19 @@ shards, clipping or checkpoints:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.contract import Weights
 from . import _checks
 from ._anchors import Anchors
-from ._selection import Selection, select
+from ._selection import Combined, Selection, combine, select
 from ._shards import Shards, like, local, spread
-from ._slots import Key, Slot, SlotList
+from ._slots import Group, Key, Slot, SlotList
 
 __all__ = [
     "Combined",
@@ -52,24 +53,6 @@ __all__ = [
 
 choice = _checks.choice
 Figures = dict[str, Any]
-
-
-class Combined(NamedTuple):
-    """What a rule made of a step's gradients.
-
-    Attributes:
-        grads: G per slot, in the parameter's dtype; may lie in the buffer of a spent gradient.
-        held: per slot what the base step may not move, NaN elsewhere, or None for nothing.
-        nonfinite: elements of G that are NaN or Inf, or any number > 0 for some; 0-d float64.
-        update_sq: |G|^2 over the whole model, 0-d float64.
-        last: what `Rule.read` makes `stats` of; on the device.
-    """
-
-    grads: list[Tensor]
-    held: list[Tensor] | None
-    nonfinite: Tensor
-    update_sq: Tensor
-    last: Any
 
 
 class Step:
@@ -98,8 +81,9 @@ class Step:
         self.inv_scale, self.shards, self.anchors, self.number = inv_scale, shards, anchors, number
         self._selections: dict[Any, Selection] = {}
 
-    def select(self, granularity: str = "model", fused: bool | None = None) -> Selection:
-        """The exact top-delta selection of both gradients (method.md, step 1), made once."""
+    def select(self, granularity: str | None = "model", fused: bool | None = None) -> Selection:
+        """The exact top-delta selection of both gradients (method.md, step 1), made once; a
+        granularity of None selects nothing."""
         key = (granularity, fused)
         if key not in self._selections:
             self._selections[key] = select(
@@ -107,6 +91,34 @@ class Step:
                 granularity=granularity, fused=fused, shards=self.shards,
             )  # fmt: skip
         return self._selections[key]
+
+    def combine(
+        self, selection: Selection, weigh: Callable[[Group], tuple[Weights, float]], **how: bool
+    ) -> Combined:
+        """G by the kernels, in the buffer of a spent gradient; see `_selection.combine`."""
+        inv_scale = None if self.inv_scale is None else self.inv_scale.float()
+        return combine(
+            self.slots, self.g_f, self.g_r, selection, self.anchors, weigh=weigh,
+            inv_scale=inv_scale, shards=self.shards, **how,
+        )  # fmt: skip
+
+    def average(self, fused: bool | None) -> None:
+        """The squares of g_r go into an online F; g_r is spent."""
+        alone = Step(
+            self.slots, [None] * len(self.slots), self.g_r, self.inv_scale, self.shards,
+            self.anchors, self.number,
+        )  # fmt: skip
+        alone.combine(alone.select(None, fused), lambda group: (Weights(0.0, 0.0), 0.0))
+
+    def nonfinite(self) -> Tensor:
+        """How many elements of g_f and of g_r are NaN or Inf, int64 [2]; waits for the device."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self.slots[0].param.device)
+        for i, grads in enumerate((self.g_f, self.g_r)):
+            for slot, g in zip(self.slots, grads, strict=True):
+                if g is not None and self.shards.counts(slot.key):
+                    counts[i] += (~g.isfinite()).sum().to(counts.device)
+        self.shards.add(counts)
+        return counts
 
     def gradients(self, i: int) -> tuple[Tensor, Tensor]:
         """g_f and g_r of the i-th slot as new tensors of float32 at least, loss scale undone; a
@@ -118,11 +130,6 @@ class Step:
         if g is None:
             return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         return wide(g, self.inv_scale)
-
-    def squares(self) -> Iterator[Tensor]:
-        """g_r^2 of every slot, loss scale undone: what an online F is the mean of."""
-        for i in range(len(self.slots)):
-            yield self._wide(self.g_r, i).square_()
 
     def add_up(self, parts: Iterable[Tensor]) -> Tensor:
         """The sum of 0-d tensors of this process, 0-d float64 on the first parameter's device."""
@@ -223,12 +230,11 @@ class Rule:
 
     def nonfinite(self, step: Step) -> Tensor:
         """How many elements of g_f and of g_r are NaN or Inf, int64 [2]. Changes nothing."""
-        if bool(torch.stack([step.forget_sq, step.remember_sq]).isfinite().all()):
-            return torch.zeros(2, dtype=torch.int64)
-        return torch.tensor([
-            sum(int((~g.isfinite()).sum()) for g in grads if g is not None)
-            for grads in (step.g_f, step.g_r)
-        ])  # fmt: skip
+        return torch.zeros(2, dtype=torch.int64) if self.finite(step) else step.nonfinite()
+
+    def finite(self, step: Step) -> bool:
+        """Whether both gradients are, on all processes."""
+        return bool(torch.stack([step.forget_sq, step.remember_sq]).isfinite().all())
 
     def combine(self, step: Step) -> Combined:
         """G of every slot, one by one; nothing but spent gradients is written."""
@@ -263,7 +269,7 @@ class Rule:
     def accepted(self, step: Step) -> None:
         """After the check of G: the squares of g_r go into an online F."""
         if step.anchors.mode == "online" and step.anchors.active:
-            step.anchors.average(step.slots, step.squares())
+            step.average(self.fused)
 
     def read(self, last: Any) -> dict[str, Any]:
         """`stats` of the last accepted step: see `PhasedOptimizer.stats`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ebu_optim.kernels import reference
-from ebu_optim.kernels.contract import Columns, Update
+from ebu_optim.kernels.contract import Columns, Update, Weights
 
 ALPHA, DELTA, GAMMA = 0.6, 0.5, 1.0
 TERMS = (True, True, True)
@@ -90,13 +90,15 @@ def combine(
 ) -> Tensor:
     """Ours: G into `out`; x has the columns params, g_f, g_r, anchors and fishers."""
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=keys.device)
-    options = {"online": None, "inv_scale": None, "update": "added", "gamma": GAMMA} | options
+    options = {"online": None, "inv_scale": None, "gamma": GAMMA} | options
     columns = Columns(
         x["params"], x["g_f"], x["g_r"], x["anchors"], x["fishers"], out, [None] * len(out),
         [0] * len(out), [1] * len(out),
     )  # fmt: skip
-    fixed: dict[str, Any] = {"penalty": "partial", "terms": TERMS, "dtype": torch.float32}
-    module.combine(columns, keys, Update(alpha=ALPHA, **fixed, **options), stats)
+    weights = Weights.reading(
+        alpha=ALPHA, penalty="partial", update=options.pop("update", "added"), terms=TERMS
+    )
+    module.combine(columns, keys, Update(weights, dtype=torch.float32, **options), stats)
     return stats
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ebu_optim.kernels import chunked, reference
 from ebu_optim.kernels import triton as fused
 from ebu_optim.kernels._triton_combination import mixed, online_fisher
-from ebu_optim.kernels.contract import Update
+from ebu_optim.kernels.contract import Weights
 
 from .. import inputs, oracle, test_combine
 from ..inputs import fill, gradients, lay_out, total
@@ -27,32 +27,30 @@ from ..test_combine import (  # noqa: F401
     test_output_may_be_the_remember_gradient_and_held_the_forget_gradient,
     test_restore_puts_back_the_unrelated_scalars_and_no_others,
     test_scaling,
+    test_sum_has_any_weights_and_masks_that_may_be_empty,
 )
 from .shared import TAKEN, combine, same, slow
 
 
 @triton.jit
-def mixed_kernel(
-    g_f, g_r, m_f, m_r, out, on_r, on_m, blend, ROUTED: tl.constexpr, ON_F: tl.constexpr
-):
+def mixed_kernel(g_f, g_r, m_f, m_r, out, on_f, on_r, on_m, on_only_r, blend):
     offs = tl.arange(0, 64)
     f, r = tl.load(m_f + offs), tl.load(m_r + offs)
     of_f, of_r = tl.load(g_f + offs), tl.load(g_r + offs)
-    g = mixed(of_f, of_r, f, f * r, r - f * r, on_r, on_m, blend, ROUTED, ON_F)
+    g = mixed(of_f, of_r, f, f * r, r - f * r, on_f, on_r, on_m, on_only_r, blend)
     tl.store(out + offs, g)
 
 
 @pytest.mark.parametrize("update", ["added", "replaced", "routed"])
 @pytest.mark.parametrize("terms", [(True,) * 3, (False, True, True), (True, False, False)])
 def test_mixture_is_that_of_the_weights(update, terms):
-    how = Update(0.6, 0.0, "none", update, terms, None, None, torch.float32)
-    on_f, on_r, on_m, only_r, blend, _ = how.weights()
+    *numbers, _ = Weights.reading(alpha=0.6, penalty="none", update=update, terms=terms)
+    on_f, on_r, on_m, only_r, blend = numbers
     generator = torch.Generator().manual_seed(0)
     g_f, g_r = torch.randn(2, 64, generator=generator)
     m_f, m_r = torch.randint(0, 2, (2, 64), generator=generator).float()
     out = torch.empty(64)
-    constants = {"ROUTED": bool(only_r), "ON_F": bool(on_f)}
-    mixed_kernel[(1,)](g_f, g_r, m_f, m_r, out, on_r, on_m, blend, **constants)
+    mixed_kernel[(1,)](g_f, g_r, m_f, m_r, out, *numbers)
     both = m_f * m_r
     want = on_f * g_f + on_r * g_r + on_m * m_f * g_f + only_r * (m_r - both) * g_r
     torch.testing.assert_close(out, want + blend * both * (g_r - g_f))

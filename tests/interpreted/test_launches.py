@@ -13,7 +13,7 @@ from ebu_optim.kernels import _launch, _launch_plan, _tables, reference
 from ebu_optim.kernels import triton as fused
 from ebu_optim.kernels.contract import Columns, Update
 
-from ..inputs import total
+from ..inputs import ADDED, total
 from .shared import combine
 
 
@@ -45,7 +45,7 @@ def step(theta, g_f, g_r, fisher, granularity="model"):
     fused.combine(
         Columns(theta, g_f, g_r, theta, fisher, g_r, [None] * n, first, second),
         keys,
-        Update(0.6, 1.0, "partial", "added", (True,) * 3, None, None, torch.float32),
+        Update(ADDED, 1.0, None, None, torch.float32),
         torch.zeros(len(reference.STATS), dtype=torch.float64),
     )
 
