@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .._compat import compat
-from ..optim import PhasedOptimizer, Rule, Slot, Step
+from ..optim import PhasedOptimizer, Step, WeightedSum
 from ..optim.rule import Figures, local, weight
 from ._recipe import recipe
 
 
-class Multiplied(Rule):
+class Multiplied(WeightedSum):
     """G = g_r + lambda g_f, lambda constant or max(0, eta - cos(g_r, g_f)).
 
     Args:
@@ -24,7 +23,7 @@ class Multiplied(Rule):
     """
 
     def __init__(self, lam: float, eta: float | None) -> None:
-        super().__init__(lam=weight("lam", lam))
+        super().__init__(lam=lam)
         self.options = {"eta": None if eta is None else weight("eta", eta)}
 
     def begin(self, step: Step) -> Figures:
@@ -35,9 +34,8 @@ class Multiplied(Rule):
         lam = (eta - step.dot / (norms + 1e-8)).clamp(min=0.0)
         return {"lam": torch.where(step.forget_sq > 0, lam, 0.0)}
 
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        lam = figures["lam"].to(g_f) if figures else slot.group["ebu_lam"]
-        return g_f.mul_(lam).add_(g_r)
+    def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
+        return figures.get("lam", group["ebu_lam"]), 1.0, 0.0
 
 
 class EraseDiff(PhasedOptimizer):

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Rule, Slot
-from ..optim.rule import Figures
+from ..optim import PhasedOptimizer, WeightedSum
 from ._recipe import recipe
-
-
-class ForgetDescent(Rule):
-    """G = g_f."""
-
-    needs = ("forget",)
-
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_f
 
 
 class ESD(PhasedOptimizer):
@@ -30,12 +19,13 @@ class ESD(PhasedOptimizer):
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
-    needs = ForgetDescent.needs
+    needs = ("forget",)
 
     def __init__(
         self, base: Optimizer, *, max_grad_norm: float | None = None, nonfinite: str = "raise"
     ) -> None:
-        super().__init__(base, ForgetDescent(), max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+        rule = WeightedSum(self.needs)
+        super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
 #: What it learns from.

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Rule, Slot
-from ..optim.rule import Figures
+from ..optim import PhasedOptimizer, WeightedSum
 from ._recipe import recipe
-
-
-class Descent(Rule):
-    """G = g_r."""
-
-    needs = ("remember",)
-
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_r
 
 
 class FineTune(PhasedOptimizer):
@@ -31,12 +20,13 @@ class FineTune(PhasedOptimizer):
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
-    needs = Descent.needs
+    needs = ("remember",)
 
     def __init__(
         self, base: Optimizer, *, max_grad_norm: float | None = None, nonfinite: str = "raise"
     ) -> None:
-        super().__init__(base, Descent(), max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+        rule = WeightedSum(self.needs)
+        super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
 #: What it learns from.

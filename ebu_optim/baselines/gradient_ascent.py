@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Rule, Slot
-from ..optim.rule import Figures, weight
+from ..optim import PhasedOptimizer, WeightedSum
+from ..optim.rule import Figures
 from ._recipe import recipe
 
 
-class Ascent(Rule):
+class Ascent(WeightedSum):
     """G = -g_f + w_r g_r; with w_r = 0 the remember phase is not needed.
 
     Args:
         remember_weight: w_r, >= 0.
     """
 
-    needs: tuple[str, ...] = ("forget",)
-
     def __init__(self, remember_weight: float) -> None:
-        w = weight("remember_weight", remember_weight)
-        super().__init__(remember_weight=w)
-        self.needs = ("forget", "remember") if w > 0 else ("forget",)
+        super().__init__(("forget",), remember_weight=remember_weight)
+        if self.numbers["remember_weight"] > 0:
+            self.needs = ("forget", "remember")
 
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_r.mul_(slot.group["ebu_remember_weight"]).sub_(g_f)
+    def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
+        return -1.0, group["ebu_remember_weight"], 0.0
 
 
 class GradientAscent(PhasedOptimizer):
@@ -41,7 +40,7 @@ class GradientAscent(PhasedOptimizer):
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
-    needs = Ascent.needs
+    needs = ("forget",)
 
     def __init__(
         self,

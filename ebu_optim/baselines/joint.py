@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Rule, Slot
-from ..optim.rule import Figures, weight
+from ..optim import PhasedOptimizer, WeightedSum
 from ._recipe import recipe
-
-
-class WeightedSum(Rule):
-    """G = w_f g_f + g_r.
-
-    Args:
-        forget_weight: w_f, >= 0.
-    """
-
-    def __init__(self, forget_weight: float) -> None:
-        super().__init__(forget_weight=weight("forget_weight", forget_weight))
-
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_f.mul_(slot.group["ebu_forget_weight"]).add_(g_r)
 
 
 class Joint(PhasedOptimizer):
@@ -42,8 +26,9 @@ class Joint(PhasedOptimizer):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, WeightedSum(forget_weight), max_grad_norm=max_grad_norm, nonfinite=nonfinite
-        )
+            base, WeightedSum(forget_weight=forget_weight),
+            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
+        )  # fmt: skip
 
 
 #: What it learns from.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Rule, Slot, Step
-from ..optim.rule import Figures, weight
+from ..optim import PhasedOptimizer, Step, WeightedSum
+from ..optim.rule import Figures
 from ._recipe import recipe
 
 
-class Weighted(Rule):
+class Weighted(WeightedSum):
     """Two weights from the Gramian of (w_f g_f, g_r), over all parameters as one vector.
 
     Args:
@@ -22,7 +23,7 @@ class Weighted(Rule):
     """
 
     def __init__(self, forget_weight: float, weighting: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(forget_weight=weight("forget_weight", forget_weight))
+        super().__init__(forget_weight=forget_weight)
         self.weighting = weighting
 
     def begin(self, step: Step) -> Figures:
@@ -32,9 +33,8 @@ class Weighted(Rule):
         weights = self.weighting(gramian)
         return {"forget_weight": weights[0] * w, "remember_weight": weights[1]}
 
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        a, b = (figures[n].to(g_f) for n in ("forget_weight", "remember_weight"))
-        return g_f.mul_(a).add_(g_r.mul_(b))
+    def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
+        return figures["forget_weight"], figures["remember_weight"], 0.0
 
 
 class PCGrad(PhasedOptimizer):

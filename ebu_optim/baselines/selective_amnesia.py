@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .._compat import compat
-from ..optim import PhasedOptimizer, Rule, Slot, Step, TensorMap
-from ..optim.rule import Figures, weight
+from ..optim import PhasedOptimizer, TensorMap, WeightedSum
+from ..optim.rule import Figures
 from ._recipe import recipe
 
 
-class FullAlignment(Rule):
-    """G = w_f g_f + w_r g_r + 2 lambda F (theta - theta0).
+class FullAlignment(WeightedSum):
+    """G = w_f g_f + w_r g_r + 2 lambda F (theta - theta0), lambda being the number ``lam``."""
 
-    Args:
-        lam, forget_weight, remember_weight: lambda, w_f and w_r, >= 0.
-    """
-
-    def __init__(self, **numbers: float) -> None:
-        super().__init__(**{n: weight(n, v) for n, v in numbers.items()})
-
-    def begin(self, step: Step) -> Figures:
-        return {"_anchors": step.anchors, "_scale": step.anchors.scale(step.shards)}
-
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        group = slot.group
-        G = g_f.mul_(group["ebu_forget_weight"]).add_(g_r, alpha=group["ebu_remember_weight"])
-        pull = figures["_anchors"].pull(slot, G, figures["_scale"])
-        return G.add_(pull, alpha=2 * group["ebu_lam"])
+    def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
+        w_f, w_r, _ = super().weigh(group, figures)
+        return w_f, w_r, 2 * group["ebu_lam"]
 
 
 class SelectiveAmnesia(PhasedOptimizer):

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Rule, Slot
-from ..optim.rule import Figures, weight
+from ..optim import PhasedOptimizer, WeightedSum
+from ..optim.rule import Figures
 from ._recipe import recipe
 
 
-class Anchored(Rule):
-    """G = g_f + lambda g_r.
+class Anchored(WeightedSum):
+    """G = g_f + lambda g_r, lambda being the number ``anchor_weight``."""
 
-    Args:
-        anchor_weight: lambda, >= 0.
-    """
-
-    def __init__(self, anchor_weight: float) -> None:
-        super().__init__(anchor_weight=weight("anchor_weight", anchor_weight))
-
-    def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        return g_f.add_(g_r, alpha=slot.group["ebu_anchor_weight"])
+    def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
+        return 1.0, group["ebu_anchor_weight"], 0.0
 
 
 class SPM(PhasedOptimizer):
@@ -47,8 +41,9 @@ class SPM(PhasedOptimizer):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, Anchored(anchor_weight), max_grad_norm=max_grad_norm, nonfinite=nonfinite
-        )
+            base, Anchored(anchor_weight=anchor_weight),
+            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
+        )  # fmt: skip
 
 
 #: What it learns from.

@@ -260,9 +260,9 @@ class Rule:
                 held.append(slot.param.masked_fill(movable, math.nan))
         totals = torch.stack([step.add_up(update_sq), step.add_up(moved_sq)])
         step.shards.add(totals)
-        shown = {n: v for n, v in figures.items() if not n.startswith("_")}
         vector = torch.stack([*products, *totals])
-        last = (vector, sum(map(step.shards.numel, step.slots)), bool(step.anchors.anchor), shown)
+        total = sum(map(step.shards.numel, step.slots))
+        last = (vector, total, bool(step.anchors.anchor), shown(figures))
         nonfinite = (~totals[0].isfinite()).double()
         return Combined(out, held or None, nonfinite, totals[0], last)
 
@@ -276,17 +276,22 @@ class Rule:
         vector, total, anchored, figures = last
         dot, f, r, update, moved = vector.tolist()
         norms = math.sqrt(f) * math.sqrt(r)
-        shown: dict[str, Any] = {"total": total}
+        stats: dict[str, Any] = {"total": total}
         if "forget" in self.needs:
-            shown["forget_norm"] = math.sqrt(f)
+            stats["forget_norm"] = math.sqrt(f)
         if "remember" in self.needs:
-            shown["remember_norm"] = math.sqrt(r)
+            stats["remember_norm"] = math.sqrt(r)
         if len(self.needs) == 2:
-            shown["cosine"] = dot / norms if norms else math.nan
-        shown["update_norm"] = math.sqrt(update)
+            stats["cosine"] = dot / norms if norms else math.nan
+        stats["update_norm"] = math.sqrt(update)
         if anchored:
-            shown["moved"] = math.sqrt(moved)
-        return shown | {k: v.item() if isinstance(v, Tensor) else v for k, v in figures.items()}
+            stats["moved"] = math.sqrt(moved)
+        return stats | {k: v.item() if isinstance(v, Tensor) else v for k, v in figures.items()}
+
+
+def shown(figures: Figures) -> Figures:
+    """Those that `stats` shows."""
+    return {name: value for name, value in figures.items() if not name.startswith("_")}
 
 
 def square(t: Tensor) -> Tensor:
