@@ -18,19 +18,17 @@ shards, clipping or checkpoints:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.contract import Weights
 from . import _checks
-from ._anchors import Anchors
-from ._selection import Combined, Selection, combine, select
+from ._selection import Combined, Selection, select
 from ._shards import Shards, like, local, spread
-from ._slots import Group, Key, Slot, SlotList
+from ._slots import Key, Slot
+from ._step import Figures, Step, square, wide
 
 __all__ = [
     "Combined",
@@ -52,123 +50,6 @@ __all__ = [
 ]
 
 choice = _checks.choice
-Figures = dict[str, Any]
-
-
-class Step:
-    """A step's gradients as they came, and what is asked over all scalars of the model.
-
-    Attributes:
-        slots: with local parameters; those that have at least one of the two gradients.
-        g_f, g_r: per slot, None where missing, loss scale not undone.
-        inv_scale: what undoes the loss scale, a 0-d float64 tensor; None without GradScaler.
-        shards: how parts of parameters count together.
-        anchors: theta0 and F.
-        number: steps taken before this one.
-    """
-
-    def __init__(
-        self,
-        slots: SlotList,
-        g_f: Sequence[Tensor | None],
-        g_r: Sequence[Tensor | None],
-        inv_scale: Tensor | None,
-        shards: Shards,
-        anchors: Anchors,
-        number: int,
-    ) -> None:
-        self.slots, self.g_f, self.g_r = slots, g_f, g_r
-        self.inv_scale, self.shards, self.anchors, self.number = inv_scale, shards, anchors, number
-        self._selections: dict[Any, Selection] = {}
-
-    def select(self, granularity: str | None = "model", fused: bool | None = None) -> Selection:
-        """The exact top-delta selection of both gradients (method.md, step 1), made once; a
-        granularity of None selects nothing."""
-        key = (granularity, fused)
-        if key not in self._selections:
-            self._selections[key] = select(
-                self.slots, self.g_f, self.g_r,
-                granularity=granularity, fused=fused, shards=self.shards,
-            )  # fmt: skip
-        return self._selections[key]
-
-    def combine(
-        self, selection: Selection, weigh: Callable[[Group], tuple[Weights, float]], **how: bool
-    ) -> Combined:
-        """G by the kernels, in the buffer of a spent gradient; see `_selection.combine`."""
-        inv_scale = None if self.inv_scale is None else self.inv_scale.float()
-        return combine(
-            self.slots, self.g_f, self.g_r, selection, self.anchors, weigh=weigh,
-            inv_scale=inv_scale, shards=self.shards, **how,
-        )  # fmt: skip
-
-    def average(self, fused: bool | None) -> None:
-        """The squares of g_r go into an online F; g_r is spent."""
-        alone = Step(
-            self.slots, [None] * len(self.slots), self.g_r, self.inv_scale, self.shards,
-            self.anchors, self.number,
-        )  # fmt: skip
-        alone.combine(alone.select(None, fused), lambda group: (Weights(0.0, 0.0), 0.0))
-
-    def nonfinite(self) -> Tensor:
-        """How many elements of g_f and of g_r are NaN or Inf, int64 [2]; waits for the device."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self.slots[0].param.device)
-        for i, grads in enumerate((self.g_f, self.g_r)):
-            for slot, g in zip(self.slots, grads, strict=True):
-                if g is not None and self.shards.counts(slot.key):
-                    counts[i] += (~g.isfinite()).sum().to(counts.device)
-        self.shards.add(counts)
-        return counts
-
-    def gradients(self, i: int) -> tuple[Tensor, Tensor]:
-        """g_f and g_r of the i-th slot as new tensors of float32 at least, loss scale undone; a
-        missing one as zeros."""
-        return self._wide(self.g_f, i), self._wide(self.g_r, i)
-
-    def _wide(self, grads: Sequence[Tensor | None], i: int) -> Tensor:
-        p, g = self.slots[i].param, grads[i]
-        if g is None:
-            return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        return wide(g, self.inv_scale)
-
-    def add_up(self, parts: Iterable[Tensor]) -> Tensor:
-        """The sum of 0-d tensors of this process, 0-d float64 on the first parameter's device."""
-        total = torch.zeros((), dtype=torch.float64, device=self.slots[0].param.device)
-        for part in parts:
-            total += part.to(total.device)
-        return total
-
-    @cached_property
-    def _products(self) -> Tensor:
-        counted = [
-            (f, r)
-            for s, f, r in zip(self.slots, self.g_f, self.g_r, strict=True)
-            if self.shards.counts(s.key)
-        ]
-        totals = torch.stack([
-            self.add_up(
-                (f.double() * r).sum() for f, r in counted if f is not None and r is not None
-            ),
-            self.add_up(square(f) for f, _ in counted if f is not None),
-            self.add_up(square(r) for _, r in counted if r is not None),
-        ])  # fmt: skip
-        self.shards.add(totals)
-        return totals if self.inv_scale is None else totals * self.inv_scale**2
-
-    @property
-    def dot(self) -> Tensor:
-        """Inner product of g_f and g_r over the whole model, loss scale undone, 0-d float64."""
-        return self._products[0]
-
-    @property
-    def forget_sq(self) -> Tensor:
-        """Squared 2-norm of g_f, like `dot`."""
-        return self._products[1]
-
-    @property
-    def remember_sq(self) -> Tensor:
-        """Squared 2-norm of g_r, like `dot`."""
-        return self._products[2]
 
 
 class Rule:
@@ -292,17 +173,6 @@ class Rule:
 def shown(figures: Figures) -> Figures:
     """Those that `stats` shows."""
     return {name: value for name, value in figures.items() if not name.startswith("_")}
-
-
-def square(t: Tensor) -> Tensor:
-    """|t|^2, 0-d float64: finite exactly where every element of a float32 or smaller t is."""
-    return t.double().square().sum()
-
-
-def wide(g: Tensor, inv_scale: Tensor | None) -> Tensor:
-    """In float32 at least, the loss scale undone; always a new tensor."""
-    made = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
-    return made if inv_scale is None else made.mul_(inv_scale.to(g.device))
 
 
 def weight(name: str, value: Any) -> float:
