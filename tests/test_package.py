@@ -25,6 +25,7 @@ PUBLIC = {
     "ebu_optim.fisher": ["DiagonalFisher"],
     "ebu_optim.optim": [
         "EBUOptimizer", "Holding", "PhasedOptimizer", "Rule", "Slot", "Step", "TensorMap",
+        "WeightedSum",
     ],
     "ebu_optim.optimizer": ["EBUOptimizer"],
     "ebu_optim.baselines": [

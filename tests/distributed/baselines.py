@@ -71,6 +71,27 @@ def train(name: str, wrap: str, order: tuple[str, ...]) -> list[dict[str, Any]]:
     return history
 
 
+def nonfinite(name: str) -> dict[str, Any]:
+    """One element of one rank's part of the first gradient is not a number, in the first step."""
+    from torch.distributed.fsdp import fully_shard
+
+    m = net()
+    fully_shard(m)
+    opt = methods[name].build(torch.optim.SGD(m.parameters(), lr=0.1), nonfinite="raise")
+    errors = []
+    for i in range(2):
+        for phase in ("forget", "remember"):
+            with getattr(opt, phase)():
+                loss(m, i, phase).backward()
+                if (i, phase, world()[0]) == (0, "forget", 1):
+                    next(m.parameters()).grad.to_local().view(-1)[0] = torch.nan
+        try:
+            opt.step()
+        except RuntimeError as e:
+            errors.append(str(e))
+    return {"errors": errors, "weights": [p.detach().full_tensor() for p in m.parameters()]}
+
+
 def refused() -> str:
     try:
         train("random_masks", "fsdp", ("forget", "remember"))
@@ -91,6 +112,7 @@ def main() -> None:
         for name in NAMES:
             if name != "random_masks":
                 results[f"{name} fsdp fr"] = train(name, "fsdp", orders["fr"])
+        results |= {f"nan {name}": nonfinite(name) for name in ("joint", "salun")}
         results["refused"] = refused()
     torch.save(results, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
     leave()
