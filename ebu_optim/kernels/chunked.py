@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _pieces
 from ._chunked_selection import histogram, select
 from ._pieces import Rows, column, on_device, packs, parts, pieces
-from .contract import INF, INT, MAGNITUDE, Columns, Update, Weights, keys
+from .contract import INF, INT, MAGNITUDE, Columns, Update, Weights, key_of_nothing, keys
 
 __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 
@@ -42,11 +42,15 @@ def _mask(g: Tensor, tau: Tensor | int, rows: Rows, name: str) -> tuple[Tensor, 
 
 
 def _regions(
-    g_f: Tensor, g_r: Tensor, tau_f: Tensor | int, tau_r: Tensor | int, rows: Rows
-) -> tuple[_Regions, list[Tensor]]:
-    """The regions, and the first four of the `STATS`: how many scalars they hold."""
-    bits_f, m_f = _mask(g_f, tau_f, rows, "m_f")
-    bits_r, m_r = _mask(g_r, tau_r, rows, "m_r")
+    g_f: Tensor, g_r: Tensor, taus: Sequence[Tensor | int], rows: Rows
+) -> tuple[_Regions | None, list[Tensor]]:
+    """The regions, None where nothing is selected, and the first four of the `STATS`: how many
+    scalars they hold."""
+    if not taus:
+        return None, [g_f.new_zeros(())] * 4
+    (bits_f, m_f), (bits_r, m_r) = (
+        _mask(g, tau, rows, name) for g, tau, name in zip((g_f, g_r), taus, ("m_f", "m_r"))
+    )
     both = torch.mul(m_f, m_r, out=rows("both", g_f))
     only_r = torch.sub(m_r, both, out=rows("only_r", g_f))
     signs = torch.bitwise_xor(bits_f, bits_r, out=rows("keys", bits_f))  # negative: they differ
@@ -55,7 +59,7 @@ def _regions(
     return _Regions(m_f, m_r, both, only_r), counts
 
 
-def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions, weights: Weights, rows: Rows) -> Tensor:
+def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions | None, weights: Weights, rows: Rows) -> Tensor:
     """G without the penalty.
 
     Masks are multiplied, not used to choose: where a gradient is not finite, neither is G.
@@ -65,6 +69,8 @@ def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions, weights: Weights, rows: Rows)
         torch.add(g_f, g_r, alpha=weights.on_r, out=out)
     else:
         torch.mul(g_f, weights.on_f, out=out).add_(g_r, alpha=weights.on_r)
+    if at is None:
+        return out
     if weights.on_m:
         out.addcmul_(at.f, g_f, value=weights.on_m)
     if weights.only_r:
@@ -75,7 +81,9 @@ def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions, weights: Weights, rows: Rows)
     return out
 
 
-def _add_penalty(out: Tensor, pack: Pack, at: _Regions, how: Update, rows: Rows) -> list[Tensor]:
+def _add_penalty(
+    out: Tensor, pack: Pack, at: _Regions | None, how: Update, rows: Rows
+) -> list[Tensor]:
     """Add p (eqs. 8, 9) to `out`; the squares of theta - theta0, summed over each region."""
     if "anchors" not in pack:
         return [out.new_zeros(())] * 4
@@ -92,10 +100,12 @@ def _add_penalty(out: Tensor, pack: Pack, at: _Regions, how: Update, rows: Rows)
         strength = 1.0 if isinstance(how.gamma, Tensor) else how.gamma
         if isinstance(how.gamma, Tensor):
             moved.mul_(how.gamma)
-        if how.weights.penalty == "partial":
-            out.addcmul_(at.only_r, moved, value=strength)
-        else:
+        if how.weights.penalty == "full":
             out.add_(moved, alpha=strength)
+        elif at is not None:
+            out.addcmul_(at.only_r, moved, value=strength)
+    if at is None:
+        return [*[out.new_zeros(())] * 3, square.sum()]
     on_f, on_r, on_both = (_dot(square, m) for m in (at.f, at.r, at.both))
     rest = square.sum() - on_f - on_r + on_both
     return [on_f - on_both, on_r - on_both, on_both, rest.clamp_(min=0)]
@@ -111,11 +121,11 @@ def _online(pack: Pack, g_r: Tensor, how: Update, rows: Rows) -> tuple[Tensor, T
 
 
 def _combine_pack(
-    pack: Pack, tau_f: Tensor | int, tau_r: Tensor | int, how: Update, rows: Rows
+    pack: Pack, taus: Sequence[Tensor | int], how: Update, rows: Rows
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """What goes into the columns out, fishers and held, as 1-d tensors; and the `STATS`."""
     g_f, g_r = (column(pack[name], name, rows).to(how.dtype) for name in ("g_f", "g_r"))
-    at, counts = _regions(g_f, g_r, tau_f, tau_r, rows)
+    at, counts = _regions(g_f, g_r, taus, rows)
     if how.inv_scale is not None:
         g_f = torch.mul(g_f, how.inv_scale, out=rows("scaled g_f", g_f))
         g_r = torch.mul(g_r, how.inv_scale, out=rows("scaled g_r", g_r))
@@ -129,7 +139,7 @@ def _combine_pack(
         new["fishers"], fisher_sum = _online(pack, g_r, how, rows)
     if "held" in pack:
         theta = column(pack["params"], "params", rows)
-        new["held"] = theta.masked_fill(at.f + at.r > 0, math.nan)
+        new["held"] = theta if at is None else theta.masked_fill(at.f + at.r > 0, math.nan)
     # where the sum of the squares is finite, so is each of them
     finite = result is out and out.device.type == "cpu" and bool(products[3].isfinite())
     wrong = out.new_zeros(()) if finite else (keys(result, how.dtype) >= INF[how.dtype]).sum()
@@ -153,6 +163,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     """As `reference.combine`."""
     taus = taus.clamp(min=1)  # zeros are never selected
     numbers = taus.tolist() if taus.device.type == "cpu" else None
+    selects = numbers is None or min(numbers) < key_of_nothing(how.dtype)
     there = {
         name: found
         for name, found in zip(Columns._fields, columns.tensors)
@@ -163,11 +174,10 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     for pair, rows in packs(list(zip(*there.values(), strict=True)), pools):
         pack = dict(zip(there, zip(*rows)))
         device = pack["params"][0].device
-        tau_f, tau_r = (numbers[i] if numbers else taus[i].to(device) for i in pair)
-        here = how._replace(
-            gamma=on_device(how.gamma, device), inv_scale=on_device(how.inv_scale, device)
-        )
-        new, sums = _combine_pack(pack, tau_f, tau_r, here, buffers)
+        here = [numbers[i] if numbers else taus[i].to(device) for i in pair] if selects else []
+        gamma, inv_scale = (on_device(x, device) for x in (how.gamma, how.inv_scale))
+        own = how._replace(gamma=gamma, inv_scale=inv_scale)
+        new, sums = _combine_pack(pack, here, own, buffers)
         stats += torch.stack(sums).to(stats)
         for name, values in new.items():
             for piece, part in parts(pack[name], values):
