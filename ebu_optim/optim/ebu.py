@@ -57,7 +57,8 @@ class EBURule(Rule):
 
     def combine(self, step: Step) -> Combined:
         selection = step.select(self.options["granularity"], self.fused)
-        made = step.combine(selection, self._weigh, freeze=self.options["unrelated"] == "freeze")
+        freeze = self.options["unrelated"] == "freeze"
+        made = step.combine(selection, self._weigh, freeze=freeze, counted=self.stats)
         stats, total = made.last
         return made._replace(last=(stats, selection.thresholds(step.inv_scale), total))
 
