@@ -7,6 +7,8 @@ are 64-bit integers made on the host; offsets inside a chunk fit 32 bits.
 
 A chunk is read in tiles. A full chunk whose columns are dense and lie on 16-byte boundaries is read
 without masks, which is what makes the loads and stores 16 bytes wide; any other chunk is masked.
+TRITON_DEBUG=1 has every launch check that boundary, and that no integer overflows; without it
+nothing of that is compiled.
 
 Floats are told apart by KIND: 0 float32, 1 float16, 2 bfloat16. bfloat16 is taken apart by integer
 operations: the oldest cards have no instructions for it.
@@ -47,6 +49,7 @@ def load_float(address, offs, mask, KIND: tl.constexpr, IS_FULL: tl.constexpr):
     else:
         p = address.to(tl.pointer_type(tl.int16))
     if IS_FULL:
+        tl.device_assert(address % 16 == 0, "the table promises 16-byte boundaries")
         x = tl.load(tl.multiple_of(p, 16) + offs)
     else:
         x = tl.load(p + offs, mask=mask, other=0)
@@ -63,9 +66,9 @@ def round_to(x, KIND: tl.constexpr):
     elif KIND == 1:
         y = x.to(tl.float16)
     else:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        y = tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
+        # one NaN for all, to which can be added without an overflow
+        bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
+        y = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     return y
 
 
@@ -88,6 +91,7 @@ def store(address, offs, mask, y, KIND: tl.constexpr, IS_FULL: tl.constexpr):
     else:
         p = address.to(tl.pointer_type(tl.int16))
     if IS_FULL:
+        tl.device_assert(address % 16 == 0, "the table promises 16-byte boundaries")
         tl.store(tl.multiple_of(p, 16) + offs, y)
     else:
         tl.store(p + offs, y, mask=mask)

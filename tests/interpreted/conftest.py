@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,31 @@ def _fused():
     with pytest.MonkeyPatch.context() as patch:
         for constant in CONSTANTS:
             patch.setattr(*constant)
+        yield
+
+
+def patched_once(interpreter):
+    """Triton's interpreter replaces triton.language anew in every call of a function, a third of its
+    time; once a launch is enough."""
+    plain, nothing, core = interpreter._patch_lang, interpreter._LangPatchScope, interpreter.tl.core
+
+    def patched(fn):
+        seen = [m for m in fn.__globals__.values() if m is core or m is interpreter.tl]
+        return plain(fn) if any(core.is_builtin(m.load) for m in seen) else nothing()
+
+    return patched
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _asserted():
+    """What TRITON_DEBUG=1 does on a card: `tl.device_assert`, and integers may not overflow."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", replace(builder.options, debug=True))
+        if hasattr(interpreter, "_LangPatchScope"):
+            patch.setattr(interpreter, "_patch_lang", patched_once(interpreter))
         yield
 
 

@@ -50,6 +50,17 @@ def test_what_is_loaded_is_stored_and_what_is_masked_is_left(dtype, full, n):
     same(to, torch.cat([x[:n], torch.full_like(x[n:], 7.0)]))
 
 
+@every_dtype
+@pytest.mark.parametrize("at", [0, 1])
+def test_promise_of_16_bytes_that_is_not_kept_is_seen_in_debug_mode(dtype, at):
+    x, to = values(dtype).repeat(2), torch.zeros(2 * int(TILE), dtype=dtype)
+    addresses = torch.tensor([x.data_ptr(), to.data_ptr()])
+    addresses[at] += dtype.itemsize
+    with pytest.raises(Exception, match="promises 16-byte boundaries"):
+        copy_kernel[(1,)](addresses, int(TILE), KIND=KINDS[dtype], IS_FULL=True)
+    copy_kernel[(1,)](addresses, int(TILE), KIND=KINDS[dtype], IS_FULL=False)
+
+
 @triton.jit
 def rounded_kernel(x, to, keys, KIND: tl.constexpr):
     offs = tl.arange(0, TILE)
