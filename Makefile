@@ -4,7 +4,7 @@ VENV := .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo check test sanitize lint bench docs dist clean
+.PHONY: demo check test fuzz sanitize lint bench docs dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -29,6 +29,12 @@ check: lint
 
 test: $(VENV)/.test
 	$(PYTEST)
+
+# every launch path of the Triton kernels on random cases, in the interpreter: a quarter of an hour
+FUZZ_CASES ?= 2000
+FUZZ_SEED ?= 0
+fuzz: $(VENV)/.test
+	TRITON_INTERPRET=1 FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest tests/interpreted/test_fuzz.py
 
 # the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
 SANITIZED := build/sanitized

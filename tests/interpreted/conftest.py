@@ -31,8 +31,8 @@ def _fused():
 
 
 def patched_once(interpreter):
-    """Triton's interpreter replaces triton.language anew in every call of a function, a third of its
-    time; once a launch is enough."""
+    """Triton's interpreter replaces triton.language anew in every call of a function, which is a
+    third of its time; once is enough."""
     plain, nothing, core = interpreter._patch_lang, interpreter._LangPatchScope, interpreter.tl.core
 
     def patched(fn):
