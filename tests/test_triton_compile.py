@@ -63,6 +63,13 @@ def test_no_kernel_spills(compiled):
     assert min(c.registers for c in compiled) > 0
 
 
+def test_a_block_fits_what_every_card_gives_it(compiled):
+    """Without asking for more: 48 KiB of shared memory, and 65,536 registers for its threads."""
+    assert max(c.shared for c in compiled) <= 48 << 10
+    threads = {name: 256 for name in triton_compile.RADIX}
+    assert max(c.registers * threads.get(c.name, 128) for c in compiled) <= 1 << 16
+
+
 def test_full_chunks_are_read_and_written_16_bytes_at_a_time(compiled):
     for c in compiled:
         reads = {"combine_kernel": 5, "restore_kernel": 2}.get(c.name, int(c.name in READS))

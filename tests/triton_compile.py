@@ -42,6 +42,7 @@ class Compiled(NamedTuple):
     fused: bool  # a contracted multiply-add
     registers: int
     stack: int
+    shared: int  # bytes a block
     error: str
 
 
@@ -121,7 +122,7 @@ def compile_one(case, card):
             options={"num_warps": 8 if name in RADIX else 4, "enable_fp_fusion": False},
         )
     except Exception as error:  # one failure must not hide the others
-        return Compiled(name, constants, card, {}, False, False, False, 0, 0, repr(error)[:500])
+        return Compiled(name, constants, card, {}, False, False, False, 0, 0, 0, repr(error)[:500])
     ptx = made.asm["ptx"]
     # ld.global.v4.b32 and, in other versions, ld.global.L1::evict_last.v2.b64
     wide = Counter(
@@ -132,7 +133,8 @@ def compile_one(case, card):
     registers, stack = usage(made.asm["cubin"])
     return Compiled(
         name, constants, card, dict(wide), "add.s64" in ptx, ".local" in ptx,
-        bool(re.search(r"\bfma\.rn\.f32", ptx)), registers, stack, "",
+        bool(re.search(r"\bfma\.rn\.f32", ptx)), registers, stack,
+        made.metadata.shared, "",
     )  # fmt: skip
 
 
