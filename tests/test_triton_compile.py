@@ -66,7 +66,7 @@ def test_no_kernel_spills(compiled):
 def test_a_block_fits_what_every_card_gives_it(compiled):
     """Without asking for more: 48 KiB of shared memory, and 65,536 registers for its threads."""
     assert max(c.shared for c in compiled) <= 48 << 10
-    threads = {name: 256 for name in triton_compile.RADIX}
+    threads = dict.fromkeys(triton_compile.RADIX, 256)
     assert max(c.registers * threads.get(c.name, 128) for c in compiled) <= 1 << 16
 
 
