@@ -4,7 +4,7 @@ VENV := .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo check test fuzz sanitize lint bench docs dist clean
+.PHONY: demo check test fuzz gpu sanitize lint bench docs dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -35,6 +35,13 @@ FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 fuzz: $(VENV)/.test
 	TRITON_INTERPRET=1 FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest tests/interpreted/test_fuzz.py
+
+# all that takes a card, on one; the figures are in gpu.json. Both parts run, whichever fails
+gpu: $(VENV)/.test
+	failed=0; \
+	$(BIN)/python -m pytest --device cuda $(CORE) || failed=1; \
+	$(BIN)/python tests/benchmarks/gpu.py --json gpu.json || failed=1; \
+	exit $$failed
 
 # the C extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own
 SANITIZED := build/sanitized

@@ -63,12 +63,19 @@ def test_benchmark_for_machines_with_a_gpu_runs_dry(tmp_path):
     done = run(*args, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(found.read_text())
-    assert set(result) == {"machine", "rounds", "exact", "select", "bandwidth", "small", "loop"}
+    parts = {"exact", "select", "bandwidth", "small", "loop", "distributed", "sanitizer", "memory"}
+    assert set(result) == {"machine", "rounds"} | parts
     assert result["machine"]["card"].startswith("none")
     assert {row["kind"] for row in result["exact"]} == {"normal", "nan"}
     for row in (*result["select"], *result["bandwidth"]):
         assert all(isinstance(s, float) for s in row["seconds"].values()), row
     assert [row["fused"] for row in result["loop"]] == [True, False]
+    assert all(row["counted bytes"] > 8 * row["scalars"] for row in result["loop"])
+    assert [row["wrapped by"] for row in result["distributed"]] == ["DDP", "FSDP2"]
+    assert all(row.get("equal") or row["skipped"] for row in result["distributed"])
+    assert [row["clean"] for row in result["sanitizer"]] == [True], result["sanitizer"]
+    for row in result["memory"]:
+        assert row.get("skipped") or row["counted"] > 0, row
 
 
 @triton

@@ -12,7 +12,7 @@ WORDS = "a an image of cat dog car red blue person photo painting the in style".
 LENGTH = 12  # tokens that a prompt may have, begin and end included
 
 
-def tokenizer(folder: Path) -> Any:
+def tokenizer(folder: Path, length: int = LENGTH) -> Any:
     from transformers import CLIPTokenizer
 
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -31,20 +31,27 @@ def tokenizer(folder: Path) -> Any:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
     # by position: transformers 4 and 5 call them otherwise
     return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length
     )
 
 
-def read(words: Any, kind: str = "CLIPTextModel") -> Any:
+#: The text encoder of SD 1.x.
+LARGE = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 77,
+}  # fmt: skip
+
+
+def read(words: Any, kind: str = "CLIPTextModel", **more: Any) -> Any:
     """A text encoder of transformers' class `kind`."""
     import transformers
 
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=LENGTH, projection_dim=8,
-        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+    config = transformers.CLIPTextConfig(**{
+        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH,
+        "projection_dim": 8, "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, **more,
+    })  # fmt: skip
     return getattr(transformers, kind)(config)
 
 
@@ -73,18 +80,28 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def pipeline(
-    folder: Path, prediction_type: str = "epsilon", seed: int = 0, inpainting: bool = False
-) -> Path:
-    """SD 1.x with "epsilon", SD 2.x (linear projections) with "v_prediction"; saved in `folder`."""
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, inpainting: bool = False,
+    full: bool = False,
+) -> Path:  # fmt: skip
+    """SD 1.x with "epsilon", SD 2.x (linear projections) with "v_prediction"; saved in `folder`.
+    `full` has the size of SD 1.x."""
     import diffusers
 
     torch.manual_seed(seed)
-    words = tokenizer(folder.with_name(f"{folder.name}_words"))
-    text_encoder, vae = read(words), autoencoder()
-    unet = denoiser(
-        use_linear_projection=prediction_type == "v_prediction",
-        **{"in_channels": 9} if inpainting else {},
-    )
+    more: dict[str, Any] = {"use_linear_projection": prediction_type == "v_prediction"}
+    more |= {"in_channels": 9} if inpainting else {}
+    if full:
+        words = tokenizer(folder.with_name(f"{folder.name}_words"), 77)
+        text_encoder = read(words, **LARGE)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
+        )  # fmt: skip
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **more)
+    else:
+        words = tokenizer(folder.with_name(f"{folder.name}_words"))
+        text_encoder, vae, unet = read(words), autoencoder(), denoiser(**more)
     scheduler = diffusers.DDIMScheduler(
         **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
         prediction_type=prediction_type,

@@ -137,14 +137,14 @@ def _clip(
         (row, kind): t for row, m in (("before", then), ("after", now)) for kind, t in m.items()
     }
     if args.clip_weights == "none" or not sets:
-        return dict.fromkeys(sets, {"not_computed": "--clip_weights none"})
+        return {place: {"not_computed": "--clip_weights none"} for place in sets}
     flat = torch.cat([t.flatten(0, 1) for t in sets.values()])
     texts = [
         text for (_, kind), t in sets.items() for text in asked[kind] for _ in range(t.shape[1])
     ]
     found = clip_score(flat.mul(255).round().to(torch.uint8), texts, pretrained=args.clip_weights)
     if why := found["not_computed"]:
-        return dict.fromkeys(sets, {"not_computed": why})
+        return {place: {"not_computed": why} for place in sets}
     scores = torch.tensor(found["per_image"], dtype=torch.float64)
     parts = scores.split([t.shape[0] * t.shape[1] for t in sets.values()])
     return {place: estimate(part, seed=args.seed) for place, part in zip(sets, parts, strict=True)}

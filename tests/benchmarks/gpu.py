@@ -7,7 +7,9 @@
 Nothing is timed before `exact` has passed. Bandwidths are given next to those of a plain read (a
 sum) and a plain copy, measured in the same process. Times are medians over CUDA events; rounds of
 the rivals are interleaved. `loop` trains real networks with random weights (diffusers), so that the
-share of a step that is ours is that of a real step. --dry-run does all of it at toy sizes on the
+share of a step that is ours is that of a real step. `distributed` has one rank by NCCL, `sanitizer`
+goes through `exact` again under compute-sanitizer where that is installed, and `memory` runs
+Stable Diffusion's unlearning with random weights. --dry-run does all of it at toy sizes on the
 CPU, in Triton's interpreter: it shows that this file runs, and its times mean nothing.
 """
 
@@ -19,12 +21,14 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gpu_runs
 import shapes
 import torch
 import ways
@@ -34,14 +38,15 @@ from ebu_optim import EBUOptimizer
 from ebu_optim.kernels import _launch_plan, _launch_selection, _tables, reference
 from ebu_optim.kernels import triton as fused
 
-PARTS = ("exact", "select", "bandwidth", "small", "loop")
+PARTS = ("exact", "select", "bandwidth", "small", "loop", "distributed", "sanitizer", "memory")
+RUNS = {name: getattr(gpu_runs, name) for name in PARTS if hasattr(gpu_runs, name)}
 
 
 class Bench:
-    """Where and how large; `dry` is the CPU with toy sizes."""
+    """Where and how large; `dry` is the CPU with toy sizes, `little` a card with small ones."""
 
-    def __init__(self, dry: bool, rounds: int) -> None:
-        self.dry = dry
+    def __init__(self, dry: bool, rounds: int, little: bool = False) -> None:
+        self.dry, self.little = dry, little
         self.device = torch.device("cpu" if dry else "cuda")
         self.rounds = 1 if dry else rounds
         self.generator = torch.Generator(self.device).manual_seed(0)
@@ -131,7 +136,9 @@ def exact(bench: Bench) -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         fits = bench.memory // (6 * torch.finfo(dtype).bits // 8)
         sizes = [1, 1500] if bench.dry else [1, 1000, 10**5 + 3, 10**7 + 1, 10**8, 10**9]
-        if not bench.dry:
+        if bench.little:
+            sizes = [1, 1000, 10**5 + 3]
+        elif not bench.dry:
             sizes.append(2**31 + 12345)
         for n in (n for n in sizes if n <= fits):
             kinds = ("normal", "wide", "zeros", "ties", "equal", "nan")
@@ -158,7 +165,7 @@ def columns(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def combination(bench: Bench, dtype: torch.dtype) -> None:
-    n = 1101 if bench.dry else 10**7 + 3
+    n = 1101 if bench.dry else 10**5 + 3 if bench.little else 10**7 + 3
     scale = torch.tensor(0.25, device=bench.device)
     for update in ("added", "replaced", "routed"):
         x = columns(bench, n, dtype)
@@ -387,10 +394,24 @@ def training(
     peak = 0 if bench.dry else torch.cuda.max_memory_allocated()
     figures: dict[str, Any] = {**seconds, **whole, "peak bytes": peak}
     figures["scalars"] = sum(p.numel() for p in model.parameters())
+    figures["counted bytes"] = counted(model, opt, lambda: model(x[0], *arguments))
     parts = [figures[n] for n in ("whole step", "backward passes", "AdamW")]
     if all(isinstance(p, float) for p in parts):
         figures["share that is ours"] = 1 - (parts[1] + parts[2]) / parts[0]
     return figures
+
+
+def counted(model: Any, opt: EBUOptimizer, run: Callable[[], Any]) -> int:
+    """Weights, two gradients, all that the optimizer keeps, and what a pass saves for its backward
+    pass: to stand beside "peak bytes"."""
+    from ebu_optim.text_to_image.memory import saved
+
+    with saved(model) as (units, _):
+        run()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    state = (t for row in opt.state_dict()["state"].values() for t in row.values())
+    kept = size(t for t in state if isinstance(t, Tensor))
+    return 3 * size(model.parameters()) + kept + sum(units.values())
 
 
 def machine(dry: bool) -> dict[str, Any]:
@@ -412,6 +433,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--chunk", type=int, default=_tables.CHUNK, help="elements a program")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--small", action="store_true", help="small sizes, for a sanitizer")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     wanted = args.only.split(",")
@@ -422,21 +444,25 @@ def main() -> None:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device; TRITON_INTERPRET=1 and --dry-run try this file without one")
     least = _launch_selection.RADIX_TILE
-    if args.chunk < least or args.chunk & (args.chunk - 1):
-        parser.error(f"--chunk: a power of 2 from {least} on, not {args.chunk}")
+    most = 1 << 21  # more would overflow the 16-bit counts of `combine_kernel`
+    if not least <= args.chunk <= most or args.chunk & (args.chunk - 1):
+        parser.error(f"--chunk: a power of 2 from {least} to {most}, not {args.chunk}")
     if reason := fused.available():
         parser.error(reason)
     _tables.CHUNK = least if args.dry_run else args.chunk
-    bench = Bench(args.dry_run, args.rounds)
+    bench = Bench(args.dry_run, args.rounds, args.small)
     result: dict[str, Any] = {"machine": machine(args.dry_run), "rounds": bench.rounds}
     if "exact" not in wanted:
         result["exact"] = "not checked in this run"
     for part in PARTS:
         if part in wanted:
-            result[part] = globals()[part](bench)
+            result[part] = (RUNS.get(part) or globals()[part])(bench)
             print(part, json.dumps(result[part], indent=1), flush=True)
             if args.json:  # after every part: a crash later loses nothing
                 args.json.write_text(json.dumps(result, indent=1))
+    runs = [row for part in RUNS for row in result.get(part, [])]
+    failed = [row for row in runs if row.get("code")]
+    sys.exit(f"{len(failed)} of {len(runs)} runs failed: {failed}" if failed else 0)
 
 
 if __name__ == "__main__":
