@@ -20,7 +20,7 @@ from .processes import PATIENCE
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
-    "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__"],
+    "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__", "forget"],
     "ebu_optim.checkpoint": ["latest_checkpoint", "load_checkpoint", "save_checkpoint"],
     "ebu_optim.fisher": ["DiagonalFisher"],
     "ebu_optim.optim": [
@@ -50,8 +50,12 @@ PUBLIC = {
         "relearn_steps", "relearning", "unlearn_steps", "versions",
     ],
     "ebu_optim.formats": [
-        "Checkpoint", "Header", "Single", "fuse", "look", "open_single", "read_header", "tokenizer",
-        "write_folder", "write_lora", "write_single",
+        "Checkpoint", "Header", "Single", "cache_folder", "fuse", "look", "open_single",
+        "read_header", "shipped_folder", "tokenizer", "unpacked", "write_folder", "write_lora",
+        "write_single",
+    ],
+    "ebu_optim.takedown": [
+        "Forget", "ForgetClasses", "Forgotten", "chosen", "forget", "verify",
     ],
     "ebu_optim.report": ["check_folder", "fid_values", "limit_rows", "write_report"],
 }  # fmt: skip

@@ -11,7 +11,7 @@ from .looking import Checkpoint, look
 from .lora import fuse, write_lora
 from .opening import Single, open_single
 from .tokens import tokenizer
-from .unpacking import cache_folder, unpacked
+from .unpacking import cache_folder, shipped_folder, unpacked
 from .writing import write_single
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "look",
     "open_single",
     "read_header",
+    "shipped_folder",
     "tokenizer",
     "unpacked",
     "write_folder",

@@ -39,8 +39,8 @@ def report(args: Any) -> dict[str, Any]:
     Returns:
         The figures of the row "after".
     """
-    asked = questions(args)
     looked = pipelines.look(before(args))
+    asked = questions(args, looked.tokenizer)
     then = draw(args, results.load(before(args)), looked, asked)
     now = draw(args, after(args), looked, asked)
     rows = measure(args, asked, then, now)
@@ -53,8 +53,9 @@ def report(args: Any) -> dict[str, Any]:
     return dict(rows[-1]["values"])
 
 
-def questions(args: Any) -> dict[str, list[str]]:
-    """Kind -> prompts: of the target in every template, of what was asked to be kept, of others."""
+def questions(args: Any, tokenizer: Any) -> dict[str, list[str]]:
+    """Kind -> prompts: of the target in every template, of what was asked to be kept, of others
+    that the tokenizer takes."""
     target = [
         prompts.fill(t, c)
         for c in prompt_files.read(args.forget, "CONCEPT")
@@ -63,7 +64,8 @@ def questions(args: Any) -> dict[str, list[str]]:
     kept = [t for t in prompt_files.read(args.remember_prompts, "--keep") if t]
     shipped = [t for t in prompt_files.read([str(REMEMBER)], "--keep") if t]
     own = [] if args.remember_prompts == [str(REMEMBER)] else kept
-    others = [t for t in shipped if t not in own]
+    longest = tokenizer.model_max_length
+    others = [t for t in shipped if t not in own and len(tokenizer(t).input_ids) <= longest]
     n = args.evidence_prompts
     return dict(zip(KINDS, (target[:n], own[:n], others[:n]), strict=True))
 
@@ -81,7 +83,8 @@ def after(args: Any) -> Any:
         fuse(pipe, folder / file_name(args))
         return pipe
     if args.save_as != "single":
-        made = replace(base, pretrained_model_name_or_path=str(folder), **NOT_A_FILE)
+        of_file: dict[str, Any] = NOT_A_FILE if args.save_as == "pipeline" else {}
+        made = replace(base, pretrained_model_name_or_path=str(folder), **of_file)
         return results.load(made, base.pretrained_model_name_or_path)
     given = Path(base.pretrained_model_name_or_path)
     # of sizes that no release has, what came in says how it is built

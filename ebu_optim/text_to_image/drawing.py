@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .families import named
@@ -15,7 +15,10 @@ from .families import named
 def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline on the GPU, where there is one, with a DDIM sampler that clips nothing."""
     pipe.scheduler = named(type(pipe).__name__).sampler(pipe.scheduler)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device, dtype)  # diffusers' own `to` logs a warning for each
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -94,7 +94,16 @@ def parse(
     if missing := [f for f in required if found.get(_key(f)) is None]:
         names = ", ".join(f.metadata.get("positional") or _flag(f) for f in missing)
         _refuse(parser, f"the following arguments are required: {names}")
-    return config(**{f.name: found[_key(f)] for f in fields(wanted)})
+    hints = get_type_hints(config)
+    return config(**{f.name: _typed(f, hints[f.name], found[_key(f)]) for f in fields(wanted)})
+
+
+def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
+    """What has no flag is a text, or texts, until here: see `add_flags`."""
+    if "positional" not in f.metadata:
+        return value
+    kind = _argument(f, hint)["type"]
+    return [kind(v) for v in value] if isinstance(value, list) else kind(value)
 
 
 def _said(config: Any, why: str) -> str:
