@@ -92,6 +92,9 @@ def _verify(argv: Sequence[str]) -> None:
     class Verify:
         folder: Path = option(positional="FOLDER", help="made by `ebu forget`")
         public_key: Path | None = option(None, help="of who signed it (PEM)")
+        certificates: list[Path] = option(
+            [], help="of the roots that are trusted, if it was signed by a certificate"
+        )
         base: str | None = option(None, help="the model before, if it is elsewhere now")
 
     _run("verify", verify, Verify, "Compute every hash of the evidence again.", argv)
@@ -101,12 +104,15 @@ def verify(config: Any) -> None:
     """Print what is not as the evidence says; status 1 where something is not."""
     from .takedown import evidence
 
-    wrong = evidence.verify(config.folder, public_key=config.public_key, base=config.base)
+    wrong = evidence.verify(
+        config.folder, public_key=config.public_key, certificates=config.certificates,
+        base=config.base,
+    )  # fmt: skip
     for line in wrong:
         print(line)
     if wrong:
         raise SystemExit(1)
-    signed = " and signed by the owner of the key" if config.public_key else ""
+    signed = " and signed" if config.public_key or config.certificates else ""
     print(f"{config.folder}: every file is as {evidence.FILE} says{signed}")
     print(f"What that proves: {evidence.PROVES}")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ebu_optim.metrics import clip_score
+from ebu_optim.metrics import ClipClassifier, clip_score
 
 pytest.importorskip("open_clip", reason="open_clip comes with the extra text_to_image")
 
@@ -28,6 +28,14 @@ def folder(tmp_path_factory):
     state["text_projection"] *= -1
     torch.save(state, folder / "minus.pt")
     return folder
+
+
+def test_a_classifier_of_texts_is_their_cosines(folder):
+    x, texts = pictures(3), PROMPTS[:2]
+    found = ClipClassifier(texts, model=NAME, pretrained=folder / "plus.pt")(x)
+    expected = [100 * by_hand(x, [t] * 3, folder / "plus.pt") for t in texts]
+    np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-3, atol=1e-3)
+    assert ClipClassifier(texts, model=NAME, pretrained=folder / "minus.pt")(x).shape == (3, 2)
 
 
 def pictures(n: int = 5) -> torch.Tensor:

@@ -176,6 +176,29 @@ def test_what_was_changed_since_is_told(tmp_path, capsys):
     assert run("verify", out) == 2
 
 
+def test_the_report_has_the_attacks_of_a_judge(tmp_path, capsys):
+    pytest.importorskip("open_clip", reason="open_clip comes with the extra text_to_image")
+    from .clip import NAME, random_weights
+
+    weights = random_weights(tmp_path / "clip.pt")
+    file, base = one_file("sd1", tmp_path)
+    out = tmp_path / "out"
+    judge = ["--judge", "clip", "--clip_model", NAME, "--clip_weights", weights, "--clip_against",
+             "a car", "--attack_images", "2", "--attacks", "relearn", "paraphrase",
+             "--paraphrases", "a red cat"]  # fmt: skip
+    small = [w for w in SMALL if w not in ("--clip_weights", "none")]
+    argv = [file, *REQUEST, "-o", out, "--architecture", base, *small, *judge]
+    assert run("forget", *argv) == 0
+    rows = json.loads((out / "report" / "results.json").read_text())["rows"]
+    before, after = (row["values"] for row in rows)
+    assert 0 < before["p_f"]["value"] < 1
+    assert {"p_f", "paraphrase", "relearn_steps", "CLIP score, target"} <= after.keys()
+    assert evidence.verify(out) == []
+    kohya = ["--train_modules", "lora", "--save_as", "kohya"]
+    assert run("forget", *argv[: -len(judge)], *judge, *kohya) == 2
+    assert "--save_as lora has the same weights" in capsys.readouterr().err
+
+
 def test_signed_evidence_says_whose_it_is(tmp_path, capsys):
     pytest.importorskip("model_signing", reason="model-signing comes with the extra sign")
     from cryptography.hazmat.primitives import serialization

@@ -1,4 +1,5 @@
-"""Who says how much of the forgotten concept is in a picture: --judge world, imagenette, nudity."""
+"""Who says how much of the forgotten concept is in a picture: --judge clip, world, imagenette,
+nudity."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion import model_hash
 from ..errors import InputError
-from ..metrics import ImagenetteClassifier, classify, nudity_score
+from ..metrics import ClipClassifier, ImagenetteClassifier, classify, nudity_score
 from ..metrics.imagenette import class_numbers
 from ..text_to_image.nudity import NudityOptions
 from ..text_to_image.pipelines import Looked
@@ -35,7 +36,15 @@ class JudgeOptions(NudityOptions):
 
     group: ClassVar[str] = "judge"
 
-    judge: Literal["world", "imagenette", "nudity"] = option()
+    judge: Literal["clip", "world", "imagenette", "nudity"] = option(
+        help="clip: of any concept, by its words against others"
+    )
+    clip_against: list[str] = option(
+        ["something else"], metavar="WORDS",
+        help="what a picture may show instead: what the concept becomes, its neighbours",
+    )  # fmt: skip
+    clip_model: str = option("ViT-B-32-quickgelu")
+    clip_weights: str = option("openai", help="open_clip's tag, or a file")
     judges: Path | None = option(None, help="world: folder made by world/judges.py")
     imagenette_class: str | None = option(None, help='name or number, e.g. "cassette player"')
     imagenette_over: Literal["imagenet", "imagenette"] = option("imagenet")
@@ -48,8 +57,22 @@ def load(args: Any, looked: Looked, device: Any) -> Judge:
     """Raises:
     InputError: the judge, or what it needs, is not there.
     """
-    return {"world": _world, "imagenette": _imagenette, "nudity": _nudity}[args.judge](
-        args, looked, device
+    kinds = {"clip": _clip, "world": _world, "imagenette": _imagenette, "nudity": _nudity}
+    return kinds[args.judge](args, looked, device)
+
+
+def _clip(args: Any, _: Looked, device: Any) -> Judge:
+    words = read(args.forget, "--forget")
+    texts = [f"a picture of {t}" for t in (*words, *args.clip_against)]
+    try:
+        model = ClipClassifier(
+            texts, model=args.clip_model, pretrained=args.clip_weights, device=device
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--judge clip: {error}") from error
+    return Judge(
+        lambda pictures: model(pictures).softmax(1)[:, : len(words)].sum(1),
+        {"judge": f"CLIP {args.clip_model}", "texts": texts, "hash": model_hash(model.model)},
     )
 
 

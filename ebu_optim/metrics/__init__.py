@@ -1,7 +1,7 @@
 """What was forgotten, what was kept, how deep it goes and how long it took; one metric a file."""
 
 from .classifier import accuracy, classify, entropy, probability
-from .clip_score import clip_score
+from .clip_score import ClipClassifier, clip_score
 from .depth import (
     condition_replaced,
     learn_embedding,
@@ -21,6 +21,7 @@ from .relearn_steps import relearn_steps
 from .unlearn_steps import unlearn_steps
 
 __all__ = [
+    "ClipClassifier",
     "ImagenetteClassifier",
     "accuracy",
     "check_protocol",

@@ -98,6 +98,45 @@ def clip_score(
     }
 
 
+class ClipClassifier:
+    """CLIP as a classifier of texts, without training: images -> logits, 100 times the cosine
+    between an image and each text (Radford et al., 2021).
+
+    Args:
+        texts: what a picture may show.
+        model, pretrained: as of :func:`clip_score`.
+        batch_size: images that are on the device at a time.
+
+    Attributes:
+        model: of open_clip, in eval mode.
+
+    Raises:
+        RuntimeError: no open_clip, or the weights are not to be had.
+        ValueError: a model or a weights file that is none.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], *, model: str = "ViT-B-32-quickgelu",
+        pretrained: str | os.PathLike[str] = "openai", batch_size: int = 32,
+        device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        open_clip = needed("open_clip", "text_to_image")
+        self.model, self._preprocess = _load(open_clip, model, str(pretrained))
+        self.model.to(device)
+        self._tokenizer, self._size = open_clip.get_tokenizer(model), batch_size
+        self.texts = list(texts)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W), uint8 or float in [-1, 1] -> (n, texts) float64 on the CPU."""
+        pictures = RGBImages(images, "images")
+        n = len(pictures)
+        columns = [
+            _cosines(self.model, self._preprocess, self._tokenizer, pictures, [t] * n, self._size)
+            for t in self.texts
+        ]
+        return 100 * torch.stack(columns, 1)
+
+
 @torch.no_grad()
 def _cosines(
     judge: Any, preprocess: Any, tokenizer: Any, pictures: RGBImages, texts: list[str], size: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def write(args: Any) -> Path:
         work.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / SIGNATURE).unlink(missing_ok=True)
     if args.sign_key is not None:
-        sign(folder, args.sign_key)
+        sign(folder, args.sign_key, getattr(args, "sign_certificate", []))
     return path
 
 
@@ -70,15 +71,25 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sign(folder: Path, key: Path) -> None:
+def sign(folder: Path, key: Path, certificates: Sequence[Path] = ()) -> None:
     """By OpenSSF's model-signing: `evidence.json`, which names every file by its hash.
+
+    Args:
+        certificates: that of the key, then those up to the root's; none signs by the key alone.
 
     Raises:
         InputError: no private key of an elliptic curve.
     """
     signing = require("model_signing.signing", "sign")
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=key)
+        config = signing.Config()
+        if certificates:
+            config.use_certificate_signer(
+                private_key=key, signing_certificate=certificates[0],
+                certificate_chain=list(certificates[1:]),
+            )  # fmt: skip
+        else:
+            config.use_elliptic_key_signer(private_key=key)
         config.sign(folder / FILE, folder / SIGNATURE)
     except (ValueError, TypeError, OSError) as error:
         raise InputError(
@@ -88,12 +99,14 @@ def sign(folder: Path, key: Path) -> None:
 
 
 def verify(
-    folder: str | Path, *, public_key: Path | None = None, base: str | None = None
-) -> list[str]:
+    folder: str | Path, *, public_key: Path | None = None, certificates: Sequence[Path] = (),
+    base: str | None = None,
+) -> list[str]:  # fmt: skip
     """Compute every hash again.
 
     Args:
         public_key: of the signature, which is checked then.
+        certificates: of the roots that are trusted, where it was signed by a certificate.
         base: where the model before is, if not where it was; its parts are hashed too where it is
             on this machine.
 
@@ -113,21 +126,25 @@ def verify(
     wrong = [f"{name}: is missing" for name in before if name not in now]
     wrong += [f"{n}: was changed" for n in before if n in now and now[n] != before[n]]
     wrong += [f"{name}: was added" for name in now if name not in before]
-    if public_key is not None:
-        wrong += _signature(folder, public_key)
+    if public_key is not None or certificates:
+        wrong += _signature(folder, public_key, certificates)
     return wrong + _base(model, base)
 
 
-def _signature(folder: Path, key: Path) -> list[str]:
+def _signature(folder: Path, key: Path | None, certificates: Sequence[Path]) -> list[str]:
     if not (folder / SIGNATURE).is_file():
         return [f"{SIGNATURE}: is missing, the evidence was not signed"]
     verifying = require("model_signing.verifying", "sign")
+    config = verifying.Config()
     try:
-        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(
-            folder / FILE, folder / SIGNATURE
-        )
+        if key is not None:
+            config.use_elliptic_key_verifier(public_key=key)
+        else:
+            config.use_certificate_verifier(certificate_chain=list(certificates))
+        config.verify(folder / FILE, folder / SIGNATURE)
     except Exception as error:  # of the library: many kinds
-        return [f"{SIGNATURE}: {FILE} is not what the owner of {key} signed ({error})"]
+        whose = key or certificates[0]
+        return [f"{SIGNATURE}: {FILE} is not what the owner of {whose} signed ({error})"]
     return []
 
 

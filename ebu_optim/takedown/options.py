@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ..attacks.judges import JudgeOptions
 from ..baselines import methods
 from ..errors import InputError
 from ..text_to_image.options import ALIASES, Unlearn
@@ -38,18 +39,23 @@ class RequestOptions:
     evidence_images: int = option(4, help="of each prompt, before and after; 0: no pictures")
     evidence_prompts: int = option(8, help="at most so many neighbours, and as many others")
     attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(
-        [], nargs="*", help="that the report has figures of; they need a --judge of `ebu attack`"
+        ["inversion", "relearn"], nargs="*", help="of the report, where there is a --judge"
     )
+    paraphrases: list[str] = option([], help="prompts in other words, for that attack; files too")
+    attack_images: int = option(16, help="that each attack is judged on")
     clip_weights: str = option(
         "openai", help="open_clip's tag or a file, for the CLIP score; or none"
     )
     sign_key: Path | None = option(
-        None, help="sign the result with this private key (PEM, elliptic curve), by model-signing"
+        None, help="sign the evidence with this private key (PEM, elliptic curve)"
+    )
+    sign_certificate: list[Path] = option(
+        [], help="of --sign_key: the certificate, then those up to the root's"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forget(RequestOptions, Unlearn):
+class Forget(RequestOptions, JudgeOptions, Unlearn):
     """A request: which model, without what.
 
     Raises:
@@ -72,6 +78,9 @@ class Forget(RequestOptions, Unlearn):
         help="what must stay, above all its neighbours: prompts or files of them",
     )  # fmt: skip
     output_dir: Path = option(flag=("-o", "--output_dir"))
+    judge: Literal["clip", "world", "imagenette", "nudity"] | None = option(  # type: ignore[assignment]
+        None, help="who says what a picture shows; without one the report has no attacks"
+    )
     forget_templates: list[str] | None = option(  # type: ignore[assignment]
         None, help=f'sentences with "{PLACE}" for the concept, or files of them'
     )
@@ -104,5 +113,12 @@ class Forget(RequestOptions, Unlearn):
             raise InputError("CONCEPT: name what is to be forgotten")
         super().__post_init__()
         at_least(self, 0, "evidence_images", "evidence_prompts")
-        if self.sign_key is not None and not self.sign_key.is_file():
-            raise InputError(f"--sign_key {self.sign_key}: there is no such file")
+        for name in ("sign_key", "sign_certificate"):
+            given = getattr(self, name)
+            for path in given if isinstance(given, list) else [given]:
+                if path is not None and not path.is_file():
+                    raise InputError(f"--{name} {path}: there is no such file")
+        if self.sign_certificate and self.sign_key is None:
+            raise InputError("--sign_certificate needs --sign_key, the key of the first of them")
+        if "paraphrase" in self.attacks and not self.paraphrases:
+            raise InputError("--attacks paraphrase needs --paraphrases, the prompts in other words")

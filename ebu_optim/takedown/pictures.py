@@ -20,6 +20,7 @@ from ..text_to_image import drawing, pipelines, prompt_files, prompts, results
 from ..text_to_image.pipelines import Looked, Model
 from ..text_to_image.prompts import REMEMBER
 from ..text_to_image.save import file_name
+from . import depth
 
 FOLDER = "report"
 #: Options of a model in one file, for one that is a folder.
@@ -44,6 +45,8 @@ def report(args: Any) -> dict[str, Any]:
     then = draw(args, results.load(before(args)), looked, asked)
     now = draw(args, after(args), looked, asked)
     rows = measure(args, asked, then, now)
+    for row, values in zip(rows, depth.attacked(args, before(args), result(args)), strict=True):
+        row["values"] |= values
     spoken = json.loads((args.output_dir / "unlearn.json").read_text(encoding="utf-8"))
     write_report(
         args.output_dir / FOLDER, title=f"Without {', '.join(args.forget)}", rows=rows,
@@ -75,25 +78,27 @@ def before(args: Any) -> Model:
     return Model(**{f.name: getattr(args, f.name) for f in fields(Model)})
 
 
-def after(args: Any) -> Any:
-    """The pipeline that the run left, opened as whoever gets it would."""
+def result(args: Any) -> Model:
+    """What the run left; in kohya's layout the base, which it is added to."""
     base, folder = before(args), args.output_dir / args.save_as
     if args.save_as == "kohya":
-        pipe = results.load(base)
-        fuse(pipe, folder / file_name(args))
-        return pipe
-    if args.save_as != "single":
-        of_file: dict[str, Any] = NOT_A_FILE if args.save_as == "pipeline" else {}
-        made = replace(base, pretrained_model_name_or_path=str(folder), **of_file)
-        return results.load(made, base.pretrained_model_name_or_path)
-    given = Path(base.pretrained_model_name_or_path)
-    # of sizes that no release has, what came in says how it is built
-    own: dict[str, Any] = {
-        **NOT_A_FILE,
-        "architecture": given if given.is_dir() else args.architecture,
-    }
-    path = str(folder / file_name(args))
-    return results.load(replace(base, pretrained_model_name_or_path=path, **own))
+        return base
+    if args.save_as == "single":
+        given = Path(base.pretrained_model_name_or_path)
+        # of sizes that no release has, what came in says how it is built
+        built = given if given.is_dir() else args.architecture
+        own: dict[str, Any] = {**NOT_A_FILE, "architecture": built}
+        return replace(base, pretrained_model_name_or_path=str(folder / file_name(args)), **own)
+    more = NOT_A_FILE if args.save_as == "pipeline" else {}
+    return replace(base, pretrained_model_name_or_path=str(folder), **more)
+
+
+def after(args: Any) -> Any:
+    """The pipeline that the run left, opened as whoever gets it would."""
+    pipe = results.load(result(args), args.pretrained_model_name_or_path)
+    if args.save_as == "kohya":
+        fuse(pipe, args.output_dir / "kohya" / file_name(args))
+    return pipe
 
 
 def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -145,7 +150,10 @@ def _clip(
     texts = [
         text for (_, kind), t in sets.items() for text in asked[kind] for _ in range(t.shape[1])
     ]
-    found = clip_score(flat.mul(255).round().to(torch.uint8), texts, pretrained=args.clip_weights)
+    found = clip_score(
+        flat.mul(255).round().to(torch.uint8), texts, model=args.clip_model,
+        pretrained=args.clip_weights,
+    )  # fmt: skip
     if why := found["not_computed"]:
         return {place: {"not_computed": why} for place in sets}
     scores = torch.tensor(found["per_image"], dtype=torch.float64)

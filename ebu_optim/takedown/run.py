@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..text_to_image import unlearn as train
 from ..training.options import as_yaml
-from . import evidence, pictures
+from . import depth, evidence, pictures
 from .options import Forget
 from .planning import plan
 
@@ -66,6 +66,7 @@ def forget(
 def run(config: Forget) -> Forgotten | None:
     """As the command does it."""
     args: Any = config.resolved()
+    depth.check(args)
     if args.plan:
         print(plan(args))
         return None

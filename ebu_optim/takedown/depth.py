@@ -1,0 +1,47 @@
+"""The attacks of a report: how much of the concept is drawn, and how easily it comes back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from ..attacks.judges import JudgeOptions
+from ..attacks.run import AttackOptions, attack
+from ..errors import InputError
+from ..text_to_image import pipelines
+from ..text_to_image.pipelines import Model
+
+FOLDER = "attacks"
+
+
+def check(args: Any) -> None:
+    """Raises:
+    InputError: a result that attacks do not open.
+    """
+    if args.judge and args.save_as == "kohya":
+        raise InputError(
+            "--judge with --save_as kohya: attacks do not open kohya's layout; --save_as lora has "
+            "the same weights"
+        )
+
+
+def attacked(args: Any, base: Model, result: Model) -> list[dict[str, Any]]:
+    """The values of the rows before and after, by --judge; without one, why there are none."""
+    if args.judge is None:
+        why = {"not_computed": "no --judge was named, who says what a picture shows"}
+        return [{}, dict.fromkeys(("p_f", "inversion", "relearn_steps"), why)]
+    own = {f.name: getattr(args, f.name) for f in fields(JudgeOptions)}
+    attack(
+        AttackOptions(
+            **{**own, **{f.name: getattr(result, f.name) for f in fields(Model)}},
+            base_model=str(pipelines.fetch(base)), forget=args.forget, attacks=args.attacks or [],
+            forget_templates=None if args.judge == "world" else args.forget_templates,
+            paraphrases=args.paraphrases, attack_images=args.attack_images,
+            target_images=args.attack_images, seed=args.seed,
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+            sample_batch_size=args.sample_batch_size, output_dir=args.output_dir / FOLDER,
+        )
+    )  # fmt: skip
+    found = json.loads((args.output_dir / FOLDER / "attacks.json").read_text(encoding="utf-8"))
+    return [found["base"], found["values"]]
