@@ -6,7 +6,8 @@
 
 Sections: `select`, the threshold of one gradient, k = n/2, the limit being one plain read;
 `combine`, one pass over the five columns, the limit being the speed of a plain copy; `step`, two
-selections, the combination and fused AdamW against the naive chain and the byte floor; `linear`,
+selections, the combination and fused AdamW against the naive chain and the byte floor, and two
+baselines' steps, which make no selection; `linear`,
 the cost per scalar by size and by number of tensors.
 
 Rounds are interleaved; the figures are medians; a call of more than a second is made once. Every
@@ -36,8 +37,10 @@ from measure import Others, available, fresh, machine, measure
 from torch import Tensor
 
 from ebu_optim import EBUOptimizer
+from ebu_optim.baselines import Joint, SelectiveAmnesia
 from ebu_optim.kernels import backend, chunked, cpu, reference
 from ebu_optim.kernels._cpu_tables import List
+from ebu_optim.optim import PhasedOptimizer
 
 Row = dict[str, Any]
 GIB = 1 << 30
@@ -222,6 +225,8 @@ def combine(case: Case) -> None:
 FLOORS = {"given F": 8.4 + 24 + 28}
 FLOORS["online F"] = FLOORS["given F"] + 4
 FLOORS["online F, clipped"] = FLOORS["online F"] + 8
+# a look for Inf instead of selections; the plain sum reads neither theta, theta0 nor F
+FLOORS["plain sum"], FLOORS["Selective Amnesia"] = 8 + 12 + 28, 8 + 24 + 28
 
 
 class Naive:
@@ -239,14 +244,20 @@ class Naive:
 class Ours:
     def __init__(self, sizes: Sequence[torch.Size], configuration: str = "given F") -> None:
         self.params = [torch.nn.Parameter(t) for t in normal(sizes, 0, 0.02)]
+        base = torch.optim.AdamW(self.params, lr=1e-5, fused=True)
         fisher: Any = "online"
-        if configuration == "given F":
+        if configuration in ("given F", "Selective Amnesia"):
             fisher = {p: f.square_() for p, f in zip(self.params, normal(sizes, 3), strict=True)}
-        self.opt = EBUOptimizer(
-            torch.optim.AdamW(self.params, lr=1e-5, fused=True),
-            alpha=ways.ALPHA, delta=ways.DELTA, gamma=ways.GAMMA, fisher=fisher,
-            max_grad_norm=1.0 if configuration.endswith("clipped") else None,
-        )  # fmt: skip
+        self.opt: PhasedOptimizer
+        if configuration == "plain sum":
+            self.opt = Joint(base)
+        elif configuration == "Selective Amnesia":
+            self.opt = SelectiveAmnesia(base, fisher=fisher, lam=ways.GAMMA)
+        else:
+            self.opt = EBUOptimizer(
+                base, alpha=ways.ALPHA, delta=ways.DELTA, gamma=ways.GAMMA, fisher=fisher,
+                max_grad_norm=1.0 if configuration.endswith("clipped") else None,
+            )  # fmt: skip
 
     def step(self, g_f: list[Tensor], g_r: list[Tensor]) -> None:
         for phase, grads in ((self.opt.forget, g_f), (self.opt.remember, g_r)):
@@ -266,7 +277,7 @@ def step(case: Case) -> None:
     """Whole steps on one set of gradients. Naive and ours, with one F, end with one set of
     weights: the same work."""
     # theta, theta0, F and two moments on a side, and the gradients twice
-    if reason := case.memory((4 * 20 + 16 + 12) * case.n if case.n < 5e7 else 60 * case.n):
+    if reason := case.memory((6 * 20 + 16 + 12) * case.n if case.n < 5e7 else 60 * case.n):
         return case.add("ours, given F", left_out=reason)
     names = [name for name in SIDES if case.n < 5e7 or name in ("naive", "ours, given F")]
     sides = {name: SIDES[name](case.sizes) for name in names}
