@@ -71,7 +71,8 @@ class Step:
             self.slots, [None] * len(self.slots), self.g_r, self.inv_scale, self.shards,
             self.anchors, self.number,
         )  # fmt: skip
-        alone.combine(alone.select(None, fused), lambda group: (Weights(0.0, 0.0), 0.0))
+        nothing = Weights(0.0, 0.0), 0.0
+        alone.combine(alone.select(None, fused), lambda group: nothing, counted=False)
 
     def nonfinite(self) -> Tensor:
         """How many elements of g_f and of g_r are NaN or Inf, int64 [2]; waits for the device."""
