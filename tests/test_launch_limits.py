@@ -13,6 +13,8 @@ import torch
 from ebu_optim.kernels import _launch, _launch_combination, _launch_plan, _launch_selection, _tables
 from ebu_optim.kernels.contract import STATS, Columns, Update
 
+from .inputs import ADDED
+
 META = torch.device("meta")
 INT32 = 2**31 - 1
 GRID = (INT32, 65535, 65535)
@@ -77,7 +79,7 @@ def combine(sizes, dtype):
     _launch_combination.combine(
         Columns(*columns, [0] * len(sizes), [1] * len(sizes)),
         torch.empty(2, dtype=torch.int64, device=META),
-        Update(0.6, 1.0, "partial", "added", (True,) * 3, 0.1, None, torch.float32),
+        Update(ADDED, 1.0, 0.1, None, torch.float32),
         torch.empty(len(STATS), dtype=torch.float64, device=META),
     )
     _launch_combination.restore(columns[0], columns[6])

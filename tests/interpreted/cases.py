@@ -10,7 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .. import inputs, oracle
+from ebu_optim.kernels.contract import Update, Weights
+
+from .. import inputs
 from .shared import TAKEN
 
 GUARD = 64  # elements round every tensor that nothing may touch
@@ -38,7 +40,7 @@ class Case(NamedTuple):
     seed: int = 0
     kinds: tuple[str, str] = ("normal", "normal")  # of g_f and g_r, see `inputs.fill`
     pools: str = "model"  # or "tensor", or "parity": two of each
-    deltas: tuple[float, float] = (0.5, 0.5)
+    deltas: tuple[float | None, float | None] = (0.5, 0.5)  # None: nothing is selected
     anchor: Any = "own"  # dtype; None: missing; "own": the parameter's
     fisher: Any = torch.float32
     out: str = "new"  # or "g_f", "g_r"
@@ -50,6 +52,8 @@ class Case(NamedTuple):
     terms: tuple[bool, bool, bool] = (True, True, True)
     online: float | None = 0.3
     inv_scale: float | None = None
+    numbers: tuple[float, ...] = ()  # the weights of the sum, in place of a reading's
+    counted: bool = True
     tensors: bool = False  # gamma and online are tensors
     chunk: int = 128
     programs: int = 3
@@ -95,14 +99,16 @@ cases = st.builds(
     Case, parameters.map(tuple), st.integers(0, 2**32 - 1),
     st.tuples(*[st.sampled_from((*inputs.FINITE, *inputs.KINDS, "clusters", "clusters"))] * 2),
     st.sampled_from(("model", "model", "tensor", "parity")),
-    st.tuples(*[st.sampled_from((1e-9, 0.05, 0.5, 0.8, 1.0))] * 2),
+    st.tuples(*[st.sampled_from((1e-9, 0.05, 0.5, 0.5, 0.8, 0.8, 1.0, None))] * 2),
     st.sampled_from(("own", *TAKEN, torch.float64, None)),
     st.sampled_from((torch.float32, *TAKEN, torch.float64, None)),
     st.sampled_from(("new", "g_r", "g_f")), st.sampled_from(("new", "g_f", "none")),
     st.sampled_from((0.0, 0.3, 0.6, 1.0)), st.sampled_from((0.0, 0.7, 30.0)),
     st.sampled_from(("partial", "full", "none")), st.sampled_from(("added", "replaced", "routed")),
     st.tuples(*[st.booleans()] * 3), st.sampled_from((None, 0.3, 0.75, 1.0)),
-    st.sampled_from((None, None, 0.25, 2.0**-16)), st.booleans(),
+    st.sampled_from((None, None, 0.25, 2.0**-16)),
+    st.one_of(st.just(()), st.just(()), st.tuples(*[st.sampled_from((0.0, 1.0, -0.5, 2.5))] * 5)),
+    st.sampled_from((True, True, False)), st.booleans(),
     st.sampled_from((128, 64, 128, 256)), st.sampled_from((3, 1, 2048)),
     st.sampled_from((1 << 40, 1, 200)),
     st.sampled_from((30, 300, 1500)), st.sampled_from((1, 2, 2, 4)), st.booleans(),
@@ -140,6 +146,7 @@ def listed() -> list[Case]:
         Case((Row((9, 4), torch.float64), Row((5,), torch.float32)), digit=(0, 5)),
         Case(((Row((4, 3), torch.float32, "strided")),), fisher=None, anchor=None, online=None),
         Case((Row((400,), torch.float32),), 1, ("clusters", "clusters"), window=1),
+        Case((Row((70,), torch.float32),), deltas=(None, 0.5), numbers=(0.5, 2.0, -1.0, 0.0, 0.5)),
         Case((Row((9,), torch.float32),), fisher=None, anchor=None, online=None),
         Case(tuple(Row((2,), TAKEN[i % 3]) for i in range(16)), fisher=torch.float64),
         Case((Row((0,), torch.float32), Row((), torch.float16)), anchor=None),
@@ -217,7 +224,8 @@ def build(case: Case, place: Placed) -> dict[str, list[Any]]:
 
 
 def ranked(case: Case, g_f: list[Tensor], g_r: list[Tensor]) -> tuple[list[Any], list[Any]]:
-    """The pools that have elements, and of every parameter its pool of g_f and of g_r."""
+    """The pools that have elements, and of every parameter its key of g_f and of g_r: behind those
+    of the pools (or of none, which count as one) stands the key of nothing."""
     pools: list[Any] = []
     where: list[Any] = []
     label = {"model": lambda i: 0, "tensor": lambda i: i, "parity": lambda i: i % 2}[case.pools]
@@ -225,26 +233,29 @@ def ranked(case: Case, g_f: list[Tensor], g_r: list[Tensor]) -> tuple[list[Any],
         found: dict[int, list[Tensor]] = {}
         for i, g in enumerate(grads):
             found.setdefault(label(i), []).append(g)
-        place = {}
+        place: dict[int, int] = {}
         for name, members in found.items():
             n = inputs.total(members)
-            place[name] = len(pools) if n else 0
-            if n:
+            if n and delta is not None:
+                place[name] = len(pools)
                 pools.append((members, inputs.rank(n, delta)))
-        where.append([place[label(i)] for i in range(len(grads))])
-    return pools, where
+        # a key of no pool that has elements is read for none
+        where.append([place.get(label(i), -1 if delta is None else 0) for i in range(len(grads))])
+    nothing = max(1, len(pools))
+    return pools, [[nothing if i < 0 else i for i in side] for side in where]
 
 
-def options(case: Case, dtype: torch.dtype, tensors: bool) -> dict[str, Any]:
-    found = {
-        "alpha": case.alpha, "gamma": case.gamma, "penalty": case.penalty, "update": case.update,
-        "terms": case.terms, "online": case.online, "dtype": dtype,
-        "inv_scale": None if case.inv_scale is None else torch.tensor(case.inv_scale),
-    }  # fmt: skip
-    if case.update == "routed" or not any(case.terms):
-        found["terms"] = (True,) * len(oracle.TERMS)
+def update(case: Case, dtype: torch.dtype, tensors: bool) -> Update:
+    terms = (True,) * 3 if case.update == "routed" or not any(case.terms) else case.terms
+    weights = Weights.reading(
+        alpha=case.alpha, penalty=case.penalty, update=case.update, terms=terms
+    )
+    if case.numbers:
+        weights = Weights(*case.numbers, case.penalty)
+    gamma: Any = case.gamma
+    online: Any = case.online
     if tensors:
-        found["gamma"] = torch.tensor(case.gamma)
-        if case.online is not None:
-            found["online"] = torch.tensor(case.online, dtype=torch.float64)
-    return found
+        gamma = torch.tensor(gamma)
+        online = None if online is None else torch.tensor(online, dtype=torch.float64)
+    inv_scale = None if case.inv_scale is None else torch.tensor(case.inv_scale)
+    return Update(weights, gamma, online, inv_scale, dtype, case.counted)

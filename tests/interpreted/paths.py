@@ -108,7 +108,7 @@ class Spied:
 
     def _combine_kernel(self, grid: Any, args: Any, constants: Any) -> None:
         self._combination("combine", grid, args, constants["KINDS"])
-        online, inv_scale = args[8:10]
+        on_f, _on_r, _on_m, on_only_r, _blend, _gamma, online, inv_scale = args[4:12]
         found = [
             f"{c} {(*KINDS, 'missing')[constants['KINDS'] // 4**j % 4]}"
             for j, c in enumerate(COLUMNS)
@@ -118,8 +118,8 @@ class Spied:
         found.append("no online" if online is None else at)
         found.append("no inv_scale" if inv_scale is None else "inv_scale")
         found.append(f"penalty {constants['PENALTY']}")
-        added = "g_f added" if constants["ON_F"] else "g_f not added"
-        found.append("routed" if constants["ROUTED"] else added)
+        found.append("g_f added" if on_f else "g_f not added")
+        found += ["routed"] * bool(on_only_r)
         self.taken.update(f"combine, {path}" for path in found)
 
     def _restore_kernel(self, grid: Any, args: Any, constants: Any) -> None:
