@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from ebu_optim.errors import InputError
 from ebu_optim.training.options import parse
 
+from .scripts import reset_accelerate
 from .text_to_image import LENGTH, pipeline, sdxl
 
 PIPELINES = {
@@ -63,6 +64,7 @@ def options(made: Path, name: str, out: Path, *more):
 
 
 def unlearn(made: Path, name: str, out: Path, *more) -> Path:
+    reset_accelerate()
     with contextlib.redirect_stdout(io.StringIO()):
         module("unlearn").unlearn(options(made, name, out, *more))
     return out
@@ -180,7 +182,9 @@ def test_text_encoders_vae_and_denoiser_are_never_there_together(name, made, tmp
 # -- runs ---------------------------------------------------------------------------------------
 
 METHODS = {
-    "ebu": (), "joint": ("--surrogate", "pixels"), "sa": ("--condition_noise", 1),
+    "ebu": (),
+    "joint": ("--surrogate", "pixels", "--mixed_precision", "bf16", "--gradient_checkpointing"),
+    "sa": ("--condition_noise", 1),
     "salun": ("--surrogate_prompt", "dog", "--remember", "a red car"),
     "esd": ("--train_modules", "esd-x-strict"), "spm": (),
 }  # fmt: skip
