@@ -123,10 +123,10 @@ def look(model: Model, weights: bool = True) -> Looked:
     if size < 1 or size % step:
         raise InputError(f"--resolution must be a multiple of {step} for this model; got {size}")
     tokenizers = {
-        tokenizer: _tokenizer(name, folder, tokenizer, configs[encoder])
+        tokenizer: _tokenizer(name, folder, family, tokenizer, configs[encoder])
         for encoder, tokenizer in family.encoders.items()
     }
-    _check_alike(name, tokenizers)
+    family.check_tokenizers(name, tokenizers)
     return Looked(
         folder, configs[family.denoiser], configs["vae"], size, family.latents(configs, size),
         family.schedule(folder), next(iter(tokenizers.values())), family, configs, tokenizers,
@@ -251,11 +251,11 @@ def _check_rest(name: str, folder: Path, index: dict[str, Any], family: Family) 
             raise InputError(f"{name}: {part} holds no weights as safetensors: {remedy}")
 
 
-def _tokenizer(name: str, folder: Path, part: str, text_encoder: Mapping[str, Any]) -> Any:
-    from transformers import CLIPTokenizer
-
+def _tokenizer(
+    name: str, folder: Path, family: Family, part: str, text_encoder: Mapping[str, Any]
+) -> Any:
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / part)
+        tokenizer = family.kind(part).from_pretrained(folder / part)
     except Exception as error:  # the tokenizers' library raises many kinds
         raise InputError(f"{name}: its {part} cannot be read: {error}") from error
     size = text_encoder.get("vocab_size")
@@ -268,15 +268,3 @@ def _tokenizer(name: str, folder: Path, part: str, text_encoder: Mapping[str, An
     positions = text_encoder.get("max_position_embeddings", 77)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
-
-
-def _check_alike(name: str, tokenizers: Mapping[str, Any]) -> None:
-    """Prompts' lengths and words are then those of any of them."""
-    first, *others = tokenizers.values()
-    for other in others:
-        same = other.get_vocab() == first.get_vocab()
-        if not same or other.model_max_length != first.model_max_length:
-            raise InputError(
-                f"{name}: its tokenizers have other vocabularies or lengths: known are such that "
-                "read a prompt alike"
-            )

@@ -102,6 +102,13 @@ class Family:
         """
         raise NotImplementedError
 
+    def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
+        """Prompts' lengths are looked at by the first of them.
+
+        Raises:
+            InputError: others read prompts otherwise.
+        """
+
     def refuse(self, args: Any) -> None:
         """Raises:
         InputError: options whose value the family cannot do.

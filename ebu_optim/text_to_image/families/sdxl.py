@@ -58,6 +58,15 @@ class SDXL(StableDiffusion):
                 "scaling_factor alone"
             )
 
+    def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
+        first, second = tokenizers.values()
+        same = second.get_vocab() == first.get_vocab()
+        if not same or second.model_max_length != first.model_max_length:
+            raise InputError(
+                f"{name}: its tokenizers have other vocabularies or lengths: known are such that "
+                "read a prompt alike"
+            )
+
     @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         def read(some: Sequence[str]) -> list[Tensor]:
