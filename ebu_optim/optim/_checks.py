@@ -54,6 +54,16 @@ def group(values: Mapping[str, Any]) -> None:
             raise ValueError(f"gamma must be finite and >= 0; got {gamma}")
 
 
+def direction(groups: Sequence[Mapping[str, Any]], penalised: bool) -> None:
+    """Refuse a base that ascends: it would push the weights away from theta0."""
+    if penalised and any(g.get("maximize") for g in groups):
+        raise ValueError(
+            "the base has maximize=True, which turns the penalty round: it would push the weights "
+            "away from theta0. Build the base without it and give both losses the other sign, or "
+            "take fisher=None"
+        )
+
+
 def terms(given: Sequence[str], update: str) -> tuple[str, ...]:
     value: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, set)) else (given,)
     if not value or len(set(value)) != len(value) or any(t not in TERMS for t in value):

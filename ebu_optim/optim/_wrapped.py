@@ -85,6 +85,7 @@ class WrappedOptimizer(Optimizer):
         self._anchors = Anchors(
             slots, fisher, anchor, rule.penalised, self.fisher_scale == "unit", holding
         )
+        _checks.direction(base.param_groups, self._anchors.active)
         for group in base.param_groups:
             for name, value in self._defaults.items():
                 group.setdefault(name, value)

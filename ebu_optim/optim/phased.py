@@ -156,6 +156,7 @@ class PhasedOptimizer(WrappedOptimizer):
         phases.require_all()
         for group in self.param_groups:
             _checks.group(group)
+        _checks.direction(self.param_groups, self._anchors.active)
         _checks.capture(self.nonfinite, self._anchors.mode if self._anchors.active else "none")
         phases.unpoison()
 

@@ -199,6 +199,23 @@ def load(kind: Any, folder: Path, variant: str | None) -> Any:
     return whole_model(kind, folder, variant=variant, use_safetensors=True).float().eval()
 
 
+def assembled(folder: Path, variant: str | None, **options: Any) -> Any:
+    """The pipeline of a folder, its parts with weights in float32 on the CPU; each is read by
+    itself, as the pipeline would fill in what a file lacks, with noise.
+
+    Args:
+        options: of the pipeline's ``from_pretrained``.
+
+    Raises:
+        InputError: see `load`.
+    """
+    family = of_folder(folder)
+    parts_of = {part: load(family.kind(part), folder / part, variant) for part in family.weighty()}
+    return family.pipeline.from_pretrained(
+        folder, variant=variant, use_safetensors=True, **options, **parts_of
+    )
+
+
 def _hub(model: Model, get: Any, **options: Any) -> str:
     """What `get` downloads, its dozen kinds of errors told apart for the user."""
     from huggingface_hub.errors import (

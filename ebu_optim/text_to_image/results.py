@@ -15,8 +15,7 @@ from ..errors import InputError
 from ..files import locked
 from ..manifest import contents
 from .families import of_folder
-from .pipelines import Model, fetch, parts
-from .pipelines import load as load_part
+from .pipelines import Model, assembled, fetch, parts
 from .save import CHANGED
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -54,13 +53,7 @@ def load(model: Model, base_model: str | None = None) -> Any:
     folder, base = Path(model.pretrained_model_name_or_path), whole(model, base_model)
     where = fetch(base)
     family = of_folder(where)
-    # each by itself: the pipeline would fill in what a file lacks, with noise
-    parts_of = {
-        name: load_part(family.kind(name), where / name, base.variant) for name in family.weighty()
-    }
-    pipe = family.pipeline.from_pretrained(
-        where, variant=base.variant, use_safetensors=True, **family.opened, **parts_of
-    )
+    pipe = assembled(where, base.variant, **family.opened)
     denoiser = getattr(pipe, family.denoiser)
     kind = part(folder)
     if kind == CHANGED:

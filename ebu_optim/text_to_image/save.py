@@ -20,6 +20,7 @@ from ..training.options import option
 from . import card
 from .families import of_folder
 from .modules import Prompted, is_adapter
+from .pipelines import assembled
 
 CHANGED = "unet_changed.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -131,8 +132,8 @@ def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
 def merged(args: Any, model: Prompted, base: Path) -> Any:
     """The base pipeline in float32 on the CPU with the trained weights in it."""
     family = model.family
-    pipe = family.pipeline.from_pretrained(base, variant=args.variant, use_safetensors=True)
-    denoiser = getattr(pipe, family.denoiser).float()
+    pipe = assembled(base, args.variant)
+    denoiser = getattr(pipe, family.denoiser)
     if is_adapter(args):
         found = lora_layers(model.denoiser)
         layers = {f"{family.denoiser}.{n}": t.cpu() for n, t in found.items()}

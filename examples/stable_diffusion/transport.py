@@ -15,9 +15,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
-from ebu_optim.errors import InputError
+from ebu_optim.text_to_image import pipelines
 from ebu_optim.text_to_image.transport import load, scale
 from ebu_optim.training import exit_on_input_errors
 
@@ -38,13 +37,12 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
-            use_safetensors=True,
-        ).to(args.device)  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise InputError(f"{args.pretrained_model_name_or_path}: {error}") from error
+    model = pipelines.Model(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path, revision=args.revision,
+        variant=args.variant,
+    )  # fmt: skip
+    pipelines.look(model)  # what is wrong with it, in one line
+    pipe = pipelines.assembled(pipelines.fetch(model), args.variant).to(args.device)
     erased = load(pipe, args.adapters)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(args.prompt):

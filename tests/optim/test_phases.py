@@ -314,3 +314,22 @@ def test_nonfinite_propagate_reaches_the_weights_and_no_others(f, r):
     assert torch.equal(m[2].weight.isnan().view(-1), spoilt)
     assert all(p.isfinite().all() for p in (m[0].weight, m[0].bias, m[2].bias))
     assert (opt.skipped_steps, opt.last_step_skipped) == (0, False)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_base_that_ascends_would_turn_the_penalty_round(late):
+    p = torch.nn.Parameter(torch.ones(3))
+    base = torch.optim.SGD([p], lr=0.1, maximize=not late)
+    if not late:
+        with pytest.raises(ValueError, match=r"maximize=True.*fisher=None"):
+            EBUOptimizer(base)
+        EBUOptimizer(base, fisher=None)
+        return
+    opt = EBUOptimizer(base)
+    base.param_groups[0]["maximize"] = True
+    for phase in (opt.forget, opt.remember):
+        with phase():
+            p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="maximize=True"):
+        opt.step()
+    torch.testing.assert_close(p.detach(), torch.ones(3))

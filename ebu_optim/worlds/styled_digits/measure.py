@@ -163,9 +163,7 @@ def measure(args: Measure) -> None:
             f"{name} has another vocabulary than captions.py: it is none of this world, or was "
             "trained before the words were changed"
         )
-    pipe = drawing.ready(
-        looked.family.pipeline.from_pretrained(pipelines.fetch(args), variant=args.variant)
-    )
+    pipe = drawing.ready(pipelines.assembled(pipelines.fetch(args), args.variant))
     asked = choose(args.images_per_pair, args.seed)
     seeds = range(args.seed, args.seed + len(asked))
     drawn = drawing.draw(
