@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,6 +49,24 @@ def test_another_content_is_another_folder_and_16_bits_stay(tmp_path):
     other = unpacked(file, config=base, prediction_type="v_prediction")
     assert StableDiffusionPipeline.load_config(other)
     assert other != one
+
+
+def test_processes_that_ask_at_once_wait_for_the_first(tmp_path):
+    base = folder("sd1", tmp_path / "base")
+    file = write_folder(base, {}, tmp_path / "model.safetensors")
+    code = (
+        "import sys; from ebu_optim.formats import unpacked as u;"
+        "print(u(sys.argv[1], config=sys.argv[2]))"
+    )
+    ran = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, file, base], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [p.communicate()[0].split("\n")[-2] for p in ran]
+    assert [p.returncode for p in ran] == [0, 0]
+    assert said[0] == said[1] == str(unpacked(file, config=base))
 
 
 def test_configurations_alone_are_made_from_the_header(tmp_path):

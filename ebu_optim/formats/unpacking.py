@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
-from ..files import need_disk, replacing_folder
+from ..files import need_disk, replacing_folder, writable
 from ..manifest import contents, key
 from .architecture import shipped
 from .opening import PathLike, Single
@@ -51,12 +54,28 @@ def unpacked(
     of = contents(given) if weights else key([(p.name, p.stat().st_size) for p in given])
     name = key(of, made.configs, "weights" if weights else sorted(single.checkpoint.header.tensors))
     folder = cache_folder() / "unpacked" / name
-    if not (folder / "model_index.json").is_file():
-        if weights:
-            need_disk(folder.parent, 2.1 * sum(p.stat().st_size for p in given), "the model")
-        with replacing_folder(folder) as work:
-            _write(single, work, lora, weights)
+    with _alone(folder) as there:
+        if not there:
+            if weights:
+                need_disk(folder.parent, 2.1 * sum(p.stat().st_size for p in given), "the model")
+            with replacing_folder(folder) as work:
+                _write(single, work, lora, weights)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether the folder is there; inside no other process makes it: several of one run ask for the
+    same at once, and wait for the first."""
+    mark = folder / "model_index.json"
+    if mark.is_file():
+        yield True
+        return
+    with writable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        with lock:
+            yield mark.is_file()
 
 
 def shipped_folder(family: str) -> Path:
@@ -67,7 +86,9 @@ def shipped_folder(family: str) -> Path:
     """
     configs = shipped(family)
     folder = cache_folder() / "shipped" / key(family, configs)
-    if not (folder / "model_index.json").is_file():
+    with _alone(folder) as there:
+        if there:
+            return folder
         index = configs["model_index"]
         with replacing_folder(folder) as work:
             for part, config in configs.items():
