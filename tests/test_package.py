@@ -43,7 +43,7 @@ PUBLIC = {
         "random_anchors", "relabel_loss", "sample", "sample_set", "surrogate_noise", "transport",
     ],
     "ebu_optim.metrics": [
-        "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
+        "ClipClassifier", "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
         "classifier_metrics", "classify", "clip_score", "condition_replaced", "entropy", "fid",
         "frechet_distance", "imagenette_metrics", "inversion", "learn_embedding",
         "learn_embeddings", "lpips_distance", "nudity_score", "probability", "relearn",
