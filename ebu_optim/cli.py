@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ebu: error: no command {name!r}: there is {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        require("jsonargparse", "text_to_image")
+        require("jsonargparse", "text-to-image")
         COMMANDS[name](given[1:])
     except ImportError as error:
         print(f"ebu: error: {error}", file=sys.stderr)

@@ -94,7 +94,7 @@ def test_no_weights_no_figure(monkeypatch):
 def test_without_open_clip_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)  # as if not installed
     found = clip_score(pictures(2), "a church")
-    assert 'pip install "ebu_optim[text_to_image]"' in found["not_computed"]
+    assert 'pip install "ebu_optim[text-to-image]"' in found["not_computed"]
 
 
 def test_a_file_of_other_weights_is_refused(folder, tmp_path):

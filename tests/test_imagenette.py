@@ -160,7 +160,7 @@ def test_weights_of_the_cache_and_none(weights, tmp_path, monkeypatch):
 def test_without_torchvision_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)  # as if not installed
     found = imagenette_metrics(pictures(2), [0, 1], [0])
-    assert 'pip install "ebu_optim[text_to_image]"' in found["not_computed"]
+    assert 'pip install "ebu_optim[text-to-image]"' in found["not_computed"]
 
 
 def test_a_file_of_other_weights_is_refused(tmp_path):

@@ -115,7 +115,7 @@ def test_no_weights_no_figure(monkeypatch, tmp_path):
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)  # as if not installed
     found = lpips_distance(pictures(2), pictures(2))
-    assert 'pip install "ebu_optim[text_to_image]"' in found["not_computed"]
+    assert 'pip install "ebu_optim[text-to-image]"' in found["not_computed"]
 
 
 def test_other_weights_are_refused(backbones):

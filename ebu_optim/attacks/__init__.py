@@ -3,4 +3,4 @@ after it was trained again."""
 
 from .._extras import require
 
-require("transformers", "text_to_image")
+require("transformers", "text-to-image")

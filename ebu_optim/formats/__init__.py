@@ -3,7 +3,7 @@ A1111 and kohya's scripts have them: looked at, opened as a pipeline, written ag
 
 from .._extras import require
 
-require("transformers", "text_to_image")
+require("transformers", "text-to-image")
 
 from .folders import write_folder
 from .header import Header, read_header

@@ -76,7 +76,7 @@ def clip_score(
         },
     }  # fmt: skip
     try:
-        open_clip = needed("open_clip", "text_to_image")
+        open_clip = needed("open_clip", "text-to-image")
         judge, preprocess = _load(open_clip, model, str(pretrained))
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
@@ -120,7 +120,7 @@ class ClipClassifier:
         pretrained: str | os.PathLike[str] = "openai", batch_size: int = 32,
         device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        open_clip = needed("open_clip", "text_to_image")
+        open_clip = needed("open_clip", "text-to-image")
         self.model, self._preprocess = _load(open_clip, model, str(pretrained))
         self.model.to(device)
         self._tokenizer, self._size = open_clip.get_tokenizer(model), batch_size
@@ -142,7 +142,7 @@ def _cosines(
     judge: Any, preprocess: Any, tokenizer: Any, pictures: RGBImages, texts: list[str], size: int
 ) -> Tensor:
     """(n,) float64."""
-    image = require("PIL.Image", "text_to_image")
+    image = require("PIL.Image", "text-to-image")
     device = next(judge.parameters()).device
     found = []
     for i, batch in enumerate(pictures.batches(size)):

@@ -68,7 +68,7 @@ class ImagenetteClassifier:
     ) -> None:
         if over not in OVER:
             raise ValueError(f"over must be one of {OVER}; got {over!r}")
-        models = needed("torchvision.models", "text_to_image")
+        models = needed("torchvision.models", "text-to-image")
         names = [entry.name for entry in models.ResNet50_Weights]
         if weights not in names:
             raise ValueError(f"weights must be one of {names}; got {weights!r}")

@@ -94,7 +94,7 @@ def lpips_distance(
     }  # fmt: skip
     try:
         judge = _load(net, weights_file, progress).to(device)
-        resize = needed("torchvision.transforms.functional", "text_to_image").resize
+        resize = needed("torchvision.transforms.functional", "text-to-image").resize
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
     result["protocol"]["package"] = f"lpips {metadata.version('lpips')}"
@@ -113,8 +113,8 @@ def lpips_distance(
 
 
 def _load(net: str, weights_file: str | os.PathLike[str] | None, progress: bool) -> torch.nn.Module:
-    lpips = needed("lpips", "text_to_image")
-    entry = getattr(needed("torchvision.models", "text_to_image"), NETS[net][0]).IMAGENET1K_V1
+    lpips = needed("lpips", "text-to-image")
+    entry = getattr(needed("torchvision.models", "text-to-image"), NETS[net][0]).IMAGENET1K_V1
     state = torchvision_weights(entry, weights_file, "weights_file", progress)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, of an argument that lpips still uses

@@ -11,7 +11,7 @@ from .. import __version__, kernels
 
 EXTRAS = {
     "diffusion": ("diffusers", "safetensors", "jsonargparse"),
-    "text_to_image": ("transformers", "peft", "open_clip_torch", "accelerate"),
+    "text-to-image": ("transformers", "peft", "open_clip_torch", "accelerate"),
     "metrics": ("torch-fidelity", "lpips"),
     "nudity": ("nudenet",),
     "sign": ("model-signing",),

@@ -3,4 +3,4 @@ memory counted, results saved and opened, and the evaluation of what is drawn. O
 
 from .._extras import require
 
-require("transformers", "text_to_image")
+require("transformers", "text-to-image")
