@@ -111,7 +111,7 @@ def replacing_folder(
 
 _SPACE = ": free some space, or give a path on another disk"
 _PERMISSION = ": give a path that this user may write to"
-_REMEDIES = {
+REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _PERMISSION),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ": a file is where a folder should be"),
@@ -129,11 +129,11 @@ def writable(path: Path) -> Iterator[None]:
         about = [error.filename] if isinstance(error.filename, str) else []
         here = os.path.abspath(path.parent)
         elsewhere = any(os.path.commonpath([here, os.path.abspath(f)]) != here for f in about)
-        if error.errno not in _REMEDIES or elsewhere or said.startswith("cannot write "):
+        if error.errno not in REMEDIES or elsewhere or said.startswith("cannot write "):
             raise
         raise OSError(
             error.errno,
-            f"cannot write {path} ({', '.join([said, *about])}){_REMEDIES[error.errno]}. What was "
+            f"cannot write {path} ({', '.join([said, *about])}){REMEDIES[error.errno]}. What was "
             "there before is untouched",
         ) from error
 

@@ -16,7 +16,6 @@ them by name; an error is one line, the status 2.
 from __future__ import annotations
 
 import argparse
-import errno
 import inspect
 import json
 import math
@@ -44,6 +43,7 @@ from diffusers import DDIMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from ..errors import InputError
+from ..files import REMEDIES
 
 Config = TypeVar("Config")
 #: Of diffusers, but for the one that wants rules beside.
@@ -73,15 +73,18 @@ def parse(
 
     A ``list[T]`` takes several values, a ``Literal`` one of its own, a ``dict`` JSON, a ``bool`` is
     a switch. ``--config`` takes a YAML file of fields; what follows it has the last word. A base
-    class with an attribute `group` has its flags under that title in ``--help``.
+    class with an attribute `group` has its flags under that title in ``--help``; an attribute
+    `titles` of the config, title -> names of fields, has the last word on which come first.
 
     Raises:
         SystemExit: with status 2, flags that are not understood.
         InputError: values that the config itself refuses.
     """
+    wanted: Any = config
+    required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter,
-        exit_on_error=False,
+        exit_on_error=False, usage=f"%(prog)s {' '.join(map(_asked, required))} [options]",
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML of options by name")
     add_flags(parser, config)
@@ -89,10 +92,8 @@ def parse(
         found = vars(parser.parse_args(None if argv is None else list(argv)))
     except argparse.ArgumentError as error:
         _refuse(parser, _said(config, str(error)))
-    wanted: Any = config
-    required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
     if missing := [f for f in required if found.get(_key(f)) is None]:
-        names = ", ".join(f.metadata.get("positional") or _flag(f) for f in missing)
+        names = ", ".join(map(_name, missing))
         _refuse(parser, f"the following arguments are required: {names}")
     hints = get_type_hints(config)
     return config(**{f.name: _typed(f, hints[f.name], found[_key(f)]) for f in fields(wanted)})
@@ -108,7 +109,7 @@ def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
 
 def _said(config: Any, why: str) -> str:
     """jsonargparse's words, by the option's name on the command line and without Python's types."""
-    names = {_key(f): f.metadata.get("positional") or _flag(f) for f in fields(config)}
+    names = {_key(f): _name(f) for f in fields(config)}
     why = re.sub(r'Parser key "(\w+)"', lambda m: f"argument {names.get(m[1], '--' + m[1])}", why)
     return re.sub(r"a <class '(\w+)'>", r"\1", why)
 
@@ -122,9 +123,13 @@ def add_flags(parser: Any, config: type) -> None:
     """Add the flags of a config to a parser; a required one that is not given is None or absent."""
     hints = get_type_hints(config)
     places: dict[str | None, Any] = {None: parser}
-    for f in fields(config):
+    titles = list(getattr(config, "titles", ()))
+    groups = {f.name: _group(config, f.name) for f in fields(config)}
+    # a group stands where its first flag is added
+    first = {f.name: titles.index(g) for f in fields(config) if (g := groups[f.name]) in titles}
+    for f in sorted(fields(config), key=lambda f: first.get(f.name, len(titles))):
         said = {k: v for k, v in f.metadata.items() if k not in ("flag", "positional")}
-        group = _group(config, f.name)
+        group = groups[f.name]
         if group not in places:
             places[group] = parser.add_argument_group(group)
         place = places[group]
@@ -139,7 +144,31 @@ def add_flags(parser: Any, config: type) -> None:
             how.pop("type")
             parser.add_argument(f.name, metavar=name, **how)
         else:
+            how["help"] = _with_default(how.get("help"), how.get("default"))
             place.add_argument(*_names(f), dest=_key(f), **how)
+
+
+def _with_default(said: str | None, default: Any) -> str | None:
+    if default in (None, "", [], {}) or "default:" in (said or ""):
+        return said
+    words = map(str, default if isinstance(default, list) else [default])
+    return "; ".join([*([said] if said else []), f"default: {' '.join(words)}"])
+
+
+def _asked(f: Field[Any]) -> str:
+    """A required field, as the usage has it."""
+    if name := f.metadata.get("positional"):
+        return f"{name} [{name} ...]" if "nargs" in f.metadata else name
+    return f"{_names(f)[0]} {_flag(f).lstrip('-').upper()}"
+
+
+def named(config: Any, field: str) -> str:
+    """What a command calls a field of its config, for messages."""
+    return _name(next(f for f in fields(config) if f.name == field))
+
+
+def _name(f: Field[Any]) -> str:
+    return f.metadata.get("positional") or _flag(f)
 
 
 def _names(f: Field[Any]) -> tuple[str, ...]:
@@ -158,7 +187,10 @@ def _key(f: Field[Any]) -> str:
 
 
 def _group(config: type, name: str) -> str | None:
-    """The title of the class that brought the field."""
+    """The title that the config gives it, else that of the class that brought the field."""
+    for title, names in getattr(config, "titles", {}).items():
+        if name in names:
+            return title
     first = next(c for c in reversed(config.__mro__) if name in inspect.get_annotations(c))
     return vars(first).get("group")
 
@@ -318,34 +350,37 @@ def command(
     resumes = issubclass(config, TrainingOptions)
     exit_on_input_errors(
         lambda: function(parse(config, argv, description, prog)),
-        "--resume_from_checkpoint latest" if resumes else "the same command",
-    )
+        "the same command" + " with --resume_from_checkpoint latest" * resumes, prog,
+    )  # fmt: skip
 
 
-def exit_on_input_errors(main: Callable[[], object], goes_on: str = "the same command") -> None:
+def exit_on_input_errors(
+    main: Callable[[], object], goes_on: str = "the same command", prog: str | None = None
+) -> None:
     """Run `main`; what the user can put right is printed in one line, with exit status 2. A
     character that the console does not know is printed as another, and ends nothing."""
+    prog = prog or Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:
         what = str(error).partition("\n")[0]
         print(
-            f"{Path(sys.argv[0]).name}: error: {what}\nA smaller batch takes less, and so do "
+            f"{prog}: error: {what}\nA smaller batch takes less, and so do "
             "--gradient_checkpointing and --mixed_precision bf16, where the script has them. "
             f"Where something else filled the memory, {goes_on} goes on",
             file=sys.stderr,
         )
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in REMEDIES:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}. {goes_on} goes on", file=sys.stderr)
+        print(f"{prog}: error: {error}. Then {goes_on} goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {goes_on} goes on", file=sys.stderr)
