@@ -35,11 +35,7 @@ def fuse(pipe: Any, path: PathLike, scale: float = 1.0) -> None:
     Raises:
         InputError: no LoRA, or one of another model; nothing was changed.
     """
-    path = Path(path)
-    header = read_header(path)
-    if not is_lora(header.tensors):
-        raise InputError(f"{path} is no LoRA (it begins with {sorted(header.tensors)[0]})")
-    pairs = _pairs(pipe, path)
+    pairs = _pairs(pipe, Path(path))
     with torch.no_grad():
         for layer, (down, up, factor) in pairs.items():
             weight = layer.weight
@@ -47,8 +43,21 @@ def fuse(pipe: Any, path: PathLike, scale: float = 1.0) -> None:
             weight += (scale * factor * update).to(weight.dtype)
 
 
+def check(pipe: Any, path: PathLike) -> None:
+    """Args:
+        pipe: whose layers are compared; its weights may be on the meta device.
+
+    Raises:
+        InputError: see `fuse`.
+    """
+    _pairs(pipe, Path(path))
+
+
 def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
     """Layer -> A, B and alpha / rank."""
+    header = read_header(path)
+    if not is_lora(header.tensors):
+        raise InputError(f"{path} is no LoRA (it begins with {sorted(header.tensors)[0]})")
     what = f"{path} is no LoRA for this {type(pipe).__name__}"
     try:
         asked = {"unet_config": pipe.unet.config} if hasattr(pipe, "text_encoder_2") else {}

@@ -45,12 +45,22 @@ class Single:
             self.sources["vae"] = _vae_file(vae, self.checkpoint.family)
         self._tables: dict[str, dict[str, Rows]] = {}
 
-    def check(self) -> None:
-        """Raises:
-        InputError: a part of the pipeline is not in the file as it must be.
+    def check(self, lora: PathLike | None = None) -> None:
+        """Args:
+            lora: which is to be added.
+
+        Raises:
+            InputError: a part of the pipeline is not in the file as it must be; a LoRA of another
+                model.
         """
-        for part in self.architecture.parts:
+        made = self.architecture
+        for part in made.parts:
             self.table(part)
+        if lora is not None:
+            empty: dict[str, Any] = {part: made.empty(part) for part in made.parts}
+            words = [p.replace("text_encoder", "tokenizer") for p in empty if "text_encoder" in p]
+            empty |= {**dict.fromkeys(words), "scheduler": self.scheduler(), **_rest(made)}
+            loras.check(made.kind("model_index")(**empty), lora)
 
     def table(self, part: str) -> dict[str, Rows]:
         """diffusers' names of the part's tensors -> where they are in the file."""

@@ -47,7 +47,7 @@ def unpacked(
         InputError: see :func:`open_single`; no room on the disk.
     """
     single = Single(path, config=config, prediction_type=prediction_type, vae=vae)
-    single.check()
+    single.check(lora)
     made = single.architecture
     given = [Path(p) for p in (path, vae, lora) if p is not None]
     # of 7 GB a hash takes seconds: the configurations depend on the header alone

@@ -38,7 +38,7 @@ def doctor(fits: bool = True) -> str:
             )
         lines.append(f"kernels for CUDA: {kernels.active('cuda')}")
     else:
-        lines.append("no CUDA device: small models run on the CPU, real ones take hours a step")
+        lines.append("no CUDA device: small models run on the CPU, real ones take minutes a step")
     if fits and util.find_spec("diffusers") and util.find_spec("transformers"):
         lines += ["", "memory of a run at the model's own size, batch 1, by count:", *_fits()]
     return "\n".join(lines)

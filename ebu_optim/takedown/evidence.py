@@ -74,28 +74,42 @@ def _sha256(path: Path) -> str:
 def sign(folder: Path, key: Path, certificates: Sequence[Path] = ()) -> None:
     """By OpenSSF's model-signing: `evidence.json`, which names every file by its hash.
 
+    Raises:
+        InputError: see `signer`.
+    """
+    signer(key, certificates).sign(folder / FILE, folder / SIGNATURE)
+
+
+def signer(key: Path, certificates: Sequence[Path] = ()) -> Any:
+    """What signs, its keys read.
+
     Args:
         certificates: that of the key, then those up to the root's; none signs by the key alone.
 
     Raises:
-        InputError: no private key of an elliptic curve.
+        InputError: no private key of an elliptic curve, or no certificates.
     """
-    signing = require("model_signing.signing", "sign")
+    config = require("model_signing.signing", "sign").Config()
     try:
-        config = signing.Config()
-        if certificates:
+        config.use_elliptic_key_signer(private_key=key)
+    except Exception as error:  # of the library: many kinds
+        raise InputError(
+            f"--sign_key {key} is no private key of an elliptic curve in PEM, without a password "
+            f"({error}): make one with `openssl ecparam -name prime256v1 -genkey -noout -out "
+            "key.pem`"
+        ) from error
+    if certificates:
+        try:
             config.use_certificate_signer(
                 private_key=key, signing_certificate=certificates[0],
                 certificate_chain=list(certificates[1:]),
             )  # fmt: skip
-        else:
-            config.use_elliptic_key_signer(private_key=key)
-        config.sign(folder / FILE, folder / SIGNATURE)
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(
-            f"--sign_key {key} is no private key of an elliptic curve in PEM ({error}): make one "
-            "with `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
-        ) from error
+        except Exception as error:
+            raise InputError(
+                f"--sign_certificate {' '.join(map(str, certificates))}: these are no certificates "
+                f"in PEM of --sign_key {key} ({error})"
+            ) from error
+    return config
 
 
 def verify(

@@ -8,21 +8,10 @@ from typing import Any
 from ..formats.looking import TITLES
 from ..formats.unpacking import shipped_folder
 from ..text_to_image import memory, pipelines, prompts
+from ..text_to_image.room import GIB, WAYS
 from .options import Forget
 
-GIB = 2**30
 LIBRARIES = GIB  # their workspace, which no count sees
-#: From everything in float32 down to the least.
-WAYS: dict[str, dict[str, Any]] = {
-    "the whole denoiser, float32": {},
-    "the whole denoiser, fp16": {"mixed_precision": "fp16", "gradient_checkpointing": True},
-    "cross attention, fp16": {
-        "train_modules": "xattn", "mixed_precision": "fp16", "gradient_checkpointing": True,
-    },
-    "LoRA, fp16": {
-        "train_modules": "lora", "mixed_precision": "fp16", "gradient_checkpointing": True,
-    },
-}  # fmt: skip
 
 
 def table(room: int | None) -> list[str]:

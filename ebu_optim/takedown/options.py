@@ -31,8 +31,10 @@ class RequestOptions:
     group: ClassVar[str] = "request"
 
     preset: Literal["recommended", "paper"] = option(
-        "recommended", help="gives what is not given: of losses, weights that are trained, gamma"
-    )
+        "recommended", help="recommended: --train_modules full --forget_loss relabel "
+        "--remember_loss crossed --gamma 1000\nand three templates; paper: xattn, the method's own "
+        "losses; each where it is not given",
+    )  # fmt: skip
     plan: bool = option(
         False, help="say what will be done, what it costs and what is written; do nothing"
     )
@@ -62,22 +64,46 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
         InputError: numbers and options that cannot be, or not together.
     """
 
+    #: What the help has first: a request and the machine, before what a newcomer leaves alone.
+    titles: ClassVar[dict[str, tuple[str, ...]]] = {
+        "request": (
+            "surrogate_concept", "remember_prompts", "output_dir", "plan", "save_as", "preset",
+            "seed", "resume_from_checkpoint", "overwrite_output_dir",
+        ),
+        "machine": (
+            "cpu", "mixed_precision", "gradient_checkpointing", "sample_batch_size",
+        ),
+        "report and evidence": (
+            "evidence_images", "evidence_prompts", "clip_weights", "sign_key", "sign_certificate",
+        ),
+        "attacks in the report": (
+            "judge", "attacks", "attack_images", "paraphrases", "nudity_labels",
+            "nudity_threshold", "nudity_colours",
+        ),
+    }  # fmt: skip
+
     pretrained_model_name_or_path: str = option(
         positional="MODEL", help="a .safetensors file, a diffusers folder or a hub id"
     )
     forget: list[str] = option(
         positional="CONCEPT",
         nargs="*",
-        help="what is to be gone, in a word or a few; files of them",
+        help="what is to be gone, in a word or a few; several, or files (.txt: one a line)",
     )
     surrogate_concept: list[str] = option(
-        [], flag="--as", metavar="CONCEPT", help="what each becomes, in the words around it"
+        [],
+        flag="--as",
+        metavar="OTHER",
+        help="what each becomes, in the words around it;\ndefault: what the empty prompt draws",
     )
     remember_prompts: list[str] = option(
         [str(REMEMBER)], flag="--keep", metavar="PROMPT",
-        help="what must stay, above all its neighbours: prompts or files of them",
+        help="what must stay, above all its neighbours: prompts or files of them (.txt: one a "
+        f"line);\ndefault: {REMEMBER.name}, which ships with it",
     )  # fmt: skip
-    output_dir: Path = option(flag=("-o", "--output_dir"))
+    output_dir: Path = option(
+        flag=("-o", "--output_dir"), metavar="FOLDER", help="gets the result and its evidence"
+    )
     judge: Literal["clip", "world", "imagenette", "nudity"] | None = option(  # type: ignore[assignment]
         None, help="who says what a picture shows; without one the report has no attacks"
     )

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..baselines import methods
 from ..text_to_image import memory, outcome, pipelines, prompts, sets
+from ..text_to_image.unlearn import SCRIPT
+from ..training.run import check_folder
+from . import depth, evidence
+
+
+class Checked(NamedTuple):
+    """What configurations and prompts say."""
+
+    looked: pipelines.Looked
+    texts: prompts.Prompts
+    cost: memory.Cost
+
+
+def check(args: Any) -> Checked:
+    """All that can be told before a weight is read or a minute is spent.
+
+    Raises:
+        InputError: whatever would end the run at once.
+    """
+    depth.check(args)
+    check_folder(args, SCRIPT)
+    if args.sign_key is not None:
+        evidence.signer(args.sign_key, args.sign_certificate)
+    looked = pipelines.look(args, weights=False)
+    texts = prompts.collect(args, looked.tokenizer, warn=lambda line: None)
+    args = replace(args, mixed_precision=args.mixed_precision or "no")
+    return Checked(looked, texts, memory.count(args, looked, texts))
 
 
 def plan(args: Any) -> str:
     """In words, a line each.
 
     Raises:
-        InputError: whatever would end the run at once.
+        InputError: see `check`.
     """
-    looked = pipelines.look(args, weights=False)
-    texts = prompts.collect(args, looked.tokenizer, warn=lambda line: None)
-    args = replace(args, mixed_precision=args.mixed_precision or "no")
-    cost = memory.count(args, looked, texts)
+    looked, texts, cost = check(args)
     per_step = 2 * args.train_batch_size * args.gradient_accumulation_steps
     lines = [
         f"model: {args.pretrained_model_name_or_path}, {looked.resolution} pixels",

@@ -1,21 +1,32 @@
-"""One call: a model and a concept in, the model without it and its evidence out."""
+"""Make a model forget: a model and a concept in, the model without it and its evidence out.
+
+ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
+
+What is not asked for: the whole denoiser is trained, in float32, for 1000 steps of EBU on images
+that the model draws itself, 200 of what is kept and 100 of what is to be gone; the result has the
+form in which the model came. --plan says what that costs, and does nothing. With the least memory:
+--train_modules lora --mixed_precision fp16 --gradient_checkpointing. Only the first group of
+options is the request's; the others can stay as they are.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 
 from ..errors import InputError
 from ..files import replacing
+from ..text_to_image import room
 from ..text_to_image import unlearn as train
 from ..training.options import as_yaml
-from . import depth, evidence, pictures
+from . import evidence, pictures, planning
 from .options import Forget
-from .planning import plan
 
 
 class Forgotten(NamedTuple):
@@ -66,20 +77,28 @@ def forget(
 def run(config: Forget) -> Forgotten | None:
     """As the command does it."""
     args: Any = config.resolved()
-    depth.check(args)
     if args.plan:
-        print(plan(args))
+        print(planning.plan(args))
         return None
+    looked, texts, cost = planning.check(args)
+    if torch.cuda.is_available() and not args.cpu:
+        card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        room.check(args, looked, texts, cost, card)
     train.unlearn(args)
     state = PartialState()
     if not state.is_main_process:
         return Forgotten(None, {}, args.output_dir)
     with replacing(args.output_dir / evidence.CONFIG) as work:
-        work.write_text(as_yaml(config), encoding="utf-8")
+        work.write_text(as_yaml(again(config)), encoding="utf-8")
     figures = pictures.report(args)
     evidence.write(args)
     print(f"evidence: {args.output_dir / evidence.FILE}, to be checked by `ebu verify`")
     return Forgotten(pictures.after(args), figures, args.output_dir)
+
+
+def again(config: Forget) -> Forget:
+    """What makes the same result in another folder, and never in place of a finished one."""
+    return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
 def _listed(words: str | Sequence[str]) -> list[str]:

@@ -67,7 +67,8 @@ class ModuleOptions:
     group: ClassVar[str] = "what is trained"
 
     train_modules: Modules | None = option(
-        None, help="of the UNet; default: xattn. SPM trains adapters of its own"
+        None,
+        help="of the UNet; default: xattn, in `ebu forget` the preset's; SPM has its own adapters",
     )
     rank: int = option(4, help="of lora")
     lora_alpha: float | None = option(None, help="of lora; default: the rank")

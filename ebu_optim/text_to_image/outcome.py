@@ -11,7 +11,7 @@ from ..class_conditional.outcome import settings
 from ..diffusion import objectives
 from ..metrics import versions
 from ..training import method as method_options
-from ..training.options import as_dict
+from ..training.options import as_dict, named
 from . import modules, prompts, sets
 from .families import Family
 
@@ -43,9 +43,10 @@ def unused(args: Any) -> list[str]:
     found = {
         "--surrogate": args.surrogate != "prompt" and not images,
         "--surrogate_prompt": args.surrogate_prompt != [""] and not prompted,
-        "--surrogate_concept": bool(args.surrogate_concept) and not prompted,
+        named(args, "surrogate_concept"): bool(args.surrogate_concept) and not prompted,
         "--forget_dir": args.forget_dir is not None and not objectives.needs_own_images(args),
-        "--remember": args.remember_prompts != [str(prompts.REMEMBER)] and not remembers,
+        named(args, "remember_prompts"): args.remember_prompts != [str(prompts.REMEMBER)]
+        and not remembers,
         "--remember_loss": args.remember != "replay" and not remembers,
         "--fisher": args.fisher is not None and no_fisher,
         "--esd_variant": args.esd_variant != "paper" and by != "guidance",

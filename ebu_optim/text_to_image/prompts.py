@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..training.options import option
+from ..training.options import named, option
 from .prompt_files import read
 
 PLACE = "{}"  # of the concept in a template
@@ -65,18 +65,19 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
         InputError: unreadable files; a prompt too long for the tokenizer; nothing to forget; a
             prompt to forget that is also remembered or the surrogate.
     """
-    concepts = read(args.forget, "--forget")
+    called = {n: named(args, n) for n in ("forget", "surrogate_concept", "remember_prompts")}
+    concepts = read(args.forget, called["forget"])
     templates = read(args.forget_templates, "--forget_templates")
     check_templates(templates)
     if not all(concepts):
         raise InputError(
-            '--forget "": the empty prompt is the unconditional model, on which guidance of every '
-            "prompt rests; name what is to be forgotten"
+            f'{called["forget"]} "": the empty prompt is the unconditional model, on which '
+            "guidance of every prompt rests; name what is to be forgotten"
         )
-    others = read(args.surrogate_concept, "--surrogate_concept")
+    others = read(args.surrogate_concept, called["surrogate_concept"])
     if others and args.surrogate_prompt != [""]:
-        raise InputError("--surrogate_concept and --surrogate_prompt: give one of them")
-    option = "--surrogate_concept" if others else "--surrogate_prompt"
+        raise InputError(f"{called['surrogate_concept']} and --surrogate_prompt: give one of them")
+    option = called["surrogate_concept"] if others else "--surrogate_prompt"
     plain = read(args.surrogate_prompt, option)
     # each forgotten prompt, and what may stand in its template instead
     instead: dict[str, list[str]] = {fill(t, c): [] for c, t in product(concepts, templates)}
@@ -84,10 +85,12 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
         instead[fill(t, c)] += [fill(t, o) for o in others] or plain
     forget = list(instead)
     surrogate = [fill(t, o) for t in templates for o in others] or plain
-    remember = read(args.remember_prompts, "--remember")
+    remember = read(args.remember_prompts, called["remember_prompts"])
     shown = args.validation_prompts or [forget[0], *remember[:3]]
-    check_lengths((*forget, *surrogate, *remember, *shown), tokenizer)
-    _check_apart(forget, {"--remember": remember, option: surrogate}, tokenizer)
+    of = {called["forget"]: forget, option: surrogate, called["remember_prompts"]: remember}
+    for name, given in {**of, "--validation_prompts": shown}.items():
+        check_lengths(given, tokenizer, option=name)
+    _check_apart(forget, {n: t for n, t in of.items() if t is not forget}, tokenizer)
     _warn_of_mentions(concepts, remember, warn)
     texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown)))
     number = {t: i for i, t in enumerate(texts)}
@@ -114,9 +117,10 @@ def check_templates(templates: Iterable[str], option: str = "--forget_templates"
             raise InputError(f'{option} needs one "{PLACE}" in each; got {template!r}')
 
 
-def check_lengths(texts: Iterable[str], tokenizer: Any, remedy: str = "") -> None:
+def check_lengths(texts: Iterable[str], tokenizer: Any, remedy: str = "", option: str = "") -> None:
     """Args:
         remedy: beside a shorter prompt.
+        option: whose prompts they are, for the message.
 
     Raises:
         InputError: a prompt has more tokens than the tokenizer takes.
@@ -124,9 +128,9 @@ def check_lengths(texts: Iterable[str], tokenizer: Any, remedy: str = "") -> Non
     for text in texts:
         if (n := len(tokenizer(text).input_ids)) > tokenizer.model_max_length:
             raise InputError(
-                f"the prompt {text[:60]!r}... has {n} tokens, begin and end included, and the "
-                f"tokenizer takes {tokenizer.model_max_length}: shorten it"
-                f"{f', {remedy}' if remedy else ''}"
+                f"{option}{': ' * bool(option)}the prompt {text[:60]!r}... has {n} tokens, "
+                f"begin and end included, and the tokenizer takes {tokenizer.model_max_length}: "
+                f"shorten it{f', {remedy}' if remedy else ''}"
             )
 
 

@@ -22,9 +22,11 @@ from ..errors import InputError
 from ..manifest import refuse_changed
 from ..training import method as method_options
 from ..training.options import ddim_takes
-from . import hub, memory, modules, outcome, pipelines, prompts, save, sets, validation
+from . import hub, memory, modules, outcome, pipelines, prompts, room, save, sets, validation
 from .objectives import TextObjectives
 from .options import Unlearn
+
+SCRIPT = "unlearn_text_to_image"  # of a run's folder
 
 
 def unlearn(config: Unlearn) -> None:
@@ -54,10 +56,11 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
     cost = memory.count(args, looked, texts)
     outcome.say(accelerator, args, texts, cost)
+    room.check(args, looked, texts, cost, accelerator.device)
     whole = 6 * (cost.trained + cost.frozen)  # the denoiser with VAE and text encoders
     size = 4 * cost.trained
     with training.Run(
-        args, accelerator, "unlearn_text_to_image", size=size, parts=(*save.FOLDERS, "validation"),
+        args, accelerator, SCRIPT, size=size, parts=(*save.FOLDERS, "validation"),
         result=whole if args.save_as == "pipeline" else size,
     ) as run:  # fmt: skip
         args = replace(args, hub_model_id=hub.create(args, accelerator))

@@ -93,8 +93,11 @@ def parse(
     except argparse.ArgumentError as error:
         _refuse(parser, _said(config, str(error)))
     if missing := [f for f in required if found.get(_key(f)) is None]:
-        names = ", ".join(map(_name, missing))
-        _refuse(parser, f"the following arguments are required: {names}")
+        first = any("positional" in f.metadata for f in missing)
+        _refuse(
+            parser, f"the following arguments are required: {', '.join(map(_name, missing))}"
+            + "; what has no flag stands before the options" * first,
+        )  # fmt: skip
     hints = get_type_hints(config)
     return config(**{f.name: _typed(f, hints[f.name], found[_key(f)]) for f in fields(wanted)})
 
@@ -123,13 +126,12 @@ def add_flags(parser: Any, config: type) -> None:
     """Add the flags of a config to a parser; a required one that is not given is None or absent."""
     hints = get_type_hints(config)
     places: dict[str | None, Any] = {None: parser}
-    titles = list(getattr(config, "titles", ()))
-    groups = {f.name: _group(config, f.name) for f in fields(config)}
     # a group stands where its first flag is added
-    first = {f.name: titles.index(g) for f in fields(config) if (g := groups[f.name]) in titles}
-    for f in sorted(fields(config), key=lambda f: first.get(f.name, len(titles))):
+    first = [name for names in getattr(config, "titles", {}).values() for name in names]
+    place_of = {name: i - len(first) for i, name in enumerate(first)}
+    for f in sorted(fields(config), key=lambda f: place_of.get(f.name, 0)):
         said = {k: v for k, v in f.metadata.items() if k not in ("flag", "positional")}
-        group = groups[f.name]
+        group = _group(config, f.name)
         if group not in places:
             places[group] = parser.add_argument_group(group)
         place = places[group]
@@ -158,8 +160,8 @@ def _with_default(said: str | None, default: Any) -> str | None:
 def _asked(f: Field[Any]) -> str:
     """A required field, as the usage has it."""
     if name := f.metadata.get("positional"):
-        return f"{name} [{name} ...]" if "nargs" in f.metadata else name
-    return f"{_names(f)[0]} {_flag(f).lstrip('-').upper()}"
+        return f"{name} [{name} ...]" if str(f.type).startswith("list") else name
+    return f"{_names(f)[0]} {f.metadata.get('metavar') or _flag(f).lstrip('-').upper()}"
 
 
 def named(config: Any, field: str) -> str:

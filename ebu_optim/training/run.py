@@ -35,6 +35,32 @@ FREE = {
 LEFT = {"run.json", ".lock", "logs", "log.jsonl", "sets", "validation"}
 
 
+def check_folder(args: Any, script: str) -> dict[str, Any] | None:
+    """What the run that --output_dir holds has in ``run.json``; None: the folder is free, or one
+    that ended before its first checkpoint, which is in nobody's way.
+
+    Raises:
+        InputError: it is in use by something else, or by a run that the options do not go on with.
+    """
+    folder = Path(args.output_dir)
+    try:
+        before = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        before = None
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    ours = before is not None and before.get("script") == script
+    if ours:
+        used = any(p.name not in LEFT for p in folder.iterdir())
+    if used and not ours:
+        raise InputError(f"--output_dir {folder} is in use by something else: give another folder")
+    if used and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir {folder} holds a run: go on with --resume_from_checkpoint latest, "
+            "replace it with --overwrite_output_dir, or give another folder"
+        )
+    return before if used else None
+
+
 class Run:
     """One run in its output folder; ``with Run(...) as run`` holds the folder.
 
@@ -83,24 +109,9 @@ class Run:
 
     def _open(self) -> None:
         mark, args = self.folder / "run.json", self.args
-        try:
-            before = json.loads(mark.read_text())
-        except (OSError, ValueError):
-            before = None
-        used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        ours = before is not None and before.get("script") == self.script
-        if ours:  # one that ended before its first checkpoint is in nobody's way
-            used = any(p.name not in LEFT for p in self.folder.iterdir())
-        if used and not ours:
-            raise InputError(
-                f"--output_dir {self.folder} is in use by something else: give another folder"
-            )
-        if used and not args.resume_from_checkpoint and not args.overwrite_output_dir:
-            raise InputError(
-                f"--output_dir {self.folder} holds a run: go on with --resume_from_checkpoint "
-                "latest, replace it with --overwrite_output_dir, or give another folder"
-            )
-        if used and args.resume_from_checkpoint:
+        before = check_folder(args, self.script)
+        used = before is not None
+        if before is not None and args.resume_from_checkpoint:
             theirs = {**before["options"], **before["same"]}
             now = {**self.identity["options"], **self.identity["same"]}
             # an option that came later, and that is not used, is no other one; nor is an input

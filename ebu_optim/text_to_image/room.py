@@ -1,0 +1,59 @@
+"""Does a run fit on its card? By the memory count, before anything is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from . import memory
+from .memory import Cost
+from .modules import is_adapter
+from .pipelines import Looked
+from .prompts import Prompts
+
+GIB = 2**30
+SMALLER: dict[str, Any] = {"mixed_precision": "fp16", "gradient_checkpointing": True}
+#: From everything in float32 down to the least.
+WAYS: dict[str, dict[str, Any]] = {
+    "the whole denoiser, float32": {},
+    "the whole denoiser, fp16": SMALLER,
+    "cross attention, fp16": {"train_modules": "xattn", **SMALLER},
+    "LoRA, fp16": {"train_modules": "lora", **SMALLER},
+}
+
+
+def check(args: Any, looked: Looked, texts: Prompts, cost: Cost, device: torch.device) -> None:
+    """Raises:
+    InputError: even the least that the run can take is more than the card has free; what fits is
+        named.
+    """
+    if device.type != "cuda":
+        return
+    room = torch.cuda.mem_get_info(device)[0]
+    if (least := at_least(args, cost)) <= room:
+        return
+    asked = f"the run needs {least / GIB:.1f} GiB of {device}, which has {room / GIB:.1f} GiB free"
+    for options in list(WAYS.values())[1:]:
+        smaller = replace(args, **options, **_result(args, options))
+        if at_least(smaller, there := memory.count(smaller, looked, texts)) <= room:
+            said = " ".join(f"--{k} {v}" if v is not True else f"--{k}" for k, v in options.items())
+            raise InputError(f"{asked}: give {said}, which needs {there.peak / GIB:.1f} GiB")
+    raise InputError(f"{asked}, and no other way fits: take a larger card, or --cpu")
+
+
+def at_least(args: Any, cost: Cost) -> int:
+    """Bytes. Under mixed precision the count of activations is too high, by less than a half."""
+    half = 2 if args.mixed_precision in ("fp16", "bf16") else 1
+    return max(
+        sum(n // half if what == "activations" else n for what, n in rows.items())
+        for rows in cost.phases.values()
+    )
+
+
+def _result(args: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's result has the form of one, and the weights' own has not."""
+    adapter = options.get("train_modules") == "lora"
+    return {} if adapter == is_adapter(args) else {"save_as": "lora" if adapter else "changed"}
