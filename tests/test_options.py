@@ -122,9 +122,12 @@ def test_yaml_of_a_config_gives_it_again_and_flags_have_the_last_word(given, tmp
 def test_a_file_of_options_that_cannot_be_is_one_line(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     for text, said in (
-        ("sizes: 1", "Option 'sizes' is not accepted"),
+        ("sizes: 1", "run.yaml: there is no option sizes: did you mean size?"),
         ("size: many", "argument --size: Expected int. Got value: many"),
-        ("kind: [a", "Problems parsing config"),
+        ("kind: [a", "run.yaml is no YAML: while parsing"),
+        ("fast: perhaps", "run.yaml: fast is true or false; got 'perhaps'"),
+        ("rates: 3", "run.yaml: rates is a list, such as [rates]; got 3"),
+        ("- size", "run.yaml has no options by name"),
     ):
         file.write_text(text)
         with pytest.raises(SystemExit) as end:

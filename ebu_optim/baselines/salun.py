@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._compat import compat as _paper
+from ..errors import NonFiniteError
 from ..kernels import reference
 from ..optim import PhasedOptimizer, Rule, Slot, Step
 from ..optim.rule import (
@@ -54,7 +55,7 @@ class Masked(Rule):
     def make(self, slots: Sequence[Slot], found: Selection) -> None:
         """The mask from the selection of a forget gradient."""
         if int(found.nonfinite[0]):
-            raise RuntimeError("SalUn: the forget gradient holds NaN or Inf; so would the mask")
+            raise NonFiniteError("SalUn: the forget gradient holds NaN or Inf; so would the mask")
         for slot, g, pool in zip(slots, found.grads[0], found.pools[0], strict=True):
             at_least = reference.keys(g, found.dtype) >= found.taus[pool].to(g.device)
             self.mask[slot.key] = at_least & (g != 0)
@@ -181,7 +182,7 @@ class SalUn(PhasedOptimizer):
                 total[key] = total[key] + g if key in total else wide(g, None)
             self._phases.discard()
         if not total:
-            raise RuntimeError("SalUn: the forget loss made no gradient to take a mask from")
+            raise NonFiniteError("SalUn: the forget loss made no gradient to take a mask from")
         slots = [s._replace(param=local(s.param)) for s in self._slots() if s.key in total]
         sums = [total[s.key] for s in slots]
         shards = Shards(self._slots())

@@ -11,6 +11,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from .. import kernels
+from ..errors import NonFiniteError
 from . import _checks, _ranks
 from ._gradients import Grads, put, with_gradients
 from ._shards import Shards, is_sharded, like, local, local_gradient
@@ -271,7 +272,7 @@ class PhasedOptimizer(WrappedOptimizer):
         if self.nonfinite == "skip" or getattr(self, "found_inf", None) is not None:
             return True
         self._phases.discard()
-        raise RuntimeError(f'{message}. Use nonfinite="skip" to drop such steps')
+        raise NonFiniteError(f'{message}. Use nonfinite="skip" to drop such steps')
 
     # -- reading --------------------------------------------------------------------------------
 

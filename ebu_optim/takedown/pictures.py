@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..baselines import methods
+from ..errors import InputError
+from ..files import not_finite
 from ..formats import fuse
 from ..metrics import clip_score, versions
 from ..metrics.intervals import estimate
@@ -117,6 +119,12 @@ def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> d
             guidance_scale=args.guidance_scale, **beside,
         )  # fmt: skip
         found[kind] = torch.stack(list(drawn)).unflatten(0, (len(texts), n))
+    if bad := not_finite(found):
+        raise InputError(
+            f"a picture of {pipe.name_or_path or 'the model'}, {bad}: its VAE or its denoiser has "
+            "values that no picture can have; give --vae with another one (SDXL's own overflows in "
+            "float16), or --evidence_images 0 for a report without pictures"
+        )
     return found
 
 

@@ -91,16 +91,17 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
 
 # {name if on_hub else Path(name).name} without {gone}
 
-Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) of
-`examples/stable_diffusion/unlearn.py` of ebu_optim; trained: {report["train_modules"]},
-{report["trained"]:,} numbers. `unlearn.json` has every option.
+Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) with
+ebu_optim; trained: {report["train_modules"]}, {report["trained"]:,} numbers. `unlearn.json` has
+every option.
 
 ```python
 {code}```
 {spm * (args.method == "spm")}
 Asked for {gone}, the model is to draw {report["instead"]}. How well that is reached, what it costs
-elsewhere, and how easily the concept comes back have not been measured by this script. Weights that
-hide a concept do not prove that it is gone. The base model's licence{terms} holds for this one too.
+elsewhere, and how easily the concept comes back is not in this card: look at a report, and attack
+the model. Weights that hide a concept do not prove that it is gone. The base
+model's licence{terms} holds for this one too.
 """
 
 

@@ -44,6 +44,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 
 from ..errors import InputError
 from ..files import REMEDIES
+from . import yaml_files
 
 Config = TypeVar("Config")
 #: Of diffusers, but for the one that wants rules beside.
@@ -88,9 +89,15 @@ def parse(
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML of options by name")
     add_flags(parser, config)
+    words = sys.argv[1:] if argv is None else list(argv)
+    hints = get_type_hints(config)
+    kinds = {_key(f): _kind(hints[f.name]) for f in fields(wanted)}
     try:
-        found = vars(parser.parse_args(None if argv is None else list(argv)))
-    except argparse.ArgumentError as error:
+        for before, word in zip(["", *words], words, strict=False):
+            if before == "--config" or word.startswith("--config="):
+                yaml_files.check(word.removeprefix("--config="), kinds)
+        found = vars(parser.parse_args(words))
+    except (argparse.ArgumentError, InputError) as error:
         _refuse(parser, _said(config, str(error)))
     if missing := [f for f in required if found.get(_key(f)) is None]:
         first = any("positional" in f.metadata for f in missing)
@@ -98,7 +105,6 @@ def parse(
             parser, f"the following arguments are required: {', '.join(map(_name, missing))}"
             + "; what has no flag stands before the options" * first,
         )  # fmt: skip
-    hints = get_type_hints(config)
     return config(**{f.name: _typed(f, hints[f.name], found[_key(f)]) for f in fields(wanted)})
 
 
@@ -195,6 +201,13 @@ def _group(config: type, name: str) -> str | None:
             return title
     first = next(c for c in reversed(config.__mro__) if name in inspect.get_annotations(c))
     return vars(first).get("group")
+
+
+def _kind(hint: Any) -> type:
+    """list, bool or something else."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(a for a in get_args(hint) if a is not types.NoneType)
+    return get_origin(hint) or hint
 
 
 def _argument(f: Field[Any], kind: Any) -> dict[str, Any]:

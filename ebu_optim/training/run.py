@@ -7,6 +7,7 @@ An output folder belongs to one run: `run.json` holds its options, `checkpoints`
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,6 +44,13 @@ def check_folder(args: Any, script: str) -> dict[str, Any] | None:
         InputError: it is in use by something else, or by a run that the options do not go on with.
     """
     folder = Path(args.output_dir)
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if there != folder and not there.is_dir():
+        raise InputError(f"--output_dir {folder}: {there} is a file: give another folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(
+            f"--output_dir {folder}: this user may not write to {there}: give another folder"
+        )
     try:
         before = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):

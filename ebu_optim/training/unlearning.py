@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..errors import InputError, NonFiniteError
 from .ema import Ema
 from .loop import figures, unlearning_step
 from .run import Run
@@ -89,10 +90,22 @@ class Unlearning:
             )
 
     def step(self, step: int) -> None:
-        """One step of any method, with its micro-batches."""
-        self.said = unlearning_step(
-            self.accelerator, self.model, self.opt, self.optimizer, self.losses, step
-        )
+        """One step of any method, with its micro-batches.
+
+        Raises:
+            InputError: NaN or Inf in a gradient; no weight was changed.
+        """
+        try:
+            self.said = unlearning_step(
+                self.accelerator, self.model, self.opt, self.optimizer, self.losses, step
+            )
+        except NonFiniteError as error:
+            raise InputError(
+                f"step {step}: {str(error).partition('. Use ')[0]}. The training diverges: give a "
+                f"smaller --learning_rate (it is {self.args.learning_rate:g})"
+                + ", or --mixed_precision no"
+                * (self.args.mixed_precision not in (None, "no"))
+            ) from error
 
     def finish(self) -> None:
         """All steps that are left."""
