@@ -97,7 +97,7 @@ def test_a_finished_result_is_not_overwritten_unasked(result):
     ("args", "message"),
     [
         (["--forget", "10"], "0..9"),
-        (["--forget", "zero"], "invalid int"),
+        (["--forget", "zero"], "Expected int"),
         (["--steps", "0"], ">= 1"),
         (["--alpha", "2"], "--alpha must be in [0, 1]; got 2.0"),
         (["--device", "nowhere"], "--device nowhere"),
