@@ -43,8 +43,8 @@ PUBLIC = {
         "random_anchors", "relabel_loss", "sample", "sample_set", "surrogate_noise", "transport",
     ],
     "ebu_optim.metrics": [
-        "ClipClassifier", "ImagenetteClassifier", "accuracy", "check_protocol", "classifier_frechet",
-        "classifier_metrics", "classify", "clip_score", "condition_replaced", "entropy", "fid",
+        "ClipClassifier", "ImagenetteClassifier", "accuracy", "check_protocol",
+        "classifier_frechet", "classifier_metrics", "classify", "clip_score", "condition_replaced", "entropy", "fid",
         "frechet_distance", "imagenette_metrics", "inversion", "learn_embedding",
         "learn_embeddings", "lpips_distance", "nudity_score", "probability", "relearn",
         "relearn_steps", "relearning", "unlearn_steps", "versions",
