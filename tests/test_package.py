@@ -44,7 +44,8 @@ PUBLIC = {
     ],
     "ebu_optim.metrics": [
         "ClipClassifier", "ImagenetteClassifier", "accuracy", "check_protocol",
-        "classifier_frechet", "classifier_metrics", "classify", "clip_score", "condition_replaced", "entropy", "fid",
+        "classifier_frechet", "classifier_metrics", "classify", "clip_score", "condition_replaced",
+        "entropy", "fid",
         "frechet_distance", "imagenette_metrics", "inversion", "learn_embedding",
         "learn_embeddings", "lpips_distance", "nudity_score", "probability", "relearn",
         "relearn_steps", "relearning", "unlearn_steps", "versions",
