@@ -1,0 +1,225 @@
+"""Stable Diffusion 1.x at its real size through `ebu forget` on the CPU: from one file to one file.
+
+    python tests/benchmarks/full_size.py --json docs/evidence/full_size.json
+
+The file is made here: random weights of the shipped configurations, float16, with some tensors of a
+`model_ema`, as people have it. Each case does what the command does, in a process of its own, with
+few images and sampling steps. Measured are the peak of the resident size by phase, beside the count
+that the command says beforehand; seconds, and the wrapper's share of a step; and the file that
+comes back is compared with the one that went in, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from bench_step import apart
+from full_size_file import compare, make
+from measure import Others, available, machine, resident
+
+GIB = 2**30
+SPARE = 4 * GIB  # is left to the rest of the machine
+DISK = 16e9  # the file, both unpacked, the result, a checkpoint of cross attention
+CASES: dict[str, dict[str, Any]] = {
+    "cross attention": {"train_modules": "xattn"},
+    "cross attention, bf16": {"train_modules": "xattn", "mixed_precision": "bf16"},
+    "whole UNet": {"train_modules": "full"},
+    "whole UNet, bf16": {"train_modules": "full", "mixed_precision": "bf16"},
+}
+FEW: dict[str, Any] = {
+    "replay_images": 1, "forget_images": 1, "num_inference_steps": 2, "sample_batch_size": 1,
+    "validation_steps": 0, "evidence_images": 1, "evidence_prompts": 1, "clip_weights": "none",
+    "checkpoints_total_limit": 1,
+}  # fmt: skip
+
+
+def now() -> float:
+    return time.perf_counter()
+
+
+# -- a run -----------------------------------------------------------------------------------------
+
+
+class Phases:
+    """Seconds and the peak of the resident size, phase by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident size
+        start = now()
+        yield
+        self.seconds[name] = now() - start
+        self.peaks[name] = resident("VmHWM")
+
+
+def options(work: Path, case: str, tiny: bool, steps: int) -> Any:
+    from ebu_optim.takedown.options import Forget
+
+    tiny_only = {"resolution": 16, "architecture": work / "folder", "learning_rate": 1e-2}
+    return Forget(
+        pretrained_model_name_or_path=str(work / "model.safetensors"), forget=["cat"],
+        remember_prompts=["a dog", "a red car"], output_dir=work / case.replace(", ", "_"),
+        max_train_steps=steps, cpu=True, **FEW, **{"mixed_precision": "no", **CASES[case]},
+        **(tiny_only if tiny else {"resolution": 256}),
+    ).resolved()  # fmt: skip
+
+
+def counted(args: Any) -> Any:
+    from ebu_optim.text_to_image import memory, pipelines, prompts
+
+    looked = pipelines.look(args, weights=False)
+    return memory.count(args, looked, prompts.collect(args, looked.tokenizer))
+
+
+def run(work: Path, case: str, tiny: bool, steps: int, threads: int) -> dict[str, Any]:
+    """What `ebu forget` does, timed."""
+    torch.set_num_threads(threads)
+    args, libraries = options(work, case, tiny, steps), resident("VmRSS")
+    cost = counted(args)
+    row = {"case": case, "trained": cost.trained, "counted": cost.report()}
+    if not tiny and cost.peak + GIB > (room := available() - SPARE):
+        need = f"{(cost.peak + GIB) / GIB:.1f} GiB, {max(room, 0) / GIB:.1f} were free for it"
+        return {**row, "left_out": f"it takes {need}"}
+    others, load = Others(), os.getloadavg()
+    phases, each = forget(args)
+    after = os.getloadavg()
+    steady = each[1:] or each  # the first brings in libraries
+    median = {k: statistics.median(s[k] for s in steady) for k in steady[0]}
+    return {
+        **row, "libraries": libraries, "peaks": phases.peaks, "peak": max(phases.peaks.values()),
+        "seconds": phases.seconds, "steps": each, "step": median,
+        "wrapper_share": median["wrapper"] / median["whole"], "others": others.cores(),
+        "load_before": load[0], "load_after": after[0],
+    }  # fmt: skip
+
+
+def forget(args: Any) -> tuple[Phases, list[dict[str, float]]]:
+    """The parts of `ebu_optim.takedown.run.run`, one after the other."""
+    from ebu_optim.takedown import evidence, pictures
+    from ebu_optim.text_to_image import pipelines
+    from ebu_optim.text_to_image.unlearn import unlearning
+
+    phases, each = Phases(), []
+    with phases.phase("unpacking"):
+        pipelines.fetch(args)
+    opened = unlearning(args)
+    with phases.phase("text and sets"):
+        ready = opened.__enter__()
+    with phases.phase("steps"):
+        base = timed(ready.opt.base)
+        for step in ready.steps():
+            each.append(one_step(ready, step, base))
+    with phases.phase("result"):
+        opened.__exit__(None, None, None)
+    del opened, ready
+    with phases.phase("report"):
+        pictures.report(args)
+    with phases.phase("evidence"):
+        evidence.write(args)
+    return phases, each
+
+
+def timed(base: Any) -> dict[str, float]:
+    """Where the seconds of the last step of `base` are from now on."""
+    step, spent = base.step, {"seconds": 0.0}
+
+    def wrapped(*args: Any, **more: Any) -> Any:
+        start = now()
+        result = step(*args, **more)
+        spent["seconds"] = now() - start
+        return result
+
+    base.step = wrapped
+    return spent
+
+
+def one_step(ready: Any, step: int, base: dict[str, float]) -> dict[str, float]:
+    """Its seconds, and those of the passes, of the base, and of all else, which is the wrapper."""
+    ready.losses.at(step - 1)
+    passes, start = 0.0, now()
+    for name in ready.opt.needs:
+        with getattr(ready.opt, name)():
+            begin = now()
+            ready.accelerator.backward(getattr(ready.losses, name)())
+            passes += now() - begin
+    ready.optimizer.step()
+    ready.optimizer.zero_grad()
+    whole = now() - start
+    spent = base["seconds"]
+    return {"whole": whole, "passes": passes, "base": spent, "wrapper": whole - passes - spent}
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = ["trained", "counted + 1 GiB", "measured", "s a step", "wrapper", "unpacking", "result"]
+    lines = []
+    for r in rows:
+        line = [r["case"], f"{(r['counted']['peak'] + GIB) / GIB:.2f} GiB"]
+        if "left_out" in r:
+            lines.append([*line, f"left out: {r['left_out']}", "", "", "", ""])
+            continue
+        times = [f"{r['seconds'][name]:.1f} s" for name in ("unpacking", "result")]
+        step = [f"{r['step']['whole']:.2f}", f"{100 * r['wrapper_share']:.1f} %"]
+        lines.append([*line, f"{r['peak'] / GIB:.2f} GiB", *step, *times])
+    return report.aligned(head, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiny", action="store_true", help="every line in seconds, of no meaning")
+    parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
+    parser.add_argument("--keep", action="store_true", help="leave the files")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from ebu_optim.files import need_disk
+
+    work = Path(tempfile.mkdtemp(prefix="full_size_", dir=args.folder))
+    os.environ["EBU_OPTIM_CACHE"] = str(work / "cache")
+    try:
+        need_disk(work, 1e7 if args.tiny else DISK, "the model and what is made of it")
+        found = {
+            "machine": machine(),
+            "threads": args.threads,
+            "source": apart(make, work, args.tiny),
+        }
+        rows = []
+        for case in args.cases:
+            rows.append(apart(run, work, case, args.tiny, args.steps, args.threads))
+            if "left_out" not in rows[-1]:
+                done = options(work, case, args.tiny, args.steps)
+                rows[-1]["file"] = apart(compare, done)
+                if not args.keep:
+                    shutil.rmtree(done.output_dir)
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    finally:
+        print(f"files in {work}") if args.keep else shutil.rmtree(work)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
