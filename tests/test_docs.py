@@ -59,7 +59,7 @@ def world(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch, fresh_accelerate):
     namespace = world(tmp_path)
     if page.name == "metrics.md":
         pytest.importorskip("torch_fidelity", reason="torch-fidelity comes with the extra metrics")
@@ -72,7 +72,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if page.name == "stable_diffusion.md":
         namespace |= text_to_image(tmp_path)
         on_the_hub(tmp_path, monkeypatch)
-    if page.name == "formats.md":
+    if page.name in ("formats.md", "forget.md"):
+        monkeypatch.setenv("EBU_OPTIM_CACHE", str(tmp_path / "cache"))
         namespace |= single_file(tmp_path)
     with one_process() if page.name == "processes.md" else nullcontext():
         for code in blocks(page, "python"):
