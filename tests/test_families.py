@@ -172,7 +172,8 @@ def test_text_encoders_vae_and_denoiser_are_never_there_together(name, made, tmp
 
     monkeypatch.setattr(sets, "load", loads)
     monkeypatch.setattr(run.pipelines, "load", loads)
-    more = ["--sets_dir", tmp_path / "sets", "--method", "joint"]
+    # a whole pipeline is what has all of them
+    more = ["--sets_dir", tmp_path / "sets", "--method", "joint", "--save_as", "changed"]
     unlearn(made, name, tmp_path / "o", *more, "--max_train_steps", 1)
     assert {"CLIPTextModel"} in together
     assert {"UNet2DConditionModel"} in together
