@@ -25,7 +25,8 @@ def test_a_file_goes_in_and_comes_back_at_a_tiny_size(tmp_path):
     assert tuple(row["case"] for row in result["rows"]) == CASES
     for row in result["rows"]:
         assert len(row["steps"]) == 2
-        assert row["peak"] == max(row["peaks"].values()) > row["counted"]["peak"] > 0
+        assert row["peak"] == max(row["needed"].values()) > row["counted"]["peak"] > 0
+        assert all(row["needed"][name] > 0 for name in row["resident"])
         step = row["step"]
         assert step["whole"] == pytest.approx(sum(step[k] for k in ("passes", "base", "wrapper")))
         assert 0 < row["wrapper_share"] < 1

@@ -167,6 +167,16 @@ def test_a_card_that_is_too_small(made, refused, monkeypatch):
     free[0] = 4 * GIB
     refused("give --train_modules lora", "needs 3.0 GiB")
 
+    def drawing(args, looked, texts):
+        """What is too large is the report's pictures."""
+        size = args.sample_batch_size * 2 * GIB if args.evidence_images else GIB
+        return count(args, looked, texts)._replace(phases={"report": {"VAE": size}})
+
+    monkeypatch.setattr(memory, "count", drawing)
+    refused("needs 8.0 GiB", "give --sample_batch_size 1, which needs 2.0 GiB")
+    free[0] = GIB
+    refused("give --sample_batch_size 1 --evidence_images 0, which needs 1.0 GiB")
+
 
 def test_the_hub_says_no(refused, monkeypatch):
     import huggingface_hub

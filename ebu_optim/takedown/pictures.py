@@ -44,8 +44,10 @@ def report(args: Any) -> dict[str, Any]:
     """
     looked = pipelines.look(before(args))
     asked = questions(args, looked.tokenizer)
-    then = draw(args, results.load(before(args)), looked, asked)
-    now = draw(args, after(args), looked, asked)
+    then, now = {}, {}
+    if args.evidence_images:  # one pipeline after the other: memory has room for one
+        then = draw(args, results.load(before(args)), looked, asked)
+        now = draw(args, after(args), looked, asked)
     rows = measure(args, asked, then, now)
     for row, values in zip(rows, depth.attacked(args, before(args), result(args)), strict=True):
         row["values"] |= values

@@ -59,13 +59,11 @@ class Cost(NamedTuple):
 
 
 def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
-    """The cost of --method with --train_modules on this pipeline, phase by phase; of the text
-    encoders, which are alone on the device before all others, the weights alone are counted.
+    """The cost of --method with --train_modules on this pipeline, phase by phase.
 
-    Weights, gradients and optimizer state are exact. Activations are what autograd saves of a
-    pass, or what is alive at once in a pass without it, with an attention that keeps no matrix of
-    scores (as on CUDA), in float32 (under mixed precision some are halved). The libraries'
-    workspace comes on top, about 1 GiB.
+    Weights, gradients and optimizer state are exact, of the text encoders nothing else is counted.
+    Activations are what autograd saves of a pass, or what is alive at once in a pass without it,
+    in float32, with an attention that keeps no matrix of scores. The libraries take 1 GiB more.
 
     Raises:
         InputError: as of `choose`.
@@ -105,6 +103,8 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         guided = 2 if args.validation_guidance_scale != 1 else 1
         sampling = {**copies, "activations": guided * one.drawn}
         phases["validation"] = {**between, **_larger(sampling, one.decoded)}
+    if getattr(args, "evidence_images", 0):  # of `ebu forget`
+        phases["report"] = {"frozen weights": whole * 4, **_report(args, one, encoders)}
     return Cost(phases, trained, frozen)
 
 
@@ -129,6 +129,14 @@ def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Ro
     return _larger(
         {"frozen weights": unet if sampled else 0, "activations": images * one.drawn}, encoding
     )
+
+
+def _report(args: Any, one: Passes, encoders: int) -> Rows:
+    """Drawing a batch with the whole pipeline in float32, beside the denoiser's weights."""
+    batch = min(args.sample_batch_size, args.evidence_images * max(args.evidence_prompts, 1))
+    drawn = one.drawn * (2 if args.guidance_scale != 1 else 1)
+    most = batch * max(drawn, one.decoded["activations"])
+    return {"text encoders": encoders, **one.decoded, "activations": most}
 
 
 def _kept(args: Any, one: Passes) -> int:
@@ -194,9 +202,7 @@ def text_encoders(looked: Looked) -> int:
     """Bytes of their weights."""
     with torch.device("meta"):
         kinds = ((looked.family.kind(p), looked.configs.get(p)) for p in looked.family.encoders)
-        found = [
-            kind(kind.config_class.from_dict(dict(config))) for kind, config in kinds if config
-        ]
+        found = [kind(kind.config_class.from_dict(dict(c))) for kind, c in kinds if c]
     return 4 * sum(_numel(encoder.parameters()) for encoder in found)
 
 

@@ -18,6 +18,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,20 +55,34 @@ def now() -> float:
 
 
 class Phases:
-    """Seconds and the peak of the resident size, phase by phase."""
+    """Seconds and memory, phase by phase.
+
+    A file that is read through a mapping counts as resident, and the system takes its pages away
+    where they are needed elsewhere. So the memory that a phase needs is its own pages at their
+    peak, which are looked at all the time, and the libraries' files.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
+        self.resident: dict[str, int] = {}
+        self.needed: dict[str, int] = {}
+        self.files, self.own = resident("RssFile"), 0
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        while True:
+            self.own = max(self.own, resident("RssAnon"))
+            time.sleep(0.01)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident size
-        start = now()
+        self.own, start = 0, now()
         yield
         self.seconds[name] = now() - start
-        self.peaks[name] = resident("VmHWM")
+        self.resident[name] = resident("VmHWM")
+        self.needed[name] = max(self.own, resident("RssAnon")) + self.files
 
 
 def options(work: Path, case: str, tiny: bool, steps: int) -> Any:
@@ -104,7 +119,8 @@ def run(work: Path, case: str, tiny: bool, steps: int, threads: int) -> dict[str
     steady = each[1:] or each  # the first brings in libraries
     median = {k: statistics.median(s[k] for s in steady) for k in steady[0]}
     return {
-        **row, "libraries": libraries, "peaks": phases.peaks, "peak": max(phases.peaks.values()),
+        **row, "libraries": libraries, "resident": phases.resident,
+        "needed": phases.needed, "peak": max(phases.needed.values()),
         "seconds": phases.seconds, "steps": each, "step": median,
         "wrapper_share": median["wrapper"] / median["whole"], "others": others.cores(),
         "load_before": load[0], "load_after": after[0],
