@@ -16,7 +16,6 @@ import ctypes
 import json
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import report
 import torch
 from bench_step import apart
@@ -45,10 +45,13 @@ FEW: dict[str, Any] = {
     "validation_steps": 0, "evidence_images": 1, "evidence_prompts": 1, "clip_weights": "none",
     "checkpoints_total_limit": 1,
 }  # fmt: skip
+CLOCKS = ("seconds", "processor")
+PARTS = ("whole", "passes", "base", "wrapper")
 
 
-def now() -> float:
-    return time.perf_counter()
+def now() -> Any:
+    """Seconds: those that went by, and the processor's in this process."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 # -- a run -----------------------------------------------------------------------------------------
@@ -64,6 +67,7 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.processor: dict[str, float] = {}
         self.resident: dict[str, int] = {}
         self.needed: dict[str, int] = {}
         self.files, self.own = resident("RssFile"), 0
@@ -80,7 +84,7 @@ class Phases:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident size
         self.own, start = 0, now()
         yield
-        self.seconds[name] = now() - start
+        self.seconds[name], self.processor[name] = map(float, now() - start)
         self.resident[name] = resident("VmHWM")
         self.needed[name] = max(self.own, resident("RssAnon")) + self.files
 
@@ -116,31 +120,36 @@ def run(work: Path, case: str, tiny: bool, steps: int, threads: int) -> dict[str
     others, load = Others(), os.getloadavg()
     phases, each = forget(args)
     after = os.getloadavg()
-    steady = each[1:] or each  # the first brings in libraries
-    median = {k: statistics.median(s[k] for s in steady) for k in steady[0]}
+    steady = np.median(each[1:] or each, axis=0)  # the first brings in libraries
     return {
-        **row, "libraries": libraries, "resident": phases.resident,
-        "needed": phases.needed, "peak": max(phases.needed.values()),
-        "seconds": phases.seconds, "steps": each, "step": median,
-        "wrapper_share": median["wrapper"] / median["whole"], "others": others.cores(),
-        "load_before": load[0], "load_after": after[0],
+        **row, "libraries": libraries, "resident": phases.resident, "needed": phases.needed,
+        "peak": max(phases.needed.values()), "seconds": phases.seconds,
+        "processor": phases.processor, "steps": [named(spent) for spent in each],
+        "step": named(steady), "wrapper_share": dict(zip(CLOCKS, steady[3] / steady[0])),
+        "others": others.cores(), "load_before": load[0], "load_after": after[0],
     }  # fmt: skip
 
 
-def forget(args: Any) -> tuple[Phases, list[dict[str, float]]]:
+def named(spent: Any) -> dict[str, dict[str, float]]:
+    """What `one_step` says, by its names."""
+    return {clock: dict(zip(PARTS, column)) for clock, column in zip(CLOCKS, spent.T.tolist())}
+
+
+def forget(args: Any) -> tuple[Phases, list[Any]]:
     """The parts of `ebu_optim.takedown.run.run`, one after the other."""
     from ebu_optim.takedown import evidence, pictures
     from ebu_optim.text_to_image import pipelines
     from ebu_optim.text_to_image.unlearn import unlearning
 
-    phases, each = Phases(), []
+    phases = Phases()
+    each: list[Any] = []
     with phases.phase("unpacking"):
         pipelines.fetch(args)
     opened = unlearning(args)
     with phases.phase("text and sets"):
         ready = opened.__enter__()
     with phases.phase("steps"):
-        base = timed(ready.opt.base)
+        base = Timed(ready.opt.base)
         for step in ready.steps():
             each.append(one_step(ready, step, base))
     with phases.phase("result"):
@@ -153,24 +162,25 @@ def forget(args: Any) -> tuple[Phases, list[dict[str, float]]]:
     return phases, each
 
 
-def timed(base: Any) -> dict[str, float]:
-    """Where the seconds of the last step of `base` are from now on."""
-    step, spent = base.step, {"seconds": 0.0}
+class Timed:
+    """How long the last step of the optimizer `base` took."""
 
-    def wrapped(*args: Any, **more: Any) -> Any:
+    def __init__(self, base: Any) -> None:
+        self.step, self.spent = base.step, np.zeros(2)
+        base.step = self.timed
+
+    def timed(self, *args: Any, **more: Any) -> Any:
         start = now()
-        result = step(*args, **more)
-        spent["seconds"] = now() - start
+        result = self.step(*args, **more)
+        self.spent = now() - start
         return result
 
-    base.step = wrapped
-    return spent
 
-
-def one_step(ready: Any, step: int, base: dict[str, float]) -> dict[str, float]:
-    """Its seconds, and those of the passes, of the base, and of all else, which is the wrapper."""
+def one_step(ready: Any, step: int, base: Timed) -> Any:
+    """A row for each of `PARTS`: all of it, the passes, the base, and the rest, which is the
+    wrapper's."""
     ready.losses.at(step - 1)
-    passes, start = 0.0, now()
+    passes, start = np.zeros(2), now()
     for name in ready.opt.needs:
         with getattr(ready.opt, name)():
             begin = now()
@@ -179,24 +189,23 @@ def one_step(ready: Any, step: int, base: dict[str, float]) -> dict[str, float]:
     ready.optimizer.step()
     ready.optimizer.zero_grad()
     whole = now() - start
-    spent = base["seconds"]
-    return {"whole": whole, "passes": passes, "base": spent, "wrapper": whole - passes - spent}
+    return np.stack([whole, passes, base.spent, whole - passes - base.spent])
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ["trained", "counted + 1 GiB", "measured", "s a step", "wrapper", "unpacking", "result"]
+    head = ["trained", "counted + 1 GiB", "measured", "s a step", "of the processor", "wrapper"]
     lines = []
     for r in rows:
         line = [r["case"], f"{(r['counted']['peak'] + GIB) / GIB:.2f} GiB"]
         if "left_out" in r:
-            lines.append([*line, f"left out: {r['left_out']}", "", "", "", ""])
+            lines.append([*line, f"left out: {r['left_out']}", "", "", ""])
             continue
-        times = [f"{r['seconds'][name]:.1f} s" for name in ("unpacking", "result")]
-        step = [f"{r['step']['whole']:.2f}", f"{100 * r['wrapper_share']:.1f} %"]
-        lines.append([*line, f"{r['peak'] / GIB:.2f} GiB", *step, *times])
+        step = [f"{r['step'][clock]['whole']:.2f}" for clock in CLOCKS]
+        share = f"{100 * r['wrapper_share']['processor']:.1f} %"
+        lines.append([*line, f"{r['peak'] / GIB:.2f} GiB", *step, share])
     return report.aligned(head, lines)
 
 
