@@ -123,9 +123,9 @@ def test_a_missing_package_names_the_extra(bare):
     [
         ("training", "examples"),
         ("class_conditional", "examples"),
-        ("formats", "text_to_image"),
-        ("text_to_image", "text_to_image"),
-        ("attacks", "text_to_image"),
+        ("formats", "text-to-image"),
+        ("text_to_image", "text-to-image"),
+        ("attacks", "text-to-image"),
         ("worlds", "examples"),
     ],
 )
