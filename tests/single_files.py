@@ -66,13 +66,16 @@ def sdxl(to: Path, seed: int = 0) -> Path:
     return to
 
 
-def inpainting(to: Path) -> Path:
+def inpainting(to: Path, kind: str = "StableDiffusionInpaintPipeline") -> Path:
     """The pipeline in the folder, with a UNet of nine channels."""
-    from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+    import diffusers
 
-    pipe = StableDiffusionInpaintPipeline.from_pretrained(to, safety_checker=None)
+    given = {} if "XL" in kind else {"safety_checker": None}
+    pipe = getattr(diffusers, kind).from_pretrained(to, **given)
     torch.manual_seed(1)
-    pipe.register_modules(unet=UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9))
+    pipe.register_modules(
+        unet=diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
+    )
     pipe.save_pretrained(to)
     return to
 

@@ -6,10 +6,8 @@ import gc
 import importlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -40,7 +38,6 @@ from ebu_optim.files import load_tensors
 from ebu_optim.text_to_image.unlearn import unlearn as by_package
 from ebu_optim.training.options import parse
 
-from .processes import PATIENCE
 from .scripts import by_both, run_script
 from .text_to_image import LENGTH, pipeline
 
@@ -426,25 +423,6 @@ def test_a_variant_in_16_bits_at_another_resolution(made, tmp_path):
     a, b = weights(tmp_path / "o" / "pipeline"), weights(made / "base")
     assert all(t.dtype == torch.float32 for t in a.values())
     assert all(torch.equal(a[n], b[n].half().float()) for n in a if "attn2" not in n)
-
-
-@pytest.mark.slow
-def test_two_processes(made, tmp_path):
-    command = unlearn(made, tmp_path / "o", "--cpu", "--mixed_precision", "bf16", "--method",
-                      "ebu", "--remember_loss", "distill", "--train_modules", "lora",
-                      "--gradient_accumulation_steps", 2, "--gradient_checkpointing")  # fmt: skip
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(SCRIPT), *map(str, command)],
-        capture_output=True, text=True, env=env, timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
-    (lora,) = (tmp_path / "o" / "lora").glob("*.safetensors")
-    up = [t for n, t in load_file(lora).items() if ".lora_B." in n]
-    assert any(t.abs().max() > 0 for t in up)
 
 
 # -- what comes out -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 from .processes import ROOT, python
 
 SCRIPT = ROOT / "tests" / "benchmarks" / "full_size.py"
-CASES = ("cross attention, bf16", "whole UNet")
+CASES = ("cross attention, bf16",)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts its peaks")

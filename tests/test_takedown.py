@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from ebu_optim.takedown.options import PRESETS, Forget
 from ebu_optim.text_to_image import save
 
 from .models import schedule, tiny_unet
+from .processes import PATIENCE
 from .single_files import draw, folder, metadata, tensors
 
 SMALL = [
@@ -116,6 +118,27 @@ def test_a_lora_out_draws_what_was_trained(kind, family, tmp_path):
     assert evidence.verify(out) == []
 
 
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    file, base = one_file("sd1", tmp_path)
+    out = tmp_path / "out"
+    more = ["--mixed_precision", "bf16", "--train_modules", "lora", "--gradient_checkpointing",
+            "--gradient_accumulation_steps", "2", "--save_as", "single"]  # fmt: skip
+    argv = ["forget", file, *REQUEST, "-o", out, "--architecture", base, *SMALL, *more]
+    path = f"{Path(__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "ebu_optim", *map(str, argv)],
+        capture_output=True, text=True, env=env, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    before, after = tensors(file), tensors(out / "single" / "out.safetensors")
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert evidence.verify(out) == []
+
+
 def test_a_folder_gives_a_folder_or_a_file(tmp_path):
     base = folder("sd1", tmp_path / "base")
     assert run("forget", base, *REQUEST, "-o", tmp_path / "a", *SMALL) == 0
@@ -155,6 +178,11 @@ def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatc
                  "run: --esd_eta", "evidence.json"):  # fmt: skip
         assert part in said
     assert not out.exists()
+    more = ["--method", "fine_tune", "--remember_loss", "crossed", "--replay_images", "1"]
+    assert run("forget", *argv[:-2], *more) == 0
+    said = capsys.readouterr().out
+    assert "warning: FT with --remember_loss crossed learns nothing" in said
+    assert "warning: --replay_images 1 are of the first as many of 2 prompts" in said
 
 
 def test_what_was_changed_since_is_told(tmp_path, capsys):
@@ -260,6 +288,7 @@ def test_presets_are_what_they_say():
         "xattn", None, "replay", None,
     )  # fmt: skip
     assert Forget(**given, gamma=3.0, train_modules="xattn").resolved().gamma == 3.0
+    assert Forget(**given, method="fine_tune").resolved().remember == "replay"
     esd = Forget(**given, method="esd").resolved()
     assert (esd.forget_loss, esd.train_modules, esd.gamma) == (None, "xattn", None)
     assert save.FOLDERS  # the table of results

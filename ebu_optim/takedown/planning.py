@@ -60,6 +60,4 @@ def plan(args: Any) -> str:
         f"written to {args.output_dir}: {args.save_as}, report/, evidence.json, run.yaml, "
         "checkpoints",
     ]
-    if idle := outcome.unused(args):
-        lines.append(f"without effect on this run: {', '.join(idle)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *outcome.cautions(args, texts)])

@@ -58,6 +58,25 @@ def unused(args: Any) -> list[str]:
     return [option for option, idle in found.items() if idle]
 
 
+def cautions(args: Any, texts: prompts.Prompts) -> list[str]:
+    """What was asked for and does nothing, or less than it seems; a line each."""
+    recipe, lines = objectives.recipe_of(args), []
+    if idle := unused(args):
+        lines.append(f"without effect on this run: {', '.join(idle)}")
+    remembers = recipe.replayed and "remember" in method_options.needs(args)
+    if remembers and args.replay_images < len(texts.remember):
+        lines.append(
+            f"warning: --replay_images {args.replay_images} are of the first as many of "
+            f"{len(texts.remember)} prompts; the others are not replayed"
+        )
+    if recipe.forgets is None and recipe.teacher:
+        lines.append(
+            f"warning: {recipe.title} with --remember_loss {args.remember} learns nothing: the "
+            "teacher is the model itself, and no other loss leads away from it; take replay"
+        )
+    return lines
+
+
 def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
     """What will be done, and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
@@ -75,13 +94,8 @@ def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
         f"trained: {module}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
         f"memory of each process, without about 1 GiB of the libraries:\n{cost.table()}"
     )
-    if idle := unused(args):
-        accelerator.print(f"without effect on this run: {', '.join(idle)}")
-    if remembered[0].isdigit() and args.replay_images < len(texts.remember):
-        accelerator.print(
-            f"warning: --replay_images {args.replay_images} are of the first as many of "
-            f"{len(texts.remember)} prompts; the others are not replayed"
-        )
+    for line in cautions(args, texts):
+        accelerator.print(line)
     passes = sets.passes(args, texts)
     if passes:
         accelerator.print(
