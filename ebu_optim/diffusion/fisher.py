@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..modules import stream, tensor_hash
-from .losses import predict
+from .losses import each_loss, predict
 from .sampling import scheduler_protocol
-from .schedules import check_family, noised
+from .schedules import check_family, independent, noised, weights
 
 
 class FisherBatches(Sequence[Any]):
@@ -21,8 +21,9 @@ class FisherBatches(Sequence[Any]):
     Args:
         images: (n, C, H, W), e.g. a replay set.
         labels: (n,) their classes.
-        scheduler: a diffusers scheduler; its number of timesteps is used.
-        timesteps: T' draws a sample, uniform over 0..T-1 and independent.
+        scheduler: a diffusers scheduler, as for :func:`~ebu_optim.diffusion.denoising_loss`.
+        timesteps: T' draws a sample, independent: uniform over 0..T-1, or as
+            :mod:`~ebu_optim.diffusion.flow` has it.
         cross: give pairs of batches with T' / 2 independent draws each, for the estimate whose
             expectation does not depend on T'; `timesteps` must be even then.
         batch_size: samples a batch; memory grows with batch_size x parameters.
@@ -79,7 +80,7 @@ class FisherBatches(Sequence[Any]):
         batches = []
         for _ in range(halves):
             draws = (len(x), self.timesteps // halves)
-            t = torch.randint(self.scheduler.config.num_train_timesteps, draws, generator=g)
+            t = independent(self.scheduler, draws, g)
             noise = torch.randn((*draws, *x.shape[1:]), generator=g, dtype=x.dtype)
             batch = {"x": x, "labels": labels, "t": t, "noise": noise}
             batches.append({k: v.to(self.device) for k, v in batch.items()})
@@ -101,9 +102,7 @@ def fisher_loss(
         labels = batch["labels"].repeat_interleave(draws, 0)
         x_t, target = noised(scheduler, x, noise, t)
         error = predict(model, x_t, t, labels, scheduler) - target
-        square = error.float().square().flatten(1)
-        square = square.sum(1) if reduction == "sum" else square.mean(1)
-        return square.view(-1, draws).mean(1)
+        return each_loss(error, reduction, weights(scheduler, t)).view(-1, draws).mean(1)
 
     loss.protocol = {"reduction": reduction}  # type: ignore[attr-defined]
     return loss

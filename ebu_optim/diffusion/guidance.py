@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..modules import without_gradients
 from .conditions import Condition
+from .flow import is_flow
 from .losses import Model, predict, reduce_loss
 from .sampling import sample
 from .schedules import check_family
@@ -27,7 +28,7 @@ def esd_target(
     The paper starts from the unconditional prediction (``eps_from=None``), eta = 1; the newer code
     from that of a condition c_from, by default c itself, eta = 2, which is then the paper's with
     eta - 1. Being affine in the prediction with weights that add up to 1, it is the same target
-    whether the model predicts epsilon or v.
+    whether the model predicts epsilon, v or the velocity of flow matching.
     """
     start = eps_null if eps_from is None else eps_from
     return start - eta * (eps_c - eps_null)
@@ -110,10 +111,12 @@ def partly_denoised(
             of them counts for k.
         earliest: least k; the greatest is ``len(scheduler.timesteps) - 1``.
         within_bin: t is uniform among the ``T / num_inference_steps`` timesteps of the step's bin
-            instead of ``scheduler.timesteps[k]``.
+            instead of ``scheduler.timesteps[k]``; of flow matching, any between this one and the
+            next.
 
     Returns:
-        x_t (n, C, H, W) and t (n,) int64, or float32 where the sampler is between two timesteps.
+        x_t (n, C, H, W) and t (n,) int64, or float32 where the sampler is between two timesteps or
+        of flow matching.
 
     Raises:
         ValueError: as of :func:`~ebu_optim.diffusion.sample`; `earliest` out of range.
@@ -138,6 +141,12 @@ def partly_denoised(
         generator=generator, device=device,
     )  # fmt: skip
     t = float(scheduler.timesteps[k])
+    if is_flow(scheduler):
+        if within_bin:
+            end = float(scheduler.timesteps[k + 1]) if k + 1 < points else 0.0
+            share = torch.rand((), generator=generator, device=source).item()
+            t -= (t - end) * share  # less than 1: t is not 0
+        return x_t, torch.full((len(x_t),), t, device=device)
     if within_bin:
         steps = scheduler.timesteps.unique()  # Heun's come twice
         total, left = scheduler.config.num_train_timesteps, int((steps < t).sum())

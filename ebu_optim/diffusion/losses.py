@@ -4,9 +4,11 @@ Notation: images x of shape (n, C, H, W), timesteps t of shape (n,), the schedul
 :math:`\bar\alpha_t`, and
 :math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon`.
 A condition is a tensor of class labels (n,), passed on as ``class_labels``, or a mapping of keyword
-arguments of the model. A model is a diffusers UNet2DModel or any callable with its signature; it
-predicts a tensor of the shape of x_t. Where the scheduler's ``variance_type`` is "learned" or
-"learned_range" it may predict as many channels again, which the losses leave out.
+arguments of the model. On a FlowMatchEulerDiscreteScheduler x_t and the target are those of flow
+matching, and timesteps are floats (:mod:`~ebu_optim.diffusion.flow`). A model is a diffusers
+UNet2DModel or any callable with its signature; it predicts a tensor of the shape of x_t. Where the
+scheduler's ``variance_type`` is "learned" or "learned_range" it may predict as many channels again,
+which the losses leave out.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from ..modules import evaluating, without_gradients
 from .conditions import Condition
 from .pretrained import Pretrained
-from .schedules import drawn, noised, prediction_type, predicts_variance
+from .schedules import check_family, drawn, noised, of_gaussian, predicts_variance, weights
 
 Model = Callable[..., Any]
 
@@ -69,17 +71,23 @@ def output(
 def predict(
     model: Model, x_t: Tensor, t: Tensor, condition: Condition, scheduler: Any = None
 ) -> Tensor:
-    """The model's epsilon or v, of the shape of `x_t`; a predicted variance is left out."""
+    """The model's epsilon, v or velocity, of the shape of `x_t`; without a predicted variance."""
     out = output(model, x_t, t, condition, scheduler)
     return out if out.shape == x_t.shape else out[:, : x_t.shape[1]]
 
 
-def reduce_loss(error: Tensor, reduction: str) -> Tensor:
-    """Squared error: mean over the batch of the "sum" or the "mean" over C, H, W."""
+def each_loss(error: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """Squared error of each sample (n,): the "sum" or the "mean" over C, H, W, times its weight."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean" over C, H, W; got {reduction!r}')
     square = error.float().square().flatten(1)
-    return (square.sum(1) if reduction == "sum" else square.mean(1)).mean()
+    found = square.sum(1) if reduction == "sum" else square.mean(1)
+    return found if weight is None else found * weight
+
+
+def reduce_loss(error: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """The mean of `each_loss` over the batch."""
+    return each_loss(error, reduction, weight).mean()
 
 
 def denoising_loss(
@@ -104,25 +112,26 @@ def denoising_loss(
         x: (n, C, H, W) images, in the range that the model was trained on.
         condition: labels (n,) or keyword arguments of the model.
         scheduler: a diffusers scheduler with ``alphas_cumprod`` and a ``prediction_type`` of
-            epsilon or v_prediction; its own ``add_noise`` is not used. x_t is computed in float32
-            and given in the dtype of x.
+            epsilon or v_prediction, or a FlowMatchEulerDiscreteScheduler; its own ``add_noise`` is
+            not used. x_t is computed in float32 and given in the dtype of x.
         reduction: "sum" over C, H, W (the DDPM code base) or "mean" (diffusers); mean over n.
-        timesteps, noise: given values instead of antithetic draws and Gaussian noise.
+        timesteps, noise: given values instead of antithetic draws (of flow matching: see
+            :mod:`~ebu_optim.diffusion.flow`) and Gaussian noise.
         generator: of the draws; None uses torch's global stream.
 
     Returns:
         0-d float32 loss.
 
     Raises:
-        ValueError: a scheduler of another family (flow matching, EDM) or prediction; a prediction
-            of another shape than x_t.
+        ValueError: a scheduler of another family (EDM) or prediction; a prediction of another
+            shape than x_t.
     """
     timesteps = drawn(scheduler, len(x), timesteps, generator, x.device)
     if noise is None:
         noise = randn(x.shape, generator, x)
     x_t, target = noised(scheduler, x, noise, timesteps)
     error = predict(model, x_t, timesteps, condition, scheduler) - target
-    return reduce_loss(error, reduction)
+    return reduce_loss(error, reduction, weights(scheduler, timesteps))
 
 
 def surrogate_noise(
@@ -161,7 +170,8 @@ def gaussian_forget_loss(
 
     Then :math:`x_t \sim N(0, I)` and :math:`E[\epsilon | x_t] = \sqrt{1 - \bar\alpha_t}\, x_t`
     (and :math:`E[v | x_t] = 0`): the gradient is that of :func:`denoising_loss` on Gaussian images
-    without the noise of a sampled :math:`\epsilon`.
+    without the noise of a sampled :math:`\epsilon`. Of flow matching: see
+    :func:`~ebu_optim.diffusion.flow.of_gaussian`.
 
     Args:
         shape: (n, C, H, W) of the batch.
@@ -169,12 +179,12 @@ def gaussian_forget_loss(
     Returns:
         0-d float32 loss.
     """
-    epsilon = prediction_type(scheduler) == "epsilon"
-    x_t = surrogate_noise("gaussian", shape, generator=generator, device=device)
+    check_family(scheduler)
+    noise = surrogate_noise("gaussian", shape, generator=generator, device=device)
     timesteps = drawn(scheduler, shape[0], timesteps, generator, device)
-    spread, _ = noised(scheduler, torch.zeros_like(x_t), torch.ones_like(x_t), timesteps)
-    target = spread * x_t if epsilon else torch.zeros_like(x_t)
-    return reduce_loss(predict(model, x_t, timesteps, condition, scheduler) - target, reduction)
+    x_t, target = of_gaussian(scheduler, noise, timesteps)
+    error = predict(model, x_t, timesteps, condition, scheduler) - target
+    return reduce_loss(error, reduction, weights(scheduler, timesteps))
 
 
 def distillation_loss(
@@ -210,7 +220,8 @@ def distillation_loss(
     x_t, _ = noised(scheduler, x, randn(x.shape, generator, x), timesteps)
     with without_gradients():
         target = predict(teacher, x_t, timesteps, condition, scheduler)
-    return reduce_loss(predict(model, x_t, timesteps, condition, scheduler) - target, reduction)
+    error = predict(model, x_t, timesteps, condition, scheduler) - target
+    return reduce_loss(error, reduction, weights(scheduler, timesteps))
 
 
 def anchored(

@@ -125,10 +125,14 @@ class Objectives:
         source: Any = made.own if recipe_of(args).own_images else None
         source = source or (None if args.surrogate in NOISE else made.surrogate)
         self.own: Any = source and Batches(source[0], source[1], size, **shared, seed=args.seed + 1)
-        self.sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        self.sampler = self.new_sampler()
         self.null = self.classes
         self.shape = (args.train_batch_size, *shape)
         self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
+
+    def new_sampler(self) -> Any:
+        """What draws on the way to `guidance`."""
+        return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
 
     def at(self, i: int) -> None:
         self.i = i

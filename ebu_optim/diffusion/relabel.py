@@ -11,7 +11,7 @@ from torch import Tensor
 from .._compat import compat as _paper
 from ..modules import evaluating, without_gradients
 from .losses import Model, predict, randn, reduce_loss
-from .schedules import drawn, noised
+from .schedules import drawn, noised, weights
 
 
 def next_class(
@@ -85,7 +85,8 @@ def relabel_loss(
         source = model if teacher is None else teacher
         with without_gradients(), evaluating(source):
             target = predict(source, x_t, timesteps, relabelled, scheduler)
-    return reduce_loss(predict(model, x_t, timesteps, labels, scheduler) - target, reduction)
+    error = predict(model, x_t, timesteps, labels, scheduler) - target
+    return reduce_loss(error, reduction, weights(scheduler, timesteps))
 
 
 def _dropped(labels: Tensor, null_class: int, generator: torch.Generator | None) -> Tensor:

@@ -42,8 +42,9 @@ def sample(
 
     Args:
         model: as in :func:`denoising_loss`; put it in eval mode first.
-        scheduler: a diffusers scheduler that samples (DDIMScheduler, DDPMScheduler, ...); it is
-            given its timesteps here.
+        scheduler: a diffusers scheduler that samples (DDIMScheduler, DDPMScheduler, ...,
+            FlowMatchEulerDiscreteScheduler without dynamic shifting); it is given its timesteps
+            here.
         condition: labels (n,) or keyword arguments, whose tensors have n rows; they may lie in
             mappings, lists and tuples.
         shape: (C, H, W) of one image.
@@ -81,7 +82,9 @@ def sample(
     source = generator.device if generator is not None else device
     x = torch.randn((n, *shape), generator=generator, device=source).to(device)
     scheduler.set_timesteps(num_inference_steps)
-    x = x * scheduler.init_noise_sigma
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    # flow matching has none: the model sees the sampler's own x
+    scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)
     steps = scheduler.timesteps[:stop_after]
     if progress:
         steps = require("tqdm.auto", "diffusion").tqdm(steps, desc="sampling", leave=False)
@@ -89,7 +92,7 @@ def sample(
     draws = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if draws else {}
     for t in steps:
-        x_in = scheduler.scale_model_input(x, t)
+        x_in = scaled(x, t)
         t_in = t.to(device)
         if guided:
             two = torch.cat([x_in, x_in])
@@ -102,7 +105,7 @@ def sample(
             found = torch.cat([found, out[:, x.shape[1] :]], 1)
         x = scheduler.step(found, t, x, **options).prev_sample
     if len(steps) < len(scheduler.timesteps):
-        x = scheduler.scale_model_input(x, scheduler.timesteps[len(steps)])
+        x = scaled(x, scheduler.timesteps[len(steps)])
     return x.clamp(-1, 1) if clip else x
 
 

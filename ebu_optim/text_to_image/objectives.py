@@ -26,8 +26,10 @@ class TextObjectives(Objectives):
     ) -> None:  # fmt: skip
         super().__init__(args, made, model, raw, teacher, scheduler, accelerator, shape)
         self.prompts, self.null = prompts, prompts.null
-        self.sampler = raw.family.sampler(scheduler)
         self.crossed = torch.tensor(prompts.remember)
+
+    def new_sampler(self) -> Any:
+        return self.raw.family.sampler(self.scheduler)
 
     def other(self, labels: Tensor) -> Tensor:
         return torch.cat([self.pick(self.prompts.instead[i])[:1] for i in labels.tolist()])
