@@ -1098,7 +1098,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "needs one": ["--forget_templates", "a photo"],
         "empty.txt holds no prompt": ["--remember", tmp_path / "empty.txt"],
         "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
-        "attn9: the UNet has no such Linear or Conv2d layer; their names end in": [
+        "attn9: the denoiser has no such Linear or Conv2d layer; their names end in": [
             "--train_modules", "lora", "--lora_target_modules", "to_k", "attn9"],
         "--train_modules xlayer selects no parameter of this UNet": ["--train_modules", "xlayer"],
         "is in use by something else": ["--output_dir", tmp_path / "mine"],

@@ -423,8 +423,8 @@ OTHER = {
     "StableDiffusionXLImg2ImgPipeline": "Stable Diffusion XL's refiner",
     "StableDiffusionImg2ImgPipeline": "Stable Diffusion for image to image",
     "StableDiffusionUpscalePipeline": "an upscaler", "FluxPipeline": "FLUX.1",
-    "StableDiffusion3Pipeline": "Stable Diffusion 3", "Flux2KleinPipeline": "FLUX.2",
-    "KandinskyV22Pipeline": "Kandinsky",
+    "StableDiffusion3Img2ImgPipeline": "a variant of Stable Diffusion 3",
+    "Flux2KleinPipeline": "FLUX.2", "KandinskyV22Pipeline": "Kandinsky",
 }  # fmt: skip
 
 

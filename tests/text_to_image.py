@@ -55,13 +55,13 @@ def read(words: Any, kind: str = "CLIPTextModel", **more: Any) -> Any:
     return getattr(transformers, kind)(config)
 
 
-def autoencoder() -> Any:
+def autoencoder(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
-        sample_size=16,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
+        **{"latent_channels": 4, **more},
     )  # fmt: skip
 
 
@@ -137,5 +137,47 @@ def sdxl(folder: Path, inpainting: bool = False, seed: int = 0) -> Path:
     kind = "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
     getattr(diffusers, kind)(
         autoencoder(), *encoders, words, other, unet, scheduler
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def t5(folder: Path) -> Any:
+    """A tokenizer of letters, as T5's in kind."""
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined]
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    scores += [(c, -3.0 - i / 100) for i, c in enumerate(letters)]
+    T5TokenizerFast(vocab=scores, extra_ids=0).save_pretrained(folder)
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def sd3(folder: Path, with_t5: bool = True, seed: int = 0, **more: Any) -> Path:
+    """SD3 in small, saved in `folder`: 83 thousand parameters in the transformer."""
+    import diffusers
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    words = [tokenizer(folder.with_name(f"{folder.name}_words{n}")) for n in ("", "_2")]
+    clips = [read(w, "CLIPTextModelWithProjection", projection_dim=32) for w in words]
+    third, letters = None, None
+    if with_t5:
+        letters = t5(folder.with_name(f"{folder.name}_letters"))
+        third = T5EncoderModel(
+            T5Config(
+                vocab_size=len(letters), d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        ).eval()  # fmt: skip
+    transformer = diffusers.SD3Transformer2DModel(**{
+        "sample_size": 8, "patch_size": 2, "in_channels": 16, "num_layers": 2,
+        "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 64,
+        "caption_projection_dim": 32, "pooled_projection_dim": 64, "out_channels": 16,
+        "pos_embed_max_size": 24, **more,
+    })  # fmt: skip
+    vae = autoencoder(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
+    diffusers.StableDiffusion3Pipeline(
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clips[0], words[0],
+        clips[1], words[1], third, letters,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -30,7 +30,7 @@ from ..manifest import changed, contents, key
 from ..metrics import versions
 from ..text_to_image.pipelines import Model, look
 from ..text_to_image.results import held, load, named_base, whole
-from ..training.options import as_dict, ddim_takes, option
+from ..training.options import as_dict, option
 from . import attacks, judges, prompts
 from .judges import JudgeOptions
 from .model import Attacked, by_encoder
@@ -123,7 +123,7 @@ def attack(config: AttackOptions) -> None:
         )
     if "inversion" in args.attacks and (why := looked.family.no_new_word):
         raise InputError(f"--attacks inversion: not with {looked.family.name}: {why}")
-    ddim_takes(args, looked.scheduler, "num_inference_steps")
+    looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)
     files = attacks.target_files(args.instance_data_dir)
     device = torch.device(args.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,25 @@ from .families import named
 LOAD = {
     "pipeline": """from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("{result}")
+pipe = {pipeline}.from_pretrained("{result}"{absent})
 """,
     "changed": """from diffusers import {pipeline}
 from safetensors.torch import load_file
 
-pipe = {pipeline}.from_pretrained("{base}")
-pipe.{denoiser}.load_state_dict(load_file("{result}/unet_changed.safetensors"), strict=False)
+pipe = {pipeline}.from_pretrained("{base}"{absent})
+pipe.{denoiser}.load_state_dict(load_file("{result}/{denoiser}_changed.safetensors"), strict=False)
 """,
     "changed on the hub": """from diffusers import {pipeline}
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-file = hf_hub_download("{result}", "unet_changed.safetensors")
-pipe = {pipeline}.from_pretrained("{base}")
+file = hf_hub_download("{result}", "{denoiser}_changed.safetensors")
+pipe = {pipeline}.from_pretrained("{base}"{absent})
 pipe.{denoiser}.load_state_dict(load_file(file), strict=False)
 """,
     "lora": """from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("{base}")
+pipe = {pipeline}.from_pretrained("{base}"{absent})
 pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors")
 """,
     "single": """from diffusers import {pipeline}
@@ -41,11 +42,11 @@ pipe = {pipeline}.from_single_file("{result}/{file}")  # or in ComfyUI, A1111, k
 """,
     "kohya": """from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("{base}")  # or in ComfyUI and A1111, as any LoRA
+pipe = {pipeline}.from_pretrained("{base}"{absent})  # or in ComfyUI and A1111, as any LoRA
 pipe.load_lora_weights("{result}", weight_name="{file}")
 """,
 }
-PLACE, BASE = "<this repository or folder>", "<the base model>"
+INDEX, PLACE, BASE = "model_index.json", "<this repository or folder>", "<the base model>"
 
 
 def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> str:
@@ -58,7 +59,9 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
     """
     name = str(args.pretrained_model_name_or_path)
     on_hub = not Path(name).exists()
-    family = named(report.get("pipeline", "StableDiffusionPipeline"))
+    family, index = named(report.get("pipeline", "StableDiffusionPipeline")), base / INDEX
+    if index.is_file():
+        family = family.of(json.loads(index.read_text()))
     gone = ", ".join(f"`{t}`" for t in report["forget"])
     given = licence(base)
     relation = "adapter" if args.save_as in ("lora", "kohya") else "finetune"
@@ -82,6 +85,7 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
         result=hub or PLACE,
         pipeline=family.pipeline.__name__,
         denoiser=family.denoiser,
+        absent="".join(f", {part}=None" for part in family.absent),
         file=f"{args.output_dir.resolve().name}.safetensors",
     )
     terms = f" (`{given['license']}`)" if "license" in given else ""

@@ -37,7 +37,6 @@ from ..metrics.imagenette import METRICS
 from ..metrics.images import read_image
 from ..metrics.intervals import estimate
 from ..metrics.naming import called
-from ..training.options import ddim_takes
 from . import drawing, pipelines, results
 from .evaluation_options import RESULT, Evaluation
 from .prompt_files import Row
@@ -154,7 +153,7 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 def evaluate(args: Evaluation) -> None:
     """Draw and measure, and write the results to ``args.output_dir``."""
     looked, out = pipelines.look(results.whole(args, args.base_model)), args.output_dir
-    ddim_takes(args, looked.scheduler, "num_inference_steps")
+    looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     if not args.truncate:
         check_lengths(args.texts, looked.tokenizer, "or give --truncate")
     identity = {

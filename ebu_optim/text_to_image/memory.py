@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,9 +21,6 @@ from .modules import Prompted, choose
 from .objectives import ANCHORS
 from .pipelines import Looked
 from .prompts import Prompts
-
-#: Modules that diffusers' gradient checkpointing recomputes one by one.
-UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 Rows = dict[str, int]
 
@@ -72,7 +69,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     with torch.device("meta"):
         unet = looked.family.kind(looked.family.denoiser).from_config(looked.unet)
         whole = _numel(unet.parameters())
-        choose(unet, args)
+        choose(unet, args, looked.family)
     trained = _numel(p for p in unet.parameters() if p.requires_grad)
     frozen = _numel(unet.parameters()) - trained
     one = passes(unet, looked)
@@ -187,7 +184,7 @@ def passes(unet: Any, looked: Looked) -> Passes:
         picture = torch.empty(1, 3, looked.resolution, looked.resolution)
     weights = _numel(vae.parameters()) * 4
     with _Fused():
-        with saved(unet) as (units, inputs):
+        with saved(unet, family.units) as (units, inputs):
             model(x, number, number)
         drawn = alive(model, lambda: model(x, number, number))
         decoded = {"VAE": weights, "activations": alive(vae, lambda: vae.decode(x))}
@@ -242,9 +239,12 @@ class _Alive(TorchDispatchMode):
 
 
 @contextmanager
-def saved(unet: nn.Module) -> Iterator[tuple[dict[Any, int], dict[Any, int]]]:
+def saved(
+    unet: nn.Module, kinds: Collection[str]
+) -> Iterator[tuple[dict[Any, int], dict[Any, int]]]:
     """Bytes that autograd saves inside the block, by the unit of gradient checkpointing (None:
-    outside of all), each storage once and no parameter; and the bytes of the units' inputs."""
+    outside of all), each storage once and no parameter; and the bytes of the units' inputs. Units
+    are modules whose class is named in `kinds`."""
     units: dict[Any, int] = {}
     inputs: dict[Any, int] = {}
     inside: list[str] = []
@@ -265,7 +265,7 @@ def saved(unet: nn.Module) -> Iterator[tuple[dict[Any, int], dict[Any, int]]]:
 
     handles = []
     for name, module in unet.named_modules():
-        if type(module).__name__ in UNITS:
+        if type(module).__name__ in kinds:
             handles.append(
                 module.register_forward_pre_hook(lambda _, args, name=name: enter(name, args))
             )

@@ -4,7 +4,7 @@ numbers."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -17,47 +17,10 @@ from ..errors import InputError
 from ..training.options import option
 from .families import STABLE_DIFFUSION, Conditions, Family, join, split
 
-
-def _layers(inside: Callable[[str], bool]) -> Callable[[str, nn.Module], bool]:
-    """Linear and Conv2d alone, as ESD's newer code chooses: norms never train."""
-    return lambda name, module: isinstance(module, (nn.Linear, nn.Conv2d)) and inside(name)
-
-
-def _cross(name: str) -> bool:
-    return "attn2." in name
-
-
-def _notime(name: str) -> bool:
-    """Not the output layers, not the embedding of time: Selective Amnesia and ESD's first code."""
-    return not (name.startswith(("conv_norm_out.", "conv_out.")) or "time_embedding" in name)
-
-
-#: Of ESD's first code: LDM's output_blocks 6 and 8, input_blocks 4 and 7, by diffusers' names.
-XLAYER = ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")
-SELFLAYER = ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")
-
-#: --train_modules: (a parameter's name, its module) -> whether it is trained.
-CHOICES: dict[str, Callable[[str, nn.Module], bool]] = {
-    "xattn": lambda name, _: _cross(name),
-    "noxattn": lambda name, _: _notime(name) and not _cross(name),
-    "selfattn": lambda name, _: "attn1." in name,
-    "full": lambda name, _: True,
-    "notime": lambda name, _: _notime(name),
-    "xlayer": lambda name, _: _cross(name) and name.startswith(XLAYER),
-    "selflayer": lambda name, _: "attn1." in name and name.startswith(SELFLAYER),
-    "esd-x": _layers(_cross),
-    "esd-x-strict": _layers(lambda name: _cross(name) and (".to_k." in name or ".to_v." in name)),
-    "esd-u": _layers(lambda name: not _cross(name)),
-    "esd-all": _layers(lambda name: True),
-}
-
 Modules = Literal[
-    "xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer", "esd-x",
-    "esd-x-strict", "esd-u", "esd-all", "lora",
+    "xattn", "noxattn", "selfattn", "attention", "context", "full", "notime", "xlayer",
+    "selflayer", "esd-x", "esd-x-strict", "esd-u", "esd-all", "lora",
 ]  # fmt: skip
-
-#: Where --train_modules lora puts its adapters.
-LORA_TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +31,15 @@ class ModuleOptions:
 
     train_modules: Modules | None = option(
         None,
-        help="of the UNet; default: xattn, in `ebu forget` the preset's; SPM has its own adapters",
+        help="of the denoiser; default: xattn, in `ebu forget` the preset's; SPM has its own\n"
+        "adapters",
     )
     rank: int = option(4, help="of lora")
     lora_alpha: float | None = option(None, help="of lora; default: the rank")
-    lora_target_modules: list[str] = option(LORA_TARGETS, help="names of layers, or their ends")
+    lora_target_modules: list[str] | None = option(
+        None, help="names of layers, or their ends; default: of a UNet cross attention, of a\n"
+        "transformer all attention",
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, help="less memory, a third more time")
 
     def check_modules(self) -> None:
@@ -89,14 +56,14 @@ def is_adapter(args: Any) -> bool:
     return methods[args.method].adapter or args.train_modules == "lora"
 
 
-def choose(unet: Any, args: Any) -> None:
-    """Set requires_grad of the UNet's parameters; put in an adapter where one is trained.
+def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
+    """Set requires_grad of the denoiser's parameters; put in an adapter where one is trained.
 
     Raises:
         InputError: nothing is selected, or a LoRA target does not exist; nothing was changed.
     """
     if not is_adapter(args):
-        wanted = CHOICES[args.train_modules]
+        wanted = family.modules[args.train_modules]
         owner = {
             f"{name}.{n}" if name else n: module
             for name, module in unet.named_modules()
@@ -106,7 +73,7 @@ def choose(unet: Any, args: Any) -> None:
         if not chosen:
             raise InputError(
                 f"--train_modules {args.train_modules} selects no parameter of this UNet: choose "
-                f"another of {', '.join((*CHOICES, 'lora'))}"
+                f"another of {', '.join((*family.modules, 'lora'))}"
             )
         unet.requires_grad_(False)
         for n in chosen:
@@ -117,7 +84,8 @@ def choose(unet: Any, args: Any) -> None:
     spm = methods[args.method].adapter
     rank = 1 if spm else args.rank
     alpha = 1 if spm else rank if args.lora_alpha is None else args.lora_alpha
-    targets = spm_layers(unet) if spm else lora_layers(unet, args.lora_target_modules)
+    ends = args.lora_target_modules or family.lora_targets
+    targets = spm_layers(unet) if spm else lora_layers(unet, ends)
     unet.requires_grad_(False)
     with torch.random.fork_rng():  # the same adapter whatever was drawn before
         torch.manual_seed(args.seed)
@@ -127,7 +95,7 @@ def choose(unet: Any, args: Any) -> None:
             p.data = p.data.float()
 
 
-def lora_layers(unet: nn.Module, ends: list[str]) -> list[str]:
+def lora_layers(unet: nn.Module, ends: Sequence[str]) -> list[str]:
     """Full names of the layers whose names are, or end in, one of `ends`."""
     layers = [n for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     found: list[str] = []
@@ -137,8 +105,8 @@ def lora_layers(unet: nn.Module, ends: list[str]) -> list[str]:
             there = sorted({n.rpartition(".")[2] if not n[-1].isdigit() else
                             ".".join(n.split(".")[-2:]) for n in layers})  # fmt: skip
             raise InputError(
-                f"--lora_target_modules {end}: the UNet has no such Linear or Conv2d layer; their "
-                f"names end in {', '.join(there)}"
+                f"--lora_target_modules {end}: the denoiser has no such Linear or Conv2d layer; "
+                f"their names end in {', '.join(there)}"
             )
         found += ours
     return sorted(set(found))

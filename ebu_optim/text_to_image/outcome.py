@@ -12,7 +12,7 @@ from ..diffusion import objectives
 from ..metrics import versions
 from ..training import method as method_options
 from ..training.options import as_dict, named
-from . import modules, prompts, sets
+from . import prompts, sets
 from .families import Family
 
 
@@ -52,7 +52,7 @@ def unused(args: Any) -> list[str]:
         "--esd_variant": args.esd_variant != "paper" and by != "guidance",
         "--esd_eta": args.esd_eta is not None and by not in ("guidance", "adapter"),
         "--lora_alpha": args.lora_alpha is not None and args.train_modules != "lora",
-        "--lora_target_modules": args.lora_target_modules != modules.LORA_TARGETS
+        "--lora_target_modules": args.lora_target_modules is not None
         and args.train_modules != "lora",
     }
     return [option for option, idle in found.items() if idle]
@@ -99,7 +99,7 @@ def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
     passes = sets.passes(args, texts)
     if passes:
         accelerator.print(
-            f"sets in {args.sets_dir}: {passes} passes through the UNet, unless they are there"
+            f"sets in {args.sets_dir}: {passes} passes through the denoiser, unless they are there"
         )
 
 

@@ -28,7 +28,7 @@ class Model:
     group: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: str = option(
-        help="hub id, folder or .safetensors file: SD 1.x, 2.x, SDXL, inpainting"
+        help="hub id, folder or .safetensors file: SD 1.x, 2.x, SDXL, inpainting; SD3, no file"
     )
     revision: str | None = option(None, help="of the hub: branch, tag or commit")
     variant: str | None = option(None, help="of the files, e.g. fp16")
@@ -212,8 +212,9 @@ def assembled(folder: Path, variant: str | None, **options: Any) -> Any:
     family = of_folder(folder)
     parts_of = {part: load(family.kind(part), folder / part, variant) for part in family.weighty()}
     return family.pipeline.from_pretrained(
-        folder, variant=variant, use_safetensors=True, **options, **parts_of
-    )
+        folder, variant=variant, use_safetensors=True,
+        **dict.fromkeys(family.absent), **options, **parts_of,
+    )  # fmt: skip
 
 
 def _hub(model: Model, get: Any, **options: Any) -> str:

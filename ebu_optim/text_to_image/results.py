@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from ..errors import InputError
 from ..files import locked
 from ..manifest import contents
-from .families import of_folder
+from .families import FAMILIES, of_folder
 from .pipelines import Model, assembled, fetch, parts
-from .save import CHANGED
+from .save import changed_name
 
 LORA = "pytorch_lora_weights.safetensors"
+CHANGED = tuple(dict.fromkeys(map(changed_name, FAMILIES.values())))
 
 
 def whole(model: Model, base_model: str | None = None) -> Model:
@@ -56,8 +57,8 @@ def load(model: Model, base_model: str | None = None) -> Any:
     pipe = assembled(where, base.variant, **family.opened)
     denoiser = getattr(pipe, family.denoiser)
     kind = part(folder)
-    if kind == CHANGED:
-        state, ours = load_file(folder / CHANGED), denoiser.state_dict()
+    if kind in CHANGED:
+        state, ours = load_file(folder / kind), denoiser.state_dict()
         other = [n for n, t in state.items() if n not in ours or ours[n].shape != t.shape]
         if other:
             raise InputError(
@@ -85,7 +86,7 @@ def made_of(model: Model, base_model: str | None = None) -> dict[str, str]:
 
 def part(folder: Path) -> str | None:
     """The file of changes in a folder, where it holds no whole pipeline."""
-    return next((f for f in (CHANGED, LORA) if (folder / f).is_file()), None)
+    return next((f for f in (*CHANGED, LORA) if (folder / f).is_file()), None)
 
 
 def named_base(name: str) -> str:

@@ -18,11 +18,10 @@ from ..files import replacing, replacing_folder
 from ..formats import Single, write_folder, write_lora, write_single
 from ..training.options import option
 from . import card
-from .families import of_folder
+from .families import Family, of_folder
 from .modules import Prompted, is_adapter
 from .pipelines import assembled
 
-CHANGED = "unet_changed.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDERS = ("pipeline", "single", "changed", "lora", "kohya")
 ADAPTERS = ("lora", "kohya")
@@ -69,7 +68,7 @@ def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> P
         elif kind == "single":
             single(args, model, base, work / file_name(args))
         elif kind == "changed":
-            save_file(_cast(changed(args, model, base), dtype), work / CHANGED)
+            save_file(_cast(changed(args, model, base), dtype), work / changed_name(model.family))
         else:
             pipe = merged(args, model, base)
             for part in pipe.components.values():
@@ -80,6 +79,11 @@ def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> P
         (work / "unlearn.json").write_text(text)
     (args.output_dir / "unlearn.json").write_text(text)
     return folder
+
+
+def changed_name(family: Family) -> str:
+    """Of a file of the changed tensors alone."""
+    return f"{family.denoiser}_changed.safetensors"
 
 
 def file_name(args: Any) -> str:

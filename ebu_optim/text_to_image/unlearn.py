@@ -21,7 +21,6 @@ from ..diffusion import anchored, model_hash, objectives
 from ..errors import InputError
 from ..manifest import refuse_changed
 from ..training import method as method_options
-from ..training.options import ddim_takes
 from . import hub, memory, modules, outcome, pipelines, prompts, room, save, sets, validation
 from .objectives import TextObjectives
 from .options import Unlearn
@@ -48,7 +47,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     looked.family.refuse(args)
     guided = ["guided_steps"] if methods[args.method].guided else []
     steps = ["num_inference_steps", "validation_inference_steps", *guided]
-    ddim_takes(args, looked.scheduler, *steps)
+    looked.family.check_steps(args, looked.scheduler, *steps)
     texts = prompts.collect(args, looked.tokenizer)
     accelerator = training.new_accelerator(args)
     args = replace(args, mixed_precision=accelerator.mixed_precision)
@@ -137,7 +136,7 @@ def learn_from(
     with accelerator.main_process_first():
         with accelerator.autocast():
             made = sets.make(args, looked, folder, texts, unet, table, base, device)
-        modules.choose(unet, args)
+        modules.choose(unet, args, looked.family)
         raw = modules.Prompted(unet, table, looked.family).to(device)
         fisher = method_options.fisher_source(args, "estimate")
         if fisher == "estimate":

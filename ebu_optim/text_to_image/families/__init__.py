@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import InputError
 from .family import Conditions, Family, join, split
 from .inpainting import Inpainting, SDXLInpainting
+from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
 
@@ -20,13 +21,14 @@ STABLE_DIFFUSION = StableDiffusion()
 #: Name of the pipeline's class -> its adapter.
 FAMILIES: dict[str, Family] = {
     family.pipeline.__name__: family
-    for family in (STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting())
+    for family in (STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3())
 }
 #: What begins the class's name of a pipeline without an adapter -> what it is.
 OTHERS = {
     "StableDiffusionXLImg2Img": "Stable Diffusion XL's refiner, or its image to image",
     "StableDiffusionXL": "a variant of Stable Diffusion XL for more than text to image",
-    "StableDiffusion3": "Stable Diffusion 3", "StableDiffusionUpscale": "an upscaler",
+    "StableDiffusion3": "a variant of Stable Diffusion 3 for more than text to image",
+    "StableDiffusionUpscale": "an upscaler",
     "StableDiffusionLatentUpscale": "an upscaler",
     "StableDiffusionImg2Img": "Stable Diffusion for image to image",
     "StableDiffusion": "a variant of Stable Diffusion for more than text to image",
@@ -55,7 +57,8 @@ def known() -> str:
 
 def of_folder(folder: Path) -> Family:
     """Of a pipeline that was looked at."""
-    return named(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    index = json.loads((folder / "model_index.json").read_text())
+    return named(index["_class_name"]).of(index)
 
 
 def of_index(name: str, index: Mapping[str, Any]) -> Family:
@@ -69,6 +72,7 @@ def of_index(name: str, index: Mapping[str, Any]) -> Family:
     if family is None:
         like = next((what for begin, what in OTHERS.items() if found.startswith(begin)), None)
         raise InputError(f"{name} is a {found}{f', {like}' if like else ''}; {known()}")
+    family = family.of(index)
     if foreign := sorted(p for p in family.foreign if (index.get(p) or [None])[-1] is not None):
         raise InputError(
             f"{name} is a {found} and has a {foreign[0]}: {family.name} is a pipeline with "

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...modules import tensor_hash
+from ...training.options import ddim_takes
+from .unets import Choice
 
 Config = Mapping[str, Any]
 
@@ -66,8 +68,13 @@ class Family:
         encoders: part that reads text -> its tokenizer.
         foreign: parts that make it a pipeline of another family.
         settings: entries of model_index.json on which the conditions depend.
-        opened: what `pipeline.from_pretrained` is told.
+        absent: parts that the pipeline may do without, and here does: it wants to be told so.
+        opened: what `pipeline.from_pretrained` is told beside.
         tags: of the model card.
+        modules: of --train_modules, beside lora -> which weights of the denoiser these are.
+        no_modules: why there are no others of them.
+        lora_targets: names of layers, or their ends, where --train_modules lora puts its adapters.
+        units: classes that diffusers' gradient checkpointing recomputes one by one.
         lacks: an option with its value, e.g. "--method spm" -> why the family cannot do that.
         no_new_word: why textual inversion cannot be tried, where it cannot.
     """
@@ -80,10 +87,19 @@ class Family:
     encoders: Mapping[str, str]
     foreign: frozenset[str] = frozenset()
     settings: tuple[str, ...] = ()
+    absent: Sequence[str] = ()
     opened: Mapping[str, Any] = {}
     tags: tuple[str, ...] = ()
+    modules: Mapping[str, Choice]
+    no_modules: str
+    lora_targets: Sequence[str]
+    units: Sequence[str]
     lacks: Mapping[str, str] = {}
     no_new_word: str | None = None
+
+    def of(self, index: Mapping[str, Any]) -> Family:
+        """This one, or its variant for pipelines whose model_index.json leaves parts out."""
+        return self
 
     def kind(self, part: str) -> Any:
         """The class of a part."""
@@ -117,6 +133,12 @@ class Family:
             option, _, value = said.removeprefix("--").partition(" ")
             if getattr(args, option, None) == value:
                 raise InputError(f"{said}: not with {self.name}: {why}")
+        chosen = args.train_modules
+        if chosen not in (None, "lora", *self.modules):
+            raise InputError(
+                f"--train_modules {chosen}: not with {self.name}: {self.no_modules}; there is "
+                f"{', '.join((*self.modules, 'lora'))}"
+            )
 
     # -- latents ---------------------------------------------------------------------------------
 
@@ -159,13 +181,19 @@ class Family:
         """The scheduler that draws."""
         return DDIMScheduler.from_config(schedule.config, clip_sample=False)
 
+    def check_steps(self, args: Any, schedule: Any, *names: str) -> None:
+        """Raises:
+        InputError: an option of these names is more steps than `sampler` takes.
+        """
+        ddim_takes(args, schedule, *names)
+
     # -- conditions ------------------------------------------------------------------------------
 
     def reader(self, folder: Path, variant: str | None, parts: Mapping[str, Any]) -> Any:
         """The pipeline of these text encoders and tokenizers, without denoiser and VAE."""
         return self.pipeline.from_pretrained(
             folder, variant=variant, use_safetensors=True,
-            **{**self.opened, self.denoiser: None, "vae": None, **parts},
+            **{**self.opened, **dict.fromkeys([*self.absent, self.denoiser, "vae"]), **parts},
         )  # fmt: skip
 
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:

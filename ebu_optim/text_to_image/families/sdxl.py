@@ -18,6 +18,18 @@ from .stable_diffusion import StableDiffusion
 SIZES = 6  # numbers of original size, top left corner and size
 
 
+def check_alike(name: str, first: Any, second: Any) -> None:
+    """Raises:
+    InputError: two of CLIP's tokenizers read a prompt otherwise.
+    """
+    same = second.get_vocab() == first.get_vocab()
+    if not same or second.model_max_length != first.model_max_length:
+        raise InputError(
+            f"{name}: its tokenizers have other vocabularies or lengths: known are such that "
+            "read a prompt alike"
+        )
+
+
 class SDXL(StableDiffusion):
     name = "Stable Diffusion XL"
     made = "two text encoders and a UNet"
@@ -59,13 +71,7 @@ class SDXL(StableDiffusion):
             )
 
     def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
-        first, second = tokenizers.values()
-        same = second.get_vocab() == first.get_vocab()
-        if not same or second.model_max_length != first.model_max_length:
-            raise InputError(
-                f"{name}: its tokenizers have other vocabularies or lengths: known are such that "
-                "read a prompt alike"
-            )
+        check_alike(name, *tokenizers.values())
 
     @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ...diffusion.schedules import prediction_type
 from ...errors import InputError
 from ..prompts import encode
 from .family import Config, Family
+from .unets import MODULES
 
 
 class StableDiffusion(Family):
@@ -31,6 +32,10 @@ class StableDiffusion(Family):
     foreign = frozenset({"text_encoder_2", "transformer"})
     opened: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     tags: tuple[str, ...] = ("stable-diffusion", "stable-diffusion-diffusers")
+    modules = MODULES
+    no_modules = "its UNet is given the text embeddings as they are"
+    lora_targets = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+    units = ("BasicTransformerBlock", "ResnetBlock2D")
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         self.check_channels(name, configs["unet"], configs["vae"].get("latent_channels", 4))
