@@ -149,6 +149,21 @@ def test_sigmas_are_learned_at_as_sd3_does_and_any_number_of_steps_draws(made, t
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
 
 
+def test_memory_is_counted_by_the_transformers_blocks(made, tmp_path):
+    looked, model = prompted(made, "sd3", ["a cat"], tmp_path)
+    memory, number = module("memory"), torch.zeros(1, dtype=torch.long)
+    with memory.saved(model.denoiser, looked.family.units) as (units, inputs):
+        model(torch.zeros(1, *looked.latents), torch.tensor([500.0]), number)
+    picture, text, time = 16 * 32, (LENGTH + 256) * 32, 32
+    assert set(inputs) == {"transformer_blocks.0", "transformer_blocks.1"} < set(units)
+    assert set(inputs.values()) == {4 * (picture + text + time)}
+    with torch.device("meta"):
+        empty = diffusers.SD3Transformer2DModel.from_config(looked.unet)
+    one = memory.passes(empty, looked)
+    assert one.kept_checkpointed < one.kept
+    assert one.prompt == 4 * ((LENGTH + 256) * 64 + 64)
+
+
 # -- the conventions of sign and time -----------------------------------------------------------
 
 

@@ -242,9 +242,8 @@ class _Alive(TorchDispatchMode):
 def saved(
     unet: nn.Module, kinds: Collection[str]
 ) -> Iterator[tuple[dict[Any, int], dict[Any, int]]]:
-    """Bytes that autograd saves inside the block, by the unit of gradient checkpointing (None:
-    outside of all), each storage once and no parameter; and the bytes of the units' inputs. Units
-    are modules whose class is named in `kinds`."""
+    """Bytes that autograd saves inside the block, by the unit of gradient checkpointing (of a class
+    in `kinds`; None: outside of all), each storage once and no parameter; and of units' inputs."""
     units: dict[Any, int] = {}
     inputs: dict[Any, int] = {}
     inside: list[str] = []
@@ -259,17 +258,18 @@ def saved(
             units[key] = units.get(key, 0) + storage.nbytes()
         return t
 
-    def enter(name: str, args: tuple[Any, ...]) -> None:
+    def enter(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         inside.append(name)
-        inputs[name] = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+        given = args or named.values()  # transformers call their blocks by name alone
+        inputs[name] = sum(a.numel() * a.element_size() for a in given if isinstance(a, Tensor))
 
     handles = []
     for name, module in unet.named_modules():
         if type(module).__name__ in kinds:
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: enter(name, args))
+            begin = module.register_forward_pre_hook(
+                lambda _, args, named, name=name: enter(name, args, named), with_kwargs=True
             )
-            handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+            handles += [begin, module.register_forward_hook(lambda *_: inside.pop() and None)]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             yield units, inputs
