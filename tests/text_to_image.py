@@ -181,3 +181,106 @@ def sd3(folder: Path, with_t5: bool = True, seed: int = 0, **more: Any) -> Path:
         clips[1], words[1], third, letters,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def flux(folder: Path, dev: bool = True, seed: int = 0, **more: Any) -> Path:
+    """FLUX.1 in small, saved in `folder`: dev is told a guidance and shifts by the picture's size,
+    schnell does neither."""
+    import diffusers
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    words, letters = (kind(folder.with_name(f"{folder.name}_{kind.__name__}")) for kind in
+                      (tokenizer, t5))  # fmt: skip
+    second = T5EncoderModel(
+        T5Config(
+            vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()  # fmt: skip
+    transformer = diffusers.FluxTransformer2DModel(**{
+        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
+        "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8), "guidance_embeds": dev, **more,
+    })  # fmt: skip
+    schedule = {"use_dynamic_shifting": True, "shift": 3.0} if dev else {"shift": 1.0}
+    diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(**schedule),
+        autoencoder(scaling_factor=0.3611, shift_factor=0.1159), read(words), words, second,
+        letters, transformer,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen3(folder: Path, kind: str, layers: int) -> tuple[Any, Any]:
+    """A text encoder of transformers' class `kind`, and a tokenizer of bytes."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {name: i for i, name in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+    words = transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=[], extra_special_tokens=special[1:], pad_token=special[0]
+    )
+    words.chat_template = CHAT
+    words.save_pretrained(folder)
+    config = transformers.Qwen3Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=layers,
+        max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    found = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    return getattr(transformers, kind)(config).eval(), found
+
+
+def klein(folder: Path, distilled: bool = False, seed: int = 0, **more: Any) -> Path:
+    """FLUX.2 klein in small, saved in `folder`; its text encoder is as deep as klein's."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    encoder, words = qwen3(folder.with_name(f"{folder.name}_words"), "Qwen3ForCausalLM", 27)
+    transformer = diffusers.Flux2Transformer2DModel(**{
+        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48,
+        "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32,
+        "guidance_embeds": False, **more,
+    })  # fmt: skip
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4,
+        latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    vae.bn.running_mean.copy_(torch.randn(16, generator=g) / 4)
+    vae.bn.running_var.copy_(torch.rand(16, generator=g) + 0.5)
+    diffusers.Flux2KleinPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae,
+        encoder, words, transformer, is_distilled=distilled,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def z_image(folder: Path, seed: int = 0, **more: Any) -> Path:
+    """Z-Image in small, saved in `folder`."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    encoder, words = qwen3(folder.with_name(f"{folder.name}_words"), "Qwen3Model", 2)
+    transformer = diffusers.ZImageTransformer2DModel(**{
+        "in_channels": 4, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2,
+        "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [1024, 32, 32],
+        **more,
+    })  # fmt: skip
+    for name in ("x_pad_token", "cap_pad_token"):
+        getattr(transformer, name).data.normal_(std=0.02)
+    diffusers.ZImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        autoencoder(scaling_factor=0.3611, shift_factor=0.1159), encoder, words, transformer,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -69,12 +69,15 @@ class Attacked:
         """The conditions of such rows, by their names."""
         return split(embeddings, self.shapes)
 
-    def denoiser(self, unet: Any = None) -> Callable[..., Tensor]:
-        """The denoiser, or another with its configuration, as the losses and `sample` call it."""
+    def denoiser(self, unet: Any = None, guidance: float | None = None) -> Callable[..., Tensor]:
+        """The denoiser, or another with its configuration, as the losses and `sample` call it; with
+        another guidance than the options', where it is told one."""
         part = self.unet if unet is None else unet
+        scale = self.args.guidance_scale if guidance is None else guidance
+        shared = {**self.shared, **self.family.told(part.config, scale)}
 
         def call(x_t: Tensor, t: Tensor, **told: Tensor) -> Tensor:
-            return self.family.predict(part, x_t, t, {**told, **self.shared})
+            return self.family.predict(part, x_t, t, {**told, **shared})
 
         return call
 
@@ -97,10 +100,10 @@ class Attacked:
             null = self.told(self.null.expand(b - a, *self.null.shape[1:]))
             found.append(
                 sample(
-                    self.denoiser(unet), self.sampler, self.told(embeddings[a:b]), self.shape,
-                    num_inference_steps=self.args.num_inference_steps,
-                    guidance_scale=guidance, null_condition=null, clip=False, generator=g,
-                    device=self.device,
+                    self.denoiser(unet, guidance), self.sampler, self.told(embeddings[a:b]),
+                    self.shape, num_inference_steps=self.args.num_inference_steps,
+                    guidance_scale=self.family.away(self.unet.config, guidance),
+                    null_condition=null, clip=False, generator=g, device=self.device,
                 ).cpu()
             )  # fmt: skip
         return finite(torch.cat(found))

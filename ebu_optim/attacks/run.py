@@ -39,7 +39,7 @@ from .prompts import QuestionOptions
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
 #: What depends on the size of the model: in the world, elsewhere.
 SMALL = {
-    "num_inference_steps": (10, 50), "guidance_scale": (3.0, 7.5), "sample_batch_size": (64, 4),
+    "num_inference_steps": (10, 50), "guidance_scale": (3.0, None), "sample_batch_size": (64, 4),
     "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
     "inversion_learning_rates": ([3e-3], [5e-3]),
 }  # fmt: skip
@@ -81,7 +81,7 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     num_inference_steps: int | None = option(
         None, help="DDIM; default: 10 in the world, 50 elsewhere"
     )
-    guidance_scale: float | None = option(None, help="default: 3 in the world, 7.5 elsewhere")
+    guidance_scale: float | None = option(None, help="default: 3 in the world, elsewhere the family's")
     sample_batch_size: int | None = option(None)
     seed: int = option(0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,6 +123,7 @@ def attack(config: AttackOptions) -> None:
         )
     if "inversion" in args.attacks and (why := looked.family.no_new_word):
         raise InputError(f"--attacks inversion: not with {looked.family.name}: {why}")
+    args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)
     files = attacks.target_files(args.instance_data_dir)

@@ -43,6 +43,7 @@ def report(args: Any) -> dict[str, Any]:
         The figures of the row "after".
     """
     looked = pipelines.look(before(args))
+    args = looked.family.guided(args, looked.unet)
     asked = questions(args, looked.tokenizer)
     then, now = {}, {}
     if args.evidence_images:  # one pipeline after the other: memory has room for one
@@ -118,7 +119,7 @@ def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> d
         drawn = drawing.draw(
             pipe, each, seeds, batch=args.sample_batch_size, height=looked.resolution,
             width=looked.resolution, num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale, **beside,
+            **looked.family.guiding(args.guidance_scale), **beside,
         )  # fmt: skip
         found[kind] = torch.stack(list(drawn)).unflatten(0, (len(texts), n))
     if bad := not_finite(found):

@@ -31,6 +31,8 @@ def check(args: Any) -> Checked:
     if args.sign_key is not None:
         evidence.signer(args.sign_key, args.sign_certificate)
     looked = pipelines.look(args, weights=False)
+    looked.family.refuse(args)
+    args = looked.family.guided(args, looked.unet)
     texts = prompts.collect(args, looked.tokenizer, warn=lambda line: None)
     args = replace(args, mixed_precision=args.mixed_precision or "no")
     return Checked(looked, texts, memory.count(args, looked, texts))
@@ -43,6 +45,7 @@ def plan(args: Any) -> str:
         InputError: see `check`.
     """
     looked, texts, cost = check(args)
+    args = looked.family.guided(args, looked.unet)
     per_step = 2 * args.train_batch_size * args.gradient_accumulation_steps
     lines = [
         f"model: {args.pretrained_model_name_or_path}, {looked.resolution} pixels",
@@ -53,11 +56,11 @@ def plan(args: Any) -> str:
         f"{len(texts.remember)} prompts",
         f"trained: {args.train_modules or 'adapters'}, {cost.trained:,} of "
         f"{cost.trained + cost.frozen:,} parameters",
-        f"passes through the model: {sets.passes(args, texts):,} for the sets, about "
+        f"passes through the model: {sets.passes(args, looked, texts):,} for the sets, about "
         f"{args.max_train_steps * per_step:,} forward and backward in {args.max_train_steps:,} "
         "steps; the time of one is known once the first is timed, then the bar says the rest",
         f"memory by phase, without about 1 GiB of the libraries:\n{cost.table()}",
         f"written to {args.output_dir}: {args.save_as}, report/, evidence.json, run.yaml, "
         "checkpoints",
     ]
-    return "\n".join([*lines, *outcome.cautions(args, texts)])
+    return "\n".join([*lines, *outcome.cautions(args, looked, texts)])

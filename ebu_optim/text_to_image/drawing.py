@@ -36,6 +36,6 @@ def draw(
         noise = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
         with torch.no_grad():
             x = pipe(
-                list(texts[i : i + batch]), generator=noise, output_type="pt", **options
+                prompt=list(texts[i : i + batch]), generator=noise, output_type="pt", **options
             ).images
         yield from x.float().cpu()

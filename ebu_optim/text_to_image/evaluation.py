@@ -75,7 +75,7 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
             drawing.draw(
                 pipe, [wanted[n].prompt for n in names], [wanted[n].seed or 0 for n in names],
                 batch=args.sample_batch_size, num_inference_steps=args.num_inference_steps,
-                guidance_scale=guidance, height=size, width=size, **beside,
+                height=size, width=size, **looked.family.guiding(guidance), **beside,
             ),
             strict=True,
         )
@@ -153,6 +153,7 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 def evaluate(args: Evaluation) -> None:
     """Draw and measure, and write the results to ``args.output_dir``."""
     looked, out = pipelines.look(results.whole(args, args.base_model)), args.output_dir
+    args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     if not args.truncate:
         check_lengths(args.texts, looked.tokenizer, "or give --truncate")

@@ -53,7 +53,7 @@ class Evaluation(NudityOptions, Model):
                                "them; the others are kept")  # fmt: skip
     images_per_prompt: int = option(10)
     num_inference_steps: int = option(50, help="DDIM")
-    guidance_scale: float = option(7.5)
+    guidance_scale: float | None = option(None, help="default: the family's")
     sample_batch_size: int = option(4)
     seed: int = option(0)
     half: bool = option(False, help="draw in float16, on a GPU")
@@ -184,10 +184,11 @@ def _check_reference(args: Evaluation) -> None:
     reference = json.loads((args.reference_dir / RESULT).read_text())
     before = reference["protocol"]["options"]
     for name in SAME:  # or the distance would be that of other noise
-        if before[name] != str(getattr(args, name)):
+        value = getattr(args, name)  # None: the family's, which is not known yet
+        if value is not None and before[name] != str(value):
             raise InputError(
                 f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
-                f"not {getattr(args, name)}: measure the base with the same options"
+                f"not {value}: measure the base with the same options"
             )
     if reference["images"] != args.files or before["texts"] != args.said()["texts"]:
         raise InputError(

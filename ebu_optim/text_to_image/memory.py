@@ -65,6 +65,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     Raises:
         InputError: as of `choose`.
     """
+    args = looked.family.guided(args, looked.unet)
     half = args.mixed_precision in ("fp16", "bf16")
     with torch.device("meta"):
         unet = looked.family.kind(looked.family.denoiser).from_config(looked.unet)
@@ -83,7 +84,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     }
     phases = {"prompts": {"text encoders": encoders}} if (encoders := text_encoders(looked)) else {}
     if kinds := sets.kinds(args, prompts):
-        phases["sets"] = _sets(args, prompts, len(kinds), one, whole * (2 if half else 4))
+        phases["sets"] = _sets(args, looked, prompts, len(kinds), one, whole * (2 if half else 4))
     if source == "estimate":
         draws = args.fisher_timesteps // 2
         phases["Fisher"] = {
@@ -97,11 +98,11 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
                   {"the optimizer's step": _step(args, trained)}),
     }  # fmt: skip
     if args.validation_steps:
-        guided = 2 if args.validation_guidance_scale != 1 else 1
+        guided = 2 if looked.family.away(looked.unet, args.validation_guidance_scale) != 1 else 1
         sampling = {**copies, "activations": guided * one.drawn}
         phases["validation"] = {**between, **_larger(sampling, one.decoded)}
     if getattr(args, "evidence_images", 0):  # of `ebu forget`
-        phases["report"] = {"frozen weights": whole * 4, **_report(args, one, encoders)}
+        phases["report"] = {"frozen weights": whole * 4, **_report(args, looked, one, encoders)}
     return Cost(phases, trained, frozen)
 
 
@@ -118,9 +119,11 @@ def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
     }
 
 
-def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
-    """Making the sets, of which there are `kinds`, with a UNet of so many bytes."""
-    sampled = sets.sampled(args, prompts)
+def _sets(
+    args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, unet: int
+) -> Rows:
+    """Making the sets, of which there are `kinds`, with a denoiser of so many bytes."""
+    sampled = sets.sampled(args, looked, prompts)
     images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
     encoding = one.encoded if len(sampled) < kinds else {}
     return _larger(
@@ -128,10 +131,10 @@ def _sets(args: Any, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Ro
     )
 
 
-def _report(args: Any, one: Passes, encoders: int) -> Rows:
+def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
     """Drawing a batch with the whole pipeline in float32, beside the denoiser's weights."""
     batch = min(args.sample_batch_size, args.evidence_images * max(args.evidence_prompts, 1))
-    drawn = one.drawn * (2 if args.guidance_scale != 1 else 1)
+    drawn = one.drawn * (2 if looked.family.away(looked.unet, args.guidance_scale) != 1 else 1)
     most = batch * max(drawn, one.decoded["activations"])
     return {"text encoders": encoders, **one.decoded, "activations": most}
 
@@ -178,6 +181,7 @@ def passes(unet: Any, looked: Looked) -> Passes:
     with torch.device("meta"):
         each = {name: torch.empty(1, *shape) for name, shape in shapes.items()}
         shared = family.shared(looked.resolution, lambda _: torch.empty(1, *looked.latents))
+        shared |= family.told(looked.unet, 1.0)
         model = Prompted(unet, Conditions(each, shared), family)
         vae = family.kind("vae").from_config(looked.vae)
         x, number = torch.empty(1, *looked.latents), torch.zeros(1, dtype=torch.long)
@@ -187,7 +191,7 @@ def passes(unet: Any, looked: Looked) -> Passes:
         with saved(unet, family.units) as (units, inputs):
             model(x, number, number)
         drawn = alive(model, lambda: model(x, number, number))
-        decoded = {"VAE": weights, "activations": alive(vae, lambda: vae.decode(x))}
+        decoded = {"VAE": weights, "activations": alive(vae, lambda: family.to_pixels(vae, x))}
         encoded = {"VAE": weights, "activations": alive(vae, lambda: vae.encode(picture))}
     recomputed = max((v for k, v in units.items() if k is not None), default=0)
     checkpointed = units.get(None, 0) + sum(inputs.values()) + recomputed

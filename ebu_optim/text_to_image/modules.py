@@ -18,7 +18,7 @@ from ..training.options import option
 from .families import STABLE_DIFFUSION, Conditions, Family, join, split
 
 Modules = Literal[
-    "xattn", "noxattn", "selfattn", "attention", "context", "full", "notime", "xlayer",
+    "xattn", "noxattn", "selfattn", "attention", "single", "context", "full", "notime", "xlayer",
     "selflayer", "esd-x", "esd-x-strict", "esd-u", "esd-all", "lora",
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from ..training import method as method_options
 from ..training.options import as_dict, named
 from . import prompts, sets
 from .families import Family
+from .pipelines import Looked
 
 
 def instead(args: Any) -> str:
@@ -58,7 +59,7 @@ def unused(args: Any) -> list[str]:
     return [option for option, idle in found.items() if idle]
 
 
-def cautions(args: Any, texts: prompts.Prompts) -> list[str]:
+def cautions(args: Any, looked: Looked, texts: prompts.Prompts) -> list[str]:
     """What was asked for and does nothing, or less than it seems; a line each."""
     recipe, lines = objectives.recipe_of(args), []
     if idle := unused(args):
@@ -74,10 +75,14 @@ def cautions(args: Any, texts: prompts.Prompts) -> list[str]:
             f"warning: {recipe.title} with --remember_loss {args.remember} learns nothing: the "
             "teacher is the model itself, and no other loss leads away from it; take replay"
         )
+    if why := looked.family.distilled(args.pretrained_model_name_or_path, looked.unet):
+        lines.append(f"warning: {why}")
     return lines
 
 
-def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
+def say(
+    accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cost: Any
+) -> None:
     """What will be done, and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
     module = "adapters" if methods[args.method].adapter else args.train_modules
@@ -94,9 +99,9 @@ def say(accelerator: Any, args: Any, texts: prompts.Prompts, cost: Any) -> None:
         f"trained: {module}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
         f"memory of each process, without about 1 GiB of the libraries:\n{cost.table()}"
     )
-    for line in cautions(args, texts):
+    for line in cautions(args, looked, texts):
         accelerator.print(line)
-    passes = sets.passes(args, texts)
+    passes = sets.passes(args, looked, texts)
     if passes:
         accelerator.print(
             f"sets in {args.sets_dir}: {passes} passes through the denoiser, unless they are there"

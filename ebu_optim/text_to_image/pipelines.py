@@ -63,7 +63,7 @@ class Looked(NamedTuple):
     unet, vae: configurations of the denoiser and of the VAE.
     latents: (C, H, W) at --resolution.
     scheduler: the noise schedule, as the losses take it.
-    tokenizer: of the first text encoder; one with several has others alike.
+    tokenizer: by which prompts are measured: the first text encoder's, or `Family.reads`.
     family: the adapter.
     configs: all parts' configurations.
     tokenizers: all of them, by part.
@@ -127,9 +127,12 @@ def look(model: Model, weights: bool = True) -> Looked:
         for encoder, tokenizer in family.encoders.items()
     }
     family.check_tokenizers(name, tokenizers)
+    denoiser, latents = configs[family.denoiser], family.latents(configs, size)
+    tokenizer = tokenizers[family.reads or next(iter(tokenizers))]
+    tokenizer.model_max_length = family.longest(tokenizer, denoiser)
     return Looked(
-        folder, configs[family.denoiser], configs["vae"], size, family.latents(configs, size),
-        family.schedule(folder), next(iter(tokenizers.values())), family, configs, tokenizers,
+        folder, denoiser, configs["vae"], size, latents, family.schedule(folder, latents),
+        tokenizer, family, configs, tokenizers,
     )  # fmt: skip
 
 

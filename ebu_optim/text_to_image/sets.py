@@ -74,7 +74,9 @@ class SetOptions:
         None, help="images of what is forgotten, instead of sampled ones"
     )
     num_inference_steps: int = option(50, help="DDIM, for the sets")
-    guidance_scale: float = option(7.5, help="for the sets")
+    guidance_scale: float | None = option(
+        None, help="for the sets; default: the family's, 7.5 for Stable Diffusion"
+    )
     sample_batch_size: int = option(4)
     fisher_images: int = option(100, help="of the replay set")
     fisher_timesteps: int = option(8, help="an image; even")
@@ -87,8 +89,9 @@ class SetOptions:
                      "sample_batch_size", "fisher_images"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise InputError(f"--guidance_scale must be finite, >= 0; got {self.guidance_scale}")
+        scale = self.guidance_scale
+        if scale is not None and not 0 <= scale < math.inf:
+            raise InputError(f"--guidance_scale must be finite, >= 0; got {scale}")
         if self.fisher_timesteps < 2 or self.fisher_timesteps % 2:
             raise InputError(f"--fisher_timesteps must be even, >= 2; got {self.fisher_timesteps}")
         if (self.surrogate == "folder") != (self.surrogate_dir is not None):
@@ -99,18 +102,19 @@ class SetOptions:
                 raise InputError(f"--{name} {folder}: no image ({', '.join(ENDINGS)}) in it")
 
 
-def sampled(args: Any, prompts: Prompts) -> list[tuple[int, int]]:
+def sampled(args: Any, looked: Looked, prompts: Prompts) -> list[tuple[int, int]]:
     """For each set that is sampled: how many images, and passes of each a step (guidance: 2)."""
+    away = looked.family.away(looked.unet, args.guidance_scale)
     return [
-        (n, 2 if args.guidance_scale != 1 and _guided(labels, prompts) else 1)
+        (n, 2 if away != 1 and _guided(labels, prompts) else 1)
         for n, labels, folder in kinds(args, prompts).values()
         if labels and folder is None
     ]
 
 
-def passes(args: Any, prompts: Prompts) -> int:
-    """How often the UNet is run to sample the sets."""
-    return sum(n * each for n, each in sampled(args, prompts)) * args.num_inference_steps
+def passes(args: Any, looked: Looked, prompts: Prompts) -> int:
+    """How often the denoiser is run to sample the sets."""
+    return sum(n * each for n, each in sampled(args, looked, prompts)) * args.num_inference_steps
 
 
 def made_of(args: Any, folder: Path, prompts: Prompts) -> dict[str, str]:
@@ -150,6 +154,7 @@ def conditions(
     shared = family.shared(
         looked.resolution, lambda pixels: _to_latents(args, looked, folder, pixels, device)
     )
+    shared |= family.told(looked.unet, args.guidance_scale)
     return Conditions({name: kept[name] for name in shapes}, shared)
 
 
@@ -182,7 +187,7 @@ def make(
             latents = _encoded(args, looked, folder, images, number, device)
             pick = torch.arange(len(latents)) % len(prompts.forget)
             made[name] = latents, torch.tensor(prompts.forget)[pick]
-    if sampled(args, prompts):
+    if sampled(args, looked, prompts):
         if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
             unet = copy.deepcopy(unet).requires_grad_(False)
             halve_frozen(unet, DTYPES[args.mixed_precision])
@@ -257,7 +262,8 @@ def _sampled(
         path, Prompted(unet, told, looked.family).to(device), scheduler,
         torch.arange(number) % len(labels), looked.latents,
         num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale if _guided(labels, prompts) else 1.0,
+        guidance_scale=looked.family.away(looked.unet, args.guidance_scale)
+        if _guided(labels, prompts) else 1.0,
         null_condition=len(labels), clip=False, batch_size=args.sample_batch_size,
         seed=seed, device=device,
     )  # fmt: skip

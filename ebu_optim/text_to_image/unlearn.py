@@ -45,6 +45,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     args: Any = config.resolved()  # whole: what has a default is not None
     looked = pipelines.look(args)
     looked.family.refuse(args)
+    args = looked.family.guided(args, looked.unet)
     guided = ["guided_steps"] if methods[args.method].guided else []
     steps = ["num_inference_steps", "validation_inference_steps", *guided]
     looked.family.check_steps(args, looked.scheduler, *steps)
@@ -53,8 +54,9 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     args = replace(args, mixed_precision=accelerator.mixed_precision)
     if args.mixed_precision not in save.DTYPES:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
+    looked.family.refuse(args)  # accelerate's own settings may have said the precision
     cost = memory.count(args, looked, texts)
-    outcome.say(accelerator, args, texts, cost)
+    outcome.say(accelerator, args, looked, texts, cost)
     room.check(args, looked, texts, cost, accelerator.device)
     whole = 6 * (cost.trained + cost.frozen)  # the denoiser with VAE and text encoders
     size = 4 * cost.trained

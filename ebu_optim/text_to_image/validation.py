@@ -30,7 +30,7 @@ class ValidationOptions:
     validation_steps: int = option(250, help="0: no pictures")
     num_validation_images: int = option(2, help="of each prompt")
     validation_inference_steps: int = option(25, help="DDIM")
-    validation_guidance_scale: float = option(7.5)
+    validation_guidance_scale: float | None = option(None, help="default: the family's")
 
     def check_validation(self) -> None:
         """Raises:
@@ -39,7 +39,7 @@ class ValidationOptions:
         if self.validation_steps < 0:
             raise InputError(f"--validation_steps must be >= 0; got {self.validation_steps}")
         scale = self.validation_guidance_scale
-        if not 0 <= scale < math.inf:
+        if scale is not None and not 0 <= scale < math.inf:
             raise InputError(f"--validation_guidance_scale must be finite, >= 0; got {scale}")
         for name in ("num_validation_images", "validation_inference_steps"):
             if getattr(self, name) < 1:
@@ -58,7 +58,8 @@ def draw(
     family, ddim = model.family, model.family.sampler(scheduler)
     options = {
         "num_inference_steps": args.validation_inference_steps, "clip": False, "device": device,
-        "guidance_scale": args.validation_guidance_scale, "null_condition": null,
+        "guidance_scale": family.away(model.denoiser.config, args.validation_guidance_scale),
+        "null_condition": null,
     }  # fmt: skip
     with torch.random.fork_rng(), evaluating(model):
         latents = []

@@ -10,7 +10,9 @@ from typing import Any
 
 from ...errors import InputError
 from .family import Conditions, Family, join, split
+from .flux import Flux
 from .inpainting import Inpainting, SDXLInpainting
+from .qwen3 import Klein, ZImage
 from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
@@ -21,7 +23,9 @@ STABLE_DIFFUSION = StableDiffusion()
 #: Name of the pipeline's class -> its adapter.
 FAMILIES: dict[str, Family] = {
     family.pipeline.__name__: family
-    for family in (STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3())
+    for family in (
+        STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3(), Flux(), Klein(), ZImage(),
+    )  # fmt: skip
 }
 #: What begins the class's name of a pipeline without an adapter -> what it is.
 OTHERS = {
@@ -32,8 +36,10 @@ OTHERS = {
     "StableDiffusionLatentUpscale": "an upscaler",
     "StableDiffusionImg2Img": "Stable Diffusion for image to image",
     "StableDiffusion": "a variant of Stable Diffusion for more than text to image",
-    "LatentConsistency": "a latent consistency model", "Flux2": "FLUX.2", "Flux": "FLUX.1",
-    "ZImage": "Z-Image", "QwenImage": "Qwen-Image", "PixArt": "PixArt", "Sana": "Sana",
+    "LatentConsistency": "a latent consistency model",
+    "Flux2": "FLUX.2 dev, or a variant for more than text to image",
+    "Flux": "a variant of FLUX.1 for more than text to image",
+    "ZImage": "a variant of Z-Image for more than text to image", "QwenImage": "Qwen-Image", "PixArt": "PixArt", "Sana": "Sana",
     "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
     "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
 }  # fmt: skip

@@ -4,6 +4,7 @@ answers. Here are the answers that most of them share."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,8 @@ class Family:
         units: classes that diffusers' gradient checkpointing recomputes one by one.
         lacks: an option with its value, e.g. "--method spm" -> why the family cannot do that.
         no_new_word: why textual inversion cannot be tried, where it cannot.
+        reads: the tokenizer by which prompts' lengths are looked at; None: the first.
+        usual: value of --guidance_scale, where it is not given.
     """
 
     name: str
@@ -96,6 +99,8 @@ class Family:
     units: Sequence[str]
     lacks: Mapping[str, str] = {}
     no_new_word: str | None = None
+    reads: str | None = None
+    usual: float = 7.5
 
     def of(self, index: Mapping[str, Any]) -> Family:
         """This one, or its variant for pipelines whose model_index.json leaves parts out."""
@@ -124,6 +129,14 @@ class Family:
         Raises:
             InputError: others read prompts otherwise.
         """
+
+    def longest(self, tokenizer: Any, config: Config) -> int:
+        """Tokens that a prompt may have, begin and end included, by the denoiser's configuration."""
+        return tokenizer.model_max_length
+
+    def distilled(self, name: str, config: Config) -> str | None:
+        """What a model of this name is distilled to, and what that means for its training."""
+        return None
 
     def refuse(self, args: Any) -> None:
         """Raises:
@@ -173,8 +186,12 @@ class Family:
 
     # -- the noise schedule ----------------------------------------------------------------------
 
-    def schedule(self, folder: Path) -> Any:
-        """The scheduler that the losses noise by."""
+    def schedule(self, folder: Path, latents: Sequence[int]) -> Any:
+        """The scheduler that the losses noise by.
+
+        Args:
+            latents: (C, H, W) of what is noised.
+        """
         return DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
 
     def sampler(self, schedule: Any) -> Any:
@@ -186,6 +203,55 @@ class Family:
         InputError: an option of these names is more steps than `sampler` takes.
         """
         ddim_takes(args, schedule, *names)
+
+    # -- guidance --------------------------------------------------------------------------------
+
+    def guides(self, config: Config) -> str:
+        """What --guidance_scale is to a denoiser of this configuration: "away" from the empty
+        prompt, which takes a second pass; "told", a number beside the prompt; "" nothing."""
+        return "away"
+
+    def guided(self, args: Any, config: Config) -> Any:
+        """The options, each guidance with its value.
+
+        Raises:
+            InputError: one for a model that takes none; two for a model that is told one.
+        """
+        kind, own = self.guides(config), {}
+        for name in ("guidance_scale", "validation_guidance_scale"):
+            value = getattr(args, name, None)
+            if value is None and hasattr(args, name):
+                own[name] = self.usual_of(args.pretrained_model_name_or_path) if kind else 1.0
+            elif value not in (None, 1) and not kind:
+                raise InputError(
+                    f"--{name} {value}: this {self.name} is distilled and takes no guidance: leave "
+                    "it out"
+                )
+        if kind == "told" and hasattr(args, "validation_guidance_scale"):
+            said = args.validation_guidance_scale, args.guidance_scale
+            given = {v for v in said if v is not None} or {own["guidance_scale"]}
+            if len(given) > 1:
+                raise InputError(
+                    f"--validation_guidance_scale {said[0]}: this {self.name} is told one guidance "
+                    f"in training and pictures, and --guidance_scale is {said[1]}: give one of them"
+                )
+            own = dict.fromkeys(("guidance_scale", "validation_guidance_scale"), given.pop())
+        if kind != "away" and hasattr(args, "guided_scale"):
+            own["guided_scale"] = 1.0  # of the points of ESD, drawn as any picture
+        own = {name: value for name, value in own.items() if getattr(args, name) != value}
+        return replace(args, **own) if own else args
+
+    def usual_of(self, name: str) -> float:
+        """`usual`, of a model of this name."""
+        return self.usual
+
+    def away(self, config: Config, scale: float) -> float:
+        """How far guidance leads away from the empty prompt; 1: not at all."""
+        return scale if self.guides(config) == "away" else 1.0
+
+    def told(self, config: Config, scale: float) -> dict[str, Tensor]:
+        """The condition, of one row, that says the guidance."""
+        return {"guidance": torch.tensor([scale])} if self.guides(config) == "told" else {}
 
     # -- conditions ------------------------------------------------------------------------------
 
@@ -230,3 +296,7 @@ class Family:
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
         """What a call of the pipeline needs beside a prompt, to draw from text alone."""
         return {}
+
+    def guiding(self, scale: float) -> dict[str, float]:
+        """What a call of the pipeline is told of --guidance_scale."""
+        return {"guidance_scale": scale}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,43 @@ from ...diffusion.flow import NAME, is_flow
 from ...errors import InputError
 from .family import Config, Family
 
+#: Entries of the scheduler's configuration that are ours.
+OURS = ("weighting_scheme", "image_seq_len")
+STEPWISE = (
+    "{} is distilled to a few steps, without guidance: what is trained here is the velocity at "
+    "every time, so that its pictures of few steps may suffer; train {}, or look at the pictures "
+    "of more steps"
+)
+
+
+class Sampler(FlowMatchEulerDiscreteScheduler):
+    """Takes the steps that its family's pipeline would give it, unless it is given some."""
+
+    usual: Callable[[int], dict[str, Any]] | None = None
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None,
+        sigmas: Any = None, mu: float | None = None, timesteps: Any = None,
+    ) -> None:  # fmt: skip
+        given: dict[str, Any] = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        if self.usual and num_inference_steps and all(v is None for v in given.values()):
+            given = self.usual(num_inference_steps)
+        super().set_timesteps(num_inference_steps, device, **given)
+
 
 class FlowMatching(Family):
     """
     Attributes:
         density: which sigmas are learned at, see `ebu_optim.diffusion.flow`.
+        packed: latents' channels become so many times as many where the transformer takes them.
+        patch: side of what becomes one token, in latents.
     """
 
     density = "none"
+    packed = 1
+    patch = 2
+    no_modules = "the others choose by a UNet's layers, and its attention is joint"
+    lacks: Mapping[str, str] = {"--method spm": "its adapters go into the attention of a UNet"}
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         schedule, latent = configs["scheduler"], configs["vae"].get("latent_channels", 4)
@@ -34,20 +63,36 @@ class FlowMatching(Family):
         config = configs[self.denoiser]
         taken = config.get("in_channels", 16)
         out = config.get("out_channels") or taken
-        if not taken == out == latent:
+        if not taken == out == self.packed * latent:
             raise InputError(
                 f"{name}: the {self.denoiser} takes {taken} channels and predicts {out}, and the "
-                f"VAE makes {latent}: these losses need as many"
+                f"VAE makes {latent}: these losses need {self.packed} times as many"
             )
 
-    def schedule(self, folder: Path) -> Any:
+    def step(self, configs: Mapping[str, Config]) -> int:
+        return self.factor(configs) * self.patch
+
+    def size(self, configs: Mapping[str, Config]) -> int:
+        # 128 is the pipelines' default
+        return configs[self.denoiser].get("sample_size", 128) * self.factor(configs)
+
+    def schedule(self, folder: Path, latents: Sequence[int]) -> Any:
         found = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-        found.register_to_config(weighting_scheme=self.density)
+        tokens = latents[1] * latents[2] // self.patch**2
+        found.register_to_config(weighting_scheme=self.density, image_seq_len=tokens)
         return found
 
     def sampler(self, schedule: Any) -> Any:
-        config = {k: v for k, v in schedule.config.items() if k != "weighting_scheme"}
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
+        config = {k: v for k, v in schedule.config.items() if k not in OURS}
+        found = Sampler.from_config(config)
+        tokens = schedule.config.get("image_seq_len")
+        if tokens:  # not of a pipeline, which gives its steps itself
+            found.usual = lambda n: self.steps(schedule.config, tokens, n)
+        return found
+
+    def steps(self, config: Config, tokens: int, n: int) -> dict[str, Any]:
+        """How the pipeline asks for n steps, of pictures of so many tokens."""
+        return {}
 
     def check_steps(self, args: Any, schedule: Any, *names: str) -> None:
         """Its sigmas are no whole numbers: there may be any number of them."""
@@ -61,3 +106,8 @@ class FlowMatching(Family):
     def to_pixels(self, vae: Any, latents: Tensor) -> Tensor:
         shift = vae.config.shift_factor or 0.0
         return vae.decode(latents / vae.config.scaling_factor + shift).sample
+
+
+def inside(*parts: str) -> Callable[[str, Any], bool]:
+    """Chooses the weights whose name has one of `parts` in it."""
+    return lambda name, _: any(part in f".{name}" for part in parts)

@@ -19,7 +19,7 @@ from transformers import (  # type: ignore[attr-defined]
 
 from ...errors import InputError
 from .family import Config, Family
-from .flow_matching import FlowMatching
+from .flow_matching import FlowMatching, inside
 from .sdxl import check_alike
 from .unets import Choice
 
@@ -48,19 +48,13 @@ class SD3WithoutT5(FlowMatching):
     density = "logit_normal"
     modules: Mapping[str, Choice] = {
         # what the picture reads of the text, as a UNet does by attn2
-        "xattn": lambda name, _: ".attn.add_k_proj." in name or ".attn.add_v_proj." in name,
-        "attention": lambda name, _: ".attn." in name or ".attn2." in name,
-        "context": lambda name, _: name.startswith("context_embedder."),
-        "full": lambda name, _: True,
+        "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
+        "attention": inside(".attn.", ".attn2."),
+        "context": inside(".context_embedder."),
+        "full": inside(""),
     }
-    no_modules = "the others choose by a UNet's layers, and its attention is joint"
     lora_targets = tuple(f"attn.{n}" for n in (*STREAM, "to_q", "to_k", "to_v", "to_out.0"))
     units = ("JointTransformerBlock",)
-    lacks: Mapping[str, str] = {
-        "--method spm": "its adapters go into the attention of a UNet",
-        "--save_as single": "no one file of it is written",
-        "--save_as kohya": "that layout names a UNet's layers",
-    }
     no_new_word = "T5 reads a prompt as other tokens than CLIP, in which the word has no one place"
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
