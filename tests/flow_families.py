@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ SIZE = 16
 
 
 def module(name: str) -> Any:
-    room = "ebu_optim.text_to_image" if "." not in name else "ebu_optim"
-    return importlib.import_module(f".{name}", room)
+    where = name if "." in name else f"ebu_optim.text_to_image.{name}"
+    return importlib.import_module(where)
 
 
 def look(folder: Path) -> Any:
@@ -40,7 +41,9 @@ def opened(folder: Path) -> Any:
     """As diffusers opens it, which wants to be told of SD3's T5 that is not there."""
     from diffusers import DiffusionPipeline
 
-    gone = {} if "without_t5" not in folder.name else dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+    index = json.loads((folder / "model_index.json").read_text())
+    there = "text_encoder_3" not in index or (folder / "text_encoder_3").is_dir()
+    gone = {} if there else dict.fromkeys(("text_encoder_3", "tokenizer_3"))
     pipe = DiffusionPipeline.from_pretrained(folder, **gone)
     pipe.set_progress_bar_config(disable=True)
     return pipe

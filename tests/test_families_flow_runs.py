@@ -82,7 +82,7 @@ def drawn(pipe, family) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux_dev", "klein", "z_image"])
 def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
-    r, p, pictures = module("results"), module("pipelines"), module("takedown.pictures")
+    r, p, fuse = module("results"), module("pipelines"), module("ebu_optim.formats").fuse
     family = look(made / name).family
     lora = ["--train_modules", "lora", "--learning_rate", 1e-1]
     found = {}
@@ -90,7 +90,7 @@ def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
         out = unlearn(made / name, tmp_path / way, *lora, "--save_as", way) / way
         if way == "kohya":
             pipe = opened(made / name)
-            module("formats").fuse(pipe, out / "kohya.safetensors")
+            fuse(pipe, out / "kohya.safetensors")
             found[way] = drawn(pipe, family)
         else:
             found[way] = drawn(r.load(p.Model(pretrained_model_name_or_path=str(out))), family)

@@ -60,14 +60,16 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
         raise InputError(f"{path} is no LoRA (it begins with {sorted(header.tensors)[0]})")
     what = f"{path} is no LoRA for this {type(pipe).__name__}"
     try:
-        asked = {"unet_config": pipe.unet.config} if hasattr(pipe, "text_encoder_2") else {}
-        state, alphas, metadata = pipe.lora_state_dict(
+        is_xl = hasattr(pipe, "text_encoder_2") and hasattr(pipe, "unet")
+        asked = {"unet_config": pipe.unet.config} if is_xl else {}
+        state, *alphas_of, metadata = pipe.lora_state_dict(
             path.parent, weight_name=path.name, local_files_only=True,
             return_lora_metadata=True, **asked,
         )  # fmt: skip
     except Exception as error:  # of the converters: many kinds
         raise InputError(f"{what}: {str(error).strip().splitlines()[0]}") from error
-    alphas = {_split(name)[0]: float(alpha) for name, alpha in (alphas or {}).items()}
+    said = next(iter(alphas_of), None) or {}  # of a transformer diffusers has them in the halves
+    alphas = {_split(name)[0]: float(alpha) for name, alpha in said.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for name, t in state.items():
         layer, kind = _split(name)
@@ -111,7 +113,7 @@ def _layer(pipe: Any, name: str) -> Any:
         return None
     if part == "unet":
         inner = re.sub(r"\.to_out$", ".to_out.0", inner)
-    else:
+    elif part.startswith("text_encoder"):
         inner = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", inner)
     for path in (inner, inner.removeprefix("text_model."), f"text_model.{inner}"):
         try:
@@ -138,10 +140,12 @@ def write_lora(
     """Write an adapter as one safetensors file, with the alpha that it was trained with.
 
     Args:
-        layers: part ("unet", "text_encoder", "text_encoder_2") -> what
+        layers: part ("unet", "text_encoder", "text_encoder_2", "transformer") -> what
             ``peft.get_peft_model_state_dict`` gives.
         alpha: of every layer; what is added to a weight is alpha / rank * B @ A.
-        layout: "diffusers" for ``load_lora_weights``; "kohya" for A1111, ComfyUI and diffusers.
+        layout: "diffusers" for ``load_lora_weights``; "kohya" for A1111, ComfyUI and diffusers. Of
+            a transformer it is always peft's names after ``transformer.``, which ComfyUI and
+            diffusers read, its alpha multiplied into B.
         metadata: what else the file says of itself.
 
     Raises:
@@ -154,7 +158,7 @@ def write_lora(
         raise InputError(f'layout must be "diffusers" or "kohya"; got {layout!r}')
     _check(layers)
     held = {p: {k: t.detach().cpu().contiguous() for k, t in layers[p].items()} for p in layers}
-    if layout == "diffusers":
+    if layout == "diffusers" and "transformer" not in held:
         return _write_diffusers(held, out, alpha, metadata)
     from safetensors.torch import save_file
 
@@ -176,7 +180,12 @@ def kohya(layers: Layers, alpha: float) -> dict[str, Tensor]:
     }  # fmt: skip
     found = {}
     for part, state in layers.items():
+        ranks = {n.partition(".lora_A.")[0]: len(t) for n, t in state.items() if ".lora_A." in n}
         for name, t in state.items():
+            if part == "transformer":
+                layer = name.partition(".lora_B.")[0]
+                found[f"{part}.{name}"] = t * (alpha / ranks[layer]) if layer != name else t
+                continue
             layer, mark, _ = re.split(r"\.(lora_[AB])\.", name)
             if part != "unet":
                 layer = f"text_model.{layer.removeprefix('text_model.')}"
@@ -187,7 +196,7 @@ def kohya(layers: Layers, alpha: float) -> dict[str, Tensor]:
 
 
 def _check(layers: Layers) -> None:
-    parts = ("unet", "text_encoder", "text_encoder_2")
+    parts = ("unet", "text_encoder", "text_encoder_2", "transformer")
     if not layers or not all(layers.values()) or not set(layers) <= set(parts):
         raise InputError(f"layers must be of {', '.join(parts)}, none empty; got {list(layers)}")
     for part, state in layers.items():
@@ -203,6 +212,8 @@ def _ranks(layers: Layers) -> set[int]:
 
 
 def _said_by_kohya(layers: Layers, alpha: float, metadata: Any) -> dict[str, str]:
+    if "transformer" in layers:
+        return {"format": "pt", **dict(metadata or {})}
     said = {"ss_network_module": "networks.lora", "ss_network_alpha": str(alpha)}
     ranks = _ranks(layers)
     if len(ranks) == 1:
