@@ -955,7 +955,8 @@ def passes_counted(made: Path, size: int):
 
 def test_counted_activations_are_those_of_a_real_pass(made):
     unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet").train()
-    with module("memory").saved(unet) as (units, _):
+    units_of = module("families").STABLE_DIFFUSION.units
+    with module("memory").saved(unet, units_of) as (units, _):
         unet(torch.randn(3, 4, 8, 8), torch.zeros(3), torch.randn(3, LENGTH, 16))
     # an attention on a CPU keeps one number a row beside
     assert 3 * passes_counted(made, 8).kept == pytest.approx(sum(units.values()), rel=0.05)
@@ -991,6 +992,7 @@ def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypat
             made, tmp_path / name, "--mixed_precision", "bf16", "--sets_dir", tmp_path / name
         )]).resolved()  # fmt: skip
         looked = module("pipelines").look(args)
+        args = looked.family.guided(args, looked.unet)
         texts = module("prompts").collect(args, looked.tokenizer)
         unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
         table = torch.randn(

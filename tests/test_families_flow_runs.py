@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,14 @@ diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers, "Flux2KleinPipeline"):
     pytest.skip("this diffusers has no FLUX.2 klein", allow_module_level=True)
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
 from ebu_optim.training.options import parse
 
 from .flow_families import MADE, SIZE, look, module, opened, unlearn
+from .flow_files import original
+from .scripts import reset_accelerate
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -104,3 +107,221 @@ def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
     for picture in found.values():
         assert (picture - base).abs().max() > 1e-3
         torch.testing.assert_close(picture, found["pipeline"], atol=1e-5, rtol=0)
+
+
+# -- one file -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("sd3", "model.diffusion_model."), ("klein", ""), ("z_image", "")]
+)
+def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_path):
+    state = load_file(made / name / "transformer" / FILE)
+    given = {prefix + n: t.contiguous() for n, t in original(name, state).items()}
+    given |= {"first_stage_model.other": torch.randn(3), f"{prefix}norm_final.weight": torch.ones(2)}
+    if name != "z_image":
+        del given[f"{prefix}norm_final.weight"]
+    file = tmp_path / "given.safetensors"
+    save_file(given, file, metadata={"modelspec.title": "mine"})
+    kind = look(made / name).family.kind("transformer")
+    theirs = kind.from_single_file(
+        str(file), config=str(made / name), subfolder="transformer", local_files_only=True
+    ) if name == "sd3" else None  # fmt: skip
+    out = unlearn(
+        file, tmp_path / "o", "--architecture", made / name, "--train_modules", "full",
+        "--sets_dir", made / f"sets_{name}",
+    )  # fmt: skip
+    (result,) = (out / "single").glob("*.safetensors")
+    new = load_file(result)
+    assert new.keys() == given.keys()
+    assert torch.equal(new["first_stage_model.other"], given["first_stage_model.other"])
+    assert sum(not torch.equal(new[n], given[n]) for n in new) > 10
+    # the same run of the folder has the same weights
+    other = unlearn(made / name, tmp_path / "p", "--train_modules", "full")
+    whole = load_file(other / "pipeline" / "transformer" / FILE)
+    back = {prefix + n: t for n, t in original(name, whole).items()}
+    assert all(torch.equal(new[n], t) for n, t in back.items())
+    if theirs is not None:
+        assert all(torch.equal(theirs.state_dict()[n], t) for n, t in state.items())
+        code = (out / "single" / "README.md").read_text().partition("```python\n")[2]
+        space: dict = {}
+        exec(code.partition("```")[0].replace("<this repository or folder>", str(out / "single")), space)  # noqa: S102
+        family = look(made / name).family
+        assert torch.equal(drawn(space["pipe"], family), drawn(opened(other / "pipeline"), family))
+
+
+def test_flux_in_one_file_is_found_tensor_by_tensor():
+    """At its width alone, which diffusers has written down."""
+    from ebu_optim.formats.names import fits, rows
+
+    with torch.device("meta"):
+        state = diffusers.FluxTransformer2DModel(
+            num_layers=1, num_single_layers=1, guidance_embeds=True
+        ).state_dict()
+        given = original("flux", state)
+    shapes = {n: tuple(t.shape) for n, t in given.items()}
+    config = {"_class_name": "FluxTransformer2DModel"}
+    found = rows("transformer", shapes, config, state)
+    assert found.keys() == state.keys()
+    assert {at.key for at in found.values()} == given.keys()
+    assert all(fits(shapes[at.key], at, tuple(state[n].shape)) for n, at in found.items())
+
+
+def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(original("z_image", load_file(made / "z_image" / "transformer" / FILE)), file)
+    wrong = {
+        r"give config= \(--architecture\), the diffusers folder": (),
+        r"is Z-Image \(ZImagePipeline\), and .* is a FluxPipeline":
+            ("--architecture", made / "flux_dev"),
+        "predicts velocities": ("--architecture", made / "z_image", "--prediction_type", "epsilon"),
+        "vae .*: of Z-Image it is config='s": ("--architecture", made / "z_image", "--vae", file),
+        "lora .*: not with a Z-Image in one file":
+            ("--architecture", made / "z_image", "--lora", file),
+    }  # fmt: skip
+    for message, more in wrong.items():
+        with pytest.raises(InputError, match=message):
+            unlearn(file, tmp_path / "o", *more)
+    scaled = tmp_path / "scaled.safetensors"
+    save_file({"cap_pad_token": torch.ones(1), "layers.0.w.scale_weight": torch.ones(1)}, scaled)
+    with pytest.raises(InputError, match=r"quantized weights with scales \(layers.0.w.scale"):
+        unlearn(scaled, tmp_path / "o", "--architecture", made / "z_image")
+
+
+# -- what goes on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "klein"])
+def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
+    more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention"]
+    whole = unlearn(made / name, tmp_path / "whole", *more)
+    part = unlearn(made / name, tmp_path / "part", *more)
+    shutil.rmtree(part / "pipeline")
+    (last,) = (part / "checkpoints").glob("*4")
+    shutil.rmtree(last)
+    unlearn(made / name, part, *more, "--resume_from_checkpoint", "latest")
+    a, b = (load_file(f / "pipeline" / "transformer" / FILE) for f in (whole, part))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "z_image"])
+def test_evaluation_draws(name, made, tmp_path):
+    from ebu_optim.text_to_image.evaluation import evaluate
+    from ebu_optim.text_to_image.evaluation_options import Evaluation
+
+    argv = [
+        "--pretrained_model_name_or_path", made / name, "--prompts", "a cat", "a dog",
+        "--images_per_prompt", 2, "--num_inference_steps", 2, "--metrics", "--output_dir",
+        tmp_path / "o", "--resolution", SIZE,
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluate(parse(Evaluation, [str(a) for a in argv]))
+    pixels = [p.read_bytes() for p in sorted((tmp_path / "o" / "images").iterdir())]
+    assert len(set(pixels)) == 4
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "klein"])
+def test_a_request_is_answered_with_its_report(name, made, tmp_path, capsys):
+    from ebu_optim.takedown import forget
+
+    more: dict = {
+        "resolution": SIZE, "num_inference_steps": 2, "max_train_steps": 2, "replay_images": 2,
+        "surrogate_images": 2, "cpu": True, "evidence_images": 1, "clip_weights": "none",
+        "train_modules": "lora", "save_as": "kohya", "learning_rate": 1e-1, "validation_steps": 0,
+    }  # fmt: skip
+    reset_accelerate()
+    found = forget(
+        str(made / name), "cat", keep=["a dog"], output_dir=tmp_path / "o", plan=True, **more
+    )
+    said = capsys.readouterr().out
+    assert found is None
+    assert ("distilled from guidance" in said) == (name == "flux_dev")
+    found = forget(str(made / name), "cat", keep=["a dog"], output_dir=tmp_path / "o", **more)
+    assert found is not None
+    assert found.figures["change, target"]["value"] > 0
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+LONG = " ".join(["cat"] * 500)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "why"),
+    [("sd3", ("--method", "spm"), "--method spm: not with Stable Diffusion 3 and 3.5: its adapters"),
+     ("sd3", ("--save_as", "single"), "--save_as single: .*is none: give the transformer's file"),
+     ("sd3", ("--train_modules", "esd-u"), "esd-u: .* there is xattn, attention, context, full"),
+     ("flux_dev", ("--train_modules", "selfattn"), "there is xattn, attention, single, context"),
+     ("sd3", ("--resolution", 194), "must be a multiple of 4"),
+     ("klein", ("--resolution", 18), "must be a multiple of 4"),
+     ("sd3", ("--resolution", 196), "must be <= 96"),
+     ("flux_schnell", ("--guidance_scale", 3.5), "this FLUX.1 is distilled and takes no guidance"),
+     ("klein_distilled", ("--validation_guidance_scale", 4), "distilled and takes no guidance"),
+     ("flux_dev", ("--guidance_scale", 3, "--validation_guidance_scale", 4), "told one guidance"),
+     ("z_image", ("--mixed_precision", "fp16"), "fp16: not with Z-Image: its activations go beyond"),
+     ("sd3", ("--forget", LONG), "begin and end included, and the tokenizer takes 12"),
+     ("flux_schnell", ("--forget", LONG), "begin and end included, and the tokenizer takes 256"),
+     ("flux_dev", ("--forget", LONG), "begin and end included, and the tokenizer takes 512"),
+     ("klein", ("--forget", LONG), "begin and end included, and the tokenizer takes 493")],
+)  # fmt: skip
+def test_what_it_cannot_do_is_refused_with_the_reason(name, given, why, made, tmp_path):
+    with pytest.raises(InputError, match=why):
+        unlearn(made / name, tmp_path / "o", *given)
+    assert not (tmp_path / "o").exists()
+
+
+def edited(folder: Path, file: str, **values) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+SCHEDULER, TRANSFORMER = "scheduler/scheduler_config.json", "transformer/config.json"
+WRONG = {
+    "its scheduler is a DDIMScheduler": ("sd3", SCHEDULER, {"_class_name": "DDIMScheduler"}),
+    "with invert_sigmas": ("sd3", SCHEDULER, {"invert_sigmas": True}),
+    "use_dynamic_shifting": ("sd3", SCHEDULER, {"use_dynamic_shifting": True}),
+    "takes 32 channels": ("sd3", TRANSFORMER, {"in_channels": 32}),
+    "pooled ones of 32": ("sd3", TRANSFORMER, {"pooled_projection_dim": 32}),
+    "make 32 and 64": ("sd3", "text_encoder_3/config.json", {"d_model": 32}),
+    "other vocabularies or lengths":
+        ("sd3", "tokenizer_2/tokenizer_config.json", {"model_max_length": 7}),
+    "has no text_encoder_2": ("sd3", "model_index.json", {"text_encoder_2": [None, None]}),
+    "takes 96 channels and predicts 16": # FLUX.1 Fill
+        ("flux_dev", TRANSFORMER, {"in_channels": 96, "out_channels": 16}),
+    "make 32 and 24": ("flux_dev", "text_encoder/config.json", {"hidden_size": 24}),
+    "(FluxPipeline) has no text_encoder_2":
+        ("flux_dev", "model_index.json", {"text_encoder_2": [None, None]}),
+    "takes text embeddings of 48, its text encoder makes 3 times 8":
+        ("klein", "text_encoder/config.json", {"hidden_size": 8}),
+    "has 9 layers; klein is told the 9th":
+        ("klein", "text_encoder/config.json", {"num_hidden_layers": 9}),
+    "is told a guidance, as FLUX.2 dev": ("klein", TRANSFORMER, {"guidance_embeds": True}),
+    "(ZImagePipeline) has no text_encoder":
+        ("z_image", "model_index.json", {"text_encoder": [None, None]}),
+    "takes text embeddings of 16, its text encoder makes 8":
+        ("z_image", "text_encoder/config.json", {"hidden_size": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
+    name, file, values = WRONG[message]
+    shutil.copytree(made / name, tmp_path / "wrong")
+    edited(tmp_path / "wrong", file, **values)
+    with pytest.raises(InputError, match=re.escape(message)):
+        look(tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image"])
+def test_a_new_word_cannot_be_learned(name, made):
+    assert look(made / name).family.no_new_word
+
+
+def test_what_is_distilled_is_said(made):
+    what = {n: look(made / n).family.distilled(f"x/{n}", look(made / n).unet) for n in MADE}
+    assert {n for n, why in what.items() if why} == {"flux_dev", "flux_schnell", "klein_distilled"}
+    z = look(made / "z_image")
+    assert "train Z-Image" in z.family.distilled("x/Z-Image-Turbo", z.unet)
+    assert z.family.usual_of("x/Z-Image-Turbo") == 1
+    sd3 = look(made / "sd3")
+    assert "train" in sd3.family.distilled("stable-diffusion-3.5-large-turbo", sd3.unet)

@@ -13,10 +13,10 @@ from torch import nn
 
 from ..errors import InputError
 from .header import read
-from .looking import FIRST, Checkpoint
+from .looking import FIRST, TRANSFORMERS, Checkpoint
 
 PREDICTIONS = ("epsilon", "v_prediction")
-MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+MODELS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 
 #: Of this tensor the standard deviation is above 0.09 in SD 2.x of v-prediction, below in the
 #: others: how ComfyUI tells them apart (comfy/supported_models.py, SD20).
@@ -86,6 +86,8 @@ def architecture(
             f"prediction_type must be {' or '.join(PREDICTIONS)}; got {prediction_type!r}"
         )
     folder = None if config is None else Path(config)
+    if checkpoint.family in TRANSFORMERS:
+        return of_transformer(checkpoint, folder, prediction_type)
     configs = shipped(checkpoint.family) if folder is None else from_folder(folder)
     said = None if folder is None else configs["scheduler"].get("prediction_type", "epsilon")
     prediction, by = (prediction_type, "prediction_type") if prediction_type else _told(checkpoint)
@@ -104,6 +106,29 @@ def architecture(
     if folder is not None:
         _check(checkpoint, configs, folder)
     return Architecture(configs, folder, prediction, by)
+
+
+def of_transformer(
+    checkpoint: Checkpoint, folder: Path | None, prediction_type: str | None
+) -> Architecture:
+    """Of the transformer alone: the other parts stay in the folder.
+
+    Raises:
+        InputError: no folder, or one of another pipeline; a prediction, of which there is one.
+    """
+    title, pipeline = TRANSFORMERS[checkpoint.family][1:]
+    if folder is None:
+        raise InputError(
+            f"{checkpoint.path} holds the transformer of {title}: give config= (--architecture), the "
+            f"diffusers folder of the same model ({pipeline}), whose other parts are taken"
+        )
+    if prediction_type is not None:
+        raise InputError(f"prediction_type {prediction_type}: {title} predicts velocities: leave it")
+    index = _json(folder, "model_index.json")
+    if (found := index.get("_class_name")) != pipeline:
+        raise InputError(f"{checkpoint.path} is {title} ({pipeline}), and {folder} is a {found}")
+    configs = {"model_index": index, "transformer": _json(folder, "transformer/config.json")}
+    return Architecture(configs, folder, "", f"every release of {title}")
 
 
 def shipped(family: str) -> dict[str, dict[str, Any]]:

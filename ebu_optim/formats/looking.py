@@ -31,7 +31,33 @@ PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
-TAKEN = "Stable Diffusion 1.x, 2.x and SDXL, and their inpainting models, are taken"
+TAKEN = (
+    "Stable Diffusion 1.x, 2.x and SDXL, their inpainting models, and transformers of Stable "
+    "Diffusion 3, FLUX.1, FLUX.2 klein and Z-Image are taken"
+)
+
+
+class Transformer(NamedTuple):
+    """What is taken of a family of flow matching: its transformer alone, whatever the file has
+    beside; `mark` is a tensor that only it has."""
+
+    mark: str
+    title: str
+    pipeline: str
+
+
+TRANSFORMERS = {
+    "sd3": Transformer("joint_blocks.0.context_block.attn.qkv.weight", "Stable Diffusion 3",
+                       "StableDiffusion3Pipeline"),
+    "flux": Transformer("double_blocks.0.img_mod.lin.weight", "FLUX.1", "FluxPipeline"),
+    "flux2": Transformer("double_stream_modulation_img.lin.weight", "FLUX.2 klein",
+                         "Flux2KleinPipeline"),
+    "z_image": Transformer("cap_pad_token", "Z-Image", "ZImagePipeline"),
+}  # fmt: skip
+PREFIXES |= {
+    family: {"transformer": ("", "model.diffusion_model.", "diffusion_model.")}
+    for family in TRANSFORMERS
+}
 
 FIRST = "input_blocks.0.0.weight"  # of an LDM UNet: (width, channels, 3, 3)
 EMA = "model_ema."
@@ -44,7 +70,7 @@ ADAPTERS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", "
 
 class Checkpoint(NamedTuple):
     """Attributes:
-    family: "sd1", "sd2" or "sdxl".
+    family: "sd1", "sd2" or "sdxl", or of `TRANSFORMERS`.
     inpainting: whether the UNet takes 9 channels: latents, a mask, latents of the masked image.
     parts: which parts of a pipeline the file holds, and the prefix of each one's tensors.
     dtypes: of the parts' weights, as safetensors calls them, the one with the most bytes first.
@@ -64,6 +90,8 @@ class Checkpoint(NamedTuple):
 
     @property
     def title(self) -> str:
+        if self.family in TRANSFORMERS:
+            return TRANSFORMERS[self.family].title
         return TITLES[self.family] + (" inpainting" if self.inpainting else "")
 
     def keys(self, part: str) -> list[str]:
@@ -89,6 +117,8 @@ def look(path: str | os.PathLike[str]) -> Checkpoint:
     prefixes = PREFIXES["sd1"]["unet"]
     prefix = next((p for p in prefixes if p + FIRST in tensors), None)
     if prefix is None:
+        if found := _transformer(header):
+            return found
         raise InputError(f"{path} {_other(tensors)}: {TAKEN}")
     channels = tensors[prefix + FIRST].shape[1]
     family = _family(header, prefix)
@@ -101,13 +131,26 @@ def look(path: str | os.PathLike[str]) -> Checkpoint:
         for part, places in PREFIXES[family].items()
         if (found := next((p for p in places if _any(tensors, p)), None)) is not None
     }
+    ema = sum(k.startswith(EMA) for k in tensors)
+    return Checkpoint(header, family, channels == 9, parts, _dtypes(header, parts), ema)
+
+
+def _transformer(header: Header) -> Checkpoint | None:
+    for family, (mark, _, _) in TRANSFORMERS.items():
+        for prefix in PREFIXES[family]["transformer"]:
+            if prefix + mark in header.tensors:
+                parts = {"transformer": prefix}
+                return Checkpoint(header, family, False, parts, _dtypes(header, parts), 0)
+    return None
+
+
+def _dtypes(header: Header, parts: Mapping[str, str]) -> tuple[str, ...]:
     sizes: dict[str, int] = {}
-    for key, entry in tensors.items():
+    for key, entry in header.tensors.items():
         if key.startswith(tuple(parts.values())):
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.last - entry.first
-    kinds = [d for d in sorted(sizes, key=lambda d: -sizes[d]) if d[0] in "FB" and d != "BOOL"]
-    ema = sum(k.startswith(EMA) for k in tensors)
-    return Checkpoint(header, family, channels == 9, parts, tuple(kinds), ema)
+    ordered = sorted(sizes, key=lambda d: -sizes[d])
+    return tuple(d for d in ordered if d[0] in "FB" and d != "BOOL")
 
 
 def is_lora(names: Iterable[str]) -> bool:

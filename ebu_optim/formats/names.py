@@ -2,7 +2,8 @@
 
 diffusers' own converters say so: they are run once on tensors that hold numbers of rows instead of
 weights, and what comes out tells where each row came from. All they do is to rename, to split along
-the first dimension, to drop dimensions of one and to transpose text_projection.
+the first dimension, to swap the halves of scale and shift, to drop dimensions of one and to
+transpose text_projection.
 """
 
 from __future__ import annotations
@@ -21,17 +22,32 @@ from .looking import PREFIXES, Checkpoint
 
 Shape = tuple[int, ...]
 
+#: Class of a transformer -> diffusers' function from one file's names to its own.
+CONVERTERS = {
+    "SD3Transformer2DModel": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "FluxTransformer2DModel": "convert_flux_transformer_checkpoint_to_diffusers",
+    "Flux2Transformer2DModel": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "ZImageTransformer2DModel": "convert_z_image_transformer_checkpoint_to_diffusers",
+}
 #: Ends of names in a part that no model of diffusers has, and that decide nothing of a picture.
 UNUSED = (".position_ids", ".logit_scale", "text_projection")
 
 
 class Rows(NamedTuple):
-    """A tensor of diffusers', as rows ``first:last`` of the tensor `key` in the file."""
+    """A tensor of diffusers', as rows ``first:last`` of the tensor `key` in the file, which are
+    columns there, or whose halves have changed places."""
 
     key: str
     first: int
     last: int
     transposed: bool
+    swapped: bool = False
+
+    def turned(self, t: Tensor) -> Tensor:
+        """From the file's to diffusers', and back."""
+        if self.swapped:
+            return torch.cat(t.chunk(2)[::-1])
+        return t.T if self.transposed else t
 
 
 def table(checkpoint: Checkpoint, part: str, made: Architecture) -> dict[str, Rows]:
@@ -99,18 +115,29 @@ def rows(
         if name not in wanted or ids is None or not ids.numel():
             continue
         flat = ids.flatten()
+        swapped = len(flat) > 1 and bool(flat[0] > flat[-1])
+        flat = torch.cat(flat.chunk(2)[::-1]) if swapped else flat
         at = bisect_right(starts, int(flat[0])) - 1
         first = int(flat[0]) - starts[at]
         if not torch.equal(flat, torch.arange(len(flat)) + flat[0]):
             raise RuntimeError(f"diffusers made {name} of rows that do not follow each other")
         transposed = ids.dim() == 2 and len(ids) == 1 and len(flat) > 1
-        found[name] = Rows(names[at], first, first + len(flat), transposed)
+        found[name] = Rows(names[at], first, first + len(flat), transposed, swapped)
     return found
 
 
 def _converted(part: str, state: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     from diffusers.loaders import single_file_utils as theirs
 
+    if part == "transformer":
+        kind = str(config.get("_class_name"))
+        try:
+            return getattr(theirs, CONVERTERS[kind])(state)
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise InputError(
+                f"diffusers cannot read this {kind} from one file ({error}): it knows the sizes of "
+                "the releases; give the model as a diffusers folder"
+            ) from error
     if part == "unet":
         return theirs.convert_ldm_unet_checkpoint(state, config)
     if part == "vae":
@@ -154,8 +181,8 @@ def fits(shape: Shape, at: Rows, target: Shape) -> bool:
 
 
 def _unused(part: str, key: str, made: Architecture) -> bool:
-    if part == "unet":
-        return False
+    if part in ("unet", "transformer"):
+        return key == "norm_final.weight"  # of Z-Image, which nothing reads
     if part == "vae":  # what its training left
         return key.startswith(("first_stage_model.loss.", "first_stage_model.model_ema."))
     # SD 2.x takes the layer before the last, which is not built

@@ -13,7 +13,7 @@ from ..errors import InputError
 from . import lora as loras
 from .architecture import Architecture, architecture
 from .header import read, read_header
-from .looking import PREFIXES, Checkpoint, look
+from .looking import PREFIXES, TRANSFORMERS, Checkpoint, look
 from .names import Rows, table
 from .tokens import END, tokenizer
 
@@ -28,6 +28,7 @@ class Single:
     Attributes:
         checkpoint: what the file is.
         architecture: of its parts, with the prediction and how it was told.
+        alone: the transformer is taken without the other parts, which are config='s.
 
     Raises:
         InputError: what `look` and `architecture` refuse; a part that the file lacks, lacks tensors
@@ -41,6 +42,9 @@ class Single:
         self.checkpoint = look(path)
         self.architecture = architecture(self.checkpoint, config, prediction_type)
         self.sources = dict.fromkeys(self.architecture.parts, self.checkpoint)
+        self.alone = self.checkpoint.family in TRANSFORMERS
+        if vae is not None and self.alone:
+            raise InputError(f"vae {vae}: of {self.checkpoint.title} it is config='s")
         if vae is not None:
             self.sources["vae"] = _vae_file(vae, self.checkpoint.family)
         self._tables: dict[str, dict[str, Rows]] = {}
@@ -56,6 +60,11 @@ class Single:
         made = self.architecture
         for part in made.parts:
             self.table(part)
+        if lora is not None and self.alone:
+            raise InputError(
+                f"lora {lora}: not with a {self.checkpoint.title} in one file: give the folder of a "
+                "pipeline that it is merged into"
+            )
         if lora is not None:
             empty: dict[str, Any] = {part: made.empty(part) for part in made.parts}
             words = [p.replace("text_encoder", "tokenizer") for p in empty if "text_encoder" in p]
@@ -89,8 +98,7 @@ class Single:
         with header.path.open("rb") as file:
             for name, at in self.table(part).items():
                 t = read(file, header.tensors[at.key], (at.first, at.last))
-                t = t.T if at.transposed else t.reshape(shapes[name].shape)
-                found[name] = t.to(torch.float32).contiguous()
+                found[name] = at.turned(t).reshape(shapes[name].shape).float().contiguous()
         return found
 
     def tokenizer(self, part: str = "tokenizer") -> Any:

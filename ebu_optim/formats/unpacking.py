@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ def unpacked(
     given = [Path(p) for p in (path, vae, lora) if p is not None]
     # of 7 GB a hash takes seconds: the configurations depend on the header alone
     of = contents(given) if weights else key([(p.name, p.stat().st_size) for p in given])
+    of = key(of, str(made.folder.resolve())) if single.alone and made.folder else of
     name = key(of, made.configs, "weights" if weights else sorted(single.checkpoint.header.tensors))
     folder = cache_folder() / "unpacked" / name
     with _alone(folder) as there:
@@ -104,6 +106,19 @@ def shipped_folder(family: str) -> Path:
     return folder
 
 
+def _beside(single: Single, folder: Path) -> None:
+    """The parts that the file has not, where they are."""
+    assert single.architecture.folder
+    for source in single.architecture.folder.resolve().iterdir():
+        if source.is_dir() and source.name != "transformer":
+            try:
+                (folder / source.name).symlink_to(source, target_is_directory=True)
+            except OSError:  # Windows wants a right for it
+                shutil.copytree(source, folder / source.name)
+    index = single.architecture.configs["model_index"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 def _write(single: Single, folder: Path, lora: PathLike | None, weights: bool) -> None:
     made, dtypes = single.architecture, single.checkpoint.dtypes
     dtype = EXACT.get(dtypes[0], torch.float32) if len(dtypes) == 1 and not lora else torch.float32
@@ -121,6 +136,9 @@ def _write(single: Single, folder: Path, lora: PathLike | None, weights: bool) -
             own = single.sources[part] is single.checkpoint
             torch.nn.Module.to(model, dtype if own else torch.float32)
             model.save_pretrained(folder / part)
+        if single.alone:
+            _beside(single, folder)
+            return
         del model  # the next one takes its place in memory
         if part.startswith("text_encoder"):
             words = part.replace("text_encoder", "tokenizer")

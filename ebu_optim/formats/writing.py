@@ -36,8 +36,8 @@ def write_single(
     the UNet as it was. One tensor is in memory at a time.
 
     Args:
-        changed: part ("unet", "vae", "text_encoder", "text_encoder_2") -> diffusers' names -> new
-            values.
+        changed: part ("unet", "vae", "text_encoder", "text_encoder_2", "transformer") ->
+            diffusers' names -> new values.
         config: the folder that the file was opened with, where it was.
         metadata: what else the file says of itself.
 
@@ -146,7 +146,7 @@ def _edited(
     for at, new in edits:
         new = cast(new, found.dtype, f"changed: the new {key} of {path}")
         place = found[at.first : at.last] if found.dim() else found
-        place.copy_((new.T if at.transposed else new).reshape(place.shape))
+        place.copy_(at.turned(new).reshape(place.shape))
     return found
 
 

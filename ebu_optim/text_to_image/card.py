@@ -40,6 +40,12 @@ pipe.load_lora_weights("{result}", weight_name="pytorch_lora_weights.safetensors
 
 pipe = {pipeline}.from_single_file("{result}/{file}")  # or in ComfyUI, A1111, kohya's scripts
 """,
+    "single transformer": """from diffusers import {pipeline}, {kind}
+
+base = "{base}"
+transformer = {kind}.from_single_file("{result}/{file}", config=base, subfolder="transformer")
+pipe = {pipeline}.from_pretrained(base, transformer=transformer{absent})  # ComfyUI: the file alone
+""",
     "kohya": """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{base}"{absent})  # or in ComfyUI and A1111, as any LoRA
@@ -78,13 +84,17 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
         "transport.py`.\n"
     )
     kind = "changed on the hub" if hub and args.save_as == "changed" else args.save_as
+    of = name
+    if kind == "single" and family.denoiser == "transformer":
+        kind, of = "single transformer", str(args.architecture)
     # a folder of this machine says nothing to whoever reads it on the hub
-    of = name if on_hub or not hub else BASE
+    of = of if on_hub or not hub else BASE
     code = LOAD[kind].format(
         base=of,
         result=hub or PLACE,
         pipeline=family.pipeline.__name__,
         denoiser=family.denoiser,
+        kind=family.kind(family.denoiser).__name__,
         absent="".join(f", {part}=None" for part in family.absent),
         file=f"{args.output_dir.resolve().name}.safetensors",
     )

@@ -84,8 +84,10 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
     spm = methods[args.method].adapter
     rank = 1 if spm else args.rank
     alpha = 1 if spm else rank if args.lora_alpha is None else args.lora_alpha
-    ends = args.lora_target_modules or family.lora_targets
-    targets = spm_layers(unet) if spm else lora_layers(unet, ends)
+    if spm:
+        targets = spm_layers(unet)
+    else:
+        targets = lora_layers(unet, args.lora_target_modules or family.lora_targets)
     unet.requires_grad_(False)
     with torch.random.fork_rng():  # the same adapter whatever was drawn before
         torch.manual_seed(args.seed)

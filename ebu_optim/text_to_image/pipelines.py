@@ -28,14 +28,16 @@ class Model:
     group: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: str = option(
-        help="hub id, folder or .safetensors file: SD 1.x, 2.x, SDXL, inpainting; SD3, no file"
+        help="hub id, folder or .safetensors file: SD 1.x, 2.x, SDXL, inpainting, SD3, FLUX.1,\n"
+        "FLUX.2 klein, Z-Image"
     )
     revision: str | None = option(None, help="of the hub: branch, tag or commit")
     variant: str | None = option(None, help="of the files, e.g. fp16")
     resolution: int | None = option(None, help="default: the model's own")
     architecture: Path | None = option(
         None,
-        help="of a file whose sizes no release has: a diffusers folder, with or without weights",
+        help="of a file whose sizes no release has: a diffusers folder, with or without weights;\n"
+        "of a transformer's file (SD3, FLUX, Z-Image) the one that has the other parts",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
         None, help="of a file; default: what the file, its scheduler or its weights say"

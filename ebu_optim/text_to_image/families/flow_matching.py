@@ -69,6 +69,16 @@ class FlowMatching(Family):
                 f"VAE makes {latent}: these losses need {self.packed} times as many"
             )
 
+    def refuse(self, args: Any) -> None:
+        super().refuse(args)
+        source = args.pretrained_model_name_or_path
+        if getattr(args, "save_as", None) == "single" and not Path(source).is_file():
+            raise InputError(
+                f"--save_as single: {self.name} is written into a file like the one that came, and "
+                f"{source} is none: give the transformer's file with --architecture {source}, or "
+                "--save_as pipeline or changed"
+            )
+
     def step(self, configs: Mapping[str, Config]) -> int:
         return self.factor(configs) * self.patch
 

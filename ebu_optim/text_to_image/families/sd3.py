@@ -19,7 +19,7 @@ from transformers import (  # type: ignore[attr-defined]
 
 from ...errors import InputError
 from .family import Config, Family
-from .flow_matching import FlowMatching, inside
+from .flow_matching import STEPWISE, FlowMatching, inside
 from .sdxl import check_alike
 from .unets import Choice
 
@@ -75,6 +75,11 @@ class SD3WithoutT5(FlowMatching):
 
     def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
         check_alike(name, tokenizers["tokenizer"], tokenizers["tokenizer_2"])
+
+    def distilled(self, name: str, config: Config) -> str | None:
+        if "turbo" not in Path(name).name.lower():
+            return None
+        return STEPWISE.format(name, "the model that is not turbo")
 
     def step(self, configs: Mapping[str, Config]) -> int:
         return self.factor(configs) * configs["transformer"].get("patch_size", 2)
