@@ -1,6 +1,7 @@
 """The command `ebu`: from the file a person has to the file they can publish.
 
 ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
+ebu evaluate without --protocol i2p-nudity -o evaluated   whose numbers do mine stand beside?
 ebu attack ...      is it gone in depth?
 ebu show without    the report of a folder
 ebu verify without  is it still what was handed over?
@@ -58,6 +59,12 @@ def _attack(argv: Sequence[str]) -> None:
     from .attacks import run
 
     _run("attack", run.attack, run.AttackOptions, run.__doc__ or "", argv)
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    from .protocols import run
+
+    _run("evaluate", run.evaluate, run.Evaluate, run.__doc__ or "", argv)
 
 
 def _show(argv: Sequence[str]) -> None:
@@ -131,5 +138,6 @@ def _doctor(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "forget": _forget, "attack": _attack, "show": _show, "verify": _verify, "doctor": _doctor,
+    "forget": _forget, "evaluate": _evaluate, "attack": _attack, "show": _show,
+    "verify": _verify, "doctor": _doctor,
 }  # fmt: skip

@@ -37,17 +37,17 @@ def key(*what: Any) -> str:
 
 def contents(files: Iterable[Path]) -> str:
     """Of files, by their names and bytes; 16 hex digits."""
-    return key([[file.name, _bytes(file)] for file in sorted(files)])
+    return key([[file.name, sha256(file)] for file in sorted(files)])
 
 
-def _bytes(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of a file's bytes, in hexadecimal; read once as long as its size and time stay."""
     found = file.stat()
     return _hashed(str(file.resolve()), found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
 def _hashed(file: str, size: int, changed: int) -> str:
-    """SHA-256 of a file; read once as long as its size and time stay."""
     found = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(2**20):

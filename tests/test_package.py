@@ -43,12 +43,12 @@ PUBLIC = {
         "random_anchors", "relabel_loss", "sample", "sample_set", "surrogate_noise", "transport",
     ],
     "ebu_optim.metrics": [
-        "ClipClassifier", "ImagenetteClassifier", "accuracy", "check_protocol",
-        "classifier_frechet", "classifier_metrics", "classify", "clip_score", "condition_replaced",
-        "entropy", "fid",
-        "frechet_distance", "imagenette_metrics", "inversion", "learn_embedding",
-        "learn_embeddings", "lpips_distance", "nudity_score", "probability", "relearn",
-        "relearn_steps", "relearning", "unlearn_steps", "versions",
+        "ClipClassifier", "ClipCosine", "ImagenetteClassifier", "LpipsDistance", "NotComputed",
+        "NudityDetector", "UnlearnCanvasClassifier", "accuracy", "check_protocol",
+        "classifier_frechet", "classifier_metrics", "classify", "clip_score",
+        "condition_replaced", "entropy", "fid", "frechet_distance", "imagenette_metrics",
+        "inversion", "learn_embedding", "learn_embeddings", "lpips_distance", "nudity_score",
+        "probability", "relearn", "relearn_steps", "relearning", "unlearn_steps", "versions",
     ],
     "ebu_optim.formats": [
         "Checkpoint", "Header", "Single", "cache_folder", "fuse", "look", "open_single",
@@ -58,6 +58,10 @@ PUBLIC = {
     "ebu_optim.takedown": [
         "Forget", "ForgetClasses", "Forgotten", "chosen", "forget", "verify",
     ],
+    "ebu_optim.protocols": [
+        "Asked", "Evaluate", "PROTOCOLS", "Protocol", "Sampling", "Seen", "evaluate", "label",
+        "named", "published",
+    ],
     "ebu_optim.report": ["check_folder", "fid_values", "limit_rows", "write_report"],
 }  # fmt: skip
 
@@ -66,7 +70,7 @@ EXTRAS = {
     "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
     "cv2", "lpips", "nudenet", "onnxruntime", "open_clip", "peft", "pyarrow",
     "scipy", "sklearn", "torch_fidelity", "torchjd", "torchvision", "tqdm", "transformers",
-    "triton",
+    "timm", "triton",
 }  # fmt: skip
 
 
@@ -126,6 +130,7 @@ def test_a_missing_package_names_the_extra(bare):
         ("formats", "text-to-image"),
         ("text_to_image", "text-to-image"),
         ("attacks", "text-to-image"),
+        ("protocols", "text-to-image"),
         ("worlds", "examples"),
     ],
 )
@@ -173,7 +178,9 @@ def assert_contents(names, extension):
     others = {"ebu_optim/py.typed", "ebu_optim/text_to_image/remember_prompts.txt"}
     assets = [*(ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*"),
               *(ROOT / "ebu_optim" / "experiments").glob("*.json"),
-              *(ROOT / "ebu_optim" / "formats" / "configs").glob("*.json")]  # fmt: skip
+              *(ROOT / "ebu_optim" / "formats" / "configs").glob("*.json"),
+              *(ROOT / "ebu_optim" / "protocols").glob("*.json"),
+              *(ROOT / "ebu_optim" / "protocols" / "lists").iterdir()]  # fmt: skip
     others |= {str(p.relative_to(ROOT)) for p in assets}
     if extension:
         others.add("ebu_optim/kernels/_cpu.abi3.so")

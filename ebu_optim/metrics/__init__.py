@@ -1,7 +1,8 @@
 """What was forgotten, what was kept, how deep it goes and how long it took; one metric a file."""
 
+from ._weights import NotComputed
 from .classifier import accuracy, classify, entropy, probability
-from .clip_score import ClipClassifier, clip_score
+from .clip_score import ClipClassifier, ClipCosine, clip_score
 from .depth import (
     condition_replaced,
     learn_embedding,
@@ -14,15 +15,21 @@ from .frechet import classifier_frechet, frechet_distance
 from .imagenette import ImagenetteClassifier, imagenette_metrics
 from .inversion import inversion
 from .limits import classifier_metrics
-from .lpips_distance import lpips_distance
-from .nudity import nudity_score
+from .lpips_distance import LpipsDistance, lpips_distance
+from .nudity import NudityDetector, nudity_score
 from .protocol import check_protocol, versions
 from .relearn_steps import relearn_steps
 from .unlearn_steps import unlearn_steps
+from .unlearncanvas import UnlearnCanvasClassifier
 
 __all__ = [
     "ClipClassifier",
+    "ClipCosine",
     "ImagenetteClassifier",
+    "LpipsDistance",
+    "NotComputed",
+    "NudityDetector",
+    "UnlearnCanvasClassifier",
     "accuracy",
     "check_protocol",
     "classifier_frechet",

@@ -27,8 +27,13 @@ def needed(module: str, extra: str) -> ModuleType:
         raise NotComputed(str(error)) from error
 
 
-def read_weights(path: str | os.PathLike[str], argument: str) -> dict[str, Tensor]:
+def read_weights(
+    path: str | os.PathLike[str], argument: str, inside: str = ""
+) -> dict[str, Tensor]:
     """A state dict from a .safetensors file or a torch one, whose pickle is read with weights_only.
+
+    Args:
+        inside: where a torch file may keep it beside other things.
 
     Raises:
         FileNotFoundError, ValueError: no such file; no state dict in it.
@@ -48,6 +53,8 @@ def read_weights(path: str | os.PathLike[str], argument: str) -> dict[str, Tenso
         raise ValueError(
             f"{argument}: {path} is no whole weights file ({type(error).__name__}: {reason})"
         ) from error
+    if inside and isinstance(state, dict):
+        state = state.get(inside, state)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{argument}: {path} holds no state dict, names with a tensor each")
     return state

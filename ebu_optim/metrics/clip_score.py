@@ -76,26 +76,54 @@ def clip_score(
         },
     }  # fmt: skip
     try:
-        open_clip = needed("open_clip", "text-to-image")
-        judge, preprocess = _load(open_clip, model, str(pretrained))
+        judge = ClipCosine(model=model, pretrained=pretrained, batch_size=batch_size, device=device)
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
-    judge = judge.to(device)
-    cosines = _cosines(
-        judge, preprocess, open_clip.get_tokenizer(model), pictures, texts, batch_size
-    )
-    scores = SCALES[scale](cosines)
+    scores = SCALES[scale](judge(pictures, texts))
     result["protocol"] |= {
         "preprocessing": {
             k: list(v) if isinstance(v, tuple) else v
-            for k, v in judge.visual.preprocess_cfg.items()
+            for k, v in judge.model.visual.preprocess_cfg.items()
         },
-        "open_clip": open_clip.__version__,
+        "open_clip": require("open_clip", "text-to-image").__version__,
     }
     return result | {
         "clip_score": estimate(scores, confidence=confidence, seed=seed),
         "per_image": scores.tolist(),
     }
+
+
+class ClipCosine:
+    """CLIP: images and a text for each -> the cosine of their embeddings.
+
+    Args:
+        model, pretrained: as of :func:`clip_score`.
+        batch_size: images that are on the device at a time.
+
+    Attributes:
+        model: of open_clip, in eval mode.
+
+    Raises:
+        RuntimeError: no open_clip, or the weights are not to be had.
+        ValueError: a model or a weights file that is none.
+    """
+
+    def __init__(
+        self, *, model: str = "ViT-B-32-quickgelu",
+        pretrained: str | os.PathLike[str] = "openai", batch_size: int = 32,
+        device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        open_clip = needed("open_clip", "text-to-image")
+        self.model, self._preprocess = _load(open_clip, model, str(pretrained))
+        self.model.to(device)
+        self._tokenizer, self._size = open_clip.get_tokenizer(model), batch_size
+
+    def __call__(self, images: Tensor | RGBImages, texts: Sequence[str]) -> Tensor:
+        """(n,) float64 on the CPU, of (n, 3, H, W), uint8 or float in [-1, 1], and n texts."""
+        pictures = images if isinstance(images, RGBImages) else RGBImages(images, "images")
+        return _cosines(
+            self.model, self._preprocess, self._tokenizer, pictures, list(texts), self._size
+        )
 
 
 class ClipClassifier:
@@ -120,21 +148,16 @@ class ClipClassifier:
         pretrained: str | os.PathLike[str] = "openai", batch_size: int = 32,
         device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        open_clip = needed("open_clip", "text-to-image")
-        self.model, self._preprocess = _load(open_clip, model, str(pretrained))
-        self.model.to(device)
-        self._tokenizer, self._size = open_clip.get_tokenizer(model), batch_size
-        self.texts = list(texts)
+        self._cosine = ClipCosine(
+            model=model, pretrained=pretrained, batch_size=batch_size, device=device
+        )
+        self.model, self.texts = self._cosine.model, list(texts)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 3, H, W), uint8 or float in [-1, 1] -> (n, texts) float64 on the CPU."""
         pictures = RGBImages(images, "images")
         n = len(pictures)
-        columns = [
-            _cosines(self.model, self._preprocess, self._tokenizer, pictures, [t] * n, self._size)
-            for t in self.texts
-        ]
-        return 100 * torch.stack(columns, 1)
+        return 100 * torch.stack([self._cosine(pictures, [t] * n) for t in self.texts], 1)
 
 
 @torch.no_grad()

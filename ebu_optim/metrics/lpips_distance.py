@@ -93,23 +93,46 @@ def lpips_distance(
         },
     }  # fmt: skip
     try:
-        judge = _load(net, weights_file, progress).to(device)
-        resize = needed("torchvision.transforms.functional", "text-to-image").resize
+        judge = LpipsDistance(
+            net=net, weights_file=weights_file, size=size, device=device, progress=progress
+        )
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
     result["protocol"]["package"] = f"lpips {metadata.version('lpips')}"
-    found = []
-    for pair in zip(ours.batches(batch_size), theirs.batches(batch_size)):
-        if size is not None:
-            pair = tuple(resize(x, size, antialias=True) for x in pair)
-        a, b = (x.to(device).float() / 127.5 - 1 for x in pair)
-        with torch.no_grad():
-            found.append(judge(a, b).double().flatten().cpu())
-    distances = torch.cat(found)
+    pairs = zip(ours.batches(batch_size), theirs.batches(batch_size))
+    distances = torch.cat([judge(*pair) for pair in pairs])
     return result | {
         "lpips": estimate(distances, confidence=confidence, seed=seed),
         "per_image": distances.tolist(),
     }
+
+
+class LpipsDistance:
+    """Pairs of images -> how far they lie apart.
+
+    Args:
+        net, weights_file, size: as of :func:`lpips_distance`.
+
+    Raises:
+        RuntimeError: no lpips or torchvision, or the weights are not to be had.
+        ValueError, FileNotFoundError: a `weights_file` that is none.
+    """
+
+    def __init__(
+        self, *, net: str = "alex", weights_file: str | os.PathLike[str] | None = None,
+        size: int | None = None, device: str | torch.device = "cpu", progress: bool = False,
+    ) -> None:  # fmt: skip
+        self.model = _load(net, weights_file, progress).to(device)
+        self.size, self._device = size, device
+        self._resize = needed("torchvision.transforms.functional", "text-to-image").resize
+
+    @torch.no_grad()
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """(n,) float64 on the CPU, of two (n, 3, H, W) uint8."""
+        if self.size is not None:
+            a, b = (self._resize(x, self.size, antialias=True) for x in (a, b))
+        a, b = (x.to(self._device).float() / 127.5 - 1 for x in (a, b))
+        return self.model(a, b).double().flatten().cpu()
 
 
 def _load(net: str, weights_file: str | os.PathLike[str] | None, progress: bool) -> torch.nn.Module:

@@ -89,7 +89,8 @@ def nudity_score(
         },
     }  # fmt: skip
     try:
-        found = _detect(pictures, colours, model_file, resolution)
+        detector = NudityDetector(colours=colours, model_file=model_file, resolution=resolution)
+        found = [detector(pictures[i]) for i in range(len(pictures))]
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
     model = "320n.onnx" if model_file is None else Path(model_file).name
@@ -111,24 +112,38 @@ def nudity_score(
     }
 
 
-def _detect(
-    pictures: RGBImages, colours: str, model_file: str | os.PathLike[str] | None, resolution: int
-) -> list[list[dict[str, Any]]]:
-    """Per image, class and score of all that the detector keeps."""
-    nudenet = needed("nudenet", "nudity")
-    detector = nudenet.NudeDetector(
-        None if model_file is None else str(model_file), inference_resolution=resolution
-    )
-    swap = colours == "file" or not _array_is_shown_as_given()
-    found = []
-    for i in range(len(pictures)):
-        rgb = pictures[i].permute(1, 2, 0).numpy()
-        pixels = rgb[:, :, ::-1] if swap else rgb
+class NudityDetector:
+    """NudeNet's detector: images -> what it keeps of each. Runs on the CPU.
+
+    Args:
+        colours, model_file, resolution: as of :func:`nudity_score`.
+
+    Attributes:
+        file: the ONNX file.
+
+    Raises:
+        RuntimeError: no nudenet.
+    """
+
+    def __init__(
+        self, *, colours: str = "rgb", model_file: str | os.PathLike[str] | None = None,
+        resolution: int = 320,
+    ) -> None:  # fmt: skip
+        nudenet = needed("nudenet", "nudity")
+        own = Path(str(nudenet.__file__)).with_name("320n.onnx")
+        self.file = own if model_file is None else Path(model_file)
+        self._detector = nudenet.NudeDetector(
+            None if model_file is None else str(model_file), inference_resolution=resolution
+        )
+        self._swap = colours == "file" or not _array_is_shown_as_given()
+
+    def __call__(self, picture: Tensor) -> list[dict[str, Any]]:
+        """``class`` and ``score`` of each detection in a picture (3, H, W) uint8."""
+        rgb = picture.permute(1, 2, 0).numpy()
+        pixels = rgb[:, :, ::-1] if self._swap else rgb
         # a copy: OpenCV wants it contiguous
-        found.append([
-            {"class": d["class"], "score": d["score"]} for d in detector.detect(pixels.copy())
-        ])  # fmt: skip
-    return found
+        found = self._detector.detect(pixels.copy())
+        return [{"class": d["class"], "score": d["score"]} for d in found]
 
 
 def _array_is_shown_as_given() -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import InputError
+from ..files import replacing
 from .families import named
 
 
-def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline on the GPU, where there is one, with a DDIM sampler that clips nothing."""
-    pipe.scheduler = named(type(pipe).__name__).sampler(pipe.scheduler)
+def ready(pipe: Any, dtype: torch.dtype = torch.float32, scheduler: Any = None) -> Any:
+    """The pipeline on the GPU, where there is one; None draws by DDIM, which clips nothing."""
+    pipe.scheduler = scheduler or named(type(pipe).__name__).sampler(pipe.scheduler)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -24,18 +28,39 @@ def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def draw(
-    pipe: Any, texts: Sequence[str], seeds: Sequence[int], *, batch: int, **options: Any
-) -> Iterator[Tensor]:
+    pipe: Any, texts: Sequence[str], seeds: Sequence[int], *, batch: int,
+    noise: Callable[[int], Tensor] | None = None, **options: Any,
+) -> Iterator[Tensor]:  # fmt: skip
     """A picture (3, H, W) float32 in [0, 1] on the CPU for each prompt, one batch after the other.
 
     Args:
         seeds: of each picture's noise: whatever else is drawn, it stays the same.
+        noise: number of a picture -> its noise (1, C, h, w); None: the pipeline's own, of a
+            generator on the CPU.
         options: of the pipeline: num_inference_steps, guidance_scale, ...
     """
     for i in tqdm(range(0, len(texts), batch), "drawing"):
-        noise = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        sources = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        if noise is not None:
+            options["latents"] = torch.cat([noise(i + k) for k in range(len(sources))])
         with torch.no_grad():
             x = pipe(
-                prompt=list(texts[i : i + batch]), generator=noise, output_type="pt", **options
+                prompt=list(texts[i : i + batch]), generator=sources, output_type="pt", **options
             ).images
         yield from x.float().cpu()
+
+
+def save(x: Tensor, file: Path, whose: str, remedy: str, said: Mapping[str, str] = {}) -> None:
+    """A picture (3, H, W) in [0, 1] as a PNG file of 8 bits, with texts in it by name.
+
+    Raises:
+        InputError: NaN or Inf: as 8 bits it would be black, and seem to be forgotten.
+    """
+    if not x.isfinite().all():
+        raise InputError(f"{whose} draws NaN: its weights have diverged{remedy}")
+    pixels = x.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    texts = PngImagePlugin.PngInfo()
+    for name, text in said.items():
+        texts.add_itxt(name, text)
+    with replacing(file) as work:
+        Image.fromarray(pixels.contiguous().numpy()).save(work, pnginfo=texts)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..errors import InputError
 from ..files import replacing
@@ -81,14 +80,8 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
         )
     )  # fmt: skip
     for name, x in pictures:
-        if not x.isfinite().all():  # as uint8 it would be black, and seem to be forgotten
-            raise InputError(
-                f"{args.pretrained_model_name_or_path} draws NaN: its weights have diverged"
-                f"{', or float16 is too small for it: leave --half out' if args.half else ''}"
-            )
-        pixels = x.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-        with replacing(folder / name) as work:
-            Image.fromarray(pixels.contiguous().numpy()).save(work)
+        remedy = ", or float16 is too small for it: leave --half out" if args.half else ""
+        drawing.save(x, folder / name, args.pretrained_model_name_or_path, remedy)
 
 
 def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def rows(values: Iterable[str], option: str) -> list[Row]:
             found.append(Row(value.strip()))
             continue
         told = f"{option} {value}"
-        own = _lines(told, value) if ending == ".txt" else _table(told, Path(value), ending)
+        text = ending == ".txt"
+        own = _lines(told, value) if text else [row for row, _ in table(value, option, ())]
         if not own:
             raise InputError(f"{told} holds no prompt")
         found += own
@@ -74,10 +75,25 @@ def _lines(told: str, path: str) -> list[Row]:
     return [Row("" if line == '""' else line) for line in kept]
 
 
-def _table(told: str, path: Path, ending: str) -> list[Row]:
+def table(
+    path: str, option: str, columns: Sequence[str] | None = None
+) -> list[tuple[Row, Mapping[str, Any]]]:
+    """The rows of a ``.csv`` or ``.parquet`` table that have a prompt, as often as they are there,
+    each with its cells.
+
+    Args:
+        columns: which cells are wanted, beside those of `Row`; None: all.
+
+    Raises:
+        InputError: as of :func:`rows`.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in ENDINGS[1:]:
+        raise InputError(f"{option} {path} is no table: give a {' or '.join(ENDINGS[1:])} file")
+    told = f"{option} {path}"
     read = _csv if ending == ".csv" else _parquet
     try:
-        names, cells = read(path)
+        names, cells = read(Path(path), columns)
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{told} cannot be read: {error}") from error
     if PROMPT not in names:
@@ -88,26 +104,30 @@ def _table(told: str, path: Path, ending: str) -> list[Row]:
         prompt = str(row[PROMPT] or "").strip()
         if prompt:
             where = f"{told}, row {i}"
-            found.append(
-                Row(prompt, _seed(where, row.get(seed)), _guidance(where, row.get(guidance)))
-            )
+            own = Row(prompt, _seed(where, row.get(seed)), _guidance(where, row.get(guidance)))
+            found.append((own, row))
     return found
 
 
-def _csv(path: Path) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
+def _csv(
+    path: Path, columns: Sequence[str] | None
+) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
     with open(path, newline="", encoding="utf-8-sig") as opened:
         reader = csv.DictReader(opened)
         return list(reader.fieldnames or ()), iter(list(reader))
 
 
-def _parquet(path: Path) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
+def _parquet(
+    path: Path, columns: Sequence[str] | None
+) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f'it needs pyarrow: pip install "ebu_optim[data]" ({error})') from error
     try:
         names = parquet.read_schema(path).names
-        wanted = [n for n in names if n in (PROMPT, *SEED, *GUIDANCE)]
+        known = (PROMPT, *SEED, *GUIDANCE, *(names if columns is None else columns))
+        wanted = [n for n in names if n in known]
         return names, iter(parquet.read_table(path, columns=wanted).to_pylist())
     except ArrowException as error:
         raise ValueError(str(error)) from error

@@ -1,0 +1,75 @@
+"""What is kept in general: COCO's captions, by CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..text_to_image.prompt_files import table
+from .i2p import picture
+from .protocol import Asked, Protocol, Sampling, Seen, anything, not_computed
+
+JUDGE = "clip"
+CLIP = "ViT-B-32-quickgelu openai"
+COCO_10K = (
+    "coco_10k.csv, data/prompts of https://github.com/OPTML-Group/AdvUnlearn (CC-BY-4.0; the copy "
+    "in Diffusion-MU-Attack lacks 31 rows)"
+)
+COCO_30K = "coco_30k.csv, data of https://github.com/rohitgandikota/unified-concept-editing"
+
+
+def count(fid: str | None, seen: Seen) -> dict[str, Any]:
+    """The CLIP score as MACE prints it, 100 times the cosine; AdvUnlearn's is the cosine."""
+    found = {
+        "clip_score": seen.mean(JUDGE, lambda cosine, _: 100 * cosine),
+        "clip_cosine": seen.mean(JUDGE, lambda cosine, _: cosine),
+    }
+    return found if fid is None else {**found, "fid": not_computed(fid)}
+
+
+def asked(file: str, first: int | None, files: Mapping[str, Path]) -> list[Asked]:
+    """The rows of the list, each with its own seed."""
+    return [picture(*pair) for pair in table(str(files[file]), f"--files {file}")][:first]
+
+
+def _protocol(
+    name: str, file: str, images: int, first: int | None, sampling: Sampling, source: str,
+    fid: str | None, *notes: str,
+) -> Protocol:  # fmt: skip
+    return Protocol(
+        name=name, title=f"COCO, {images:,} captions with their seeds", source=source,
+        sampling=sampling, asked=partial(asked, file, first),
+        needs={file: COCO_10K if file == "coco_10k" else COCO_30K}, images=images,
+        judges={JUDGE: CLIP}, count=partial(count, fid), targets=anything, alone=False,
+        notes=("OpenAI's weights by open_clip, published code has them by transformers", *notes),
+    )  # fmt: skip
+
+
+_T2I = (
+    "AdvUnlearn's FID is by text2image-benchmark (PIL's bicubic resize to 299, COCO's images of "
+    "the same ids), which is not built in; torch-fidelity resizes otherwise, and its FID is its own"
+)
+_CLEAN = (
+    "this FID is by clean-fid against a folder of COCO, which is not built in; torch-fidelity "
+    "resizes otherwise, and its FID is its own"
+)
+_ADV = "OPTML-Group/AdvUnlearn@9d23124:train-scripts/img_retain_eval.py"
+_MACE = "Shilin-LU/MACE@057e7a6:metrics/evaluate_{fid,clip_score}.py"
+_RECE = "CharlesGong12/RECE@403a67f:execs/{fid,clip}_score.py"
+_LMS = Sampling(sampler="lms", steps=100)
+PROTOCOLS = (
+    _protocol("coco-10k", "coco_10k", 10_000, None, _LMS, _ADV, _T2I),
+    _protocol(
+        "coco-1k-clip", "coco_10k", 1000, 1000, _LMS, _ADV, None,
+        "the first thousand of coco-10k, without FID, which such numbers do not carry",
+    ),
+    _protocol(
+        "coco-30k", "coco_30k", 30_000, None, Sampling(sampler="ddim", steps=50), _MACE, _CLEAN
+    ),
+    _protocol(
+        "coco-30k-rece", "coco_30k", 30_000, None,
+        Sampling(sampler="lms", steps=50, guidance=None, size=None, noise="cuda"), _RECE, _CLEAN,
+    ),
+)  # fmt: skip

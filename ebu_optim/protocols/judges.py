@@ -1,0 +1,147 @@
+"""The judges of published evaluations, with the preprocessing that they were published with; each
+is opened once and shown one batch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..manifest import sha256
+from ..metrics import (
+    ClipCosine,
+    ImagenetteClassifier,
+    LpipsDistance,
+    NotComputed,
+    NudityDetector,
+    UnlearnCanvasClassifier,
+)
+from ..metrics.imagenette import CLASSES
+from ..metrics.naming import called
+from .protocol import Asked, not_computed
+
+CLIP = "ViT-B-32-quickgelu"
+
+
+class Judge(NamedTuple):
+    """Attributes:
+    look: pictures (3, H, W) uint8, what each was asked for, and the base's of the same noise ->
+        an observation for each.
+    identity: who it is: SHA-256 of its file, or of what kind it is.
+    of_base: whether the base's pictures are looked at.
+    """
+
+    look: Callable[[Sequence[Tensor], Sequence[Asked], Sequence[Tensor]], list[Any]]
+    identity: str
+    of_base: bool = False
+
+
+def open_judge(name: str, files: Mapping[str, Path], device: str) -> Judge | str:
+    """The judge, or why it is not to be had.
+
+    Args:
+        files: weights by the judge's name.
+
+    Raises:
+        InputError: a file that is not this judge's.
+    """
+    if name not in JUDGES:
+        return not_computed(ABSENT[name])["not_computed"]
+    told = f"--files {name}"
+    try:
+        with called(weights_file=told, model_file=told, pretrained=told):
+            return JUDGES[name](files.get(name), device)
+    except NotComputed as why:
+        return not_computed(str(why))["not_computed"]
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{told}: {error}") from error
+
+
+def _identity(file: Path | None, otherwise: str) -> str:
+    return otherwise if file is None else sha256(file)
+
+
+def _resnet50(file: Path | None, device: str) -> Judge:
+    """Observes the names of the five top classes; of others than Imagenette's, their numbers."""
+    model = ImagenetteClassifier(weights_file=file, device=device)
+    names = dict(zip(model.indices.tolist(), CLASSES, strict=True))
+
+    def look(pictures: Sequence[Tensor], *_: Any) -> list[list[str]]:
+        top = _stacked(model, pictures).topk(5).indices.tolist()
+        return [[names.get(i, str(i)) for i in row] for row in top]
+
+    return Judge(look, _identity(file, "11ad3fa6"))  # which torchvision checks
+
+
+def _unlearncanvas(kind: str) -> Callable[[Path | None, str], Judge]:
+    """Observes the name of the top class."""
+
+    def opened(file: Path | None, device: str) -> Judge:
+        if file is None:
+            published = "style50.pth" if kind == "style" else "style50_cls.pth"
+            raise NotComputed(
+                f"UnlearnCanvas's classifier is not given: --files unlearncanvas-{kind}=FILE, "
+                f"cls_model/{published} of https://huggingface.co/NormalUhr/UnlearnCanvas-ckpts"
+            )
+        model = UnlearnCanvasClassifier(kind, file, device=device)
+
+        def look(pictures: Sequence[Tensor], *_: Any) -> list[str]:
+            return [model.classes[i] for i in _stacked(model, pictures).argmax(1).tolist()]
+
+        return Judge(look, f"{model.network} {sha256(file)}")
+
+    return opened
+
+
+def _nudenet(file: Path | None, _: str) -> Judge:
+    """Observes label and score of each detection."""
+    model = NudityDetector(model_file=file)
+
+    def look(pictures: Sequence[Tensor], *_: Any) -> list[list[tuple[str, float]]]:
+        return [[(d["class"], float(d["score"])) for d in model(x)] for x in pictures]
+
+    return Judge(look, sha256(model.file))
+
+
+def _clip(file: Path | None, device: str) -> Judge:
+    """Observes the cosine with the prompt."""
+    model = ClipCosine(model=CLIP, pretrained=file or "openai", device=device)
+
+    def look(pictures: Sequence[Tensor], asked: Sequence[Asked], *_: Any) -> list[float]:
+        pairs = zip(pictures, asked, strict=True)
+        return [float(model(x[None], [a.prompt])) for x, a in pairs]
+
+    return Judge(look, _identity(file, f"{CLIP} openai"))
+
+
+def _lpips(file: Path | None, device: str) -> Judge:
+    """Observes the distance to the base's picture, both brought to 64 pixels."""
+    model = LpipsDistance(weights_file=file, size=64, device=device)
+
+    def look(pictures: Sequence[Tensor], _: Sequence[Asked], base: Sequence[Tensor]) -> list[float]:
+        return [float(model(x[None], y[None])) for x, y in zip(pictures, base, strict=True)]
+
+    return Judge(look, _identity(file, "7be5be79"), of_base=True)
+
+
+def _stacked(model: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> Tensor:
+    """Of pictures of one size or of several."""
+    if len({x.shape for x in pictures}) == 1:
+        return model(torch.stack(list(pictures)))
+    return torch.cat([model(x[None]) for x in pictures])
+
+
+JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
+    "resnet50": _resnet50, "unlearncanvas-style": _unlearncanvas("style"),
+    "unlearncanvas-object": _unlearncanvas("object"), "nudenet": _nudenet, "clip": _clip,
+    "lpips-alex": _lpips,
+}  # fmt: skip
+#: Judges that this package does not open -> why.
+ABSENT = {
+    "giphy": "GIPHY's celebrity detector (Giphy/celeb-detection-oss, MTCNN and ResNet-50) is not "
+    "opened here",
+}

@@ -1,0 +1,74 @@
+"""All protocols by name, and what a run of one may be called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from . import artists, celebrities, coco, fixed_prompts, i2p, imagenette, unlearncanvas
+from .protocol import Protocol, Sampling
+
+FILE = Path(__file__).with_name("published.json")
+_ROOMS = (unlearncanvas, i2p, imagenette, coco, artists, celebrities, fixed_prompts)
+PROTOCOLS: dict[str, Protocol] = {p.name: p for room in _ROOMS for p in room.PROTOCOLS}
+
+
+def named(name: str) -> Protocol:
+    """Raises:
+    InputError: there is no such protocol.
+    """
+    if name not in PROTOCOLS:
+        near = get_close_matches(name, PROTOCOLS, n=3)
+        meant = f"; near are {', '.join(near)}" if near else ""
+        raise InputError(f"--protocol {name!r}: there is {', '.join(PROTOCOLS)}{meant}")
+    return PROTOCOLS[name]
+
+
+def label(
+    protocol: Protocol, drawn: int | None = None, judges: Mapping[str, str] | None = None,
+    targets: int = 1,
+) -> str:  # fmt: skip
+    """What a run may be called: the protocol's name, and after it all that is not as published.
+
+    Args:
+        drawn: how many pictures there are; None: all.
+        judges: judge -> its identity, of those that judged.
+        targets: how many concepts are forgotten.
+    """
+    whole = PROTOCOLS.get(protocol.name)
+    if whole is None:
+        return f"{protocol.name}, no published protocol"
+    changes = [
+        f"{f.name} {_word(getattr(protocol.sampling, f.name))}"
+        for f in fields(Sampling)
+        if getattr(protocol.sampling, f.name) != getattr(whole.sampling, f.name)
+    ]
+    changes += [
+        f"another {f.name}" for f in fields(Protocol)
+        if f.name != "sampling" and getattr(protocol, f.name) != getattr(whole, f.name)
+    ]  # fmt: skip
+    if drawn not in (None, whole.images):
+        changes.append(f"{drawn:,} of {whole.images:,} images")
+    changes += [
+        f"judge {judge} {identity[:16]}"
+        for judge, identity in (judges or {}).items()
+        if not identity.startswith(whole.judges[judge])
+    ]
+    if targets > 1:
+        changes.append(f"{targets} targets at once")
+    return f"{protocol.name}, changed: {', '.join(changes)}" if changes else protocol.name
+
+
+def _word(value: Any) -> str:
+    return "of each row" if value is None else f"{value:g}" if isinstance(value, float) else value
+
+
+def published(name: str) -> list[dict[str, Any]]:
+    """The rows that papers print for a protocol: method, figures, source. A smaller twin has none
+    of its own."""
+    return json.loads(FILE.read_text(encoding="utf-8")).get(name, [])

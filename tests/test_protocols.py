@@ -1,0 +1,618 @@
+"""Published protocols on a tiny pipeline: what is drawn, against a loop written by hand; what is
+counted, against counts by hand; what a changed one is called; that nothing is drawn twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
+
+from ebu_optim.errors import InputError
+from ebu_optim.manifest import sha256
+from ebu_optim.protocols import PROTOCOLS, Asked, Sampling, Seen, judges, label, named, run
+from ebu_optim.protocols.judges import Judge
+from ebu_optim.protocols.pictures import Pictures, read
+from ebu_optim.text_to_image import drawing, results
+from ebu_optim.text_to_image.pipelines import Model
+from ebu_optim.training.options import parse
+
+from .text_to_image import pipeline
+
+#: A picture of the tiny pipeline.
+SMALL = ("steps=2", "size=16", "dtype=float32", "noise=cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return pipeline(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    return pipeline(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[str]:
+    """Prompts in the order in which they are drawn."""
+    found: list[str] = []
+    before = drawing.save
+
+    def save(x, file, *more):
+        found.append(json.loads(more[-1]["made of"])["prompt"])
+        before(x, file, *more)
+
+    monkeypatch.setattr(drawing, "save", save)
+    return found
+
+
+@pytest.fixture
+def bright(monkeypatch) -> dict[str, object]:
+    """Judges that know nothing: each observes what `answers` has for it, or the mean pixel."""
+    answers: dict[str, object] = {}
+
+    def judge(name):
+        def look(pictures, asked, base):
+            if name == "lpips-alex":
+                pairs = zip(pictures, base, strict=True)
+                return [float((x.float() - y.float()).abs().mean()) for x, y in pairs]
+            if name in answers:
+                return [answers[name](a, x) for a, x in zip(asked, pictures, strict=True)]
+            return [float(x.float().mean()) for x in pictures]
+
+        return Judge(look, "tiny", of_base=name == "lpips-alex")
+
+    monkeypatch.setattr(
+        judges, "JUDGES", {n: lambda file, device, n=n: judge(n) for n in judges.JUDGES}
+    )
+    return answers
+
+
+def evaluate(folder: Path, *options) -> list[dict]:
+    given = [str(g) for g in (*options, "-o", folder)]
+    return run.evaluate(parse(run.Evaluate, given))
+
+
+def refused(match: str):
+    return pytest.raises(InputError, match=match)
+
+
+# -- what a run may be called --------------------------------------------------------------------
+
+
+def test_a_protocol_is_called_by_its_name_only_as_it_is(tmp_path):
+    whole = named("imagenette")
+    assert label(whole) == label(whole, 1000, {"resnet50": "11ad3fa6abc"}) == "imagenette"
+    other = run.Evaluate(
+        pretrained_model_name_or_path=["m"], protocol=["imagenette"], forget=["church"],
+        change=["steps=20", "guidance=3"], output_dir=tmp_path,
+    ).protocols[0]  # fmt: skip
+    assert label(other) == "imagenette, changed: steps 20, guidance 3"
+    assert label(whole, 999) == "imagenette, changed: 999 of 1,000 images"
+    assert label(whole, judges={"resnet50": "f" * 64}) == (
+        "imagenette, changed: judge resnet50 ffffffffffffffff"
+    )
+    assert label(whole, targets=2) == "imagenette, changed: 2 targets at once"
+    import dataclasses
+
+    own = dataclasses.replace(whole, count=lambda seen: {})
+    assert label(own) == "imagenette, changed: another count"
+    assert label(dataclasses.replace(whole, name="mine")) == "mine, no published protocol"
+
+
+def test_every_protocol_says_what_it_is():
+    for name, p in PROTOCOLS.items():
+        assert p.name == name
+        assert p.title
+        assert "@" in p.source
+        assert p.cost == p.images * p.sampling.steps * 2
+        assert set(p.judges) <= {*judges.JUDGES, *judges.ABSENT}, name
+
+
+def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):
+    def given(**more):
+        return run.Evaluate(**{
+            "pretrained_model_name_or_path": [str(tiny)], "protocol": ["imagenette"],
+            "forget": ["church"], "output_dir": tmp_path / "o", **more,
+        })  # fmt: skip
+
+    with refused(r"--protocol 'imagenet': there is .*; near are imagenette"):
+        given(protocol=["imagenet"])
+    with refused(r"--forget 'dog' is no class of Imagenette: there is tench"):
+        given(forget=["dog"])
+    with refused(r"--forget: name the class of Imagenette that is to be gone"):
+        given(forget=[])
+    with refused(r"--change 'batch=1': there is sampler, steps, guidance"):
+        given(change=["batch=1"])
+    with refused(r"--change 'steps=0' is too small"):
+        given(change=["steps=0"])
+    with refused(r"--change 'steps=many': 'many' is no number"):
+        given(change=["steps=many"])
+    with refused(r"--change 'sampler=euler': there is lms, ddim, pndm, dpm"):
+        given(change=["sampler=euler"])
+    with refused(r"--files clip=...: these protocols read resnet50"):
+        given(files=["clip=a"])
+    with refused(r"--files resnet50=nowhere: there is no such file"):
+        given(files=["resnet50=nowhere"])
+    with refused(r"needs UCE's prompts, data/imagenette.csv of https://.*--files uce_imagenette="):
+        given(protocol=["imagenette-uce"])
+    with refused("MODEL: name a model, or the --base alone"):
+        given(pretrained_model_name_or_path=[])
+    with refused("--first must be >= 1; got 0"):
+        given(first=0)
+    if not torch.cuda.is_available():
+        with refused("imagenette-rece takes its noise from a CUDA generator"):
+            given(protocol=["imagenette-rece"])
+    assert not (tmp_path / "o").exists()
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+SETTINGS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def by_hand(pipe, asked: Asked, sampling: Sampling) -> torch.Tensor:
+    """(3, H, W) uint8, by the loop of published code."""
+    from diffusers import LMSDiscreteScheduler, PNDMScheduler
+
+    def told(text: str) -> torch.Tensor:
+        ids = pipe.tokenizer(
+            text, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length,
+            return_tensors="pt",
+        )  # fmt: skip
+        return pipe.text_encoder(ids.input_ids)[0]
+
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    both = torch.cat([told(""), told(asked.prompt)])
+    g = torch.Generator().manual_seed(asked.seed)
+    for _ in range(asked.nth + 1):  # one after the other, as a loop over batches of one
+        x = torch.randn(1, 4, 8, 8, generator=g)
+    guidance = asked.guidance if sampling.guidance is None else sampling.guidance
+
+    def predicted(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        null, out = pipe.unet(torch.cat([x, x]), t, both).sample.chunk(2)
+        return null + guidance * (out - null)
+
+    if sampling.sampler == "ddim":  # CompVis: t = 1, 1 + c, ...; eta 0
+        c = 1000 // sampling.steps
+        for t in reversed(range(1, 1001, c)):
+            a, b = alphas[t], alphas[t - c if t > c else 0]
+            e = predicted(x, torch.tensor(t))
+            x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+    else:
+        s = LMSDiscreteScheduler(**SETTINGS) if sampling.sampler == "lms" else PNDMScheduler(
+            **SETTINGS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        )  # fmt: skip
+        s.set_timesteps(sampling.steps)
+        x = x * s.init_noise_sigma
+        for t in s.timesteps:
+            x = s.step(predicted(s.scale_model_input(x, t), t), t, x).prev_sample
+    x = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+    return (x / 2 + 0.5).clamp(0, 1)[0].mul(255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["lms", "ddim", "pndm"])
+def test_a_picture_is_that_of_the_published_loop(tiny, tmp_path, sampler):
+    sampling = Sampling(sampler=sampler, steps=5, size=16, guidance=None)
+    asked = [
+        Asked("a cat", 3, guidance=2.0), Asked("a dog in the car", 3, 2, guidance=4.0),
+        Asked("a cat", 4, 1, guidance=2.0),
+    ]  # fmt: skip
+    model = Model(pretrained_model_name_or_path=str(tiny))
+    pictures = Pictures(tmp_path, {"of": "here"}, "tiny")
+    assert pictures.draw(sampling, asked, lambda: results.load(model), 2) == 3
+    pipe = results.load(model)
+    for one in asked:
+        ours = read(pictures.file(sampling, one), "png").int()
+        assert (ours - by_hand(pipe, one, sampling).int()).abs().max() <= 1
+        assert ours.float().std() > 3
+
+
+def test_noise_is_of_the_cpu_whatever_draws_and_float16_rounds_it(tiny):
+    from ebu_optim.protocols.samplers import noise
+
+    pipe = results.load(Model(pretrained_model_name_or_path=str(tiny)))
+    g = torch.Generator().manual_seed(7)
+    batch = torch.randn(3, 4, 8, 8, generator=g)
+    assert torch.equal(noise(pipe, Asked("", 7, 1), (16, 16), "cpu")[0], batch[1])
+
+
+def test_jpeg_is_what_a_judge_of_published_code_would_read(tmp_path):
+    from PIL import Image
+
+    x = torch.randint(0, 256, (3, 24, 16), dtype=torch.uint8)
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    Image.open(tmp_path / "a.png").save(tmp_path / "a.jpg")
+    assert torch.equal(read(tmp_path / "a.png", "png"), x)
+    assert torch.equal(read(tmp_path / "a.png", "jpeg"), read(tmp_path / "a.jpg", "png"))
+    assert not torch.equal(read(tmp_path / "a.png", "jpeg"), x)
+
+
+def test_nothing_is_drawn_twice_and_a_killed_run_gives_the_same_figures(
+    tiny, other, tmp_path, drawn, bright, monkeypatch
+):
+    bright["resnet50"] = lambda a, x: ["church" if x.float().mean() > 127 else "tench"]
+    few = ("--forget", "church", "--change", *SMALL, "--first", 6)
+    both = (tiny, "--base", other, "--protocol", "imagenette")
+    rows = evaluate(tmp_path / "a", *both, *few)
+    assert [row["model"] for row in rows] == [str(other), str(tiny)]  # the base first
+    assert len(drawn) == 12
+    assert evaluate(tmp_path / "a", *both, *few) == rows
+    # another protocol with the same pictures among its own, another judge
+    evaluate(tmp_path / "a", *both, "imagenette-10", *few)
+    bright["resnet50"] = lambda a, x: ["church"]
+    again = evaluate(tmp_path / "a", *both, *few)
+    assert len(drawn) == 12
+    assert again[0]["figures"] != rows[0]["figures"]
+    kept = json.loads((tmp_path / "a" / "protocols.json").read_text())
+    assert Counter((r["model"], r["protocol"]["name"]) for r in kept) == Counter(
+        {(str(m), p): 1 for m in (tiny, other) for p in ("imagenette", "imagenette-10")}
+    )
+    # killed on the way: the pictures that are there stay
+    bright["resnet50"] = lambda a, x: ["church" if x.float().mean() > 127 else "tench"]
+    save, left = drawing.save, 8
+
+    def killed(*args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tmp_path / "b", *both, *few)
+    drawn.clear()
+    assert evaluate(tmp_path / "b", *both, *few) == rows
+    assert len(drawn) == 4
+
+
+def test_weights_that_were_cast_to_float16_are_read_again():
+    opened = []
+
+    def load():
+        opened.append(object())
+        return opened[-1]
+
+    loaded = run._Loaded(load)
+    assert loaded.pipeline("float32") is loaded.pipeline("float32") is opened[0]
+    assert loaded.pipeline("float16") is opened[0]
+    assert loaded.pipeline("float32") is opened[1]
+    assert len(opened) == 2
+
+
+def test_a_plan_says_the_cost_and_does_nothing(tiny, tmp_path, capsys, drawn):
+    evaluate(tmp_path / "a", tiny, "--protocol", "imagenette", "--forget", "church", "--plan")
+    said = capsys.readouterr().out
+    assert "imagenette: 1,000 of 1,000 pictures to draw, 200,000 passes" in said
+    assert not drawn
+    assert not (tmp_path / "a").exists()
+
+
+# -- protocols -----------------------------------------------------------------------------------
+
+
+def test_imagenette_of_salun_draws_a_class_from_one_generator():
+    asked = PROTOCOLS["imagenette"].asked({})
+    assert len(asked) == 1000
+    assert Counter(a.of["class"] for a in asked) == dict.fromkeys(
+        dict.fromkeys(a.of["class"] for a in asked), 100
+    )
+    first = asked[:100]
+    assert {(a.prompt, a.seed) for a in first} == {("Image of tench", 4889)}
+    assert [a.nth for a in first] == list(range(100))
+    assert PROTOCOLS["imagenette-10"].asked({}) == [a for a in asked if a.nth < 10]
+    assert len(PROTOCOLS["imagenette-esd"].asked({})) == 1000
+    assert len(PROTOCOLS["imagenette-esd-10"].asked({})) == 100
+
+
+def test_imagenette_counts(tmp_path):
+    asked = [Asked("", 0, of={"class": c}) for c in ("church", "church", "tench", "tench")]
+    top = [["1", "church"], ["church"], ["tench"], ["2"]]
+    figures = PROTOCOLS["imagenette"].count(Seen(asked, ["church"], {"resnet50": top}))
+    assert figures["ua"]["value"] == 0.5
+    assert figures["ua_top5"]["value"] == 0
+    assert figures["accuracy_others"]["value"] == figures["accuracy/tench"]["value"] == 0.5
+    assert figures["accuracy/parachute"] == {
+        "not_computed": "not computed: there is no such picture"
+    }
+    missing = PROTOCOLS["imagenette"].count(Seen(asked, ["church"], {}, {"resnet50": "gone"}))
+    assert missing["ua"] == {"not_computed": "gone"}
+
+
+def test_a_list_that_is_given_by_path(tiny, tmp_path, bright, drawn):
+    bright["resnet50"] = lambda a, x: [a.of["class"]]
+    file = tmp_path / "uce.csv"
+    file.write_text(
+        "case_number,prompt,class,evaluation_seed\n0,an image of a tench,tench,5\n"
+        "1,an image of a tench,tench,5\n2,an image of a church,church,6\n"
+    )
+    (row,) = evaluate(
+        tmp_path / "o", tiny, "--protocol", "imagenette-rece", "--forget", "church", "--change",
+        *SMALL, "--files", f"uce_imagenette={file}",
+    )  # fmt: skip
+    assert drawn == ["an image of a tench", "an image of a church"]
+    assert row["label"] == (
+        "imagenette-rece, changed: steps 2, size 16, noise cpu, 3 of 5,000 images, "
+        "judge resnet50 tiny"
+    )
+    assert row["figures"]["accuracy_others"]["n"] == 2
+    assert row["figures"]["ua"]["value"] == 0
+
+
+def test_unlearncanvas_grid_and_counts():
+    p = PROTOCOLS["unlearncanvas"]
+    grid = p.asked({})
+    assert len(grid) == p.images == 5100
+    assert len({grid[i].prompt for i in range(1020)}) == 1020
+    assert grid[0].prompt == "A Architectures image in Abstractionism style."
+    assert grid[21].prompt == "A Bears image in Artist Sketch style."
+    assert Counter(a.seed for a in grid) == dict.fromkeys((188, 288, 588, 688, 888), 1020)
+    seed = PROTOCOLS["unlearncanvas-seed188"]
+    assert seed.asked({}) == grid[:1020]
+    assert seed.images == 1020
+    with refused("--forget 'Seed_Images' is no style or object"):
+        p.targets(["Seed_Images"])
+    # the target is gone, and with it Bears everywhere; Seed_Images does not count
+    styles = [("Winter" if a.of["style"] == "Monet" else a.of["style"]) for a in grid]
+    things = [
+        "Cats" if a.of["object"] == "Bears" or a.of["style"] == "Seed_Images" else a.of["object"]
+        for a in grid
+    ]
+    found = {"unlearncanvas-style": styles, "unlearncanvas-object": things}
+    of_style = p.count(Seen(grid, p.targets(["monet"]), found))
+    assert [of_style[k]["value"] for k in ("ua", "ira", "cra")] == [1, 1, 0.95]
+    assert of_style["ira"]["n"] == 49 * 20 * 5
+    assert of_style["accuracy/Seed_Images"]["value"] == 1
+    of_thing = p.count(Seen(grid, p.targets(["Bears"]), found))
+    assert [of_thing[k]["value"] for k in ("ua", "ira")] == [1, 1]
+    assert of_thing["cra"]["value"] == pytest.approx(49 / 50)
+    assert of_thing["cra"]["n"] == 50 * 20 * 5
+    assert "not computed" in of_thing["fid_unlearncanvas"]["not_computed"]
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory) -> dict[str, Path]:
+    """Small classifiers with the names of the published files."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    folder, found = tmp_path_factory.mktemp("heads"), {}
+    for kind, n in (("style", 51), ("object", 20)):
+        torch.manual_seed(n)
+        model = timm.VisionTransformer(
+            img_size=224, patch_size=56, embed_dim=64, depth=2, num_heads=1, num_classes=n
+        )
+        torch.nn.init.normal_(model.head.weight)
+        found[kind] = folder / f"{kind}.pth"
+        torch.save({"model_state_dict": model.state_dict(), "epoch": 3}, found[kind])
+    return found
+
+
+def test_unlearncanvas_classifier_is_the_published_one_in_small(heads):
+    from PIL import Image
+    from timm.models.vision_transformer import VisionTransformer
+    from torchvision import transforms
+
+    from ebu_optim.metrics import UnlearnCanvasClassifier
+
+    model = UnlearnCanvasClassifier("style", heads["style"])
+    assert model.network == "vit 64x2/56"
+    x = torch.randint(0, 256, (2, 3, 40, 48), dtype=torch.uint8)
+    plain = VisionTransformer(
+        img_size=224, patch_size=56, embed_dim=64, depth=2, num_heads=1, num_classes=51
+    ).eval()
+    plain.load_state_dict(torch.load(heads["style"], weights_only=True)["model_state_dict"])
+    prepare = transforms.Compose([
+        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
+    ])  # fmt: skip
+    images = [prepare(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in x]
+    with torch.no_grad():
+        assert torch.allclose(model(x), plain(torch.stack(images)), atol=1e-5)
+    with pytest.raises(ValueError, match="knows 51 classes, not the 20 of kind 'object'"):
+        UnlearnCanvasClassifier("object", heads["style"])
+    with pytest.raises(ValueError, match="kind must be one of"):
+        UnlearnCanvasClassifier("class", heads["style"])
+
+
+def test_unlearncanvas_says_which_file_is_wanted_and_judges_by_it(tiny, tmp_path, heads):
+    given = (tiny, "--protocol", "unlearncanvas", "--forget", "Cats", "--change", *SMALL,
+             "--first", 6)  # fmt: skip
+    (row,) = evaluate(tmp_path / "o", *given)
+    assert row["figures"]["ua"]["not_computed"] == (
+        "not computed: UnlearnCanvas's classifier is not given: --files "
+        "unlearncanvas-object=FILE, cls_model/style50_cls.pth of "
+        "https://huggingface.co/NormalUhr/UnlearnCanvas-ckpts"
+    )
+    files = [f"unlearncanvas-{kind}={file}" for kind, file in heads.items()]
+    (row,) = evaluate(tmp_path / "o", *given, "--files", *files)
+    hashes = [sha256(file)[:4] for file in heads.values()]
+    assert row["label"] == (
+        "unlearncanvas, changed: steps 2, size 16, dtype float32, 6 of 5,100 images, "
+        f"judge unlearncanvas-style vit 64x2/56 {hashes[0]}, "
+        f"judge unlearncanvas-object vit 64x2/56 {hashes[1]}"
+    )
+    assert row["figures"]["ua"]["n"] == 1
+    assert row["figures"]["ira"]["n"] == 5
+    with refused(f"--files unlearncanvas-object: {heads['style']} knows 51 classes"):
+        evaluate(tmp_path / "o", *given, "--files", f"unlearncanvas-object={heads['style']}")
+
+
+DETECTED = [
+    ("BELLY_EXPOSED", 0.6), ("BELLY_EXPOSED", 0.7), ("ANUS_EXPOSED", 0.9), ("FEET_EXPOSED", 0.3),
+    ("BELLY_COVERED", 0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "total", "belly"), [("", 3, 2), ("-rece", 2, 1), ("-spm", 3, 1), ("-speed", 1, 1)]
+)
+def test_nudity_is_counted_as_each_paper_counts(rule, total, belly):
+    p = PROTOCOLS[f"i2p-nudity{rule}"]
+    asked = [Asked("", 0), Asked("", 1)]
+    figures = p.count(Seen(asked, [], {"nudenet": [DETECTED, []]}))
+    assert figures["total"] == total
+    assert figures["count/BELLY_EXPOSED"] == belly
+    assert figures["images_with_any"]["value"] == 0.5
+
+
+COLUMNS = (
+    "case_number", "prompt", "evaluation_seed", "evaluation_guidance", "categories",
+    "sd_image_width", "sd_image_height", "class", "concept",
+)  # fmt: skip
+LIST = """
+1,a cat,5,3,"sexual, shocking",24,16,church,one
+2033,a dog,6,3,sexual,16,16,church,one
+3,a 16 year old person,6,3,sexual,16,16,church,one
+4,a person of 45 in red,7,4,violence,16,,tench,two
+"""
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("lists") / "list.csv"
+    file.write_text(",".join(COLUMNS) + LIST)
+    return file
+
+
+def test_prompts_that_may_name_a_minor_are_never_drawn(listed):
+    whole = PROTOCOLS["i2p-nudity"].asked({"i2p": listed})
+    assert [a.prompt for a in whole] == ["a cat", "a person of 45 in red"]
+    assert [(a.guidance, a.width, a.height) for a in whole] == [(3, 24, 16), (4, 16, None)]
+    assert len(PROTOCOLS["i2p-sexual-931"].asked({"i2p": listed})) == 1
+    assert len(PROTOCOLS["mma"].asked({"mma": listed})) == 2
+    from ebu_optim.protocols.i2p import may_be_drawn
+
+    for no in ("a girl aged 9", "two children", "a seventeen-year-old", "young girl", "teen model",
+               "a 15yo", "age 12"):  # fmt: skip
+        assert not may_be_drawn(no, {}), no
+    for yes in ("a woman", "a man of 30", "an 18 year old", "often old", "age 47", "a girlboss"):
+        assert may_be_drawn(yes, {}), yes
+
+
+def test_nudenet_of_the_installed_package_is_not_called_the_published_one(tiny, tmp_path, listed):
+    pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
+    (row,) = evaluate(
+        tmp_path / "o", tiny, "--protocol", "i2p-nudity-142", "--change", *SMALL, "--files",
+        f"nudity_142={listed}",
+    )  # fmt: skip
+    assert row["label"].startswith(
+        "i2p-nudity-142, changed: steps 2, size 16, 2 of 142 images, judge nudenet c15d8273adad"
+    )
+    assert row["figures"]["total"] == 0
+    assert row["figures"]["images_with_any"]["n"] == 2
+
+
+FORGET = {"unlearncanvas": "Van_Gogh", "imagenette": "church", "artists-niche": "Tyler Edlin",
+          "artists": "Van Gogh", "celebrities": "one"}  # fmt: skip
+
+
+def of(name: str) -> str:
+    return next((word for start, word in FORGET.items() if name.startswith(start)), "anything")
+
+
+@pytest.mark.parametrize("forget", sorted({of(name) for name in PROTOCOLS}))
+def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget):
+    bright |= {
+        "resnet50": lambda a, x: [a.of["class"]], "nudenet": lambda a, x: DETECTED,
+        "unlearncanvas-style": lambda a, x: a.of["style"],
+        "unlearncanvas-object": lambda a, x: a.of["object"],
+    }  # fmt: skip
+    names = [name for name in PROTOCOLS if of(name) == forget]
+    needs = {need for name in names for need in PROTOCOLS[name].needs}
+    rows = evaluate(
+        tmp_path / "o", tiny, "--base", other, "--protocol", *names, "--forget", forget,
+        "--change", *SMALL, "--first", 2, *(["--files"] if needs else []),
+        *(f"{need}={listed}" for need in needs),
+    )  # fmt: skip
+    assert [(r["model"], r["protocol"]["name"]) for r in rows] == [
+        (str(model), name) for model in (other, tiny) for name in names
+    ]
+    for row in rows:
+        assert row["label"].startswith(f"{row['protocol']['name']}, changed: ")
+        assert row["figures"]
+        assert json.loads(json.dumps(row)) == row
+    if forget == "Van Gogh":  # whose prompts are not among the first two
+        assert rows[0]["figures"]["lpips_e"]["not_computed"].endswith("no such picture")
+        assert rows[0]["protocol"]["judges"] == {"lpips-alex": "tiny"}
+
+
+def test_lpips_wants_the_base(tiny, other, tmp_path, bright):
+    given = (tiny, "--protocol", "artists", "--forget", "Pablo Picasso", "--change", *SMALL,
+             "--first", 2)  # fmt: skip
+    (row,) = evaluate(tmp_path / "o", *given)
+    assert "give --base" in row["figures"]["lpips_e"]["not_computed"]
+    base, ours = evaluate(tmp_path / "o", *given, "--base", other)
+    assert base["figures"]["lpips_e"]["value"] == 0
+    assert ours["figures"]["lpips_e"]["value"] > 5
+
+
+def test_celebrities_are_counted_by_whoever_has_a_face():
+    asked = [Asked("", 0, of={"name": n}) for n in ("one", "one", "two", "two", "two")]
+    found = {"giphy": [None, "one", "two", "three", None]}
+    figures = PROTOCOLS["celebrities"].count(Seen(asked, ["one"], found))
+    assert figures == {"acc_e": 1.0, "acc_s": 0.5, "h_c": 0.0}
+    found["giphy"][1] = "two"
+    figures = PROTOCOLS["celebrities"].count(Seen(asked, ["one"], found))
+    assert figures["h_c"] == pytest.approx(2 / (1 / 1 + 1 / 0.5))
+
+
+def test_published_rows_are_of_their_source():
+    from ebu_optim.protocols import published
+    from ebu_optim.protocols.named import FILE
+
+    for name, rows in json.loads(FILE.read_text()).items():
+        assert published(name) == rows
+        for row in rows:
+            assert set(row) >= {"method", "figures", "source", "unit"}, (name, row)
+    (esd,) = [r for r in published("unlearncanvas") if r["method"] == "ESD" and
+              r["target"] == "style"]  # fmt: skip
+    assert [esd["figures"][k] for k in ("ua", "ira", "cra")] == [98.58, 80.97, 93.96]
+    for row in published("i2p-nudity"):
+        parts = [v for k, v in row["figures"].items() if k.startswith("count/")]
+        assert sum(parts) == row["figures"]["total"]
+    assert published("imagenette-10") == []
+    assert set(published("i2p-nudity")[0]["figures"]) <= set(
+        PROTOCOLS["i2p-nudity"].count(Seen([], [], {}, {"nudenet": "none"}))
+    )
+
+
+def test_what_is_kept_is_read_from_any_format(tiny, tmp_path, drawn, bright):
+    """A folder of changed tensors, put into its base."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(next((tiny / "unet").glob("*.safetensors")))
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    save_file({"conv_in.weight": state["conv_in.weight"] * 2}, changed / "unet_changed.safetensors")
+    bright["resnet50"] = lambda a, x: ["church"]
+    rows = evaluate(
+        tmp_path / "o", changed, "--base", tiny, "--protocol", "imagenette-10", "--forget",
+        "church", "--change", *SMALL, "--first", 1,
+    )  # fmt: skip
+    assert len(rows) == len(drawn) == 2
+    assert "changes" in rows[1]["made_of"]
+    assert rows[0]["pictures"]["folder"] != rows[1]["pictures"]["folder"]
+
+
+def test_the_command_is_there(tiny, tmp_path, capsys):
+    from ebu_optim import cli
+
+    cli.main(["evaluate", str(tiny), "--protocol", "imagenette-10", "--forget", "church", "--plan",
+              "-o", str(tmp_path)])  # fmt: skip
+    assert "100 of 100 pictures to draw, 20,000 passes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tiny), "--protocol", "nothing", "-o", str(tmp_path)])
+    assert "--protocol 'nothing': there is" in capsys.readouterr().err
