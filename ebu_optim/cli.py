@@ -62,9 +62,9 @@ def _attack(argv: Sequence[str]) -> None:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    from .protocols import run
+    from .protocols import Evaluate, run
 
-    _run("evaluate", run.evaluate, run.Evaluate, run.__doc__ or "", argv)
+    _run("evaluate", run.evaluate, Evaluate, run.__doc__ or "", argv)
 
 
 def _show(argv: Sequence[str]) -> None:

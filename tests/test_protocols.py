@@ -263,22 +263,104 @@ def test_nothing_is_drawn_twice_and_a_killed_run_gives_the_same_figures(
     )
     # killed on the way: the pictures that are there stay
     bright["resnet50"] = lambda a, x: ["church" if x.float().mean() > 127 else "tench"]
-    save, left = drawing.save, 8
-
-    def killed(*args):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        save(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "save", killed)
+        patch.setattr(drawing, "together", dying(drawing.together, 3))
         with pytest.raises(KeyboardInterrupt):
             evaluate(tmp_path / "b", *both, *few)
     drawn.clear()
     assert evaluate(tmp_path / "b", *both, *few) == rows
-    assert len(drawn) == 4
+    assert len(drawn) == 2
+
+
+def dying(call, left: int):
+    """`call` for so many times; then the run is killed."""
+
+    def killed(*args, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return call(*args, **options)
+
+    return killed
+
+
+@pytest.mark.parametrize("at", ["saved", "moved"])
+def test_a_batch_is_kept_whole_or_not_at_all(tiny, tmp_path, bright, monkeypatch, at):
+    """What is drawn together does not hang on when a run was killed, and so no bit of it."""
+    bright["resnet50"] = lambda a, x: [str(int(x.sum()))]
+    few = (tiny, "--protocol", "imagenette-10", "--forget", "church", "--change", *SMALL,
+           "--first", 6)  # fmt: skip
+    rows, calls, together = evaluate(tmp_path / "a", *few), [], drawing.together
+    with monkeypatch.context() as patch:
+        if at == "saved":
+            patch.setattr(drawing, "save", dying(drawing.save, 2))
+        else:
+            patch.setattr(Pictures, "_place", dying(Pictures._place, 0))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tmp_path / "b", *few)
+    (folder,) = (tmp_path / "b" / "images").iterdir()
+    assert not list(folder.glob("*.png"))
+
+    def counted(pipe, texts, *args, **options):
+        calls.append(len(texts))
+        return together(pipe, texts, *args, **options)
+
+    monkeypatch.setattr(drawing, "together", counted)
+    assert evaluate(tmp_path / "b", *few) == rows
+    assert calls == ([4, 2] if at == "saved" else [2])
+    assert pictures_of(tmp_path / "a") == pictures_of(tmp_path / "b")
+    assert not list(folder.glob("*batch*"))
+
+
+def pictures_of(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.glob("images/*/*.png")}
+
+
+@pytest.fixture(scope="module")
+def digit_judges(tmp_path_factory) -> Path:
+    """Of the world of digits in styles, with random weights."""
+    from ebu_optim.files import save_tensors
+    from ebu_optim.worlds.styled_digits.judges import CLASSES
+    from ebu_optim.worlds.styled_digits.judges import Judge as Network
+
+    folder = tmp_path_factory.mktemp("judges")
+    for name, classes in CLASSES.items():
+        torch.manual_seed(0)
+        state = Network(len(classes)).state_dict()
+        save_tensors(folder / f"{name}.safetensors", state, {"classes": list(classes), "found": {}})
+    return folder
+
+
+def test_several_processes_draw_what_one_draws(tiny, other, tmp_path, digit_judges):
+    """Two of them: the same files bit for bit, the same figures; one that has nothing to draw
+    waits."""
+    from .distributed.launch import launch
+
+    given = (tiny, "--base", other, "--protocol", "unlearncanvas-digits-seed188", "--forget",
+             "seven", "--change", "steps=1", "--first", 9, "--files",
+             f"digits-judges={digit_judges}")  # fmt: skip
+    rows = evaluate(tmp_path / "one", *given)
+    assert rows[0]["label"] == ("unlearncanvas-digits-seed188, changed: steps 1, 9 of 60 images")
+    codes, said = launch(2, "drawn", *given, "-o", tmp_path / "two")
+    assert codes == [0, 0], said
+    assert pictures_of(tmp_path / "two") == pictures_of(tmp_path / "one")
+    assert json.loads((tmp_path / "two" / "protocols.json").read_text()) == rows
+    assert said.count("in all") == 1
+
+
+def test_more_processes_than_batches(tiny, tmp_path):
+    from ebu_optim.protocols.processes import Processes
+
+    sampling, asked = (
+        Sampling(sampler="ddim", steps=1, size=16),
+        [Asked("a cat", i) for i in (1, 2)],
+    )
+    for rank in range(3):
+        pictures = Pictures(tmp_path / str(rank), {"of": "it"}, "tiny")
+        pipe = dying(lambda: results.load(Model(pretrained_model_name_or_path=str(tiny))), rank < 2)
+        assert pictures.draw(sampling, asked, pipe, 1, Processes(rank, 3)) == 2
+        assert len(list(pictures.folder.glob("*.png"))) == (rank < 2)
 
 
 def test_weights_that_were_cast_to_float16_are_read_again():
@@ -515,7 +597,8 @@ def test_nudenet_of_the_installed_package_is_not_called_the_published_one(tiny, 
     assert row["figures"]["images_with_any"]["n"] == 2
 
 
-FORGET = {"unlearncanvas": "Van_Gogh", "imagenette": "church", "artists-niche": "Tyler Edlin",
+FORGET = {"unlearncanvas-digits": "seven", "unlearncanvas": "Van_Gogh", "imagenette": "church",
+          "ebu-table2": "church", "artists-niche": "Tyler Edlin",
           "artists": "Van Gogh", "celebrities": "one"}  # fmt: skip
 
 
@@ -529,6 +612,8 @@ def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget):
         "resnet50": lambda a, x: [a.of["class"]], "nudenet": lambda a, x: DETECTED,
         "unlearncanvas-style": lambda a, x: a.of["style"],
         "unlearncanvas-object": lambda a, x: a.of["object"],
+        "digits-style": lambda a, x: a.of["style"], "digits-object": lambda a, x: a.of["object"],
+        "resnet50-entropy": lambda a, x: (a.of["class"], 0.1),
     }  # fmt: skip
     names = [name for name in PROTOCOLS if of(name) == forget]
     needs = {need for name in names for need in PROTOCOLS[name].needs}
@@ -605,6 +690,78 @@ def test_what_is_kept_is_read_from_any_format(tiny, tmp_path, drawn, bright):
     assert len(rows) == len(drawn) == 2
     assert "changes" in rows[1]["made_of"]
     assert rows[0]["pictures"]["folder"] != rows[1]["pictures"]["folder"]
+
+
+def test_an_spm_is_scaled_for_each_prompt(tiny, tmp_path, bright, monkeypatch):
+    """As published; a LoRA of another method acts on every prompt alike."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from ebu_optim.text_to_image import transport
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=1, target_modules=["to_k"], init_lora_weights=False))
+    spm, lora = tmp_path / "spm", tmp_path / "lora"
+    for folder, method in ((spm, "spm"), (lora, "salun")):
+        pipe.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet))
+        (folder / "unlearn.json").write_text(json.dumps({"method": method, "forget": ["a dog"]}))
+    asked, strength = [Asked("a cat", 1), Asked("a dog", 1), Asked("a cat", 2)], []
+    scaled = transport.strengths
+    monkeypatch.setattr(
+        transport, "strengths", lambda *a: strength.append((a[2], scaled(*a))) or strength[-1][1]
+    )
+    args = run.Evaluate(
+        pretrained_model_name_or_path=[str(spm), str(lora)], base=str(tiny), output_dir=tmp_path,
+        protocol=["imagenette-10"], forget=["church"],
+    )  # fmt: skip
+    sampling, drawn = Sampling(sampler="ddim", steps=2, size=16), {}
+    for name, model in args.models().items():
+        pictures = run._pictures(args, name, model)
+        pictures.draw(sampling, asked, lambda m=model, p=pictures: run._load(m, str(tiny), p), 4)
+        drawn[name] = [read(pictures.file(sampling, a), "png") for a in asked]
+    assert [p for p, _ in strength] == ["a cat", "a dog"]
+    (cat,), (dog,) = (m for _, m in strength)
+    assert dog == pytest.approx(1)
+    assert cat < 0.99
+    base, ours, fused = drawn.values()
+    assert torch.equal(ours[1], fused[1])  # what it erases: in full
+    assert not torch.equal(ours[0], fused[0])
+    assert not torch.equal(ours[1], base[1])
+
+
+def test_a_single_file_draws_what_its_folder_draws(tiny, tmp_path, bright, monkeypatch):
+    from ebu_optim.formats import write_folder
+
+    bright["resnet50"] = lambda a, x: []
+    monkeypatch.setenv("EBU_OPTIM_CACHE", str(tmp_path / "cache"))
+    file = write_folder(tiny, {}, tmp_path / "in.safetensors")
+    few = ("--protocol", "imagenette-10", "--forget", "church", "--change", *SMALL, "--first", 2)
+    (row,) = evaluate(tmp_path / "o", file, "--architecture", tiny, *few)
+    (same,) = evaluate(tmp_path / "o", tiny, *few)
+    images = [tmp_path / "o" / r["pictures"]["folder"] for r in (row, same)]
+    assert [f.read_bytes() for f in sorted(images[0].glob("*.png"))] == [
+        f.read_bytes() for f in sorted(images[1].glob("*.png"))
+    ]
+
+
+def test_the_papers_tables_are_counted_as_this_package_counts():
+    table2 = PROTOCOLS["ebu-table2-10"]
+    asked = table2.asked({})
+    assert len(asked) == 100
+    assert asked[20][:2] == ("an image of cassette player", 0)
+    found = [("church" if a.of["class"] == "tench" else a.of["class"], 0.5) for a in asked]
+    figures = table2.count(Seen(asked, ["tench"], {"resnet50-entropy": found}))
+    assert [figures[k]["value"] for k in ("ce_f", "ce_r", "ra", "ua")] == [0.5, 0.5, 1, 1]
+    table3 = PROTOCOLS["ebu-table3"]
+    asked = table3.asked({})
+    assert len(asked) == table3.images == 404
+    seen = {"nudenet": [DETECTED if a.of["part"] == "nude" else [] for a in asked],
+            "clip": [0.25] * 404}  # fmt: skip
+    figures = table3.count(Seen(asked, [], seen))
+    assert figures["nudity_score"]["value"] == pytest.approx(0.9)
+    assert figures["clip_cosine"]["n"] == 204
 
 
 def test_the_command_is_there(tiny, tmp_path, capsys):

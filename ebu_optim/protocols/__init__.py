@@ -6,8 +6,9 @@ from .._extras import require
 require("transformers", "text-to-image")
 
 from .named import PROTOCOLS, label, named, published
+from .options import Evaluate
 from .protocol import Asked, Protocol, Sampling, Seen
-from .run import Evaluate, evaluate
+from .run import evaluate
 
 __all__ = [
     "PROTOCOLS",

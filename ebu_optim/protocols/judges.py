@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..diffusion import model_hash
 from ..errors import InputError
 from ..manifest import sha256
 from ..metrics import (
@@ -19,9 +20,13 @@ from ..metrics import (
     NotComputed,
     NudityDetector,
     UnlearnCanvasClassifier,
+    classify,
 )
+from ..metrics.classifier import entropies
 from ..metrics.imagenette import CLASSES
 from ..metrics.naming import called
+from ..worlds.styled_digits.judges import CLASSES as CLASSES_OF_DIGITS
+from ..worlds.styled_digits.judges import load_judges
 from .protocol import Asked, not_computed
 
 CLIP = "ViT-B-32-quickgelu"
@@ -54,7 +59,7 @@ def open_judge(name: str, files: Mapping[str, Path], device: str) -> Judge | str
     told = f"--files {name}"
     try:
         with called(weights_file=told, model_file=told, pretrained=told):
-            return JUDGES[name](files.get(name), device)
+            return JUDGES[name](files.get(ONE_FILE.get(name, name)), device)
     except NotComputed as why:
         return not_computed(str(why))["not_computed"]
     except (ValueError, FileNotFoundError) as error:
@@ -77,6 +82,19 @@ def _resnet50(file: Path | None, device: str) -> Judge:
     return Judge(look, _identity(file, "11ad3fa6"))  # which torchvision checks
 
 
+def _entropy(file: Path | None, device: str) -> Judge:
+    """Observes the name of the top class, or its number, and the entropy of the prediction."""
+    model = ImagenetteClassifier(weights_file=file, device=device)
+    names = dict(zip(model.indices.tolist(), CLASSES, strict=True))
+
+    def look(pictures: Sequence[Tensor], *_: Any) -> list[tuple[str, float]]:
+        logits = _stacked(model, pictures)
+        top = [names.get(i, str(i)) for i in logits.argmax(1).tolist()]
+        return list(zip(top, entropies(logits).tolist(), strict=True))
+
+    return Judge(look, _identity(file, "11ad3fa6"))
+
+
 def _unlearncanvas(kind: str) -> Callable[[Path | None, str], Judge]:
     """Observes the name of the top class."""
 
@@ -93,6 +111,24 @@ def _unlearncanvas(kind: str) -> Callable[[Path | None, str], Judge]:
             return [model.classes[i] for i in _stacked(model, pictures).argmax(1).tolist()]
 
         return Judge(look, f"{model.network} {sha256(file)}")
+
+    return opened
+
+
+def _digits(kind: str) -> Callable[[Path | None, str], Judge]:
+    """Observes what the judge of the world of digits in styles tells, or "none"."""
+
+    def opened(folder: Path | None, device: str) -> Judge:
+        if folder is None:
+            raise NotComputed("--files digits-judges=FOLDER is not given")
+        model = getattr(load_judges(folder), "content" if kind == "object" else kind).to(device)
+        classes = CLASSES_OF_DIGITS["content" if kind == "object" else kind]
+
+        def look(pictures: Sequence[Tensor], *_: Any) -> list[str]:
+            pixels = torch.stack(list(pictures)).float() / 127.5 - 1
+            return [classes[i] for i in classify(model, pixels).argmax(1).tolist()]
+
+        return Judge(look, model_hash(model))
 
     return opened
 
@@ -136,10 +172,16 @@ def _stacked(model: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> T
 
 
 JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
-    "resnet50": _resnet50, "unlearncanvas-style": _unlearncanvas("style"),
-    "unlearncanvas-object": _unlearncanvas("object"), "nudenet": _nudenet, "clip": _clip,
-    "lpips-alex": _lpips,
+    "resnet50": _resnet50, "resnet50-entropy": _entropy, "nudenet": _nudenet, "clip": _clip,
+    "lpips-alex": _lpips, "unlearncanvas-style": _unlearncanvas("style"),
+    "unlearncanvas-object": _unlearncanvas("object"),
+    "digits-style": _digits("style"), "digits-object": _digits("object"),
 }  # fmt: skip
+#: Judges that are given by the name of another -> that name.
+ONE_FILE = {
+    **dict.fromkeys(("digits-style", "digits-object"), "digits-judges"),
+    "resnet50-entropy": "resnet50",
+}
 #: Judges that this package does not open -> why.
 ABSENT = {
     "giphy": "GIPHY's celebrity detector (Giphy/celeb-detection-oss, MTCNN and ResNet-50) is not "

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from . import artists, celebrities, coco, fixed_prompts, i2p, imagenette, unlearncanvas
+from . import (
+    artists,
+    celebrities,
+    coco,
+    fixed_prompts,
+    i2p,
+    imagenette,
+    paper,
+    unlearncanvas,
+)
 from .protocol import Protocol, Sampling
 
 FILE = Path(__file__).with_name("published.json")
-_ROOMS = (unlearncanvas, i2p, imagenette, coco, artists, celebrities, fixed_prompts)
+_ROOMS = (unlearncanvas, i2p, imagenette, coco, artists, celebrities, fixed_prompts, paper)
 PROTOCOLS: dict[str, Protocol] = {p.name: p for room in _ROOMS for p in room.PROTOCOLS}
 
 

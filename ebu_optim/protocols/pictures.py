@@ -5,24 +5,30 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import need_disk, replacing
 from ..images import pixels_of, read_rgb
 from ..manifest import key
-from ..text_to_image import drawing
+from ..text_to_image import drawing, transport
 from ..text_to_image.families import named
+from .processes import Processes
 from .protocol import Asked, Sampling
 from .samplers import noise, scheduler
 
 #: Bytes a pixel of a photograph as PNG takes, about.
 PNG = 1.6
+#: How the folder of a batch begins that is being kept.
+BATCH = "batch-"
 
 
 class Pictures:
@@ -30,10 +36,16 @@ class Pictures:
     folder: of all models' pictures.
     model: its manifest, see `results.made_of`.
     whose: what messages call the model.
+    adapter: folder of an SPM adapter, which is scaled for each prompt: the pipelines that are drawn
+        with are then the base's.
     """
 
-    def __init__(self, folder: Path, model: Mapping[str, str], whose: str) -> None:
-        self.model, self.whose = dict(model), whose
+    def __init__(
+        self, folder: Path, model: Mapping[str, str], whose: str, adapter: Path | None = None
+    ) -> None:
+        self.model, self.whose, self.adapter = dict(model), whose, adapter
+        if adapter is not None:
+            self.model["adapter"] = "scaled for each prompt"
         self.folder = folder / key(self.model)
 
     def file(self, sampling: Sampling, asked: Asked) -> Path:
@@ -45,47 +57,113 @@ class Pictures:
         return {file: one for file, one in each.items() if not file.is_file()}
 
     def draw(
-        self, sampling: Sampling, asked: Iterable[Asked], pipe: Callable[[], Any], batch: int
-    ) -> int:
-        """Draw what is missing.
+        self, sampling: Sampling, asked: Iterable[Asked], pipe: Callable[[], Any], batch: int,
+        processes: Processes | None = None,
+    ) -> int:  # fmt: skip
+        """Draw what is missing, each of the processes its batches.
+
+        Which pictures are drawn together follows from `asked` and `batch` alone, and a batch is
+        kept whole or not at all: with another number of processes, or after a kill, the same calls
+        of the pipeline are made, and so the same pictures.
 
         Args:
             pipe: opens the pipeline; it is called where something is missing.
 
         Returns:
-            How many pictures were drawn.
+            How many pictures were missing.
 
         Raises:
             InputError: the model draws NaN; the disk is too small.
         """
+        ours, asked = processes or Processes(), list(asked)
+        if ours.rank == 0:
+            self._finish()
+        ours.wait()
         missing = self.missing(sampling, asked)
-        if not missing:
-            return 0
-        pixels = sum(size[0] * size[1] for size in (size_of(sampling, a) for a in missing.values()))
-        need_disk(self.folder, pixels * PNG, "the pictures")
-        self._say_model()
-        opened, dtype = pipe(), getattr(torch, sampling.dtype)
-        groups = _alike(sampling, missing)
-        beside = {(w, h): _beside(opened, w, h) for _, w, h in groups}  # the VAE is in float32
-        ready = drawing.ready(opened, dtype, scheduler(sampling.sampler, opened))
-        for (guidance, width, height), files in groups.items():
-            of = [missing[file] for file in files]
-
-            def start(i: int, of: Any = of, size: Any = (width, height)) -> Tensor:
-                return noise(ready, of[i], size, sampling.noise).to(ready.device, dtype)
-
-            drawn = drawing.draw(
-                ready, [a.prompt for a in of], [a.seed for a in of], batch=batch,
-                noise=start,
-                num_inference_steps=sampling.steps, guidance_scale=guidance, height=height,
-                width=width, **beside[width, height],
-            )  # fmt: skip
-            for file, one, x in zip(files, of, drawn, strict=True):
-                made = json.dumps(made_of(sampling, one), ensure_ascii=False)
-                narrow = sampling.dtype == "float16"
-                remedy = ", or float16 is too small for it: --change dtype=float32" * narrow
-                drawing.save(x, file, self.whose, remedy, {"made of": made})
+        batches = self._batches(sampling, asked, missing, batch)
+        mine = batches[ours.rank :: ours.number]
+        ours.wait()  # all have seen the same
+        if mine:
+            pixels = sum(w * h for w, h in (size_of(sampling, a) for a in missing.values()))
+            need_disk(self.folder, pixels * PNG, "the pictures")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._draw(sampling, mine, pipe())
+        if missing and ours.rank == 0:
+            self._say_model()
+        ours.wait()
         return len(missing)
+
+    def _batches(
+        self, sampling: Sampling, asked: Iterable[Asked], missing: Mapping[Path, Asked], size: int
+    ) -> list[dict[Path, Asked]]:
+        """What is missing, by the call of the pipeline that may draw it."""
+        groups: dict[Any, dict[Path, Asked]] = {}
+        for one in asked:
+            alike = guidance_of(sampling, one), size_of(sampling, one)
+            group = groups.setdefault((*alike, self.adapter and one.prompt), {})
+            group[self.file(sampling, one)] = one
+        parts = (
+            list(group.items())[i : i + size]
+            for group in groups.values()
+            for i in range(0, len(group), size)
+        )
+        left = ({file: one for file, one in part if file in missing} for part in parts)
+        return [part for part in left if part]
+
+    def _draw(self, sampling: Sampling, batches: list[dict[Path, Asked]], opened: Any) -> None:
+        sizes = dict.fromkeys(size_of(sampling, a) for part in batches for a in part.values())
+        beside = {size: _beside(opened, *size) for size in sizes}  # the VAE is in float32
+        sampler, dtype = scheduler(sampling.sampler, opened), getattr(torch, sampling.dtype)
+        erased, strength = [], {}
+        if self.adapter is not None:
+            ready = drawing.ready(opened, torch.float32, sampler)
+            erased = transport.load(ready, [self.adapter])
+            prompts = dict.fromkeys(a.prompt for part in batches for a in part.values())
+            strength = {p: transport.strengths(ready, erased, p) for p in prompts}
+        ready = drawing.ready(opened, dtype, sampler)
+        kept: Future[None] | None = None
+        with ThreadPoolExecutor(1) as beside_drawing:  # files are written while it draws on
+            for part in tqdm(batches, f"drawing, {len(next(iter(batches)))} at a time"):
+                of = list(part.values())
+                if erased:
+                    ready.set_adapters([e.name for e in erased], strength[of[0].prompt])
+                size = size_of(sampling, of[0])
+                start = [noise(ready, a, size, sampling.noise).to(ready.device, dtype) for a in of]
+                drawn = drawing.together(
+                    ready, [a.prompt for a in of], [a.seed for a in of], latents=torch.cat(start),
+                    num_inference_steps=sampling.steps, width=size[0], height=size[1],
+                    guidance_scale=guidance_of(sampling, of[0]), **beside[size],
+                )  # fmt: skip
+                if kept is not None:
+                    kept.result()
+                kept = beside_drawing.submit(self._keep, sampling, part, drawn)
+            if kept is not None:
+                kept.result()
+
+    def _keep(self, sampling: Sampling, part: Mapping[Path, Asked], drawn: Tensor) -> None:
+        """A batch, whole: its files are moved to their places after all are on the disk."""
+        narrow = sampling.dtype == "float16"
+        remedy = ", or float16 is too small for it: --change dtype=float32" * narrow
+        name = key([file.name for file in part])
+        work, whole = (self.folder / f"{dot}{BATCH}{name}" for dot in (".", ""))
+        shutil.rmtree(work, ignore_errors=True)
+        for (file, one), x in zip(part.items(), drawn, strict=True):
+            made = json.dumps(made_of(sampling, one), ensure_ascii=False)
+            drawing.save(x, work / file.name, self.whose, remedy, {"made of": made})
+        work.rename(whole)
+        self._place(whole)
+
+    def _finish(self) -> None:
+        """What a run that was killed left: batches that are whole, and parts of others."""
+        for work in self.folder.glob(f".{BATCH}*"):
+            shutil.rmtree(work, ignore_errors=True)
+        for whole in self.folder.glob(f"{BATCH}*"):
+            self._place(whole)
+
+    def _place(self, whole: Path) -> None:
+        for file in whole.glob("*.png"):
+            file.replace(self.folder / file.name)
+        whole.rmdir()
 
     def _say_model(self) -> None:
         """Beside the pictures: the names of the folder's key."""
@@ -128,17 +206,6 @@ def size_of(sampling: Sampling, asked: Asked) -> tuple[int, int]:
         return sampling.size, sampling.size
     width, height = ((side or 512) // 8 * 8 for side in (asked.width, asked.height))
     return width, height
-
-
-def _alike(
-    sampling: Sampling, missing: Mapping[Path, Asked]
-) -> dict[tuple[float, int, int], list[Path]]:
-    """What one call of the pipeline may draw."""
-    found: dict[tuple[float, int, int], list[Path]] = {}
-    for file, one in missing.items():
-        alike = guidance_of(sampling, one), *size_of(sampling, one)
-        found.setdefault(alike, []).append(file)
-    return found
 
 
 def read(file: Path, saved: str) -> Tensor:

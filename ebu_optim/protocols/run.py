@@ -11,150 +11,34 @@ protocol, which says what was changed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError
 from ..files import replacing
 from ..manifest import key
 from ..metrics import versions
 from ..text_to_image import pipelines, results
 from ..text_to_image.pipelines import Model
-from ..training.options import at_least, option
 from .judges import Judge, open_judge
-from .named import label, named
+from .named import label
+from .options import Evaluate
 from .pictures import Pictures, read
-from .protocol import Asked, Protocol, Sampling, Seen
+from .processes import joined
+from .protocol import Asked, Protocol, Seen
 
+Made = TypeVar("Made")
 RESULT = "protocols.json"
 #: Pictures that are in memory at a time, beside the judge's own.
 BATCH = 16
-#: Options of a model in one file, for one that is none.
-_NOT_A_FILE = dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(Model):
-    """Which models, by which protocols.
-
-    Raises:
-        InputError: protocols, files or changes that are none; what is forgotten is none of theirs.
-    """
-
-    group: ClassVar[str] = "model"
-
-    pretrained_model_name_or_path: list[str] = option(  # type: ignore[assignment]
-        positional="MODEL", nargs="*",
-        help="hub ids, folders, .safetensors files, folders of changed tensors or a LoRA",
-    )  # fmt: skip
-    base: str | None = option(
-        None, help="the model before: drawn beside, and what changes and LoRAs are put into"
-    )
-    protocol: list[str] = option(help="names, see docs/protocols.md")
-    forget: list[str] = option([], help="what is to be gone: a style, a class, an artist")
-    files: list[str] = option(
-        [], metavar="NAME=FILE", help="prompt lists and judges' weights that a protocol asks for"
-    )
-    change: list[str] = option(
-        [], metavar="KEY=VALUE",
-        help="of the sampling: sampler, steps, guidance, size, noise, dtype; the label says it",
-    )  # fmt: skip
-    first: int | None = option(None, help="only so many pictures of each; the label says it")
-    sample_batch_size: int = option(4)
-    output_dir: Path = option(flag=("-o", "--output_dir"))
-    plan: bool = option(False, help="say what will be drawn and what it costs; do nothing")
-
-    @cached_property
-    def protocols(self) -> list[Protocol]:
-        """With the changes."""
-        values = changes(self.change)
-        if self.resolution is not None:
-            values["size"] = self.resolution
-        return [
-            replace(p, sampling=replace(p.sampling, **values))
-            for p in map(named, dict.fromkeys(self.protocol))
-        ]
-
-    @cached_property
-    def given(self) -> dict[str, Path]:
-        """--files by name."""
-        pairs = [word.partition("=") for word in self.files]
-        return {name: Path(file) for name, _, file in pairs}
-
-    def models(self) -> dict[str, Model]:
-        """By name; the base first."""
-        names = dict.fromkeys([*filter(None, [self.base]), *self.pretrained_model_name_or_path])
-        own = {f.name: getattr(self, f.name) for f in fields(Model)} | {"resolution": None}
-        found = {}
-        for name in names:
-            mine = {**own, "pretrained_model_name_or_path": name}
-            if not Path(name).is_file():
-                mine |= _NOT_A_FILE
-            if Path(name).exists():
-                mine |= {"revision": None}
-            found[name] = Model(**mine)
-        return found
-
-    def __post_init__(self) -> None:
-        if not self.models():
-            raise InputError("MODEL: name a model, or the --base alone")
-        at_least(self, 1, "first", "sample_batch_size")
-        known = {name for p in self.protocols for name in (*p.needs, *p.judges)}
-        for name, file in self.given.items():
-            if name not in known:
-                raise InputError(
-                    f"--files {name}=...: these protocols read {', '.join(sorted(known))}"
-                )
-            if not file.is_file():
-                raise InputError(f"--files {name}={file}: there is no such file")
-        for p in self.protocols:
-            p.targets(self.forget)
-            if p.sampling.noise == "cuda" and not torch.cuda.is_available():
-                raise InputError(
-                    f"--protocol {p.name} takes its noise from a CUDA generator, and this machine "
-                    "has none: --change noise=cpu draws other pictures, and its label says so"
-                )
-            for name, what in p.needs.items():
-                if name not in self.given:
-                    raise InputError(f"--protocol {p.name} needs {what}: give --files {name}=FILE")
-
-
-def changes(words: Sequence[str]) -> dict[str, Any]:
-    """--change as fields of `Sampling`.
-
-    Raises:
-        InputError: an unknown key, a value that cannot be.
-    """
-    choices = {
-        "sampler": ("lms", "ddim", "pndm", "dpm"), "noise": ("cpu", "cuda"),
-        "dtype": ("float32", "float16"),
-    }  # fmt: skip
-    known = [f.name for f in fields(Sampling)]
-    found: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in known:
-            raise InputError(f"--change {word!r}: there is {', '.join(known)}, as KEY=VALUE")
-        if name in choices:
-            if value not in choices[name]:
-                raise InputError(f"--change {word!r}: there is {', '.join(choices[name])}")
-            found[name] = value
-            continue
-        try:
-            number = float(value) if name == "guidance" else int(value)
-        except ValueError as error:
-            raise InputError(f"--change {word!r}: {value!r} is no number") from error
-        if number < (0 if name == "guidance" else 1):
-            raise InputError(f"--change {word!r} is too small")
-        found[name] = number
-    return found
 
 
 def evaluate(args: Evaluate) -> list[dict[str, Any]]:
@@ -166,25 +50,30 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {p.name: p.asked(args.given)[: args.first] for p in args.protocols}
     kept = {name: _pictures(args, name, model) for name, model in args.models().items()}
-    for line in plan(args, asked, kept):
-        print(line)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in plan(args, asked, kept):
+            print(line)
     if args.plan:
         return []
+    ours, rows = joined(), []
     names = dict.fromkeys(judge for p in args.protocols for judge in p.judges)
-    judges = {name: open_judge(name, args.given, device) for name in names}
-    rows = []
-    with results.held(args.output_dir):
+    first = ours.rank == 0
+    judges = {name: open_judge(name, args.given, device) for name in names if first}
+    with results.held(args.output_dir) if first else nullcontext():
         for name, pictures in kept.items():
-            loaded = _Loaded(partial(results.load, args.models()[name], args.base))
+            loaded = _Loaded(partial(_load, args.models()[name], args.base, pictures))
             for protocol in args.protocols:
                 of = asked[protocol.name]
                 pipe = partial(loaded.pipeline, protocol.sampling.dtype)
-                pictures.draw(protocol.sampling, of, pipe, args.sample_batch_size)
+                pictures.draw(protocol.sampling, of, pipe, args.sample_batch_size, ours)
+                if not first:
+                    continue
                 rows.append(_row(args, protocol, of, pictures, kept.get(args.base or ""), judges))
                 _write(args.output_dir / RESULT, rows[-1])
                 for line in _said(rows[-1]):
                     print(line)
-    print(f"saved {args.output_dir / RESULT}")
+    if first:
+        print(f"saved {args.output_dir / RESULT}")
     return rows
 
 
@@ -203,7 +92,13 @@ class _Loaded:
 
 def _pictures(args: Evaluate, name: str, model: Model) -> Pictures:
     pipelines.look(results.whole(model, args.base))
-    return Pictures(args.output_dir / "images", results.made_of(model, args.base), name)
+    adapter = Path(name) if results.erases_by_prompt(Path(name)) else None
+    return Pictures(args.output_dir / "images", results.made_of(model, args.base), name, adapter)
+
+
+def _load(model: Model, base: str | None, pictures: Pictures) -> Any:
+    """The pipeline; of an SPM adapter, its base's."""
+    return results.load(results.whole(model, base) if pictures.adapter else model, base)
 
 
 def plan(
@@ -269,13 +164,28 @@ def look(
     def batch(whose: Pictures, some: Sequence[Asked]) -> list[Tensor]:
         return [read(whose.file(protocol.sampling, a), protocol.saved) for a in some]
 
-    for i in tqdm(range(0, len(asked), BATCH) if judges else (), "judging"):
+    def of_both(i: int) -> tuple[list[Tensor], list[Tensor]]:
         some = asked[i : i + BATCH]
-        theirs = batch(base, some) if pairs and base is not None else []
-        ours = batch(pictures, some)
+        return batch(pictures, some), batch(base, some) if pairs and base is not None else []
+
+    starts = range(0, len(asked), BATCH) if judges else range(0)
+    for i, (ours, theirs) in zip(tqdm(starts, "judging"), ahead(of_both, starts), strict=True):
         for name, judge in judges.items():
-            found[name] += judge.look(ours, some, theirs)
+            found[name] += judge.look(ours, asked[i : i + BATCH], theirs)
     return found
+
+
+def ahead(read: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:
+    """What `read` makes of each number; the next is read while one is used."""
+    with ThreadPoolExecutor(1) as beside:
+        waiting = None
+        for i in numbers:
+            coming = beside.submit(read, i)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
 
 
 def _write(file: Path, row: dict[str, Any]) -> None:

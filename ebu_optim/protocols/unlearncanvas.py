@@ -1,44 +1,78 @@
-"""UnlearnCanvas: 51 styles by 20 objects, one of which a model fine-tuned on them is to lose."""
+"""UnlearnCanvas: styles by objects, one of which a model that knows them all is to lose. As it is
+published, 51 styles by 20 objects of a fine-tuned Stable Diffusion; and in the world of digits in
+styles, 6 by 10."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..metrics.unlearncanvas import LARGE, OBJECTS, STYLES
+from ..worlds.styled_digits import captions as digits
 from .protocol import Asked, Protocol, Sampling, Seen, not_computed, one_of
 
 SEEDS = (188, 288, 588, 688, 888)
 #: What the data set calls photographs without a style: prompts with it are no caption of the
 #: training, and no style that can be kept.
 NO_STYLE = "Seed_Images"
-KINDS = {"style": STYLES, "object": OBJECTS}
 
 
-def asked(seeds: Sequence[int], _: Mapping[str, Path]) -> list[Asked]:
+class Canvas(NamedTuple):
+    """Attributes:
+    styles, objects: what there is of each.
+    prompt: style, object -> what is asked.
+    judge: how the judges' names begin; "style" or "object" ends them.
+    no_style: a style that is drawn and judged, and does not count; it is no target.
+    untold: a style that cannot be a target: every prompt that names none asks for it.
+    """
+
+    styles: Sequence[str]
+    objects: Sequence[str]
+    prompt: Callable[[str, str], str]
+    judge: str
+    no_style: str = ""
+    untold: str = ""
+
+    def targets(self) -> list[str]:
+        return [n for n in (*self.styles, *self.objects) if n not in (self.no_style, self.untold)]
+
+
+def _published(style: str, thing: str) -> str:
+    return f"A {thing} image in {style.replace('_', ' ')} style."
+
+
+def _of_digits(style: str, thing: str) -> str:
+    """One of the captions that the world was trained on, as the published prompt is."""
+    return f"a picture of {thing} in {style} style"
+
+
+CANVAS = Canvas(STYLES, OBJECTS, _published, "unlearncanvas", no_style=NO_STYLE)
+DIGITS = Canvas(
+    tuple(digits.STYLES), tuple(digits.CONTENTS), _of_digits, "digits", untold=digits.UNNAMED
+)
+
+
+def asked(canvas: Canvas, seeds: Sequence[int], _: Mapping[str, Path]) -> list[Asked]:
     """The grid, in the published order for each seed."""
     return [
-        Asked(
-            f"A {thing} image in {style.replace('_', ' ')} style.", seed,
-            of={"style": style, "object": thing},
-        )
-        for seed, style, thing in product(seeds, STYLES, OBJECTS)
-    ]  # fmt: skip
+        Asked(canvas.prompt(style, thing), seed, of={"style": style, "object": thing})
+        for seed, style, thing in product(seeds, canvas.styles, canvas.objects)
+    ]
 
 
-def count(seen: Seen) -> dict[str, Any]:
+def count(canvas: Canvas, more: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
     """UA: 1 - accuracy on the target; IRA: accuracy on the others of its kind; CRA: accuracy of the
     other kind, over all cells. Means are over classes, each of as many pictures."""
-    own, cross = ("style", "object") if seen.forget[0] in STYLES else ("object", "style")
+    own, cross = ("style", "object") if seen.forget[0] in canvas.styles else ("object", "style")
 
     def hit(kind: str, observed: str, asked: Asked) -> bool:
         return observed == asked.of[kind]
 
     def kept(asked: Asked, but: Sequence[str] = ()) -> bool:
-        return asked.of["style"] != NO_STYLE and asked.of[own] not in but
+        return asked.of["style"] != canvas.no_style and asked.of[own] not in but
 
     def gone(asked: Asked) -> bool:
         return asked.of[own] in seen.forget
@@ -46,19 +80,25 @@ def count(seen: Seen) -> dict[str, Any]:
     def of(kind: str, name: str, asked: Asked) -> bool:
         return asked.of[kind] == name
 
-    judge = {kind: f"unlearncanvas-{kind}" for kind in KINDS}
+    kinds = {"style": canvas.styles, "object": canvas.objects}
+    judge = {kind: f"{canvas.judge}-{kind}" for kind in kinds}
     return {
         "ua": seen.mean(judge[own], lambda o, a: not hit(own, o, a), gone),
         "ira": seen.mean(judge[own], partial(hit, own), partial(kept, but=seen.forget)),
         "cra": seen.mean(judge[cross], partial(hit, cross), kept),
-        "fid_unlearncanvas": not_computed(
-            "torchvision's Inception on OpenCV's resize, against the data set, is not built in"
-        ),
+        **more,
         **{
             f"accuracy/{name}": seen.mean(judge[kind], partial(hit, kind), partial(of, kind, name))
-            for kind, names in KINDS.items() for name in names
+            for kind, names in kinds.items() for name in names
         },
     }  # fmt: skip
+
+
+NO_FID = {
+    "fid_unlearncanvas": not_computed(
+        "torchvision's Inception on OpenCV's resize, against the data set, is not built in"
+    )
+}
 
 
 def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
@@ -68,11 +108,11 @@ def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
         source="OPTML-Group/UnlearnCanvas@920cfd1:machine_unlearning/evaluation/"
         "{sampling_unlearned_models/uce,quantitative/accuracy}.py",
         sampling=Sampling(sampler="lms", steps=100, guidance=9.0, dtype="float16"),
-        asked=partial(asked, seeds),
+        asked=partial(asked, CANVAS, seeds),
         images=len(STYLES) * len(OBJECTS) * len(seeds),
-        judges={f"unlearncanvas-{kind}": LARGE for kind in KINDS},
-        count=count,
-        targets=one_of(tuple(n for n in (*STYLES, *OBJECTS) if n != NO_STYLE), "style or object"),
+        judges={f"unlearncanvas-{kind}": LARGE for kind in ("style", "object")},
+        count=partial(count, CANVAS, NO_FID),
+        targets=one_of(CANVAS.targets(), "style or object"),
         saved="jpeg",
         notes=(
             "sampling is that of uce.py; the scripts of the other methods draw by CompVis's DDIM "
@@ -85,4 +125,31 @@ def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
     )
 
 
-PROTOCOLS = (_protocol("unlearncanvas", SEEDS), _protocol("unlearncanvas-seed188", SEEDS[:1]))
+def _digits(name: str, seeds: Sequence[int]) -> Protocol:
+    return Protocol(
+        name=name,
+        title=f"UnlearnCanvas in small: 6 styles x 10 digits x {len(seeds)} seeds of the world of "
+        "digits in styles, for each target",
+        source="unlearncanvas@protocols/unlearncanvas.py, in ebu_optim.worlds.styled_digits",
+        sampling=Sampling(sampler="ddim", steps=20, guidance=3.0, size=32),
+        asked=partial(asked, DIGITS, seeds),
+        needs={
+            "digits-judges": "the judges of that world: the folder that "
+            "examples/stable_diffusion/world/judges.py makes"
+        },
+        images=len(DIGITS.styles) * len(DIGITS.objects) * len(seeds),
+        judges={f"digits-{kind}": "" for kind in ("style", "object")},
+        count=partial(count, DIGITS, {}),
+        targets=one_of(DIGITS.targets(), "digit, or style that a prompt must name"),
+        notes=(
+            f"{DIGITS.untold}, which every prompt without a style asks for, counts among the kept "
+            "and is no target",
+            "a table is the mean over 5 styles or 10 digits, each unlearned by itself",
+        ),
+    )
+
+
+PROTOCOLS = (
+    _protocol("unlearncanvas", SEEDS), _protocol("unlearncanvas-seed188", SEEDS[:1]),
+    _digits("unlearncanvas-digits", SEEDS), _digits("unlearncanvas-digits-seed188", SEEDS[:1]),
+)  # fmt: skip

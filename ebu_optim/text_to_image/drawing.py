@@ -40,14 +40,18 @@ def draw(
         options: of the pipeline: num_inference_steps, guidance_scale, ...
     """
     for i in tqdm(range(0, len(texts), batch), "drawing"):
-        sources = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
         if noise is not None:
-            options["latents"] = torch.cat([noise(i + k) for k in range(len(sources))])
-        with torch.no_grad():
-            x = pipe(
-                prompt=list(texts[i : i + batch]), generator=sources, output_type="pt", **options
-            ).images
-        yield from x.float().cpu()
+            rows = range(i, min(i + batch, len(texts)))
+            options["latents"] = torch.cat([noise(k) for k in rows])
+        yield from together(pipe, texts[i : i + batch], seeds[i : i + batch], **options)
+
+
+@torch.no_grad()
+def together(pipe: Any, texts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
+    """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, of one call of the pipeline."""
+    sources = [torch.Generator().manual_seed(s) for s in seeds]
+    x = pipe(prompt=list(texts), generator=sources, output_type="pt", **options).images
+    return x.float().cpu()
 
 
 def save(x: Tensor, file: Path, whose: str, remedy: str, said: Mapping[str, str] = {}) -> None:

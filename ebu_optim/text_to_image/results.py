@@ -89,6 +89,15 @@ def part(folder: Path) -> str | None:
     return next((f for f in (*CHANGED, LORA) if (folder / f).is_file()), None)
 
 
+def erases_by_prompt(folder: Path) -> bool:
+    """Whether a folder holds an SPM adapter, which is scaled for each prompt (see `transport`)."""
+    try:
+        said = json.loads((folder / "unlearn.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return part(folder) == LORA and said.get("method") == "spm"
+
+
 def named_base(name: str) -> str:
     """Of which model the folder `name` holds the changes, as its ``unlearn.json`` says."""
     try:

@@ -50,13 +50,18 @@ def load(pipe: Any, folders: list[Path]) -> list[Erased]:
     return found
 
 
-def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
-    """Scale the pipeline's adapters for a prompt; m of each."""
-    m = transport(
+def strengths(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
+    """m of each adapter for a prompt."""
+    return transport(
         _embedding(pipe, prompt),
         words(prompt, pipe.tokenizer),
         [(e.embedding, e.tokens) for e in erased],
     )
+
+
+def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
+    """Scale the pipeline's adapters for a prompt; m of each."""
+    m = strengths(pipe, erased, prompt)
     pipe.set_adapters([e.name for e in erased], m)
     return m
 

@@ -1,0 +1,139 @@
+"""The options of `ebu evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import InputError
+from ..text_to_image.pipelines import Model
+from ..training.options import at_least, option
+from .judges import ONE_FILE
+from .named import named
+from .protocol import Protocol, Sampling
+
+#: Options of a model in one file, for one that is none.
+_NOT_A_FILE = dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Model):
+    """Which models, by which protocols.
+
+    Raises:
+        InputError: protocols, files or changes that are none; what is forgotten is none of theirs.
+    """
+
+    group: ClassVar[str] = "model"
+
+    pretrained_model_name_or_path: list[str] = option(  # type: ignore[assignment]
+        positional="MODEL", nargs="*",
+        help="hub ids, folders, .safetensors files, folders of changed tensors or a LoRA",
+    )  # fmt: skip
+    base: str | None = option(
+        None, help="the model before: drawn beside, and what changes and LoRAs are put into"
+    )
+    protocol: list[str] = option(help="names, see docs/protocols.md")
+    forget: list[str] = option([], help="what is to be gone: a style, a class, an artist")
+    files: list[str] = option(
+        [], metavar="NAME=FILE", help="prompt lists and judges' weights that a protocol asks for"
+    )
+    change: list[str] = option(
+        [], metavar="KEY=VALUE",
+        help="of the sampling: sampler, steps, guidance, size, noise, dtype; the label says it",
+    )  # fmt: skip
+    first: int | None = option(None, help="only so many pictures of each; the label says it")
+    sample_batch_size: int = option(4)
+    output_dir: Path = option(flag=("-o", "--output_dir"))
+    plan: bool = option(False, help="say what will be drawn and what it costs; do nothing")
+
+    @cached_property
+    def protocols(self) -> list[Protocol]:
+        """With the changes."""
+        values = changes(self.change)
+        if self.resolution is not None:
+            values["size"] = self.resolution
+        return [
+            replace(p, sampling=replace(p.sampling, **values))
+            for p in map(named, dict.fromkeys(self.protocol))
+        ]
+
+    @cached_property
+    def given(self) -> dict[str, Path]:
+        """--files by name."""
+        pairs = [word.partition("=") for word in self.files]
+        return {name: Path(file) for name, _, file in pairs}
+
+    def models(self) -> dict[str, Model]:
+        """By name; the base first."""
+        names = dict.fromkeys([*filter(None, [self.base]), *self.pretrained_model_name_or_path])
+        own = {f.name: getattr(self, f.name) for f in fields(Model)} | {"resolution": None}
+        found = {}
+        for name in names:
+            mine = {**own, "pretrained_model_name_or_path": name}
+            if not Path(name).is_file():
+                mine |= _NOT_A_FILE
+            if Path(name).exists():
+                mine |= {"revision": None}
+            found[name] = Model(**mine)
+        return found
+
+    def __post_init__(self) -> None:
+        if not self.models():
+            raise InputError("MODEL: name a model, or the --base alone")
+        at_least(self, 1, "first", "sample_batch_size")
+        files = [(*p.needs, *(ONE_FILE.get(j, j) for j in p.judges)) for p in self.protocols]
+        known = {name for several in files for name in several}
+        for name, file in self.given.items():
+            if name not in known:
+                raise InputError(
+                    f"--files {name}=...: these protocols read {', '.join(sorted(known))}"
+                )
+            if not file.exists():
+                raise InputError(f"--files {name}={file}: there is no such file")
+        for p in self.protocols:
+            p.targets(self.forget)
+            if p.sampling.noise == "cuda" and not torch.cuda.is_available():
+                raise InputError(
+                    f"--protocol {p.name} takes its noise from a CUDA generator, and this machine "
+                    "has none: --change noise=cpu draws other pictures, and its label says so"
+                )
+            for name, what in p.needs.items():
+                if name not in self.given:
+                    raise InputError(f"--protocol {p.name} needs {what}: give --files {name}=FILE")
+
+
+def changes(words: Sequence[str]) -> dict[str, Any]:
+    """--change as fields of `Sampling`.
+
+    Raises:
+        InputError: an unknown key, a value that cannot be.
+    """
+    choices = {
+        "sampler": ("lms", "ddim", "pndm", "dpm"), "noise": ("cpu", "cuda"),
+        "dtype": ("float32", "float16"),
+    }  # fmt: skip
+    known = [f.name for f in fields(Sampling)]
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise InputError(f"--change {word!r}: there is {', '.join(known)}, as KEY=VALUE")
+        if name in choices:
+            if value not in choices[name]:
+                raise InputError(f"--change {word!r}: there is {', '.join(choices[name])}")
+            found[name] = value
+            continue
+        try:
+            number = float(value) if name == "guidance" else int(value)
+        except ValueError as error:
+            raise InputError(f"--change {word!r}: {value!r} is no number") from error
+        if number < (0 if name == "guidance" else 1):
+            raise InputError(f"--change {word!r} is too small")
+        found[name] = number
+    return found
