@@ -215,7 +215,7 @@ def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(a
     m, model = module("model"), attack.model
     before, known = state(model), dict(model.tokenizer.get_vocab())
     (initial,) = m.initial_words(model, [], 0).values()
-    vectors, losses = attack.learn(initial, 0.05, [20, 40])
+    vectors, losses = module("textual_inversion").learn(attack, initial, 0.05, [20, 40])
     assert len(losses) == 40
     assert set(vectors) == {20, 40}
     assert same(before, state(model))

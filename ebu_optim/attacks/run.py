@@ -5,9 +5,11 @@
         --base_model outputs/world/pipeline --forget seven --judge world --judges outputs/judges \\
         --output_dir outputs/without_seven_attacked
 
-Three attacks: the prompt in other words; a new word learned against the frozen model on pictures
-of the target (textual inversion); the UNet fine-tuned on these (relearning). Every look draws the
-same prompts from the same noise. `attacks.json` in the output folder is written last; each attack
+The prompt in other words; a new word learned against the frozen model on pictures of the target
+(textual inversion); the UNet fine-tuned on these (relearning). With --attacks also cce, a word as
+"Circumventing Concept Erasure" learns it; unlearndiffatk, tokens before the prompt; tina, inversion
+without a text; lora_relearn, a LoRA from ten pictures. Every look draws the same prompts from the
+same noise. `attacks.json` in the output folder is written last; each attack
 is kept in `parts` when it is done, and the same command goes on after a kill.
 """
 
@@ -41,7 +43,7 @@ OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "ta
 SMALL = {
     "num_inference_steps": (10, 50), "guidance_scale": (3.0, None), "sample_batch_size": (64, 4),
     "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
-    "inversion_learning_rates": ([3e-3], [5e-3]),
+    "inversion_learning_rates": ([3e-3], [5e-3]), "lora_learning_rate": (1e-3, 1e-4),
 }  # fmt: skip
 SHOWN = 8  # pictures in a row
 #: Options that change no figure.
@@ -62,7 +64,11 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     base_model: str | None = option(
         None, help="before unlearning; default: the one that unlearn.json names"
     )
-    attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(list(attacks.ATTACKS))
+    attacks: list[
+        Literal[
+            "paraphrase", "inversion", "relearn", "cce", "unlearndiffatk", "tina", "lora_relearn"
+        ]
+    ] = option(list(attacks.USUAL))  # fmt: skip
     instance_data_dir: Path | None = option(
         None, help="pictures of the target; default: the base's own"
     )
@@ -77,6 +83,12 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
         "embedding, a run from each: another word of the concept, a neighbour")  # fmt: skip
     relearn_max_steps: int = option(50)
     relearn_learning_rate: float | None = option(None)
+    cce_steps: int = option(1000, help="published: 5000")
+    unlearndiffatk_timesteps: int = option(50, help="of a search; fewer are another attack")
+    unlearndiffatk_iterations: int = option(40, help="at each of them")
+    tina_steps: int = option(50, help="of DDIM, there and back")
+    tina_refinements: int = option(25, help="of each step there")
+    lora_learning_rate: float | None = option(None, help="of lora_relearn")
     train_batch_size: int | None = option(None, help="of inversion and relearning")
     num_inference_steps: int | None = option(
         None, help="DDIM; default: 10 in the world, 50 elsewhere"
@@ -98,10 +110,14 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
 
     def __post_init__(self) -> None:
         for name in ("target_images", "attack_images", "inversion_steps", "relearn_max_steps",
-                     "train_batch_size", "num_inference_steps", "sample_batch_size"):  # fmt: skip
+                     "train_batch_size", "num_inference_steps", "sample_batch_size", "cce_steps",
+                     "unlearndiffatk_timesteps", "unlearndiffatk_iterations",
+                     "tina_steps"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name} must be >= 1; got {value}")
-        for name in ("relearn_learning_rate", "inversion_learning_rates"):
+        if self.tina_refinements < 0:
+            raise InputError(f"--tina_refinements must be >= 0; got {self.tina_refinements}")
+        for name in ("relearn_learning_rate", "inversion_learning_rates", "lora_learning_rate"):
             value = getattr(self, name)
             if value is not None and not min(value if isinstance(value, list) else [value]) > 0:
                 raise InputError(f"--{name} must be > 0; got {value}")
@@ -121,8 +137,9 @@ def attack(config: AttackOptions) -> None:
             f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
             f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
         )
-    if "inversion" in args.attacks and (why := looked.family.no_new_word):
-        raise InputError(f"--attacks inversion: not with {looked.family.name}: {why}")
+    for name in ("inversion", "cce"):
+        if name in args.attacks and (why := looked.family.no_new_word):
+            raise InputError(f"--attacks {name}: not with {looked.family.name}: {why}")
     args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)
@@ -234,9 +251,9 @@ def write(
         temporary.write_text(json.dumps(result, indent=1))
     print(f"P_f of the base {found['target'].values['p_f']['value']:.3f}; of what was unlearned:")
     for name, value in values.items():
-        if name == "relearn_steps":
+        if name.endswith("relearn_steps"):
             n = f"{value['steps']:.1f}" if value["reached"] else f"more than {value['within']}"
-            print(f"  steps until half of the base's P_f: {n}")
+            print(f"  {name}, until half of the base's P_f: {n}")
         else:
             print(f"  {name}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
     print(f"see {args.output_dir / 'attacks.json'} and pictures.png (rows: {', '.join(names)})")

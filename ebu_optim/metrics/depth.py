@@ -11,7 +11,7 @@ not used and may be None.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -23,6 +23,10 @@ from ..diffusion.losses import denoising_loss
 from ..modules import copied, evaluating
 
 Loss = Callable[[Any, Tensor, Tensor, torch.Generator], Tensor]
+#: What is learned -> its optimizer.
+Optimized = Callable[[list[Tensor]], torch.optim.Optimizer]
+#: A copy of the model -> what of it is trained; layers may be added to it.
+Trained = Callable[[Any], Iterable[nn.Parameter]]
 
 
 @contextmanager
@@ -82,12 +86,14 @@ def learn_embeddings(
     batch_size: int = 32,
     seed: int = 0,
     loss: Loss | None = None,
+    optimizer: Optimized | None = None,
 ) -> dict[int, Tensor]:
     """:func:`learn_embedding` at several numbers of steps, from one run of the longest.
 
     Args:
         at: numbers of steps, each >= 0.
         loss: of a model of another kind, see the top of this module.
+        optimizer: of the vector; None: Adam with `lr`.
 
     Returns:
         number of steps -> the (d,) vector then, bit for bit that of a run of so many steps.
@@ -99,7 +105,7 @@ def learn_embeddings(
     g = torch.Generator().manual_seed(seed)
     device = embedding.weight.device
     vector = embedding.weight.detach().float().mean(dim=0).requires_grad_()
-    optimizer = torch.optim.Adam([vector], lr=lr)
+    made = torch.optim.Adam([vector], lr=lr) if optimizer is None else optimizer([vector])
     frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
@@ -117,9 +123,9 @@ def learn_embeddings(
                     break
                 x = images[torch.randint(len(images), (batch_size,), generator=g)].to(device)
                 labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-                optimizer.zero_grad()
+                made.zero_grad()
                 attack_loss(model, x, labels, g).backward()
-                optimizer.step()
+                made.step()
     finally:
         for p in frozen:
             p.requires_grad_(True)
@@ -165,10 +171,14 @@ def relearning(
     batch_size: int = 32,
     seed: int = 0,
     loss: Loss | None = None,
+    trained: Trained | None = None,
 ) -> Iterator[nn.Module]:
     """The copy of :func:`relearn` after 0, 1, 2, ... steps, in eval mode, without an end.
 
     It is one and the same module every time: measure it, or copy it, before asking for the next.
+
+    Args:
+        trained: what of the copy learns; None: all of it.
     """
     _real(images, batch_size)
     _known(model, label)
@@ -176,7 +186,8 @@ def relearning(
     g = torch.Generator().manual_seed(seed)
     student = copied(model).eval().requires_grad_(True)
     device = next(student.parameters()).device
-    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+    learning = student.parameters() if trained is None else trained(student)
+    optimizer = torch.optim.Adam(learning, lr=lr)
     while True:
         yield student
         student.train()
