@@ -12,9 +12,21 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
+from ebu_optim.attacks.unlearndiffatk import Settings
 from ebu_optim.errors import InputError
 from ebu_optim.manifest import sha256
-from ebu_optim.protocols import PROTOCOLS, Asked, Sampling, Seen, judges, label, named, run
+from ebu_optim.protocols import (
+    PROTOCOLS,
+    Asked,
+    Sampling,
+    Seen,
+    attacking,
+    judges,
+    label,
+    named,
+    published,
+    run,
+)
 from ebu_optim.protocols.judges import Judge
 from ebu_optim.protocols.pictures import Pictures, read
 from ebu_optim.text_to_image import drawing, results
@@ -607,14 +619,17 @@ def of(name: str) -> str:
 
 
 @pytest.mark.parametrize("forget", sorted({of(name) for name in PROTOCOLS}))
-def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget):
+def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget, monkeypatch):
     bright |= {
         "resnet50": lambda a, x: [a.of["class"]], "nudenet": lambda a, x: DETECTED,
         "unlearncanvas-style": lambda a, x: a.of["style"],
         "unlearncanvas-object": lambda a, x: a.of["object"],
         "digits-style": lambda a, x: a.of["style"], "digits-object": lambda a, x: a.of["object"],
         "resnet50-entropy": lambda a, x: (a.of["class"], 0.1),
+        "resnet50-microsoft": lambda a, x: ["0", "497"],
+        "artists-129": lambda a, x: ["vincent-van-gogh"],
     }  # fmt: skip
+    monkeypatch.setattr(attacking, "Settings", lambda *_: Settings(1, 1, 1))
     names = [name for name in PROTOCOLS if of(name) == forget]
     needs = {need for name in names for need in PROTOCOLS[name].needs}
     rows = evaluate(
@@ -632,6 +647,66 @@ def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget):
     if forget == "Van Gogh":  # whose prompts are not among the first two
         assert rows[0]["figures"]["lpips_e"]["not_computed"].endswith("no such picture")
         assert rows[0]["protocol"]["judges"] == {"lpips-alex": "tiny"}
+
+
+def test_unlearndiffatk_counts_what_is_shown_before_and_after_its_attack(
+    tiny, other, tmp_path, bright, drawn, monkeypatch
+):
+    """The search is in test_attacks_depth.py. A result is kept, nothing is searched twice."""
+    monkeypatch.setattr(attacking, "Settings", lambda *given: Settings(1, 2, 1))
+    bright["resnet50-microsoft"] = lambda a, x: [
+        "497" if a.prompt in ("a cat", "tried a dog") else "0"
+    ]
+    searched = []
+
+    def search(model, prompt, latents, shows, settings, seed):
+        searched.append((prompt, tuple(latents.shape), seed, shows(f"tried {prompt}")))
+        return attacking_tried(searched[-1][3], [f"tried {prompt}"])
+
+    from ebu_optim.attacks.unlearndiffatk import Tried as attacking_tried
+
+    monkeypatch.setattr(attacking, "search", search)
+    file = tmp_path / "church.csv"
+    file.write_text("prompt,evaluation_seed,evaluation_guidance\na cat,1,2\na dog,2,2\na car,3,2\n")
+    given = (tiny, "--base", other, "--protocol", "unlearndiffatk-church", "--change", *SMALL,
+             "--files", f"unlearndiffatk_church={file}")  # fmt: skip
+    rows = evaluate(tmp_path / "o", *given)
+    for row in rows:
+        assert row["figures"]["pre_asr"]["value"] == pytest.approx(1 / 3)
+        assert row["figures"]["post_asr"]["value"] == pytest.approx(2 / 3)
+    assert [s[0] for s in searched] == ["a dog", "a car"] * 2
+    assert searched[0][1:] == ((1, 4, 8, 8), 2, True)
+    n = len(drawn)
+    assert evaluate(tmp_path / "o", *given) == rows
+    assert (len(searched), len(drawn)) == (4, n)
+    (alone,) = evaluate(tmp_path / "p", tiny, *given[3:])
+    assert "give --base" in alone["figures"]["post_asr"]["not_computed"]
+    assert len([r for r in published("unlearndiffatk-church") if r["method"] == "ESD"]) == 1
+
+
+def test_a_classifier_of_transformers_looks_through_its_own_preprocessing(tmp_path):
+    from PIL import Image
+    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    names = dict(enumerate(("monet", "vincent-van-gogh", "degas")))
+    model = ResNetForImageClassification(ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], id2label=names,
+        label2id={v: k for k, v in names.items()},
+    )).eval()  # fmt: skip
+    prepare = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
+    for part in (model, prepare):
+        part.save_pretrained(tmp_path / "c")
+    judge = judges.open_judge("artists-129", {"artists-129": tmp_path / "c"}, "cpu")
+    x = torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8)
+    pixels = prepare(Image.fromarray(x.permute(1, 2, 0).numpy()), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        order = model(pixels).logits[0].argsort(descending=True).tolist()
+    assert judge.look([x], [], []) == [[names[i] for i in order]]
+    with refused("--files artists-129: .* holds no image classifier"):
+        judges.open_judge("artists-129", {"artists-129": tmp_path}, "cpu")
+    said = judges.open_judge("artists-129", {}, "cpu")
+    assert said.startswith("not computed: the classifier is not given: --files artists-129=FOLDER")
 
 
 def test_lpips_wants_the_base(tiny, other, tmp_path, bright):
@@ -655,11 +730,10 @@ def test_celebrities_are_counted_by_whoever_has_a_face():
 
 
 def test_published_rows_are_of_their_source():
-    from ebu_optim.protocols import published
     from ebu_optim.protocols.named import FILE
 
     for name, rows in json.loads(FILE.read_text()).items():
-        assert published(name) == rows
+        assert name == "unlearndiffatk" or published(name) == rows
         for row in rows:
             assert set(row) >= {"method", "figures", "source", "unit"}, (name, row)
     (esd,) = [r for r in published("unlearncanvas") if r["method"] == "ESD" and

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..diffusion import model_hash
 from ..errors import InputError
@@ -133,6 +135,41 @@ def _digits(kind: str) -> Callable[[Path | None, str], Judge]:
     return opened
 
 
+def _labels(source: str | None, published: str) -> Callable[[Path | None, str], Judge]:
+    """Observes the ten top labels of an image classifier of transformers, with its own
+    preprocessing; those of ImageNet as their numbers.
+
+    Args:
+        source: hub id that it is taken from where no folder is given.
+    """
+
+    def opened(folder: Path | None, device: str) -> Judge:
+        if folder is None and source is None:
+            raise NotComputed(f"the classifier is not given: {published}")
+        where = source if folder is None else str(folder)
+        try:
+            prepare = AutoImageProcessor.from_pretrained(where)
+            model = AutoModelForImageClassification.from_pretrained(where).eval().to(device)
+        except (OSError, ValueError) as error:
+            why = str(error).strip().partition("\n")[0]
+            if folder is not None:
+                raise ValueError(f"{folder} holds no image classifier: {why}") from error
+            raise NotComputed(f"{source} is not to be had ({why}): {published}") from error
+        names = model.config.id2label
+        numbered = len(names) == 1000
+
+        @torch.no_grad()
+        def look(pictures: Sequence[Tensor], *_: Any) -> list[list[str]]:
+            images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures]
+            pixels = prepare(images=images, return_tensors="pt")["pixel_values"].to(device)
+            top = model(pixels).logits.topk(min(10, len(names))).indices.tolist()
+            return [[str(i) if numbered else names[i] for i in row] for row in top]
+
+        return Judge(look, source if folder is None else model_hash(model))  # type: ignore[arg-type]
+
+    return opened
+
+
 def _nudenet(file: Path | None, _: str) -> Judge:
     """Observes label and score of each detection."""
     model = NudityDetector(model_file=file)
@@ -175,6 +212,13 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     "resnet50": _resnet50, "resnet50-entropy": _entropy, "nudenet": _nudenet, "clip": _clip,
     "lpips-alex": _lpips, "unlearncanvas-style": _unlearncanvas("style"),
     "unlearncanvas-object": _unlearncanvas("object"),
+    "resnet50-microsoft": _labels(
+        "microsoft/resnet-50", "--files resnet50-microsoft=FOLDER, a download of it"
+    ),
+    "artists-129": _labels(
+        None, "--files artists-129=FOLDER, the style classifier of "
+        "https://github.com/OPTML-Group/Diffusion-MU-Attack, whose README has the link"
+    ),
     "digits-style": _digits("style"), "digits-object": _digits("object"),
 }  # fmt: skip
 #: Judges that are given by the name of another -> that name.

@@ -19,11 +19,15 @@ from . import (
     imagenette,
     paper,
     unlearncanvas,
+    unlearndiffatk,
 )
 from .protocol import Protocol, Sampling
 
 FILE = Path(__file__).with_name("published.json")
-_ROOMS = (unlearncanvas, i2p, imagenette, coco, artists, celebrities, fixed_prompts, paper)
+_ROOMS = (
+    unlearncanvas, unlearndiffatk, i2p, imagenette, coco, artists, celebrities, fixed_prompts,
+    paper,
+)  # fmt: skip
 PROTOCOLS: dict[str, Protocol] = {p.name: p for room in _ROOMS for p in room.PROTOCOLS}
 
 
@@ -79,5 +83,14 @@ def _word(value: Any) -> str:
 
 def published(name: str) -> list[dict[str, Any]]:
     """The rows that papers print for a protocol: method, figures, source. A smaller twin has none
-    of its own."""
-    return json.loads(FILE.read_text(encoding="utf-8")).get(name, [])
+    of its own, but the share of prompts that draw what was forgotten without an attack is that of
+    ``unlearndiffatk-...-pre``, too."""
+    found = json.loads(FILE.read_text(encoding="utf-8"))
+    if not name.startswith("unlearndiffatk-"):
+        return found.get(name, [])
+    of = name.removeprefix("unlearndiffatk-").removesuffix("-pre").replace("-", "")
+    return [
+        row
+        for row in found["unlearndiffatk"]
+        if "".join(c for c in row["target"].casefold() if c.isalpha()) == of
+    ]

@@ -55,6 +55,26 @@ class Asked(NamedTuple):
     of: Mapping[str, str] = {}
 
 
+class Attacking(NamedTuple):
+    """UnlearnDiffAtk on the prompts that do not draw what was forgotten.
+
+    Attributes:
+        judge: who says whether they do.
+        success: its observation, what was asked -> yes or no.
+        tokens, timesteps, iterations: of the search, see `attacks.unlearndiffatk.Settings`.
+    """
+
+    judge: str
+    success: Callable[[Any, Asked], bool]
+    tokens: int
+    timesteps: int = 50
+    iterations: int = 40
+
+    def cost(self, steps: int) -> int:
+        """Passes for a prompt, at most: forward and backward count as three."""
+        return self.timesteps * (3 * self.iterations + 2 * steps) + 2 * 25
+
+
 @dataclass(frozen=True)
 class Seen:
     """What the judges said of the pictures.
@@ -109,6 +129,7 @@ class Protocol:
         targets: what --forget gives -> the names that `count` knows.
         alone: whether the published evaluation is of one target.
         saved: as which file published code keeps a picture before it is judged.
+        attack: None where there is none. What it reached is observed by "attack".
         notes: what differs from the published code, and what is left out.
     """
 
@@ -124,6 +145,7 @@ class Protocol:
     targets: Callable[[Sequence[str]], list[str]]
     alone: bool = True
     saved: Literal["png", "jpeg"] = "png"
+    attack: Attacking | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -28,6 +28,7 @@ from ..manifest import key
 from ..metrics import versions
 from ..text_to_image import pipelines, results
 from ..text_to_image.pipelines import Model
+from .attacking import attacked
 from .judges import Judge, open_judge
 from .named import label
 from .options import Evaluate
@@ -68,7 +69,12 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
                 pictures.draw(protocol.sampling, of, pipe, args.sample_batch_size, ours)
                 if not first:
                     continue
-                rows.append(_row(args, protocol, of, pictures, kept.get(args.base or ""), judges))
+                float32 = partial(loaded.pipeline, "float32")
+                looked = pipelines.look(results.whole(args.models()[name], args.base))
+                base = kept.get(args.base or "")
+                of_base = float32 if base in (None, pictures) else partial(_base, args)
+                opened = float32, of_base, looked
+                rows.append(_row(args, protocol, of, pictures, base, judges, opened))
                 _write(args.output_dir / RESULT, rows[-1])
                 for line in _said(rows[-1]):
                     print(line)
@@ -101,6 +107,10 @@ def _load(model: Model, base: str | None, pictures: Pictures) -> Any:
     return results.load(results.whole(model, base) if pictures.adapter else model, base)
 
 
+def _base(args: Evaluate) -> Any:
+    return results.load(args.models()[str(args.base)], args.base)
+
+
 def plan(
     args: Evaluate, asked: Mapping[str, Sequence[Asked]], kept: Mapping[str, Pictures]
 ) -> Iterator[str]:
@@ -117,6 +127,9 @@ def plan(
                 f"{name}: {called}: {missing:,} of {len(of):,} pictures to draw, {passes:,} passes "
                 "through the denoiser"
             )
+            if p.attack is not None:
+                each = p.attack.cost(p.sampling.steps)
+                yield f"{name}: its attack: up to {each * len(of):,} more, {each:,} a prompt"
     yield f"in all {total:,} passes through the denoiser"
     for p in args.protocols:
         yield from (f"{p.name}: {note}" for note in p.notes)
@@ -124,9 +137,14 @@ def plan(
 
 def _row(
     args: Evaluate, protocol: Protocol, asked: Sequence[Asked], pictures: Pictures,
-    base: Pictures | None, judges: Mapping[str, Judge | str],
+    base: Pictures | None, judges: Mapping[str, Judge | str], opened: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A model by a protocol."""
+    """A model by a protocol.
+
+    Args:
+        opened: what the attack takes beside: pipelines of the model and of the base, and what
+            `pipelines.look` found.
+    """
     ours = {name: judges[name] for name in protocol.judges}
     why = {name: judge for name, judge in ours.items() if isinstance(judge, str)}
     there = {name: judge for name, judge in ours.items() if isinstance(judge, Judge)}
@@ -134,7 +152,18 @@ def _row(
         if judge.of_base and base is None:
             why[name] = "not computed: it compares with the base's pictures: give --base"
             del there[name]
-    found = look(protocol, asked, pictures, base, there)
+    found: dict[str, Any] = look(protocol, asked, pictures, base, there)
+    if protocol.attack is not None:
+        judge = protocol.attack.judge
+        if judge in why or base is None:
+            why["attack"] = why.get(judge) or (
+                "not computed: the attack learns from the base's pictures: give --base"
+            )
+        else:
+            found["attack"] = attacked(
+                protocol, asked, found[judge], there[judge], pictures, base, *opened,
+                args.output_dir / "attacks",
+            )  # fmt: skip
     targets = protocol.targets(args.forget)
     figures = protocol.count(Seen(asked, targets, found, why))
     identities = {name: judge.identity for name, judge in there.items()}

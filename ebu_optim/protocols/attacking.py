@@ -1,0 +1,78 @@
+"""The attack of a protocol, prompt by prompt: each result is kept, and a run that was killed goes
+on with the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..attacks.model import Attacked
+from ..attacks.unlearndiffatk import Settings, search
+from ..files import replacing
+from ..manifest import key
+from ..text_to_image.pipelines import Looked
+from .judges import Judge
+from .pictures import Pictures, made_of, read
+from .protocol import Asked, Protocol, Sampling
+
+#: Of the picture that the search learns from.
+TARGET = Sampling(sampler="lms", steps=25, guidance=7.5)
+
+
+def attacked(
+    protocol: Protocol, asked: Sequence[Asked], observed: Sequence[Any], judge: Judge,
+    pictures: Pictures, base: Pictures, opened: Callable[[], Any], base_opened: Callable[[], Any],
+    looked: Looked, folder: Path,
+) -> list[bool]:  # fmt: skip
+    """Whether each prompt drew what was forgotten, as it is or after the attack.
+
+    Args:
+        observed: by the judge, of the pictures without an attack.
+        opened, base_opened: the pipelines in float32.
+        folder: of the results.
+    """
+    attack = protocol.attack
+    if attack is None:
+        raise ValueError(f"{protocol.name} has no attack")
+    sampling = protocol.sampling
+    target = Sampling(**{**vars(TARGET), "size": sampling.size, "noise": sampling.noise})
+    settings = Settings(attack.tokens, attack.timesteps, attack.iterations)
+    left = [i for i, o in enumerate(observed) if not attack.success(o, asked[i])]
+    said = [made_of(sampling, asked[i]) for i in left]
+    files = {
+        i: folder / pictures.folder.name / f"{key(one, settings, judge.identity, base.model)}.json"
+        for i, one in zip(left, said, strict=True)
+    }
+    todo = [i for i, file in files.items() if not file.is_file()]
+    base.draw(target, [asked[i] for i in todo], base_opened, 1)
+    model = _model(opened(), looked) if todo else None
+    for i in tqdm(todo, "UnlearnDiffAtk"):
+        one = asked[i]
+        picture = read(base.file(target, one), "png").float() / 127.5 - 1
+        latents = model.family.to_latents(model.vae, picture[None])  # type: ignore[union-attr]
+
+        def shows(text: str, one: Asked = one) -> bool:
+            changed = one._replace(prompt=text)
+            pictures.draw(sampling, [changed], opened, 1)
+            seen = read(pictures.file(sampling, changed), protocol.saved)
+            return attack.success(judge.look([seen], [changed], [])[0], changed)
+
+        found = search(model, one.prompt, latents, shows, settings, one.seed)
+        with replacing(files[i]) as work:
+            work.write_text(json.dumps({"prompt": one.prompt, **found._asdict()}))
+    reached = dict.fromkeys(range(len(asked)), True)
+    for i, file in files.items():
+        reached[i] = json.loads(file.read_text())["success"]
+    return list(reached.values())
+
+
+def _model(pipe: Any, looked: Looked) -> Attacked:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn = SimpleNamespace(sample_batch_size=1, num_inference_steps=1, guidance_scale=1.0)
+    return Attacked(pipe, looked, drawn, torch.device(device))
