@@ -299,12 +299,27 @@ PLACES = {
 }
 
 
+STEPWISE = [*SMALL, "--checkpointing_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """The folder of a run that nothing interrupts."""
+    place = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EBU_OPTIM_CACHE", str(place / "cache"))
+        file, base = made["sd1"]
+        argv = [file, *REQUEST, "--architecture", base, *STEPWISE, "-o", place / "one"]
+        assert run("forget", *argv) == 0
+    return place
+
+
 @pytest.mark.parametrize("moment", PLACES)
-def test_interrupted_at_any_time_it_goes_on_to_the_same_bytes(moment, made, capsys):
-    file, base = made["sd1"]
-    argv = ["forget", file, *REQUEST, "--architecture", base, *SMALL,
-            "--checkpointing_steps", "1"]  # fmt: skip
-    assert run(*argv, "-o", "whole/one") == 0
+def test_interrupted_at_any_time_it_goes_on_to_the_same_bytes(
+    moment, whole, made, tmp_path, capsys
+):
+    (file, base), out = made["sd1"], tmp_path / "one"
+    argv = ["forget", file, *REQUEST, "--architecture", base, *STEPWISE, "-o", out]
     times, real = iter(range(9)), attribute(PLACES[moment])
 
     def stop(*args, **options):
@@ -315,15 +330,15 @@ def test_interrupted_at_any_time_it_goes_on_to_the_same_bytes(moment, made, caps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PLACES[moment], stop)
         capsys.readouterr()
-        assert run(*argv, "-o", "parts/one") == 130
+        assert run(*argv) == 130
     said = capsys.readouterr().err
     assert "the same command with --resume_from_checkpoint latest goes on" in said
-    assert run("verify", "parts/one") == 2
-    assert run(*argv, "-o", "parts/one", "--resume_from_checkpoint", "latest") == 0
+    assert run("verify", out) == 2
+    assert run(*argv, "--resume_from_checkpoint", "latest") == 0
     for name in ("single/one.safetensors", "report/pictures/0_target_after.png", "run.yaml"):
-        one, two = (Path(p, "one", name).read_bytes() for p in ("whole", "parts"))
-        assert one.replace(b"whole", b"parts") == two, name
-    assert run("verify", "parts/one") == 0
+        one, two = (Path(p, "one", name).read_bytes() for p in (whole, tmp_path))
+        assert one.replace(str(whole).encode(), str(tmp_path).encode()) == two, name
+    assert run("verify", out) == 0
 
 
 def attribute(path: str):
@@ -364,11 +379,12 @@ def test_prompts_from_windows(made):
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"),
-    [(errno.ENOSPC, "free some space"), (errno.EACCES, "this user may write"),
-     (errno.EROFS, "this user may write")],
+    ("name", "number", "remedy"),
+    [("checkpoints", errno.ENOSPC, "free some space"),
+     ("single", errno.EACCES, "this user may write"),
+     ("evidence.json", errno.EROFS, "this user may write"),
+     ("run.yaml", errno.ENOSPC, "free some space")],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["checkpoints", "single", "evidence.json", "run.yaml"])
 def test_what_cannot_be_written(name, number, remedy, made, capsys, monkeypatch):
     file, base = made["sd1"]
     mkdir = Path.mkdir
