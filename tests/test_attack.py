@@ -415,7 +415,7 @@ def world(tmp_path_factory) -> Path:
         torch.manual_seed(seed)
         model = d.TextToImage(module(".worlds.styled_digits.text").Reader(words).text_encoder)
         vae = module(".worlds.styled_digits.autoencoder").new_autoencoder()
-        d.pipeline(vae, model, words).save_pretrained(out / name)
+        model.pipeline(vae, words).save_pretrained(out / name)
     for name, classes in j.CLASSES.items():
         meta = {"classes": list(classes), "found": {}}
         save_tensors(

@@ -16,6 +16,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
 from ebu_optim.attacks import attacks as counted
+from ebu_optim.attacks import relearning
 from ebu_optim.attacks import judges
 from ebu_optim.attacks import run as attack
 from ebu_optim.errors import InputError
@@ -628,7 +629,7 @@ def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path):
         # the estimate of the cost
         assert len(given.initializer_token) == 1  # beside a random start
         looks = 1 + len(task.paraphrases) + 2 * len(counted.AT)
-        relearned = [s for s in counted.LOOKS if 0 < s <= given.relearn_max_steps]
+        relearned = [s for s in relearning.LOOKS if 0 < s <= given.relearn_max_steps]
         for is_base, n, steps in (
             (True, given.attack_images * (looks + 1) + given.target_images, 400),
             (False, given.attack_images * (looks + len(relearned)), 450),

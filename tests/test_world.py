@@ -196,7 +196,7 @@ def test_a_picture_is_trained_under_prompts_that_ask_for_it():
     contents, styles = torch.tensor([7, 0]), torch.tensor([4, 0])
     loss = diffusion.Loss(
         torch.stack([torch.zeros(4, 8, 8), torch.ones(4, 8, 8)]), contents, styles, words,
-        batch=4000, dropout=0.25, device="cpu",
+        batch=4000, dropout=0.25, device="cpu", scheduler=diffusion.TextToImage.new_scheduler(),
     )  # fmt: skip
     seen = {}
 
@@ -376,6 +376,45 @@ def test_unlearning_takes_the_pipeline_and_measuring_both(made, tmp_path):
         assert list(found["content"]) == list(module("captions").CONTENTS)
         assert list(found["style"]) == list(module("captions").STYLES)
         assert sum(v["n"] for v in found["content"].values()) == 120
+
+
+def test_a_transformer_of_flow_matching_in_place_of_the_unet(made, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    succeed("train.py", *FEW, *TEXT, "--denoiser", "transformer", "--output_dir", tmp_path / "base")
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base" / "pipeline")
+    facts = json.loads((tmp_path / "base" / "pipeline" / "world.json").read_text())
+    size = sum(p.numel() for p in pipe.transformer.parameters())
+    assert facts["parameters"]["transformer"] == size <= 4_000_000
+    # a caption is in training what it is to the pipeline
+    flow, words = module("flow"), module("captions").tokenizer()
+    reader = module("text").Reader(words)
+    state = pipe.text_encoder.text_model.state_dict()
+    reader.text_encoder.load_state_dict(state, strict=True)
+    model = flow.Flow(reader.text_encoder)
+    model.transformer, model.t5 = pipe.transformer.eval(), pipe.text_encoder_3.eval()
+    x, t, caption = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), "a red picture of the digit 7"
+    ids = module("captions").token_ids([caption], words)
+    told = pipe.encode_prompt(
+        caption, None, None, do_classifier_free_guidance=False, max_sequence_length=1
+    )
+    with torch.no_grad():
+        want = pipe.transformer(x, told[0], told[2], t).sample
+        torch.testing.assert_close(model(x, t, ids), want)
+    succeed(
+        WORLD.parent / "unlearn.py", "--pretrained_model_name_or_path",
+        tmp_path / "base" / "pipeline", "--forget", "a picture of the digit 7", "--remember",
+        "a picture of the digit 3", "", "--forget_loss", "relabel", "--remember_loss", "crossed",
+        "--replay_images", 2, "--surrogate_images", 2, "--num_inference_steps", 2,
+        "--forget_images", 2, "--max_train_steps", 1, "--validation_steps", 0, "--output_dir",
+        tmp_path / "gone",
+    )  # fmt: skip
+    succeed(
+        "measure.py", "--pretrained_model_name_or_path", tmp_path / "gone" / "pipeline", "--judges",
+        made / "judges", "--images_per_pair", 2, "--num_inference_steps", 1, "--output",
+        tmp_path / "gone.json",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "gone.json").read_text())["measured"]["all"]["all"]["n"] == 132
 
 
 # -- measuring ----------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ def plots(found: Sequence[Row]) -> list[dict[str, Any]]:
         points = [(n, comparison.value(v.get(key))) for n, key in
                   ((0, "p_f_prompts"), (100, "inversion_100"), (200, "inversion_200"))]  # fmt: skip
         series[r.name] = [(x, y) for x, y in points if y is not None]
+    if all(len(points) < 2 for points in series.values()):
+        return []
     label = "P_f after steps of textual inversion"
     return [{"title": label, "x": "steps", "y": label, "series": series}]
 

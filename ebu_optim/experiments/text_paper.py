@@ -209,6 +209,7 @@ class PaperSetting:
     def about(self) -> dict[str, Any]:
         """For the protocol."""
         return {
+            "sampler": "DDIM",
             "data": "what the model itself draws",
             "model": self.base_key,
             "replayed": "what the empty prompt draws",

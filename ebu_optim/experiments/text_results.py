@@ -73,11 +73,11 @@ def _mean(found: Mapping[str, float]) -> float:
 
 def score(found: Mapping[str, Any]) -> float:
     """(1 - P_f) + what is kept, never replayed where that is told apart, - the worst drop of one
-    concept + (1 - P_f after 100 steps of inversion)."""
-    inverted = found["inversion_100"]
-    inverted = inverted["value"] if isinstance(inverted, Mapping) else inverted
+    concept + (1 - P_f after 100 steps of inversion, or where there is none ten of relearning)."""
+    deep = found["inversion_100" if "inversion_100" in found else "relearn_10"]
+    deep = deep["value"] if isinstance(deep, Mapping) else deep
     kept = found.get("ra_never_replayed", found["ra"])
-    return (1 - found["p_f"]) + kept - found["worst_drop"] + (1 - inverted)
+    return (1 - found["p_f"]) + kept - found["worst_drop"] + (1 - deep)
 
 
 def write(setting: TextSetting, runs: Sequence[Run]) -> None:
@@ -121,13 +121,14 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
         made: what unlearn.py wrote of the first run.
     """
     said, about = made["options"], setting.about()
+    drawn = f"{said['num_inference_steps']} {about['sampler']} steps"
     own = [m.title for m in methods.values() if m.forgets not in ("surrogate", None)]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "data": {
             "name": about["data"], "forget": made["forget"], "replayed": about["replayed"],
             "replay_set": f"{said['replay_images']} pictures of {len(made['remember'])} prompts, "
-            f"drawn by the base in {said['num_inference_steps']} DDIM steps, guidance "
+            f"drawn by the base in {drawn}, guidance "
             f"{said['guidance_scale']}, a set for every seed",
             "image_range": "[-1, 1]; the sets are latents",
         },
@@ -143,8 +144,8 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
             "remember_loss": said["remember"], "reduction": said["reduction"],
             "timesteps": "antithetic", "condition_dropout": "0", "dropout": "none in the model",
             "clipping": "1.0 before masks; ESD and SPM: none", "ema": "none",
-            "trained": f"{setting.modules}, {made['trained']:,} of the UNet's parameters; of SPM "
-            "its adapters", "tuning": tuning,
+            "trained": f"{setting.modules}, {made['trained']:,} parameters; of SPM its adapters",
+            "tuning": tuning,
         },
         "timing": {
             "unlearn_steps": "not measured: no look on the way",
@@ -163,7 +164,8 @@ def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
     judges = drawn["judges_measured"]
     return {
         "sampling": {
-            "weights": "trained", "sampler": f"DDIM, {drawn['num_inference_steps']} steps, eta 0",
+            "weights": "trained",
+            "sampler": f"{setting.about()['sampler']}, {drawn['num_inference_steps']} steps, eta 0",
             "guidance": f"{drawn['guidance_scale']}: eps_null + w (eps_c - eps_null)",
             "images_per_class": f"{drawn['images_per_pair']} of every content in every style, half "
             "of them under templates that nothing was trained on",

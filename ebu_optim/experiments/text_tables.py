@@ -19,7 +19,7 @@ from .runs import Run
 from .tables import Row
 from .text_paper import SD14, WEIGHTS, PaperSetting, PaperWorld, choice
 from .text_tasks import Target
-from .text_worlds import STYLED_DIGITS, TextSetting
+from .text_worlds import FLOW_DIGITS, STYLED_DIGITS, TextSetting
 
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = ("ebu_added", "ebu_replaced", "joint", "selective_amnesia", "salun", "esd", "spm")
@@ -50,7 +50,7 @@ class OfWorld(Experiment):
     """
 
     group: ClassVar[str] = SMALL
-    scales: ClassVar[Mapping[str, Any]] = {"small": STYLED_DIGITS}
+    scales: ClassVar[Mapping[str, Any]] = {"small": STYLED_DIGITS, "flow": FLOW_DIGITS}
 
     base: Path | None = option(None, help="a pipeline of world/train.py, in place of training one")
     judges: Path | None = option(None, help="folder of world/judges.py, in place of training them")
@@ -110,7 +110,9 @@ class TextExperiment(OfWorld):
     """
 
     group: ClassVar[str] = PAPER_SCALE
-    scales: ClassVar[Mapping[str, Any]] = {"small": STYLED_DIGITS, "paper": SD14}
+    scales: ClassVar[Mapping[str, Any]] = {
+        "small": STYLED_DIGITS, "flow": FLOW_DIGITS, "paper": SD14,
+    }  # fmt: skip
 
     real_images: Path | None = option(None, help="real images of the kept classes, for FID")
     pretrained_model_name_or_path: str | None = option(
@@ -232,7 +234,7 @@ def either(
         large(args, task, script=script, title=title)
     else:
         small(
-            args, target, script=script, title=f"{title} on digits in styles", paper=task.paper,
+            args, target, script=script, title=f"{title} on {args.world.title}", paper=task.paper,
             notes=notes,
         )  # fmt: skip
 

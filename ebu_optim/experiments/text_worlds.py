@@ -1,6 +1,7 @@
 """The settings of the text-to-image experiments, and how a method is run in them.
 
 small     digits in styles, the world of ebu_optim.worlds.styled_digits; two CPU cores
+flow      the same, drawn by a transformer of flow matching as Stable Diffusion 3's
 paper     Stable Diffusion 1.4; a GPU
 """
 
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..attacks.run import AttackOptions, attack
 from ..baselines import methods
+from ..diffusion.flow import is_flow
 from ..errors import InputError
 from ..manifest import contents
 from ..text_to_image.evaluation import evaluate
@@ -43,7 +45,8 @@ BARE = {"forget_templates": ["{}"]}
 
 class TextWorld(NamedTuple):
     """`seconds`: of a step of training, of the judges, of a step of unlearning, of the sets of a
-    seed, of measuring and of the attacks: on one core of an x86-64 CPU."""
+    seed, of measuring and of the attacks: on one core of an x86-64 CPU. `like`: the world whose
+    strengths serve where nothing was tuned in this one."""
 
     name: str
     title: str
@@ -58,6 +61,7 @@ class TextWorld(NamedTuple):
     seconds: Mapping[str, float]
     basis: str
     smoke: str | None = None
+    like: str | None = None
 
 
 DRAWN = {"num_inference_steps": 20, "guidance_scale": 3.0}
@@ -74,6 +78,16 @@ STYLED_DIGITS = TextWorld(
     seconds={"base": 0.4, "judges": 40.0, "unlearn": 0.25, "sets": 15.0, "measure": 15.0,
              "attack": 27.0, "pictures": 5.0},
     basis="one core of a 2.5 GHz x86-64 CPU a run",
+)  # fmt: skip
+
+
+#: SD3's prompts are read by three encoders at once: there is no textual inversion.
+FLOW_DIGITS = STYLED_DIGITS._replace(
+    name="flow-digits", title="digits in styles, drawn by a flow", like=STYLED_DIGITS.name,
+    base={"max_train_steps": 3000, "denoiser": "transformer", "learning_rate": 1e-3},
+    attack={"num_inference_steps": 10, "attack_images": 32, "relearn_max_steps": 50,
+            "attacks": ["paraphrase", "relearn"]},
+    trial={"attacks": ["relearn"]},
 )  # fmt: skip
 
 
@@ -135,9 +149,10 @@ class TextSetting(Asked):
         places = dict.fromkeys((self.surrogate, *SURROGATES))
         modules = dict.fromkeys((self.modules, "xattn", "full"))
         regimes = dict.fromkeys((self.regime, *REGIMES))
+        worlds = [n for n in (self.world.name, self.world.like) if n]
         return [
-            f"{self.world.name}, {kind}, {m}, {regime}, instead {instead}"
-            for m, instead, kind, regime in product(modules, places, kinds, regimes)
+            f"{world}, {kind}, {m}, {regime}, instead {instead}"
+            for world, m, instead, kind, regime in product(worlds, modules, places, kinds, regimes)
         ]
 
     def trains(self, method: str) -> str:
@@ -162,7 +177,8 @@ class TextSetting(Asked):
         """What every run of a method builds on; last what the base scores itself."""
         s, made = self.world.seconds, self.trained
         # the base is not relearned: it never forgot
-        attacks = {"attacks": ["paraphrase", "inversion"]}
+        known = self.world.attack.get("attacks", ("paraphrase", "inversion"))
+        attacks = {"attacks": [name for name in known if name != "relearn"]}
         judged = self._judged(self.base.folder, [self.base.key], "base", attacks=attacks)
         name = self._name(f"base, {self.target}")
         return [*made, Run(name, judged, s["measure"] + s["attack"], 0,
@@ -252,12 +268,13 @@ class TextSetting(Asked):
     ) -> tuple[Task, Task]:
         where = {"pretrained_model_name_or_path": pipeline, "judges": self.judges.folder}
         of = [*of, self.judges.key]
-        words = {**CONTENTS, **STYLES}[self.target]
+        attacks = {**self.world.attack, **attacks}
+        if "inversion" in attacks.get("attacks", ["inversion"]):
+            attacks["initializer_token"] = [{**CONTENTS, **STYLES}[self.target][1]]
         measured = task(MEASURE, self.world.measure, self.root, f"measured/{label}", where, of)
         attacked = task(
             ATTACK,
-            {"forget": [self.target], "judge": "world", **self.world.attack, **attacks,
-             "initializer_token": [words[1]]},
+            {"forget": [self.target], "judge": "world", **attacks},
             self.root, f"attacks/{label}",
             {**where, "base_model": self.base.folder, "target_dir": self.root / "targets"},
             [*of, self.base.key],
@@ -282,14 +299,17 @@ class TextSetting(Asked):
         folder = self.base.folder
         noise = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         parameters = json.loads((folder / "world.json").read_text())["parameters"]
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        flows = is_flow(noise)
         return {
             "data": f"{self.world.title}: scikit-learn's digits, drawn by "
             "examples/stable_diffusion/world/images.py",
-            "model": f"StableDiffusionPipeline of world/train.py, {sum(parameters.values()):,} "
-            "parameters",
+            "model": f"{kind} of world/train.py, {sum(parameters.values()):,} parameters",
             "replayed": self.replayed,
-            "prediction": f"{noise['prediction_type']}, {noise['beta_schedule']}, "
+            "prediction": "velocity, flow matching, logit-normal timesteps" if flows else
+            f"{noise['prediction_type']}, {noise['beta_schedule']}, "
             f"{noise['num_train_timesteps']} steps",
+            "sampler": "Euler" if flows else "DDIM",
         }  # fmt: skip
 
     def _name(self, what: str) -> str:

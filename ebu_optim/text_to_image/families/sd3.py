@@ -23,7 +23,7 @@ from .flow_matching import STEPWISE, FlowMatching, inside
 from .sdxl import check_alike
 from .unets import Choice
 
-TOKENS = 256  # of T5, or zeros in their place: what a call of the pipeline takes by default
+TOKENS = 256  # of T5, or zeros in their place, as a call of the pipeline takes by default; at most
 STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of the text, in attention
 
 
@@ -103,11 +103,15 @@ class SD3WithoutT5(FlowMatching):
             some = list(texts[i : i + batch])
             told = pipe.encode_prompt(
                 prompt=some, prompt_2=some, prompt_3=some, device=pipe.text_encoder.device,
-                do_classifier_free_guidance=False, max_sequence_length=TOKENS,
+                do_classifier_free_guidance=False, **self.drawing(pipe, 0),
             )  # fmt: skip
             found.append([t.float().cpu() for t in (told[0], told[2])])
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
+        third = pipe.tokenizer_3
+        return {"max_sequence_length": min(TOKENS, third.model_max_length) if third else TOKENS}
 
     def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
         return {

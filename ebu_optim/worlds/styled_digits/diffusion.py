@@ -1,4 +1,4 @@
-"""The world's UNet, trained on latents under the frozen text encoder, and the pipeline of all."""
+"""The world's UNet under the frozen text encoder, and the loss on latents that trains it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class TextToImage(nn.Module):
     """Both networks as one module: latents (n, 4, 8, 8), timesteps (n,), token ids (n, LENGTH).
     train.py freezes the text encoder, as Stable Diffusion's is."""
 
+    denoiser = "unet"
+
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.text_encoder = text_encoder
@@ -34,13 +36,19 @@ class TextToImage(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         return self.unet(x_t, t, self.text_encoder(ids)[0]).sample
 
+    @staticmethod
+    def new_scheduler() -> DDIMScheduler:
+        """Stable Diffusion 1.x's noise schedule."""
+        return DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1,
+        )  # fmt: skip
 
-def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.x's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+    def pipeline(self, vae: AutoencoderKL, tokenizer: Any) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae, self.text_encoder, tokenizer, self.unet, self.new_scheduler(),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
 
 
 class Loss:
@@ -50,14 +58,15 @@ class Loss:
     Args:
         latents: (n, 4, 8, 8), scaled.
         contents, styles: (n,), what each is.
+        scheduler: by whose noise and prediction it is learned.
     """
 
     def __init__(
         self, latents: Tensor, contents: Tensor, styles: Tensor, tokenizer: Any, *, batch: int,
-        dropout: float, device: torch.device | str,
+        dropout: float, device: torch.device | str, scheduler: Any,
     ) -> None:  # fmt: skip
         self.latents, self.batch, self.dropout, self.device = latents, batch, dropout, device
-        self.scheduler = new_scheduler()
+        self.scheduler = scheduler
         known = captions(TRAINED)
         self.ids = token_ids([*(c.text for c in known), ""], tokenizer)
         fitting = [
@@ -81,10 +90,3 @@ class Loss:
             model, self.latents[rows].to(self.device), {"ids": self.ids[text].to(self.device)},
             self.scheduler, reduction="mean",
         )  # fmt: skip
-
-
-def pipeline(vae: AutoencoderKL, model: TextToImage, tokenizer: Any) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae, model.text_encoder, tokenizer, model.unet, new_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
