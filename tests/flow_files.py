@@ -66,7 +66,9 @@ def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     last = max((int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)", n) for n in state) if m),
                default=0)  # fmt: skip
-    for name, t in state.items():
+    # of what is fused q comes first, of a single block the MLP last
+    for name in sorted(state, key=lambda n: ("proj_mlp" in n, "_v" in n, "_k" in n)):
+        t = state[name]
         swapped = "norm_out.linear" in name
         swapped |= family == "sd3" and f"transformer_blocks.{last}.norm1_context" in name
         new, single = name, name.startswith("single_transformer_blocks")
@@ -75,9 +77,11 @@ def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             fused = fused or re.search(r"(proj_mlp)\.(weight|bias)$", name)
         if fused:
             text = "add_" in name
-            place = {
-                "sd3": f"{'context' if text else 'x'}_block.attn.qkv", "z_image": "attention.qkv",
-            }.get(family, "linear1" if single else f"{'txt' if text else 'img'}_attn.qkv")  # fmt: skip
+            place = "linear1" if single else f"{'txt' if text else 'img'}_attn.qkv"
+            if family == "sd3":
+                place = f"{'context' if text else 'x'}_block.attn.qkv"
+            elif family == "z_image":
+                place = "attention.qkv"
             new = f"{name[: fused.start()]}{place}.{fused[fused.lastindex]}"
         for old, word in WORDS[family].items():
             new = new.replace(old, word)

@@ -354,3 +354,16 @@ def test_a_cached_set(tmp_path):
             tmp_path / "set.safetensors", Zero(), schedule(shift=1.0), torch.tensor([1, 2, 1]),
             SHAPE, num_inference_steps=3, clip=False, batch_size=2,
         )  # fmt: skip
+
+
+def test_steps_that_depend_on_the_pictures_size_are_asked_for():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match=r"use_dynamic_shifting: its .* give one for this size"):
+        D.sample(lambda x, t, class_labels: x, scheduler, torch.tensor([0]), (1, 2, 2))
+    static = FlowMatchEulerDiscreteScheduler.from_config(
+        scheduler.config, use_dynamic_shifting=False, shift=math.exp(0.7)
+    )
+    sigmas = [1.0, 0.5, 0.25]
+    scheduler.set_timesteps(3, sigmas=sigmas, mu=0.7)
+    static.set_timesteps(3, sigmas=sigmas)
+    torch.testing.assert_close(static.sigmas, scheduler.sigmas)

@@ -1,5 +1,5 @@
-"""Families of flow matching in small: what they compute is what diffusers computes, and a model that
-is trained on these losses draws what it is asked for."""
+"""Families of flow matching in small: what they compute is what diffusers computes, and a model
+that is trained on these losses draws what it is asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 
 pytest.importorskip("transformers", "5", reason="the tiny tokenizers are made as of 5")
 pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
-diffusers = pytest.importorskip("diffusers")
-if not hasattr(diffusers, "Flux2KleinPipeline"):
-    pytest.skip("this diffusers has no FLUX.2 klein", allow_module_level=True)
+
+import diffusers
 
 from ebu_optim import diffusion as D
 
@@ -22,6 +21,10 @@ from .text_to_image import LENGTH, sd3
 TEXTS = ["a cat", "", "a red car"]
 #: Tokens of a text in each family.
 TOLD = {"sd3": LENGTH + 256, "flux_dev": 512, "flux_schnell": 256, "klein": 512, "z_image": 512}
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(diffusers, "Flux2KleinPipeline"), reason="this diffusers has no FLUX.2 klein"
+)
 
 
 @pytest.fixture(scope="module")

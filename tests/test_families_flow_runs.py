@@ -15,10 +15,8 @@ import torch
 
 pytest.importorskip("transformers", "5", reason="the tiny tokenizers are made as of 5")
 pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
-diffusers = pytest.importorskip("diffusers")
-if not hasattr(diffusers, "Flux2KleinPipeline"):
-    pytest.skip("this diffusers has no FLUX.2 klein", allow_module_level=True)
 
+import diffusers
 from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
@@ -29,6 +27,10 @@ from .flow_files import original
 from .scripts import reset_accelerate
 
 FILE = "diffusion_pytorch_model.safetensors"
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(diffusers, "Flux2KleinPipeline"), reason="this diffusers has no FLUX.2 klein"
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,8 @@ def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
     family = look(made / name).family
     lora = ["--train_modules", "lora", "--learning_rate", 1e-1]
     found = {}
-    for way in ("pipeline", "changed", "lora", "kohya"):
+    ways = ("pipeline", "changed", "lora", "kohya")
+    for way in ways if name != "sd3_without_t5" else ways[:3:2]:
         out = unlearn(made / name, tmp_path / way, *lora, "--save_as", way) / way
         if way == "kohya":
             pipe = opened(made / name)
@@ -118,9 +121,8 @@ def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
 def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_path):
     state = load_file(made / name / "transformer" / FILE)
     given = {prefix + n: t.contiguous() for n, t in original(name, state).items()}
-    given |= {"first_stage_model.other": torch.randn(3), f"{prefix}norm_final.weight": torch.ones(2)}
-    if name != "z_image":
-        del given[f"{prefix}norm_final.weight"]
+    given |= {"first_stage_model.other": torch.randn(3)} if prefix else {}
+    given |= {"norm_final.weight": torch.ones(2)} if name == "z_image" else {}
     file = tmp_path / "given.safetensors"
     save_file(given, file, metadata={"modelspec.title": "mine"})
     kind = look(made / name).family.kind("transformer")
@@ -134,18 +136,20 @@ def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_pat
     (result,) = (out / "single").glob("*.safetensors")
     new = load_file(result)
     assert new.keys() == given.keys()
-    assert torch.equal(new["first_stage_model.other"], given["first_stage_model.other"])
+    for beside in ("first_stage_model.other", "norm_final.weight"):
+        assert beside not in given or torch.equal(new[beside], given[beside])
     assert sum(not torch.equal(new[n], given[n]) for n in new) > 10
     # the same run of the folder has the same weights
     other = unlearn(made / name, tmp_path / "p", "--train_modules", "full")
     whole = load_file(other / "pipeline" / "transformer" / FILE)
     back = {prefix + n: t for n, t in original(name, whole).items()}
-    assert all(torch.equal(new[n], t) for n, t in back.items())
+    assert not [n for n, t in back.items() if not torch.equal(new[n], t)]
     if theirs is not None:
         assert all(torch.equal(theirs.state_dict()[n], t) for n, t in state.items())
         code = (out / "single" / "README.md").read_text().partition("```python\n")[2]
+        code = code.partition("```")[0].replace("<this repository or folder>", f"{out / 'single'}")
         space: dict = {}
-        exec(code.partition("```")[0].replace("<this repository or folder>", str(out / "single")), space)  # noqa: S102
+        exec(code, space)  # noqa: S102 - the card's
         family = look(made / name).family
         assert torch.equal(drawn(space["pipe"], family), drawn(opened(other / "pipeline"), family))
 
@@ -248,7 +252,7 @@ LONG = " ".join(["cat"] * 500)
 
 @pytest.mark.parametrize(
     ("name", "given", "why"),
-    [("sd3", ("--method", "spm"), "--method spm: not with Stable Diffusion 3 and 3.5: its adapters"),
+    [("sd3", ("--method", "spm"), "spm: not with Stable Diffusion 3 and 3.5: its adapters"),
      ("sd3", ("--save_as", "single"), "--save_as single: .*is none: give the transformer's file"),
      ("sd3", ("--train_modules", "esd-u"), "esd-u: .* there is xattn, attention, context, full"),
      ("flux_dev", ("--train_modules", "selfattn"), "there is xattn, attention, single, context"),
@@ -258,7 +262,7 @@ LONG = " ".join(["cat"] * 500)
      ("flux_schnell", ("--guidance_scale", 3.5), "this FLUX.1 is distilled and takes no guidance"),
      ("klein_distilled", ("--validation_guidance_scale", 4), "distilled and takes no guidance"),
      ("flux_dev", ("--guidance_scale", 3, "--validation_guidance_scale", 4), "told one guidance"),
-     ("z_image", ("--mixed_precision", "fp16"), "fp16: not with Z-Image: its activations go beyond"),
+     ("z_image", ("--mixed_precision", "fp16"), "fp16: not with Z-Image: its activations"),
      ("sd3", ("--forget", LONG), "begin and end included, and the tokenizer takes 12"),
      ("flux_schnell", ("--forget", LONG), "begin and end included, and the tokenizer takes 256"),
      ("flux_dev", ("--forget", LONG), "begin and end included, and the tokenizer takes 512"),

@@ -93,7 +93,9 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     num_inference_steps: int | None = option(
         None, help="DDIM; default: 10 in the world, 50 elsewhere"
     )
-    guidance_scale: float | None = option(None, help="default: 3 in the world, elsewhere the family's")
+    guidance_scale: float | None = option(
+        None, help="default: 3 in the world, elsewhere the family's"
+    )
     sample_batch_size: int | None = option(None)
     seed: int = option(0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu")

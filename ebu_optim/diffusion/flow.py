@@ -43,6 +43,20 @@ def check(scheduler: Any) -> None:
         )
 
 
+def set_timesteps(scheduler: Any, n: int) -> None:
+    """Raises:
+    ValueError: the scheduler shifts its steps by the picture's size, which nothing here says.
+    """
+    plain = type(scheduler).__name__ == NAME  # others may know their picture's size
+    if plain and scheduler.config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"the scheduler {NAME} has use_dynamic_shifting: its steps depend on the picture's "
+            f"size; give one for this size, {NAME}.from_config(scheduler.config, "
+            "use_dynamic_shifting=False, shift=exp(mu)), with the mu of the model's pipeline"
+        )
+    scheduler.set_timesteps(n)
+
+
 def drawn(
     scheduler: Any, shape: tuple[int, ...], generator: torch.Generator | None, device: Any
 ) -> Tensor:

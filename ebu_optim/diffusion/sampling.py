@@ -18,6 +18,7 @@ from ..files import load_tensors, save_tensors
 from ..manifest import config_of, key
 from ..modules import evaluating, model_hash, stream, without_gradients
 from .conditions import Condition, behind, moved, rows
+from .flow import is_flow, set_timesteps
 from .losses import Model, output
 from .schedules import check_family
 
@@ -81,7 +82,10 @@ def sample(
         both = behind(moved(null_condition, device), condition, n)
     source = generator.device if generator is not None else device
     x = torch.randn((n, *shape), generator=generator, device=source).to(device)
-    scheduler.set_timesteps(num_inference_steps)
+    if is_flow(scheduler):
+        set_timesteps(scheduler, num_inference_steps)
+    else:
+        scheduler.set_timesteps(num_inference_steps)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     # flow matching has none: the model sees the sampler's own x
     scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)

@@ -119,11 +119,13 @@ def of_transformer(
     title, pipeline = TRANSFORMERS[checkpoint.family][1:]
     if folder is None:
         raise InputError(
-            f"{checkpoint.path} holds the transformer of {title}: give config= (--architecture), the "
-            f"diffusers folder of the same model ({pipeline}), whose other parts are taken"
+            f"{checkpoint.path} holds the transformer of {title}: give config= (--architecture), "
+            f"the diffusers folder of the same model ({pipeline}), whose other parts are taken"
         )
     if prediction_type is not None:
-        raise InputError(f"prediction_type {prediction_type}: {title} predicts velocities: leave it")
+        raise InputError(
+            f"prediction_type {prediction_type}: {title} predicts velocities: leave it"
+        )
     index = _json(folder, "model_index.json")
     if (found := index.get("_class_name")) != pipeline:
         raise InputError(f"{checkpoint.path} is {title} ({pipeline}), and {folder} is a {found}")

@@ -117,8 +117,8 @@ def look(path: str | os.PathLike[str]) -> Checkpoint:
     prefixes = PREFIXES["sd1"]["unet"]
     prefix = next((p for p in prefixes if p + FIRST in tensors), None)
     if prefix is None:
-        if found := _transformer(header):
-            return found
+        if transformer := _transformer(header):
+            return transformer
         raise InputError(f"{path} {_other(tensors)}: {TAKEN}")
     channels = tensors[prefix + FIRST].shape[1]
     family = _family(header, prefix)

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -62,8 +61,8 @@ class Single:
             self.table(part)
         if lora is not None and self.alone:
             raise InputError(
-                f"lora {lora}: not with a {self.checkpoint.title} in one file: give the folder of a "
-                "pipeline that it is merged into"
+                f"lora {lora}: not with a {self.checkpoint.title} in one file: give the "
+                "folder of a pipeline that it is merged into"
             )
         if lora is not None:
             empty: dict[str, Any] = {part: made.empty(part) for part in made.parts}

@@ -98,7 +98,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
                   {"the optimizer's step": _step(args, trained)}),
     }  # fmt: skip
     if args.validation_steps:
-        guided = 2 if looked.family.away(looked.unet, args.validation_guidance_scale) != 1 else 1
+        guided = looked.family.passes(looked.unet, args.validation_guidance_scale)
         sampling = {**copies, "activations": guided * one.drawn}
         phases["validation"] = {**between, **_larger(sampling, one.decoded)}
     if getattr(args, "evidence_images", 0):  # of `ebu forget`
@@ -119,9 +119,7 @@ def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
     }
 
 
-def _sets(
-    args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, unet: int
-) -> Rows:
+def _sets(args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
     """Making the sets, of which there are `kinds`, with a denoiser of so many bytes."""
     sampled = sets.sampled(args, looked, prompts)
     images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
@@ -134,7 +132,7 @@ def _sets(
 def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
     """Drawing a batch with the whole pipeline in float32, beside the denoiser's weights."""
     batch = min(args.sample_batch_size, args.evidence_images * max(args.evidence_prompts, 1))
-    drawn = one.drawn * (2 if looked.family.away(looked.unet, args.guidance_scale) != 1 else 1)
+    drawn = one.drawn * looked.family.passes(looked.unet, args.guidance_scale)
     most = batch * max(drawn, one.decoded["activations"])
     return {"text encoders": encoders, **one.decoded, "activations": most}
 

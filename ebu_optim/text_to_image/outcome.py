@@ -80,9 +80,7 @@ def cautions(args: Any, looked: Looked, texts: prompts.Prompts) -> list[str]:
     return lines
 
 
-def say(
-    accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cost: Any
-) -> None:
+def say(accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cost: Any) -> None:
     """What will be done, and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
     module = "adapters" if methods[args.method].adapter else args.train_modules

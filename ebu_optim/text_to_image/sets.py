@@ -74,9 +74,7 @@ class SetOptions:
         None, help="images of what is forgotten, instead of sampled ones"
     )
     num_inference_steps: int = option(50, help="DDIM, for the sets")
-    guidance_scale: float | None = option(
-        None, help="for the sets; default: the family's, 7.5 for Stable Diffusion"
-    )
+    guidance_scale: float | None = option(None, help="for the sets; default: the family's")
     sample_batch_size: int = option(4)
     fisher_images: int = option(100, help="of the replay set")
     fisher_timesteps: int = option(8, help="an image; even")
@@ -104,9 +102,9 @@ class SetOptions:
 
 def sampled(args: Any, looked: Looked, prompts: Prompts) -> list[tuple[int, int]]:
     """For each set that is sampled: how many images, and passes of each a step (guidance: 2)."""
-    away = looked.family.away(looked.unet, args.guidance_scale)
+    guided = looked.family.passes(looked.unet, args.guidance_scale)
     return [
-        (n, 2 if away != 1 and _guided(labels, prompts) else 1)
+        (n, guided if _guided(labels, prompts) else 1)
         for n, labels, folder in kinds(args, prompts).values()
         if labels and folder is None
     ]
@@ -151,10 +149,9 @@ def conditions(
     kept = load_tensors(path)[0]
     kept["encoder_hidden_states"] = kept.pop("embeddings")
     shapes = family.shapes(looked.unet, looked.tokenizer.model_max_length)
-    shared = family.shared(
+    shared = family.told(looked.unet, args.guidance_scale) | family.shared(
         looked.resolution, lambda pixels: _to_latents(args, looked, folder, pixels, device)
     )
-    shared |= family.told(looked.unet, args.guidance_scale)
     return Conditions({name: kept[name] for name in shapes}, shared)
 
 

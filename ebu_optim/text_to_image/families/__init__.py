@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from .family import Conditions, Family, join, split
+from .conditions import Conditions, join, split
+from .family import Family
 from .flux import Flux
 from .inpainting import Inpainting, SDXLInpainting
-from .qwen3 import Klein, ZImage
 from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
@@ -23,10 +25,14 @@ STABLE_DIFFUSION = StableDiffusion()
 #: Name of the pipeline's class -> its adapter.
 FAMILIES: dict[str, Family] = {
     family.pipeline.__name__: family
-    for family in (
-        STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3(), Flux(), Klein(), ZImage(),
-    )  # fmt: skip
+    for family in (STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3(), Flux())
 }
+#: The same of pipelines that older versions of diffusers and transformers have not: their file and
+#: adapter.
+NEWER = {"Flux2KleinPipeline": ("klein", "Klein"), "ZImagePipeline": ("z_image", "ZImage")}
+for _pipeline, (_file, _adapter) in NEWER.items():
+    with suppress(ImportError):
+        FAMILIES[_pipeline] = getattr(import_module(f".{_file}", __name__), _adapter)()
 #: What begins the class's name of a pipeline without an adapter -> what it is.
 OTHERS = {
     "StableDiffusionXLImg2Img": "Stable Diffusion XL's refiner, or its image to image",
@@ -39,7 +45,8 @@ OTHERS = {
     "LatentConsistency": "a latent consistency model",
     "Flux2": "FLUX.2 dev, or a variant for more than text to image",
     "Flux": "a variant of FLUX.1 for more than text to image",
-    "ZImage": "a variant of Z-Image for more than text to image", "QwenImage": "Qwen-Image", "PixArt": "PixArt", "Sana": "Sana",
+    "ZImage": "a variant of Z-Image for more than text to image",
+    "QwenImage": "Qwen-Image", "PixArt": "PixArt", "Sana": "Sana",
     "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
     "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
 }  # fmt: skip
@@ -75,6 +82,11 @@ def of_index(name: str, index: Mapping[str, Any]) -> Family:
     """
     found = str(index.get("_class_name", "no class"))
     family = FAMILIES.get(found)
+    if family is None and found in NEWER:
+        raise InputError(
+            f"{name} is a {found}, which the diffusers or the transformers that is installed has "
+            "not: pip install -U diffusers transformers"
+        )
     if family is None:
         like = next((what for begin, what in OTHERS.items() if found.startswith(begin)), None)
         raise InputError(f"{name} is a {found}{f', {like}' if like else ''}; {known()}")

@@ -6,55 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from ...errors import InputError
-from ...modules import tensor_hash
 from ...training.options import ddim_takes
 from .unets import Choice
 
 Config = Mapping[str, Any]
-
-
-class Conditions(NamedTuple):
-    """What the denoiser is told beside x_t and t, by the names that `Family.predict` knows.
-
-    Attributes:
-        each: tensors with a row for each prompt.
-        shared: tensors with one row, for all prompts.
-    """
-
-    each: dict[str, Tensor]
-    shared: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, given: Tensor | Conditions) -> Conditions:
-        """Text embeddings (n, L, D) alone are such conditions too."""
-        return cls({"encoder_hidden_states": given}, {}) if isinstance(given, Tensor) else given
-
-    def rows(self, numbers: Any) -> Conditions:
-        return Conditions({n: t[numbers] for n, t in self.each.items()}, self.shared)
-
-    def hash(self) -> str:
-        return tensor_hash(*self.each.values(), *self.shared.values())
-
-
-def join(each: Mapping[str, Tensor]) -> Tensor:
-    """One tensor for them: (n, ...) of a single one, as it is, or all numbers of a row, (n, F)."""
-    if len(each) == 1:
-        return next(iter(each.values()))
-    return torch.cat([t.flatten(1) for t in each.values()], 1)
-
-
-def split(joined: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The tensors of `join`, whose rows have these shapes."""
-    sizes = [int(torch.Size(shape).numel()) for shape in shapes.values()]
-    parts = joined.flatten(1).split(sizes, 1)
-    return {n: t.view(-1, *shape) for (n, shape), t in zip(shapes.items(), parts, strict=True)}
 
 
 class Family:
@@ -131,7 +93,7 @@ class Family:
         """
 
     def longest(self, tokenizer: Any, config: Config) -> int:
-        """Tokens that a prompt may have, begin and end included, by the denoiser's configuration."""
+        """Tokens that a prompt may have, begin and end included; `config` is the denoiser's."""
         return tokenizer.model_max_length
 
     def distilled(self, name: str, config: Config) -> str | None:
@@ -248,6 +210,10 @@ class Family:
     def away(self, config: Config, scale: float) -> float:
         """How far guidance leads away from the empty prompt; 1: not at all."""
         return scale if self.guides(config) == "away" else 1.0
+
+    def passes(self, config: Config, scale: float) -> int:
+        """Of the denoiser for a step of a picture."""
+        return 2 if self.away(config, scale) != 1 else 1
 
     def told(self, config: Config, scale: float) -> dict[str, Tensor]:
         """The condition, of one row, that says the guidance."""

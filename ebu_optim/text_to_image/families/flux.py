@@ -27,9 +27,9 @@ STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of the text
 
 def shifted(config: Config, tokens: int, n: int) -> dict[str, Any]:
     """n sigmas from 1 to 1 / n, and the shift by the number of tokens."""
-    names = ("base_image_seq_len", 256), ("max_image_seq_len", 4096)
-    names += ("base_shift", 0.5), ("max_shift", 1.15)
-    mu = calculate_shift(tokens, *(config.get(name, usual) for name, usual in names))
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5,
+             "max_shift": 1.15}  # fmt: skip
+    mu = calculate_shift(tokens, *(config.get(name, value) for name, value in usual.items()))
     return {"sigmas": torch.linspace(1.0, 1 / n, n).tolist(), "mu": mu}
 
 
@@ -71,8 +71,9 @@ class Flux(FlowMatching):
         super().check(name, configs)
         config = configs["transformer"]
         takes = config.get("joint_attention_dim", 4096), config.get("pooled_projection_dim", 768)
-        makes = configs["text_encoder_2"].get("d_model", 512), configs["text_encoder"].get(
-            "hidden_size", 512
+        makes = (
+            configs["text_encoder_2"].get("d_model", 512),
+            configs["text_encoder"].get("hidden_size", 512),
         )
         if takes != makes:
             raise InputError(
@@ -123,7 +124,9 @@ class Flux(FlowMatching):
             guidance=None if guidance is None else guidance.expand(n),
             pooled_projections=told["pooled_projections"], encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, x_t.device, x_t.dtype),
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                n, h // 2, w // 2, x_t.device, x_t.dtype
+            ),
         ).sample  # fmt: skip
         return FluxPipeline._unpack_latents(out, h, w, 1)
 
