@@ -130,7 +130,7 @@ def _doctor(argv: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Doctor:
-        no_memory: bool = option(False, help="leave out what fits, which takes a minute")
+        no_memory: bool = option(False, help="leave out what fits, which takes two minutes")
 
     _run(
         "doctor", lambda c: print(doctor(fits=not c.no_memory)), Doctor, "See the first line.", argv

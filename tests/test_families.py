@@ -422,9 +422,9 @@ def edited(folder: Path, file: str, **values) -> None:
 OTHER = {
     "StableDiffusionXLImg2ImgPipeline": "Stable Diffusion XL's refiner",
     "StableDiffusionImg2ImgPipeline": "Stable Diffusion for image to image",
-    "StableDiffusionUpscalePipeline": "an upscaler", "FluxPipeline": "FLUX.1",
+    "StableDiffusionUpscalePipeline": "an upscaler", "FluxFillPipeline": "a variant of FLUX.1",
     "StableDiffusion3Img2ImgPipeline": "a variant of Stable Diffusion 3",
-    "Flux2KleinPipeline": "FLUX.2", "KandinskyV22Pipeline": "Kandinsky",
+    "Flux2Pipeline": "FLUX.2 dev", "KandinskyV22Pipeline": "Kandinsky",
 }  # fmt: skip
 
 

@@ -338,6 +338,40 @@ def test_what_fits_is_counted_at_real_sizes(monkeypatch):
 
     monkeypatch.setattr(fitting, "WAYS", {"xattn": {"train_modules": "xattn"}})
     monkeypatch.setattr(fitting, "TITLES", {"sd1": "Stable Diffusion 1.x"})
+    monkeypatch.setattr(fitting.released, "RELEASED", {})
     (line,) = fitting.table(room=80 * fitting.GIB)
     assert line.endswith("fits")
     assert 5 < float(line.split(": ")[1].split()[0]) < 16
+    (line,) = fitting.table(room=None)
+    assert line.endswith("  on 12 GB")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Stable Diffusion 3.5 medium", 2.243), ("Stable Diffusion 3.5 large", 8.057),
+     ("FLUX.1 dev", 11.901), ("FLUX.2 klein 4B", 3.876), ("FLUX.2 klein 9B", 9.079),
+     ("Z-Image", 6.155)],
+)  # fmt: skip
+def test_released_transformers_have_their_sizes(name, billions):
+    from ebu_optim.takedown import released
+
+    if (looked := released.looked(name)) is None:
+        pytest.skip("this diffusers has no such pipeline")
+    with torch.device("meta"):
+        denoiser = looked.family.kind("transformer").from_config(looked.unet)
+    assert sum(p.numel() for p in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert looked.resolution == 1024
+
+
+def test_what_fits_is_counted_of_a_released_transformer(monkeypatch):
+    from ebu_optim.takedown import fitting
+    from ebu_optim.text_to_image.room import WAYS
+
+    monkeypatch.setattr(fitting, "TITLES", {})
+    name = "Stable Diffusion 3.5 medium"
+    monkeypatch.setattr(fitting.released, "RELEASED", {name: fitting.released.RELEASED[name]})
+    monkeypatch.setattr(fitting, "ways", lambda _: {"LoRA, fp16": WAYS["LoRA, fp16"]})
+    (line,) = fitting.table(room=None)
+    assert line.endswith("  on 12 GB")  # as large as its three text encoders in bfloat16
+    encoders = (123_060_480 + 694_659_840 + 4_762_310_656) * 2 / fitting.GIB
+    assert float(line.split(": ")[1].split()[0]) == pytest.approx(encoders + 1, abs=0.1)

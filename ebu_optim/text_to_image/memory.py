@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..baselines import methods
@@ -17,6 +16,7 @@ from ..diffusion.objectives import needs_teacher
 from ..training.method import fisher_source, needs
 from . import sets
 from .families import Conditions
+from .fused import Fused
 from .modules import Prompted, choose
 from .objectives import ANCHORS
 from .pipelines import Looked
@@ -82,7 +82,9 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         "prompts": len(prompts.texts) * one.prompt,
         **_between_steps(args, trained, source),
     }
-    phases = {"prompts": {"text encoders": encoders}} if (encoders := text_encoders(looked)) else {}
+    encoders = text_encoders(looked)
+    read = encoders // 2 if sets.halved(args, looked.family) else encoders
+    phases = {"prompts": {"text encoders": read}} if read else {}
     if kinds := sets.kinds(args, prompts):
         phases["sets"] = _sets(args, looked, prompts, len(kinds), one, whole * (2 if half else 4))
     if source == "estimate":
@@ -185,7 +187,7 @@ def passes(unet: Any, looked: Looked) -> Passes:
         x, number = torch.empty(1, *looked.latents), torch.zeros(1, dtype=torch.long)
         picture = torch.empty(1, 3, looked.resolution, looked.resolution)
     weights = _numel(vae.parameters()) * 4
-    with _Fused():
+    with Fused():
         with saved(unet, family.units) as (units, inputs):
             model(x, number, number)
         drawn = alive(model, lambda: model(x, number, number))
@@ -278,25 +280,3 @@ def saved(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Flash(torch.autograd.Function):
-    """Saves what a fused attention saves: inputs and output."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-
-class _Fused(TorchFunctionMode):
-    """Every attention is `_Flash`: the default one has no fused kernel for tensors without data."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            given = {**dict(zip(("query", "key", "value"), args)), **(kwargs or {})}
-            return _Flash.apply(given["query"], given["key"], given["value"])
-        return func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from . import memory
+from .families import Family
 from .memory import Cost
 from .modules import is_adapter
 from .pipelines import Looked
@@ -30,6 +31,16 @@ FEWER: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
+def ways(family: Family) -> dict[str, dict[str, Any]]:
+    """`WAYS`, in bfloat16 for what cannot do float16."""
+    if "--mixed_precision fp16" not in family.lacks:
+        return WAYS
+    return {
+        name.replace("fp16", "bf16"): options | ({"mixed_precision": "bf16"} if options else {})
+        for name, options in WAYS.items()
+    }
+
+
 def check(args: Any, looked: Looked, texts: Prompts, cost: Cost, device: torch.device) -> None:
     """Raises:
     InputError: even the least that the run can take is more than the card has free; what fits is
@@ -41,7 +52,7 @@ def check(args: Any, looked: Looked, texts: Prompts, cost: Cost, device: torch.d
     if (least := at_least(args, cost)) <= room:
         return
     asked = f"the run needs {least / GIB:.1f} GiB of {device}, which has {room / GIB:.1f} GiB free"
-    for way, fewer in product(WAYS.values(), FEWER):
+    for way, fewer in product(ways(looked.family).values(), FEWER):
         options = {**way, **{k: v for k, v in fewer.items() if hasattr(args, k)}}
         smaller = replace(args, **options, **(_result(args, way) if way else {}))
         if at_least(smaller, there := memory.count(smaller, looked, texts)) <= room:

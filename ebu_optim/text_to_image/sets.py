@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -36,11 +35,17 @@ from ..training.method import needs
 from ..training.options import option
 from ..training.sources import Item as Image
 from ..training.sources import decode
+from .conditions import conditions, halved, in_one_line, to_latents
 from .families import Conditions
 from .modules import Prompted, halve_frozen
-from .pipelines import Looked, load, parts
+from .pipelines import Looked, parts
 from .prompts import Prompts
 from .save import DTYPES
+
+__all__ = [
+    "Made", "SetOptions", "conditions", "fisher", "halved", "kinds", "made_of", "make", "passes",
+    "read_images", "sampled",
+]  # fmt: skip
 
 
 class Made(NamedTuple):
@@ -125,46 +130,7 @@ def made_of(args: Any, folder: Path, prompts: Prompts) -> dict[str, str]:
     }  # fmt: skip
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with a set, NaN in it for one, in one line."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-@_told()
-def conditions(
-    args: Any, looked: Looked, folder: Path, texts: list[str], device: Any
-) -> Conditions:
-    """Of all prompts; the text encoders are gone again afterwards, and so is the VAE, where one
-    made what the prompts share."""
-    family, found = looked.family, parts(folder, args.variant)
-    of = [found[part] for pair in family.encoders.items() for part in pair]
-    of += [found["settings"]] if family.settings else []
-    path = args.sets_dir / f"text-{key(texts, *of)}.safetensors"
-    if not path.exists():
-        save_tensors(path, _read(args, looked, folder, texts, device), {})
-    kept = load_tensors(path)[0]
-    kept["encoder_hidden_states"] = kept.pop("embeddings")
-    shapes = family.shapes(looked.unet, looked.tokenizer.model_max_length)
-    shared = family.told(looked.unet, args.guidance_scale) | family.shared(
-        looked.resolution, lambda pixels: _to_latents(args, looked, folder, pixels, device)
-    )
-    return Conditions({name: kept[name] for name in shapes}, shared)
-
-
-def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any) -> Any:
-    """The conditions of texts by their names in a file; the text encoders end with this call."""
-    family, parts_of = looked.family, dict(looked.tokenizers)
-    for part in family.encoders:
-        parts_of[part] = load(family.kind(part), folder / part, args.variant).to(device)
-    found = family.encode(family.reader(folder, args.variant, parts_of), texts)
-    return {"embeddings": found.pop("encoder_hidden_states"), **found}
-
-
-@_told()
+@in_one_line()
 def make(
     args: Any, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
     table: Tensor | Conditions, base: str, device: Any,
@@ -199,7 +165,7 @@ def make(
     )
 
 
-@_told()
+@in_one_line()
 def fisher(args: Any, made: Made, looked: Looked, unet: Any, table: Conditions) -> Any:
     """F of the denoiser's trained weights over the replay set, by parameter."""
     assert made.replay  # whatever has a Fisher remembers
@@ -283,16 +249,8 @@ def _encoded(
             pixels = surrogate_noise("uniform", (number, 3, size, size), generator=g)
         else:
             pixels = read_images(given, str(images), size)
-        save_tensors(path, {"latents": _to_latents(args, looked, folder, pixels, device)}, {})
+        save_tensors(path, {"latents": to_latents(args, looked, folder, pixels, device)}, {})
     return load_tensors(path)[0]["latents"]
-
-
-def _to_latents(args: Any, looked: Looked, folder: Path, pixels: Tensor, device: Any) -> Tensor:
-    """By the VAE, which is gone again afterwards."""
-    vae = load(looked.family.kind("vae"), folder / "vae", args.variant).to(device)
-    # in float32 whatever --mixed_precision is, as a file's name says nothing of it
-    with torch.autocast(torch.device(device).type, enabled=False):
-        return looked.family.to_latents(vae, pixels)
 
 
 def read_images(files: Sequence[Path], where: str, size: int) -> Tensor:

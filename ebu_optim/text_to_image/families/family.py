@@ -42,6 +42,7 @@ class Family:
         no_new_word: why textual inversion cannot be tried, where it cannot.
         reads: the tokenizer by which prompts' lengths are looked at; None: the first.
         usual: value of --guidance_scale, where it is not given.
+        wide: the text encoders read in float32 under mixed precision too; else in bfloat16.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     no_new_word: str | None = None
     reads: str | None = None
     usual: float = 7.5
+    wide: bool = True
 
     def of(self, index: Mapping[str, Any]) -> Family:
         """This one, or its variant for pipelines whose model_index.json leaves parts out."""

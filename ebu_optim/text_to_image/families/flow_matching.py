@@ -48,6 +48,7 @@ class FlowMatching(Family):
 
     density = "none"
     packed = 1
+    wide = False  # T5-XXL and Qwen3 are larger than the card, and published for bfloat16
     patch = 2
     no_modules = "the others choose by a UNet's layers, and its attention is joint"
     lacks: Mapping[str, str] = {"--method spm": "its adapters go into the attention of a UNet"}

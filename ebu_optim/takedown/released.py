@@ -1,0 +1,92 @@
+"""Released models of flow matching, by the numbers of their configurations that differ from
+diffusers' defaults: enough to count what they need, without a file of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..text_to_image.families import FAMILIES
+from ..text_to_image.pipelines import Looked
+
+Config = Mapping[str, Any]
+
+CLIP_L: Config = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+          "num_attention_heads": 12, "projection_dim": 768}  # fmt: skip
+CLIP_G: Config = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+          "num_attention_heads": 20, "projection_dim": 1280}  # fmt: skip
+T5_XXL: Config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+          "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}  # fmt: skip
+QWEN3_4B: Config = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
+QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288,
+            "tie_word_embeddings": False}  # fmt: skip
+VAE: Config = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+OF_SD3: Mapping[str, Config] = {
+    "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
+}  # fmt: skip
+    "vae": VAE,
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
+    "text_encoder_3": T5_XXL,
+}
+MEDIUM: Config = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+          "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+          "dual_attention_layers": list(range(13))}  # fmt: skip
+LARGE: Config = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+         "pos_embed_max_size": 192, "qk_norm": "rms_norm"}  # fmt: skip
+KLEIN_4B: Config = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+            "joint_attention_dim": 7680, "guidance_embeds": False}  # fmt: skip
+KLEIN_9B: Config = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
+            "joint_attention_dim": 12288, "guidance_embeds": False}  # fmt: skip
+OF_FLUX: Mapping[str, Config] = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
+
+#: Name -> the pipeline's class, and the configurations of its parts.
+RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
+    "Stable Diffusion 3.5 medium": ("StableDiffusion3Pipeline", {"transformer": MEDIUM, **OF_SD3}),
+    "Stable Diffusion 3.5 large": ("StableDiffusion3Pipeline", {"transformer": LARGE, **OF_SD3}),
+    "FLUX.1 dev": ("FluxPipeline", {"transformer": {"guidance_embeds": True}, **OF_FLUX}),
+    "FLUX.2 klein 4B": (
+        "Flux2KleinPipeline", {"transformer": KLEIN_4B, "vae": {}, "text_encoder": QWEN3_4B}
+    ),
+    "FLUX.2 klein 9B": (
+        "Flux2KleinPipeline", {"transformer": KLEIN_9B, "vae": {}, "text_encoder": QWEN3_8B}
+    ),
+    "Z-Image": ("ZImagePipeline", {"transformer": {}, "vae": VAE, "text_encoder": QWEN3_4B}),
+}  # fmt: skip
+
+
+class Words:
+    """Stands for a tokenizer where prompts are only counted."""
+
+    model_max_length = 512
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=list(text.encode()))
+
+
+def looked(name: str) -> Looked | None:
+    """As if its folder had been looked at; None: its pipeline is not in this diffusers."""
+    kind, parts = RELEASED[name]
+    if (family := FAMILIES.get(kind)) is None:
+        return None
+    with torch.device("meta"):
+        whole = {
+            part: dict(family.kind(part).from_config(config).config)
+            for part, config in parts.items() if part not in family.encoders
+        }  # fmt: skip
+    configs: dict[str, Any] = {**parts, **whole}
+    size = family.size(configs)
+    words: Any = Words()
+    return Looked(
+        Path(name), configs[family.denoiser], configs["vae"], size, family.latents(configs, size),
+        None, words, family, configs,
+    )  # fmt: skip
