@@ -33,11 +33,6 @@ VAE: Config = {
 OF_SD3: Mapping[str, Config] = {
     "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
 }  # fmt: skip
-    "vae": VAE,
-    "text_encoder": CLIP_L,
-    "text_encoder_2": CLIP_G,
-    "text_encoder_3": T5_XXL,
-}
 MEDIUM: Config = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
           "pos_embed_max_size": 384, "qk_norm": "rms_norm",
           "dual_attention_layers": list(range(13))}  # fmt: skip

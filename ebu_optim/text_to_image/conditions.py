@@ -50,7 +50,7 @@ def conditions(
 
 def halved(args: Any, family: Family) -> bool:
     """Whether the text encoders read in bfloat16."""
-    return args.mixed_precision != "no" and not family.wide
+    return args.mixed_precision in ("fp16", "bf16") and not family.wide
 
 
 def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any) -> Any:
