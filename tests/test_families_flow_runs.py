@@ -224,25 +224,32 @@ def test_evaluation_draws(name, made, tmp_path):
     assert len(set(pixels)) == 4
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "klein"])
-def test_a_request_is_answered_with_its_report(name, made, tmp_path, capsys):
+def request(model: Path, out: Path, **more):
     from ebu_optim.takedown import forget
 
-    more: dict = {
+    reset_accelerate()
+    options: dict = {
         "resolution": SIZE, "num_inference_steps": 2, "max_train_steps": 2, "replay_images": 2,
         "surrogate_images": 2, "cpu": True, "evidence_images": 1, "clip_weights": "none",
-        "train_modules": "lora", "save_as": "kohya", "learning_rate": 1e-1, "validation_steps": 0,
+        "learning_rate": 1e-1, "validation_steps": 0, **more,
     }  # fmt: skip
-    reset_accelerate()
-    found = forget(
-        str(made / name), "cat", keep=["a dog"], output_dir=tmp_path / "o", plan=True, **more
-    )
-    said = capsys.readouterr().out
-    assert found is None
-    assert ("distilled from guidance" in said) == (name == "flux_dev")
-    found = forget(str(made / name), "cat", keep=["a dog"], output_dir=tmp_path / "o", **more)
-    assert found is not None
+    return forget(str(model), "cat", keep=["a dog"], output_dir=out, **options)
+
+
+def test_a_request_is_answered_by_a_lora_with_its_report(made, tmp_path, capsys):
+    more = {"train_modules": "lora", "save_as": "kohya"}
+    assert request(made / "flux_dev", tmp_path / "o", plan=True, **more) is None
+    assert "distilled from guidance" in capsys.readouterr().out
+    found = request(made / "flux_dev", tmp_path / "o", **more)
     assert found.figures["change, target"]["value"] > 0
+
+
+def test_a_request_with_a_file_is_answered_by_a_file_with_its_report(made, tmp_path):
+    file = tmp_path / "sd3.safetensors"
+    save_file(original("sd3", load_file(made / "sd3" / "transformer" / FILE)), file)
+    found = request(file, tmp_path / "o", architecture=made / "sd3")
+    assert found.figures["change, target"]["value"] > 0
+    assert [p.name for p in (found.folder / "single").glob("*.safetensors")] == ["o.safetensors"]
 
 
 # -- what is refused ----------------------------------------------------------------------------

@@ -32,8 +32,9 @@ class Sampler(FlowMatchEulerDiscreteScheduler):
         self, num_inference_steps: int | None = None, device: Any = None,
         sigmas: Any = None, mu: float | None = None, timesteps: Any = None,
     ) -> None:  # fmt: skip
-        given: dict[str, Any] = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
-        if self.usual and num_inference_steps and all(v is None for v in given.values()):
+        of: dict[str, Any] = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        given = {name: value for name, value in of.items() if value is not None}
+        if self.usual and num_inference_steps and not given:
             given = self.usual(num_inference_steps)
         super().set_timesteps(num_inference_steps, device, **given)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -30,7 +31,7 @@ def shifted(config: Config, tokens: int, n: int) -> dict[str, Any]:
     usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5,
              "max_shift": 1.15}  # fmt: skip
     mu = calculate_shift(tokens, *(config.get(name, value) for name, value in usual.items()))
-    return {"sigmas": torch.linspace(1.0, 1 / n, n).tolist(), "mu": mu}
+    return {"sigmas": np.linspace(1.0, 1 / n, n), "mu": mu}
 
 
 class Flux(FlowMatching):
@@ -119,16 +120,17 @@ class Flux(FlowMatching):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         (n, _, h, w), text = x_t.shape, told["encoder_hidden_states"]
         guidance = told.get("guidance")
+        places = torch.cartesian_prod(*(torch.arange(k) for k in (1, h // 2, w // 2)))
         out = denoiser(
             hidden_states=FluxPipeline._pack_latents(x_t, *x_t.shape), timestep=t / 1000,
             guidance=None if guidance is None else guidance.expand(n),
             pooled_projections=told["pooled_projections"], encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(
-                n, h // 2, w // 2, x_t.device, x_t.dtype
-            ),
+            img_ids=places.to(x_t),
         ).sample  # fmt: skip
-        return FluxPipeline._unpack_latents(out, h, w, 1)
+        # the pipeline's own inverse counts in pixels, in each version otherwise
+        out = out.unflatten(1, (h // 2, w // 2)).unflatten(-1, (-1, 2, 2))
+        return out.permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
         return {"max_sequence_length": self.longest(None, pipe.transformer.config)}

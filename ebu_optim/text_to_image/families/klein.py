@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -103,8 +104,7 @@ class Klein(Qwen3):
         return {"encoder_hidden_states": (TOKENS, config["joint_attention_dim"])}
 
     def steps(self, config: Config, tokens: int, n: int) -> dict[str, Any]:
-        sigmas = torch.linspace(1.0, 1 / n, n).tolist()
-        return {"sigmas": sigmas, "mu": compute_empirical_mu(tokens, n)}
+        return {"sigmas": np.linspace(1.0, 1 / n, n), "mu": compute_empirical_mu(tokens, n)}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         text = told["encoder_hidden_states"]
