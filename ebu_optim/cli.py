@@ -2,6 +2,7 @@
 
 ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
 ebu evaluate without --protocol i2p-nudity -o evaluated   whose numbers do mine stand beside?
+ebu compare evaluated   models beside one another, and beside published figures
 ebu attack ...      is it gone in depth?
 ebu show without    the report of a folder
 ebu verify without  is it still what was handed over?
@@ -65,6 +66,12 @@ def _evaluate(argv: Sequence[str]) -> None:
     from .protocols import Evaluate, run
 
     _run("evaluate", run.evaluate, Evaluate, run.__doc__ or "", argv)
+
+
+def _compare(argv: Sequence[str]) -> None:
+    from .protocols import compare
+
+    _run("compare", compare.compare, compare.Compare, compare.__doc__ or "", argv)
 
 
 def _show(argv: Sequence[str]) -> None:
@@ -138,6 +145,6 @@ def _doctor(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "forget": _forget, "evaluate": _evaluate, "attack": _attack, "show": _show,
+    "forget": _forget, "evaluate": _evaluate, "compare": _compare, "attack": _attack, "show": _show,
     "verify": _verify, "doctor": _doctor,
 }  # fmt: skip

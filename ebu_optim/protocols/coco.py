@@ -23,7 +23,7 @@ COCO_30K = "coco_30k.csv, data of https://github.com/rohitgandikota/unified-conc
 def count(fid: str | None, seen: Seen) -> dict[str, Any]:
     """The CLIP score as MACE prints it, 100 times the cosine; AdvUnlearn's is the cosine."""
     found = {
-        "clip_score": seen.mean(JUDGE, lambda cosine, _: 100 * cosine),
+        "clip_score_x100": seen.mean(JUDGE, lambda cosine, _: 100 * cosine),
         "clip_cosine": seen.mean(JUDGE, lambda cosine, _: cosine),
     }
     return found if fid is None else {**found, "fid": not_computed(fid)}

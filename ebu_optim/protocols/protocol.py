@@ -130,6 +130,7 @@ class Protocol:
         alone: whether the published evaluation is of one target.
         saved: as which file published code keeps a picture before it is judged.
         attack: None where there is none. What it reached is observed by "attack".
+        kind: what is forgotten -> what kind of target it is, where means are over those of a kind.
         notes: what differs from the published code, and what is left out.
     """
 
@@ -146,6 +147,7 @@ class Protocol:
     alone: bool = True
     saved: Literal["png", "jpeg"] = "png"
     attack: Attacking | None = None
+    kind: Callable[[Sequence[str]], str] = lambda _: ""
     notes: tuple[str, ...] = ()
 
     @property

@@ -169,14 +169,14 @@ def _row(
     identities = {name: judge.identity for name, judge in there.items()}
     files = [pictures.file(protocol.sampling, a).name for a in asked]
     return {
-        "model": pictures.whose, "made_of": pictures.model,
+        "model": pictures.whose, "made_of": pictures.model, "run": results.run_of(pictures.whose),
         "label": label(protocol, len(asked), identities, protocol.targets_of(args.forget)),
         "protocol": {
             "name": protocol.name, "title": protocol.title, "source": protocol.source,
             "sampling": vars(protocol.sampling), "images": len(asked), "judges": identities,
             "published_judges": dict(protocol.judges), "notes": list(protocol.notes),
         },
-        "forget": targets, "figures": figures,
+        "forget": targets, "kind": protocol.kind(targets), "figures": figures,
         "pictures": {"folder": f"images/{pictures.folder.name}", "hash": key(files)},
         "versions": versions(),
     }  # fmt: skip

@@ -36,6 +36,9 @@ class Canvas(NamedTuple):
     no_style: str = ""
     untold: str = ""
 
+    def kind(self, forget: Sequence[str]) -> str:
+        return "style" if forget[0] in self.styles else "object"
+
     def targets(self) -> list[str]:
         return [n for n in (*self.styles, *self.objects) if n not in (self.no_style, self.untold)]
 
@@ -66,7 +69,8 @@ def asked(canvas: Canvas, seeds: Sequence[int], _: Mapping[str, Path]) -> list[A
 def count(canvas: Canvas, more: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
     """UA: 1 - accuracy on the target; IRA: accuracy on the others of its kind; CRA: accuracy of the
     other kind, over all cells. Means are over classes, each of as many pictures."""
-    own, cross = ("style", "object") if seen.forget[0] in canvas.styles else ("object", "style")
+    own = canvas.kind(seen.forget)
+    cross = "object" if own == "style" else "style"
 
     def hit(kind: str, observed: str, asked: Asked) -> bool:
         return observed == asked.of[kind]
@@ -114,6 +118,7 @@ def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
         count=partial(count, CANVAS, NO_FID),
         targets=one_of(CANVAS.targets(), "style or object"),
         saved="jpeg",
+        kind=CANVAS.kind,
         notes=(
             "sampling is that of uce.py; the scripts of the other methods draw by CompVis's DDIM "
             "from CUDA noise that is seeded once for the whole grid",
@@ -141,6 +146,7 @@ def _digits(name: str, seeds: Sequence[int]) -> Protocol:
         judges={f"digits-{kind}": "" for kind in ("style", "object")},
         count=partial(count, DIGITS, {}),
         targets=one_of(DIGITS.targets(), "digit, or style that a prompt must name"),
+        kind=DIGITS.kind,
         notes=(
             f"{DIGITS.untold}, which every prompt without a style asks for, counts among the kept "
             "and is no target",

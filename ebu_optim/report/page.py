@@ -64,7 +64,7 @@ def html(report: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> str:
     parts += [f"<p>{escape(line)}</p>" for line in report["notes"]]
     if report["command"]:
         parts.append(f"<p>Made by <code>{escape(report['command'])}</code></p>")
-    parts += ["<h2>Results</h2>", _table(report["rows"])]
+    parts += ["<h2>Results</h2>", table(report["rows"])]
     parts += [f"<p>{escape(reason)}</p>" for reason in reasons(report["rows"])]
     if grids:
         parts.append("<h2>Pictures</h2>")
@@ -77,23 +77,29 @@ def html(report: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> str:
         parts.append("</div>")
     for part, said in report["protocol"].items():
         parts.append(_said(f"Protocol: {part}", said))
-    return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
+    return "\n".join([*parts, END])
 
 
+END = "</main>\n</body>\n</html>\n"
 THUMBNAIL = 128  # pixels; the pictures beside the page are of full size
 UPRIGHT = 6  # models up to which the measures are the rows: all three axes in one look
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+CAPTION = (
+    "Three axes, always together: forgotten, kept, deep; and the time it took. In brackets the "
+    "95 % interval, over images, or over seeds in a row of several; ± the spread over seeds."
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]], caption: str = CAPTION) -> str:
+    """Rows as of :func:`ebu_optim.report.write_report`."""
     keys = columns(rows)
     by_axis = {axis: [k for k in keys if measure(k).axis == axis] for axis in AXES}
     groups = {axis: found for axis, found in by_axis.items() if found}
     body = _upright(rows, groups) if len(rows) <= UPRIGHT else _flat(rows, groups)
     return "\n".join([
         '<div class="wide" role="region" aria-label="Results" tabindex="0"><table>',
-        "<caption>Three axes, always together: forgotten, kept, deep; and the time it took. In "
-        "brackets the 95 % interval, over images, or over seeds in a row of several; ± the spread "
-        "over seeds.</caption>",
+        f"<caption>{escape(caption)}</caption>",
         *body, "</table></div>",
     ])  # fmt: skip
 

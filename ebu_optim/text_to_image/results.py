@@ -13,11 +13,16 @@ from safetensors.torch import load_file
 
 from ..errors import InputError
 from ..files import locked
-from ..manifest import contents
+from ..manifest import contents, key
 from .families import FAMILIES, of_folder
 from .pipelines import Model, assembled, fetch, parts
 from .save import changed_name
 
+#: Options that make another setting of a method, beside its optimizer's own.
+_SETTINGS = (
+    "learning_rate", "max_train_steps", "train_batch_size", "train_modules", "method_options",
+    "forget_loss", "remember",
+)  # fmt: skip
 LORA = "pytorch_lora_weights.safetensors"
 CHANGED = tuple(dict.fromkeys(map(changed_name, FAMILIES.values())))
 
@@ -96,6 +101,21 @@ def erases_by_prompt(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return part(folder) == LORA and said.get("method") == "spm"
+
+
+def run_of(name: str) -> dict[str, Any]:
+    """What run left a model: its method, a key of the method's settings and the seed; of one that
+    no ``unlearn.json`` speaks of, {}."""
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent
+    try:
+        said = json.loads((folder / "unlearn.json").read_text())
+        options = said["options"]
+        settings = [said["settings"], *(options.get(name) for name in _SETTINGS)]
+        found = {"method": said["title"], "settings": key(settings)[:6]}
+        return {**found, "seed": int(options["seed"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def named_base(name: str) -> str:
