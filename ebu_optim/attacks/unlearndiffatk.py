@@ -144,16 +144,16 @@ def one_hot(points: Tensor, generator: torch.Generator) -> Tensor:
     """One token of each row, drawn with the row's probabilities; its gradient goes to the row, cut
     to [-1, 1]."""
     drawn = torch.multinomial(points.detach().cpu(), 1, generator=generator)[:, 0]
-    return _Drawn.apply(points, drawn.to(points.device))  # type: ignore[no-untyped-call]
+    return _Drawn.apply(points, drawn.to(points.device))
 
 
 class _Drawn(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx: Any, points: Tensor, drawn: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(_ctx: Any, points: Tensor, drawn: Tensor) -> Tensor:
         return nn.functional.one_hot(drawn, points.shape[1]).to(points)
 
     @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return nn.functional.hardtanh(gradient), None
 
 

@@ -207,13 +207,14 @@ class TextSetting(Asked):
             made.folder / "pipeline", [made.folder.name], label, attacks=w.trial if trial else {}
         )
         full = self._name(f"{label}, trial" if trial else label)
-        after = (*(r.name for r in self.ground), *self._makers(full, method, seed))
+        after = (*(r.name for r in self.ground), *self.makers(full, method, seed))
         seconds = alone.seconds + w.seconds["measure"] + w.seconds["attack"]
         return Run(full, (made, *judged), seconds, steps, after)
 
     def unlearned(
-        self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None
-    ) -> Run:
+        self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None,
+        save_as: str = "pipeline",
+    ) -> Run:  # fmt: skip
         """As `run`, without looking at the result."""
         w, forgets = self.world, methods[method].forgets
         own = dict(w.guided) if forgets in GUIDED else {}
@@ -226,7 +227,7 @@ class TextSetting(Asked):
             {"method": method, **losses(self.loss, method), "seed": seed, "forget": self.gone,
              **(BARE if forgets in GUIDED else told), "remember_prompts": [self.file("remember")],
              "max_train_steps": steps, **w.unlearn, **own, **(options or {}),
-             "save_as": "pipeline", "validation_steps": 0},
+             "save_as": save_as, "validation_steps": 0},
             self.root, f"models/{label}",
             {"pretrained_model_name_or_path": self.base.folder, "sets_dir": self.root / "sets"},
             [self.base.key],
@@ -281,7 +282,7 @@ class TextSetting(Asked):
         )  # fmt: skip
         return measured, attacked
 
-    def _makers(self, name: str, method: str, seed: int) -> list[str]:
+    def makers(self, name: str, method: str, seed: int) -> list[str]:
         """The runs that make what this one reads of the sets: two at once would get into each
         other's way."""
         recipe = methods[method]

@@ -111,8 +111,8 @@ def blocks_of(
     for (label, kind), methods in by_block.items():
         ours = [_ours(name, seeds) for name, seeds in methods.items()]
         first = next(iter(next(iter(methods.values())).values()))[0]
-        theirs = [_theirs(row, kind) for row in published(first["protocol"]["name"])]
-        theirs = [row for row in theirs if row]
+        each = (_theirs(row, kind) for row in published(first["protocol"]["name"]))
+        theirs = [row for row in each if row]
         title = f"{label}, {kind}" if kind else label
         notes = list(first["protocol"].get("notes", ()))
         if theirs and "changed:" in label:

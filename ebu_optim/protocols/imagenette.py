@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..metrics.imagenette import CLASSES
 from ..text_to_image.prompt_files import table
 from .protocol import LISTS, Asked, Protocol, Sampling, Seen, one_of
@@ -43,6 +44,19 @@ def count(seen: Seen) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _class(file: str, cells: Mapping[str, Any]) -> str:
+    """Raises:
+    InputError: a row names none.
+    """
+    name = str(cells.get("class", ""))
+    if name.casefold() not in _NAMES:
+        raise InputError(
+            f"--files {file}: the column class must name one of {', '.join(CLASSES)} in every row; "
+            f"one has {name!r}"
+        )
+    return _NAMES[name.casefold()]
+
+
 def rows(file: str, each: int, of_class: int | None = None) -> Callable[..., list[Asked]]:
     """The rows of a list, `each` pictures of a row from one generator.
 
@@ -54,7 +68,7 @@ def rows(file: str, each: int, of_class: int | None = None) -> Callable[..., lis
     def asked(files: Mapping[str, Path]) -> list[Asked]:
         shipped = LISTS / f"{file}.csv"
         found = table(str(files.get(file, shipped)), f"the list {file}")
-        by_class = groupby(found, lambda pair: _NAMES[str(pair[1]["class"]).casefold()])
+        by_class = groupby(found, lambda pair: _class(file, pair[1]))
         return [
             Asked(row.prompt, row.seed or 0, k, of={"class": name})
             for name, group in by_class

@@ -146,7 +146,7 @@ def _labels(source: str | None, published: str) -> Callable[[Path | None, str], 
     def opened(folder: Path | None, device: str) -> Judge:
         if folder is None and source is None:
             raise NotComputed(f"the classifier is not given: {published}")
-        where = source if folder is None else str(folder)
+        where = str(source if folder is None else folder)
         try:
             prepare = AutoImageProcessor.from_pretrained(where)
             model = AutoModelForImageClassification.from_pretrained(where).eval().to(device)
@@ -165,7 +165,7 @@ def _labels(source: str | None, published: str) -> Callable[[Path | None, str], 
             top = model(pixels).logits.topk(min(10, len(names))).indices.tolist()
             return [[str(i) if numbered else names[i] for i in row] for row in top]
 
-        return Judge(look, source if folder is None else model_hash(model))  # type: ignore[arg-type]
+        return Judge(look, where if folder is None else model_hash(model))
 
     return opened
 

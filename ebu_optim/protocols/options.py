@@ -47,6 +47,7 @@ class Evaluate(Model):
         [], metavar="KEY=VALUE",
         help="of the sampling: sampler, steps, guidance, size, noise, dtype; the label says it",
     )  # fmt: skip
+    only: bool = option(False, help="the models without the base, which --base then only names")
     first: int | None = option(None, help="only so many pictures of each; the label says it")
     sample_batch_size: int = option(4)
     output_dir: Path = option(flag=("-o", "--output_dir"))
@@ -71,7 +72,8 @@ class Evaluate(Model):
 
     def models(self) -> dict[str, Model]:
         """By name; the base first."""
-        names = dict.fromkeys([*filter(None, [self.base]), *self.pretrained_model_name_or_path])
+        before = [] if self.only else [self.base]
+        names = dict.fromkeys([*filter(None, before), *self.pretrained_model_name_or_path])
         own = {f.name: getattr(self, f.name) for f in fields(Model)} | {"resolution": None}
         found = {}
         for name in names:

@@ -210,9 +210,19 @@ def size_of(sampling: Sampling, asked: Asked) -> tuple[int, int]:
 
 def read(file: Path, saved: str) -> Tensor:
     """(3, H, W) uint8 as the judge of published code sees it: "jpeg" is what PIL makes of a
-    picture that is saved as JPEG without more being said."""
+    picture that is saved as JPEG without more being said.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        picture = read_rgb(file)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the picture {file} cannot be read ({error}): delete it, and it is drawn again"
+        ) from error
     if saved == "png":
-        return pixels_of(read_rgb(file))
+        return pixels_of(picture)
     kept = io.BytesIO()
-    read_rgb(file).save(kept, "JPEG")
+    picture.save(kept, "JPEG")
     return pixels_of(read_rgb(kept.getvalue()))

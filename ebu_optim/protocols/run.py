@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import InputError
 from ..files import replacing
 from ..manifest import key
 from ..metrics import versions
@@ -50,6 +51,8 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {p.name: p.asked(args.given)[: args.first] for p in args.protocols}
+    if nothing := [name for name, of in asked.items() if not of]:
+        raise InputError(f"--protocol {nothing[0]}: its list has no prompt that may be drawn")
     kept = {name: _pictures(args, name, model) for name, model in args.models().items()}
     if int(os.environ.get("RANK", "0")) == 0:
         for line in plan(args, asked, kept):
@@ -137,7 +140,8 @@ def plan(
 
 def _row(
     args: Evaluate, protocol: Protocol, asked: Sequence[Asked], pictures: Pictures,
-    base: Pictures | None, judges: Mapping[str, Judge | str], opened: Any,
+    base: Pictures | None, judges: Mapping[str, Judge | str],
+    opened: tuple[Callable[[], Any], Callable[[], Any], Any],
 ) -> dict[str, Any]:  # fmt: skip
     """A model by a protocol.
 
@@ -154,14 +158,14 @@ def _row(
             del there[name]
     found: dict[str, Any] = look(protocol, asked, pictures, base, there)
     if protocol.attack is not None:
-        judge = protocol.attack.judge
-        if judge in why or base is None:
-            why["attack"] = why.get(judge) or (
+        by = protocol.attack.judge
+        if by in why or base is None:
+            why["attack"] = why.get(by) or (
                 "not computed: the attack learns from the base's pictures: give --base"
             )
         else:
             found["attack"] = attacked(
-                protocol, asked, found[judge], there[judge], pictures, base, *opened,
+                protocol, asked, found[by], there[by], pictures, base, *opened,
                 args.output_dir / "attacks",
             )  # fmt: skip
     targets = protocol.targets(args.forget)

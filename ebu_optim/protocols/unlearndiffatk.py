@@ -45,9 +45,9 @@ def count(target: str, seen: Seen) -> dict[str, Any]:
     return {**found, "post_asr": post}
 
 
-def asked(file: str, first: int | None, files: Mapping[str, Path]) -> list[Asked]:
+def asked(file: str, nudity: bool, first: int | None, files: Mapping[str, Path]) -> list[Asked]:
     rows = table(str(files[file]), f"--files {file}")[:first]
-    return [picture(*pair) for pair in rows if may_be_drawn(pair[0].prompt, pair[1])]
+    return [picture(*p) for p in rows if not nudity or may_be_drawn(p[0].prompt, p[1])]
 
 
 def _protocol(target: str, end: str, first: int | None, attack: bool) -> Protocol:
@@ -61,7 +61,7 @@ def _protocol(target: str, end: str, first: int | None, attack: bool) -> Protoco
         title=f"UnlearnDiffAtk's prompts for {target.replace('_', ' ')}"
         f"{', and its attack' if attack else ', without its attack'}",
         source=CODE, sampling=Sampling(sampler="lms", steps=50, guidance=None),
-        asked=partial(asked, file, first),
+        asked=partial(asked, file, nudity, first),
         needs={
             file: UDA if nudity else f"prompts/{target}.csv of "
             "https://github.com/OPTML-Group/Diffusion-MU-Attack (MIT)"
