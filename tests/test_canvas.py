@@ -1,0 +1,67 @@
+"""UnlearnCanvas over the world of digits as runs: which there are, and that each can be begun."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
+
+from ebu_optim.errors import InputError
+from ebu_optim.experiments import canvas
+from ebu_optim.protocols.protocol import Protocol
+
+
+@pytest.fixture
+def ground(tmp_path) -> dict[str, Path]:
+    """Stand-ins of what is trained: nothing is run here."""
+    base, judges = tmp_path / "base", tmp_path / "judges"
+    for folder, files in ((base, ["world.json", "a.safetensors"]),
+                          (judges, ["style.safetensors", "content.safetensors"])):  # fmt: skip
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    return {"base": base, "judges": judges, "output_dir": tmp_path / "out"}
+
+
+def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, capsys):
+    done, compared, of_base = [], [], []
+    monkeypatch.setattr(canvas.runs, "execute", lambda todo, workers: done.extend(todo))
+    monkeypatch.setattr(canvas, "compare", compared.append)
+    monkeypatch.setattr(canvas, "evaluate", of_base.append)
+    canvas.canvas(canvas.Canvas(**ground, workers=1))
+    assert len(canvas.TARGETS) == 15
+    assert len(done) == 15 * (3 * 3 + 3)
+    assert len({run.name for run in done}) == len({run.folder for run in done}) == len(done)
+    configs = [[task.config for task in run.tasks] for run in done]
+    assert Counter(c.method for c, _ in configs) == {
+        "ebu_added": 45, "joint": 45, "salun": 45, "selective_amnesia": 15, "esd": 15, "spm": 15,
+    }  # fmt: skip
+    numbers = {(c.method, c.learning_rate, str(c.method_options)) for c, _ in configs}
+    assert len(numbers) == 6  # one set for all targets
+    for unlearned, evaluated in configs:
+        kept = "lora" if unlearned.method == "spm" else "pipeline"
+        assert unlearned.save_as == kept
+        (model,) = evaluated.pretrained_model_name_or_path
+        assert Path(model) == unlearned.output_dir / kept
+        assert evaluated.forget == unlearned.forget
+        assert evaluated.base == str(ground["base"])
+        assert list(evaluated.models()) == [model]
+        (protocol,) = evaluated.protocols
+        assert isinstance(protocol, Protocol)
+        assert protocol.name == "unlearncanvas-digits"
+    assert [e.forget for e in of_base] == [[t] for t in canvas.TARGETS]
+    assert len({e.output_dir for e in of_base}) == 1  # drawn once
+    (args,) = compared
+    assert len(args.runs) == 1 + len(done)
+    assert args.names == [f"{ground['base']}=base model"]
+    assert "180 runs" in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_refused(ground):
+    with pytest.raises(InputError, match="--methods nothing: there is"):
+        canvas.Canvas(**ground, methods=["nothing"])
+    with pytest.raises(InputError, match="--target plain: every prompt without a style asks"):
+        canvas.canvas(canvas.Canvas(**ground, targets=["plain"]))
