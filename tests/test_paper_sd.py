@@ -16,8 +16,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
 from ebu_optim.attacks import attacks as counted
-from ebu_optim.attacks import relearning
-from ebu_optim.attacks import judges
+from ebu_optim.attacks import judges, relearning
 from ebu_optim.attacks import run as attack
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import (

@@ -265,6 +265,6 @@ class Family:
         """What a call of the pipeline needs beside a prompt, to draw from text alone."""
         return {}
 
-    def guiding(self, scale: float) -> dict[str, float]:
+    def guiding(self, scale: float) -> dict[str, Any]:
         """What a call of the pipeline is told of --guidance_scale."""
         return {"guidance_scale": scale}

@@ -94,5 +94,5 @@ class ZImage(Qwen3):
         out = denoiser(pictures, (1000 - t) / 1000, words, return_dict=False)[0]
         return -torch.stack(out).squeeze(2)
 
-    def guiding(self, scale: float) -> dict[str, float]:
+    def guiding(self, scale: float) -> dict[str, Any]:
         return {"guidance_scale": scale - 1}  # the pipeline's leads on from the prompt
