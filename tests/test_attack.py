@@ -336,7 +336,7 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     own = {k: v.clone() for k, v in unet.state_dict().items()}
     name = next(k for k in own if "attn2.to_k" in k)
     (tmp_path / "changed").mkdir()
-    save_file({name: own[name] + 1}, tmp_path / "changed" / save.CHANGED)
+    save_file({name: own[name] + 1}, tmp_path / "changed" / "unet_changed.safetensors")
     found = load(tmp_path / "changed").state_dict()
     assert [k for k in own if not torch.equal(own[k], found[k])] == [name]
     torch.testing.assert_close(found[name], own[name] + 1)
@@ -353,7 +353,7 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     assert same({k: v for k, v in own.items() if k != name},
                 {k: v for k, v in found.items() if k != name})  # fmt: skip
 
-    save_file({"no.such": torch.ones(1)}, tmp_path / "changed" / save.CHANGED)
+    save_file({"no.such": torch.ones(1)}, tmp_path / "changed" / "unet_changed.safetensors")
     with pytest.raises(InputError, match=r"does not fit .* no such no\.such"):
         load(tmp_path / "changed")
 

@@ -44,7 +44,8 @@ class Attacked:
         self.tokenizers = list(looked.tokenizers.values())
         self.text_encoder, self.tokenizer = self.text_encoders[0], self.tokenizers[0]
         self.schedule, self.shape, self.size = looked.scheduler, looked.latents, looked.resolution
-        self.args, self.device, self.folder = args, device, looked.folder
+        self.args = looked.family.guided(args, looked.unet)
+        self.device, self.folder = device, looked.folder
         self.sampler = self.family.sampler(looked.scheduler)
         self.pipe = pipe
         pipe.register_modules(**looked.tokenizers)
