@@ -163,6 +163,7 @@ def sd3(folder: Path, with_t5: bool = True, seed: int = 0, **more: Any) -> Path:
     third, letters = None, None
     if with_t5:
         letters = t5(folder.with_name(f"{folder.name}_letters"))
+        letters.model_max_length = 512  # as of the released ones
         third = T5EncoderModel(
             T5Config(
                 vocab_size=len(letters), d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4,

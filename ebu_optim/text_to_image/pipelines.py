@@ -288,6 +288,8 @@ def _tokenizer(
             f"{name}: the {part} has {len(tokenizer)} tokens and the text encoder {size}: files "
             f"are missing in the subfolder {part}, or it belongs to another model"
         )
-    positions = text_encoder.get("max_position_embeddings", 77)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    # T5 has no table of positions, and CLIP's configuration may leave its 77 out
+    table = None if text_encoder.get("model_type") == "t5" else 77
+    if positions := text_encoder.get("max_position_embeddings", table):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
