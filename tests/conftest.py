@@ -21,11 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default="cpu",
         help="where tests make the tensors that name no device; kernels are then those of it",
     )  # fmt: skip
-    parser.addoption(
-        "--prompt_lists",
-        default=None,
-        help="folder of published prompt lists that the package does not bring",
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

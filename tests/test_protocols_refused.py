@@ -3,6 +3,7 @@ twice."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -149,19 +150,18 @@ def test_a_model_that_diverged_is_said(tiny, tmp_path, calls):
     assert not list((tmp_path / "o").rglob("*.png"))
 
 
-def test_published_lists_are_read_as_they_are(request):
-    """--prompt_lists FOLDER has the lists that are not in the package."""
-    folder = request.config.getoption("--prompt_lists")
-    if folder is None:
-        pytest.skip("--prompt_lists is not given")
-    uda = Path(folder) / "unlearndiffatk"
+def test_published_lists_are_read_as_they_are():
+    folder = Path(os.environ.get("EBU_TEST_PROMPTS", ""))
+    uda = folder / "unlearndiffatk"
+    if not (uda / "church.csv").is_file():
+        pytest.skip("EBU_TEST_PROMPTS names no folder with published prompt lists")
     for target in ("church", "tench", "parachute", "garbage-truck", "vangogh"):
         name = f"unlearndiffatk_{target.replace('-', '_')}"
         files = {name: uda / f"{target.replace('-', '_')}.csv"}
         protocol = PROTOCOLS[f"unlearndiffatk-{target}"]
         assert len(protocol.asked(files)) == protocol.images == 50
         assert {a.guidance for a in protocol.asked(files)} == {7.5}
-    coco = {"coco_10k": Path(folder) / "advunlearn" / "coco_10k.csv"}
+    coco = {"coco_10k": folder / "advunlearn" / "coco_10k.csv"}
     assert len(PROTOCOLS["coco-10k"].asked(coco)) == 10_000
-    uce = {"uce_imagenette": Path(folder) / "uce" / "imagenette.csv"}
+    uce = {"uce_imagenette": folder / "uce" / "imagenette.csv"}
     assert len(PROTOCOLS["imagenette-uce"].asked(uce)) == 5000

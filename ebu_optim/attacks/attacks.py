@@ -26,12 +26,12 @@ from .lora_relearning import lora_relearn
 from .model import Attacked
 from .paraphrases import paraphrase
 from .prompts import Questions
-from .relearning import relearn
+from .relearning import LOOKS, relearn
 from .textual_inversion import AT, cce, inversion
 from .tina import tina
 from .unlearndiffatk import unlearndiffatk
 
-__all__ = ["AT", "ATTACKS", "USUAL", "WORD", "Attack", "Found", "chosen", "target_files"]
+__all__ = ["AT", "ATTACKS", "LOOKS", "USUAL", "WORD", "Attack", "Found", "chosen", "target_files"]
 WORD = "<attack>"
 
 
