@@ -793,10 +793,12 @@ def test_an_spm_is_scaled_for_each_prompt(tiny, tmp_path, bright, monkeypatch):
     sampling, drawn = Sampling(sampler="ddim", steps=2, size=16), {}
     for name, model in args.models().items():
         pictures = run._pictures(args, name, model)
-        pictures.draw(sampling, asked, lambda m=model, p=pictures: run._load(m, str(tiny), p), 4)
+        loaded = run._Loaded(lambda m=model, p=pictures: run._load(m, str(tiny), p))
+        pictures.draw(sampling, asked[:2], lambda of=loaded: of.pipeline("float32"), 4)
+        pictures.draw(sampling, asked, lambda of=loaded: of.pipeline("float32"), 4)
         drawn[name] = [read(pictures.file(sampling, a), "png") for a in asked]
-    assert [p for p, _ in strength] == ["a cat", "a dog"]
-    (cat,), (dog,) = (m for _, m in strength)
+    assert [p for p, _ in strength] == ["a cat", "a dog", "a cat"]
+    (cat,), (dog,), _ = (m for _, m in strength)
     assert dog == pytest.approx(1)
     assert cat < 0.99
     base, ours, fused = drawn.values()

@@ -28,13 +28,14 @@ TARGET = Sampling(sampler="lms", steps=25, guidance=7.5)
 def attacked(
     protocol: Protocol, asked: Sequence[Asked], observed: Sequence[Any], judge: Judge,
     pictures: Pictures, base: Pictures, opened: Callable[[], Any], base_opened: Callable[[], Any],
-    looked: Looked, folder: Path,
+    looked: Looked, whole: Callable[[], Any], folder: Path,
 ) -> list[bool]:  # fmt: skip
     """Whether each prompt drew what was forgotten, as it is or after the attack.
 
     Args:
         observed: by the judge, of the pictures without an attack.
-        opened, base_opened: the pipelines in float32.
+        opened, base_opened: the pipelines in float32, that pictures are drawn with.
+        whole: the one that tokens are searched on: with an SPM adapter in it, at full strength.
         folder: of the results.
     """
     attack = protocol.attack
@@ -51,7 +52,7 @@ def attacked(
     }
     todo = [i for i, file in files.items() if not file.is_file()]
     base.draw(target, [asked[i] for i in todo], base_opened, 1)
-    model = _model(opened(), looked) if todo else None
+    model = _model(whole(), looked) if todo else None
     for i in tqdm(todo, "UnlearnDiffAtk"):
         one = asked[i]
         picture = read(base.file(target, one), "png").float() / 127.5 - 1

@@ -139,6 +139,8 @@ class Pictures:
                 kept = beside_drawing.submit(self._keep, sampling, part, drawn)
             if kept is not None:
                 kept.result()
+        if erased:  # the pipeline may be drawn with again
+            opened.unload_lora_weights()
 
     def _keep(self, sampling: Sampling, part: Mapping[Path, Asked], drawn: Tensor) -> None:
         """A batch, whole: its files are moved to their places after all are on the disk."""

@@ -76,7 +76,8 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
                 looked = pipelines.look(results.whole(args.models()[name], args.base))
                 base = kept.get(args.base or "")
                 of_base = float32 if base in (None, pictures) else partial(_base, args)
-                opened = float32, of_base, looked
+                merged = partial(results.load, args.models()[name], args.base)
+                opened = float32, of_base, looked, merged if pictures.adapter else float32
                 rows.append(_row(args, protocol, of, pictures, base, judges, opened))
                 _write(args.output_dir / RESULT, rows[-1])
                 for line in _said(rows[-1]):
@@ -141,13 +142,12 @@ def plan(
 def _row(
     args: Evaluate, protocol: Protocol, asked: Sequence[Asked], pictures: Pictures,
     base: Pictures | None, judges: Mapping[str, Judge | str],
-    opened: tuple[Callable[[], Any], Callable[[], Any], Any],
+    opened: tuple[Callable[[], Any], Callable[[], Any], Any, Callable[[], Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """A model by a protocol.
 
     Args:
-        opened: what the attack takes beside: pipelines of the model and of the base, and what
-            `pipelines.look` found.
+        opened: what the attack takes beside, see `attacked`.
     """
     ours = {name: judges[name] for name in protocol.judges}
     why = {name: judge for name, judge in ours.items() if isinstance(judge, str)}
