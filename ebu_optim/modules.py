@@ -128,7 +128,11 @@ PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 def _contents(name: str, entry: Any) -> Iterator[tuple[str, Any]]:
     """What identifies an entry of a state_dict, piece by piece: a heading and bytes. A tensor's
     are its own memory."""
-    if isinstance(entry, Tensor):
+    if type(entry).__module__.startswith("torchao."):  # quantized: a tensor of tensors
+        yield f"{name} {type(entry).__name__} {entry.dtype} {tuple(entry.shape)}", b""
+        for inner in entry.__tensor_flatten__()[0]:
+            yield from _contents(f"{name}.{inner}", getattr(entry, inner))
+    elif isinstance(entry, Tensor):
         flat = entry.detach().cpu().contiguous().flatten()
         yield f"{name} {entry.dtype} {tuple(entry.shape)}", flat.view(torch.uint8).numpy().data
     elif isinstance(entry, PLAIN):

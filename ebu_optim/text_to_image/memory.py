@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..baselines import methods
 from ..diffusion.objectives import needs_teacher
 from ..training.method import fisher_source, needs
-from . import sets
+from . import quantized, sets
 from .families import Conditions
 from .fused import Fused
 from .modules import Prompted, choose
@@ -75,9 +75,11 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     frozen = _numel(unet.parameters()) - trained
     one = passes(unet, looked)
     source = fisher_source(args, "estimate")
+    bits = 2 if half else 4
+    small = quantized.saved(unet, args.quantize, looked.family.units, bits)
     copies = {"16-bit copies (autocast)": trained * 2 if half else 0}
     between = {
-        "frozen weights": frozen * (2 if half else 4),
+        "frozen weights": frozen * bits - small,
         "trained weights": trained * 4,
         "prompts": len(prompts.texts) * one.prompt,
         **_between_steps(args, trained, source),
@@ -86,7 +88,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     read = encoders // 2 if sets.halved(args, looked.family) else encoders
     phases = {"prompts": {"text encoders": read}} if read else {}
     if kinds := sets.kinds(args, prompts):
-        phases["sets"] = _sets(args, looked, prompts, len(kinds), one, whole * (2 if half else 4))
+        phases["sets"] = _sets(args, looked, prompts, len(kinds), one, whole * bits - small)
     if source == "estimate":
         draws = args.fisher_timesteps // 2
         phases["Fisher"] = {

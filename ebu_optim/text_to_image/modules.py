@@ -16,6 +16,7 @@ from ..baselines import methods
 from ..errors import InputError
 from ..training.options import option
 from .families import STABLE_DIFFUSION, Conditions, Family, join, split
+from .quantized import Quantize
 
 Modules = Literal[
     "xattn", "noxattn", "selfattn", "attention", "single", "context", "full", "notime", "xlayer",
@@ -40,6 +41,9 @@ class ModuleOptions:
         None, help="names of layers, or their ends; default: of a UNet cross attention, of a\n"
         "transformer all attention",
     )  # fmt: skip
+    quantize: Quantize | None = option(
+        None, help="the frozen weights under a LoRA: int8 by torchao, nf4 (4 bits) by bitsandbytes"
+    )
     gradient_checkpointing: bool = option(False, help="less memory, a third more time")
 
     def check_modules(self) -> None:
@@ -50,6 +54,11 @@ class ModuleOptions:
             raise InputError(f"--rank must be >= 1; got {self.rank}")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise InputError(f"--lora_alpha must be finite, > 0; got {self.lora_alpha}")
+        if self.quantize is not None and self.train_modules != "lora":
+            raise InputError(
+                f"--quantize {self.quantize}: --train_modules {self.train_modules} trains the "
+                "weights themselves, and only frozen ones are quantized: give --train_modules lora"
+            )
 
 
 def is_adapter(args: Any) -> bool:

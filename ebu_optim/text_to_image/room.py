@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "the whole denoiser, fp16": SMALLER,
     "cross attention, fp16": {"train_modules": "xattn", **SMALLER},
     "LoRA, fp16": {"train_modules": "lora", **SMALLER},
+    "LoRA, fp16, over 4 bits": {"train_modules": "lora", "quantize": "nf4", **SMALLER},
 }
 #: Of pictures at once; the report's, which draw with the whole pipeline, can be left out.
 FEWER: tuple[dict[str, Any], ...] = (

@@ -40,6 +40,7 @@ from .families import Conditions
 from .modules import Prompted, halve_frozen
 from .pipelines import Looked, parts
 from .prompts import Prompts
+from .quantized import quantize
 from .save import DTYPES
 
 __all__ = [
@@ -137,7 +138,7 @@ def make(
 ) -> Made:  # fmt: skip
     """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
     is their hash, `table` the conditions of all prompts. Under mixed precision a copy in 16 bits
-    samples, and `unet` stays where it is.
+    samples, with --quantize a quantized one, and `unet` stays where it is.
 
     Raises:
         InputError: unreadable images; NaN or Inf in what was made of them.
@@ -151,9 +152,12 @@ def make(
             pick = torch.arange(len(latents)) % len(prompts.forget)
             made[name] = latents, torch.tensor(prompts.forget)[pick]
     if sampled(args, looked, prompts):
-        if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
+        if args.mixed_precision != "no" or args.quantize:
             unet = copy.deepcopy(unet).requires_grad_(False)
+        if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
             halve_frozen(unet, DTYPES[args.mixed_precision])
+        if args.quantize:
+            quantize(unet, args.quantize, looked.family.units, device)
         unet = unet.to(device)
     for name, (number, labels, _) in wanted.items():
         if name not in made:
@@ -215,9 +219,10 @@ def _sampled(
     texts = [prompts.texts[i] for i in used]
     # no set of any seed begins at the noise of another's
     seed = 3 * args.seed + ("replay", "surrogate", "own").index(name)
+    bits = f"{args.mixed_precision}, {args.quantize}" if args.quantize else args.mixed_precision
     how = [
         texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, seed,
-        args.mixed_precision, args.sample_batch_size, told.hash(),
+        bits, args.sample_batch_size, told.hash(),
         scheduler_protocol(scheduler),
     ]  # fmt: skip
     path = args.sets_dir / f"{name}-{key(base, config_of(unet), how)}.safetensors"

@@ -21,7 +21,19 @@ from ..diffusion import anchored, model_hash, objectives
 from ..errors import InputError
 from ..manifest import refuse_changed
 from ..training import method as method_options
-from . import hub, memory, modules, outcome, pipelines, prompts, room, save, sets, validation
+from . import (
+    hub,
+    memory,
+    modules,
+    outcome,
+    pipelines,
+    prompts,
+    quantized,
+    room,
+    save,
+    sets,
+    validation,
+)
 from .objectives import TextObjectives
 from .options import Unlearn
 
@@ -55,6 +67,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     if args.mixed_precision not in save.DTYPES:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
     looked.family.refuse(args)  # accelerate's own settings may have said the precision
+    quantized.check(args.quantize, accelerator.num_processes)
     cost = memory.count(args, looked, texts)
     outcome.say(accelerator, args, looked, texts, cost)
     room.check(args, looked, texts, cost, accelerator.device)
@@ -139,12 +152,16 @@ def learn_from(
         with accelerator.autocast():
             made = sets.make(args, looked, folder, texts, unet, table, base, device)
         modules.choose(unet, args, looked.family)
-        raw = modules.Prompted(unet, table, looked.family).to(device)
+        raw = modules.Prompted(unet, table, looked.family)
         fisher = method_options.fisher_source(args, "estimate")
         if fisher == "estimate":
+            raw.to(device)
             fisher = sets.fisher(args, made, looked, unet, table)
-    if dtype != torch.float32:
+    if dtype != torch.float32:  # before the rest of it is on the device
         modules.halve_frozen(unet, dtype)
+    if args.quantize:
+        quantized.quantize(unet, args.quantize, looked.family.units, device)
+    raw.to(device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return folder, base, made, raw, None if fisher == "none" else fisher

@@ -1,0 +1,84 @@
+"""A frozen denoiser in 8 or 4 bits under a LoRA.
+
+int8 is torchao's weight-only quantization, a scale for each row. nf4 is bitsandbytes', a scale in
+8 bits for 64 weights (QLoRA, https://arxiv.org/abs/2305.14314). Quantized are the Linear layers of
+the denoiser's blocks; what is before, between and behind the blocks is small, and stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .._extras import require
+from ..errors import InputError
+
+Quantize = Literal["int8", "nf4"]
+EXTRA = "quantized"
+PACKAGES = {"int8": "torchao.quantization", "nf4": "bitsandbytes"}
+#: Of a weight, with its part of a scale that 64 share.
+BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+
+
+def layers(denoiser: nn.Module, units: Collection[str]) -> dict[str, nn.Linear]:
+    """The frozen Linear layers inside modules whose class is named in `units`, by name."""
+    inside = tuple(f"{n}." for n, m in denoiser.named_modules() if type(m).__name__ in units)
+    return {
+        n: m
+        for n, m in denoiser.named_modules()
+        if type(m) is nn.Linear and n.startswith(inside) and not m.weight.requires_grad
+    }
+
+
+def check(how: Quantize | None, processes: int) -> None:
+    """Raises:
+    InputError: the package is missing; several processes, whose frozen weights are broadcast.
+    """
+    if how is None:
+        return
+    try:
+        require(PACKAGES[how], EXTRA)
+    except ImportError as error:
+        raise InputError(f"--quantize {how}: {error}") from error
+    if processes > 1:
+        raise InputError(
+            f"--quantize {how}: {processes} processes cannot share quantized weights; start one"
+        )
+
+
+def quantize(denoiser: nn.Module, how: Quantize, units: Collection[str], device: Any) -> None:
+    """Quantize these layers in place, each on `device`, where it stays."""
+    package: Any = require(PACKAGES[how], EXTRA)
+    for name, layer in layers(denoiser, units).items():
+        owner, _, last = name.rpartition(".")
+        layer.to(device)
+        if how == "int8":
+            package.quantize_(layer, package.Int8WeightOnlyConfig())
+        else:
+            setattr(denoiser.get_submodule(owner), last, _nf4(package, layer, device))
+
+
+def _nf4(package: Any, layer: nn.Linear, device: Any) -> nn.Module:
+    weight, bias = layer.weight, layer.bias
+    with torch.device("meta"):
+        found = package.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias is not None, compute_dtype=weight.dtype,
+            quant_type="nf4",
+        )  # fmt: skip
+    found.weight = package.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
+    if bias is not None:
+        found.bias = nn.Parameter(bias.data, requires_grad=False)
+    # its packed form for CPUs takes multiples of 32 alone, and packs at a look between two steps
+    found.support_avx512bf16_for_cpu = False
+    return found.to(device)
+
+
+def saved(denoiser: nn.Module, how: Quantize | None, units: Collection[str], whole: int) -> int:
+    """Bytes that quantizing spares, where a weight takes `whole` before."""
+    if how is None:
+        return 0
+    numel = sum(m.weight.numel() for m in layers(denoiser, units).values())
+    return int(numel * (whole - BYTES[how]))
