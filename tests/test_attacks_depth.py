@@ -49,7 +49,7 @@ class Mixture(nn.Module):
 
     def __init__(self, patterns: torch.Tensor, logits: torch.Tensor, table: torch.Tensor) -> None:
         super().__init__()
-        n = len(patterns)
+        n, self.config = len(patterns), {}
         self.to_q, self.to_v = nn.Linear(WIDTH, n, False), nn.Linear(n, patterns[0].numel(), False)
         self.to_q.weight.data = torch.linalg.lstsq(table, logits).solution.T.contiguous()
         self.to_v.weight.data = patterns.flatten(1).T.contiguous()

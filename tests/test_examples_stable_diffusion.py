@@ -236,10 +236,10 @@ def test_figures_and_validation_images_go_to_tensorboard(made, tmp_path):
 
 
 def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypatch):
-    sets, validation, training = map(module, ("sets", "validation", ".training"))
+    conditions, validation, training = map(module, ("conditions", "validation", ".training"))
     held, alive, step_of = [], [], training.unlearning_step
 
-    def loads(kind, *args, of=sets.load):
+    def loads(kind, *args, of=conditions.load):
         part = of(kind, *args)
         held.append((kind.__name__, weakref.ref(part)))
         return part
@@ -249,7 +249,7 @@ def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypat
         alive.extend(name for name, part in held if part() is not None)
         return step_of(*args)
 
-    for user in (sets, validation):
+    for user in (conditions, validation):
         monkeypatch.setattr(user, "load", loads)
     monkeypatch.setattr(training, "unlearning_step", step)
     succeed(*unlearn(made, tmp_path / "o", "--sets_dir", tmp_path / "sets", "--surrogate",

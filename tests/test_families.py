@@ -160,7 +160,7 @@ def test_the_empty_prompt_is_what_the_pipelines_guidance_leads_away_from(zeros, 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl_inpainting"])
 def test_text_encoders_vae_and_denoiser_are_never_there_together(name, made, tmp_path, monkeypatch):
-    sets, run = module("sets"), module("unlearn")
+    conditions, run = module("conditions"), module("unlearn")
     held, together, of = [], [], run.pipelines.load
 
     def loads(*args):
@@ -170,7 +170,7 @@ def test_text_encoders_vae_and_denoiser_are_never_there_together(name, made, tmp
         together.append(there | {kind})
         return part
 
-    monkeypatch.setattr(sets, "load", loads)
+    monkeypatch.setattr(conditions, "load", loads)
     monkeypatch.setattr(run.pipelines, "load", loads)
     # a whole pipeline is what has all of them
     more = ["--sets_dir", tmp_path / "sets", "--method", "joint", "--save_as", "changed"]

@@ -45,6 +45,9 @@ SMALL = {
     "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
     "inversion_learning_rates": ([3e-3], [5e-3]), "lora_learning_rate": (1e-3, 1e-4),
 }  # fmt: skip
+Attack = Literal[
+    "paraphrase", "inversion", "relearn", "cce", "unlearndiffatk", "tina", "lora_relearn"
+]
 SHOWN = 8  # pictures in a row
 #: Options that change no figure.
 FREE = {
@@ -64,11 +67,7 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     base_model: str | None = option(
         None, help="before unlearning; default: the one that unlearn.json names"
     )
-    attacks: list[
-        Literal[
-            "paraphrase", "inversion", "relearn", "cce", "unlearndiffatk", "tina", "lora_relearn"
-        ]
-    ] = option(list(attacks.USUAL))  # fmt: skip
+    attacks: list[Attack] = option(list(attacks.USUAL))
     instance_data_dir: Path | None = option(
         None, help="pictures of the target; default: the base's own"
     )

@@ -404,9 +404,10 @@ def training(
 def counted(model: Any, opt: EBUOptimizer, run: Callable[[], Any]) -> int:
     """Weights, two gradients, all that the optimizer keeps, and what a pass saves for its backward
     pass: to stand beside "peak bytes"."""
+    from ebu_optim.text_to_image.families import STABLE_DIFFUSION
     from ebu_optim.text_to_image.memory import saved
 
-    with saved(model) as (units, _):
+    with saved(model, STABLE_DIFFUSION.units) as (units, _):
         run()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     state = (t for row in opt.state_dict()["state"].values() for t in row.values())

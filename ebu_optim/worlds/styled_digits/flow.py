@@ -12,8 +12,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Regex
-from tokenizers.normalizers import Replace
 from torch import Tensor, nn
 from transformers import (  # type: ignore[attr-defined]
     CLIPTextConfig,
@@ -97,6 +95,4 @@ def reads_nothing() -> T5TokenizerFast:
     scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     with tempfile.TemporaryDirectory() as folder:
         T5TokenizerFast(vocab=scores, extra_ids=0).save_pretrained(folder)
-        found = T5TokenizerFast.from_pretrained(folder, model_max_length=1)
-    found.backend_tokenizer.normalizer = Replace(Regex(r"[\s\S]+"), "")  # else it says what it cut
-    return found
+        return T5TokenizerFast.from_pretrained(folder, model_max_length=1)

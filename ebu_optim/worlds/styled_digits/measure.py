@@ -163,12 +163,15 @@ def measure(args: Measure) -> None:
             f"{name} has another vocabulary than captions.py: it is none of this world, or was "
             "trained before the words were changed"
         )
-    pipe = drawing.ready(pipelines.assembled(pipelines.fetch(args), args.variant))
+    pipe = pipelines.assembled(pipelines.fetch(args), args.variant)
+    beside = looked.family.drawing(pipe, SIZE)
+    pipe = drawing.ready(pipe)
     asked = choose(args.images_per_pair, args.seed)
     seeds = range(args.seed, args.seed + len(asked))
     drawn = drawing.draw(
         pipe, [c.text for c in asked], seeds, batch=args.sample_batch_size,
         num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+        **beside,
     )  # fmt: skip
     pictures = torch.stack(list(drawn)) * 2 - 1
     found = groups(judge(pictures, asked, judges))
