@@ -49,10 +49,10 @@ class Attacked:
         self.sampler = self.family.sampler(looked.scheduler)
         self.pipe = pipe
         pipe.register_modules(**looked.tokenizers)
-        self.shapes = self.family.shapes(looked.unet, looked.tokenizer.model_max_length)
+        null = self.family.encode(pipe, [""])
+        self.shapes, self.null = {n: t.shape[1:] for n, t in null.items()}, join(null).to(device)
         shared = self.family.shared(self.size, lambda x: self.family.to_latents(self.vae, x))
         self.shared = {n: t.to(device) for n, t in shared.items()}
-        self.null = self.encode([""])
 
     def made_of(self) -> dict[str, str]:
         """What draws: hashes of its parts' contents."""
