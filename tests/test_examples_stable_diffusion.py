@@ -40,6 +40,7 @@ from ebu_optim.training.options import parse
 
 from .scripts import by_both, run_script
 from .text_to_image import LENGTH, pipeline
+from .torchjd import WEIGHTINGS, runnable
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "stable_diffusion"
@@ -120,15 +121,17 @@ RUNS = {
     "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
                       "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
     **{m: ([], "attn2.") for m in (
-        "fine_tune", "erasediff", "pcgrad", "random_masks", "ebu_without_forget",
-        "ebu_without_remember", "ebu_without_mitigation", "ebu_full_alignment",
-        "ebu_blend_remember", "ebu_blend_forget", "ebu_blend_equal",
+        "fine_tune", "erasediff", "pcgrad", "random_masks", "restricted_gradient", "munba", "gu",
+        "gru", "sago", "aegis", "ebu_without_forget", "ebu_without_remember",
+        "ebu_without_mitigation", "ebu_full_alignment", "ebu_blend_remember", "ebu_blend_forget", "ebu_blend_equal",
     )},
 }  # fmt: skip
+# of the weightings of TorchJD one that needs torchjd alone; the others go the same way
+RUNS |= {"mgda": (["--method_options", '{"scope": "tensor"}'], "attn2.")}
 ADAPTERS = ["ebu", "spm"]
 
 
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize("method", runnable(RUNS))
 def test_a_method_trains_what_it_names(method, made, tmp_path):
     options, where = RUNS[method]
     said = succeed(*unlearn(made, tmp_path / "o", "--method", method, *options))
@@ -154,7 +157,7 @@ def test_every_method_is_run():
         {script.ALIASES.get(m, m) for m in methods}
         for methods in ([*RUNS, *ADAPTERS], script.METHODS)
     )
-    assert ours == theirs
+    assert ours | WEIGHTINGS.keys() == theirs
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ PUBLIC = {
     ],
     "ebu_optim.optimizer": ["EBUOptimizer"],
     "ebu_optim.baselines": [
-        "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GradientAscent", "Joint", "Method",
-        "PCGrad", "RandomMasks", "Recipe", "Retrain", "SPM", "SalUn", "SelectiveAmnesia",
+        "AEGIS", "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GRU", "GU", "GradientAscent",
+        "JacobianDescent", "Joint", "MUNBa", "Method", "PCGrad", "RandomMasks", "Recipe",
+        "RestrictedGradient", "Retrain", "SAGO", "SPM", "SalUn", "SelectiveAmnesia",
         "anchor_loss", "esd_loss", "esd_target", "fisher_images", "methods", "next_class",
         "partly_denoised", "random_anchors", "relabel_loss", "replayed_images", "reset_weights",
         "transport",

@@ -22,31 +22,45 @@ from typing import Any
 from ._methods import methods
 from ._recipe import Recipe
 from ._recipe import Recipe as Method
+from .aegis import AEGIS
 from .embedding_only import EmbeddingOnly
 from .erasediff import EraseDiff
 from .esd import ESD
 from .fine_tune import FineTune
 from .gradient_ascent import GradientAscent
+from .gru import GRU
+from .gu import GU
+from .jacobian_descent import JacobianDescent
 from .joint import Joint
+from .munba import MUNBa
 from .pcgrad import PCGrad
 from .random_masks import RandomMasks
+from .restricted_gradient import RestrictedGradient
 from .retrain import Retrain, reset_weights
+from .sago import SAGO
 from .salun import SalUn
 from .selective_amnesia import SelectiveAmnesia, fisher_images, replayed_images
 from .spm import SPM
 
 __all__ = [
+    "AEGIS",
     "ESD",
+    "GRU",
+    "GU",
+    "SAGO",
     "SPM",
     "EmbeddingOnly",
     "EraseDiff",
     "FineTune",
     "GradientAscent",
+    "JacobianDescent",
     "Joint",
+    "MUNBa",
     "Method",
     "PCGrad",
     "RandomMasks",
     "Recipe",
+    "RestrictedGradient",
     "Retrain",
     "SalUn",
     "SelectiveAmnesia",

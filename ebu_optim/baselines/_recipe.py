@@ -38,6 +38,7 @@ class Recipe:
         embedding: it trains the class embedding alone.
         fresh: it starts from random weights, on real images.
         noise: the noise of the "own" forget loss: "gaussian", or "uniform", which no model made.
+        held: what the rule holds between steps, in numbers for each weight.
         learning_rate: of the published text-to-image run, where it is not 1e-5.
         clips: whether the published text-to-image run clips gradients, at 1.
         published: the method's options in the published text-to-image runs.
@@ -54,6 +55,7 @@ class Recipe:
     embedding: bool = False
     fresh: bool = False
     noise: str = "gaussian"
+    held: int = 0
     learning_rate: float = 1e-5
     clips: bool = True
     published: Mapping[str, Any] = field(default_factory=dict)

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim import PhasedOptimizer, Step, WeightedSum
-from ..optim.rule import Figures
+from ._gramian import GramianOptimizer, Weighed, surgery
 from ._recipe import recipe
 
 
-class Weighted(WeightedSum):
-    """Two weights from the Gramian of (w_f g_f, g_r), over all parameters as one vector.
+class One:
+    """A weighting of one 2x2 Gramian for those of many parts."""
 
-    Args:
-        forget_weight: w_f, >= 0.
-        weighting: from the 2x2 Gramian, float64, to the two weights.
-    """
-
-    def __init__(self, forget_weight: float, weighting: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(forget_weight=forget_weight)
+    def __init__(self, weighting: Callable[[Tensor], Tensor]) -> None:
         self.weighting = weighting
 
-    def begin(self, step: Step) -> Figures:
-        w = step.slots[0].group["ebu_forget_weight"]
-        dot = step.dot * w
-        gramian = torch.stack([step.forget_sq * w**2, dot, dot, step.remember_sq]).view(2, 2)
-        weights = self.weighting(gramian)
-        return {"forget_weight": weights[0] * w, "remember_weight": weights[1]}
-
-    def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
-        return figures["forget_weight"], figures["remember_weight"], 0.0
+    def __call__(self, gramians: Tensor) -> Tensor:
+        return torch.stack([self.weighting(g).to(g) for g in gramians])
 
 
-class PCGrad(PhasedOptimizer):
+class PCGrad(GramianOptimizer):
     r"""Gradient surgery (Yu et al., 2020, Algorithm 1) for the two losses.
 
     Where :math:`\langle g_f, g_r \rangle < 0` each is projected onto the normal plane of the other,
@@ -53,9 +38,10 @@ class PCGrad(PhasedOptimizer):
         base: a built torch optimizer.
         forget_weight: w_f >= 0: the loss is scaled by it before anything else.
         weighting: another rule of this kind: from the 2x2 Gramian of (w_f g_f, g_r), a float64
-            tensor, to their two weights. TorchJD's have this form: ``UPGradWeighting()``,
-            ``MGDAWeighting()``, ... (``pip install torchjd``; some draw from torch's global
-            stream). None is PCGrad.
+            tensor, to their two weights, as TorchJD's have it (see :class:`JacobianDescent`, which
+            guards their inputs). None is PCGrad.
+        scope: "model", or each "tensor" or "module" by itself; then `stats` has their number and
+            that of conflicts. "module" needs a base over named parameters.
         max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
     """
 
@@ -65,23 +51,15 @@ class PCGrad(PhasedOptimizer):
         *,
         forget_weight: float = 1.0,
         weighting: Callable[[Tensor], Tensor] | None = None,
+        scope: str = "model",
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        super().__init__(
-            base, Weighted(forget_weight, weighting or surgery),
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
-        if len({group["ebu_forget_weight"] for group in self.param_groups}) > 1:
-            raise ValueError("PCGrad needs one forget_weight: it projects over all parameters")
+        rule = Weighed(
+            surgery if weighting is None else One(weighting), scope, forget_weight=forget_weight
+        )
+        super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
 #: What it learns from.
 RECIPE = recipe("PCGrad", PCGrad, strength="forget_weight")
-
-
-def surgery(gramian: Tensor) -> Tensor:
-    """PCGrad's two weights from the Gramian [[f.f, f.r], [f.r, r.r]]."""
-    dot = gramian[0, 1]
-    # an opposing gradient is not zero, so neither square is where dot < 0
-    return torch.where(dot < 0, 1 - dot / gramian.diagonal(), 1.0)

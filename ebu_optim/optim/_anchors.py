@@ -30,6 +30,7 @@ class Anchors:
         used: whether the rule has a penalty; False holds what is given and takes nothing.
         unit: scale F by 1 / sqrt(mean F).
         holding: how theta0 and F are held.
+        alone: theta0 is taken without an F too.
 
     Attributes:
         mode: "online", "warm" (an online F, frozen), "fixed" (a mapping) or "none".
@@ -46,8 +47,10 @@ class Anchors:
         used: bool,
         unit: bool,
         holding: Holding | None = None,
+        alone: bool = False,
     ) -> None:
         self.used, self.unit, self.holding = used, unit, holding or Holding()
+        self.alone = alone
         self.holding.check()
         self._reference = Reference(self.holding.anchor_source)
         self._present = slots.key_set
@@ -78,6 +81,11 @@ class Anchors:
     def active(self) -> bool:
         return self.mode != "none" and self.used
 
+    @property
+    def wanted(self) -> bool:
+        """Whether theta0 is taken of what is trained."""
+        return self.active or self.alone or bool(self.anchor)
+
     @torch.no_grad()
     def take(self, slots: SlotList) -> None:
         """At a step's first phase: theta0 and an empty F for what is trained and has none yet."""
@@ -90,7 +98,7 @@ class Anchors:
                 if slot.key in own:
                     own[slot.key] = spread(own[slot.key], slot.param)
         self._look(slots)
-        if not self.active and not self.anchor:
+        if not self.wanted:
             return
         if slots and not any(slot.param.requires_grad for slot in slots):
             raise RuntimeError(
@@ -120,7 +128,7 @@ class Anchors:
         Args:
             by_hand: also for what requires no gradient, as it was given one.
         """
-        if not self.active and not self.anchor:
+        if not self.wanted:
             return
         needed = (self.anchor, self.fisher) if self.active else (self.anchor,)
         if all(all(map(own.__contains__, slots.keys)) for own in needed):
@@ -222,7 +230,7 @@ class Anchors:
         self._look(slots)
         for key, _, p, _, _ in slots:
             mine = own.setdefault(key, {})
-            wanted = self.active and p.requires_grad
+            wanted = (self.active or self.alone) and p.requires_grad
             if self.holding.anchor_source is not None:
                 pass
             elif key in self.anchor:
@@ -231,7 +239,7 @@ class Anchors:
                 mine["ebu_anchor"] = self.holding.anchor(p.detach().clone(), "").contiguous()
             if key in self.fisher:
                 mine["ebu_fisher"] = self.fisher[key]
-            elif wanted and self.mode == "online":
+            elif wanted and self.active and self.mode == "online":
                 mine["ebu_fisher"] = self.holding.fisher(_empty_fisher(p))
             if "ebu_fisher" in mine and self.mode != "fixed":
                 mine["ebu_fisher_count"] = torch.tensor(self.count.get(key, 0))

@@ -102,22 +102,40 @@ class Step:
             total += part.to(total.device)
         return total
 
+    def gramians(
+        self,
+        parts: Sequence[Sequence[int]],
+        of: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Inner products over parts of the model: [[f.f, f.r], [f.r, r.r]], float64 [parts, 2, 2].
+
+        Args:
+            parts: the places of the slots that make up each, the same on every process.
+            of: f and r of a slot, loss scale undone, by its place; None takes the two gradients.
+        """
+        totals = torch.stack([self._inner(part, of) for part in parts])
+        self.shards.add(totals)
+        if of is None and self.inv_scale is not None:
+            totals = totals * self.inv_scale**2
+        return totals[:, [1, 0, 0, 2]].view(-1, 2, 2)
+
+    def _inner(
+        self, part: Iterable[int], of: Callable[[int], tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
+        """f.r, f.f and r.r of this process."""
+        counted = [i for i in part if self.shards.counts(self.slots[i].key)]
+        pairs = [(self.g_f[i], self.g_r[i]) if of is None else of(i) for i in counted]
+        return torch.stack([
+            self.add_up(
+                (f.double() * r).sum() for f, r in pairs if f is not None and r is not None
+            ),
+            self.add_up(square(f) for f, _ in pairs if f is not None),
+            self.add_up(square(r) for _, r in pairs if r is not None),
+        ])  # fmt: skip
+
     @cached_property
     def _products(self) -> Tensor:
-        counted = [
-            (f, r)
-            for s, f, r in zip(self.slots, self.g_f, self.g_r, strict=True)
-            if self.shards.counts(s.key)
-        ]
-        totals = torch.stack([
-            self.add_up(
-                (f.double() * r).sum() for f, r in counted if f is not None and r is not None
-            ),
-            self.add_up(square(f) for f, _ in counted if f is not None),
-            self.add_up(square(r) for _, r in counted if r is not None),
-        ])  # fmt: skip
-        self.shards.add(totals)
-        return totals if self.inv_scale is None else totals * self.inv_scale**2
+        return self.gramians([range(len(self.slots))])[0].flatten()[[1, 0, 3]]
 
     @property
     def dot(self) -> Tensor:

@@ -83,8 +83,9 @@ class WrappedOptimizer(Optimizer):
         kernels.backend([local(s.param) for s in slots], rule.fused)
         Shards(slots)
         self._anchors = Anchors(
-            slots, fisher, anchor, rule.penalised, self.fisher_scale == "unit", holding
-        )
+            slots, fisher, anchor, rule.penalised, self.fisher_scale == "unit", holding,
+            rule.anchored,
+        )  # fmt: skip
         _checks.direction(base.param_groups, self._anchors.active)
         for group in base.param_groups:
             for name, value in self._defaults.items():

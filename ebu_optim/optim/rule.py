@@ -63,12 +63,14 @@ class Rule:
     Attributes:
         needs: the phases that a step needs, of "forget" and "remember".
         penalised: whether the rule uses theta0 and F, which are then held.
+        anchored: whether it uses theta0 even where there is no F.
         options: what is chosen once, by name: shown by ``repr`` and compared over the ranks.
         fused: which kernels serve it, as in torch.optim.
     """
 
     needs: tuple[str, ...] = ("forget", "remember")
     penalised = True
+    anchored = False
     fused: bool | None = False
 
     def __init__(self, **numbers: Any) -> None:

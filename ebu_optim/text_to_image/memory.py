@@ -118,6 +118,7 @@ def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
         "gradients": trained * 4,  # the last step's is held until the next
         "Adam's moments": trained * 8,
         "theta0": trained * 4 if held or needs_teacher(args) else 0,
+        "the rule's own": trained * 4 * methods[args.method].held,
         "F": trained * 4 if held else 0,
         "SalUn's mask": trained if methods[args.method].masked else 0,
     }

@@ -15,11 +15,14 @@ from ebu_optim.baselines import methods
 from ebu_optim.optim import PhasedOptimizer
 
 from ..optim.test_rule import Agreeing
+from ..torchjd import WEIGHTINGS, lacks
 from .launch import join, leave
 
 STEPS = 3
 OWN = "a rule of one's own"
-NAMES = [*(n for n in methods if not n.startswith("ebu_")), OWN]
+# every weighting of TorchJD's goes the way of the first
+NAMES = [*(n for n in methods if not n.startswith("ebu_") and n not in [*WEIGHTINGS][1:]), OWN]
+NAMES = [n for n in NAMES if not lacks(n)]
 OPTIONS: dict[str, Any] = {
     "selective_amnesia": {"fisher": "online", "fisher_scale": "unit"},
     "salun": {"delta": 0.3},

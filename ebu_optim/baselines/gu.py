@@ -1,0 +1,108 @@
+"""GU: the forget gradient without its part along the kept one, in the metric of Adam's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..optim import Step
+from ..optim.rule import Slot, local, weight
+from ._gramian import GramianOptimizer, OfGramian
+from ._recipe import recipe
+
+
+class Orthogonal(OfGramian):
+    """G = w_f (g_f - k g_r) + w_r g_r with k = <f, r / h> / <r, r / h>.
+
+    Args:
+        base: the optimizer whose second moments make h, where it has some.
+        conflicts_only: k = 0 where <f, r / h> >= 0.
+        scope, numbers: as of `OfGramian`.
+    """
+
+    def __init__(self, base: Optimizer, conflicts_only: bool, scope: str, **numbers: Any) -> None:
+        super().__init__(scope, **numbers)
+        self.base = base
+        self.options["conflicts_only"] = bool(conflicts_only)
+
+    def gramians(self, step: Step, parts: Any) -> Tensor:
+        def of(i: int) -> tuple[Tensor, Tensor]:
+            f, r = step.gradients(i)
+            h = self._metric(step.slots[i])
+            if h is None:
+                return f, r
+            root = h.to(f).sqrt_()
+            return f.div_(root), r.div_(root)
+
+        return step.gramians(parts, of)
+
+    def _metric(self, slot: Slot) -> Tensor | None:
+        """sqrt(v_hat) + eps as it is before the step; None for 1."""
+        group, place = slot.place
+        state = self.base.state.get(self.base.param_groups[group]["params"][place], {})
+        if "exp_avg_sq" not in state or not float(state.get("step", 0)):
+            return None
+        beta = float(slot.group["betas"][1])
+        moment = local(state["exp_avg_sq"]) / (1 - beta ** float(state["step"]))
+        return moment.sqrt_().add_(float(slot.group["eps"]))
+
+    def weights(self, gramians: Tensor, w: Tensor) -> Tensor:
+        dot, square = gramians[..., 0, 1], gramians[..., 1, 1]
+        k = torch.where(square > 0, dot / square, 0.0)
+        if self.options["conflicts_only"]:
+            k = k.clamp(max=0.0)
+        return torch.stack([w[0].expand_as(k), w[1] - w[0] * k], -1)
+
+
+class GU(GramianOptimizer):
+    r"""GU (2025): geometric unlearning. One coefficient over all parameters as one vector,
+
+    .. math:: G = w_f (g_f - k g_r) + w_r g_r, \qquad
+              k = \frac{\langle g_f, g_r / h\rangle}{\langle g_r, g_r / h\rangle}, \qquad
+              h = \sqrt{\hat v} + \epsilon
+
+    where :math:`\hat v` is Adam's second moment before the step. So to first order a step of Adam
+    along :math:`g_f - k g_r` does not change the loss that is kept, in either direction. h = 1 in
+    the first step, and for a base that has no such moments. Adam's own momentum (betas[0] = 0 in
+    the published runs) and decoupled weight decay add what the projection does not see.
+
+    The published code has max(<r, r/h>, 1e-12) below k, which does no projection for small
+    gradients; here k = 0 where g_r is zero, and nothing else is cut.
+
+    Args:
+        base: a built torch optimizer; AMSGrad is refused.
+        forget_weight, remember_weight: w_f and w_r, >= 0.
+        conflicts_only: their mode "pcgrad": k = 0 unless the two oppose each other.
+        scope: "model", or each "tensor" or "module" by itself, as of :class:`PCGrad`.
+        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        forget_weight: float = 1.0,
+        remember_weight: float = 1.0,
+        conflicts_only: bool = False,
+        scope: str = "model",
+        max_grad_norm: float | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        if any(group.get("amsgrad") for group in getattr(base, "param_groups", ())):
+            raise ValueError(
+                "GU: amsgrad=True divides by the largest second moment, which is not the metric "
+                "here; build the base with amsgrad=False"
+            )
+        rule = Orthogonal(
+            base, conflicts_only, scope,
+            forget_weight=weight("forget_weight", forget_weight),
+            remember_weight=weight("remember_weight", remember_weight),
+        )  # fmt: skip
+        super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+
+
+#: What it learns from.
+RECIPE = recipe("GU", GU, strength="forget_weight")
