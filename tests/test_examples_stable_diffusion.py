@@ -123,7 +123,8 @@ RUNS = {
     **{m: ([], "attn2.") for m in (
         "fine_tune", "erasediff", "pcgrad", "random_masks", "restricted_gradient", "munba", "gu",
         "gru", "sago", "aegis", "ebu_without_forget", "ebu_without_remember",
-        "ebu_without_mitigation", "ebu_full_alignment", "ebu_blend_remember", "ebu_blend_forget", "ebu_blend_equal",
+        "ebu_without_mitigation", "ebu_full_alignment", "ebu_blend_remember",
+        "ebu_blend_forget", "ebu_blend_equal",
     )},
 }  # fmt: skip
 # of the weightings of TorchJD one that needs torchjd alone; the others go the same way

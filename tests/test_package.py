@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__", "forget"],
+    "ebu_optim.closed_form": [
+        "adversarial", "apply", "gram", "influential", "null_space", "rece", "speed", "uce",
+    ],
     "ebu_optim.checkpoint": ["latest_checkpoint", "load_checkpoint", "save_checkpoint"],
     "ebu_optim.fisher": ["DiagonalFisher"],
     "ebu_optim.optim": [

@@ -92,7 +92,7 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 class AEGIS(PhasedOptimizer):
-    r"""AEGIS's projection (2026): nothing is replayed, what is kept is being near
+    r"""AEGIS's projection (arXiv 2602.06771): nothing is replayed, what is kept is being near
     :math:`\theta_0`. With :math:`r = \theta - \theta_0`, the direction of the gradient of
     :math:`|\theta - \theta_0|^2`, each tensor by itself has
 

@@ -36,7 +36,7 @@ class SignGated(Rule):
 
 
 class SAGO(PhasedOptimizer):
-    r"""SAGO (2026): sign-gated optimisation, as its code has it, scalar by scalar
+    r"""SAGO (arXiv 2604.14808), as its code has it, scalar by scalar
 
     .. math:: G_i = \begin{cases} w_r\, g_{r,i} & g_{f,i}\, g_{r,i} < 0 \\
               w_f\, g_{f,i} & \text{else} \end{cases}

@@ -1,0 +1,98 @@
+"""What the edits share: rows of embeddings, and the matrices of a model that read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+#: The last names of the layers that read text in diffusers' UNets.
+CROSS_ATTENTION = ("attn2.to_k", "attn2.to_v")
+
+
+def rows(name: str, given: Tensor, width: int | None = None) -> Tensor:
+    """Embeddings [..., d] as rows [n, d], float64.
+
+    Raises:
+        ValueError: they are not finite, none, or of another width.
+    """
+    if given.dim() < 1 or given.numel() == 0 or not given.isfinite().all():
+        raise ValueError(
+            f"{name} must be finite embeddings, (n, d); got a tensor of shape {tuple(given.shape)}"
+        )
+    if width is not None and given.shape[-1] != width:
+        raise ValueError(f"{name} has embeddings of width {given.shape[-1]}, the others {width}")
+    return given.detach().reshape(-1, given.shape[-1]).double()
+
+
+def pairs(erase: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of both, a single target repeated.
+
+    Raises:
+        ValueError: there is neither one target for each embedding nor one for all.
+    """
+    c = rows("erase", erase)
+    g = rows("targets", targets, c.shape[1])
+    if len(g) not in (1, len(c)):
+        raise ValueError(f"targets has {len(g)} rows: give one, or one for each of {len(c)}")
+    return c, g.expand_as(c)
+
+
+def number(name: str, value: float, *, least: float = 0.0, strictly: bool = False) -> float:
+    """A finite number >= least (> least where `strictly`).
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not math.isfinite(value) or value < least or (strictly and value == least):
+        raise ValueError(
+            f"{name} must be finite and {'>' if strictly else '>='} {least:g}; got {value!r}"
+        )
+    return float(value)
+
+
+def gram(weights: Iterable[Tensor]) -> Tensor:
+    """The sum of W^T W over weights [d_out, d_in], float64 [d_in, d_in]."""
+    made = [w.detach().double() for w in weights]
+    if not made:
+        raise ValueError("gram: there are no weights")
+    return torch.stack([w.T @ w for w in made]).sum(0)
+
+
+def layers(model: nn.Module, endings: Sequence[str], width: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the linear layers with these last names and d_in = width."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(tuple(endings)):
+            if module.in_features != width:
+                raise ValueError(
+                    f"{name} reads embeddings of width {module.in_features}, the edit is for "
+                    f"{width}: choose layers by `endings` that read the same embeddings"
+                )
+            yield name, module.weight
+
+
+@torch.no_grad()
+def apply(model: nn.Module, edit: Tensor, endings: Sequence[str] = CROSS_ATTENTION) -> list[str]:
+    """W <- W R in place, in float64, for the layers that read the text.
+
+    Args:
+        model: such as a diffusers UNet.
+        edit: R, [d_in, d_in].
+        endings: the last names of the layers; SPEED edits the values alone, ``("attn2.to_v",)``.
+
+    Returns:
+        The names of the layers that were edited.
+
+    Raises:
+        ValueError: there is no such layer, or one of another width; nothing was changed then.
+    """
+    if edit.dim() != 2 or edit.shape[0] != edit.shape[1] or not edit.isfinite().all():
+        raise ValueError(f"edit must be a finite square matrix; got shape {tuple(edit.shape)}")
+    found = list(layers(model, endings, len(edit)))
+    if not found:
+        raise ValueError(f"the model has no linear layer whose name ends in {', '.join(endings)}")
+    for _, weight in found:
+        weight.copy_(weight.double() @ edit.to(weight.device, torch.float64))
+    return [name for name, _ in found]

@@ -1,0 +1,106 @@
+"""SPEED: an edit in the null space of what is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._embeddings import number, pairs, rows
+
+
+def null_space(retain: Tensor, threshold: float = 0.1) -> Tensor:
+    """The projection P = U U^T on the directions in which the kept embeddings hardly reach.
+
+    Args:
+        retain: the kept embeddings, [m, d].
+        threshold: U are the eigenvectors of their mean c c^T with an eigenvalue below it, > 0.
+
+    Returns:
+        P, float64 [d, d].
+
+    Raises:
+        ValueError: every direction is reached, so that no edit would be left.
+    """
+    c = rows("retain", retain)
+    values, vectors = torch.linalg.eigh(c.T @ c / len(c))
+    free = vectors[:, values < number("threshold", threshold, strictly=True)]
+    if free.shape[1] == 0:
+        raise ValueError(
+            f"threshold={threshold!r}: the kept embeddings reach further than that in all "
+            f"{c.shape[1]} directions, the least eigenvalue is {values[0].item():.3g}; give a "
+            "larger threshold, or fewer embeddings (see influential)"
+        )
+    return free @ free.T
+
+
+def speed(
+    erase: Tensor,
+    targets: Tensor,
+    retain: Tensor,
+    invariant: Tensor | None = None,
+    *,
+    threshold: float = 0.1,
+    ridge: float = 1.0,
+    damping: float = 0.0,
+) -> Tensor:
+    r"""SPEED (Li et al., 2025), W' = W R with
+
+    .. math:: R = I + (A - T)\, P\, \big[I - M K (K^T P M K + \lambda I)^{-1} K^T P\big]\, M, \qquad
+              M = (T P + s I)^{-1}
+
+    with T the mean of t t^T over what is erased, A the mean of a t^T with its targets a, P of
+    `null_space` and K what is read as before exactly (:math:`\lambda = 0`). What lies in the
+    complement of P is read as before exactly, too.
+
+    Args:
+        erase: t, [n, d].
+        targets: a, [n, d] or [1, d].
+        retain: the kept embeddings, [m, d]; all of them, or those of `influential`.
+        invariant: K, [k, d], in the published code that of the first token and three centres of
+            the empty prompt's; or None.
+        threshold: of `null_space`: 0.1, 1e-4 for celebrities.
+        ridge: s > 0: 1, 0.05 for celebrities, 0.7 for nudity.
+        damping: lambda >= 0: 0, 0.5 for nudity.
+
+    Returns:
+        R, float64 [d, d], for the values alone in the published code.
+
+    Raises:
+        ValueError: embeddings that do not fit, numbers out of range, an empty null space.
+    """
+    t, a = pairs(erase, targets)
+    d = t.shape[1]
+    eye = torch.eye(d, dtype=t.dtype, device=t.device)
+    second, cross = t.T @ t / len(t), a.to(t).T @ t / len(t)
+    projection = null_space(rows("retain", retain, d).to(t), threshold)
+    inverse = torch.linalg.inv(second @ projection + number("ridge", ridge, strictly=True) * eye)
+    left = eye
+    damping = number("damping", damping)
+    if invariant is not None:
+        k = rows("invariant", invariant, d).to(t).T
+        inner = k.T @ projection @ inverse @ k
+        # symmetric; singular where K lies partly in what is kept, which is held already
+        inner = (inner + inner.T) / 2 + damping * torch.eye(k.shape[1]).to(inner)
+        left = eye - inverse @ k @ torch.linalg.pinv(inner, hermitian=True) @ k.T @ projection
+    # the last P changes nothing but rounding, which a small s would magnify in what is kept
+    return eye + (cross - second) @ projection @ left @ inverse @ projection
+
+
+def influential(weight: Tensor, erase: Tensor, targets: Tensor, retain: Tensor) -> Tensor:
+    r"""The kept embeddings that an edit of this layer without constraint moves more than the mean:
+    :math:`|W (A - T) (I + T)^{-1} c|`. Fewer are kept exactly, so more of the null space is left.
+
+    Args:
+        weight: W, [d_out, d].
+        erase, targets, retain: as of `speed`.
+
+    Returns:
+        Those rows of `retain`, float64 [m', d].
+    """
+    t, a = pairs(erase, targets)
+    c = rows("retain", retain, t.shape[1]).to(t)
+    second, cross = t.T @ t / len(t), a.to(t).T @ t / len(t)
+    eye = torch.eye(t.shape[1], dtype=t.dtype, device=t.device)
+    moved = weight.detach().to(t) @ (cross - second) @ torch.linalg.solve(eye + second, c.T)
+    sizes = moved.norm(dim=0)
+    return c[sizes > sizes.mean()]
