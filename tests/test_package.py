@@ -126,6 +126,17 @@ def test_a_missing_package_names_the_extra(bare):
     assert 'pip install "ebu_optim[diffusion]"' in last
 
 
+def test_a_weighting_by_name_names_its_extra(bare):
+    done = bare(
+        "from ebu_optim.baselines import methods\n"
+        "methods['upgrad'].build(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))"
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "torchjd is needed here" in last
+    assert 'pip install "ebu_optim[torchjd]"' in last
+
+
 @pytest.mark.parametrize(
     ("room", "extra"),
     [

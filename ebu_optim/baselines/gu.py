@@ -58,7 +58,7 @@ class Orthogonal(OfGramian):
 
 
 class GU(GramianOptimizer):
-    r"""GU (arXiv 2511.17100), geometric unlearning: one coefficient over all parameters as one vector,
+    r"""GU (arXiv 2511.17100), geometric unlearning: one coefficient over all parameters,
 
     .. math:: G = w_f (g_f - k g_r) + w_r g_r, \qquad
               k = \frac{\langle g_f, g_r / h\rangle}{\langle g_r, g_r / h\rangle}, \qquad
