@@ -14,6 +14,7 @@ EXTRAS = {
     "text-to-image": ("transformers", "peft", "open_clip_torch", "accelerate"),
     "metrics": ("torch-fidelity", "lpips"),
     "nudity": ("nudenet",),
+    "quantized": ("torchao", "bitsandbytes"),
     "sign": ("model-signing",),
 }
 
