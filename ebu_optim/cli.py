@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, function: Any, config: Any, doc: str, argv: Sequence[str]) -> None:
-    from .training.options import command
+    from .training.command_line import command
 
     command(function, config, doc, argv, prog=f"ebu {name}")
 
@@ -75,7 +75,7 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 def _show(argv: Sequence[str]) -> None:
-    from .training.options import option
+    from .training.fields import option
 
     @dataclass(frozen=True, kw_only=True)
     class Show:
@@ -100,7 +100,7 @@ def show(folder: Path) -> None:
 
 
 def _verify(argv: Sequence[str]) -> None:
-    from .training.options import option
+    from .training.fields import option
 
     @dataclass(frozen=True, kw_only=True)
     class Verify:
@@ -133,7 +133,7 @@ def verify(config: Any) -> None:
 
 def _doctor(argv: Sequence[str]) -> None:
     from .takedown.doctor import doctor
-    from .training.options import option
+    from .training.fields import option
 
     @dataclass(frozen=True, kw_only=True)
     class Doctor:

@@ -36,7 +36,8 @@ from ebu_optim.diffusion import (
 )
 from ebu_optim.errors import InputError
 from ebu_optim.files import check_free, replacing_folder
-from ebu_optim.training.options import as_dict, at_least, command, flags, option
+from ebu_optim.training.command_line import command
+from ebu_optim.training.fields import as_dict, at_least, flags, option
 from ebu_optim.worlds import digits
 from ebu_optim.worlds.digits_judged import PER_CLASS, Evaluation
 from ebu_optim.worlds.digits_pages import card, curves, grid, table

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .scripts import reset_accelerate
 from .text_to_image import flux, klein, sd3, z_image

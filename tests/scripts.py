@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 PAPER = Path(__file__).parent.parent / "examples" / "paper"
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
 from ebu_optim.files import save_tensors
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .text_to_image import pipeline
 

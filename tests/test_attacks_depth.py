@@ -18,7 +18,7 @@ from ebu_optim.attacks import tina as inversion
 from ebu_optim.attacks import unlearndiffatk as uda
 from ebu_optim.attacks.run import AttackOptions
 from ebu_optim.text_to_image import pipelines, results
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .text_to_image import pipeline
 

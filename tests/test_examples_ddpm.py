@@ -22,7 +22,7 @@ from PIL import Image
 from ebu_optim.class_conditional import unlearn as package
 from ebu_optim.class_conditional.options import Unlearn
 from ebu_optim.files import load_tensors, locked, need_disk
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 from ebu_optim.training.sources import DataOptions
 
 from .processes import PATIENCE

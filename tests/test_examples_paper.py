@@ -22,7 +22,7 @@ from ebu_optim.experiments import options as experiment
 from ebu_optim.experiments import rows, runs, tables, worlds
 from ebu_optim.experiments.options import OnImages
 from ebu_optim.training import data
-from ebu_optim.training.options import command
+from ebu_optim.training.command_line import command
 
 from .processes import PATIENCE
 from .scripts import script, start

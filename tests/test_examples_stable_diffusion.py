@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
 from ebu_optim.text_to_image.unlearn import unlearn as by_package
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .scripts import by_both, run_script
 from .text_to_image import LENGTH, pipeline

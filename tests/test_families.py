@@ -21,7 +21,7 @@ import diffusers
 from safetensors.torch import load_file
 
 from ebu_optim.errors import InputError
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .scripts import reset_accelerate
 from .text_to_image import LENGTH, pipeline, sdxl

@@ -20,7 +20,7 @@ import diffusers
 from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .flow_families import MADE, SIZE, look, module, opened, unlearn
 from .flow_files import original

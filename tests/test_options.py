@@ -15,17 +15,9 @@ from torch.optim import SGD
 from ebu_optim.class_conditional.options import Unlearn
 from ebu_optim.errors import InputError
 from ebu_optim.training import new_accelerator, new_schedule
-from ebu_optim.training.options import (
-    SCHEDULES,
-    TrainingOptions,
-    as_dict,
-    as_yaml,
-    at_least,
-    ddim_takes,
-    flags,
-    option,
-    parse,
-)
+from ebu_optim.training.command_line import parse
+from ebu_optim.training.fields import as_dict, as_yaml, at_least, flags, option
+from ebu_optim.training.options import SCHEDULES, TrainingOptions, ddim_takes
 
 
 @dataclass(frozen=True, kw_only=True)

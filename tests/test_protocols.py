@@ -31,7 +31,7 @@ from ebu_optim.protocols.judges import Judge
 from ebu_optim.protocols.pictures import Pictures, read
 from ebu_optim.text_to_image import drawing, results
 from ebu_optim.text_to_image.pipelines import Model
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .text_to_image import pipeline
 

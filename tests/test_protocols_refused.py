@@ -16,7 +16,7 @@ from ebu_optim.errors import InputError
 from ebu_optim.protocols import PROTOCOLS, Evaluate, evaluate, judges
 from ebu_optim.protocols.judges import Judge
 from ebu_optim.text_to_image import drawing
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .text_to_image import pipeline
 

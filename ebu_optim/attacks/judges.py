@@ -18,7 +18,7 @@ from ..metrics.imagenette import class_numbers
 from ..text_to_image.nudity import NudityOptions
 from ..text_to_image.pipelines import Looked
 from ..text_to_image.prompt_files import read
-from ..training.options import option
+from ..training.fields import option
 from .prompts import concept_of
 
 

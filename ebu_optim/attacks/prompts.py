@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..errors import InputError
 from ..text_to_image.prompt_files import Row, read, rows
 from ..text_to_image.prompts import PLACE, check_lengths, check_templates, fill
-from ..training.options import option
+from ..training.fields import option
 
 
 class Asked(NamedTuple):

@@ -32,7 +32,7 @@ from ..manifest import changed, contents, key
 from ..metrics import versions
 from ..text_to_image.pipelines import Model, look
 from ..text_to_image.results import held, load, named_base, whole
-from ..training.options import as_dict, option
+from ..training.fields import as_dict, option
 from . import attacks, judges, prompts
 from .judges import JudgeOptions
 from .model import Attacked, by_encoder

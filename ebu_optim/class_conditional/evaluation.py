@@ -39,7 +39,8 @@ from ..metrics import (
 )
 from ..report import check_folder, fid_values, limit_rows, write_report
 from ..training import data
-from ..training.options import at_least, ddim_takes, flags, option
+from ..training.fields import at_least, flags, option
+from ..training.options import ddim_takes
 from ..training.sources import DataOptions
 from .models import Weights, load_classifier, load_unet
 from .pages import curves, grid, protocol

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
+from ..training.fields import as_dict, at_least, check_choices, option
 from ..training.method import MethodOptions, guided_steps
-from ..training.options import TrainingOptions, as_dict, at_least, check_choices, option
+from ..training.options import TrainingOptions
 from ..training.sources import DataOptions
 from .models import Weights
 

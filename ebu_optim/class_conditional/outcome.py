@@ -15,8 +15,8 @@ from ..errors import InputError
 from ..files import save_tensors
 from ..metrics import accuracy, classify, entropy, probability
 from ..training import method
+from ..training.fields import as_dict
 from ..training.method import EBU
-from ..training.options import as_dict
 from .models import WEIGHTS, save_unet
 from .options import Unlearn
 from .sets import Prepared

@@ -31,7 +31,8 @@ from ..files import load_tensors, locked, need_disk, save_tensors
 from ..fisher import DiagonalFisher
 from ..modules import parameter_bytes, tensor_hash
 from ..training import data
-from ..training.options import at_least, ddim_takes, option
+from ..training.fields import at_least, option
+from ..training.options import ddim_takes
 from ..training.sources import DataOptions
 from .models import Weights, load_unet
 

@@ -17,7 +17,7 @@ from ..baselines import Recipe, methods
 from ..errors import InputError
 from ..modules import evaluating
 from ..training.data import Batches
-from ..training.options import option
+from ..training.fields import option
 from .guidance import esd_loss, partly_denoised
 from .losses import (
     denoising_loss,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..baselines import methods as known
 from ..protocols import Evaluate, evaluate
 from ..protocols.compare import Compare, compare
-from ..training.options import option
+from ..training.fields import option
 from ..worlds.styled_digits.captions import CONTENTS, STYLES, UNNAMED
 from . import rows, runs
 from .options import Seeds

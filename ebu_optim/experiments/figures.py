@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from ..training.options import option
+from ..training.fields import option
 from . import pages, rows
 from .options import Replayed
 from .runs import Run

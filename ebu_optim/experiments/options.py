@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from ..errors import InputError
 from ..files import replacing
 from ..manifest import contents, refuse_changed
-from ..training.options import at_least, flags, option
+from ..training.fields import at_least, flags, option
 from . import rows, runs, worlds
 
 

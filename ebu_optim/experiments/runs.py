@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..manifest import digest
-from ..training.options import TrainingOptions, check_choices, flags
+from ..training.fields import check_choices, flags
+from ..training.options import TrainingOptions
 
 
 class Maker(NamedTuple):

@@ -12,7 +12,7 @@ from ..baselines import methods
 from ..errors import InputError
 from ..metrics.protocol import TEXT_TO_IMAGE
 from ..text_to_image.modules import Modules
-from ..training.options import at_least, option
+from ..training.fields import at_least, option
 from . import pages, rows, runs, tables, text_pages, text_results, worlds
 from .options import Experiment, Seeds
 from .runs import Run

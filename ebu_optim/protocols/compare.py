@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..report import leaderboard
 from ..report.comparison import rows_over_seeds, value
-from ..training.options import option
+from ..training.fields import option
 from .named import published
 
 RESULT = "protocols.json"

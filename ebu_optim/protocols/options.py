@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InputError
 from ..text_to_image.pipelines import Model
-from ..training.options import at_least, option
+from ..training.fields import at_least, option
 from .judges import ONE_FILE
 from .named import named
 from .protocol import Protocol, Sampling

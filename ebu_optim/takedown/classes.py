@@ -11,7 +11,7 @@ from ..class_conditional.options import Unlearn
 from ..class_conditional.unlearn import unlearn
 from ..errors import InputError
 from ..files import replacing
-from ..training.options import as_yaml, option
+from ..training.fields import as_yaml, option
 from . import evidence
 from .pictures import FOLDER
 

@@ -11,7 +11,7 @@ from ..baselines import methods
 from ..errors import InputError
 from ..text_to_image.options import ALIASES, Unlearn
 from ..text_to_image.prompts import PLACE, REMEMBER
-from ..training.options import at_least, option
+from ..training.fields import at_least, option
 
 #: --preset: what it gives to options that are not given. The recommended one is what
 #: docs/text_to_image_results.md recommends, the paper's is `Unlearn`'s own defaults.

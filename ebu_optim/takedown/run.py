@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..text_to_image import room
 from ..text_to_image import unlearn as train
-from ..training.options import as_yaml
+from ..training.fields import as_yaml
 from . import evidence, pictures, planning
 from .options import Forget
 

@@ -13,7 +13,7 @@ import torch
 from ..errors import InputError
 from ..metrics.imagenette import CLASSES
 from ..metrics.images import RGBImages
-from ..training.options import as_dict, option
+from ..training.fields import as_dict, option
 from .nudity import NudityOptions
 from .pipelines import Model
 from .prompt_files import Row, read, rows

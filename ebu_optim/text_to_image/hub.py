@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
-from ..training.options import option
+from ..training.fields import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..baselines import methods
 from ..errors import InputError
-from ..training.options import option
+from ..training.fields import option
 from .families import STABLE_DIFFUSION, Conditions, Family, join, split
 from .quantized import Quantize
 

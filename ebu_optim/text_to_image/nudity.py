@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from ..metrics.nudity import EXPOSED, FLOOR, INTIMATE, LABELS
-from ..training.options import option
+from ..training.fields import option
 
 SETS = {"exposed": EXPOSED, "intimate": INTIMATE}
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
+from ..training.fields import as_dict, check_choices, option
 from ..training.method import MethodOptions, guided_steps
-from ..training.options import TrainingOptions, as_dict, check_choices, option
+from ..training.options import TrainingOptions
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model

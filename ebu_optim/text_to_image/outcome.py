@@ -11,7 +11,7 @@ from ..class_conditional.outcome import settings
 from ..diffusion import objectives
 from ..metrics import versions
 from ..training import method as method_options
-from ..training.options import as_dict, named
+from ..training.fields import as_dict, named
 from . import prompts, sets
 from .families import Family
 from .pipelines import Looked

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..formats import unpacked
 from ..manifest import contents, key, plain
 from ..modules import whole_model
-from ..training.options import option
+from ..training.fields import option
 from .families import STABLE_DIFFUSION, Family, of_folder, of_index
 
 

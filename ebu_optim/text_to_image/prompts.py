@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..training.options import named, option
+from ..training.fields import named, option
 from .prompt_files import read
 
 PLACE = "{}"  # of the concept in a template

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..files import replacing, replacing_folder
 from ..formats import Single, write_folder, write_lora, write_single
-from ..training.options import option
+from ..training.fields import option
 from . import card
 from .families import Family, of_folder
 from .modules import Prompted, is_adapter

@@ -31,8 +31,8 @@ from ..errors import InputError
 from ..files import load_tensors, save_tensors
 from ..images import ENDINGS, image_files
 from ..manifest import config_of, contents, key, of_model
+from ..training.fields import option
 from ..training.method import needs
-from ..training.options import option
 from ..training.sources import Item as Image
 from ..training.sources import decode
 from .conditions import conditions, halved, in_one_line, to_latents

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion import evaluating, sample
 from ..errors import InputError
-from ..training.options import option
+from ..training.fields import option
 from .modules import Prompted
 from .pipelines import load
 

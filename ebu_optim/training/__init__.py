@@ -4,16 +4,10 @@ from .._extras import require
 
 require("accelerate", "examples")  # before the parts import it without saying where it comes from
 
+from .command_line import command, exit_on_input_errors, parse
+from .fields import as_dict, option
 from .loop import figures, fit, new_accelerator, unlearning_step
-from .options import (
-    TrainingOptions,
-    as_dict,
-    command,
-    exit_on_input_errors,
-    new_schedule,
-    option,
-    parse,
-)
+from .options import TrainingOptions, new_schedule
 from .run import Run
 from .unlearning import Unlearning
 

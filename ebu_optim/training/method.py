@@ -11,7 +11,7 @@ import torch
 
 from ..baselines import methods
 from ..errors import InputError
-from .options import option
+from .fields import option
 
 EBU = ("alpha", "delta", "gamma")
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..errors import InputError
 from ..files import locked, need_disk
-from .options import as_dict
+from .fields import as_dict
 
 # options that a resumed run may change
 FREE = {

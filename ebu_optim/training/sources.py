@@ -24,7 +24,7 @@ from ..images import (
     visible,
     warn_of_left_out,
 )
-from .options import option
+from .fields import option
 
 TRAIN, TEST = ("train",), ("test", "val")
 MOST = 100_000  # classes; a greater label is the number of something else

@@ -14,7 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..files import replacing_folder
-from ..training.options import at_least, command, option
+from ..training.command_line import command
+from ..training.fields import at_least, option
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("disc", "square")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ebu_optim.protocols import Evaluate, evaluate
-from ebu_optim.training.options import parse
+from ebu_optim.training.command_line import parse
 
 from .launch import join, leave
 

@@ -25,7 +25,7 @@ from ...errors import InputError
 from ...files import load_tensors, save_tensors
 from ...metrics import accuracy, classify
 from ...training.data import noise_images
-from ...training.options import option
+from ...training.fields import option
 from . import loop
 from .captions import CONTENTS, STYLES
 from .images import SIZE, World, paper, world

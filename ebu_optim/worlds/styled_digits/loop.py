@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ... import training
 from ...errors import InputError
 from ...training.ema import Ema
-from ...training.options import SCHEDULES, TrainingOptions, at_least, option
+from ...training.fields import at_least, option
+from ...training.options import SCHEDULES, TrainingOptions
 
 Options = TypeVar("Options", bound="LoopOptions")
 

@@ -28,7 +28,7 @@ from ...metrics import classify
 from ...metrics.intervals import wilson
 from ...text_to_image import drawing, pipelines
 from ...text_to_image.pipelines import Model
-from ...training.options import as_dict, option
+from ...training.fields import as_dict, option
 from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, Caption, captions, tokenizer
 from .images import SIZE
 from .judges import CLASSES, NONE, Judges, load_judges

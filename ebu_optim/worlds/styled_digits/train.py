@@ -29,7 +29,7 @@ from ...diffusion import model_hash
 from ...errors import InputError
 from ...files import replacing_folder
 from ...training.ema import Ema, averaged
-from ...training.options import as_dict, at_least, option
+from ...training.fields import as_dict, at_least, option
 from . import autoencoder, diffusion, flow, loop, text
 from .captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions, concept, tokenizer
 from .images import World, world

@@ -1,0 +1,195 @@
+"""The command line of a config, a frozen dataclass.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sampling(TrainingOptions):
+        images: int = option(500, help="of each class")
+
+        def __post_init__(self) -> None:
+            self.check_training()
+
+    config = parse(Sampling, description=__doc__)
+
+It is jsonargparse's: flags are the fields' names, ``--config run.yaml`` gives any of them by name;
+an error is one line, the status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+import jsonargparse
+import torch
+
+from ..errors import InputError
+from ..files import REMEDIES
+from . import yaml_files
+from .fields import argument_of, flag_of, key_of, kind_of, name_of, names_of
+from .options import TrainingOptions
+
+Config = TypeVar("Config")
+
+
+def parse(
+    config: type[Config], argv: Sequence[str] | None = None, description: str | None = None,
+    prog: str | None = None,
+) -> Config:  # fmt: skip
+    """The config of a command line; None: the one of this process.
+
+    A ``list[T]`` takes several values, a ``Literal`` one of its own, a ``dict`` JSON, a ``bool`` is
+    a switch. ``--config`` takes a YAML file of fields; what follows it has the last word. A base
+    class with an attribute `group` has its flags under that title in ``--help``; an attribute
+    `titles` of the config, title -> names of fields, has the last word on which come first.
+
+    Raises:
+        SystemExit: with status 2, flags that are not understood.
+        InputError: values that the config itself refuses.
+    """
+    wanted: Any = config
+    required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter,
+        exit_on_error=False, usage=f"%(prog)s {' '.join(map(_asked, required))} [options]",
+    )  # fmt: skip
+    parser.add_argument("--config", action="config", help="YAML of options by name")
+    add_flags(parser, config)
+    words = sys.argv[1:] if argv is None else list(argv)
+    hints = get_type_hints(config)
+    kinds = {key_of(f): kind_of(hints[f.name]) for f in fields(wanted)}
+    try:
+        for before, word in zip(["", *words], words, strict=False):
+            if before == "--config" or word.startswith("--config="):
+                yaml_files.check(word.removeprefix("--config="), kinds)
+        found = vars(parser.parse_args(words))
+    except (argparse.ArgumentError, InputError) as error:
+        _refuse(parser, _said(config, str(error)))
+    if missing := [f for f in required if found.get(key_of(f)) is None]:
+        first = any("positional" in f.metadata for f in missing)
+        _refuse(
+            parser, f"the following arguments are required: {', '.join(map(name_of, missing))}"
+            + "; what has no flag stands before the options" * first,
+        )  # fmt: skip
+    return config(**{f.name: _typed(f, hints[f.name], found[key_of(f)]) for f in fields(wanted)})
+
+
+def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
+    """What has no flag is a text, or texts, until here: see `add_flags`."""
+    if "positional" not in f.metadata:
+        return value
+    kind = argument_of(f, hint)["type"]
+    return [kind(v) for v in value] if isinstance(value, list) else kind(value)
+
+
+def _said(config: Any, why: str) -> str:
+    """jsonargparse's words, by the option's name on the command line and without Python's types."""
+    names = {key_of(f): name_of(f) for f in fields(config)}
+    why = re.sub(r'Parser key "(\w+)"', lambda m: f"argument {names.get(m[1], '--' + m[1])}", why)
+    return re.sub(r"a <class '(\w+)'>", r"\1", why)
+
+
+def _refuse(parser: Any, why: str) -> NoReturn:
+    print(f"{parser.prog}: error: {' '.join(why.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def add_flags(parser: Any, config: type) -> None:
+    """Add the flags of a config to a parser; a required one that is not given is None or absent."""
+    hints = get_type_hints(config)
+    places: dict[str | None, Any] = {None: parser}
+    # a group stands where its first flag is added
+    first = [name for names in getattr(config, "titles", {}).values() for name in names]
+    place_of = {name: i - len(first) for i, name in enumerate(first)}
+    for f in sorted(fields(config), key=lambda f: place_of.get(f.name, 0)):
+        said = {k: v for k, v in f.metadata.items() if k not in ("flag", "positional")}
+        group = _group(config, f.name)
+        if group not in places:
+            places[group] = parser.add_argument_group(group)
+        place = places[group]
+        if one := said.pop("exclusive", None):
+            if one not in places:
+                places[one] = place.add_mutually_exclusive_group()
+            place = places[one]
+        how = {**argument_of(f, hints[f.name]), **said}
+        if name := f.metadata.get("positional"):
+            # a default would take the place of what --config says; jsonargparse checks one by type
+            how |= {"nargs": "*" if "nargs" in how else "?", "default": argparse.SUPPRESS}
+            how.pop("type")
+            parser.add_argument(f.name, metavar=name, **how)
+        else:
+            how["help"] = _with_default(how.get("help"), how.get("default"))
+            place.add_argument(*names_of(f), dest=key_of(f), **how)
+
+
+def _with_default(said: str | None, default: Any) -> str | None:
+    if default in (None, "", [], {}) or "default:" in (said or ""):
+        return said
+    words = map(str, default if isinstance(default, list) else [default])
+    return "; ".join([*([said] if said else []), f"default: {' '.join(words)}"])
+
+
+def _asked(f: Field[Any]) -> str:
+    """A required field, as the usage has it."""
+    if name := f.metadata.get("positional"):
+        return f"{name} [{name} ...]" if str(f.type).startswith("list") else name
+    return f"{names_of(f)[0]} {f.metadata.get('metavar') or flag_of(f).lstrip('-').upper()}"
+
+
+def _group(config: type, name: str) -> str | None:
+    """The title that the config gives it, else that of the class that brought the field."""
+    for title, names in getattr(config, "titles", {}).items():
+        if name in names:
+            return title
+    first = next(c for c in reversed(config.__mro__) if name in inspect.get_annotations(c))
+    return vars(first).get("group")
+
+
+def command(
+    function: Callable[[Any], object], config: type, description: str | None = None,
+    argv: Sequence[str] | None = None, prog: str | None = None,
+) -> None:  # fmt: skip
+    """Run `function` with the `config` of the command line, as a script does; `argv`: not of this
+    process. What the user can put right is printed in one line, with exit status 2."""
+    resumes = issubclass(config, TrainingOptions)
+    exit_on_input_errors(
+        lambda: function(parse(config, argv, description, prog)),
+        "the same command" + " with --resume_from_checkpoint latest" * resumes, prog,
+    )  # fmt: skip
+
+
+def exit_on_input_errors(
+    main: Callable[[], object], goes_on: str = "the same command", prog: str | None = None
+) -> None:
+    """Run `main`; what the user can put right is printed in one line, with exit status 2. A
+    character that the console does not know is printed as another, and ends nothing."""
+    prog = prog or Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except InputError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        what = str(error).partition("\n")[0]
+        print(
+            f"{prog}: error: {what}\nA smaller batch takes less, and so do "
+            "--gradient_checkpointing and --mixed_precision bf16, where the script has them. "
+            f"Where something else filled the memory, {goes_on} goes on",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        print(f"{prog}: error: {error}. Then {goes_on} goes on", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {goes_on} goes on", file=sys.stderr)
+        sys.exit(130)
