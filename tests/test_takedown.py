@@ -287,7 +287,8 @@ def test_presets_are_what_they_say():
         "xattn", None, "replay", None,
     )  # fmt: skip
     assert Forget(**given, gamma=3.0, train_modules="xattn").resolved().gamma == 3.0
-    assert Forget(**given, method="fine_tune").resolved().remember == "replay"
+    for method in ("fine_tune", "mgda"):
+        assert Forget(**given, method=method).resolved().remember == "replay"
     esd = Forget(**given, method="esd").resolved()
     assert (esd.forget_loss, esd.train_modules, esd.gamma) == (None, "xattn", None)
     assert save.FOLDERS  # the table of results

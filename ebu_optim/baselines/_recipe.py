@@ -40,6 +40,8 @@ class Recipe:
         noise: the noise of the "own" forget loss: "gaussian", or "uniform", which no model made.
         held: what the rule holds between steps, in numbers for each weight.
         learning_rate: of the published text-to-image run, where it is not 1e-5.
+        stalls: its step is zero where the remember gradient is; that of distillation is zero at the
+            start, so that it never begins.
         clips: whether the published text-to-image run clips gradients, at 1.
         published: the method's options in the published text-to-image runs.
     """
@@ -57,6 +59,7 @@ class Recipe:
     noise: str = "gaussian"
     held: int = 0
     learning_rate: float = 1e-5
+    stalls: bool = False
     clips: bool = True
     published: Mapping[str, Any] = field(default_factory=dict)
 

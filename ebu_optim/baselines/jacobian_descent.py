@@ -109,7 +109,9 @@ def _named(name: str) -> Any:
 
 #: What each learns from: method, title and TorchJD's name.
 RECIPES = {
-    method: Recipe(title, partial(JacobianDescent, weighting=name), "forget_weight")
+    method: Recipe(
+        title, partial(JacobianDescent, weighting=name), "forget_weight", stalls=method == "mgda"
+    )
     for method, title, name in (
         ("upgrad", "UPGrad", "UPGrad"), ("mgda", "MGDA", "MGDA"), ("imtl_g", "IMTL-G", "IMTLG"),
         ("aligned_mtl", "Aligned-MTL", "AlignedMTL"), ("fairgrad", "FairGrad", "FairGrad"),

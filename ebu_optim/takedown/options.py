@@ -128,8 +128,8 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
             given = {k: v for k, v in given.items() if k not in ("forget_loss", "train_modules")}
         if "gamma" not in recipe.options:
             given.pop("gamma", None)
-        if recipe.forgets is None or not recipe.replayed:
-            # without a forget loss distillation has a gradient of zero; else it has no effect
+        if recipe.forgets is None or recipe.stalls or not recipe.replayed:
+            # distillation has a gradient of zero, which is all, or stalls; else it has no effect
             given["remember"] = "replay"
         return given
 

@@ -70,10 +70,11 @@ def cautions(args: Any, looked: Looked, texts: prompts.Prompts) -> list[str]:
             f"warning: --replay_images {args.replay_images} are of the first as many of "
             f"{len(texts.remember)} prompts; the others are not replayed"
         )
-    if recipe.forgets is None and recipe.teacher:
+    if recipe.teacher and (recipe.forgets is None or recipe.stalls):
         lines.append(
             f"warning: {recipe.title} with --remember_loss {args.remember} learns nothing: the "
-            "teacher is the model itself, and no other loss leads away from it; take replay"
+            "teacher is the model itself at the start, and the method does not lead away from it; "
+            "take replay"
         )
     if why := looked.family.distilled(args.pretrained_model_name_or_path, looked.unet):
         lines.append(f"warning: {why}")
