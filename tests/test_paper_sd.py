@@ -27,6 +27,7 @@ from ebu_optim.experiments import (
     text_pages,
     text_paper,
     text_results,
+    text_scales,
     text_tables,
     text_tasks,
     text_worlds,
@@ -80,7 +81,7 @@ def world():
         patch.setenv("TQDM_DISABLE", "1")
         for place, maker in by(text_worlds.ATTACK._replace(make=stub)).items():
             patch.setattr(place, "ATTACK", maker)
-        full = text_worlds.STYLED_DIGITS
+        full = text_scales.STYLED_DIGITS
         tiny = full._replace(**TINY, unlearn={**full.unlearn, **FEW})
         for options in (text_tables.OfWorld, text_tables.TextExperiment):
             patch.setitem(options.scales, "small", tiny)

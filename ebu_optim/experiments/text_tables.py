@@ -18,8 +18,9 @@ from .options import Experiment, Seeds
 from .runs import Run
 from .tables import Row
 from .text_paper import SD14, WEIGHTS, PaperSetting, PaperWorld, choice
+from .text_scales import FLOW_DIGITS, STYLED_DIGITS
 from .text_tasks import Target
-from .text_worlds import FLOW_DIGITS, STYLED_DIGITS, TextSetting
+from .text_worlds import TextSetting
 
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = ("ebu_added", "ebu_replaced", "joint", "selective_amnesia", "salun", "esd", "spm")
