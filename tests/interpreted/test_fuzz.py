@@ -23,7 +23,7 @@ from . import cases
 from .cases import Case, Placed
 from .paths import PATHS, recorded
 
-CASES, SEED = int(os.environ.get("FUZZ_CASES", "30")), os.environ.get("FUZZ_SEED")
+CASES, SEED = int(os.environ.get("FUZZ_CASES", "15")), os.environ.get("FUZZ_SEED")
 taken: Counter[str] = Counter()
 few = settings(
     deadline=None, max_examples=CASES, derandomize=SEED is None, database=None,
