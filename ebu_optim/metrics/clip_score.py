@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,29 @@ class ClipCosine:
     def __call__(self, images: Tensor | RGBImages, texts: Sequence[str]) -> Tensor:
         """(n,) float64 on the CPU, of (n, 3, H, W), uint8 or float in [-1, 1], and n texts."""
         pictures = images if isinstance(images, RGBImages) else RGBImages(images, "images")
-        return _cosines(
-            self.model, self._preprocess, self._tokenizer, pictures, list(texts), self._size
-        )
+        found, at = [], 0
+        for a in self.embed_images(pictures):
+            b = self.embed_texts(texts[at : at + len(a)])
+            found.append(torch.nn.functional.cosine_similarity(a, b).cpu())
+            at += len(a)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def embed_images(self, pictures: RGBImages) -> Iterator[Tensor]:
+        """(n, D) float64 on the device, of a batch after the other."""
+        image = require("PIL.Image", "text-to-image")
+        device = next(self.model.parameters()).device
+        for batch in pictures.batches(self._size):
+            # by PIL, as the model's own preprocessing wants it and a saved file would come
+            each = [image.fromarray(p.permute(1, 2, 0).numpy()) for p in batch]
+            x = torch.stack([self._preprocess(p) for p in each])
+            yield self.model.encode_image(x.to(device)).double()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(n, D) float64 on the device."""
+        device = next(self.model.parameters()).device
+        return self.model.encode_text(self._tokenizer(list(texts)).to(device)).double()
 
 
 class ClipClassifier:
@@ -155,27 +175,12 @@ class ClipClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 3, H, W), uint8 or float in [-1, 1] -> (n, texts) float64 on the CPU."""
-        pictures = RGBImages(images, "images")
-        n = len(pictures)
-        return 100 * torch.stack([self._cosine(pictures, [t] * n) for t in self.texts], 1)
-
-
-@torch.no_grad()
-def _cosines(
-    judge: Any, preprocess: Any, tokenizer: Any, pictures: RGBImages, texts: list[str], size: int
-) -> Tensor:
-    """(n,) float64."""
-    image = require("PIL.Image", "text-to-image")
-    device = next(judge.parameters()).device
-    found = []
-    for i, batch in enumerate(pictures.batches(size)):
-        # by PIL, as the model's own preprocessing wants it and a saved file would come
-        x = torch.stack([preprocess(image.fromarray(p.permute(1, 2, 0).numpy())) for p in batch])
-        tokens = tokenizer(texts[i * size : i * size + len(batch)])
-        a = judge.encode_image(x.to(device)).double()
-        b = judge.encode_text(tokens.to(device)).double()
-        found.append(torch.nn.functional.cosine_similarity(a, b).cpu())
-    return torch.cat(found)
+        b = self._cosine.embed_texts(self.texts)
+        cosines = [
+            torch.nn.functional.cosine_similarity(a[:, None], b, dim=-1).cpu()
+            for a in self._cosine.embed_images(RGBImages(images, "images"))
+        ]
+        return 100 * torch.cat(cosines)
 
 
 def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
