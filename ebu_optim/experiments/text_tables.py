@@ -111,9 +111,7 @@ class TextExperiment(OfWorld):
     """
 
     group: ClassVar[str] = PAPER_SCALE
-    scales: ClassVar[Mapping[str, Any]] = {
-        "small": STYLED_DIGITS, "flow": FLOW_DIGITS, "paper": SD14,
-    }  # fmt: skip
+    scales: ClassVar[Mapping[str, Any]] = {**OfWorld.scales, "paper": SD14}
 
     real_images: Path | None = option(None, help="real images of the kept classes, for FID")
     pretrained_model_name_or_path: str | None = option(

@@ -39,6 +39,12 @@ class Sampler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, **given)
 
 
+#: Of attention that joins picture and text, each with a stream of its own: all projections.
+TARGETS = tuple(f"attn.{n}" for n in (
+    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q", "to_k", "to_v", "to_out.0",
+))  # fmt: skip
+
+
 class FlowMatching(Family):
     """
     Attributes:

@@ -20,10 +20,18 @@ from transformers import (  # type: ignore[attr-defined]
 
 from ...errors import InputError
 from .family import Config
-from .flow_matching import STEPWISE, FlowMatching, inside
+from .flow_matching import STEPWISE, TARGETS, FlowMatching, inside
 from .unets import Choice
 
-STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of the text, in attention
+#: Of FLUX.1 and FLUX.2, whose blocks are first of two streams and then of one.
+MODULES: Mapping[str, Choice] = {
+    # what the picture reads of the text, while the two have streams of their own
+    "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
+    "attention": inside(".attn."),
+    "single": inside(".single_transformer_blocks."),
+    "context": inside(".context_embedder."),
+    "full": inside(""),
+}
 
 
 def shifted(config: Config, tokens: int, n: int) -> dict[str, Any]:
@@ -52,17 +60,8 @@ class Flux(FlowMatching):
     foreign = frozenset({"unet", "controlnet", "image_encoder"})
     tags = ("flux",)
     packed = 4
-    modules: Mapping[str, Choice] = {
-        # what the picture reads of the text, while the two have streams of their own
-        "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
-        "attention": inside(".attn."),
-        "single": inside(".single_transformer_blocks."),
-        "context": inside(".context_embedder."),
-        "full": inside(""),
-    }
-    lora_targets: Sequence[str] = tuple(
-        f"attn.{n}" for n in (*STREAM, "to_q", "to_k", "to_v", "to_out.0")
-    )
+    modules = MODULES
+    lora_targets: Sequence[str] = TARGETS
     units: Sequence[str] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     no_new_word = "T5 reads a prompt as other tokens than CLIP, in which the word has no one place"
     reads = "tokenizer_2"

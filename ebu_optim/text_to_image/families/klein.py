@@ -15,10 +15,9 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from ...errors import InputError
 from .family import Config, Family
-from .flow_matching import STEPWISE, inside
-from .flux import STREAM
+from .flow_matching import STEPWISE, TARGETS
+from .flux import MODULES
 from .qwen3 import TOKENS, Qwen3
-from .unets import Choice
 
 LAYERS = 3  # of Qwen3, whose outputs it is told
 DEEPEST = 27
@@ -38,15 +37,9 @@ class Klein(Qwen3):
     tags = ("flux2",)
     packed = 4
     thinking = False
-    modules: Mapping[str, Choice] = {
-        "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
-        "attention": inside(".attn."),
-        "single": inside(".single_transformer_blocks."),
-        "context": inside(".context_embedder."),
-        "full": inside(""),
-    }
+    modules = MODULES
     lora_targets: Sequence[str] = (
-        *(f"attn.{n}" for n in (*STREAM, "to_q", "to_k", "to_v", "to_out.0")),
+        *TARGETS,
         "attn.to_qkv_mlp_proj", "attn.to_out",
     )  # fmt: skip
     units: Sequence[str] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")

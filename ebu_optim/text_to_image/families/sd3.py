@@ -19,12 +19,11 @@ from transformers import (  # type: ignore[attr-defined]
 
 from ...errors import InputError
 from .family import Config, Family
-from .flow_matching import STEPWISE, FlowMatching, inside
+from .flow_matching import STEPWISE, TARGETS, FlowMatching, inside
 from .sdxl import check_alike
 from .unets import Choice
 
 TOKENS = 256  # of T5, or zeros in their place, as a call of the pipeline takes by default; at most
-STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of the text, in attention
 
 
 class SD3WithoutT5(FlowMatching):
@@ -53,7 +52,7 @@ class SD3WithoutT5(FlowMatching):
         "context": inside(".context_embedder."),
         "full": inside(""),
     }
-    lora_targets = tuple(f"attn.{n}" for n in (*STREAM, "to_q", "to_k", "to_v", "to_out.0"))
+    lora_targets = TARGETS
     units = ("JointTransformerBlock",)
     no_new_word = "T5 reads a prompt as other tokens than CLIP, in which the word has no one place"
 
