@@ -1,6 +1,6 @@
 """Unlearn under Lightning: manual optimization, one phase for each loss.
 
-    python examples/lightning_manual.py [DEVICES]
+    python examples/lightning_manual.py [DEVICES]     # 1, or the number of processes
 
 Needs `pip install lightning` (tried with 2.6). The network is a toy; the module is what to copy.
 Automatic optimization has one closure for one loss, which EBUOptimizer refuses.
@@ -8,6 +8,7 @@ Automatic optimization has one closure for one loss, which EBUOptimizer refuses.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -75,4 +76,8 @@ def main(devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("devices", nargs="?", type=int, default=1, help="processes; default: 1")
+    main(parser.parse_args().devices)

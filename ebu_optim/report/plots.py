@@ -45,6 +45,78 @@ def _range(values: Sequence[float], zero: bool) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
+class _Axes:
+    """Where the points of a curve lie in the picture."""
+
+    def __init__(self, curve: Mapping[str, Any]) -> None:
+        self.log = curve.get("x_scale", "linear") == "log"
+        self.series: Mapping[str, Any] = curve["series"]
+        self.limits: Mapping[str, float] = curve.get("limits", {})
+        points = [p for line in self.series.values() for p in line]
+        if not points or not all(math.isfinite(v) for p in points for v in p):
+            raise ValueError(
+                f"the curve {curve['title']!r} holds no points, or NaN or Inf: leave those points "
+                "out"
+            )
+        if self.log and min(p[0] for p in points) <= 0:
+            raise ValueError(
+                f"the curve {curve['title']!r} holds x <= 0, which a log scale has no place for: "
+                "leave those points out"
+            )
+        self.across = math.log10 if self.log else float
+        self.x0, self.x1 = _range([self.across(p[0]) for p in points], zero=False)
+        self.y0, self.y1 = _range([p[1] for p in points] + list(self.limits.values()), zero=True)
+
+    def x(self, x: float) -> float:
+        return LEFT + (self.across(x) - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, y: float) -> float:
+        return HEIGHT - BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+
+    def drawn(self, x_name: str, y_name: str) -> list[str]:
+        """Both axes with their names, ticks and the lines across."""
+        out = []
+        for y in ticks(self.y0, self.y1):
+            out.append(
+                f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(y):.1f}" '
+                f'y2="{self.y(y):.1f}" stroke="currentColor" stroke-opacity="0.18"/>'
+                f'<text x="{LEFT - 6}" y="{self.y(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>'
+            )
+        across = ticks(self.x0, self.x1, 8)
+        for x in log_ticks(10**self.x0, 10**self.x1) if self.log else across:
+            out.append(
+                f'<text x="{self.x(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+                f"{x:.4g}</text>"
+            )
+        out.append(
+            f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" '
+            'stroke="currentColor"/>'
+            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+            f"{escape(x_name)}</text>"
+            f'<text transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+            f'text-anchor="middle">{escape(y_name)}</text>'
+        )
+        return out
+
+
+def _key(i: int, name: str, style: str) -> str:
+    """Line i of the legend."""
+    y = HEIGHT + 20 * i + 6
+    return (
+        f'<line x1="{LEFT}" x2="{LEFT + 34}" y1="{y}" y2="{y}" {style}/>'
+        f'<text x="{LEFT + 42}" y="{y + 4}">{escape(name)}</text>'
+    )
+
+
+def _line(axes: _Axes, i: int, name: str, line: Sequence[tuple[float, float]]) -> list[str]:
+    colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+    style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
+    at = [(f"{axes.x(x):.1f}", f"{axes.y(y):.1f}") for x, y in line]
+    path = "L".join(f"{x} {y}" for x, y in at)
+    dots = [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in at]
+    return [f'<path d="M{path}" fill="none" {style}/>', *dots, _key(i, name, style)]
+
+
 def line_chart(curve: Mapping[str, Any]) -> str:
     """An SVG of some series over one x; text and axes take the colour of the text around.
 
@@ -53,80 +125,25 @@ def line_chart(curve: Mapping[str, Any]) -> str:
             [(x, y), ...], and, where there are any, ``limits``: name -> y of a horizontal line, and
             ``x_scale``: "linear" or "log", which has no place for x <= 0.
     """
-    series: Mapping[str, Any] = curve["series"]
-    limits: Mapping[str, float] = curve.get("limits", {})
-    points = [p for line in series.values() for p in line]
-    if not points or not all(math.isfinite(v) for p in points for v in p):
-        raise ValueError(
-            f"the curve {curve['title']!r} holds no points, or NaN or Inf: leave those points out"
-        )
-    log = curve.get("x_scale", "linear") == "log"
-    if log and min(p[0] for p in points) <= 0:
-        raise ValueError(
-            f"the curve {curve['title']!r} holds x <= 0, which a log scale has no place for: leave "
-            "those points out"
-        )
-    across = math.log10 if log else float
-    x0, x1 = _range([across(p[0]) for p in points], zero=False)
-    y0, y1 = _range([p[1] for p in points] + list(limits.values()), zero=True)
-
-    def px(x: float) -> float:
-        return LEFT + (across(x) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-
-    def py(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
-
-    legend = 20 * len({**series, **limits})
+    axes = _Axes(curve)
+    legend = 20 * len({**axes.series, **axes.limits})
     said = "; ".join(
-        f"{name}: from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in series.items()
+        f"{name}: from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in axes.series.items()
     )
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + legend}" '
         f'role="img" font-family="sans-serif" font-size="12" fill="currentColor">',
         f"<title>{escape(curve['title'])}</title>",
         f"<desc>{escape(curve['y'])} over {escape(curve['x'])}. {escape(said)}</desc>",
+        *axes.drawn(curve["x"], curve["y"]),
     ]
-    for y in ticks(y0, y1):
-        out.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}" '
-            'stroke="currentColor" stroke-opacity="0.18"/>'
-            f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>'
-        )
-    for x in log_ticks(10**x0, 10**x1) if log else ticks(x0, x1, 8):
-        out.append(
-            f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.4g}</text>'
-        )
-    out.append(
-        f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" '
-        'stroke="currentColor"/>'
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-        f"{escape(curve['x'])}</text>"
-        f'<text transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
-        f'text-anchor="middle">{escape(curve["y"])}</text>'
-    )
-
-    def key(i: int, name: str, style: str) -> str:
-        y = HEIGHT + 20 * i + 6
-        return (
-            f'<line x1="{LEFT}" x2="{LEFT + 34}" y1="{y}" y2="{y}" {style}/>'
-            f'<text x="{LEFT + 42}" y="{y + 4}">{escape(name)}</text>'
-        )
-
-    for i, (name, line) in enumerate(series.items()):
-        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
-        path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in line)
-        out.append(f'<path d="M{path}" fill="none" {style}/>')
-        out += [
-            f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5" fill="{colour}"/>' for x, y in line
-        ]
-        out.append(key(i, name, style))
-    for i, (name, y) in enumerate(limits.items(), start=len(series)):
+    for i, (name, line) in enumerate(axes.series.items()):
+        out += _line(axes, i, name, line)
+    for i, (name, y) in enumerate(axes.limits.items(), start=len(axes.series)):
         style = 'stroke="currentColor" stroke-dasharray="1 3" stroke-width="1.5"'
-        out.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}" {style}/>'
-        )
-        out.append(key(i, name, style))
+        at = f"{axes.y(y):.1f}"
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}" {style}/>')
+        out.append(_key(i, name, style))
     return "\n".join([*out, "</svg>"])
 
 
