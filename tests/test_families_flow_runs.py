@@ -20,6 +20,8 @@ import diffusers
 from safetensors.torch import load_file, save_file
 
 from ebu_optim.errors import InputError
+from ebu_optim.takedown import planning
+from ebu_optim.takedown.options import Forget
 from ebu_optim.training.command_line import parse
 
 from .flow_families import MADE, SIZE, look, module, opened, unlearn
@@ -242,6 +244,23 @@ def test_a_request_is_answered_by_a_lora_with_its_report(made, tmp_path, capsys)
     assert "distilled from guidance" in capsys.readouterr().out
     found = request(made / "flux_dev", tmp_path / "o", **more)
     assert found.figures["change, target"]["value"] > 0
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", "float32"), ("bf16", "bfloat16")])
+def test_the_report_draws_in_what_the_text_encoders_read_in(precision, dtype, made, tmp_path):
+    """FLUX.1 in float32 takes 60 GB: more than the card on which a LoRA of it is trained."""
+    found = request(made / "z_image", tmp_path / "o", mixed_precision=precision)
+    page = json.loads((found.folder / "report" / "results.json").read_text())
+    assert page["protocol"]["sampling"]["dtype"] == dtype
+    args = Forget(
+        pretrained_model_name_or_path=str(made / "z_image"), forget=["cat"],
+        output_dir=tmp_path / "p", resolution=SIZE, mixed_precision=precision,
+    ).resolved()  # fmt: skip
+    rows = planning.check(args).cost.phases["report"]
+    parts = {"frozen weights": "transformer", "text encoders": "text_encoder"}
+    for what, part in parts.items():
+        weights = getattr(found.pipeline, part).parameters()
+        assert rows[what] == getattr(torch, dtype).itemsize * sum(p.numel() for p in weights)
 
 
 def test_a_request_with_a_file_is_answered_by_a_file_with_its_report(made, tmp_path):

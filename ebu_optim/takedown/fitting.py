@@ -16,7 +16,7 @@ from .options import Forget
 LIBRARIES = GIB  # their workspace, which no count sees
 CARDS = (12, 16, 24, 48, 80)  # GB
 #: A released transformer's text encoders alone are larger than most cards: drawn one by one, and
-#: without the report's pictures, for which the whole pipeline is there in float32.
+#: without the report's pictures, for which the whole pipeline is there.
 LEAST: dict[str, Any] = {"sample_batch_size": 1, "evidence_images": 0, "validation_steps": 0}
 
 

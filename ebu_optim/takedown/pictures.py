@@ -18,7 +18,7 @@ from ..formats import fuse
 from ..metrics import clip_score, versions
 from ..metrics.intervals import estimate
 from ..report import write_report
-from ..text_to_image import drawing, pipelines, prompt_files, prompts, results
+from ..text_to_image import drawing, pipelines, prompt_files, prompts, results, sets
 from ..text_to_image.pipelines import Looked, Model
 from ..text_to_image.prompts import REMEMBER
 from ..text_to_image.save import file_name
@@ -55,7 +55,7 @@ def report(args: Any) -> dict[str, Any]:
     spoken = json.loads((args.output_dir / "unlearn.json").read_text(encoding="utf-8"))
     write_report(
         args.output_dir / FOLDER, title=f"Without {', '.join(args.forget)}", rows=rows,
-        protocol=_protocol(args, asked, spoken), parts=(), grids=_grids(asked, then, now),
+        protocol=_protocol(args, looked, asked, spoken), parts=(), grids=_grids(asked, then, now),
         notes=NOTES, command=f"ebu forget --config {args.output_dir}/run.yaml", overwrite=True,
     )  # fmt: skip
     return dict(rows[-1]["values"])
@@ -109,7 +109,7 @@ def after(args: Any) -> Any:
 def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> dict[str, Tensor]:
     """Kind -> pictures (prompts, n, 3, H, W) in [0, 1]; the k-th of a prompt from seed + k."""
     beside = looked.family.drawing(pipe, looked.resolution)
-    pipe = drawing.ready(pipe)
+    pipe = drawing.ready(pipe, _dtype(args, looked))
     n, found = args.evidence_images, {}
     for kind, texts in asked.items():
         if not texts or not n:
@@ -129,6 +129,12 @@ def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> d
             "float16), or --evidence_images 0 for a report without pictures"
         )
     return found
+
+
+def _dtype(args: Any, looked: Looked) -> torch.dtype:
+    """Where the text encoders read in bfloat16, all of the pipeline draws in it: these families
+    are too large for float32, and were published in it."""
+    return torch.bfloat16 if sets.halved(args, looked.family) else torch.float32
 
 
 def measure(
@@ -184,7 +190,9 @@ def _grids(
     ]  # fmt: skip
 
 
-def _protocol(args: Any, asked: dict[str, list[str]], spoken: dict[str, Any]) -> dict[str, Any]:
+def _protocol(
+    args: Any, looked: Looked, asked: dict[str, list[str]], spoken: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "request": {
             "forget": args.forget, "instead": spoken["instead"], "keep": asked["neighbours"],
@@ -200,6 +208,7 @@ def _protocol(args: Any, asked: dict[str, list[str]], spoken: dict[str, Any]) ->
             "sampler": f"DDIM, {args.num_inference_steps} steps", "guidance": args.guidance_scale,
             "images": f"{args.evidence_images} of each prompt, from seed {args.seed} on",
             "starting_noise": "the same before and after",
+            "dtype": str(_dtype(args, looked)).removeprefix("torch."),
         },
         "versions": versions(),
     }  # fmt: skip

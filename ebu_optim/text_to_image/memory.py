@@ -106,7 +106,8 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         sampling = {**copies, "activations": guided * one.drawn}
         phases["validation"] = {**between, **_larger(sampling, one.decoded)}
     if getattr(args, "evidence_images", 0):  # of `ebu forget`
-        phases["report"] = {"frozen weights": whole * 4, **_report(args, looked, one, encoders)}
+        width = 2 if sets.halved(args, looked.family) else 4  # see `takedown.pictures`
+        phases["report"] = {"frozen weights": whole * width, **_report(args, looked, one, read)}
     return Cost(phases, trained, frozen)
 
 
@@ -135,7 +136,8 @@ def _sets(args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, 
 
 
 def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
-    """Drawing a batch with the whole pipeline in float32, beside the denoiser's weights."""
+    """Drawing a batch with the whole pipeline, beside the denoiser's weights; the VAE's and what is
+    alive are counted in float32."""
     batch = min(args.sample_batch_size, args.evidence_images * max(args.evidence_prompts, 1))
     drawn = one.drawn * looked.family.passes(looked.unet, args.guidance_scale)
     most = batch * max(drawn, one.decoded["activations"])
