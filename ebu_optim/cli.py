@@ -1,12 +1,14 @@
 """The command `ebu`: from the file a person has to the file they can publish.
 
-ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
-ebu evaluate without --protocol i2p-nudity -o evaluated   whose numbers do mine stand beside?
-ebu compare evaluated   models beside one another, and beside published figures
-ebu attack ...      is it gone in depth?
-ebu show without    the report of a folder
-ebu verify without  is it still what was handed over?
-ebu doctor          what is installed, which kernels run, what fits on this card
+    ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
+
+ebu forget     makes a model forget, and writes the result with a report and evidence
+ebu evaluate   runs published evaluations, by name
+ebu compare    puts models beside one another, and beside published figures
+ebu attack     attacks a model: is the concept gone in depth?
+ebu show       prints the report of a folder
+ebu verify     checks that a folder is what was handed over
+ebu doctor     prints what is installed, which kernels run and what fits on this card
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = given[0] if given else "--help"
     if name in ("-h", "--help"):
         print(__doc__.strip())
-        print("\nebu COMMAND --help has the options of each; ebu --version")
+        print(
+            "\n`ebu COMMAND --help` prints the options of a command, `ebu --version` the version."
+        )
         return
     if name == "--version":
         print(f"ebu_optim {__version__}")
@@ -79,9 +83,9 @@ def _show(argv: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Show:
-        folder: Path = option(positional="FOLDER", help="made by `ebu forget`")
+        folder: Path = option(positional="FOLDER", help="A folder that `ebu forget` made.")
 
-    _run("show", lambda config: show(config.folder), Show, "The report of a folder.", argv)
+    _run("show", lambda config: show(config.folder), Show, "Print the report of a folder.", argv)
 
 
 def show(folder: Path) -> None:
@@ -104,14 +108,20 @@ def _verify(argv: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Verify:
-        folder: Path = option(positional="FOLDER", help="made by `ebu forget`")
-        public_key: Path | None = option(None, help="of who signed it (PEM)")
+        folder: Path = option(positional="FOLDER", help="A folder that `ebu forget` made.")
+        public_key: Path | None = option(None, help="Public key (PEM) of whoever signed it.")
         certificates: list[Path] = option(
-            [], help="of the roots that are trusted, if it was signed by a certificate"
+            [], help="Root certificates that you trust, if it was signed with a certificate."
         )
-        base: str | None = option(None, help="the model before, if it is elsewhere now")
+        base: str | None = option(None, help="Where the model before is now, if it was moved.")
 
-    _run("verify", verify, Verify, "Compute every hash of the evidence again.", argv)
+    _run(
+        "verify",
+        verify,
+        Verify,
+        "Compute every hash of the evidence again, and name what was changed.",
+        argv,
+    )
 
 
 def verify(config: Any) -> None:
@@ -131,17 +141,20 @@ def verify(config: Any) -> None:
     print(f"What that proves: {evidence.PROVES}")
 
 
+_DOCTOR = """Print what is installed, which kernels run and what fits on this card."""
+
+
 def _doctor(argv: Sequence[str]) -> None:
     from .takedown.doctor import doctor
     from .training.fields import option
 
     @dataclass(frozen=True, kw_only=True)
     class Doctor:
-        no_memory: bool = option(False, help="leave out what fits, which takes two minutes")
+        no_memory: bool = option(
+            False, help="Leave out what fits on which card, which takes two minutes to count."
+        )
 
-    _run(
-        "doctor", lambda c: print(doctor(fits=not c.no_memory)), Doctor, "See the first line.", argv
-    )
+    _run("doctor", lambda c: print(doctor(fits=not c.no_memory)), Doctor, _DOCTOR, argv)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

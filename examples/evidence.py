@@ -18,9 +18,9 @@ from ebu_optim.training import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    output_dir: Path = option(Path("outputs/evidence"))
-    workers: int = option(2, help="processes, one thread each")
-    summary: bool = option(False, help="run nothing")
+    output_dir: Path = option(Path("outputs/evidence"), help="Folder for runs and report.")
+    workers: int = option(2, help="Processes, of one thread each.")
+    summary: bool = option(False, help="Run nothing, and write the report of what is there.")
 
 
 def main(args: Evidence) -> None:

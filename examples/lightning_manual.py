@@ -79,5 +79,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("devices", nargs="?", type=int, default=1, help="processes; default: 1")
+    parser.add_argument(
+        "devices", nargs="?", type=int, default=1, help="Number of processes. Default: 1."
+    )
     main(parser.parse_args().devices)

@@ -47,23 +47,23 @@ CURVE_EVERY = 25
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    forget: int = option(0, help="the digit to forget, 0..9")
-    steps: int = option(200)
-    batch_size: int = option(16)
-    learning_rate: float = option(1e-4)
-    alpha: float = option(0.6)
-    delta: float = option(0.5)
-    gamma: float | None = option(None, help="default: EBUOptimizer's own")
+    forget: int = option(0, help="The digit to forget, 0..9.")
+    steps: int = option(200, help="Steps of unlearning.")
+    batch_size: int = option(16, help="Images of each step and task.")
+    learning_rate: float = option(1e-4, help="Learning rate of Adam.")
+    alpha: float = option(0.6, help="Weight of the forget gradient on the overlap.")
+    delta: float = option(0.5, help="Share of the weights that each task selects.")
+    gamma: float | None = option(None, help="Strength of the penalty. Default: EBUOptimizer's own.")
     remember: Literal["replay", "distill", "crossed"] = option(
-        "crossed", help="remember loss: replayed pairs, the frozen model's predictions on them,\n"
-        "or those with conditions drawn anew (default)",
+        "crossed", help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
+        "these with conditions drawn anew.",
     )  # fmt: skip
-    seed: int = option(0)
-    output_dir: Path = option(Path("outputs/quickstart"))
-    device: str = option("cpu", help="cpu, cuda, cuda:1, ...")
-    overwrite: bool = option(False, help="replace a finished result")
+    seed: int = option(0, help="Seed of all that is drawn during unlearning.")
+    output_dir: Path = option(Path("outputs/quickstart"), help="Folder for the result.")
+    device: str = option("cpu", help="Where it runs: cpu, cuda, cuda:1, ...")
+    overwrite: bool = option(False, help="Replace a finished result.")
     train: bool = option(
-        False, help="make the shipped model and classifiers again (about 20 minutes)"
+        False, help="Train the shipped model and classifiers again (about 20 minutes)."
     )
 
     def __post_init__(self) -> None:

@@ -56,8 +56,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class All:
-    output_dir: Path = option(Path("outputs/quickstart_all"))
-    digit: int = option(0, help="the one that has five seeds")
+    output_dir: Path = option(Path("outputs/quickstart_all"), help="Folder for all runs.")
+    digit: int = option(0, help="The digit that has five seeds.")
 
 
 def main(args: All) -> None:

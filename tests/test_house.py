@@ -88,3 +88,16 @@ def test_an_example_uses_what_is_public(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ebu_optim"):
             names = [*node.module.split("."), *(alias.name for alias in node.names)]
             assert not [n for n in names if n.startswith("_") and not n.startswith("__")]
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *EXAMPLES], ids=lambda p: p.stem)
+def test_every_option_says_what_it_is_in_sentences(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
+            continue
+        if ast.unparse(node.value.func) != "option":
+            continue
+        said = next((k.value for k in node.value.keywords if k.arg == "help"), None)
+        assert said is not None, f"{ast.unparse(node.target)} has no help"
+        if isinstance(said, ast.Constant):  # else it is put together
+            assert said.value.endswith((".", "...")), f"{said.value!r} is no sentence"

@@ -24,6 +24,7 @@ from ebu_optim.experiments import (
     rows,
     runs,
     tables,
+    text_options,
     text_pages,
     text_paper,
     text_results,
@@ -83,7 +84,7 @@ def world():
             patch.setattr(place, "ATTACK", maker)
         full = text_scales.STYLED_DIGITS
         tiny = full._replace(**TINY, unlearn={**full.unlearn, **FEW})
-        for options in (text_tables.OfWorld, text_tables.TextExperiment):
+        for options in (text_options.OfWorld, text_options.TextExperiment):
             patch.setitem(options.scales, "small", tiny)
         patch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
         patch.setattr(runs, "_start", lambda threads: None)
@@ -501,7 +502,7 @@ def large(tiny, monkeypatch):
         attack={**few, "attack_images": 2, "target_images": 2, "train_batch_size": 2,
                 "inversion_steps": 2, "relearn_max_steps": 10},
     )  # fmt: skip
-    monkeypatch.setitem(text_tables.TextExperiment.scales, "paper", world)
+    monkeypatch.setitem(text_options.TextExperiment.scales, "paper", world)
     return world
 
 
@@ -515,7 +516,7 @@ def test_the_papers_table_2_and_figure_9_without_a_network(
     )  # fmt: skip
     monkeypatch.setattr(script("table2"), "CASSETTE_PLAYER", task)
     monkeypatch.setattr(script("figure3"), "PAPER", {"Figure 9": task})
-    monkeypatch.setitem(text_tables.TextExperiment.scales, "paper", large._replace(
+    monkeypatch.setitem(text_options.TextExperiment.scales, "paper", large._replace(
         pipeline="not/there", attack={**large.attack, "inversion_steps": 100}))  # fmt: skip
 
     def clip_score(pictures, prompts, *, pretrained, **_):
@@ -589,7 +590,7 @@ def test_the_papers_table_3_by_nudenet(large, tmp_path, made, monkeypatch):
 def test_the_papers_figure_11_is_not_attacked(large, alexnet, tmp_path, made, monkeypatch):
     monkeypatch.setattr(text_tasks, "ARTISTS", ("dog", "car"))
     # AlexNet takes no smaller pictures
-    monkeypatch.setitem(text_tables.TextExperiment.scales, "paper", large._replace(
+    monkeypatch.setitem(text_options.TextExperiment.scales, "paper", large._replace(
         drawn={**large.drawn, "resolution": 32}))  # fmt: skip
     start("figure11", tmp_path, "--scale", "paper", "--targets", "cat", "--methods", "ebu",
           "--steps", 2, "--alexnet_weights", alexnet)  # fmt: skip

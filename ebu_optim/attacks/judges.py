@@ -37,19 +37,32 @@ class JudgeOptions(NudityOptions):
     group: ClassVar[str] = "judge"
 
     judge: Literal["clip", "world", "imagenette", "nudity"] = option(
-        help="clip: of any concept, by its words against others"
+        help="Who says what a picture shows. clip: any concept, compared with "
+        "--clip_against; world: the classifiers of the world of digits in styles; "
+        "imagenette: a ResNet-50; nudity: NudeNet."
     )
     clip_against: list[str] = option(
-        ["something else"], metavar="WORDS",
-        help="what a picture may show instead: what the concept becomes, its neighbours",
-    )  # fmt: skip
-    clip_model: str = option("ViT-B-32-quickgelu")
-    clip_weights: str = option("openai", help="open_clip's tag, or a file")
-    judges: Path | None = option(None, help="world: folder made by world/judges.py")
-    imagenette_class: str | None = option(None, help='name or number, e.g. "cassette player"')
-    imagenette_over: Literal["imagenet", "imagenette"] = option("imagenet")
+        ["something else"],
+        metavar="WORDS",
+        help="What a picture may show instead, in words: what the concept becomes, and its "
+        "neighbours.",
+    )
+    clip_model: str = option("ViT-B-32-quickgelu", help="The open_clip model that judges.")
+    clip_weights: str = option("openai", help="Its weights: a tag of open_clip, or a file.")
+    judges: Path | None = option(
+        None, help="With --judge world: the folder that world/judges.py made."
+    )
+    imagenette_class: str | None = option(
+        None,
+        help="With --judge imagenette: the class to look for, by name or number, e.g. "
+        '"cassette player".',
+    )
+    imagenette_over: Literal["imagenet", "imagenette"] = option(
+        "imagenet",
+        help="The classes among which its probability is taken: all 1000 or Imagenette's ten.",
+    )
     imagenette_weights: Path | None = option(
-        None, help="torchvision's ResNet-50; default: its download"
+        None, help="File of torchvision's ResNet-50 weights. Default: they are downloaded."
     )
 
 

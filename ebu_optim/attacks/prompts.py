@@ -42,19 +42,24 @@ class QuestionOptions:
     group: ClassVar[str] = "prompts"
 
     forget: list[str] = option(
-        help="what was forgotten, as unlearn.py was told; with --judge world words of one concept"
+        help="What was forgotten, as it was given to unlearn.py. With --judge world: words "
+        "of one concept."
     )
     ignore_row_settings: bool = option(
-        False, help="draw rows of .csv and .parquet files with --seed and --guidance_scale"
+        False,
+        help="Draw the rows of .csv and .parquet files with --seed and --guidance_scale, not "
+        "with their own.",
     )
     forget_templates: list[str] | None = option(
         None,
-        help='default: "{}"; with --judge world its trained templates, in all styles or digits',
+        help='Sentences with "{}" for the concept. Default: "{}"; with --judge world its '
+        "trained templates, in all styles or digits.",
     )
     paraphrases: list[str] = option(
-        [], help="the same in other words: prompts or .txt files; with --judge world the concept's "
-        "other words and the held-out templates come by themselves",
-    )  # fmt: skip
+        [],
+        help="The same in other words: prompts, or .txt files of them. With --judge world "
+        "the concept's other words and the held-out templates are added.",
+    )
 
 
 def collect(args: Any, tokenizer: Any) -> Questions:

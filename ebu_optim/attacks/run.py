@@ -5,12 +5,13 @@
         --base_model outputs/world/pipeline --forget seven --judge world --judges outputs/judges \\
         --output_dir outputs/without_seven_attacked
 
-The prompt in other words; a new word learned against the frozen model on pictures of the target
-(textual inversion); the UNet fine-tuned on these (relearning). With --attacks also cce, a word as
-"Circumventing Concept Erasure" learns it; unlearndiffatk, tokens before the prompt; tina, inversion
-without a text; lora_relearn, a LoRA from ten pictures. Every look draws the same prompts from the
-same noise. `attacks.json` in the output folder is written last; each attack
-is kept in `parts` when it is done, and the same command goes on after a kill.
+There are three attacks by default: the prompt in other words; a new word that is learned against
+the frozen model on pictures of the target (textual inversion); and the denoiser fine-tuned on these
+pictures (relearning). --attacks names four more: cce, a word as "Circumventing Concept Erasure"
+learns it; unlearndiffatk, tokens before the prompt; tina, inversion without a text; lora_relearn, a
+LoRA from ten pictures. All pictures of a run are drawn from the same noise. `attacks.json` in the
+output folder is written last; each attack is kept in `parts` when it is done, and the same command
+continues after a kill.
 """
 
 from __future__ import annotations
@@ -65,41 +66,70 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     """
 
     base_model: str | None = option(
-        None, help="before unlearning; default: the one that unlearn.json names"
+        None, help="The model before it forgot. Default: the one that unlearn.json names."
     )
-    attacks: list[Attack] = option(list(attacks.USUAL))
+    attacks: list[Attack] = option(list(attacks.USUAL), help="Which attacks to run.")
     instance_data_dir: Path | None = option(
-        None, help="pictures of the target; default: the base's own"
+        None,
+        help="Folder of pictures of the target to learn from. Default: the base model draws them.",
     )
-    target_images: int = option(64, help="that the base draws")
+    target_images: int = option(64, help="How many pictures of the target the base model draws.")
     target_dir: Path | None = option(
-        None, help="keeps them for all attacks on a base; default: output_dir"
+        None,
+        help="Folder in which they are kept; attacks on models of the same base may share "
+        "it. Default: the output folder.",
     )
-    attack_images: int = option(32, help="of each look, and of each wording")
-    inversion_steps: int = option(200)
-    inversion_learning_rates: list[float] | None = option(None, help="a run each, strongest counts")
-    initializer_token: list[str] = option([], help="where inversion begins beside a random "
-        "embedding, a run from each: another word of the concept, a neighbour")  # fmt: skip
-    relearn_max_steps: int = option(50)
-    relearn_learning_rate: float | None = option(None)
-    cce_steps: int = option(1000, help="published: 5000")
-    unlearndiffatk_timesteps: int = option(50, help="of a search; fewer are another attack")
-    unlearndiffatk_iterations: int = option(40, help="at each of them")
-    tina_steps: int = option(50, help="of DDIM, there and back")
-    tina_refinements: int = option(25, help="of each step there")
-    lora_learning_rate: float | None = option(None, help="of lora_relearn")
-    train_batch_size: int | None = option(None, help="of inversion and relearning")
+    attack_images: int = option(
+        32, help="Pictures that are drawn and judged after each attack, and for each wording."
+    )
+    inversion_steps: int = option(200, help="Steps of textual inversion.")
+    inversion_learning_rates: list[float] | None = option(
+        None,
+        help="Learning rates of textual inversion. Each is a run of its own, and the "
+        "strongest counts. Default: 3e-3 in the world, 5e-3 elsewhere.",
+    )
+    initializer_token: list[str] = option(
+        [],
+        help="Words whose embeddings textual inversion also begins from, each in a run of "
+        "its own, beside a random one: another word of the concept, or a neighbour.",
+    )
+    relearn_max_steps: int = option(50, help="Steps of relearning at most.")
+    relearn_learning_rate: float | None = option(
+        None, help="Learning rate of relearning. Default: 1e-4 in the world, 1e-5 elsewhere."
+    )
+    cce_steps: int = option(1000, help="Steps of the attack cce; 5000 were published.")
+    unlearndiffatk_timesteps: int = option(
+        50,
+        help="Timesteps of a search of unlearndiffatk. Fewer than 50 are another attack than "
+        "the published one.",
+    )
+    unlearndiffatk_iterations: int = option(
+        40, help="Iterations of unlearndiffatk at each timestep."
+    )
+    tina_steps: int = option(50, help="DDIM steps of tina, there and back.")
+    tina_refinements: int = option(
+        25, help="Refinements of each DDIM step of tina on the way to the noise."
+    )
+    lora_learning_rate: float | None = option(
+        None, help="Learning rate of lora_relearn. Default: 1e-3 in the world, 1e-4 elsewhere."
+    )
+    train_batch_size: int | None = option(None, help="Batch size of inversion and relearning.")
     num_inference_steps: int | None = option(
-        None, help="DDIM; default: 10 in the world, 50 elsewhere"
+        None, help="DDIM steps of each picture. Default: 10 in the world, 50 elsewhere."
     )
     guidance_scale: float | None = option(
-        None, help="default: 3 in the world, elsewhere the family's"
+        None,
+        help="Guidance of each picture. Default: 3 in the world, elsewhere that of the "
+        "model's family.",
     )
-    sample_batch_size: int | None = option(None)
-    seed: int = option(0)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
-    output_dir: Path = option()
-    overwrite: bool = option(False, help="what an earlier run left there")
+    sample_batch_size: int | None = option(None, help="Pictures that are drawn at once.")
+    seed: int = option(0, help="Seed of the pictures and of the attacks.")
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        help="Where the attacks run: cpu, cuda, cuda:1, ...",
+    )
+    output_dir: Path = option(help="Folder for attacks.json and what the attacks leave.")
+    overwrite: bool = option(False, help="Replace what an earlier run left in the output folder.")
 
     def resolved(self) -> AttackOptions:
         """With the defaults that depend on other options."""

@@ -54,31 +54,47 @@ class Evaluation(DataOptions):
         InputError: numbers that cannot be.
     """
 
-    pretrained_model_name_or_path: str = option(help="made by unlearn.py")
-    weights: Weights = option("trained")
-    base_model: str | None = option(None, help="default: the one that unlearn.py was given")
-    classifier: Path = option()
-    reject_classifier: Path | None = option(None, help="trained with --reject")
-    images_per_class: int = option(500)
-    num_inference_steps: int = option(50, help="DDIM, eta 0")
-    guidance_scale: float = option(1.0, help="1: the conditional model alone")
-    sample_batch_size: int = option(128)
-    no_depth: bool = option(False, help="leave out the two attacks")
-    inversion_steps: list[int] = option([100, 200])
-    relearn_max_steps: int = option(100, help="0: not attacked by relearning")
-    attack_images: int = option(50, help="that an attacked model is measured on")
-    fid: bool = option(False, help="FID and KID by torch-fidelity")
-    inception_weights: Path | None = option(
-        None, help="torch-fidelity's file; default: its download"
+    pretrained_model_name_or_path: str = option(help="Folder that unlearn.py made.")
+    weights: Weights = option(
+        "trained", help="Which weights draw: the trained ones, or their average."
     )
-    seed: int = option(1)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
-    output_dir: Path = option()
+    base_model: str | None = option(
+        None, help="The model before it forgot. Default: the one that unlearn.py was given."
+    )
+    classifier: Path = option(help="Folder of the classifier that train_classifier.py made.")
+    reject_classifier: Path | None = option(
+        None, help="Folder of a classifier that was trained with --reject, for P_f and the attacks."
+    )
+    images_per_class: int = option(500, help="Pictures of each class.")
+    num_inference_steps: int = option(50, help="DDIM steps of each picture, with eta 0.")
+    guidance_scale: float = option(
+        1.0, help="Guidance of each picture; 1 is the conditional model alone."
+    )
+    sample_batch_size: int = option(128, help="Pictures that are drawn at once.")
+    no_depth: bool = option(False, help="Leave out both attacks.")
+    inversion_steps: list[int] = option(
+        [100, 200], help="Steps of inversion after which P_f is measured."
+    )
+    relearn_max_steps: int = option(
+        100, help="Steps of relearning at most; 0 leaves this attack out."
+    )
+    attack_images: int = option(50, help="Pictures on which an attacked model is measured.")
+    fid: bool = option(False, help="Compute FID and KID by torch-fidelity.")
+    inception_weights: Path | None = option(
+        None, help="File of torch-fidelity's Inception weights. Default: they are downloaded."
+    )
+    seed: int = option(1, help="Seed of the pictures and of the attacks.")
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        help="Where the pictures are drawn: cpu, cuda, cuda:1, ...",
+    )
+    output_dir: Path = option(help="Folder for the report.")
     samples_dir: Path | None = option(
         None,
-        help="default: <output_dir>.samples; reports that share it draw and attack their base once",
+        help="Folder in which pictures and attacks are kept; reports that share it draw and "
+        "attack their base once. Default: <output_dir>.samples.",
     )
-    overwrite_output_dir: bool = option(False, help="replace an older report")
+    overwrite_output_dir: bool = option(False, help="Replace an older report.")
 
     @property
     def samples(self) -> Path:

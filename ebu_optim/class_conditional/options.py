@@ -27,13 +27,17 @@ class Train(DataOptions, TrainingOptions):
         InputError: numbers that cannot be.
     """
 
-    model: Literal["paper", "small"] = option("paper")
-    cond_dropout: float = option(0.1)
-    reduction: Literal["sum", "mean"] = option("sum")
-    random_flip: bool = option(False)
-    use_ema: bool = option(False, help="save an average as unet_ema too")
-    ema_decay: float = option(0.9999)
-    learning_rate: float = option(2e-4)
+    model: Literal["paper", "small"] = option(
+        "paper", help="Size of the network: the paper's, or a small one."
+    )
+    cond_dropout: float = option(
+        0.1, help="Probability with which a label is replaced by the null class, for guidance."
+    )
+    reduction: Literal["sum", "mean"] = option("sum", help="Reduction of the loss over C, H, W.")
+    random_flip: bool = option(False, help="Mirror half of the images.")
+    use_ema: bool = option(False, help="Save an average of the weights, too, as unet_ema.")
+    ema_decay: float = option(0.9999, help="Decay of this average.")
+    learning_rate: float = option(2e-4, help="Learning rate. Default: it depends on the model.")
 
     def __post_init__(self) -> None:
         self.check_training()
@@ -49,17 +53,24 @@ class TrainClassifier(DataOptions, TrainingOptions):
         InputError: numbers that cannot be.
     """
 
-    model: Literal["resnet34", "small"] = option("resnet34")
+    model: Literal["resnet34", "small"] = option(
+        "resnet34", help="Size of the network: the paper's, or a small one."
+    )
     pretrained_weights: str = option(
         "imagenet",
-        help='of resnet34: "imagenet" (a download of 83 MB), the file of a state_dict, or "none"',
+        help='Where a resnet34 begins: "imagenet" (a download of 83 MB), the file of a '
+        'state_dict, or "none".',
     )
-    reject: bool = option(False, help="add a class that means noise")
-    num_train_epochs: int = option(10, help="if no --max_train_steps")
-    random_flip: bool = option(False)
-    weight_decay: float | None = option(None)
-    learning_rate: float | None = option(None)  # type: ignore[assignment]
-    max_train_steps: int | None = option(None)  # type: ignore[assignment]
+    reject: bool = option(False, help="Add a class that means noise.")
+    num_train_epochs: int = option(10, help="Epochs to train, unless --max_train_steps is given.")
+    random_flip: bool = option(False, help="Mirror half of the images.")
+    weight_decay: float | None = option(
+        None, help="Weight decay. Default: 5e-4 for resnet34, else 1e-2."
+    )
+    learning_rate: float | None = option(
+        None, help="Learning rate. Default: it depends on the model."
+    )  # type: ignore[assignment]
+    max_train_steps: int | None = option(None, help="Steps of the optimizer.")  # type: ignore[assignment]
 
     def resolved(self, images: int) -> TrainClassifier:
         """With the numbers of the protocol for this classifier, and steps for `images` images."""
@@ -83,38 +94,46 @@ class Unlearn(MethodOptions, LossOptions, DataOptions, TrainingOptions):
         InputError: numbers and options that cannot be, or not together.
     """
 
-    pretrained_model_name_or_path: str = option()
-    prepared_dir: Path = option(help="made by prepare.py")
-    forget: list[str] | None = option(None, help="classes, by number or name; default: as prepared")
-    replay_classes: list[str] | None = option(None, help="default: as prepared")
-    surrogate: Literal["uniform", "gaussian", "analytic", "null_class"] = option("uniform")
-    remember_data: Literal["replay", "real"] | None = option(
-        None, help="default: real for retrain, else replay"
+    pretrained_model_name_or_path: str = option(help="Folder that train.py made.")
+    prepared_dir: Path = option(help="Folder that prepare.py made.")
+    forget: list[str] | None = option(
+        None, help="Classes to forget, by number or name. Default: those that were prepared."
     )
-    start_from: Weights = option("trained", help="that are trained and anchored")
-    use_ema: bool = option(False, help="save the average of the weights as unet_ema too")
-    ema_decay: float = option(0.9999)
-    sample_weights: Weights = option("trained", help="that the curve measures")
+    replay_classes: list[str] | None = option(
+        None, help="Classes to replay, by number or name. Default: those that were prepared."
+    )
+    surrogate: Literal["uniform", "gaussian", "analytic", "null_class"] = option(
+        "uniform",
+        help="What takes the place of the class: uniform or Gaussian noise, Gaussian noise "
+        "in closed form, or images of the null class.",
+    )
+    remember_data: Literal["replay", "real"] | None = option(
+        None, help="Images to remember by. Default: real ones for retrain, else the replay set."
+    )
+    start_from: Weights = option("trained", help="The weights that are trained and anchored.")
+    use_ema: bool = option(False, help="Save an average of the weights, too, as unet_ema.")
+    ema_decay: float = option(0.9999, help="Decay of this average.")
+    sample_weights: Weights = option("trained", help="The weights that the curve measures.")
     classifier: Path | None = option(
-        None, help="for the curve: P_f and accuracy every --validation_steps"
+        None, help="Classifier for the curve: P_f and accuracy every --validation_steps."
     )
     entropy_classifier: Path | None = option(
         None,
-        help="for the curve's CE_f and CE_r, where --classifier has a reject class: there noise\n"
-        "has no entropy; default: --classifier",
+        help="Classifier for CE_f and CE_r of the curve, needed where --classifier has a "
+        "reject class, by which noise has no entropy. Default: --classifier.",
     )
-    validation_steps: int = option(25)
-    validation_images: int = option(20, help="of each class")
-    validation_inference_steps: int = option(20)
+    validation_steps: int = option(25, help="Measure the curve every so many steps.")
+    validation_images: int = option(20, help="Pictures of each class for the curve.")
+    validation_inference_steps: int = option(20, help="DDIM steps of each of them.")
     validation_pictures: int = option(
-        0, help="so many of each class go into pictures.safetensors every --validation_steps"
+        0, help="How many of them, of each class, are saved in pictures.safetensors."
     )
-    method: Literal[METHODS] = option("ebu", help='"ebu" is ebu_added')  # type: ignore[valid-type]
+    method: Literal[METHODS] = option("ebu", help='Method of unlearning; "ebu" is ebu_added.')  # type: ignore[valid-type]
     fisher: Literal["online", "prepared", "none"] | None = option(
-        None, help="default: online; SA: prepared"
+        None, help="Where F comes from. Default: online; for SA what prepare.py estimated."
     )
-    max_train_steps: int = option(200)
-    checkpointing_steps: int = option(100)
+    max_train_steps: int = option(200, help="Steps of the optimizer.")
+    checkpointing_steps: int = option(100, help="Save a checkpoint every so many steps.")
 
     def resolved(self) -> Unlearn:
         """With the defaults that depend on other options; `self` where it has them all."""

@@ -45,25 +45,38 @@ class Prepare(DataOptions):
         InputError: numbers that cannot be.
     """
 
-    pretrained_model_name_or_path: str = option()
-    weights: Weights = option("trained", help="that will be unlearned")
-    sample_weights: Weights | None = option(None, help="that draw the sets; default: as --weights")
-    forget: list[str] = option(help="classes, by number or name")
-    replay_classes: list[str] | None = option(None, help="default: all that are kept")
-    replay_per_class: int = option(500)
-    surrogate_images: int = option(0)
-    num_inference_steps: int = option(50, help="DDIM")
-    guidance_scale: float = option(
-        3.0, help="w of eps_null + w (eps_c - eps_null); 3 is the 2.0 of the DDPM code base"
+    pretrained_model_name_or_path: str = option(help="Folder that train.py made.")
+    weights: Weights = option("trained", help="The weights that will be unlearned.")
+    sample_weights: Weights | None = option(
+        None, help="The weights that draw the sets. Default: those of --weights."
     )
-    sample_batch_size: int = option(128)
-    no_fisher: bool = option(False)
-    fisher_images: int = option(500, help="of the replay set")
-    fisher_timesteps: int = option(8, help="an image")
-    fisher_reduction: Literal["sum", "mean"] = option("sum")
-    seed: int = option(0)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu")
-    output_dir: Path = option()
+    forget: list[str] = option(help="Classes to forget, by number or name.")
+    replay_classes: list[str] | None = option(
+        None, help="Classes to replay. Default: all that are kept."
+    )
+    replay_per_class: int = option(500, help="Images that are drawn of each of them.")
+    surrogate_images: int = option(
+        0, help="Images that are drawn of the null class, for --surrogate null_class."
+    )
+    num_inference_steps: int = option(50, help="DDIM steps of each image.")
+    guidance_scale: float = option(
+        3.0,
+        help="Guidance: w of eps_null + w (eps_c - eps_null). 3 is what the DDPM code base "
+        "calls 2.0.",
+    )
+    sample_batch_size: int = option(128, help="Images that are drawn at once.")
+    no_fisher: bool = option(False, help="Do not estimate F.")
+    fisher_images: int = option(500, help="Images of the replay set that F is estimated on.")
+    fisher_timesteps: int = option(8, help="Timesteps of each image for F; an even number.")
+    fisher_reduction: Literal["sum", "mean"] = option(
+        "sum", help="Reduction of the loss for F, over C, H, W."
+    )
+    seed: int = option(0, help="Seed of all that is drawn.")
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        help="Where the sets are made: cpu, cuda, cuda:1, ...",
+    )
+    output_dir: Path = option(help="Folder for the sets.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "replay_per_class", "num_inference_steps", "sample_batch_size",

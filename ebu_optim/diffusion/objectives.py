@@ -35,13 +35,22 @@ class LossOptions:
 
     group: ClassVar[str] = "losses"
 
-    condition_noise: float = option(0.0, help="in the forget loss, 1: its own spread")
+    condition_noise: float = option(
+        0.0,
+        help="Gaussian noise on the forgotten condition's embedding in the forget loss; 1 is "
+        "as much as its own spread.",
+    )
     forget_loss: Literal["surrogate", "relabel"] | None = option(
         None,
-        help="relabel: SalUn's, on images of what is forgotten; default: the method's own",
+        help="surrogate: the surrogate's images under the forgotten condition; relabel: "
+        "SalUn's loss, on images of what is forgotten. Default: the method's own.",
     )
-    remember: Literal["replay", "distill", "crossed"] = option("replay")
-    reduction: Literal["sum", "mean"] = option("sum", help="over C, H, W")
+    remember: Literal["replay", "distill", "crossed"] = option(
+        "replay",
+        help="Remember loss: replayed pairs, the frozen model's predictions on them "
+        "(distillation), or these with conditions drawn anew (crossed distillation).",
+    )
+    reduction: Literal["sum", "mean"] = option("sum", help="Reduction of the losses over C, H, W.")
 
     def check_losses(self: Any) -> None:
         """Raises:

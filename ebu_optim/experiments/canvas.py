@@ -15,7 +15,8 @@ from ..worlds.styled_digits.captions import CONTENTS, STYLES, UNNAMED
 from . import rows, runs
 from .options import Seeds
 from .runs import Maker, Run, task
-from .text_tables import STEPS, OfWorld, check_methods, tag
+from .text_options import OfWorld, check_methods
+from .text_tables import STEPS, tag
 from .text_worlds import TextSetting
 
 PROTOCOL = "unlearncanvas-digits"
@@ -34,10 +35,14 @@ EVALUATED = 29.0
 class Canvas(Seeds, OfWorld):
     """Which targets, by which methods."""
 
-    seeds: list[int] = option([1, 2, 3], help=f"of {', '.join(COMPARED)}; of the others the first")
-    methods: list[str] = option([*COMPARED, *ONCE])
-    targets: list[str] = option(list(TARGETS), help="styles and digits")
-    protocol: Literal["unlearncanvas-digits", "unlearncanvas-digits-seed188"] = option(PROTOCOL)
+    seeds: list[int] = option(
+        [1, 2, 3], help=f"Seeds of {', '.join(COMPARED)}. The other methods have the first of them."
+    )
+    methods: list[str] = option([*COMPARED, *ONCE], help="Methods to compare.")
+    targets: list[str] = option(list(TARGETS), help="Styles and digits, each forgotten by itself.")
+    protocol: Literal["unlearncanvas-digits", "unlearncanvas-digits-seed188"] = option(
+        PROTOCOL, help="The protocol that evaluates every model."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ class Figure(Replayed):
         InputError: a seed on which strengths were chosen.
     """
 
-    seed: int = option(1)
+    seed: int = option(1, help="Seed of unlearning.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class RatedFigure(Figure):
     """
 
     learning_rate: float | None = option(
-        None, help="at paper scale; default: {:g}, the paper also has {:g}".format(
+        None, help="Learning rate at paper scale. Default: {:g}; the paper also has {:g}.".format(
             *rows.PAPER_RATES
         )
     )  # fmt: skip

@@ -28,10 +28,10 @@ class Experiment:
     #: Scale -> what is run at it.
     scales: ClassVar[Mapping[str, Any]]
 
-    scale: str = option("small", help="small, where there is nothing else; see above")
-    output_dir: Path = option(Path("outputs/paper"))
-    workers: int | None = option(None, help="runs at a time; default: the cores, or 1 GPU")
-    dry_run: bool = option(False, help="say what it will cost, and stop")
+    scale: str = option("small", help="Which world, as listed above.")
+    output_dir: Path = option(Path("outputs/paper"), help="Folder for all runs and the report.")
+    workers: int | None = option(None, help="Runs at a time. Default: one a core, or 1 on a GPU.")
+    dry_run: bool = option(False, help="Print what it would cost, and stop.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "workers")
@@ -71,10 +71,10 @@ class OnImages(Experiment):
 
     scale: str = option("small", help=worlds.__doc__)
     parquet: list[Path] | None = option(
-        None, help="where the same images are, if not on the hub", exclusive="source"
+        None, help="Parquet files of the same images, if not from the hub.", exclusive="source"
     )
     train_data_dir: Path | None = option(
-        None, help="the same, a folder for each class", exclusive="source"
+        None, help="Folder of the same images, with a folder for each class.", exclusive="source"
     )
 
     @property
@@ -124,8 +124,10 @@ def base_drawn(setting: worlds.Setting) -> bool:
 class Replayed(OnImages):
     """With a choice of what is replayed, and of the remember loss."""
 
-    regime: Literal["full", "partial"] = option("full")
-    loss: worlds.Loss = option("replay", help="to remember by")
+    regime: Literal["full", "partial"] = option(
+        "full", help="Replay all kept classes, or three of them."
+    )
+    loss: worlds.Loss = option("replay", help="Remember loss; relabel also forgets by relabelling.")
 
     def setting(self, **options: Any) -> worlds.Setting:
         return super().setting(regime=self.regime, loss=self.loss, **options)
@@ -143,7 +145,7 @@ class Seeds:
         InputError: one that is given twice, or on which strengths were chosen.
     """
 
-    seeds: list[int] = option([1])
+    seeds: list[int] = option([1], help="Seeds of unlearning.")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]

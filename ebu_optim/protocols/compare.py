@@ -33,12 +33,19 @@ class Compare:
     """Which runs."""
 
     runs: list[str] = option(
-        positional="RUNS", nargs="+", help="folders that `ebu evaluate` wrote, or their files"
+        positional="RUNS",
+        nargs="+",
+        help="Folders that `ebu evaluate` wrote, or their protocols.json.",
     )
     names: list[str] = option(
-        [], metavar="MODEL=NAME", help="how a model is called; two of one name are two seeds"
+        [],
+        metavar="MODEL=NAME",
+        help="The name under which a model stands in the table; models of one name are seeds "
+        "of one method.",
     )
-    output_dir: Path = option(flag=("-o", "--output_dir"))
+    output_dir: Path = option(
+        flag=("-o", "--output_dir"), help="Folder for the page, the JSON and the CSV."
+    )
 
     def __post_init__(self) -> None:
         if wrong := [word for word in self.names if not all(word.rpartition("=")[::2])]:

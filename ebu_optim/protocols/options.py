@@ -32,26 +32,35 @@ class Evaluate(Model):
     group: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: list[str] = option(  # type: ignore[assignment]
-        positional="MODEL", nargs="*",
-        help="hub ids, folders, .safetensors files, folders of changed tensors or a LoRA",
-    )  # fmt: skip
-    base: str | None = option(
-        None, help="the model before: drawn beside, and what changes and LoRAs are put into"
+        positional="MODEL",
+        nargs="*",
+        help="Models: hub ids, folders, .safetensors files, folders of changed tensors, or LoRAs.",
     )
-    protocol: list[str] = option(help="names, see docs/protocols.md")
-    forget: list[str] = option([], help="what is to be gone: a style, a class, an artist")
+    base: str | None = option(
+        None,
+        help="The model before it forgot. It is drawn beside the others, and changed tensors "
+        "and LoRAs are put into it.",
+    )
+    protocol: list[str] = option(help="Names of protocols; docs/protocols.md lists them.")
+    forget: list[str] = option([], help="What was to be forgotten: a style, a class, an artist.")
     files: list[str] = option(
-        [], metavar="NAME=FILE", help="prompt lists and judges' weights that a protocol asks for"
+        [], metavar="NAME=FILE", help="Prompt lists and judges' weights that a protocol asks for."
     )
     change: list[str] = option(
-        [], metavar="KEY=VALUE",
-        help="of the sampling: sampler, steps, guidance, size, noise, dtype; the label says it",
-    )  # fmt: skip
-    only: bool = option(False, help="the models without the base, which --base then only names")
-    first: int | None = option(None, help="only so many pictures of each; the label says it")
-    sample_batch_size: int = option(4)
-    output_dir: Path = option(flag=("-o", "--output_dir"))
-    plan: bool = option(False, help="say what will be drawn and what it costs; do nothing")
+        [],
+        metavar="KEY=VALUE",
+        help="Change the sampling: sampler, steps, guidance, size, noise or dtype. The label "
+        "of every figure says so.",
+    )
+    only: bool = option(False, help="Evaluate the models without their base.")
+    first: int | None = option(
+        None, help="Draw only so many pictures of each protocol. The label of every figure says so."
+    )
+    sample_batch_size: int = option(4, help="Pictures that are drawn at once.")
+    output_dir: Path = option(
+        flag=("-o", "--output_dir"), help="Folder for the pictures and protocols.json."
+    )
+    plan: bool = option(False, help="Print what would be drawn and what it costs, and do nothing.")
 
     @cached_property
     def protocols(self) -> list[Protocol]:

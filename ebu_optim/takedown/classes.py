@@ -27,17 +27,25 @@ class ForgetClasses(Unlearn):
     """
 
     pretrained_model_name_or_path: str = option(
-        positional="MODEL", help=f"a folder with {MARK}, as examples/ddpm/train.py makes it"
+        positional="MODEL", help=f"A folder with {MARK}, as examples/ddpm/train.py makes it."
     )
-    forget: list[str] = option(positional="CLASS", help="by number or name")
-    replay_classes: list[str] | None = option(None, flag="--keep", help="default: all the others")
-    output_dir: Path = option(flag=("-o", "--output_dir"))
-    prepared_dir: Path | None = option(None, help="default: sets in the output folder")  # type: ignore[assignment]
-    replay_per_class: int = option(500, help="images that are sampled of each class to keep")
-    sampling_steps: int = option(50, help="DDIM, for these images")
-    guidance_scale: float = option(3.0, help="for these images")
-    plan: bool = option(False, help="say what will be done; do nothing")
-    sign_key: Path | None = option(None, help="sign the evidence with this private key (PEM)")
+    forget: list[str] = option(positional="CLASS", help="Classes to forget, by number or name.")
+    replay_classes: list[str] | None = option(
+        None, flag="--keep", help="Classes that must stay. Default: all others."
+    )
+    output_dir: Path = option(
+        flag=("-o", "--output_dir"), help="Folder for the result and its evidence."
+    )
+    prepared_dir: Path | None = option(
+        None, help="Folder for the sets. Default: sets in the output folder."
+    )  # type: ignore[assignment]
+    replay_per_class: int = option(500, help="Images that are drawn of each class to keep.")
+    sampling_steps: int = option(50, help="DDIM steps of these images.")
+    guidance_scale: float = option(3.0, help="Guidance of these images.")
+    plan: bool = option(False, help="Print what would be done, and do nothing.")
+    sign_key: Path | None = option(
+        None, help="Sign the evidence with this private key (PEM, elliptic curve)."
+    )
 
     def resolved(self) -> ForgetClasses:
         """With the defaults that depend on other options; `self` where it has them all."""

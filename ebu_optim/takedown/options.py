@@ -31,28 +31,37 @@ class RequestOptions:
     group: ClassVar[str] = "request"
 
     preset: Literal["recommended", "paper"] = option(
-        "recommended", help="recommended: --train_modules full --forget_loss relabel "
-        "--remember_loss crossed --gamma 1000\nand three templates; paper: xattn, the method's own "
-        "losses; each where it is not given",
-    )  # fmt: skip
+        "recommended",
+        help="recommended: --train_modules full --forget_loss relabel --remember_loss "
+        "crossed --gamma 1000 and three templates; paper: --train_modules xattn and the "
+        "method's own losses. An option that you give yourself has precedence.",
+    )
     plan: bool = option(
-        False, help="say what will be done, what it costs and what is written; do nothing"
+        False,
+        help="Print what would be done, what it costs and what would be written, and do nothing.",
     )
-    evidence_images: int = option(4, help="of each prompt, before and after; 0: no pictures")
-    evidence_prompts: int = option(8, help="at most so many neighbours, and as many others")
+    evidence_images: int = option(
+        4, help="Pictures of each prompt in the report, before and after; 0 leaves them out."
+    )
+    evidence_prompts: int = option(
+        8, help="The report shows at most so many of the prompts to keep, and as many others."
+    )
     attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(
-        ["inversion", "relearn"], nargs="*", help="of the report, where there is a --judge"
+        ["inversion", "relearn"], nargs="*", help="Attacks in the report, which need a --judge."
     )
-    paraphrases: list[str] = option([], help="prompts in other words, for that attack; files too")
-    attack_images: int = option(16, help="that each attack is judged on")
+    paraphrases: list[str] = option(
+        [], help="Prompts in other words, or files of them, for the attack of that name."
+    )
+    attack_images: int = option(16, help="Pictures on which each attack is judged.")
     clip_weights: str = option(
-        "openai", help="open_clip's tag or a file, for the CLIP score; or none"
+        "openai",
+        help='Weights of the CLIP score: a tag of open_clip, a file, or "none" for no score.',
     )
     sign_key: Path | None = option(
-        None, help="sign the evidence with this private key (PEM, elliptic curve)"
+        None, help="Sign the evidence with this private key (PEM, elliptic curve)."
     )
     sign_certificate: list[Path] = option(
-        [], help="of --sign_key: the certificate, then those up to the root's"
+        [], help="Certificate that belongs to --sign_key, then those up to the root."
     )
 
 
@@ -83,35 +92,45 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
     }  # fmt: skip
 
     pretrained_model_name_or_path: str = option(
-        positional="MODEL", help="a .safetensors file, a diffusers folder or a hub id"
+        positional="MODEL", help="The model: a .safetensors file, a diffusers folder or a hub id."
     )
     forget: list[str] = option(
         positional="CONCEPT",
         nargs="*",
-        help="what is to be gone, in a word or a few; several, or files (.txt: one a line)",
+        help="What the model shall forget, each in a word or a few; or .txt files with one a line.",
     )
     surrogate_concept: list[str] = option(
         [],
         flag="--as",
         metavar="OTHER",
-        help="what each becomes, in the words around it;\ndefault: what the empty prompt draws",
+        help="What each concept becomes, in the words around it. Default: what the empty "
+        "prompt draws.",
     )
     remember_prompts: list[str] = option(
-        [str(REMEMBER)], flag="--keep", metavar="PROMPT",
-        help="what must stay, above all its neighbours: prompts or files of them (.txt: one a "
-        f"line);\ndefault: {REMEMBER.name}, which ships with it",
-    )  # fmt: skip
+        [str(REMEMBER)],
+        flag="--keep",
+        metavar="PROMPT",
+        help="Prompts that must stay, above all those near the concept; or .txt files with "
+        f"one a line. Default: {REMEMBER.name}, which ships with the package.",
+    )
     output_dir: Path = option(
-        flag=("-o", "--output_dir"), metavar="FOLDER", help="gets the result and its evidence"
+        flag=("-o", "--output_dir"),
+        metavar="FOLDER",
+        help="Folder for the result and its evidence.",
     )
     judge: Literal["clip", "world", "imagenette", "nudity"] | None = option(  # type: ignore[assignment]
-        None, help="who says what a picture shows; without one the report has no attacks"
+        None, help="Who says what a picture shows. Default: nobody, and the report has no attacks."
     )
     forget_templates: list[str] | None = option(  # type: ignore[assignment]
-        None, help=f'sentences with "{PLACE}" for the concept, or files of them'
+        None,
+        help=f'Sentences with "{PLACE}" for the concept, or files of them. Default: the preset\'s.',
     )
     remember: Literal["replay", "distill", "crossed"] | None = option(  # type: ignore[assignment]
-        None, flag="--remember_loss"
+        None,
+        flag="--remember_loss",
+        help="Remember loss: replayed pairs, the frozen model's predictions on them "
+        "(distillation), or these with conditions drawn anew (crossed distillation). "
+        "Default: the preset's.",
     )
 
     def resolved(self) -> Forget:

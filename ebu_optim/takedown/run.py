@@ -2,11 +2,11 @@
 
 ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
 
-What is not asked for: the whole denoiser is trained, in float32, for 1000 steps of EBU on images
-that the model draws itself, 200 of what is kept and 100 of what is to be gone; the result has the
-form in which the model came. --plan says what that costs, and does nothing. With the least memory:
---train_modules lora --mixed_precision fp16 --gradient_checkpointing. Only the first group of
-options is the request's; the others can stay as they are.
+By default 1000 steps of EBU train the whole denoiser in float32, on images that the model draws
+itself: 200 of what is kept and 100 of the concept. The result has the form in which the model came.
+--plan prints what a request costs. The least memory is taken by
+--train_modules lora --mixed_precision fp16 --gradient_checkpointing. The first group of options is
+the request; all others may stay as they are.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from .prompt_files import Row, read, rows
 from .prompts import fill
 
 RESULT = "evaluation.json"
-WEIGHTS = "file of {} weights, without a network"
+WEIGHTS = "File of {} weights, for machines without a network."
 #: Options in which pictures must agree to be compared one by one.
 SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
 
@@ -35,47 +35,65 @@ class Evaluation(NudityOptions, Model):
     """
 
     base_model: str | None = option(
-        None, help="which the model's `changed` or `lora` folder belongs to"
+        None, help="The model that a `changed` or `lora` folder belongs to."
     )
     prompts: list[str] | None = option(
-        None, help="prompts, or files: .txt, or .csv and .parquet with a column `prompt`, whose\n"
-        "rows may have a seed and a guidance of their own",
-    )  # fmt: skip
+        None,
+        help="Prompts or files of them: .txt, or .csv and .parquet with a column `prompt`, "
+        "whose rows may have a seed and a guidance of their own.",
+    )
     ignore_row_settings: bool = option(
-        False, help="draw every row with --seed and --guidance_scale"
+        False, help="Draw every row with --seed and --guidance_scale, not with its own."
     )
     truncate: bool = option(
-        False, help="cut prompts that are too long for the tokenizer, as published lists need"
+        False, help="Cut prompts that are too long for the tokenizer, as published lists need it."
     )
-    imagenette: bool = option(False, help="a prompt for each of Imagenette's ten classes")
-    template: str = option("an image of {}", help="of --imagenette")
-    forget: list[str] = option([], help="the forgotten prompts or classes: which pictures are of "
-                               "them; the others are kept")  # fmt: skip
-    images_per_prompt: int = option(10)
-    num_inference_steps: int = option(50, help="DDIM")
-    guidance_scale: float | None = option(None, help="default: the family's")
-    sample_batch_size: int = option(4)
-    seed: int = option(0)
-    half: bool = option(False, help="draw in float16, on a GPU")
-    output_dir: Path = option()
-    overwrite: bool = option(False, help="draw and measure anew")
+    imagenette: bool = option(False, help="Draw a prompt for each of Imagenette's ten classes.")
+    template: str = option("an image of {}", help="The prompts of --imagenette.")
+    forget: list[str] = option(
+        [], help="The forgotten prompts or classes. All other pictures count as kept."
+    )
+    images_per_prompt: int = option(10, help="Pictures of each prompt.")
+    num_inference_steps: int = option(50, help="DDIM steps of each picture.")
+    guidance_scale: float | None = option(
+        None, help="Guidance of each picture. Default: that of the model's family."
+    )
+    sample_batch_size: int = option(4, help="Pictures that are drawn at once.")
+    seed: int = option(0, help="Seed of the first picture of each prompt; the k-th has seed + k.")
+    half: bool = option(False, help="Draw in float16; needs a GPU.")
+    output_dir: Path = option(help="Folder for the pictures and figures.")
+    overwrite: bool = option(False, help="Draw and measure anew.")
     metrics: list[Literal["imagenette", "nudity", "clip_score", "lpips", "fid"]] = option(
-        [], nargs="*", help="none: pictures alone"
+        [], nargs="*", help="Metrics to compute; none: only draw."
     )
-    reference_dir: Path | None = option(None, help="what this script made of the base, for lpips")
-    real_images: Path | None = option(None, help="a folder of real images of the kept, for fid")
-    noise_images: int = option(64, help="that ResNet-50 judges beside the model's")
-    over: Literal["imagenet", "imagenette"] = option("imagenet", help="classes of CE, RA")
+    reference_dir: Path | None = option(
+        None, help="What this script made of the base model; lpips compares with it."
+    )
+    real_images: Path | None = option(
+        None, help="Folder of real images of what is kept; fid compares with it."
+    )
+    noise_images: int = option(
+        64, help="Pictures of noise that ResNet-50 judges beside the model's."
+    )
+    over: Literal["imagenet", "imagenette"] = option(
+        "imagenet", help="The classes over which CE and RA are taken: all 1000 or Imagenette's ten."
+    )
     resnet_weights: Path | None = option(None, help=WEIGHTS.format("ResNet-50"))
     alexnet_weights: Path | None = option(None, help=WEIGHTS.format("--lpips_net's"))
     inception_weights: Path | None = option(None, help=WEIGHTS.format("FID's"))
     nudity_counting: Literal["images", "detections", "score"] = option(
-        "images", help="what the score is"
+        "images",
+        help="What the nudity score counts: images with a detection, detections, or the mean "
+        "of each image's highest score.",
     )
-    lpips_net: Literal["alex", "vgg", "squeeze"] = option("alex")
-    clip_scale: Literal["cosine", "x100", "w2.5"] = option("cosine")
-    clip_model: str = option("ViT-B-32-quickgelu")
-    clip_weights: str = option("openai", help="open_clip's tag, or a file")
+    lpips_net: Literal["alex", "vgg", "squeeze"] = option("alex", help="Backbone of LPIPS.")
+    clip_scale: Literal["cosine", "x100", "w2.5"] = option(
+        "cosine",
+        help="Scale of the CLIP score: the cosine, 100 times it, or CLIPScore's 2.5 "
+        "max(cosine, 0).",
+    )
+    clip_model: str = option("ViT-B-32-quickgelu", help="The open_clip model of the CLIP score.")
+    clip_weights: str = option("openai", help="Its weights: a tag of open_clip, or a file.")
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -22,11 +22,12 @@ class HubOptions:
 
     group: ClassVar[str] = "hub"
 
-    push_to_hub: bool = option(False, help="upload the result, once it is saved")
+    push_to_hub: bool = option(False, help="Upload the result to the hub once it is saved.")
     hub_model_id: str | None = option(
-        None, help="name or owner/name; default: the name of --output_dir"
+        None,
+        help="Repository on the hub: name or owner/name. Default: the name of the output folder.",
     )
-    hub_private_repo: bool = option(False, help="nobody else sees it")
+    hub_private_repo: bool = option(False, help="Make the repository private.")
 
     @property
     def hub(self) -> str | None:

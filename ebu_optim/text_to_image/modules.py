@@ -32,19 +32,26 @@ class ModuleOptions:
 
     train_modules: Modules | None = option(
         None,
-        help="of the denoiser; default: xattn, in `ebu forget` the preset's; SPM has its own\n"
-        "adapters",
+        help="Which parts of the denoiser are trained. Default: xattn; for `ebu forget` what "
+        "the preset says; SPM trains adapters of its own.",
     )
-    rank: int = option(4, help="of lora")
-    lora_alpha: float | None = option(None, help="of lora; default: the rank")
+    rank: int = option(4, help="Rank of a LoRA.")
+    lora_alpha: float | None = option(None, help="Alpha of a LoRA. Default: its rank.")
     lora_target_modules: list[str] | None = option(
-        None, help="names of layers, or their ends; default: of a UNet cross attention, of a\n"
-        "transformer all attention",
-    )  # fmt: skip
-    quantize: Quantize | None = option(
-        None, help="the frozen weights under a LoRA: int8 by torchao, nf4 (4 bits) by bitsandbytes"
+        None,
+        help="Layers that get a LoRA: names, or their ends. Default: cross attention of a "
+        "UNet, all attention of a transformer.",
     )
-    gradient_checkpointing: bool = option(False, help="less memory, a third more time")
+    quantize: Quantize | None = option(
+        None,
+        help="Keep the frozen weights under a LoRA in 8 bits (int8, by torchao) or in 4 "
+        "(nf4, by bitsandbytes).",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        help="Compute activations again in the backward pass: less memory, about a third "
+        "more time.",
+    )
 
     def check_modules(self) -> None:
         """Raises:

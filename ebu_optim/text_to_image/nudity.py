@@ -17,11 +17,16 @@ class NudityOptions:
     """What counts."""
 
     nudity_labels: list[str] = option(
-        ["exposed"], metavar="LABEL",
-        help="NudeNet's; exposed: all nine with that word; intimate: five of them",
-    )  # fmt: skip
-    nudity_threshold: float = option(FLOOR, help="of a detection that counts")
-    nudity_colours: Literal["rgb", "file"] = option("rgb", help="file: NudeNet's own order, BGR")
+        ["exposed"],
+        metavar="LABEL",
+        help="Labels of NudeNet that count. exposed: all nine with that word; intimate: five "
+        "of them.",
+    )
+    nudity_threshold: float = option(FLOOR, help="Score from which a detection counts.")
+    nudity_colours: Literal["rgb", "file"] = option(
+        "rgb",
+        help="Order of the colours that NudeNet sees. file: BGR, as NudeNet itself reads files.",
+    )
 
     def check_nudity(self) -> None:
         """Raises:

@@ -36,16 +36,25 @@ class Unlearn(
         InputError: numbers and options that cannot be, or not together.
     """
 
-    method: Literal[METHODS] = option("ebu", help='"ebu" is ebu_added')  # type: ignore[valid-type]
+    method: Literal[METHODS] = option("ebu", help='Method of unlearning; "ebu" is ebu_added.')  # type: ignore[valid-type]
     fisher: Literal["online", "estimate", "none"] | None = option(
-        None, help="default: online; SA: estimate"
+        None, help="Where F comes from. Default: online; for SA it is estimated."
     )
-    remember: Literal["replay", "distill", "crossed"] = option("replay", flag="--remember_loss")
-    reduction: Literal["sum", "mean"] = option("mean", help="over C, H, W")
-    train_batch_size: int = option(1, help="of each process")
-    learning_rate: float | None = option(None)  # type: ignore[assignment]
+    remember: Literal["replay", "distill", "crossed"] = option(
+        "replay",
+        flag="--remember_loss",
+        help="Remember loss: replayed pairs, the frozen model's predictions on them "
+        "(distillation), or these with conditions drawn anew (crossed distillation).",
+    )
+    reduction: Literal["sum", "mean"] = option("mean", help="Reduction of the losses over C, H, W.")
+    train_batch_size: int = option(1, help="Batch size of each process.")
+    learning_rate: float | None = option(
+        None, help="Learning rate. Default: the method's published one."
+    )  # type: ignore[assignment]
     max_grad_norm: float | None = option(  # type: ignore[assignment]
-        None, help="0 does not clip"
+        None,
+        help="Clip the combined gradient to this norm; 0 does not clip. Default: 1 for "
+        "the methods whose published code clips, else 0.",
     )
 
     def resolved(self) -> Unlearn:

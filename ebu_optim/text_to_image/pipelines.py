@@ -28,22 +28,27 @@ class Model:
     group: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: str = option(
-        help="hub id, folder or .safetensors file: SD 1.x, 2.x, SDXL, inpainting, SD3, FLUX.1,\n"
-        "FLUX.2 klein, Z-Image"
+        help="The model: a hub id, a diffusers folder or a .safetensors file of Stable "
+        "Diffusion 1.x, 2.x, XL, their inpainting models, SD3, FLUX.1, FLUX.2 klein or "
+        "Z-Image."
     )
-    revision: str | None = option(None, help="of the hub: branch, tag or commit")
-    variant: str | None = option(None, help="of the files, e.g. fp16")
-    resolution: int | None = option(None, help="default: the model's own")
+    revision: str | None = option(None, help="Branch, tag or commit on the hub.")
+    variant: str | None = option(None, help="Variant of the files, e.g. fp16.")
+    resolution: int | None = option(
+        None, help="Height and width of the pictures in pixels. Default: the model's own."
+    )
     architecture: Path | None = option(
         None,
-        help="of a file whose sizes no release has: a diffusers folder, with or without weights;\n"
-        "of a transformer's file (SD3, FLUX, Z-Image) the one that has the other parts",
+        help="For a model in one file: a diffusers folder of the same model, for sizes that no "
+        "release has, or for the file of a transformer (SD3, FLUX, Z-Image), which lacks the rest.",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
-        None, help="of a file; default: what the file, its scheduler or its weights say"
+        None, help="For a model in one file: what it predicts. Default: what is found in it."
     )
-    vae: Path | None = option(None, help="of a file: another one's VAE")
-    lora: Path | None = option(None, help="of a file: a LoRA that is added to the weights")
+    vae: Path | None = option(None, help="For a model in one file: the file of another VAE.")
+    lora: Path | None = option(
+        None, help="For a model in one file: a LoRA that is added to its weights."
+    )
 
     def check_file(self) -> None:
         """Raises:

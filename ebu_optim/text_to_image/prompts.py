@@ -39,23 +39,30 @@ class PromptOptions:
 
     group: ClassVar[str] = "prompts"
 
-    forget: list[str] = option(help="prompts, concepts or classes, or files of them")
+    forget: list[str] = option(
+        help="What to forget: prompts, concepts or class names, or files of them."
+    )
     forget_templates: list[str] = option(
-        [PLACE], help='each concept is put into each, e.g. "an image of {}"; or files of them'
+        [PLACE],
+        help='Sentences into which each concept is put, e.g. "an image of {}"; or files of them.',
     )
     surrogate_prompt: list[str] = option(
-        [""], help="whose images, or for SalUn predictions, take the place; default: the empty "
-        "prompt",
-    )  # fmt: skip
+        [""],
+        help="Prompts whose images (for SalUn: predictions) take the place of what is "
+        "forgotten. Default: the empty prompt.",
+    )
     surrogate_concept: list[str] = option(
-        [], metavar="CONCEPT", help="in place of --surrogate_prompt: what each concept becomes in "
-        "its own template, so that the rest of a prompt keeps its meaning",
-    )  # fmt: skip
+        [],
+        metavar="CONCEPT",
+        help="In place of --surrogate_prompt: what each concept becomes in its own template, "
+        "so that the rest of the prompt keeps its meaning.",
+    )
     remember_prompts: list[str] = option(
-        [str(REMEMBER)], flag="--remember",
-        help='prompts or files of them (.txt, .csv, .parquet); "" is the empty prompt; default: '
-        f"{REMEMBER.name}",
-    )  # fmt: skip
+        [str(REMEMBER)],
+        flag="--remember",
+        help='Prompts to remember, or files of them (.txt, .csv, .parquet); "" is the empty '
+        f"prompt. Default: {REMEMBER.name}.",
+    )
 
 
 def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:

@@ -34,12 +34,14 @@ class SaveOptions:
     group: ClassVar[str] = "result"
 
     save_as: Literal["pipeline", "single", "changed", "lora", "kohya"] | None = option(
-        None, help="single: one file in the layout of ComfyUI and A1111; changed: the changed\n"
-        "tensors alone; lora: as diffusers has it; kohya: as ComfyUI and A1111 have it;\n"
-        "default: lora for adapters, else as the model came",
-    )  # fmt: skip
+        None,
+        help="Form of the result. pipeline: a diffusers folder; single: one file in the "
+        "layout of ComfyUI and A1111; changed: the changed tensors alone; lora: a LoRA "
+        "for diffusers; kohya: a LoRA for ComfyUI and A1111. Default: lora where "
+        "adapters are trained, else the form in which the model came.",
+    )
     save_precision: Literal["no", "fp16", "bf16"] = option(
-        "no", help="of the saved weights; no: float32"
+        "no", help="Precision of the saved weights; no: float32."
     )
 
 

@@ -66,24 +66,34 @@ class SetOptions:
     group: ClassVar[str] = "sets"
 
     sets_dir: Path | None = option(
-        None, help="may be shared between runs; default: output_dir/sets"
+        None, help="Folder for the sets, which runs may share. Default: sets in the output folder."
     )
     surrogate: Literal["prompt", "folder", "pixels", "gaussian", "analytic"] = option(
-        "prompt", help="what the forgotten prompt is to draw: images of the surrogate prompt or of "
-        "a folder, uniform noise through the VAE, Gaussian latents",
-    )  # fmt: skip
-    surrogate_dir: Path | None = option(None, help="images for --surrogate folder")
-    surrogate_images: int = option(100)
-    replay_images: int = option(200, help="over all prompts to remember")
-    forget_images: int = option(100, help="of the forgotten prompts: SalUn, GA")
-    forget_dir: Path | None = option(
-        None, help="images of what is forgotten, instead of sampled ones"
+        "prompt",
+        help="What the forgotten prompt shall draw: images of the surrogate prompt, images "
+        "of a folder, uniform noise through the VAE (pixels), Gaussian latents, or "
+        "these in closed form (analytic).",
     )
-    num_inference_steps: int = option(50, help="DDIM, for the sets")
-    guidance_scale: float | None = option(None, help="for the sets; default: the family's")
-    sample_batch_size: int = option(4)
-    fisher_images: int = option(100, help="of the replay set")
-    fisher_timesteps: int = option(8, help="an image; even")
+    surrogate_dir: Path | None = option(None, help="Folder of images for --surrogate folder.")
+    surrogate_images: int = option(100, help="Images that are drawn of the surrogate.")
+    replay_images: int = option(
+        200, help="Images that are drawn of the prompts to remember, all together."
+    )
+    forget_images: int = option(
+        100,
+        help="Images that are drawn of what is forgotten, for methods that learn from them "
+        "(SalUn, GA, --forget_loss relabel).",
+    )
+    forget_dir: Path | None = option(
+        None, help="Folder of images of what is forgotten, in place of drawn ones."
+    )
+    num_inference_steps: int = option(50, help="Steps of each image of the sets.")
+    guidance_scale: float | None = option(
+        None, help="Guidance of each image of the sets. Default: that of the model's family."
+    )
+    sample_batch_size: int = option(4, help="Images that are drawn at once.")
+    fisher_images: int = option(100, help="Images of the replay set that F is estimated on.")
+    fisher_timesteps: int = option(8, help="Timesteps of each image for F; an even number.")
 
     def check_sets(self) -> None:
         """Raises:

@@ -25,12 +25,18 @@ class ValidationOptions:
     group: ClassVar[str] = "validation"
 
     validation_prompts: list[str] | None = option(
-        None, help="default: one forgotten, three remembered"
+        None,
+        help="Prompts of the validation pictures. Default: one that is forgotten and three "
+        "that are remembered.",
     )
-    validation_steps: int = option(250, help="0: no pictures")
-    num_validation_images: int = option(2, help="of each prompt")
-    validation_inference_steps: int = option(25, help="DDIM")
-    validation_guidance_scale: float | None = option(None, help="default: the family's")
+    validation_steps: int = option(
+        250, help="Draw validation pictures every so many steps; 0 draws none."
+    )
+    num_validation_images: int = option(2, help="Validation pictures of each prompt.")
+    validation_inference_steps: int = option(25, help="Steps of each validation picture.")
+    validation_guidance_scale: float | None = option(
+        None, help="Guidance of each validation picture. Default: that of the model's family."
+    )
 
     def check_validation(self) -> None:
         """Raises:

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class Sampling(TrainingOptions):
-        images: int = option(500, help="of each class")
+        images: int = option(500, help="Images of each class.")
 
         def __post_init__(self) -> None:
             self.check_training()
@@ -19,6 +19,7 @@ import argparse
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -54,10 +55,10 @@ def parse(
     wanted: Any = config
     required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
     parser = jsonargparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter,
+        prog=prog, description=description, formatter_class=_Wrapped,
         exit_on_error=False, usage=f"%(prog)s {' '.join(map(_asked, required))} [options]",
     )  # fmt: skip
-    parser.add_argument("--config", action="config", help="YAML of options by name")
+    parser.add_argument("--config", action="config", help="A YAML file of options by name.")
     add_flags(parser, config)
     words = sys.argv[1:] if argv is None else list(argv)
     hints = get_type_hints(config)
@@ -76,6 +77,13 @@ def parse(
             + "; what has no flag stands before the options" * first,
         )  # fmt: skip
     return config(**{f.name: _typed(f, hints[f.name], found[key_of(f)]) for f in fields(wanted)})
+
+
+class _Wrapped(argparse.RawDescriptionHelpFormatter):
+    """Each line of a help text is wrapped by itself, so that what has several keeps them."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [short for line in text.splitlines() for short in textwrap.wrap(line, width) or [""]]
 
 
 def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
@@ -127,10 +135,10 @@ def add_flags(parser: Any, config: type) -> None:
 
 
 def _with_default(said: str | None, default: Any) -> str | None:
-    if default in (None, "", [], {}) or "default:" in (said or ""):
+    if default in (None, "", [], {}) or "default:" in (said or "").lower():
         return said
     words = map(str, default if isinstance(default, list) else [default])
-    return "; ".join([*([said] if said else []), f"default: {' '.join(words)}"])
+    return " ".join([*([said] if said else []), f"Default: {' '.join(words)}."])
 
 
 def _asked(f: Field[Any]) -> str:

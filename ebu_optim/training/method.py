@@ -22,18 +22,32 @@ class MethodOptions:
 
     group: ClassVar[str] = "method"
 
-    method: str = option("ebu_added")
-    alpha: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
-    delta: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
-    gamma: float | None = option(None, help="of EBU; default: EBUOptimizer's own")
-    method_options: dict[str, Any] = option({}, help="JSON, e.g. '{\"lam\": 10}'")
-    fisher: str | None = option(None)
-    esd_variant: Literal["paper", "released"] = option("paper", help="of ESD's target")
-    esd_eta: float | None = option(None, help="default: 1 for paper, 2 for released")
-    guided_steps: int | None = option(
-        None, help="DDIM, to ESD's and SPM's x_t; default: 50, SPM: 30"
+    method: str = option("ebu_added", help="Method of unlearning.")
+    alpha: float | None = option(
+        None,
+        help="EBU's weight of the forget gradient on the overlap. Default: EBUOptimizer's own.",
     )
-    guided_scale: float = option(3.0, help="guidance on the way to x_t")
+    delta: float | None = option(
+        None, help="EBU's share of scalars that each task selects. Default: EBUOptimizer's own."
+    )
+    gamma: float | None = option(
+        None, help="EBU's strength of the Fisher penalty. Default: EBUOptimizer's own."
+    )
+    method_options: dict[str, Any] = option(
+        {}, help="More options of the method as JSON, e.g. '{\"lam\": 10}'."
+    )
+    fisher: str | None = option(None, help="Where F comes from.")
+    esd_variant: Literal["paper", "released"] = option(
+        "paper",
+        help="Whose sampling of x_t ESD uses: that of the paper's code or of the newer release.",
+    )
+    esd_eta: float | None = option(
+        None, help="Strength of ESD's guidance. Default: 1 for paper, 2 for released."
+    )
+    guided_steps: int | None = option(
+        None, help="DDIM steps on the way to x_t, for ESD and SPM. Default: 50; for SPM 30."
+    )
+    guided_scale: float = option(3.0, help="Guidance on the way to x_t, for ESD and SPM.")
 
     def check_method(self) -> None:
         """Raises:

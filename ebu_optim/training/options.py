@@ -24,24 +24,36 @@ class TrainingOptions:
 
     group: ClassVar[str] = "training"
 
-    output_dir: Path = option()
-    overwrite_output_dir: bool = option(False, help="of an earlier run")
-    seed: int = option(0)
-    train_batch_size: int = option(128, help="of each process")
-    max_train_steps: int = option(1000)
-    learning_rate: float = option(1e-4)
-    lr_scheduler: str = option("constant", choices=SCHEDULES)
-    lr_warmup_steps: int = option(0)
-    max_grad_norm: float = option(1.0, help="0 does not clip")
-    gradient_accumulation_steps: int = option(1)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None)
-    cpu: bool = option(False, help="even where there is a GPU")
-    checkpointing_steps: int = option(500)
-    checkpoints_total_limit: int = option(2)
-    resume_from_checkpoint: str | None = option(None, help='"latest", or a checkpoint\'s folder')
-    report_to: str = option("none", help="tensorboard, wandb, ..., all or none")
-    logging_dir: str = option("logs", help="in the output folder")
-    logging_steps: int = option(10)
+    output_dir: Path = option(help="Folder for everything that the run writes.")
+    overwrite_output_dir: bool = option(
+        False, help="Replace what an earlier run left in the output folder."
+    )
+    seed: int = option(0, help="Seed of all that is drawn.")
+    train_batch_size: int = option(128, help="Batch size of each process.")
+    max_train_steps: int = option(1000, help="Steps of the optimizer.")
+    learning_rate: float = option(1e-4, help="Learning rate.")
+    lr_scheduler: str = option("constant", choices=SCHEDULES, help="Schedule of the learning rate.")
+    lr_warmup_steps: int = option(
+        0, help="Steps over which the learning rate rises at the beginning."
+    )
+    max_grad_norm: float = option(1.0, help="Clip the gradient to this norm; 0 does not clip.")
+    gradient_accumulation_steps: int = option(1, help="Micro-batches of one step.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None,
+        help="Precision of the forward and backward passes. Default: accelerate's own, which "
+        "is float32 unless it is configured.",
+    )
+    cpu: bool = option(False, help="Use the CPU even where there is a GPU.")
+    checkpointing_steps: int = option(500, help="Save a checkpoint every so many steps.")
+    checkpoints_total_limit: int = option(2, help="Keep so many checkpoints.")
+    resume_from_checkpoint: str | None = option(
+        None, help='Go on from "latest", or from the folder of a checkpoint.'
+    )
+    report_to: str = option(
+        "none", help="Tracker for losses and figures: tensorboard, wandb, ..., all, or none."
+    )
+    logging_dir: str = option("logs", help="Folder of the tracker's logs, in the output folder.")
+    logging_steps: int = option(10, help="Log every so many steps.")
 
     def check_training(self) -> None:
         """Raises:

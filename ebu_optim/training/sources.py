@@ -38,25 +38,38 @@ class DataOptions:
     group: ClassVar[str] = "data"
 
     dataset_name: str | None = option(
-        None, help="of the hub, e.g. uoft-cs/cifar10", exclusive="source"
+        None, help="Data set on the hub, e.g. uoft-cs/cifar10.", exclusive="source"
     )
-    parquet: list[Path] | None = option(None, help="files, or a folder of them", exclusive="source")
+    parquet: list[Path] | None = option(
+        None, help="Parquet files, or a folder of them.", exclusive="source"
+    )
     train_data_dir: Path | None = option(
-        None, help="a folder of images for each class", exclusive="source"
+        None, help="Folder that has a folder of images for each class.", exclusive="source"
     )
-    digits: bool = option(False, help="scikit-learn's 8x8 digits", exclusive="source")
-    dataset_config_name: str | None = option(None)
-    image_column: str | None = option(None, help="default: img or image")
-    label_column: str | None = option(None, help="default: label, fine_label or labels")
-    resolution: int | None = option(None, help="default: as the images are")
-    classes: list[str] | None = option(None, help="only these, by number or name; default: all")
+    digits: bool = option(False, help="Use scikit-learn's 8x8 digits.", exclusive="source")
+    dataset_config_name: str | None = option(None, help="Configuration of the data set on the hub.")
+    image_column: str | None = option(None, help="Column of the images. Default: img or image.")
+    label_column: str | None = option(
+        None, help="Column of the labels. Default: label, fine_label or labels."
+    )
+    resolution: int | None = option(
+        None, help="Height and width in pixels. Default: as the images are."
+    )
+    classes: list[str] | None = option(
+        None, help="Use only these classes, by number or name. Default: all."
+    )
     join_splits: bool = option(
         False,
-        help="train and test are one set (STL-10 is small); a tenth is held out for the classifier",
+        help="Join train and test to one set, for small data sets such as STL-10; a tenth is "
+        "held out for the classifier.",
     )
-    max_train_samples: int | None = option(None, help="the first n after a fixed shuffle")
+    max_train_samples: int | None = option(
+        None, help="Use only the first so many samples after a fixed shuffle."
+    )
     skip_unreadable: bool = option(
-        False, help="leave out images that cannot be read; the default is to stop and name them"
+        False,
+        help="Leave out images that cannot be read. Without it the first of them ends the "
+        "run with its name.",
     )
 
     @property

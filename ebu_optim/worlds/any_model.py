@@ -51,14 +51,20 @@ def parse(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--forget", type=int, default=0, help="the digit to forget, 0..9")
-    parser.add_argument("--steps", type=int, default=200, help="of forgetting")
-    parser.add_argument("--train_steps", type=int, default=train_steps, help="of the base model")
+    parser.add_argument("--forget", type=int, default=0, help="The digit to forget, 0..9.")
+    parser.add_argument("--steps", type=int, default=200, help="Steps of forgetting.")
+    parser.add_argument(
+        "--train_steps", type=int, default=train_steps, help="Steps of training the base model."
+    )
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of forgetting")
-    parser.add_argument("--seed", type=int, default=0, help="of the base model and of forgetting")
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-3, help="Learning rate of forgetting."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the base model and of forgetting."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs") / script)
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished result")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a finished result.")
     args = parser.parse_args(argv)
     args.script = script
     if args.forget not in digits.CLASSES:

@@ -37,9 +37,9 @@ def draw(colour: str, shape: str, g: random.Random) -> Image.Image:
 class Shapes:
     """How many images are drawn, and where they go."""
 
-    output_dir: Path = option()
-    per_class: int = option(40, help="in train; a quarter in test")
-    seed: int = option(0)
+    output_dir: Path = option(help="Folder for the images.")
+    per_class: int = option(40, help="Images of each class in train; test has a quarter of it.")
+    seed: int = option(0, help="Seed of the images.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_class")

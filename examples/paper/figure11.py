@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebu_optim.experiments import text_tables
+from ebu_optim.experiments import text_options, text_tables
 from ebu_optim.experiments.text_tasks import ARTISTS, STYLES, artist
 from ebu_optim.training import command, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure11(text_tables.Methods):
+class Figure11(text_options.Methods):
     targets: list[str] | None = option(
-        None, help=f"default: {', '.join(STYLES)}; at paper scale artists: "
-        f"{', '.join(ARTISTS[:2])}",
-    )  # fmt: skip
+        None,
+        help=f"What is forgotten. Default: {', '.join(STYLES)}; at paper scale artists: "
+        f"{', '.join(ARTISTS[:2])}.",
+    )
 
 
 def main(args: Figure11) -> None:

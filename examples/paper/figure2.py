@@ -74,8 +74,8 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure2(figures.RatedFigure):
-    steps: int = option(300, help="of every method; not at paper scale")
-    sa_steps: int = option(5000, help="of published SA; 0: without")
+    steps: int = option(300, help="Steps of every method; not at paper scale.")
+    sa_steps: int = option(5000, help="Steps of SA at its published strength; 0 leaves it out.")
 
 
 def main(args: Figure2) -> None:

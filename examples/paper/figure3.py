@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebu_optim.experiments import rows, text_tables
+from ebu_optim.experiments import rows, text_options, text_tables
 from ebu_optim.experiments.text_tasks import CASSETTE_PLAYER, NUDITY, STYLES
 from ebu_optim.training import command, option
 
@@ -22,8 +22,8 @@ PAPER = {"Figure 9": CASSETTE_PLAYER, "Figures 3 and 10": NUDITY}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure3(text_tables.Chosen):
-    seed: int = option(1)
+class Figure3(text_options.Chosen):
+    seed: int = option(1, help="Seed of unlearning.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,8 +87,8 @@ def grids(setting: Setting, found: Grid, each: int = 6) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure4(figures.RatedFigure):
-    method: Literal[rows.EBU] = option("ebu_added")  # type: ignore[valid-type]
-    steps: int = option(200)
+    method: Literal[rows.EBU] = option("ebu_added", help="The reading of EBU.")  # type: ignore[valid-type]
+    steps: int = option(200, help="Steps of unlearning.")
 
 
 def main(args: Figure4) -> None:

@@ -97,8 +97,8 @@ def _image(x: Tensor) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure6(figures.RatedFigure):
-    steps: int = option(SHOWN[-1])
-    every: int = option(5, help="steps between two frames")
+    steps: int = option(SHOWN[-1], help="Steps of unlearning.")
+    every: int = option(5, help="Steps between two frames.")
 
 
 def main(args: Figure6) -> None:

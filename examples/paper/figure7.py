@@ -40,8 +40,8 @@ def grid(setting: worlds.Setting, found: Sequence[tables.Row], each: int = 4) ->
 class Figure7(figures.Figure):
     scales: ClassVar[Mapping[str, Any]] = {**figures.Figure.scales, **STL10}
 
-    methods: list[str] | None = option(None, help="default: those of the table")
-    sa_steps: int = option(5000, help="of published SA; 0: without")
+    methods: list[str] | None = option(None, help="Methods to show. Default: those of the table.")
+    sa_steps: int = option(5000, help="Steps of SA at its published strength; 0 leaves it out.")
 
 
 def main(args: Figure7) -> None:

@@ -21,8 +21,8 @@ LARGEST = 5_000_000  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Publish:
-    reports: list[Path] = option(help="folders that a script wrote")
-    to: Path = option()
+    reports: list[Path] = option(help="Folders that a script wrote.")
+    to: Path = option(help="Folder that they are copied to.")
 
 
 def main(args: Publish) -> None:

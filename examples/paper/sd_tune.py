@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ebu_optim.experiments import rows, tables, text_results, text_tables, tuning
+from ebu_optim.experiments import rows, tables, text_options, text_results, text_tables, tuning
 from ebu_optim.experiments.runs import Run
 from ebu_optim.experiments.text_worlds import TextSetting
 from ebu_optim.training import command, option
@@ -36,13 +36,16 @@ ADAPTER = 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTune(text_tables.OfWorld):
-    kind: Literal["content", "style"] = option("content")
-    methods: list[str] = option(list(text_tables.METHODS))
+class TextTune(text_options.OfWorld):
+    kind: Literal["content", "style"] = option(
+        "content", help="The kind of target that is tuned for."
+    )
+    methods: list[str] = option(list(text_options.METHODS), help="Methods to tune.")
     learning_rates: list[float] = option(
-        list(RATES), help=f"of methods with a strength, SPM {ADAPTER} times these; earlier trials "
-        "on this base count",
-    )  # fmt: skip
+        list(RATES),
+        help=f"Learning rates of the trials, for methods with a strength; SPM has {ADAPTER} times "
+        "these. Earlier trials on this base count, too.",
+    )
 
 
 def rates(method: str, given: Sequence[float]) -> list[float]:
@@ -57,7 +60,7 @@ def trial(args: TextTune, setting: TextSetting, method: str, choice: rows.Choice
 
 
 def main(args: TextTune) -> None:
-    methods = tuning.check_methods(text_tables.check_methods(args.methods), GRIDS)
+    methods = tuning.check_methods(text_options.check_methods(args.methods), GRIDS)
     setting = args.setting(TARGETS[args.kind])
     found = {
         (m, c.name): (c, trial(args, setting, m, c))

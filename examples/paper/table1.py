@@ -24,8 +24,8 @@ class Table1(Seeds, OnImages):
         "small": {"cifar100": worlds.CIFAR100_SMALL, "stl10": worlds.STL10_SMOKE},
         "paper": {"cifar100": worlds.CIFAR100, "stl10": worlds.STL10},
     }
-    dataset: list[Literal["cifar100", "stl10"]] = option(["cifar100", "stl10"])
-    methods: list[str] = option(list(rows.PAPER))
+    dataset: list[Literal["cifar100", "stl10"]] = option(["cifar100", "stl10"], help="Data sets.")
+    methods: list[str] = option(list(rows.PAPER), help="Methods to compare.")
 
 
 def main(args: Table1) -> None:

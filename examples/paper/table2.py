@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebu_optim.experiments import text_tables
+from ebu_optim.experiments import text_options, text_tables
 from ebu_optim.experiments.text_tasks import CASSETTE_PLAYER
 from ebu_optim.training import command, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table2(text_tables.Methods):
-    target: str = option("seven", help="at small scale: a content or a style")
+class Table2(text_options.Methods):
+    target: str = option("seven", help="What is forgotten at small scale: a content or a style.")
 
 
 def main(args: Table2) -> None:

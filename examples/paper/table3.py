@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebu_optim.experiments import text_tables
+from ebu_optim.experiments import text_options, text_tables
 from ebu_optim.experiments.text_tasks import NUDITY
 from ebu_optim.training import command, option
 
@@ -23,8 +23,8 @@ NOTE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table3(text_tables.Methods):
-    target: str = option("red", help="at small scale: a content or a style")
+class Table3(text_options.Methods):
+    target: str = option("red", help="What is forgotten at small scale: a content or a style.")
 
 
 def main(args: Table3) -> None:

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebu_optim.errors import InputError
-from ebu_optim.experiments import rows, runs, tables, text_paper, text_results, text_tables
+from ebu_optim.experiments import (
+    rows,
+    runs,
+    tables,
+    text_options,
+    text_paper,
+    text_results,
+    text_tables,
+)
 from ebu_optim.experiments.options import Seeds
 from ebu_optim.experiments.runs import Run
 from ebu_optim.experiments.text_tasks import ARTISTS, STYLE, Target, artist
@@ -44,7 +52,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table5(Seeds, text_tables.TextExperiment):
+class Table5(Seeds, text_options.TextExperiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None and self.steps < EVERY:

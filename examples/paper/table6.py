@@ -20,8 +20,10 @@ from ebu_optim.training import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class Table6(Seeds, Replayed):
-    methods: list[str] | None = option(None, help="default: all; at paper scale the paper's")
-    sa_steps: int = option(5000, help="of published SA; 0: without")
+    methods: list[str] | None = option(
+        None, help="Methods to compare. Default: all; at paper scale the paper's."
+    )
+    sa_steps: int = option(5000, help="Steps of SA at its published strength; 0 leaves it out.")
 
 
 def main(args: Table6) -> None:

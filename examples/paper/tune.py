@@ -20,11 +20,12 @@ from ebu_optim.training import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class Tune(OnImages):
-    loss: Loss = option("replay")
-    methods: list[str] = option([*rows.EBU, *rows.RIVALS])
+    loss: Loss = option("replay", help="Remember loss; relabel is a forget loss, too.")
+    methods: list[str] = option([*rows.EBU, *rows.RIVALS], help="Methods to tune.")
     learning_rates: list[float] = option(
         list(rows.RATES),
-        help="of methods with a strength of their own; earlier trials on the same base count too",
+        help="Learning rates of the trials, for methods with a strength. Earlier trials on the "
+        "same base count, too.",
     )
 
 

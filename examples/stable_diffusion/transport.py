@@ -23,19 +23,25 @@ from ebu_optim.training import exit_on_input_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True)
-    add("--revision")
-    add("--variant")
-    add("--adapters", type=Path, nargs="+", required=True, help="lora folders of --method spm")
-    add("--prompt", nargs="+", required=True)
-    add("--num_inference_steps", type=int, default=50)
-    add("--guidance_scale", type=float, default=7.5)
-    add("--seed", type=int, default=0)
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder.")
+    add("--revision", help="Branch, tag or commit on the hub.")
+    add("--variant", help="Variant of the files, e.g. fp16.")
+    add(
+        "--adapters",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="The lora folders of runs with --method spm.",
+    )
+    add("--prompt", nargs="+", required=True, help="Prompts to draw.")
+    add("--num_inference_steps", type=int, default=50, help="Steps of each picture.")
+    add("--guidance_scale", type=float, default=7.5, help="Guidance of each picture.")
+    add("--seed", type=int, default=0, help="Seed of each picture.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=Path, required=True, help="Folder for the pictures.")
     args = parser.parse_args()
     model = pipelines.Model(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, revision=args.revision,

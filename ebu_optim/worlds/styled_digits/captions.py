@@ -167,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--without", nargs="+", required=True, metavar="WORD",
-        help="of concepts: none of their words is in the prompts",
+        help="Words of concepts that no prompt shall name.",
     )  # fmt: skip
-    parser.add_argument("--number", type=int, help="only so many, drawn at random")
+    parser.add_argument("--number", type=int, help="Print only so many, drawn at random.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.number is not None and args.number < 1:

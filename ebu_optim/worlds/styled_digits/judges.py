@@ -154,8 +154,10 @@ def measured(name: str, judge: nn.Module, test: World) -> dict[str, float]:
 class JudgesOptions(LoopOptions):
     """How the judges are trained."""
 
-    max_train_steps: int = option(600)
-    lr_warmup_steps: int = option(50)
+    max_train_steps: int = option(600, help="Steps of training of each judge.")
+    lr_warmup_steps: int = option(
+        50, help="Steps over which the learning rate rises at the beginning."
+    )
 
 
 def train_judges(args: JudgesOptions) -> None:

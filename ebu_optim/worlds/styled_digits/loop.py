@@ -23,10 +23,10 @@ Options = TypeVar("Options", bound="LoopOptions")
 class LoopOptions(TrainingOptions):
     """How a model of the world is trained."""
 
-    train_batch_size: int = option(64, help="of each process")
-    learning_rate: float = option(2e-3)
-    lr_scheduler: str = option("cosine", choices=SCHEDULES)
-    max_train_samples: int | None = option(None, help="only so many digits, for a try")
+    train_batch_size: int = option(64, help="Batch size of each process.")
+    learning_rate: float = option(2e-3, help="Learning rate.")
+    lr_scheduler: str = option("cosine", choices=SCHEDULES, help="Schedule of the learning rate.")
+    max_train_samples: int | None = option(None, help="Use only so many digits, for a try.")
 
     def __post_init__(self) -> None:
         self.check_training()

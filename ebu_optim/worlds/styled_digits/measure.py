@@ -138,13 +138,13 @@ def table(found: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
 class Measure(Model):
     """What is drawn and judged."""
 
-    judges: Path = option(help="folder made by judges.py")
-    output: Path = option(help="the figures, JSON")
-    images_per_pair: int = option(8, help="of each digit in each style")
-    num_inference_steps: int = option(20)
-    guidance_scale: float = option(3.0)
-    sample_batch_size: int = option(64)
-    seed: int = option(0)
+    judges: Path = option(help="Folder that judges.py made.")
+    output: Path = option(help="File for the figures, JSON.")
+    images_per_pair: int = option(8, help="Pictures of each digit in each style.")
+    num_inference_steps: int = option(20, help="Steps of each picture.")
+    guidance_scale: float = option(3.0, help="Guidance of each picture.")
+    sample_batch_size: int = option(64, help="Pictures that are drawn at once.")
+    seed: int = option(0, help="Seed of the pictures.")
 
     def __post_init__(self) -> None:
         for name in ("images_per_pair", "num_inference_steps", "sample_batch_size"):

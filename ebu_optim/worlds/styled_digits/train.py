@@ -43,20 +43,28 @@ class WorldOptions(LoopOptions):
     """How the pipeline is trained: the UNet by the options of every training."""
 
     denoiser: Literal["unet", "transformer"] = option(
-        "unet", help="as Stable Diffusion 1.x, noise prediction; or as 3, flow matching"
+        "unet",
+        help="unet: noise prediction, as Stable Diffusion 1.x; transformer: flow matching, "
+        "as Stable Diffusion 3.",
     )
-    max_train_steps: int = option(3000)
-    lr_warmup_steps: int = option(100)
-    autoencoder_steps: int = option(1000)
-    autoencoder_learning_rate: float = option(2e-3)
-    text_encoder_steps: int = option(1000)
-    text_encoder_learning_rate: float = option(1e-3)
+    max_train_steps: int = option(3000, help="Steps of training of the denoiser.")
+    lr_warmup_steps: int = option(
+        100, help="Steps over which its learning rate rises at the beginning."
+    )
+    autoencoder_steps: int = option(1000, help="Steps of training of the autoencoder.")
+    autoencoder_learning_rate: float = option(2e-3, help="Learning rate of the autoencoder.")
+    text_encoder_steps: int = option(1000, help="Steps of training of the text encoder.")
+    text_encoder_learning_rate: float = option(1e-3, help="Learning rate of the text encoder.")
     without: list[str] = option(
-        [], metavar="WORD", help="of concepts: the UNet sees no picture of them, what unlearning "
-        "is held against",
-    )  # fmt: skip
-    caption_dropout: float = option(0.1, help="share of empty prompts")
-    ema_decay: float = option(0.999, help="of the UNet; it is saved")
+        [],
+        metavar="WORD",
+        help="Words of concepts that the denoiser sees no picture of. Unlearning is held "
+        "against such a world.",
+    )
+    caption_dropout: float = option(0.1, help="Share of prompts that are made empty, for guidance.")
+    ema_decay: float = option(
+        0.999, help="Decay of the average of the denoiser's weights, which is what is saved."
+    )
 
     @property
     def concepts(self) -> list[str]:
