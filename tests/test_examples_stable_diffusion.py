@@ -1271,7 +1271,7 @@ def hub_error(name: str):
 @pytest.mark.parametrize(
     ("error", "match"),
     [("GatedRepoError", "is gated: accept its licence on https://huggingface.co/a/b, then log in"),
-     ("RepositoryNotFoundError", "no folder here and no model on the hub, or a private one"),
+     ("RepositoryNotFoundError", "neither a folder here nor a public model on the hub"),
      ("RevisionNotFoundError", "has no --revision main2"),
      (None, "cannot be had from the hub .*Without a network give a folder")],
 )  # fmt: skip

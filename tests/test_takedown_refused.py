@@ -186,7 +186,7 @@ def test_the_hub_says_no(refused, monkeypatch):
     for error, said in (
         (ConnectionError("no route"), ["a/b", "no folder here", "Without a network give a folder"]),
         (hub_error("GatedRepoError"), ["a/b is gated", "licence", "auth login"]),
-        (hub_error("RepositoryNotFoundError"), ["a/b is no folder", "look at the name"]),
+        (hub_error("RepositoryNotFoundError"), ["a/b is neither a folder", "check the name"]),
         (hub_error("RevisionNotFoundError"), ["a/b has no --revision gone"]),
     ):
 

@@ -34,8 +34,8 @@ def _ebu(title: str, **options: Any) -> Recipe:
     return Recipe(title, partial(EBUOptimizer, **options), "gamma", fisher="online")
 
 
-#: The terms of the update that an ablation of Table 4 leaves.
-_LEFT = {
+#: By ablation of Table 4: the terms of the update that remain.
+_REMAINING = {
     "forget": ("remember", "modulated"),
     "remember": ("forget", "modulated"),
     "mitigation": ("forget", "remember"),
@@ -66,9 +66,9 @@ methods: dict[str, Recipe] = {
     "ebu_routed": _ebu("EBU routed", update="routed"),
     # Table 4, the term left out of the sum of eq. 13
     "ebu_without_alignment": _ebu("EBU w/o PA", penalty="none"),
-    "ebu_without_forget": _ebu("EBU w/o L_f", terms=_LEFT["forget"]),
-    "ebu_without_remember": _ebu("EBU w/o L_r^c", terms=_LEFT["remember"]),
-    "ebu_without_mitigation": _ebu("EBU w/o Mitigation", terms=_LEFT["mitigation"]),
+    "ebu_without_forget": _ebu("EBU w/o L_f", terms=_REMAINING["forget"]),
+    "ebu_without_remember": _ebu("EBU w/o L_r^c", terms=_REMAINING["remember"]),
+    "ebu_without_mitigation": _ebu("EBU w/o Mitigation", terms=_REMAINING["mitigation"]),
     # Table 4, the other reading: full instead of partial alignment; one gradient left out of the
     # blend; a blend that prefers neither
     "ebu_full_alignment": _ebu("EBU w/o PA (full alignment)", penalty="full"),

@@ -115,7 +115,8 @@ def _step(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """By step; one that a kill caught while it was being replaced is found under its other name."""
+    """The checkpoints in a folder, ordered by step. One that was being replaced when the process
+    was killed lies under its other name, and is returned by that."""
     if not folder.exists():
         return []
     by_step: dict[int, Path] = {}

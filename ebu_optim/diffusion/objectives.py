@@ -181,8 +181,12 @@ class Objectives:
         return torch.tensor(among)[drawn].to(self.device)
 
     def asked(self, shown: Tensor, labels: Tensor) -> Tensor:
-        """The forgotten labels that the surrogate's images, which show `shown`, are learned
-        under; `labels` were drawn for them."""
+        """The forgotten labels under which the surrogate's images are learned.
+
+        Args:
+            shown: what each image shows.
+            labels: forgotten labels that were drawn for them at random.
+        """
         return labels
 
     def other(self, labels: Tensor) -> Tensor:

@@ -183,7 +183,11 @@ def gradients(slots: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
 
 
 def kept_back(slots: Sequence[Any], grads: Sequence[Tensor | None], phase: str) -> None:
-    """fully_shard's own accumulation adds up what the phases keep apart."""
+    """Refuse fully_shard's own accumulation: it would add the gradients of both phases together.
+
+    Raises:
+        RuntimeError: no sharded parameter has a gradient after the phase.
+    """
     if all(g is None for g in grads) and any(is_sharded(s.param) for s in slots):
         raise RuntimeError(
             f"the {phase} phase made no gradient. Where set_requires_gradient_sync(False) was set, "

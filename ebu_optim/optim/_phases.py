@@ -55,7 +55,7 @@ class Phases:
         slots: returns the optimizer's parameters as they are now.
         anchors: what takes theta0 and F of them, at a step's first phase and where another phase
             trains more.
-        needs: the phases that a step needs, of "forget" and "remember".
+        needs: which phases must have run before a step: "forget", "remember" or both.
     """
 
     def __init__(

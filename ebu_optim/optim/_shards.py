@@ -113,7 +113,8 @@ class Shards:
         return self._mesh is not None
 
     def _first_holder(self, p: Tensor) -> bool:
-        """Of the processes that hold the same part, one counts it."""
+        """Whether this process counts the part that it holds of `p`. Of several processes that hold
+        the same part, only the first counts it."""
         if self._mesh is None:
             return True
         coordinate = self._mesh.get_coordinate()

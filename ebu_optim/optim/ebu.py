@@ -121,15 +121,17 @@ class EBUOptimizer(PhasedOptimizer):
             ``"modulated"``; all three for ``update="routed"``.
         granularity: rank over the whole ``"model"`` or inside each ``"tensor"``.
         max_grad_norm: clip the combined gradient to this 2-norm; None does not clip.
-        nonfinite: on NaN or Inf in a gradient ``"raise"``, ``"skip"`` the step (counted in
-            ``skipped_steps``) or ``"propagate"`` (no host synchronisation). Where the gradients are
-            finite and their combination is not, an online F has counted the remember gradient.
+        nonfinite: what happens when a gradient holds NaN or Inf. ``"raise"`` raises RuntimeError;
+            ``"skip"`` leaves the step out and counts it in ``skipped_steps``; ``"propagate"`` lets
+            the values through and needs no host synchronisation. If both gradients are finite
+            but their combination is not, an online F has already counted the remember gradient.
         fused: as in torch.optim: None takes the best kernels there are, True insists on fused
             ones, False takes plain torch.
         anchor_dtype: hold theta0 in ``torch.float16`` or ``torch.bfloat16`` instead of the
             parameter's dtype; the penalty then pulls towards the rounded theta0.
-        fisher_dtype: hold F in ``torch.bfloat16`` instead of float32 (float16 would turn small F
-            into 0). An online F stalls in it after some 250 steps: warm up or give a mapping.
+        fisher_dtype: hold F in ``torch.bfloat16`` instead of float32 (float16 would turn small
+            values into 0). An online F, a running mean, no longer changes after about 250 steps in
+            bfloat16, because each update is rounded away: warm it up, or give a mapping.
         held_on: ``"cpu"`` holds theta0 and F in the main memory (pinned where there is a GPU) and
             streams them through the step; None holds them beside their parameters.
         stats: False leaves out of ``opt.stats`` what is added up over the two gradients and the

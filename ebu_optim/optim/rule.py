@@ -1,6 +1,7 @@
-"""A rule: what G is made of the two gradients. `PhasedOptimizer` does the rest.
+"""A rule: how the combined gradient G is made from the two gradients. `PhasedOptimizer` does the
+rest.
 
-A rule of your own takes one tensor at a time, and need not know of phases, GradScaler, processes,
+A rule of your own takes one tensor at a time. It need not know about phases, GradScaler, processes,
 shards, clipping or checkpoints:
 
 .. code-block:: python
@@ -53,7 +54,8 @@ choice = _checks.choice
 
 
 class Rule:
-    """A method's update; a subclass gives `update`, and `begin` where it needs figures first.
+    """The update of a method. A subclass defines `update`, and `begin` if it needs figures of the
+    whole model first.
 
     Args:
         numbers: the method's numbers by name. They live in the parameter groups as
@@ -61,7 +63,7 @@ class Rule:
             and compared over the ranks.
 
     Attributes:
-        needs: the phases that a step needs, of "forget" and "remember".
+        needs: which phases must have run before a step: "forget", "remember" or both.
         penalised: whether the rule uses theta0 and F, which are then held.
         anchored: whether it uses theta0 even where there is no F.
         options: what is chosen once, by name: shown by ``repr`` and compared over the ranks.

@@ -228,7 +228,7 @@ def assembled(folder: Path, variant: str | None, **options: Any) -> Any:
 
 
 def _hub(model: Model, get: Any, **options: Any) -> str:
-    """What `get` downloads, its dozen kinds of errors told apart for the user."""
+    """What `get` downloads. Each kind of its errors becomes an InputError with a remedy."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
@@ -245,16 +245,16 @@ def _hub(model: Model, get: Any, **options: Any) -> str:
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{name} is no folder here and no model on the hub, or a private one: look at the "
-            "name, or log in with `hf auth login`"
+            f"{name} is neither a folder here nor a public model on the hub: check the name, or "
+            "log in with `hf auth login` if the model is private"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{name} has no --revision {model.revision}") from error
     except Exception as error:
         raise InputError(
-            f"{name} is no folder here, and cannot be had from the hub ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}). Without a network give a folder; a broken "
-            "download is gone on with by the same command"
+            f"{name} is no folder here, and the hub did not deliver it ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}). Without a network give a folder; the same "
+            "command continues a download that broke off"
         ) from error
 
 

@@ -23,6 +23,12 @@ from .run import Run
 
 
 def new_accelerator(args: Any) -> Accelerator:
+    """Accelerate as the options ask for it, with the seed set.
+
+    Raises:
+        InputError: a tracker that is not installed, a precision or a device that cannot train, or
+            processes that accelerate did not connect.
+    """
     reports = None if args.report_to == "none" else args.report_to
     available = [str(t) for t in get_available_trackers()]
     if reports not in (None, "all") and reports not in available:
@@ -39,7 +45,7 @@ def new_accelerator(args: Any) -> Accelerator:
         ),
         # the main process may make sets for hours while the others wait
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-        # several processes without a GPU would each train alone, and nobody would say so
+        # without this, several processes without a GPU would each train alone, in silence
         cpu=args.cpu
         or not any(m.is_available() for m in (torch.cuda, torch.xpu, torch.backends.mps)),
     )
@@ -48,11 +54,13 @@ def new_accelerator(args: Any) -> Accelerator:
         raise InputError("--mixed_precision fp16 needs a GPU; on a CPU give bf16, or no")
     if isinstance(args, MethodOptions) and not has_float64(accelerator.device):
         raise InputError(
-            f"the methods need float64, which {accelerator.device} has not: give --cpu"
+            f"the methods need float64, which {accelerator.device} does not have: give --cpu"
         )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
-        raise InputError(f"{asked} processes were started, accelerate joined them not: give --cpu")
+        raise InputError(
+            f"{asked} processes were started, but accelerate did not connect them: give --cpu"
+        )
     set_seed(args.seed)  # the same weights everywhere; Run seeds the draws of each process
     return accelerator
 

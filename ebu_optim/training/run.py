@@ -116,14 +116,19 @@ class Run:
         self._held.close()
 
     def _open(self) -> None:
+        """Make the folder, or check that the run in it is this one; then hold it until the end.
+
+        Raises:
+            InputError: the folder holds another run, or the disk has too little room.
+        """
         mark, args = self.folder / "run.json", self.args
         before = check_folder(args, self.script)
         used = before is not None
         if before is not None and args.resume_from_checkpoint:
             theirs = {**before["options"], **before["same"]}
             now = {**self.identity["options"], **self.identity["same"]}
-            # an option that came later, and that is not used, is no other one; nor is an input
-            # that an earlier version did not write down
+            # Not a difference: an option that the earlier version did not have, where it is not
+            # used, and an input that it did not write down
             known = {k: v for k, v in now.items() if k in theirs or k not in self.identity["same"]}
             other = [k for k in known if theirs.get(k, "None") != now[k]]
             if other:
