@@ -1,0 +1,94 @@
+"""`ebu forget` on families of flow matching, as one process with a batch of two or as two with a
+batch of one: `train`; a rank of the two runs this file with a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ebu_optim.errors import InputError
+from ebu_optim.takedown import forget
+from ebu_optim.text_to_image import unlearn
+from ebu_optim.text_to_image.objectives import TextObjectives
+
+from ..scripts import reset_accelerate
+from .launch import join, leave
+
+RANK, RANKS = (int(os.environ.get(name, given)) for name, given in (("RANK", 0), ("WORLD_SIZE", 1)))
+DRAWS = (torch.rand, torch.randn, torch.randint, torch.normal)
+
+
+class Rows(TorchFunctionMode):
+    """Draws a number for each rank's sample and takes this rank's."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in DRAWS:
+            return func(*args, **kwargs)
+        args = tuple(map(_joined, args))
+        return func(*args, **{n: _joined(v) for n, v in kwargs.items()})[RANK : RANK + 1]
+
+
+def _joined(given: Any) -> Any:
+    return (RANKS * given[0], *given[1:]) if isinstance(given, tuple) else given
+
+
+class Same(TextObjectives):
+    """The noise of a micro-batch, whoever has which part of it."""
+
+    def forget(self) -> torch.Tensor:
+        return self.drawn(2 * self.i, super().forget)
+
+    def remember(self) -> torch.Tensor:
+        return self.drawn(2 * self.i + 1, super().remember)
+
+    def drawn(self, seed: int, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with Rows() if RANKS > 1 else contextlib.nullcontext():
+            return loss()
+
+
+def train(folder: Path, name: str, **more: Any) -> Path:
+    """The output folder of a request to the model `name` of `folder`."""
+    reset_accelerate()
+    out = folder / f"{name}_{'_'.join(more)}_{RANKS}"
+    own, unlearn.TextObjectives = unlearn.TextObjectives, Same
+    try:
+        forget(
+            str(folder / name), "cat", keep=["a dog", "a red car"], output_dir=out,
+            sets_dir=folder / f"sets_{name}", preset="paper", resolution=16, cpu=True,
+            num_inference_steps=2, max_train_steps=3, replay_images=4, surrogate_images=4,
+            train_batch_size=2 // RANKS, validation_steps=0, evidence_images=1,
+            evidence_prompts=1, clip_weights="none", learning_rate=1e-3, **more,
+        )  # fmt: skip
+    finally:
+        unlearn.TextObjectives = own
+    return out
+
+
+def main(folder: Path, names: list[str]) -> None:
+    join()
+    for name in names:
+        train(folder, name)
+    train(folder, names[0], train_modules="lora", save_as="lora")
+    try:
+        train(folder, names[0], train_modules="lora", quantize="int8")
+        said = ""
+    except InputError as error:
+        said = str(error)
+    (folder / f"said_{RANK}.json").write_text(json.dumps(said))
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
