@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .._extras import require
 from ..errors import InputError
@@ -33,9 +34,9 @@ def layers(denoiser: nn.Module, units: Collection[str]) -> dict[str, nn.Linear]:
     }
 
 
-def check(how: Quantize | None, processes: int) -> None:
+def check(how: Quantize | None) -> None:
     """Raises:
-    InputError: the package is missing; several processes, whose frozen weights are broadcast.
+    InputError: the package is missing.
     """
     if how is None:
         return
@@ -43,10 +44,13 @@ def check(how: Quantize | None, processes: int) -> None:
         require(PACKAGES[how], EXTRA)
     except ImportError as error:
         raise InputError(f"--quantize {how}: {error}") from error
-    if processes > 1:
-        raise InputError(
-            f"--quantize {how}: {processes} processes cannot share quantized weights; start one"
-        )
+
+
+def keep_apart(model: nn.Module) -> None:
+    """DistributedDataParallel broadcasts all weights as it begins, and cannot those of 8 bits; each
+    process has quantized the same ones."""
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def quantize(denoiser: nn.Module, how: Quantize, units: Collection[str], device: Any) -> None:

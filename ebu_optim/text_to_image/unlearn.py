@@ -67,7 +67,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     if args.mixed_precision not in save.DTYPES:
         raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
     looked.family.refuse(args)  # accelerate's own settings may have said the precision
-    quantized.check(args.quantize, accelerator.num_processes)
+    quantized.check(args.quantize)
     cost = memory.count(args, looked, texts)
     outcome.say(accelerator, args, looked, texts, cost)
     room.check(args, looked, texts, cost, accelerator.device)
@@ -161,6 +161,7 @@ def learn_from(
         modules.halve_frozen(unet, dtype)
     if args.quantize:
         quantized.quantize(unet, args.quantize, looked.family.units, device)
+        quantized.keep_apart(raw)
     raw.to(device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -4,7 +4,6 @@ batch of one: `train`; a rank of the two runs this file with a folder."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.overrides import TorchFunctionMode
 
-from ebu_optim.errors import InputError
 from ebu_optim.takedown import forget
 from ebu_optim.text_to_image import unlearn
 from ebu_optim.text_to_image.objectives import TextObjectives
@@ -58,10 +57,19 @@ class Same(TextObjectives):
             return loss()
 
 
-def train(folder: Path, name: str, **more: Any) -> Path:
-    """The output folder of a request to the model `name` of `folder`."""
+LORA = {"train_modules": "lora", "save_as": "lora"}
+#: Name of a run -> the model and the options.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image")},
+    "lora": ("sd3", LORA), "int8": ("z_image", {**LORA, "quantize": "int8"}),
+}  # fmt: skip
+
+
+def train(folder: Path, run: str) -> Path:
+    """The output folder of a request to a model in `folder`."""
     reset_accelerate()
-    out = folder / f"{name}_{'_'.join(more)}_{RANKS}"
+    name, more = RUNS[run]
+    out = folder / f"{run}_by_{RANKS}"
     own, unlearn.TextObjectives = unlearn.TextObjectives, Same
     try:
         forget(
@@ -76,19 +84,10 @@ def train(folder: Path, name: str, **more: Any) -> Path:
     return out
 
 
-def main(folder: Path, names: list[str]) -> None:
-    join()
-    for name in names:
-        train(folder, name)
-    train(folder, names[0], train_modules="lora", save_as="lora")
-    try:
-        train(folder, names[0], train_modules="lora", quantize="int8")
-        said = ""
-    except InputError as error:
-        said = str(error)
-    (folder / f"said_{RANK}.json").write_text(json.dumps(said))
-    leave()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    join()
+    # a run that ends would end the group, and the next one begin another on a port of its own
+    PartialState.destroy_process_group = lambda *_: None
+    for run in sys.argv[2:]:
+        train(Path(sys.argv[1]), run)
+    leave()
