@@ -1,4 +1,4 @@
-"""The tiny pipelines of flow matching, by names, and what their tests share."""
+"""The tiny pipelines with a transformer, by names, and what their tests share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ebu_optim.training.command_line import parse
 
 from .scripts import reset_accelerate
-from .text_to_image import flux, klein, sd3, z_image
+from .text_to_image import flux, klein, pixart, sd3, z_image
 
 MADE: dict[str, Callable[[Path], Path]] = {
     "sd3": sd3,
@@ -23,6 +23,7 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "klein": klein,
     "klein_distilled": lambda folder: klein(folder, distilled=True),
     "z_image": z_image,
+    "pixart": pixart,
 }
 SIZE = 16
 

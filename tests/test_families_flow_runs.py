@@ -1,5 +1,5 @@
-"""Runs of forgetting on families of flow matching in small: every method, every form of the result,
-what goes on, and what is refused."""
+"""Runs of forgetting on families with a transformer, in small: every method, every form of the
+result, what goes on, and what is refused."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ RUNS = [
     ("klein_distilled", "ebu", (), (".add_k_proj.", ".add_v_proj.")),
     ("z_image", "esd", ("--train_modules", "context", *BF16), ("cap_embedder",)),
     ("z_image", "ebu", ("--surrogate", "pixels"), (".attention.to_k.", ".attention.to_v.")),
+    ("pixart", "ebu", ("--condition_noise", 1, *BF16), (".attn2.",)),
+    ("pixart", "salun", ("--train_modules", "attention", "--surrogate_prompt", "dog",
+                         "--remember", "a red car"), (".attn1.", ".attn2.")),
+    ("pixart", "esd", ("--train_modules", "esd-x-strict"), (".attn2.to_k.", ".attn2.to_v.")),
+    ("pixart", "joint", ("--train_modules", "context"), ("caption_projection.",)),
 ]  # fmt: skip
 
 
@@ -112,6 +117,21 @@ def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
     for picture in found.values():
         assert (picture - base).abs().max() > 1e-3
         torch.testing.assert_close(picture, found["pipeline"], atol=1e-5, rtol=0)
+
+
+def test_pixarts_weights_draw_the_same_by_every_way(made, tmp_path):
+    """Without LoRAs, which diffusers has not of it."""
+    r, p, name = module("results"), module("pipelines"), "pixart"
+    family, found = look(made / name).family, []
+    for way in ("pipeline", "changed"):
+        out = unlearn(made / name, tmp_path / way, "--learning_rate", 1e-1, "--save_as", way) / way
+        found.append(drawn(r.load(p.Model(pretrained_model_name_or_path=str(out))), family))
+        code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+        space: dict = {}
+        exec(code.replace("<this repository or folder>", str(out)), space)  # noqa: S102 - the card's
+        assert torch.equal(drawn(space["pipe"], family), found[-1])
+    assert torch.equal(*found)
+    assert (found[0] - drawn(opened(made / name), family)).abs().max() > 1e-3
 
 
 # -- one file -----------------------------------------------------------------------------------
@@ -197,7 +217,7 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
 # -- what goes on -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein"])
+@pytest.mark.parametrize("name", ["sd3", "klein", "pixart"])
 def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
     more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention"]
     whole = unlearn(made / name, tmp_path / "whole", *more)
@@ -210,7 +230,7 @@ def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "z_image"])
+@pytest.mark.parametrize("name", ["flux_dev", "z_image", "pixart"])
 def test_evaluation_draws(name, made, tmp_path):
     from ebu_optim.text_to_image.evaluation import evaluate
     from ebu_optim.text_to_image.evaluation_options import Evaluation
@@ -263,6 +283,13 @@ def test_the_report_draws_in_what_the_text_encoders_read_in(precision, dtype, ma
         assert rows[what] == getattr(torch, dtype).itemsize * sum(p.numel() for p in weights)
 
 
+def test_a_request_of_pixart_is_answered_by_its_folder(made, tmp_path, capsys):
+    found = request(made / "pixart", tmp_path / "o")
+    assert found.figures["change, target"]["value"] > 0
+    assert request(made / "pixart", tmp_path / "p", plan=True) is None
+    assert "trained: full" in capsys.readouterr().out
+
+
 def test_a_request_with_a_file_is_answered_by_a_file_with_its_report(made, tmp_path):
     file = tmp_path / "sd3.safetensors"
     save_file(original("sd3", load_file(made / "sd3" / "transformer" / FILE)), file)
@@ -292,7 +319,12 @@ LONG = " ".join(["cat"] * 500)
      ("sd3", ("--forget", LONG), "begin and end included, and the tokenizer takes 12"),
      ("flux_schnell", ("--forget", LONG), "begin and end included, and the tokenizer takes 256"),
      ("flux_dev", ("--forget", LONG), "begin and end included, and the tokenizer takes 512"),
-     ("klein", ("--forget", LONG), "begin and end included, and the tokenizer takes 493")],
+     ("klein", ("--forget", LONG), "begin and end included, and the tokenizer takes 493"),
+     ("pixart", ("--forget", LONG), "begin and end included, and the tokenizer takes 300"),
+     ("pixart", ("--train_modules", "lora"), "lora: not with PixArt-Sigma: diffusers has neither"),
+     ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
+     ("pixart", ("--save_as", "single"), "--save_as single: not with .* diffusers reads no file"),
+     ("pixart", ("--method", "spm"), "spm: not with PixArt-Sigma: its adapters")],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_with_the_reason(name, given, why, made, tmp_path):
     with pytest.raises(InputError, match=why):
@@ -330,6 +362,13 @@ WRONG = {
         ("z_image", "model_index.json", {"text_encoder": [None, None]}),
     "takes text embeddings of 16, its text encoder makes 8":
         ("z_image", "text_encoder/config.json", {"hidden_size": 8}),
+    "is told sizes (use_additional_conditions)":
+        ("pixart", TRANSFORMER, {"use_additional_conditions": True}),
+    "takes text embeddings of 24, its text encoder makes 32":
+        ("pixart", TRANSFORMER, {"caption_channels": 24}),
+    "takes 4 channels and predicts 12": ("pixart", TRANSFORMER, {"out_channels": 12}),
+    "prediction_type is 'flow_prediction'":
+        ("pixart", SCHEDULER, {"prediction_type": "flow_prediction"}),
 }  # fmt: skip
 
 
@@ -342,7 +381,7 @@ def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
         look(tmp_path / "wrong")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image", "pixart"])
 def test_a_new_word_cannot_be_learned(name, made):
     assert look(made / name).family.no_new_word
 

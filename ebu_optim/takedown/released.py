@@ -1,4 +1,4 @@
-"""Released models of flow matching, by the numbers of their configurations that differ from
+"""Released models with a transformer, by the numbers of their configurations that differ from
 diffusers' defaults: enough to count what they need, without a file of theirs."""
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ KLEIN_4B: Config = {"num_layers": 5, "num_single_layers": 20, "num_attention_hea
             "joint_attention_dim": 7680, "guidance_embeds": False}  # fmt: skip
 KLEIN_9B: Config = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
             "joint_attention_dim": 12288, "guidance_embeds": False}  # fmt: skip
+SIGMA: Config = {"caption_channels": 4096, "interpolation_scale": 2,
+         "use_additional_conditions": False}  # fmt: skip
 OF_FLUX: Mapping[str, Config] = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
 
 #: Name -> the pipeline's class, and the configurations of its parts.
@@ -54,6 +56,10 @@ RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
     ),
     "FLUX.2 klein 9B": (
         "Flux2KleinPipeline", {"transformer": KLEIN_9B, "vae": {}, "text_encoder": QWEN3_8B}
+    ),
+    "PixArt-Sigma XL 1024": (
+        "PixArtSigmaPipeline",
+        {"transformer": SIGMA, "vae": {**VAE, "latent_channels": 4}, "text_encoder": T5_XXL},
     ),
     "Z-Image": ("ZImagePipeline", {"transformer": {}, "vae": VAE, "text_encoder": QWEN3_4B}),
 }  # fmt: skip

@@ -170,10 +170,12 @@ class Prompted(nn.Module):
         self.family, (each, shared) = family, Conditions.of(conditions)
         self.add_module(family.denoiser, denoiser)
         self.shapes = {name: t.shape[1:] for name, t in each.items()}
-        self.class_embedding = nn.Embedding.from_pretrained(join(each).flatten(1), freeze=True)
+        self.masks = tuple(name for name in each if name in family.masks)
+        said = {name: t for name, t in each.items() if name not in self.masks}
+        self.class_embedding = nn.Embedding.from_pretrained(join(said).flatten(1), freeze=True)
         self.config = SimpleNamespace(num_class_embeds=len(self.class_embedding.weight))
         self.shared = tuple(shared)
-        for name, t in shared.items():
+        for name, t in {**shared, **{name: each[name] for name in self.masks}}.items():
             self.register_buffer(name, t)
 
     @property
@@ -182,7 +184,9 @@ class Prompted(nn.Module):
 
     def condition(self, class_labels: Tensor) -> dict[str, Tensor]:
         """Of numbered prompts, by its names."""
-        return split(self.class_embedding(class_labels), self.shapes)
+        of = {name: shape for name, shape in self.shapes.items() if name not in self.masks}
+        masks = {name: self.get_buffer(name)[class_labels] for name in self.masks}
+        return split(self.class_embedding(class_labels), of) | masks
 
     def forward(
         self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None, **given: Tensor

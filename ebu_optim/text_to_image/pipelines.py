@@ -29,8 +29,8 @@ class Model:
 
     pretrained_model_name_or_path: str = option(
         help="The model: a hub id, a diffusers folder or a .safetensors file of Stable "
-        "Diffusion 1.x, 2.x, XL, their inpainting models, SD3, FLUX.1, FLUX.2 klein or "
-        "Z-Image."
+        "Diffusion 1.x, 2.x, XL, their inpainting models, SD3, FLUX.1, FLUX.2 klein, "
+        "Z-Image or PixArt-Sigma."
     )
     revision: str | None = option(None, help="Branch, tag or commit on the hub.")
     variant: str | None = option(None, help="Variant of the files, e.g. fp16.")

@@ -33,12 +33,14 @@ FEWER: tuple[dict[str, Any], ...] = (
 
 
 def ways(family: Family) -> dict[str, dict[str, Any]]:
-    """`WAYS`, in bfloat16 for what cannot do float16."""
+    """`WAYS` that it has, in bfloat16 for what cannot do float16."""
+    there = {n: o for n, o in WAYS.items()
+             if f"--train_modules {o.get('train_modules')}" not in family.lacks}  # fmt: skip
     if "--mixed_precision fp16" not in family.lacks:
-        return WAYS
+        return there
     return {
         name.replace("fp16", "bf16"): options | ({"mixed_precision": "bf16"} if options else {})
-        for name, options in WAYS.items()
+        for name, options in there.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""`ebu forget` on families of flow matching, as one process with a batch of two or as two with a
+"""`ebu forget` on families with a transformer, as one process with a batch of two or as two with a
 batch of one: `train`; a rank of the two runs this file with a folder."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Same(TextObjectives):
 LORA = {"train_modules": "lora", "save_as": "lora"}
 #: Name of a run -> the model and the options.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image")},
+    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image", "pixart")},
     "lora": ("sd3", LORA), "int8": ("z_image", {**LORA, "quantize": "int8"}),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from .conditions import Conditions, join, split
 from .family import Family
 from .flux import Flux
 from .inpainting import Inpainting, SDXLInpainting
+from .pixart import PixArtSigma
 from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
@@ -25,8 +26,10 @@ STABLE_DIFFUSION = StableDiffusion()
 #: Name of the pipeline's class -> its adapter.
 FAMILIES: dict[str, Family] = {
     family.pipeline.__name__: family
-    for family in (STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3(), Flux())
-}
+    for family in (
+        STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3(), Flux(), PixArtSigma()
+    )
+}  # fmt: skip
 #: The same of pipelines that older versions of diffusers and transformers have not: their file and
 #: adapter.
 NEWER = {"Flux2KleinPipeline": ("klein", "Klein"), "ZImagePipeline": ("z_image", "ZImage")}
@@ -46,7 +49,7 @@ OTHERS = {
     "Flux2": "FLUX.2 dev, or a variant for more than text to image",
     "Flux": "a variant of FLUX.1 for more than text to image",
     "ZImage": "a variant of Z-Image for more than text to image",
-    "QwenImage": "Qwen-Image", "PixArt": "PixArt", "Sana": "Sana",
+    "QwenImage": "Qwen-Image", "PixArt": "PixArt-Alpha", "Sana": "Sana",
     "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
     "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
 }  # fmt: skip

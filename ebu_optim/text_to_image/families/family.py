@@ -40,6 +40,7 @@ class Family:
         units: classes that diffusers' gradient checkpointing recomputes one by one.
         lacks: an option with its value, e.g. "--method spm" -> why the family cannot do that.
         no_new_word: why textual inversion cannot be tried, where it cannot.
+        masks: conditions that say which tokens there are; no noise is added to them.
         reads: the tokenizer by which prompts' lengths are looked at; None: the first.
         usual: value of --guidance_scale, where it is not given.
         wide: the text encoders read in float32 under mixed precision too; else in bfloat16.
@@ -62,6 +63,7 @@ class Family:
     units: Sequence[str]
     lacks: Mapping[str, str] = {}
     no_new_word: str | None = None
+    masks: Sequence[str] = ()
     reads: str | None = None
     usual: float = 7.5
     wide: bool = True

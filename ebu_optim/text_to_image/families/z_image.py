@@ -52,6 +52,7 @@ class ZImage(Qwen3):
             "its activations go beyond float16; take bfloat16 or float32",
         ),
     }
+    masks: Sequence[str] = ("mask",)
     usual = 6.0  # the pipeline's 5, which it adds to the one that the prompt has
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
