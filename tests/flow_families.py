@@ -12,8 +12,9 @@ from typing import Any
 
 from ebu_optim.training.command_line import parse
 
+from .cross_attention import pixart, sana
 from .scripts import reset_accelerate
-from .text_to_image import flux, klein, pixart, sd3, z_image
+from .text_to_image import flux, klein, sd3, z_image
 
 MADE: dict[str, Callable[[Path], Path]] = {
     "sd3": sd3,
@@ -24,8 +25,13 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "klein_distilled": lambda folder: klein(folder, distilled=True),
     "z_image": z_image,
     "pixart": pixart,
+    "sana": sana,
 }
-SIZE = 16
+
+
+def size(model: Path) -> int:
+    """Of a picture of the pipeline in a folder of this name."""
+    return 32 if "sana" in model.name else 16
 
 
 def module(name: str) -> Any:
@@ -35,7 +41,7 @@ def module(name: str) -> Any:
 
 def look(folder: Path) -> Any:
     p = module("pipelines")
-    return p.look(p.Model(pretrained_model_name_or_path=str(folder), resolution=SIZE))
+    return p.look(p.Model(pretrained_model_name_or_path=str(folder), resolution=size(folder)))
 
 
 def opened(folder: Path) -> Any:
@@ -57,7 +63,7 @@ def options(model: Path, out: Path, *more: Any) -> Any:
         "--surrogate_images", 2, "--forget_images", 2, "--num_inference_steps", 2,
         "--guided_steps", 3, "--learning_rate", 1e-3, "--remember", "a dog", "a red car",
         "--validation_steps", 0, "--fisher_images", 2, "--fisher_timesteps", 2, "--output_dir",
-        out, "--cpu", "--resolution", SIZE, *more,
+        out, "--cpu", "--resolution", size(model), *more,
     ]  # fmt: skip
     return parse(module("options").Unlearn, [str(a) for a in given])
 

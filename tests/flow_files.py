@@ -47,6 +47,16 @@ WORDS: dict[str, dict[str, str]] = {
         "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
         "attn.to_qkv_mlp_proj": "linear1",
     },
+    "sana": {
+        "patch_embed.proj": "x_embedder.proj", "time_embed.linear": "t_block.1",
+        "time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "caption_projection.linear_": "y_embedder.y_proj.fc", "caption_norm": "attention_y_norm",
+        "transformer_blocks": "blocks", "attn1.to_out.0": "attn.proj",
+        "attn2.to_out.0": "cross_attn.proj", "attn2.to_q": "cross_attn.q_linear",
+        "ff.conv_inverted": "mlp.inverted_conv.conv", "ff.conv_depth": "mlp.depth_conv.conv",
+        "ff.conv_point": "mlp.point_conv.conv", "proj_out": "final_layer.linear",
+    },
     "z_image": {
         "all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder",
         "attention.norm_k": "attention.k_norm", "attention.norm_q": "attention.q_norm",
@@ -72,7 +82,9 @@ def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         swapped = "norm_out.linear" in name
         swapped |= family == "sd3" and f"transformer_blocks.{last}.norm1_context" in name
         new, single = name, name.startswith("single_transformer_blocks")
-        fused = re.search(rf"(attn|attention)\.{QKV}\.(weight|bias)$", name)
+        fused = re.search(rf"(attn1?|attention)\.{QKV}\.(weight|bias)$", name)
+        if family == "sana":
+            fused = fused or re.search(r"(attn2)\.(to_k|to_v)\.(weight|bias)$", name)
         if single and family == "flux":
             fused = fused or re.search(r"(proj_mlp)\.(weight|bias)$", name)
         if fused:
@@ -82,6 +94,8 @@ def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 place = f"{'context' if text else 'x'}_block.attn.qkv"
             elif family == "z_image":
                 place = "attention.qkv"
+            elif family == "sana":
+                place = "attn.qkv" if fused[1] == "attn1" else "cross_attn.kv_linear"
             new = f"{name[: fused.start()]}{place}.{fused[fused.lastindex]}"
         for old, word in WORDS[family].items():
             new = new.replace(old, word)
@@ -99,6 +113,8 @@ def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             new = new.replace("norm_out.linear", "final_layer.adaLN_modulation.1")
             new = new.replace("single_transformer_blocks", "single_blocks")
             new = new.replace("transformer_blocks", "double_blocks")
+        if name == "scale_shift_table":  # of Sana, whose blocks have such a table too
+            new = "final_layer.scale_shift_table"
         t = torch.cat(t.chunk(2)[::-1]) if swapped else t
         parts.setdefault(new, []).append(t)
     for new, ts in parts.items():

@@ -15,13 +15,14 @@ import diffusers
 
 from ebu_optim import diffusion as D
 
-from .flow_families import MADE, SIZE, look, module, opened, options, prompted
-from .text_to_image import LENGTH, pixart, sd3
+from .cross_attention import pixart
+from .flow_families import MADE, look, module, opened, options, prompted
+from .text_to_image import LENGTH, sd3
 
 TEXTS = ["a cat", "", "a red car"]
 #: Tokens of a text in each family.
 TOLD = {"sd3": LENGTH + 256, "flux_dev": 512, "flux_schnell": 256, "klein": 512, "z_image": 512,
-        "pixart": 300}  # fmt: skip
+        "pixart": 300, "sana": 300}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "Flux2KleinPipeline"), reason="this diffusers has no FLUX.2 klein"
@@ -51,14 +52,14 @@ def test_a_drawing_is_the_pipelines(name, made, tmp_path):
     """Signs, times, packing, guidance, the shift of the steps and the latents' scale."""
     scale = () if "schnell" in name or "distilled" in name else ("--guidance_scale", 5)
     args, looked, model = prompted(made / name, TEXTS, tmp_path, *scale)
-    family, pipe = looked.family, opened(made / name)
-    if not D.flow.is_flow(looked.scheduler):
+    family, pipe, side = looked.family, opened(made / name), looked.resolution
+    if not D.flow.is_flow(pipe.scheduler):  # DPM-Solver, which this package does not draw by
         pipe.scheduler = family.sampler(pipe.scheduler)
     with torch.no_grad():
         theirs = pipe(
-            prompt="a red car", height=SIZE, width=SIZE, num_inference_steps=3, output_type="pt",
+            prompt="a red car", height=side, width=side, num_inference_steps=3, output_type="pt",
             generator=generator(), **family.guiding(args.guidance_scale),
-            **family.drawing(pipe, SIZE),
+            **family.drawing(pipe, side),
         ).images[0]  # fmt: skip
     x = D.sample(
         model, family.sampler(looked.scheduler), torch.tensor([2]), looked.latents,
@@ -100,7 +101,7 @@ def test_the_conditions_have_their_shapes(name, made, tmp_path):
     assert shapes["encoder_hidden_states"][0] == TOLD[name]
 
 
-@pytest.mark.parametrize("name", ["z_image", "pixart"])
+@pytest.mark.parametrize("name", ["z_image", "pixart", "sana"])
 def test_noise_on_a_condition_leaves_its_mask(name, made, tmp_path):
     _, _, model = prompted(made / name, TEXTS, tmp_path)
     numbers = torch.arange(3)
@@ -120,19 +121,20 @@ def test_sd3_without_t5_has_zeros_in_its_place(made, tmp_path):
         assert bool(text[:, LENGTH:].abs().max()) == (name == "sd3")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image", "pixart"])
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image", "pixart", "sana"])
 def test_latents_are_what_the_pipeline_encodes_and_decodes(name, made):
     looked, pipe = look(made / name), opened(made / name)
     family, vae = looked.family, pipe.vae
-    pixels = torch.rand(2, 3, SIZE, SIZE, generator=generator()) * 2 - 1
+    pixels = torch.rand(2, 3, looked.resolution, looked.resolution, generator=generator()) * 2 - 1
     x = family.to_latents(vae, pixels)
     assert x.shape[1:] == looked.latents
     with torch.no_grad():
-        mode = vae.encode(pixels).latent_dist.mode()
+        posterior = vae.encode(pixels)
+        mode = posterior.latent if name == "sana" else posterior.latent_dist.mode()
         if name == "klein":
             theirs = pipe._encode_vae_image(pixels, None)
         else:
-            theirs = (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+            theirs = (mode - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
         torch.testing.assert_close(x, theirs, rtol=1e-4, atol=1e-5)
         back = vae.decode(mode).sample
     torch.testing.assert_close(family.to_pixels(vae, x), back, rtol=1e-4, atol=1e-5)
@@ -162,7 +164,7 @@ def test_memory_is_counted_by_the_transformers_blocks(made, tmp_path):
     assert one.prompt == 4 * ((LENGTH + 256) * 64 + 64)
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "klein", "z_image", "pixart"])
+@pytest.mark.parametrize("name", ["flux_dev", "klein", "z_image", "pixart", "sana"])
 def test_memory_is_counted_without_data(name, made):
     looked = look(made / name)
     with torch.device("meta"):
@@ -178,7 +180,7 @@ def test_memory_is_counted_without_data(name, made):
 # -- the conventions of sign and time -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fine", "flux_dev", "klein", "z_image", "fine_pixart"])
+@pytest.mark.parametrize("name", ["fine", "flux_dev", "klein", "z_image", "fine_pixart", "sana"])
 def test_a_model_trained_on_two_colours_draws_what_it_is_asked_for(name, made, tmp_path):
     """Were the sign of the velocity or the time another in the losses than in the drawing, which is
     the pipeline's, this would draw something else."""

@@ -24,7 +24,7 @@ from ebu_optim.takedown import planning
 from ebu_optim.takedown.options import Forget
 from ebu_optim.training.command_line import parse
 
-from .flow_families import MADE, SIZE, look, module, opened, unlearn
+from .flow_families import MADE, look, module, opened, size, unlearn
 from .flow_files import original
 from .scripts import reset_accelerate
 
@@ -67,6 +67,10 @@ RUNS = [
                          "--remember", "a red car"), (".attn1.", ".attn2.")),
     ("pixart", "esd", ("--train_modules", "esd-x-strict"), (".attn2.to_k.", ".attn2.to_v.")),
     ("pixart", "joint", ("--train_modules", "context"), ("caption_projection.",)),
+    ("sana", "ebu", ("--surrogate", "pixels"), (".attn2.",)),
+    ("sana", "esd", ("--train_modules", "esd-x-strict", *BF16), (".attn2.to_k.", ".attn2.to_v.")),
+    ("sana", "salun", ("--train_modules", "selfattn", "--surrogate_prompt", "dog",
+                       "--remember", "a red car"), (".attn1.",)),
 ]  # fmt: skip
 
 
@@ -85,21 +89,23 @@ def test_a_method_trains_what_it_is_to_train(name, method, more, where, made, tm
 
 def drawn(pipe, family) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
+    side = size(Path(family.name.lower()))
     with torch.no_grad():
         return pipe(
-            prompt="a cat", num_inference_steps=2, output_type="pt", height=SIZE, width=SIZE,
-            generator=torch.Generator().manual_seed(0), **family.drawing(pipe, SIZE),
+            prompt="a cat", num_inference_steps=2, output_type="pt", height=side, width=side,
+            generator=torch.Generator().manual_seed(0), **family.drawing(pipe, side),
         ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux_dev", "klein", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux_dev", "klein", "z_image", "sana"])
 def test_what_is_saved_draws_the_same_by_every_way(name, made, tmp_path):
     r, p, fuse = module("results"), module("pipelines"), module("ebu_optim.formats").fuse
     family = look(made / name).family
     lora = ["--train_modules", "lora", "--learning_rate", 1e-1]
     found = {}
     ways = ("pipeline", "changed", "lora", "kohya")
-    for way in ways if name != "sd3_without_t5" else ways[:3:2]:
+    ways = {"sd3_without_t5": ways[:3:2], "sana": ways[:3]}.get(name, ways)
+    for way in ways:
         out = unlearn(made / name, tmp_path / way, *lora, "--save_as", way) / way
         if way == "kohya":
             pipe = opened(made / name)
@@ -138,27 +144,29 @@ def test_pixarts_weights_draw_the_same_by_every_way(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix"), [("sd3", "model.diffusion_model."), ("klein", ""), ("z_image", "")]
+    ("name", "prefix"),
+    [("sd3", "model.diffusion_model."), ("klein", ""), ("z_image", ""), ("sana", "")],
 )
 def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_path):
     state = load_file(made / name / "transformer" / FILE)
     given = {prefix + n: t.contiguous() for n, t in original(name, state).items()}
     given |= {"first_stage_model.other": torch.randn(3)} if prefix else {}
-    given |= {"norm_final.weight": torch.ones(2)} if name == "z_image" else {}
+    unread = {"z_image": ["norm_final.weight"], "sana": ["pos_embed", "y_embedder.y_embedding"]}
+    given |= {n: torch.ones(2) for n in unread.get(name, ())}
     file = tmp_path / "given.safetensors"
     save_file(given, file, metadata={"modelspec.title": "mine"})
     kind = look(made / name).family.kind("transformer")
     theirs = kind.from_single_file(
         str(file), config=str(made / name), subfolder="transformer", local_files_only=True
-    ) if name == "sd3" else None  # fmt: skip
+    ) if name in ("sd3", "sana") else None  # fmt: skip
     out = unlearn(
         file, tmp_path / "o", "--architecture", made / name, "--train_modules", "full",
-        "--sets_dir", made / f"sets_{name}",
+        "--sets_dir", made / f"sets_{name}", "--resolution", size(made / name),
     )  # fmt: skip
     (result,) = (out / "single").glob("*.safetensors")
     new = load_file(result)
     assert new.keys() == given.keys()
-    for beside in ("first_stage_model.other", "norm_final.weight"):
+    for beside in ("first_stage_model.other", *unread.get(name, ())):
         assert beside not in given or torch.equal(new[beside], given[beside])
     assert sum(not torch.equal(new[n], given[n]) for n in new) > 10
     # the same run of the folder has the same weights
@@ -217,7 +225,7 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
 # -- what goes on -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "pixart"])
+@pytest.mark.parametrize("name", ["sd3", "klein", "pixart", "sana"])
 def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
     more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention"]
     whole = unlearn(made / name, tmp_path / "whole", *more)
@@ -230,7 +238,7 @@ def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "z_image", "pixart"])
+@pytest.mark.parametrize("name", ["flux_dev", "z_image", "pixart", "sana"])
 def test_evaluation_draws(name, made, tmp_path):
     from ebu_optim.text_to_image.evaluation import evaluate
     from ebu_optim.text_to_image.evaluation_options import Evaluation
@@ -238,7 +246,7 @@ def test_evaluation_draws(name, made, tmp_path):
     argv = [
         "--pretrained_model_name_or_path", made / name, "--prompts", "a cat", "a dog",
         "--images_per_prompt", 2, "--num_inference_steps", 2, "--metrics", "--output_dir",
-        tmp_path / "o", "--resolution", SIZE,
+        tmp_path / "o", "--resolution", size(made / name),
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate(parse(Evaluation, [str(a) for a in argv]))
@@ -251,9 +259,9 @@ def request(model: Path, out: Path, **more):
 
     reset_accelerate()
     options: dict = {
-        "resolution": SIZE, "num_inference_steps": 2, "max_train_steps": 2, "replay_images": 2,
-        "surrogate_images": 2, "cpu": True, "evidence_images": 1, "clip_weights": "none",
-        "learning_rate": 1e-1, "validation_steps": 0, **more,
+        "resolution": size(model), "num_inference_steps": 2, "max_train_steps": 2,
+        "replay_images": 2, "surrogate_images": 2, "cpu": True, "evidence_images": 1,
+        "clip_weights": "none", "learning_rate": 1e-1, "validation_steps": 0, **more,
     }  # fmt: skip
     return forget(str(model), "cat", keep=["a dog"], output_dir=out, **options)
 
@@ -283,10 +291,11 @@ def test_the_report_draws_in_what_the_text_encoders_read_in(precision, dtype, ma
         assert rows[what] == getattr(torch, dtype).itemsize * sum(p.numel() for p in weights)
 
 
-def test_a_request_of_pixart_is_answered_by_its_folder(made, tmp_path, capsys):
-    found = request(made / "pixart", tmp_path / "o")
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_a_request_is_answered_by_a_folder_with_its_report(name, made, tmp_path, capsys):
+    found = request(made / name, tmp_path / "o")
     assert found.figures["change, target"]["value"] > 0
-    assert request(made / "pixart", tmp_path / "p", plan=True) is None
+    assert request(made / name, tmp_path / "p", plan=True) is None
     assert "trained: full" in capsys.readouterr().out
 
 
@@ -324,6 +333,9 @@ LONG = " ".join(["cat"] * 500)
      ("pixart", ("--train_modules", "lora"), "lora: not with PixArt-Sigma: diffusers has neither"),
      ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
      ("pixart", ("--save_as", "single"), "--save_as single: not with .* diffusers reads no file"),
+     ("sana", ("--forget", LONG), "begin and end included, and the tokenizer takes 299"),
+     ("sana", ("--train_modules", "lora", "--save_as", "kohya"), "kohya: not with Sana: ComfyUI"),
+     ("sana", ("--resolution", 16), "must be a multiple of 32"),
      ("pixart", ("--method", "spm"), "spm: not with PixArt-Sigma: its adapters")],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_with_the_reason(name, given, why, made, tmp_path):
@@ -367,6 +379,11 @@ WRONG = {
     "takes text embeddings of 24, its text encoder makes 32":
         ("pixart", TRANSFORMER, {"caption_channels": 24}),
     "takes 4 channels and predicts 12": ("pixart", TRANSFORMER, {"out_channels": 12}),
+    "its scheduler is a DPMSolverMultistepScheduler; Sana":
+        ("sana", SCHEDULER, {"prediction_type": "epsilon"}),
+    "takes text embeddings of 24, its text encoder makes 8":
+        ("sana", TRANSFORMER, {"caption_channels": 24}),
+    "takes 8 channels and predicts 4": ("sana", TRANSFORMER, {"in_channels": 8}),
     "prediction_type is 'flow_prediction'":
         ("pixart", SCHEDULER, {"prediction_type": "flow_prediction"}),
 }  # fmt: skip
@@ -381,7 +398,7 @@ def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
         look(tmp_path / "wrong")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image", "pixart"])
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image", "pixart", "sana"])
 def test_a_new_word_cannot_be_learned(name, made):
     assert look(made / name).family.no_new_word
 

@@ -285,28 +285,3 @@ def z_image(folder: Path, seed: int = 0, **more: Any) -> Path:
         autoencoder(scaling_factor=0.3611, shift_factor=0.1159), encoder, words, transformer,
     ).save_pretrained(folder)  # fmt: skip
     return folder
-
-
-def pixart(folder: Path, seed: int = 0, **more: Any) -> Path:
-    """PixArt-Sigma in small, saved in `folder`: 20 thousand parameters in the transformer."""
-    import diffusers
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(seed)
-    letters = t5(folder.with_name(f"{folder.name}_letters"))
-    encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval()  # fmt: skip
-    transformer = diffusers.PixArtTransformer2DModel(**{
-        "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8,
-        "num_attention_heads": 3, "caption_channels": 32, "cross_attention_dim": 24,
-        "in_channels": 4, "out_channels": 8, "use_additional_conditions": False, **more,
-    })  # fmt: skip
-    diffusers.PixArtSigmaPipeline(
-        letters, encoder, autoencoder(scaling_factor=0.13025), transformer,
-        diffusers.DPMSolverMultistepScheduler(),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder

@@ -28,9 +28,13 @@ CONVERTERS = {
     "FluxTransformer2DModel": "convert_flux_transformer_checkpoint_to_diffusers",
     "Flux2Transformer2DModel": "convert_flux2_transformer_checkpoint_to_diffusers",
     "ZImageTransformer2DModel": "convert_z_image_transformer_checkpoint_to_diffusers",
+    "SanaTransformer2DModel": "convert_sana_transformer_to_diffusers",
 }
 #: Ends of names in a part that no model of diffusers has, and that decide nothing of a picture.
 UNUSED = (".position_ids", ".logit_scale", "text_projection")
+
+#: Of a transformer: Z-Image's, and Sana's places and empty prompt.
+NEVER_READ = ("norm_final.weight", "pos_embed", "y_embedder.y_embedding")
 
 
 class Rows(NamedTuple):
@@ -182,7 +186,7 @@ def fits(shape: Shape, at: Rows, target: Shape) -> bool:
 
 def _unused(part: str, key: str, made: Architecture) -> bool:
     if part in ("unet", "transformer"):
-        return key == "norm_final.weight"  # of Z-Image, which nothing reads
+        return key in NEVER_READ
     if part == "vae":  # what its training left
         return key.startswith(("first_stage_model.loss.", "first_stage_model.model_ema."))
     # SD 2.x takes the layer before the last, which is not built

@@ -44,6 +44,17 @@ KLEIN_9B: Config = {"num_layers": 8, "num_single_layers": 24, "num_attention_hea
             "joint_attention_dim": 12288, "guidance_embeds": False}  # fmt: skip
 SIGMA: Config = {"caption_channels": 4096, "interpolation_scale": 2,
          "use_additional_conditions": False}  # fmt: skip
+GEMMA_2B: Config = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+            "vocab_size": 256000, "tie_word_embeddings": True}  # fmt: skip
+DC: Config = {
+    f"{side}_{what}": given
+    for side in ("encoder", "decoder")
+    for what, given in {
+        "block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+        "layers_per_block": [2, 2, 2, 3, 3, 3] if side == "encoder" else [3] * 6,
+    }.items()
+} | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}  # fmt: skip
 OF_FLUX: Mapping[str, Config] = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
 
 #: Name -> the pipeline's class, and the configurations of its parts.
@@ -61,6 +72,7 @@ RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
         "PixArtSigmaPipeline",
         {"transformer": SIGMA, "vae": {**VAE, "latent_channels": 4}, "text_encoder": T5_XXL},
     ),
+    "Sana 1600M": ("SanaPipeline", {"transformer": {}, "vae": DC, "text_encoder": GEMMA_2B}),
     "Z-Image": ("ZImagePipeline", {"transformer": {}, "vae": VAE, "text_encoder": QWEN3_4B}),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from ebu_optim.takedown import forget
 from ebu_optim.text_to_image import unlearn
 from ebu_optim.text_to_image.objectives import TextObjectives
 
+from ..flow_families import size
 from ..scripts import reset_accelerate
 from .launch import join, leave
 
@@ -60,7 +61,7 @@ class Same(TextObjectives):
 LORA = {"train_modules": "lora", "save_as": "lora"}
 #: Name of a run -> the model and the options.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image", "pixart")},
+    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image", "pixart", "sana")},
     "lora": ("sd3", LORA), "int8": ("z_image", {**LORA, "quantize": "int8"}),
 }  # fmt: skip
 
@@ -74,9 +75,9 @@ def train(folder: Path, run: str) -> Path:
     try:
         forget(
             str(folder / name), "cat", keep=["a dog", "a red car"], output_dir=out,
-            sets_dir=folder / f"sets_{name}", preset="paper", resolution=16, cpu=True,
-            num_inference_steps=2, max_train_steps=3, replay_images=4, surrogate_images=4,
-            train_batch_size=2 // RANKS, validation_steps=0, evidence_images=1,
+            sets_dir=folder / f"sets_{name}", preset="paper", cpu=True,
+            resolution=size(folder / name), num_inference_steps=2, max_train_steps=3,
+            replay_images=4, surrogate_images=4, train_batch_size=2 // RANKS, validation_steps=0, evidence_images=1,
             evidence_prompts=1, clip_weights="none", learning_rate=1e-3, **more,
         )  # fmt: skip
     finally:

@@ -32,7 +32,10 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 #: The same of pipelines that older versions of diffusers and transformers have not: their file and
 #: adapter.
-NEWER = {"Flux2KleinPipeline": ("klein", "Klein"), "ZImagePipeline": ("z_image", "ZImage")}
+NEWER = {
+    "Flux2KleinPipeline": ("klein", "Klein"), "ZImagePipeline": ("z_image", "ZImage"),
+    "SanaPipeline": ("sana", "Sana"),
+}  # fmt: skip
 for _pipeline, (_file, _adapter) in NEWER.items():
     with suppress(ImportError):
         FAMILIES[_pipeline] = getattr(import_module(f".{_file}", __name__), _adapter)()
@@ -49,7 +52,7 @@ OTHERS = {
     "Flux2": "FLUX.2 dev, or a variant for more than text to image",
     "Flux": "a variant of FLUX.1 for more than text to image",
     "ZImage": "a variant of Z-Image for more than text to image",
-    "QwenImage": "Qwen-Image", "PixArt": "PixArt-Alpha", "Sana": "Sana",
+    "QwenImage": "Qwen-Image", "PixArt": "PixArt-Alpha", "Sana": "Sana Sprint, or a variant",
     "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
     "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
 }  # fmt: skip

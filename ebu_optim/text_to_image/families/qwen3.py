@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import InputError
 from .family import Config
 from .flow_matching import FlowMatching
 
@@ -30,13 +29,3 @@ class Qwen3(FlowMatching):
             enable_thinking=self.thinking,
         )  # fmt: skip
         return TOKENS - len(tokenizer(template).input_ids) + len(tokenizer("").input_ids)
-
-    def fits(self, name: str, takes: int, width: int, times: int = 1) -> None:
-        """Raises:
-        InputError: the transformer takes another width than the text encoder makes.
-        """
-        if takes != times * width:
-            raise InputError(
-                f"{name}: the transformer takes text embeddings of {takes}, its text encoder makes "
-                f"{f'{times} times ' if times > 1 else ''}{width}"
-            )

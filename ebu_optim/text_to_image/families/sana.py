@@ -1,0 +1,141 @@
+"""Sana: a transformer of linear attention on latents a 32nd of the picture's side, which reads
+Gemma's text by cross attention."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderDC,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from torch import Tensor
+from transformers import Gemma2Model, GemmaTokenizer
+
+from ...diffusion.flow import NAME
+from .family import Config
+from .flow_matching import OURS, FlowMatching, Sampler
+from .pixart import MODULES
+from .unets import Choice
+
+TOKENS = 300  # what a call of the pipeline takes by default
+#: What the pipeline says to Gemma before a prompt, and not before what guidance leads away from.
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
+
+
+def euler(schedule: Config) -> dict[str, Any]:
+    """The configuration of a flow for DPM-Solver as one for Euler, which calls the shift otherwise
+    and would drop it."""
+    if not schedule.get("use_flow_sigmas") or schedule["prediction_type"] != "flow_prediction":
+        return dict(schedule)
+    of = {"num_train_timesteps": 1000, **schedule}
+    return {"_class_name": NAME, "shift": of.get("flow_shift", 1.0),
+            "num_train_timesteps": of["num_train_timesteps"]}  # fmt: skip
+
+
+class Sana(FlowMatching):
+    name = "Sana"
+    made = "Gemma 2 and a transformer"
+    pipeline = SanaPipeline
+    parts: Mapping[str, tuple[Any, str]] = {
+        "transformer": (SanaTransformer2DModel, "config.json"),
+        "vae": (AutoencoderDC, "config.json"),
+        "text_encoder": (Gemma2Model, "config.json"),
+        "tokenizer": (GemmaTokenizer, "tokenizer_config.json"),
+        "scheduler": (None, "scheduler_config.json"),
+    }
+    denoiser = "transformer"
+    encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
+    foreign = frozenset({"unet", "controlnet", "text_encoder_2"})
+    tags = ("sana",)
+    modules: Mapping[str, Choice] = MODULES
+    no_modules = "the others choose by a UNet's layers"
+    lora_targets: Sequence[str] = tuple(
+        f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")
+    )
+    units: Sequence[str] = ("SanaTransformerBlock",)
+    lacks: Mapping[str, str] = {
+        **FlowMatching.lacks,
+        "--half True": "its text encoder and VAE go beyond float16; leave it out",
+        "--save_as kohya": "ComfyUI reads no LoRA of it; take --save_as lora, as diffusers does",
+    }
+    no_new_word = "its pipeline would load no new word into Gemma"
+    masks: Sequence[str] = ("mask",)
+    patch = 1
+    usual = 4.5
+
+    def check(self, name: str, configs: Mapping[str, Config]) -> None:
+        super().check(name, {**configs, "scheduler": euler(configs["scheduler"])})
+        config = configs["transformer"]
+        width = configs["text_encoder"].get("hidden_size", 0)
+        self.fits(name, config.get("caption_channels", 2304), width)
+
+    def factor(self, configs: Mapping[str, Config]) -> int:
+        return 2 ** (len(configs["vae"].get("encoder_block_out_channels", [0] * 6)) - 1)
+
+    def latents(self, configs: Mapping[str, Config], size: int) -> tuple[int, int, int]:
+        side = size // self.factor(configs)
+        return configs["vae"].get("latent_channels", 32), side, side
+
+    def step(self, configs: Mapping[str, Config]) -> int:
+        own = self.factor(configs) * configs["transformer"].get("patch_size", 1)
+        return math.lcm(own, 32)  # by which the pipeline asks, whatever its VAE is
+
+    def longest(self, tokenizer: Any, config: Config) -> int:
+        return TOKENS - 1  # behind the instruction, by two of whose tokens the pipeline cuts
+
+    @torch.no_grad()
+    def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents = [vae.encode(x[None].to(vae.device)).latent.cpu() for x in pixels]
+        return torch.cat(latents) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def to_pixels(self, vae: Any, latents: Tensor) -> Tensor:
+        return vae.decode(latents / vae.config.scaling_factor).sample
+
+    def schedule(self, folder: Path, latents: Sequence[int]) -> Any:
+        config = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
+        found = FlowMatchEulerDiscreteScheduler.from_config(euler(config))
+        found.register_to_config(weighting_scheme=self.density)
+        return found
+
+    def sampler(self, schedule: Any) -> Any:
+        config = euler(schedule.config)
+        found = Sampler.from_config({k: v for k, v in config.items() if k not in OURS})
+        last = 1 / found.config.num_train_timesteps
+        # the steps that DPM-Solver takes
+        found.usual = lambda n: {"sigmas": np.linspace(1 - last, 0, n + 1)[:-1]}
+        return found
+
+    @torch.no_grad()
+    def encode(self, pipe: Any, texts: Sequence[str], batch: int = 16) -> dict[str, Tensor]:
+        found = []
+        for text in texts:
+            told = pipe.encode_prompt(
+                text, do_classifier_free_guidance=False, device=pipe.text_encoder.device,
+                max_sequence_length=TOKENS,
+                complex_human_instruction=INSTRUCTION.default if text else None,
+            )  # fmt: skip
+            found.append([t.float().cpu() for t in told[:2]])
+        rows, mask = (torch.cat(parts) for parts in zip(*found))
+        return {"encoder_hidden_states": rows, "mask": mask}
+
+    def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (TOKENS, config["caption_channels"]), "mask": (TOKENS,)}
+
+    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        return denoiser(
+            x_t, encoder_hidden_states=told["encoder_hidden_states"],
+            encoder_attention_mask=told["mask"], timestep=t * denoiser.config.timestep_scale,
+        ).sample  # fmt: skip
+
+    def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
+        return {"use_resolution_binning": False}
