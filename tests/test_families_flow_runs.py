@@ -282,7 +282,7 @@ def test_the_report_draws_in_what_the_text_encoders_read_in(precision, dtype, ma
     assert page["protocol"]["sampling"]["dtype"] == dtype
     args = Forget(
         pretrained_model_name_or_path=str(made / "z_image"), forget=["cat"],
-        output_dir=tmp_path / "p", resolution=SIZE, mixed_precision=precision,
+        output_dir=tmp_path / "p", resolution=size(made / "z_image"), mixed_precision=precision,
     ).resolved()  # fmt: skip
     rows = planning.check(args).cost.phases["report"]
     parts = {"frozen weights": "transformer", "text encoders": "text_encoder"}
