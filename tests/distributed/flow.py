@@ -78,7 +78,8 @@ def train(folder: Path, run: str) -> Path:
             sets_dir=folder / f"sets_{name}", preset="paper", cpu=True,
             resolution=size(folder / name), num_inference_steps=2, max_train_steps=3,
             replay_images=4, surrogate_images=4, train_batch_size=2 // RANKS,
-            validation_steps=0, evidence_images=1, evidence_prompts=1, clip_weights="none", learning_rate=1e-3, **more,
+            validation_steps=0, evidence_images=1, evidence_prompts=1, clip_weights="none",
+            learning_rate=1e-3, **more,
         )  # fmt: skip
     finally:
         unlearn.TextObjectives = own
