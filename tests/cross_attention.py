@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .text_to_image import autoencoder, t5
+from .text_to_image import autoencoder, qwen3, t5
 
 
 def pixart(folder: Path, seed: int = 0, **more: Any) -> Path:
@@ -85,4 +85,40 @@ def sana(folder: Path, seed: int = 0, **more: Any) -> Path:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     diffusers.SanaPipeline(words, encoder, vae, transformer, scheduler).save_pretrained(folder)
+    return folder
+
+
+def qwen_image(folder: Path, seed: int = 0, **more: Any) -> Path:
+    """Qwen-Image in small, saved in `folder`."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(seed)
+    _, words = qwen3(folder.with_name(f"{folder.name}_words"), "Qwen3Model", 1)
+    encoder = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default",
+                                    "type": "default", "rope_theta": 1e6},
+            },
+            vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+                           "out_hidden_size": 16},
+            image_token_id=0, video_token_id=0, vision_start_token_id=0, vision_end_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0],
+    )  # fmt: skip
+    transformer = diffusers.QwenImageTransformer2DModel(**{
+        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2,
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
+        "axes_dims_rope": (8, 4, 4), **more,
+    })  # fmt: skip
+    diffusers.QwenImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, encoder, words,
+        transformer,
+    ).save_pretrained(folder)  # fmt: skip
     return folder

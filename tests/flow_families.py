@@ -12,7 +12,7 @@ from typing import Any
 
 from ebu_optim.training.command_line import parse
 
-from .cross_attention import pixart, sana
+from .cross_attention import pixart, qwen_image, sana
 from .scripts import reset_accelerate
 from .text_to_image import flux, klein, sd3, z_image
 
@@ -26,6 +26,7 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "z_image": z_image,
     "pixart": pixart,
     "sana": sana,
+    "qwen_image": qwen_image,
 }
 
 

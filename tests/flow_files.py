@@ -72,6 +72,8 @@ FLUXES = {
 
 def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of diffusers' by their first names."""
+    if family == "qwen_image":  # it was published under the same
+        return dict(state)
     found: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
     last = max((int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)", n) for n in state) if m),

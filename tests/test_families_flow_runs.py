@@ -67,6 +67,9 @@ RUNS = [
                          "--remember", "a red car"), (".attn1.", ".attn2.")),
     ("pixart", "esd", ("--train_modules", "esd-x-strict"), (".attn2.to_k.", ".attn2.to_v.")),
     ("pixart", "joint", ("--train_modules", "context"), ("caption_projection.",)),
+    ("qwen_image", "ebu", ("--surrogate", "pixels"), (".add_k_proj.", ".add_v_proj.")),
+    ("qwen_image", "esd", ("--train_modules", "context", *BF16), ("txt_in.",)),
+    ("qwen_image", "joint", ("--train_modules", "full", "--remember_loss", "replay"), ("",)),
     ("sana", "ebu", ("--surrogate", "pixels"), (".attn2.",)),
     ("sana", "esd", ("--train_modules", "esd-x-strict", *BF16), (".attn2.to_k.", ".attn2.to_v.")),
     ("sana", "salun", ("--train_modules", "selfattn", "--surrogate_prompt", "dog",
@@ -145,7 +148,13 @@ def test_pixarts_weights_draw_the_same_by_every_way(made, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("sd3", "model.diffusion_model."), ("klein", ""), ("z_image", ""), ("sana", "")],
+    [
+        ("sd3", "model.diffusion_model."),
+        ("klein", ""),
+        ("z_image", ""),
+        ("sana", ""),
+        ("qwen_image", ""),
+    ],
 )
 def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_path):
     state = load_file(made / name / "transformer" / FILE)
@@ -158,7 +167,7 @@ def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_pat
     kind = look(made / name).family.kind("transformer")
     theirs = kind.from_single_file(
         str(file), config=str(made / name), subfolder="transformer", local_files_only=True
-    ) if name in ("sd3", "sana") else None  # fmt: skip
+    ) if name in ("sd3", "sana", "qwen_image") else None  # fmt: skip
     out = unlearn(
         file, tmp_path / "o", "--architecture", made / name, "--train_modules", "full",
         "--sets_dir", made / f"sets_{name}", "--resolution", size(made / name),
@@ -225,7 +234,7 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
 # -- what goes on -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "pixart", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "klein", "pixart", "sana", "qwen_image"])
 def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
     more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention"]
     whole = unlearn(made / name, tmp_path / "whole", *more)
@@ -238,7 +247,7 @@ def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "z_image", "pixart", "sana"])
+@pytest.mark.parametrize("name", ["flux_dev", "z_image", "pixart", "sana", "qwen_image"])
 def test_evaluation_draws(name, made, tmp_path):
     from ebu_optim.text_to_image.evaluation import evaluate
     from ebu_optim.text_to_image.evaluation_options import Evaluation
@@ -291,7 +300,7 @@ def test_the_report_draws_in_what_the_text_encoders_read_in(precision, dtype, ma
         assert rows[what] == getattr(torch, dtype).itemsize * sum(p.numel() for p in weights)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sana"])
+@pytest.mark.parametrize("name", ["pixart", "sana", "qwen_image"])
 def test_a_request_is_answered_by_a_folder_with_its_report(name, made, tmp_path, capsys):
     found = request(made / name, tmp_path / "o")
     assert found.figures["change, target"]["value"] > 0
@@ -333,6 +342,7 @@ LONG = " ".join(["cat"] * 500)
      ("pixart", ("--train_modules", "lora"), "lora: not with PixArt-Sigma: diffusers has neither"),
      ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
      ("pixart", ("--save_as", "single"), "--save_as single: not with .* diffusers reads no file"),
+     ("qwen_image", ("--mixed_precision", "fp16"), "fp16: not with Qwen-Image: its activations"),
      ("sana", ("--forget", LONG), "begin and end included, and the tokenizer takes 299"),
      ("sana", ("--train_modules", "lora", "--save_as", "kohya"), "kohya: not with Sana: ComfyUI"),
      ("sana", ("--resolution", 16), "must be a multiple of 32"),
@@ -379,6 +389,10 @@ WRONG = {
     "takes text embeddings of 24, its text encoder makes 32":
         ("pixart", TRANSFORMER, {"caption_channels": 24}),
     "takes 4 channels and predicts 12": ("pixart", TRANSFORMER, {"out_channels": 12}),
+    "its transformer has zero_cond_t": ("qwen_image", TRANSFORMER, {"zero_cond_t": True}),
+    "takes 32 channels and predicts 16": ("qwen_image", TRANSFORMER, {"in_channels": 32}),
+    "takes text embeddings of 8, its text encoder makes 16":
+        ("qwen_image", TRANSFORMER, {"joint_attention_dim": 8}),
     "its scheduler is a DPMSolverMultistepScheduler; Sana":
         ("sana", SCHEDULER, {"prediction_type": "epsilon"}),
     "takes text embeddings of 24, its text encoder makes 8":
@@ -398,7 +412,9 @@ def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
         look(tmp_path / "wrong")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux_dev", "klein", "z_image", "pixart", "sana"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image"]
+)
 def test_a_new_word_cannot_be_learned(name, made):
     assert look(made / name).family.no_new_word
 

@@ -352,7 +352,8 @@ def test_what_fits_is_counted_at_real_sizes(monkeypatch):
     [("Stable Diffusion 3.5 medium", 2.243), ("Stable Diffusion 3.5 large", 8.057),
      ("FLUX.1 dev", 11.901), ("FLUX.2 klein 4B", 3.876), ("FLUX.2 klein 9B", 9.079),
      ("Z-Image", 6.155), ("PixArt-Sigma XL 1024", 0.611),
-     ("Sana 1600M", 1.604)],
+     ("Sana 1600M", 1.604),
+     ("Qwen-Image", 20.430)],
 )  # fmt: skip
 def test_released_transformers_have_their_sizes(name, billions):
     from ebu_optim.takedown import released

@@ -49,7 +49,8 @@ def sample(
         condition: labels (n,) or keyword arguments, whose tensors have n rows; they may lie in
             mappings, lists and tuples.
         shape: (C, H, W) of one image.
-        guidance_scale: w of eps_null + w (eps_c - eps_null), diffusers' convention; 1 runs the
+        guidance_scale: w of eps_null + w (eps_c - eps_null), diffusers' convention, or of the
+            model's own ``guide(eps_null, eps_c, w)`` where it has one; 1 runs the
             conditional model alone.
         null_condition: what the null branch is given: a label, or the like of `condition`. What
             holds no tensor is taken from the condition.
@@ -70,7 +71,7 @@ def sample(
     if n is None:
         raise ValueError("the condition holds no tensor, whose rows would be the images to draw")
     condition = moved(condition, device)
-    guided = guidance_scale != 1.0
+    guided, guide = guidance_scale != 1.0, getattr(model, "guide", _guide)
     if guided:
         if null_condition is None:
             raise ValueError(
@@ -101,7 +102,7 @@ def sample(
         if guided:
             two = torch.cat([x_in, x_in])
             null, out = output(model, two, t_in.expand(2 * n), both, scheduler).float().chunk(2)
-            found = _first(null, x) + guidance_scale * (_first(out, x) - _first(null, x))
+            found = guide(_first(null, x), _first(out, x), guidance_scale)
         else:
             out = output(model, x_in, t_in.expand(n), condition, scheduler).float()
             found = _first(out, x)
@@ -111,6 +112,10 @@ def sample(
     if len(steps) < len(scheduler.timesteps):
         x = scaled(x, scheduler.timesteps[len(steps)])
     return x.clamp(-1, 1) if clip else x
+
+
+def _guide(null: Tensor, text: Tensor, scale: float) -> Tensor:
+    return null + scale * (text - null)
 
 
 def _first(out: Tensor, x: Tensor) -> Tensor:

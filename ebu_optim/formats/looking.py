@@ -33,7 +33,7 @@ PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
 TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 TAKEN = (
     "Stable Diffusion 1.x, 2.x and SDXL, their inpainting models, and transformers of Stable "
-    "Diffusion 3, FLUX.1, FLUX.2 klein, Z-Image and Sana are taken"
+    "Diffusion 3, FLUX.1, FLUX.2 klein, Z-Image, Qwen-Image and Sana are taken"
 )
 
 
@@ -53,6 +53,8 @@ TRANSFORMERS = {
     "flux2": Transformer("double_stream_modulation_img.lin.weight", "FLUX.2 klein",
                          "Flux2KleinPipeline"),
     "z_image": Transformer("cap_pad_token", "Z-Image", "ZImagePipeline"),
+    "qwen_image": Transformer("transformer_blocks.0.txt_mod.1.weight", "Qwen-Image",
+                              "QwenImagePipeline"),
     "sana": Transformer("attention_y_norm.weight", "Sana", "SanaPipeline"),
 }  # fmt: skip
 PREFIXES |= {

@@ -30,6 +30,8 @@ CONVERTERS = {
     "ZImageTransformer2DModel": "convert_z_image_transformer_checkpoint_to_diffusers",
     "SanaTransformer2DModel": "convert_sana_transformer_to_diffusers",
 }
+#: Whose names in one file are diffusers' own.
+UNCHANGED = ("QwenImageTransformer2DModel",)
 #: Ends of names in a part that no model of diffusers has, and that decide nothing of a picture.
 UNUSED = (".position_ids", ".logit_scale", "text_projection")
 
@@ -135,6 +137,8 @@ def _converted(part: str, state: dict[str, Tensor], config: Mapping[str, Any]) -
 
     if part == "transformer":
         kind = str(config.get("_class_name"))
+        if kind in UNCHANGED:
+            return state
         try:
             return getattr(theirs, CONVERTERS[kind])(state)
         except (KeyError, IndexError, RuntimeError) as error:

@@ -55,6 +55,16 @@ DC: Config = {
         "layers_per_block": [2, 2, 2, 3, 3, 3] if side == "encoder" else [3] * 6,
     }.items()
 } | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}  # fmt: skip
+QWEN_VL: Config = {
+    "text_config": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}  # fmt: skip
 OF_FLUX: Mapping[str, Config] = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
 
 #: Name -> the pipeline's class, and the configurations of its parts.
@@ -72,6 +82,7 @@ RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
         "PixArtSigmaPipeline",
         {"transformer": SIGMA, "vae": {**VAE, "latent_channels": 4}, "text_encoder": T5_XXL},
     ),
+    "Qwen-Image": ("QwenImagePipeline", {"transformer": {}, "vae": {}, "text_encoder": QWEN_VL}),
     "Sana 1600M": ("SanaPipeline", {"transformer": {}, "vae": DC, "text_encoder": GEMMA_2B}),
     "Z-Image": ("ZImagePipeline", {"transformer": {}, "vae": VAE, "text_encoder": QWEN3_4B}),
 }  # fmt: skip

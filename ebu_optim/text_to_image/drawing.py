@@ -49,6 +49,8 @@ def draw(
 @torch.no_grad()
 def together(pipe: Any, texts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
     """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, of one call of the pipeline."""
+    if "negative_prompt" in options:  # some pipelines take as many as prompts
+        options["negative_prompt"] = [options["negative_prompt"]] * len(texts)
     sources = [torch.Generator().manual_seed(s) for s in seeds]
     x = pipe(prompt=list(texts), generator=sources, output_type="pt", **options).images
     return x.float().cpu()

@@ -190,7 +190,8 @@ def passes(unet: Any, looked: Looked) -> Passes:
         model = Prompted(unet, Conditions(each, shared), family)
         vae = family.kind("vae").from_config(looked.vae)
         x, number = torch.empty(1, *looked.latents), torch.zeros(1, dtype=torch.long)
-        picture = torch.empty(1, 3, looked.resolution, looked.resolution)
+        frames = [1] * family.framed
+        picture = torch.empty(1, 3, *frames, looked.resolution, looked.resolution)
     weights = _numel(vae.parameters()) * 4
     with Fused():
         with saved(unet, family.units) as (units, inputs):

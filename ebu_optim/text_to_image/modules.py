@@ -78,6 +78,7 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
     Raises:
         InputError: nothing is selected, or a LoRA target does not exist; nothing was changed.
     """
+    unread = family.unread(unet.config)
     if not is_adapter(args):
         wanted = family.modules[args.train_modules]
         owner = {
@@ -85,7 +86,8 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
             for name, module in unet.named_modules()
             for n, _ in module.named_parameters(recurse=False)
         }
-        chosen = [n for n, _ in unet.named_parameters() if wanted(n, owner[n])]
+        chosen = [n for n, _ in unet.named_parameters()
+                  if wanted(n, owner[n]) and not n.startswith(unread)]  # fmt: skip
         if not chosen:
             raise InputError(
                 f"--train_modules {args.train_modules} selects no parameter of this UNet: choose "
@@ -104,6 +106,7 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
         targets = spm_layers(unet)
     else:
         targets = lora_layers(unet, args.lora_target_modules or family.lora_targets)
+        targets = [n for n in targets if not n.startswith(unread)]
     unet.requires_grad_(False)
     with torch.random.fork_rng():  # the same adapter whatever was drawn before
         torch.manual_seed(args.seed)
@@ -200,6 +203,9 @@ class Prompted(nn.Module):
             )
         told |= {name: self.get_buffer(name) for name in self.shared}
         return self.family.predict(self.denoiser, x_t, t, told)
+
+    def guide(self, null: Tensor, text: Tensor, scale: float) -> Tensor:
+        return self.family.guide(null, text, scale)
 
     def trained(self) -> dict[str, Tensor]:
         return {n: p for n, p in self.denoiser.named_parameters() if p.requires_grad}

@@ -30,7 +30,7 @@ class Model:
     pretrained_model_name_or_path: str = option(
         help="The model: a hub id, a diffusers folder or a .safetensors file of Stable "
         "Diffusion 1.x, 2.x, XL, their inpainting models, SD3, FLUX.1, FLUX.2 klein, "
-        "Z-Image, PixArt-Sigma or Sana."
+        "Z-Image, Qwen-Image, PixArt-Sigma or Sana."
     )
     revision: str | None = option(None, help="Branch, tag or commit on the hub.")
     variant: str | None = option(None, help="Variant of the files, e.g. fp16.")
@@ -40,7 +40,7 @@ class Model:
     architecture: Path | None = option(
         None,
         help="For a model in one file: a diffusers folder of the same model, for sizes that no "
-        "release has, or for a transformer (SD3, FLUX, Z-Image, Sana), whose file lacks the rest.",
+        "release has, or for a transformer (SD3, FLUX, Z-Image, Sana, ...), whose file lacks the rest.",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
         None, help="For a model in one file: what it predicts. Default: what is found in it."

@@ -61,7 +61,8 @@ class Same(TextObjectives):
 LORA = {"train_modules": "lora", "save_as": "lora"}
 #: Name of a run -> the model and the options.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image", "pixart", "sana")},
+    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image", "pixart", "sana",
+                             "qwen_image")},
     "lora": ("sd3", LORA), "int8": ("z_image", {**LORA, "quantize": "int8"}),
 }  # fmt: skip
 

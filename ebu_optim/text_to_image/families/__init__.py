@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
 #: adapter.
 NEWER = {
     "Flux2KleinPipeline": ("klein", "Klein"), "ZImagePipeline": ("z_image", "ZImage"),
-    "SanaPipeline": ("sana", "Sana"),
+    "SanaPipeline": ("sana", "Sana"), "QwenImagePipeline": ("qwen_image", "QwenImage"),
 }  # fmt: skip
 for _pipeline, (_file, _adapter) in NEWER.items():
     with suppress(ImportError):
@@ -52,7 +52,8 @@ OTHERS = {
     "Flux2": "FLUX.2 dev, or a variant for more than text to image",
     "Flux": "a variant of FLUX.1 for more than text to image",
     "ZImage": "a variant of Z-Image for more than text to image",
-    "QwenImage": "Qwen-Image", "PixArt": "PixArt-Alpha", "Sana": "Sana Sprint, or a variant",
+    "QwenImage": "a variant of Qwen-Image for more than text to image",
+    "PixArt": "PixArt-Alpha", "Sana": "Sana Sprint, or a variant",
     "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
     "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
 }  # fmt: skip

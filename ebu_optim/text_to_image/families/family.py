@@ -43,6 +43,7 @@ class Family:
         masks: conditions that say which tokens there are; no noise is added to them.
         reads: the tokenizer by which prompts' lengths are looked at; None: the first.
         usual: value of --guidance_scale, where it is not given.
+        framed: the VAE is for films: pictures (n, 3, 1, H, W).
         wide: the text encoders read in float32 under mixed precision too; else in bfloat16.
     """
 
@@ -66,6 +67,7 @@ class Family:
     masks: Sequence[str] = ()
     reads: str | None = None
     usual: float = 7.5
+    framed: bool = False
     wide: bool = True
 
     def of(self, index: Mapping[str, Any]) -> Family:
@@ -266,6 +268,14 @@ class Family:
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
         """What a call of the pipeline needs beside a prompt, to draw from text alone."""
         return {}
+
+    def guide(self, null: Tensor, text: Tensor, scale: float) -> Tensor:
+        """Of what is predicted without and with a prompt, what guidance makes."""
+        return null + scale * (text - null)
+
+    def unread(self, config: Config) -> tuple[str, ...]:
+        """How the names begin of weights that decide nothing, and have no gradient."""
+        return ()
 
     def guiding(self, scale: float) -> dict[str, Any]:
         """What a call of the pipeline is told of --guidance_scale."""
