@@ -1,8 +1,10 @@
-"""Every python block of README.md and docs/ runs; what the texts name exists."""
+"""Every python block of README.md and docs/ runs; links, options and figures are what is there."""
 
 from __future__ import annotations
 
 import re
+import runpy
+import unicodedata
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,7 +69,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, fresh_accelerate):
 
         namespace["weights"] = random_weights(tmp_path / "inception.pth")
         no_downloads(monkeypatch, tmp_path)
-    if page.name == "families.md":
+    if page.name in ("families.md", "extend.md"):
         pytest.importorskip("transformers", reason="transformers comes with text_to_image")
     if page.name == "stable_diffusion.md":
         namespace |= text_to_image(tmp_path)
@@ -75,7 +77,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, fresh_accelerate):
     if page.name in ("formats.md", "forget.md"):
         monkeypatch.setenv("EBU_OPTIM_CACHE", str(tmp_path / "cache"))
         namespace |= single_file(tmp_path)
-    with one_process() if page.name == "processes.md" else nullcontext():
+    with one_process() if page.name == "sharded.md" else nullcontext():
         for code in blocks(page, "python"):
             exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
 
@@ -175,20 +177,80 @@ def test_quickstart_page_and_readme_name_real_options_and_targets():
             assert target in targets, (page.name, target)
 
 
-def test_relative_links_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if "://" not in link and not link.startswith("#"):
-                assert (page.parent / link.split("#")[0]).exists(), f"{page.name}: {link}"
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def test_readme_lists_every_option_of_the_signature():
+def anchors(page: Path) -> set[str]:
+    """The ids of a page's headings, as GitHub and MyST make them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", without_code(page), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        kept = "".join(
+            c for c in plain if c in " -_" or unicodedata.category(c)[0] in "LN"
+        )  # fmt: skip
+        name, n = kept.replace(" ", "-"), 1
+        while name in found:
+            name, n = f"{kept.replace(' ', '-')}-{n}", n + 1
+        found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            if anchor and target.suffix == ".md":
+                assert anchor in anchors(target), link
+
+
+def test_images_say_what_they_show():
+    for page in PAGES:
+        for said in re.findall(r"!\[([^\]]*)\]\(", without_code(page)):
+            assert len(said.split()) > 3, (page.name, said)
+
+
+def test_every_page_stands_in_the_contents():
+    contents = (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES[1:]:
+        listed = re.search(rf"^{page.stem}$", contents, re.MULTILINE)
+        assert page.stem == "index" or listed or "orphan: true" in page.read_text(), page.name
+
+
+def test_figures_in_prose_are_those_of_the_json():
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    assert [line for page in PAGES[1:] for line in script["wrong"](page)] == []
+
+
+def test_command_line_page_has_every_option_of_every_command():
+    pytest.importorskip("transformers", reason="transformers comes with text_to_image")
+    from dataclasses import fields
+
+    from ebu_optim.cli import COMMANDS
+    from ebu_optim.training.fields import names_of
+
+    script = runpy.run_path(str(ROOT / "docs" / "command_line.py"))
+    text = (ROOT / "docs" / "command_line.md").read_text()
+    assert text == script["page"](), "run python docs/command_line.py"
+    parts = text.split("\n## ")[1:]
+    made = list(script["configs"]())
+    assert [part.splitlines()[0] for part in parts] == [title for title, _, _ in made]
+    assert {title.split(",")[0] for title, _, _ in made} == {f"ebu {name}" for name in COMMANDS}
+    for part, (_, _, config) in zip(parts, made, strict=True):
+        for f in fields(config):
+            names = [f.metadata.get("positional")] if "positional" in f.metadata else names_of(f)
+            assert all(f"`{name}`" in part for name in names), (config, f.name)
+
+
+def test_api_page_lists_every_option_of_the_signature():
     import inspect
 
     from ebu_optim import EBUOptimizer
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "api.md").read_text()
     for name, parameter in inspect.signature(EBUOptimizer).parameters.items():
         if name != "base":
             assert f"`{name}`" in text, name
@@ -196,7 +258,7 @@ def test_readme_lists_every_option_of_the_signature():
             if isinstance(default, (int, float, str)) and not isinstance(default, bool):
                 row = next(r for r in text.splitlines() if r.startswith(f"| `{name}`"))
                 shown = f'"{default}"' if isinstance(default, str) else f"{default:g}"
-                assert shown in row, f"README says another default of {name}: {row}"
+                assert shown in row, f"api.md says another default of {name}: {row}"
 
 
 def test_shipped_unet_is_what_the_texts_say():
