@@ -40,7 +40,7 @@ class Model:
     architecture: Path | None = option(
         None,
         help="For a model in one file: a diffusers folder of the same model, for sizes that no "
-        "release has, or for a transformer (SD3, FLUX, Z-Image, Sana, ...), whose file lacks the rest.",
+        "release has, or for a transformer (SD3, FLUX, Sana, ...), whose file lacks the rest.",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
         None, help="For a model in one file: what it predicts. Default: what is found in it."
