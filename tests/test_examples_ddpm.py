@@ -197,6 +197,7 @@ def test_two_processes_accumulate_and_agree(made, tmp_path):
     command = unlearn(
         made, tmp_path / "o", "--cpu", "--gradient_accumulation_steps", 2, "--max_train_steps", 2,
         "--mixed_precision", "bf16", "--use_ema", *CURVE, "--classifier", made / "judge",
+        "--adversary_steps", 1,
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -260,6 +261,34 @@ def test_a_resumed_unlearning_is_the_unbroken_one(forgotten, made):
     assert ours["forget"] == [3]
 
 
+def test_a_resumed_run_with_adversaries_is_the_unbroken_one(made, tmp_path):
+    more = ["--adversary_steps", 2, "--adversary_restart", 3, "--adversaries", 2,
+            "--forget_loss", "relabel", "--checkpointing_steps", 2]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    *_, (code, said) = several(
+        unlearn(made, whole, *more, "--max_train_steps", 4),
+        unlearn(made, tmp_path / "without", *more[6:], "--max_train_steps", 4),
+        unlearn(made, parts, *more, "--max_train_steps", 2),
+        unlearn(made, parts, *more, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"),
+        unlearn(made, parts, *more[:1], 3, *more[2:], "--max_train_steps", 4,
+                "--resume_from_checkpoint", "latest"),
+    )  # fmt: skip
+    assert same(parts / "unet", whole / "unet")
+    assert not same(tmp_path / "without" / "unet", whole / "unet")
+    assert code == 2
+    assert "has adversary_steps 2, this one 3" in said
+
+
+def test_adversaries_want_pictures_of_what_is_forgotten(made, tmp_path):
+    shutil.copytree(made / "sets", tmp_path / "sets")
+    (tmp_path / "sets" / "forget.safetensors").unlink()
+    command = unlearn(made, tmp_path / "o", "--adversary_steps", 1)
+    command[command.index("--prepared_dir") + 1] = tmp_path / "sets"
+    ((code, said),) = several(command)
+    assert code == 2
+    assert "--adversary_steps needs real images of every class to forget: run prepare.py" in said
+
+
 def test_an_average_that_hides_forgetting_is_told(forgotten, made):
     said = (made / "two_classes.txt").read_text()
     assert "forgets 3, 5, replays 1, 2" in said
@@ -273,10 +302,10 @@ def test_an_average_that_hides_forgetting_is_told(forgotten, made):
 METHODS = {
     "joint": ["--surrogate", "null_class"],
     "selective_amnesia": ["--method_options", '{"lam": 1e3}'],
-    "salun": [],
+    "salun": ["--adversary_steps", 2, "--adversaries", 2],
     "gradient_ascent": [],
     "embedding_only": ["--surrogate", "gaussian"],
-    "esd": ["--guided_steps", 3],
+    "esd": ["--guided_steps", 3, "--adversary_steps", 1, "--adversary_loss", "teacher"],
     "retrain": ["--digits"],
     "ebu_routed": ["--remember", "crossed", "--surrogate", "analytic", "--condition_noise", 1,
                    "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2],

@@ -119,6 +119,7 @@ RUNS = {
     "gradient_ascent": (["--gradient_checkpointing", "--method_options",
                          '{"remember_weight": 0.1}'], "attn2."),
     "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
+                      "--adversary_steps", 2, "--adversaries", 2,
                       "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
     **{m: ([], "attn2.") for m in (
         "fine_tune", "erasediff", "pcgrad", "random_masks", "restricted_gradient", "munba", "gu",
@@ -912,6 +913,9 @@ def passes_of_the_guide() -> dict[str, tuple[int, int]]:
       ["--method", "ebu", "--forget_loss", "relabel", "--remember_loss", "crossed",
        "--surrogate_prompt", "dog", "--remember", "a red car"]),
      ("`sa`", ["--method", "sa", "--fisher", "online"]),
+     ("the same with `--adversary_steps 3`",
+      ["--method", "ebu", "--forget_loss", "relabel", "--remember_loss", "crossed",
+       "--adversary_steps", 3, "--surrogate_prompt", "dog", "--remember", "a red car"]),
      ("`salun`", ["--method", "salun", "--surrogate_prompt", "dog", "--remember", "a red car"]),
      ("`esd`", ["--method", "esd"]), ("`spm`", ["--method", "spm"])],
 )  # fmt: skip
@@ -1134,6 +1138,16 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--lora_alpha must be finite, > 0": ["--train_modules", "lora", "--lora_alpha", 0],
         "--condition_noise must be finite, >= 0; got -1.0": ["--condition_noise", -1],
         "--condition_noise: not with --method esd": ["--method", "esd", "--condition_noise", 1],
+        "--adversary_steps must be >= 0; got -1": ["--adversary_steps", -1],
+        "--adversaries must be >= 1; got 0": ["--adversary_steps", 1, "--adversaries", 0],
+        "--adversary_restart must be >= 1": ["--adversary_steps", 1, "--adversary_restart", 0],
+        "--adversary_learning_rate must be > 0 and finite; got 0.0": [
+            "--adversary_steps", 1, "--adversary_learning_rate", 0],
+        "--adversary_weight must be > 0 and finite; got 0.0": [
+            "--adversary_steps", 1, "--adversary_weight", 0],
+        "--adversaries needs --adversary_steps, of which there are none": ["--adversaries", 2],
+        "--adversary_steps: --method fine_tune has no forget loss": [
+            "--method", "fine_tune", "--adversary_steps", 1],
         "--hub_model_id is for --push_to_hub": ["--hub_model_id", "me/model"],
         "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
     }  # fmt: skip

@@ -48,7 +48,7 @@ def made(tmp_path_factory) -> Path:
 BF16 = ("--mixed_precision", "bf16", "--gradient_checkpointing")
 #: Family, method, options, and what is in the names of the weights that move.
 RUNS = [
-    ("sd3", "ebu", ("--condition_noise", 1), (".add_k_proj.", ".add_v_proj.")),
+    ("sd3", "ebu", ("--condition_noise", 1, "--adversary_steps", 2), (".add_k_proj.", ".add_v_proj.")),
     ("sd3", "joint", ("--surrogate", "pixels", *BF16), (".add_k_proj.", ".add_v_proj.")),
     ("sd3", "sa", ("--train_modules", "attention", "--surrogate", "analytic"), (".attn.",)),
     ("sd3", "esd", ("--train_modules", "context", "--remember_loss", "replay"),
@@ -236,7 +236,8 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3", "klein", "pixart", "sana", "qwen_image"])
 def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
-    more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention"]
+    more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention",
+            "--adversary_steps", 1, "--adversary_restart", 3]  # fmt: skip
     whole = unlearn(made / name, tmp_path / "whole", *more)
     part = unlearn(made / name, tmp_path / "part", *more)
     shutil.rmtree(part / "pipeline")

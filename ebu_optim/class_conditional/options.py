@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
+from ..training.adversary import AdversaryOptions
 from ..training.fields import as_dict, at_least, check_choices, option
 from ..training.method import MethodOptions, guided_steps
 from ..training.options import TrainingOptions
@@ -87,7 +88,7 @@ class TrainClassifier(DataOptions, TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlearn(MethodOptions, LossOptions, DataOptions, TrainingOptions):
+class Unlearn(MethodOptions, AdversaryOptions, LossOptions, DataOptions, TrainingOptions):
     """Of a run that makes a model forget classes.
 
     Raises:
@@ -162,6 +163,7 @@ class Unlearn(MethodOptions, LossOptions, DataOptions, TrainingOptions):
         if self.entropy_classifier and not self.classifier:
             raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
         self.check_losses()
+        self.check_adversary()
         if self.sample_weights == "ema" and not self.use_ema:
             raise InputError("--sample_weights ema needs --use_ema")
 

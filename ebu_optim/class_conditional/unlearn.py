@@ -89,6 +89,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         losses = Objectives(
             args, made, model, raw, teacher, scheduler, accelerator, info["shape"], kept
         )
+        objects |= losses.state()
         begin = run.resume({**objects, "ema": ema} if ema else objects)
         say(accelerator, args, made, classes, ema)
         if isinstance(opt, SalUn) and not begin:

@@ -1,6 +1,7 @@
 """All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
 
 from ..modules import evaluating, model_hash
+from .adversary import Adversary
 from .anchors import anchor_loss, random_anchors, transport
 from .fisher import FisherBatches, fisher_loss
 from .guidance import esd_loss, esd_target, partly_denoised
@@ -17,6 +18,7 @@ from .sampling import sample, sample_set
 from .schedules import antithetic_timesteps
 
 __all__ = [
+    "Adversary",
     "FisherBatches",
     "anchor_loss",
     "anchored",

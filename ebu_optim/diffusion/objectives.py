@@ -16,8 +16,10 @@ from torch import Tensor
 from ..baselines import Recipe, methods
 from ..errors import InputError
 from ..modules import evaluating
-from ..training.data import Batches
+from ..training.adversary import attacked, new_adversary
+from ..training.data import Batches, to_float
 from ..training.fields import option
+from .adversary import Adversary
 from .guidance import esd_loss, partly_denoised
 from .losses import (
     denoising_loss,
@@ -91,6 +93,8 @@ def kind(args: Any) -> str | None:
 
 def needs_own_images(args: Any) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
+    if attacked(args):
+        return "--adversary_steps"
     if recipe_of(args).own_images:
         return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
     return None
@@ -98,7 +102,7 @@ def needs_own_images(args: Any) -> str | None:
 
 def needs_teacher(args: Any) -> bool:
     """Whether the losses compare with the frozen model."""
-    return recipe_of(args).teacher
+    return recipe_of(args).teacher or bool(attacked(args) and args.adversary_loss == "teacher")
 
 
 NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
@@ -114,6 +118,8 @@ class Objectives:
         shape: (C, H, W) of an image.
         kept: images and labels to remember instead of the replayed ones.
     """
+
+    adversary: Adversary | None = None
 
     def __init__(
         self, args: Any, made: Any, model: Any, raw: Any, teacher: Any,
@@ -138,6 +144,12 @@ class Objectives:
         self.null = self.classes
         self.shape = (args.train_batch_size, *shape)
         self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
+        self.micros = accelerator.gradient_accumulation_steps
+        if attacked(args):
+            images, labels = made.own
+            self.pictures = {c: images[labels == c] for c in labels.unique().tolist()}
+            # a forgotten prompt without a picture is replaced, and never aimed at
+            self.adversary = new_adversary(args, raw.class_embedding, made.forget, [*self.pictures])
 
     def new_sampler(self) -> Any:
         """What draws on the way to `guidance`."""
@@ -146,7 +158,39 @@ class Objectives:
     def at(self, i: int) -> None:
         self.i = i
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the losses."""
+        return {"adversary": self.adversary} if self.adversary else {}
+
     def forget(self) -> Tensor:
+        """The forget loss; where there are adversaries, with theirs, which then took their steps
+        before the first micro-batch."""
+        if not self.adversary:
+            return self.forget_once()
+        if self.i % self.micros == 0:
+            self.adversary.step(self.attack)
+        loss, weight = self.forget_once(), self.args.adversary_weight / len(self.adversary)
+        for k in range(len(self.adversary)):
+            with self.adversary.at(k):
+                loss = loss + weight * self.forget_once()
+        return loss
+
+    def attack(self, label: int, generator: torch.Generator) -> Tensor:
+        """What an adversary descends. A sum over C, H, W, whatever --reduction is: Adam does not
+        feel a factor, and gradients in 16 bits do not vanish."""
+        of = self.pictures[label]
+        rows = torch.randint(len(of), (self.args.train_batch_size,), generator=generator)
+        x = to_float(of[rows]) if of.dtype == torch.uint8 else of[rows]
+        x, labels = x.to(self.device), torch.full((len(rows),), label, device=self.device)
+        with evaluating(self.raw):
+            if self.args.adversary_loss == "teacher":
+                return distillation_loss(
+                    self.raw, self.teacher, x, labels, self.scheduler, generator=generator
+                )
+            return denoising_loss(self.raw, x, labels, self.scheduler, generator=generator)
+
+    def forget_once(self) -> Tensor:
+        """The method's forget loss on the chosen batch."""
         args, options = self.args, {"reduction": self.args.reduction}
         noisy = noisy_condition(
             self.raw.class_embedding, args.condition_noise, only=torch.tensor(self.forgotten)

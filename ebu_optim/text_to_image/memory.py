@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..baselines import methods
 from ..diffusion.objectives import needs_teacher
+from ..training.adversary import attacked
 from ..training.method import fisher_source, needs
 from . import quantized, sets
 from .families import Conditions
@@ -82,6 +83,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         "frozen weights": frozen * bits - small,
         "trained weights": trained * 4,
         "prompts": len(prompts.texts) * one.prompt,
+        "adversaries": 4 * attacked(args) * one.prompt,  # with a gradient and Adam's moments
         **_between_steps(args, trained, source),
     }
     encoders = text_encoders(looked)
@@ -147,7 +149,8 @@ def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
 def _kept(args: Any, one: Passes) -> int:
     """What a batch keeps for its backward pass."""
     anchors = ANCHORS if methods[args.method].adapter else 0
-    kept = max(args.train_batch_size, anchors)
+    # the forget losses of all adversaries are one sum
+    kept = max(args.train_batch_size * (1 + attacked(args)), anchors)
     return kept * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
+from ..training.adversary import AdversaryOptions
 from ..training.fields import as_dict, check_choices, option
 from ..training.method import MethodOptions, guided_steps
 from ..training.options import TrainingOptions
@@ -27,8 +28,8 @@ METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_onl
 
 @dataclass(frozen=True, kw_only=True)
 class Unlearn(
-    TrainingOptions, HubOptions, SaveOptions, ValidationOptions, SetOptions, LossOptions,
-    ModuleOptions, MethodOptions, PromptOptions, Model,
+    TrainingOptions, HubOptions, SaveOptions, ValidationOptions, SetOptions, AdversaryOptions,
+    LossOptions, ModuleOptions, MethodOptions, PromptOptions, Model,
 ):  # fmt: skip
     """All that a run depends on.
 
@@ -93,6 +94,7 @@ class Unlearn(
             )
         self.check_modules()
         self.check_losses()
+        self.check_adversary()
         self.check_sets()
         self.check_validation()
         if self.save_as in ADAPTERS and not is_adapter(self):

@@ -96,8 +96,9 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         made_of = sets.made_of(args, folder, texts)
         done: dict[str, Any] = {"seconds": 0.0, "made_of": made_of}
         begin = run.resume(
-            {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done}
-        )
+            {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done,
+             **losses.state()}
+        )  # fmt: skip
         refuse_changed(
             done["made_of"], made_of, f"--resume_from_checkpoint: the run in {run.folder}"
         )

@@ -51,6 +51,11 @@ def key_of(f: Field[Any]) -> str:
     return f.name if "positional" in f.metadata else flag_of(f).lstrip("-")
 
 
+def default_of(f: Field[Any]) -> Any:
+    """What the field is where it is not given; MISSING where it must be."""
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
 def kind_of(hint: Any) -> type:
     """list, bool or something else."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -62,7 +67,7 @@ def argument_of(f: Field[Any], kind: Any) -> dict[str, Any]:
     """What ``add_argument`` is told of a field's type and default."""
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not types.NoneType)
-    default = f.default_factory() if f.default_factory is not MISSING else f.default
+    default = default_of(f)
     said: dict[str, Any] = {"default": None if default is MISSING else default}
     if kind is bool:
         return {"action": "store_true"}
@@ -82,7 +87,7 @@ def flags(config: Any) -> list[str]:
         if "positional" in f.metadata:
             first += map(str, value if isinstance(value, list) else [value])
             continue
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        default = default_of(f)
         if value is True:
             found.append(name)
         elif value != default and value is not None:

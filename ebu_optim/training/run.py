@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..errors import InputError
 from ..files import locked, need_disk
-from .fields import as_dict
+from .fields import as_dict, default_of
 
 # options that a resumed run may change
 FREE = {
@@ -130,7 +131,8 @@ class Run:
             # Not a difference: an option that the earlier version did not have, where it is not
             # used, and an input that it did not write down
             known = {k: v for k, v in now.items() if k in theirs or k not in self.identity["same"]}
-            other = [k for k in known if theirs.get(k, "None") != now[k]]
+            unused = {f.name: str(default_of(f)) for f in fields(args)}
+            other = [k for k in known if theirs.get(k, unused.get(k, "None")) != now[k]]
             if other:
                 k = other[0]
                 raise InputError(

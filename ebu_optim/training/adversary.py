@@ -1,0 +1,82 @@
+"""The options of adversarial embeddings, for every method and kind of model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from ..baselines import methods
+from ..diffusion.adversary import Adversary
+from ..errors import InputError
+from .fields import at_least, option
+from .method import needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversaryOptions:
+    """Conditions that are trained against the model while it forgets, and are forgotten too."""
+
+    group: ClassVar[str] = "adversarial embeddings"
+
+    adversary_steps: int | None = option(
+        None, help="of Adam, in each step of training, for conditions that still draw the\n"
+        "forgotten, and are forgotten too; default: the method's, which are 0 for most",
+    )  # fmt: skip
+    adversary_restart: int = option(20, help="steps of training until one begins anew")
+    adversaries: int = option(1, help="at once")
+    adversary_learning_rate: float = option(0.1, help="times the spread of the conditions")
+    adversary_weight: float = option(1.0, help="of the forget loss there, a mean over adversaries")
+    adversary_loss: Literal["pictures", "teacher"] = option(
+        "pictures", help="that they descend: denoising pictures of the forgotten, or the distance\n"
+        "to what the frozen model predicts for it, as AdvUnlearn",
+    )  # fmt: skip
+
+    def check_adversary(self: Any) -> None:
+        """Raises:
+        InputError: numbers that cannot be; a method that has nothing to attack; options of
+            adversaries where there are none.
+        """
+        at_least(self, 0, "adversary_steps")
+        at_least(self, 1, "adversary_restart", "adversaries")
+        rate, weight = self.adversary_learning_rate, self.adversary_weight
+        if not 0 < rate < math.inf:
+            raise InputError(f"--adversary_learning_rate must be > 0 and finite; got {rate}")
+        if not 0 < weight < math.inf:
+            raise InputError(f"--adversary_weight must be > 0 and finite; got {weight}")
+        if not attacked(self):
+            own = [f for f in fields(AdversaryOptions) if f.name != "adversary_steps"]
+            if given := [f.name for f in own if getattr(self, f.name) != f.default]:
+                raise InputError(f"--{given[0]} needs --adversary_steps, of which there are none")
+            return
+        if "forget" not in needs(self):
+            raise InputError(
+                f"--adversary_steps: --method {self.method} has no forget loss that could be taken "
+                "at an adversary's embedding"
+            )
+        if methods[self.method].embedding:
+            raise InputError(
+                f"--adversary_steps: --method {self.method} trains the embedding alone, and an "
+                "adversary's takes its place"
+            )
+
+
+def attacked(args: Any) -> int:
+    """How many adversaries there are."""
+    return args.adversaries if args.adversary_steps else 0
+
+
+def passes(args: Any) -> int:
+    """Forward and backward passes of a batch in one optimizer step: the two losses, the forget loss
+    at every adversary, and the attacks, once for all micro-batches."""
+    count = attacked(args)
+    micros = args.gradient_accumulation_steps
+    return (2 + count) * micros + count * (args.adversary_steps or 0)
+
+
+def new_adversary(args: Any, embedding: Any, forgotten: Any, aims: Any) -> Adversary:
+    """As the options say."""
+    return Adversary(
+        embedding, forgotten, aims=aims, steps=args.adversary_steps, restart=args.adversary_restart,
+        count=args.adversaries, lr=args.adversary_learning_rate, seed=args.seed,
+    )  # fmt: skip
