@@ -45,7 +45,7 @@ BASELINES = {
     "selective_amnesia": SelectiveAmnesia, "salun": SalUn, "erasediff": EraseDiff,
     "pcgrad": PCGrad, "random_masks": RandomMasks, "embedding_only": EmbeddingOnly,
     "esd": ESD, "spm": SPM, "sago": SAGO, "gru": GRU, "gu": GU, "munba": MUNBa,
-    "restricted_gradient": RestrictedGradient, "aegis": AEGIS,
+    "restricted_gradient": RestrictedGradient, "aegis": AEGIS, "advunlearn": Joint,
     **dict.fromkeys(WEIGHTINGS, JacobianDescent),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", runnable(methods))

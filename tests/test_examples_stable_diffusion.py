@@ -121,6 +121,7 @@ RUNS = {
     "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
                       "--adversary_steps", 2, "--adversaries", 2,
                       "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
+    "advunlearn": (["--adversary_steps", 2, "--remember_loss", "distill"], "attn2."),
     **{m: ([], "attn2.") for m in (
         "fine_tune", "erasediff", "pcgrad", "random_masks", "restricted_gradient", "munba", "gu",
         "gru", "sago", "aegis", "ebu_without_forget", "ebu_without_remember",
@@ -890,6 +891,10 @@ def test_memory_is_counted_for_every_phase():
     assert sa["activations"] == 4 * paper.phases["unlearning"]["activations"]
     assert sum(sa.values()) - sa["activations"] == 4 * UNET + 12 * paper.trained
     assert "sets" not in counted("--method", "esd").phases
+    # two adversaries: an embedding each, with its gradient and Adam's moments, and their losses
+    plain, two = paper.phases["unlearning"], counted("--adversary_steps", 1, "--adversaries", 2)
+    assert two.phases["unlearning"]["adversaries"] == 2 * 4 * 4 * 77 * 768
+    assert two.phases["unlearning"]["activations"] == 3 * plain["activations"]
     table = paper.table().splitlines()
     assert table[0].split() == ["GiB", "sets", "unlearning", "validation"]
     assert table[-1].split() == ["peak", f"{paper.peak / 2**30:.2f}"]

@@ -48,7 +48,8 @@ def made(tmp_path_factory) -> Path:
 BF16 = ("--mixed_precision", "bf16", "--gradient_checkpointing")
 #: Family, method, options, and what is in the names of the weights that move.
 RUNS = [
-    ("sd3", "ebu", ("--condition_noise", 1, "--adversary_steps", 2), (".add_k_proj.", ".add_v_proj.")),
+    ("sd3", "ebu", ("--condition_noise", 1, "--adversary_steps", 2),
+     (".add_k_proj.", ".add_v_proj.")),
     ("sd3", "joint", ("--surrogate", "pixels", *BF16), (".add_k_proj.", ".add_v_proj.")),
     ("sd3", "sa", ("--train_modules", "attention", "--surrogate", "analytic"), (".attn.",)),
     ("sd3", "esd", ("--train_modules", "context", "--remember_loss", "replay"),

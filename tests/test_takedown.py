@@ -177,6 +177,10 @@ def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatc
                  "run: --esd_eta", "evidence.json"):  # fmt: skip
         assert part in said
     assert not out.exists()
+    assert "about 2,000 forward and backward in 1,000 steps" in said
+    assert run("forget", *argv, "--adversary_steps", 3, "--adversaries", 2) == 0
+    # the two losses, the forget loss at both, and three attacks of each
+    assert "about 10,000 forward and backward in 1,000 steps" in capsys.readouterr().out
     more = ["--method", "fine_tune", "--remember_loss", "crossed", "--replay_images", "1"]
     assert run("forget", *argv[:-2], *more) == 0
     said = capsys.readouterr().out

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..optim import EBUOptimizer
 from . import (
+    advunlearn,
     aegis,
     embedding_only,
     erasediff,
@@ -58,6 +59,7 @@ methods: dict[str, Recipe] = {
     "gru": gru.RECIPE,
     "sago": sago.RECIPE,
     "aegis": aegis.RECIPE,
+    "advunlearn": advunlearn.RECIPE,
     **jacobian_descent.RECIPES,
     "random_masks": random_masks.RECIPE,
     "embedding_only": embedding_only.RECIPE,

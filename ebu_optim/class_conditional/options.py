@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
+from ..training import adversary
 from ..training.adversary import AdversaryOptions
 from ..training.fields import as_dict, at_least, check_choices, option
 from ..training.method import MethodOptions, guided_steps
@@ -142,6 +143,7 @@ class Unlearn(MethodOptions, AdversaryOptions, LossOptions, DataOptions, Trainin
         found: dict[str, Any] = {} if method == self.method else {"method": method}
         if self.guided_steps is None:
             found["guided_steps"] = guided_steps(method)
+        found |= adversary.defaults(self, method)
         if self.remember_data is None:
             found["remember_data"] = "real" if methods[method].fresh else "replay"
         return replace(self, **found) if found else self

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..baselines import methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
+from ..training import adversary
 from ..training.adversary import AdversaryOptions
 from ..training.fields import as_dict, check_choices, option
 from ..training.method import MethodOptions, guided_steps
@@ -74,6 +75,7 @@ class Unlearn(
             "hub_model_id": self.output_dir.resolve().name if self.push_to_hub else None,
         }
         found = {k: v for k, v in own.items() if getattr(self, k) is None and v is not None}
+        found |= adversary.defaults(self, method)
         if method != self.method:
             found["method"] = method
         ours = recipe.published

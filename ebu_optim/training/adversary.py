@@ -23,13 +23,15 @@ class AdversaryOptions:
         None, help="of Adam, in each step of training, for conditions that still draw the\n"
         "forgotten, and are forgotten too; default: the method's, which are 0 for most",
     )  # fmt: skip
-    adversary_restart: int = option(20, help="steps of training until one begins anew")
+    adversary_restart: int | None = option(
+        None, help="steps of training until one begins anew; default: 20, or the method's"
+    )
     adversaries: int = option(1, help="at once")
     adversary_learning_rate: float = option(0.1, help="times the spread of the conditions")
     adversary_weight: float = option(1.0, help="of the forget loss there, a mean over adversaries")
-    adversary_loss: Literal["pictures", "teacher"] = option(
-        "pictures", help="that they descend: denoising pictures of the forgotten, or the distance\n"
-        "to what the frozen model predicts for it, as AdvUnlearn",
+    adversary_loss: Literal["pictures", "teacher"] | None = option(
+        None, help="that they descend: denoising pictures of the forgotten, or the distance to\n"
+        "what the frozen model predicts for it; default: pictures, or the method's",
     )  # fmt: skip
 
     def check_adversary(self: Any) -> None:
@@ -59,6 +61,17 @@ class AdversaryOptions:
                 f"--adversary_steps: --method {self.method} trains the embedding alone, and an "
                 "adversary's takes its place"
             )
+
+
+def defaults(args: Any, method: str) -> dict[str, Any]:
+    """What the options of adversaries are where they are not given, those that are None."""
+    own = methods[method].adversary
+    steps = own.get("steps") if args.adversary_steps is None else args.adversary_steps
+    if not steps:
+        return {}
+    usual = {"steps": steps, "restart": 20, "loss": "pictures", **own}
+    found = {f"adversary_{name}": value for name, value in usual.items()}
+    return {name: value for name, value in found.items() if getattr(args, name) is None}
 
 
 def attacked(args: Any) -> int:
