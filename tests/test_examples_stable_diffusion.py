@@ -33,6 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity
 
+from ebu_optim.diffusion import Adversary
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
 from ebu_optim.text_to_image.unlearn import unlearn as by_package
@@ -119,7 +120,7 @@ RUNS = {
     "gradient_ascent": (["--gradient_checkpointing", "--method_options",
                          '{"remember_weight": 0.1}'], "attn2."),
     "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
-                      "--adversary_steps", 2, "--adversaries", 2,
+                      "--adversary_steps", 2, "--adversaries", 2, "--adversary_prompts", "a cat",
                       "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
     "advunlearn": (["--adversary_steps", 2, "--remember_loss", "distill"], "attn2."),
     **{m: ([], "attn2.") for m in (
@@ -206,6 +207,10 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
     assert "holds a run: go on with --resume_from_checkpoint" in said
     parts = parts.rename(tmp_path / "moved")  # with its sets, which are found there
     sets = {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()}
+    there = json.loads((parts / "run.json").read_text())
+    for name in ("adversaries", "adversary_weight", "adversary_prompts", "adversary_steps"):
+        del there["options"][name]  # as an earlier version left it
+    (parts / "run.json").write_text(json.dumps(there))
     said = succeed(
         *unlearn(made, parts, *both, "--sets_dir", parts / "sets", "--gradient_checkpointing",
                  "--resume_from_checkpoint", "latest", pictures=True)
@@ -1151,6 +1156,9 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--adversary_weight must be > 0 and finite; got 0.0": [
             "--adversary_steps", 1, "--adversary_weight", 0],
         "--adversaries needs --adversary_steps, of which there are none": ["--adversaries", 2],
+        "--adversary_prompts needs --adversary_steps": ["--adversary_prompts", "a cat"],
+        f"--adversary_prompts: the prompt {' '.join(['cat'] * LENGTH)!r}... has": [
+            "--adversary_steps", 1, "--adversary_prompts", " ".join(["cat"] * LENGTH)],
         "--adversary_steps: --method fine_tune has no forget loss": [
             "--method", "fine_tune", "--adversary_steps", 1],
         "--hub_model_id is for --push_to_hub": ["--hub_model_id", "me/model"],
@@ -1208,6 +1216,25 @@ def test_noise_is_on_the_forgotten_condition_and_not_on_what_it_is_compared_with
     succeed(*unlearn(made, tmp_path / "o", "--method", "salun", "--surrogate_prompt", "dog",
                      "--condition_noise", 1, "--max_train_steps", 1))  # fmt: skip
     assert seen == [[True], [False]]
+
+
+def test_adversaries_begin_at_given_prompts(made, tmp_path, monkeypatch):
+    seen = []
+    step = Adversary.step
+
+    def noted(self, attack):
+        step(self, attack)
+        seen.append((self.vectors[0].detach(), self.embedding.weight, self.start))
+
+    monkeypatch.setattr(Adversary, "step", noted)
+    succeed(*unlearn(made, tmp_path / "o", "--adversary_steps", 1, "--adversary_prompts",
+                     "a photo of a cat", "--adversary_learning_rate", 1e-6))  # fmt: skip
+    texts = ["cat", "", "a dog", "a red car", "a photo of a cat"]  # shown ones are among them
+    vector, table, start = seen[0]
+    assert len(table) == len(texts)
+    torch.testing.assert_close(vector, table[-1], rtol=0, atol=1e-4)
+    assert torch.equal(start, table[-1:])
+    assert len(seen) == 2
 
 
 def test_another_base_model_is_not_resumed(made, tmp_path):

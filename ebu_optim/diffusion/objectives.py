@@ -149,11 +149,17 @@ class Objectives:
             images, labels = made.own
             self.pictures = {c: images[labels == c] for c in labels.unique().tolist()}
             # a forgotten prompt without a picture is replaced, and never aimed at
-            self.adversary = new_adversary(args, raw.class_embedding, made.forget, [*self.pictures])
+            self.adversary = new_adversary(
+                args, raw.class_embedding, made.forget, [*self.pictures], self.starts()
+            )
 
     def new_sampler(self) -> Any:
         """What draws on the way to `guidance`."""
         return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
+
+    def starts(self) -> Tensor | None:
+        """Conditions (m, ...) at which adversaries begin, before they begin at random."""
+        return None
 
     def at(self, i: int) -> None:
         self.i = i

@@ -24,9 +24,14 @@ class TextObjectives(Objectives):
         self, args: Any, prompts: Prompts, made: Any, model: Any, raw: Any,
         teacher: Any, scheduler: Any, accelerator: Any, shape: Sequence[int],
     ) -> None:  # fmt: skip
+        self.prompts = prompts
         super().__init__(args, made, model, raw, teacher, scheduler, accelerator, shape)
-        self.prompts, self.null = prompts, prompts.null
+        self.null = prompts.null
         self.crossed = torch.tensor(prompts.remember)
+
+    def starts(self) -> Tensor | None:
+        given = list(self.prompts.attacks)
+        return self.raw.class_embedding.weight[given] if given else None
 
     def new_sampler(self) -> Any:
         return self.raw.family.sampler(self.scheduler)

@@ -97,6 +97,8 @@ class Unlearn(
         self.check_modules()
         self.check_losses()
         self.check_adversary()
+        if self.adversary_prompts and not adversary.attacked(self):
+            raise InputError("--adversary_prompts needs --adversary_steps, of which there are none")
         self.check_sets()
         self.check_validation()
         if self.save_as in ADAPTERS and not is_adapter(self):

@@ -22,7 +22,7 @@ REMEMBER = Path(__file__).with_name("remember_prompts.txt")
 
 class Prompts(NamedTuple):
     """All prompts, and the numbers of those with a part to play; `shown` is for validation,
-    `instead` has what may take the place of each forgotten one."""
+    `instead` has what may take the place of each forgotten one, adversaries begin at `attacks`."""
 
     texts: list[str]
     forget: list[int]
@@ -31,6 +31,7 @@ class Prompts(NamedTuple):
     null: int
     shown: list[int]
     instead: dict[int, list[int]]
+    attacks: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,12 @@ class PromptOptions:
         help='Prompts to remember, or files of them (.txt, .csv, .parquet); "" is the empty '
         f"prompt. Default: {REMEMBER.name}.",
     )
+    adversary_prompts: list[str] = option(
+        [],
+        metavar="PROMPT",
+        help="Prompts, or files of them, at which adversaries begin before they begin at random, "
+        "such as an attack found.",
+    )
 
 
 def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
@@ -93,13 +100,15 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
     forget = list(instead)
     surrogate = [fill(t, o) for t in templates for o in others] or plain
     remember = read(args.remember_prompts, called["remember_prompts"])
+    attacks = read(args.adversary_prompts, "--adversary_prompts") if args.adversary_prompts else []
     shown = args.validation_prompts or [forget[0], *remember[:3]]
     of = {called["forget"]: forget, option: surrogate, called["remember_prompts"]: remember}
-    for name, given in {**of, "--validation_prompts": shown}.items():
+    others_too = {"--validation_prompts": shown, "--adversary_prompts": attacks}
+    for name, given in {**of, **others_too}.items():
         check_lengths(given, tokenizer, option=name)
     _check_apart(forget, {n: t for n, t in of.items() if t is not forget}, tokenizer)
     _warn_of_mentions(concepts, remember, warn)
-    texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown)))
+    texts = list(dict.fromkeys((*forget, *surrogate, *remember, "", *shown, *attacks)))
     number = {t: i for i, t in enumerate(texts)}
 
     def numbers(of: Iterable[str]) -> list[int]:
@@ -108,6 +117,7 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
     return Prompts(
         texts, numbers(forget), numbers(dict.fromkeys(surrogate)), numbers(remember), number[""],
         numbers(shown), {number[t]: numbers(found) for t, found in instead.items()},
+        numbers(attacks),
     )  # fmt: skip
 
 

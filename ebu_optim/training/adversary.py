@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from ..baselines import methods
 from ..diffusion.adversary import Adversary
 from ..errors import InputError
@@ -87,9 +89,12 @@ def passes(args: Any) -> int:
     return (2 + count) * micros + count * (args.adversary_steps or 0)
 
 
-def new_adversary(args: Any, embedding: Any, forgotten: Any, aims: Any) -> Adversary:
-    """As the options say."""
+def new_adversary(
+    args: Any, embedding: Any, forgotten: Any, aims: Any, start: Tensor | None = None
+) -> Adversary:
+    """As the options say; `start` and `aims` as `Adversary` takes them."""
     return Adversary(
-        embedding, forgotten, aims=aims, steps=args.adversary_steps, restart=args.adversary_restart,
-        count=args.adversaries, lr=args.adversary_learning_rate, seed=args.seed,
+        embedding, forgotten, aims=aims, start=start, steps=args.adversary_steps,
+        restart=args.adversary_restart, count=args.adversaries, lr=args.adversary_learning_rate,
+        seed=args.seed,
     )  # fmt: skip
