@@ -27,6 +27,7 @@ from ebu_optim import EBUOptimizer
 from ebu_optim.baselines import methods
 from ebu_optim.checkpoint import load_checkpoint, save_checkpoint
 from ebu_optim.diffusion import (
+    Adversary,
     denoising_loss,
     distillation_loss,
     model_hash,
@@ -58,6 +59,9 @@ class Quickstart:
         "crossed", help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
         "these with conditions drawn anew.",
     )  # fmt: skip
+    adversary_steps: int = option(
+        0, help="Steps of an adversary, in each step, towards an embedding that draws the digit."
+    )
     seed: int = option(0, help="Seed of all that is drawn during unlearning.")
     output_dir: Path = option(Path("outputs/quickstart"), help="Folder for the result.")
     device: str = option("cpu", help="Where it runs: cpu, cuda, cuda:1, ...")
@@ -70,6 +74,7 @@ class Quickstart:
         if self.forget not in digits.CLASSES:
             raise InputError(f"--forget must be a digit, 0..9; got {self.forget}")
         at_least(self, 1, "steps", "batch_size")
+        at_least(self, 0, "adversary_steps")
         given = {n: getattr(self, n) for n in ("alpha", "delta", "gamma")}
         try:
             methods["ebu_added"].needs(**{n: v for n, v in given.items() if v is not None})
@@ -115,6 +120,13 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
     eval_labels = torch.cat([torch.full((36,), args.forget), kept.repeat_interleave(4)])
     done: dict[str, Any] = {"curve": [], "seconds": 0.0}
     run = {"model": model, "opt": opt, "generator": generator, "done": done}
+    pictures, shown, _, _ = digits.images()
+    real, adversary = pictures[shown == args.forget].to(device), None
+    if args.adversary_steps:
+        adversary = Adversary(
+            model.class_embedding, [args.forget], steps=args.adversary_steps, seed=args.seed
+        )
+        run["adversary"] = adversary
     begin = load_checkpoint(work / "run", run, fallback=True)
 
     def forget_loss() -> Tensor:
@@ -123,6 +135,10 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
         )
         with noisy_condition(model.class_embedding, 1.0, generator=generator):
             return denoising_loss(model, x, target, scheduler, generator=generator)
+
+    def attack(label: int, draws: torch.Generator) -> Tensor:
+        i = torch.randint(len(real), (args.batch_size,), generator=draws).to(device)
+        return denoising_loss(model, real[i], target, scheduler, generator=draws)
 
     def remember_loss() -> Tensor:
         i = torch.randint(len(images), (args.batch_size,), generator=generator).to(device)
@@ -149,9 +165,14 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
                initial=begin)  # fmt: skip
     for step in bar:
         start = time.perf_counter()
+        if adversary:
+            adversary.step(attack)
         with opt.forget():
             loss_f = forget_loss()
             loss_f.backward()
+            if adversary:
+                with adversary.at():
+                    forget_loss().backward()
         with opt.remember():
             loss_r = remember_loss()
             loss_r.backward()
@@ -203,6 +224,7 @@ def quickstart(args: Quickstart, work: Path) -> dict[str, Any]:
             "steps": args.steps, "batch_size": args.batch_size, "optimizer": "Adam",
             "learning_rate": args.learning_rate, **run["settings"],
             "forget_loss": "denoising on uniform noise, noise on the condition up to its spread",
+            "adversary_steps": args.adversary_steps,
             "remember_loss": args.remember, "reduction": "sum over C, H, W, mean over the batch",
             "replay": "30 images a class, DDIM 20 steps, no guidance",
             "evaluation": {

@@ -87,6 +87,15 @@ def test_model_loads_with_diffusers_and_is_another_one(result):
     assert sum(changed) > len(changed) / 2
 
 
+def test_with_an_adversary_it_is_another_model(result, tmp_path):
+    out = tmp_path / "out"
+    code, said = run_script(
+        SCRIPT, *OPTIONS, "--adversary_steps", "1", "--steps", "1", "--output_dir", str(out)
+    )
+    assert code == 0, said
+    assert json.loads((out / "metrics.json").read_text())["protocol"]["adversary_steps"] == 1
+
+
 def test_a_finished_result_is_not_overwritten_unasked(result):
     before = (result / "metrics.json").read_bytes()
     assert "--overwrite" in refused("--output_dir", str(result), "--steps", "1")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,12 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted((folder / "runs").glob("*.json"))]
 
 
-def execute(specs: list[dict[str, Any]], folder: Path, workers: int, desc: str) -> None:
+def execute(
+    specs: list[dict[str, Any]], folder: Path, workers: int, desc: str, *,
+    run: Callable[[dict[str, Any], Path], None] = run,
+    name: Callable[[dict[str, Any]], str] = name,
+) -> None:  # fmt: skip
+    """What is missing of the runs in the folder; `name` is that of a run's file."""
     missing = [s for s in specs if not (folder / "runs" / f"{name(s)}.json").exists()]
     print(f"{desc}: {len(missing)} of {len(specs)} runs to do")
     context = multiprocessing.get_context("spawn")

@@ -1,0 +1,51 @@
+"""What depth costs: the quickstart's digits, forgotten with and without adversarial embeddings.
+
+    python examples/paper/depth.py                     # everything that is missing, about an hour
+    python examples/paper/depth.py --summary           # the table of what is there
+
+One JSON file a run; a second start only runs what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebu_optim.baselines import methods
+from ebu_optim.errors import InputError
+from ebu_optim.experiments import depth
+from ebu_optim.experiments.evidence import execute, load
+from ebu_optim.training import command, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    output_dir: Path = option(Path("outputs/depth"))
+    rules: list[str] = option(["joint", "ebu_added", "salun"])
+    depths: list[str] = option(["none", "adversary", "adversary-1"], choices=list(depth.DEPTHS))
+    seeds: list[int] = option([1, 2, 3])
+    workers: int = option(1, help="processes, one thread each")
+    summary: bool = option(False, help="run nothing")
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if rule not in methods or methods[rule].forgets not in ("surrogate", "relabel"):
+                raise InputError(f"--rules {rule}: no method that can forget by relabelling")
+
+
+def main(args: Depth) -> None:
+    folder = args.output_dir
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    if not args.summary:
+        depth.prepare(folder)
+        wanted = depth.specs(args.rules, args.depths, args.seeds)
+        execute(wanted, folder, args.workers, "depth", run=depth.run, name=depth.name)
+    found = load(folder)
+    (folder / "results.json").write_text(json.dumps(found, indent=1))
+    (folder / "results.md").write_text(depth.table(found))
+    print(depth.table(found))
+
+
+if __name__ == "__main__":
+    command(main, Depth, __doc__)

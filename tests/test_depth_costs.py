@@ -1,0 +1,81 @@
+"""The experiment on what depth costs: its runs, its two attackers, its table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ebu_optim.experiments import depth
+from ebu_optim.experiments.evidence import execute
+
+from .models import tiny_unet
+from .scripts import PAPER, load, run_script
+from .test_adversary import attack_on
+
+
+@pytest.fixture
+def short(monkeypatch):
+    threads = torch.get_num_threads()
+    for name, value in (
+        ("STEPS", 2),
+        ("INVERSION_STEPS", 1),
+        ("RELEARN_MAX", 1),
+        ("RATES", (0.1,)),
+    ):
+        monkeypatch.setattr(depth, name, value)
+    monkeypatch.setattr(depth, "PER_CLASS", 4)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_runs_are_made_once_and_told_in_a_table(short, tmp_path):
+    (tmp_path / "runs").mkdir()
+    depth.prepare(tmp_path)
+    (spec,) = depth.specs(["salun"], ["both"], [3])
+    depth.run(spec, tmp_path)
+    found = json.loads((tmp_path / "runs" / "salun-both-s3.json").read_text())
+    assert found["spec"] == spec
+    assert found["passes"] == 10
+    assert all(0 <= found[k] <= 1 for k in ("p_f", "ra", "inversion", "worst"))
+    execute([spec], tmp_path, 1, "again", run=None, name=depth.name)  # nothing is left to run
+    script = load(PAPER / "depth.py")
+    assert script.Depth().rules == ["joint", "ebu_added", "salun"]
+    code, said = run_script(PAPER / "depth.py", "--summary", "--output_dir", tmp_path)
+    assert code == 0, said
+    assert "| SalUn | adversary and relearner | 1 | 1.000 |" in said
+    code, said = run_script(PAPER / "depth.py", "--rules", "esd", "--output_dir", tmp_path)
+    assert (code, "no method that can forget by relabelling" in said) == (2, True)
+
+
+def test_a_relearner_moves_down_the_sign_of_its_gradient_and_back():
+    model, twin = tiny_unet(), tiny_unet()
+    attack = attack_on(model)
+
+    def loss():
+        return attack(2, torch.Generator().manual_seed(4))
+
+    before = [p.detach().clone() for p in model.parameters()]
+    weights = list(twin.parameters())
+    for _ in range(2):
+        twin.zero_grad()
+        attack_on(twin)(2, torch.Generator().manual_seed(4)).backward()
+        with torch.no_grad():
+            for p in weights:
+                p -= 1e-3 * p.grad.sign()
+    with depth.relearned(model, loss, steps=2, size=1e-3):
+        for p, q in zip(model.parameters(), weights, strict=True):
+            torch.testing.assert_close(p, q)
+        loss().backward()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_a_cell_is_a_mean_with_its_interval():
+    assert depth.cell("ra", [0.9]) == "0.900"
+    assert depth.cell("ra", [0.9, 0.9, 0.9]) == "0.900 ± 0.000"
+    assert depth.cell("relearn_steps", [30.0, None]) == "> 65.0 ± 444.7"
+    assert depth.cell("passes", [6, 6]) == "6"
+    assert [depth.passes(d) for d in ("none", "adversary", "adversary-1", "both")] == [2, 6, 4, 10]
