@@ -172,7 +172,7 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
             loss_f.backward()
             if adversary:
                 with adversary.at():
-                    forget_loss().backward()
+                    (0.1 * forget_loss()).backward()
         with opt.remember():
             loss_r = remember_loss()
             loss_r.backward()

@@ -208,7 +208,7 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
     parts = parts.rename(tmp_path / "moved")  # with its sets, which are found there
     sets = {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()}
     there = json.loads((parts / "run.json").read_text())
-    for name in ("adversaries", "adversary_weight", "adversary_prompts", "adversary_steps"):
+    for name in ("adversaries", "adversary_learning_rate", "adversary_prompts", "adversary_steps"):
         del there["options"][name]  # as an earlier version left it
     (parts / "run.json").write_text(json.dumps(there))
     said = succeed(

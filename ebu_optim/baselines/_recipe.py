@@ -38,8 +38,8 @@ class Recipe:
         embedding: it trains the class embedding alone.
         fresh: it starts from random weights, on real images.
         noise: the noise of the "own" forget loss: "gaussian", or "uniform", which no model made.
-        adversary: what its adversarial embeddings are by default ("steps", "restart", "loss");
-            empty for a method without any.
+        adversary: what its adversarial embeddings are by default ("steps", "restart", "weight",
+            "loss"); empty for a method without any.
         held: what the rule holds between steps, in numbers for each weight.
         learning_rate: of the published text-to-image run, where it is not 1e-5.
         stalls: its step is zero where the remember gradient is; that of distillation is zero at the

@@ -30,7 +30,10 @@ class AdversaryOptions:
     )
     adversaries: int = option(1, help="at once")
     adversary_learning_rate: float = option(0.1, help="times the spread of the conditions")
-    adversary_weight: float = option(1.0, help="of the forget loss there, a mean over adversaries")
+    adversary_weight: float | None = option(
+        None,
+        help="of the forget loss there, a mean over adversaries; default: 0.1, or the\nmethod's",
+    )
     adversary_loss: Literal["pictures", "teacher"] | None = option(
         None, help="that they descend: denoising pictures of the forgotten, or the distance to\n"
         "what the frozen model predicts for it; default: pictures, or the method's",
@@ -46,7 +49,7 @@ class AdversaryOptions:
         rate, weight = self.adversary_learning_rate, self.adversary_weight
         if not 0 < rate < math.inf:
             raise InputError(f"--adversary_learning_rate must be > 0 and finite; got {rate}")
-        if not 0 < weight < math.inf:
+        if weight is not None and not 0 < weight < math.inf:
             raise InputError(f"--adversary_weight must be > 0 and finite; got {weight}")
         if not attacked(self):
             own = [f for f in fields(AdversaryOptions) if f.name != "adversary_steps"]
@@ -71,7 +74,8 @@ def defaults(args: Any, method: str) -> dict[str, Any]:
     steps = own.get("steps") if args.adversary_steps is None else args.adversary_steps
     if not steps:
         return {}
-    usual = {"steps": steps, "restart": 20, "loss": "pictures", **own}
+    # the weight: at 1 the neighbours of the forgotten suffered (docs/results.md)
+    usual = {"steps": steps, "restart": 20, "weight": 0.1, "loss": "pictures", **own}
     found = {f"adversary_{name}": value for name, value in usual.items()}
     return {name: value for name, value in found.items() if getattr(args, name) is None}
 
