@@ -73,6 +73,22 @@ def test_a_relearner_moves_down_the_sign_of_its_gradient_and_back():
     assert any(p.grad is not None for p in model.parameters())
 
 
+def test_depths_are_compared_seed_by_seed():
+    def result(depth_, seed, ra, steps):
+        spec = {"rule": "joint", "depth": depth_, "seed": seed}
+        return {"spec": spec, "ra": ra, "inversion": 0.5, "worst": 0.5, "relearn_steps": steps}
+
+    found = [
+        *(result("none", *at) for at in ((1, 0.8, 10.0), (2, 0.9, None), (3, 0.1, 1.0))),
+        *(result("adversary-tenth", *at) for at in ((1, 0.9, 20.0), (2, 1.0, None))),
+    ]
+    assert depth.differences(found) == (
+        "- plain sum, adversary at a tenth of the weight minus as it is (2 seeds): "
+        "RA +0.100 [+0.100, +0.100], inversion 200 +0.000 [+0.000, +0.000], worst of 3 rates "
+        "+0.000 [+0.000, +0.000], relearn_steps +5.000 [-58.531, +68.531]\n"
+    )
+
+
 def test_a_cell_is_a_mean_with_its_interval():
     assert depth.cell("ra", [0.9]) == "0.900"
     assert depth.cell("ra", [0.9, 0.9, 0.9]) == "0.900 ± 0.000"

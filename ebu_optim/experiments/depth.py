@@ -62,7 +62,6 @@ DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "adversary-tenth": {"adversary": {"steps": 3, "restart": 20}, "weight": 0.1},
     "light": {"reduction": "mean"},
     "light-adversary": {"adversary": {"steps": 3, "restart": 20}, "reduction": "mean"},
-    "light-adversary-1": {"adversary": {"steps": 1, "restart": 60}, "reduction": "mean"},
     "light-relearner": {"relearner": {"steps": 3, "size": 3e-4}, "reduction": "mean"},
 }  # fmt: skip
 TITLES = {
@@ -71,7 +70,6 @@ TITLES = {
     "adversary-mean": "adversary from the rows' mean", "light": "light",
     "adversary-tenth": "adversary at a tenth of the weight",
     "light-adversary": "light, adversary, 3 steps", "light-relearner": "light, relearner",
-    "light-adversary-1": "light, adversary, 1 step",
 }  # fmt: skip
 COLUMNS = {
     "p_f": "P_f ↓", "ra": "RA ↑", "inversion": "inversion 200 ↓", "worst": "worst of 3 rates ↓",
@@ -240,12 +238,42 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Which depths are compared seed by seed.
+PAIRS = [("adversary-tenth", "none"), ("light-adversary", "light")]
+
+
+def differences(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each rule and pair of depths: the mean of the differences seed by seed, with its
+    95 % interval."""
+    at = {(r["spec"]["rule"], r["spec"]["depth"], r["spec"]["seed"]): r for r in results}
+    lines = []
+    for rule in [m for m in methods if any(m == key[0] for key in at)]:
+        for deep, plain in PAIRS:
+            seeds = [s for r, d, s in at if (r, d) == (rule, deep) and (rule, plain, s) in at]
+            if len(seeds) < 2:
+                continue
+            said = []
+            for column in ("ra", "inversion", "worst", "relearn_steps"):
+                found = [_known(at[rule, deep, s][column]) - _known(at[rule, plain, s][column])
+                         for s in seeds]  # fmt: skip
+                low, high = t_interval(found)
+                title = COLUMNS[column][:-2]
+                said.append(f"{title} {statistics.fmean(found):+.3f} [{low:+.3f}, {high:+.3f}]")
+            pair = f"{TITLES[deep]} minus {TITLES[plain]} ({len(seeds)} seeds)"
+            lines.append(f"- {methods[rule].title}, {pair}: {', '.join(said)}")
+    return "\n".join(lines) + "\n"
+
+
+def _known(value: float | None) -> float:
+    return RELEARN_MAX if value is None else value
+
+
 def cell(column: str, values: Sequence[float | None]) -> str:
     """Steps that were not enough are counted as the most that were tried."""
     if column == "passes":
         return f"{values[0]}"
     digits_of = {"relearn_steps": 1}.get(column, 3)
-    there = [RELEARN_MAX if v is None else v for v in values]
+    there = [_known(v) for v in values]
     more = "> " if None in values else ""
     mean = f"{more}{statistics.fmean(there):.{digits_of}f}"
     if len(there) < 2:

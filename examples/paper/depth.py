@@ -43,8 +43,9 @@ def main(args: Depth) -> None:
         execute(wanted, folder, args.workers, "depth", run=depth.run, name=depth.name)
     found = load(folder)
     (folder / "results.json").write_text(json.dumps(found, indent=1))
-    (folder / "results.md").write_text(depth.table(found))
-    print(depth.table(found))
+    said = f"{depth.table(found)}\n{depth.differences(found)}"
+    (folder / "results.md").write_text(said)
+    print(said)
 
 
 if __name__ == "__main__":
