@@ -22,22 +22,31 @@ class AdversaryOptions:
     group: ClassVar[str] = "adversarial embeddings"
 
     adversary_steps: int | None = option(
-        None, help="of Adam, in each step of training, for conditions that still draw the\n"
-        "forgotten, and are forgotten too; default: the method's, which are 0 for most",
-    )  # fmt: skip
-    adversary_restart: int | None = option(
-        None, help="steps of training until one begins anew; default: 20, or the method's"
+        None,
+        help="Steps of Adam that adversaries take in each step of training, towards "
+        "conditions that still draw what is forgotten; these are then forgotten, too. "
+        "Default: the method's, which is 0 for most.",
     )
-    adversaries: int = option(1, help="at once")
-    adversary_learning_rate: float = option(0.1, help="times the spread of the conditions")
+    adversary_restart: int | None = option(
+        None,
+        help="Steps of training after which an adversary begins anew. Default: the method's, "
+        "which is 20 for most.",
+    )
+    adversaries: int = option(1, help="How many adversaries there are at once.")
+    adversary_learning_rate: float = option(
+        0.1, help="Learning rate of the adversaries, times the spread of the conditions."
+    )
     adversary_weight: float | None = option(
         None,
-        help="of the forget loss there, a mean over adversaries; default: 0.1, or the\nmethod's",
+        help="Weight of the forget loss at the adversaries' conditions, a mean over them. Default: "
+        "the method's, which is 0.1 for most.",
     )
     adversary_loss: Literal["pictures", "teacher"] | None = option(
-        None, help="that they descend: denoising pictures of the forgotten, or the distance to\n"
-        "what the frozen model predicts for it; default: pictures, or the method's",
-    )  # fmt: skip
+        None,
+        help="The loss that adversaries descend: of denoising pictures of what is forgotten, or the "
+        "distance to what the frozen model predicts for it (teacher). Default: the method's, which "
+        "is pictures for most.",
+    )
 
     def check_adversary(self: Any) -> None:
         """Raises:

@@ -21,12 +21,14 @@ from ebu_optim.training import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    output_dir: Path = option(Path("outputs/depth"))
-    rules: list[str] = option(["joint", "ebu_added", "salun"])
-    depths: list[str] = option(["none", "adversary", "adversary-1"], choices=list(depth.DEPTHS))
-    seeds: list[int] = option([1, 2, 3])
-    workers: int = option(1, help="processes, one thread each")
-    summary: bool = option(False, help="run nothing")
+    output_dir: Path = option(Path("outputs/depth"), help="Folder for runs and results.")
+    rules: list[str] = option(["joint", "ebu_added", "salun"], help="Update rules to compare.")
+    depths: list[str] = option(
+        ["none", "adversary", "adversary-1"], choices=list(depth.DEPTHS), help="Options of depth."
+    )
+    seeds: list[int] = option([1, 2, 3], help="Seeds of unlearning.")
+    workers: int = option(1, help="Processes, of one thread each.")
+    summary: bool = option(False, help="Run nothing, and write the results of what is there.")
 
     def __post_init__(self) -> None:
         for rule in self.rules:
