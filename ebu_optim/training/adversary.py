@@ -43,7 +43,7 @@ class AdversaryOptions:
     )
     adversary_loss: Literal["pictures", "teacher"] | None = option(
         None,
-        help="The loss that adversaries descend: of denoising pictures of what is forgotten, or the "
+        help="The loss that adversaries descend: of denoising pictures of the forgotten, or the "
         "distance to what the frozen model predicts for it (teacher). Default: the method's, which "
         "is pictures for most.",
     )
