@@ -101,6 +101,30 @@ def test_bytes_are_counted(how):
     assert quantized.saved(m, None, {"Block"}, 4) == 0
 
 
+def test_gradients_keep_no_weight_that_is_not_quantized(how):
+    """It would be as large again as the whole model."""
+    after = model()
+    whole = {tuple(layer.weight.shape) for layer in quantized.layers(after, {"Block"}).values()}
+    whole |= {shape[::-1] for shape in whole}
+    quantized.quantize(after, how, {"Block"}, "cpu")
+    kept = []
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        after[1:](x).square().sum().backward()
+    assert not whole & {tuple(shape) for shape in kept}
+    # which is the gradient through weights that are rounded so
+    rounded = model()
+    with torch.no_grad():
+        for a, b in zip(after[1:], rounded[1:], strict=True):
+            for name in ("one", "two"):
+                eye = torch.eye(getattr(b, name).in_features)
+                bias = getattr(a, name).bias
+                out = getattr(a, name)(eye) - (0 if bias is None else bias)
+                getattr(b, name).weight.copy_(out.T)
+    (right,) = torch.autograd.grad(rounded[1:](x).square().sum(), x)
+    torch.testing.assert_close(x.grad, right, rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return pipeline(tmp_path_factory.mktemp("quantized") / "base")

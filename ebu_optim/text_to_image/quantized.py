@@ -8,10 +8,10 @@ the denoiser's blocks; what is before, between and behind the blocks is small, a
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .._extras import require
@@ -61,8 +61,29 @@ def quantize(denoiser: nn.Module, how: Quantize, units: Collection[str], device:
         layer.to(device)
         if how == "int8":
             package.quantize_(layer, package.Int8WeightOnlyConfig())
+            layer.__class__ = _Int8Linear  # peft and diffusers still see an nn.Linear
         else:
             setattr(denoiser.get_submodule(owner), last, _nf4(package, layer, device))
+
+
+class _Int8Linear(nn.Linear):
+    """Torchao's, with gradients that keep no dequantized weight, which is as large as the one that
+    was quantized; bitsandbytes' layer does so by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Frozen.apply(x, self.weight, self.bias))
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight = ctx.weight.dequantize()
+        return grad.to(weight.dtype) @ weight, None, None
 
 
 def _nf4(package: Any, layer: nn.Linear, device: Any) -> nn.Module:
