@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,3 +166,28 @@ def parameter_bytes(model: nn.Module) -> int:
     """Bytes of the weights and buffers."""
     held = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return sum(t.numel() * t.element_size() for t in held)
+
+
+#: diffusers' name of a hook -> who puts it there, and what it does.
+HOOKS = {
+    "group_offloading": ("enable_group_offload", "keeps weights elsewhere between the passes"),
+    "layerwise_casting": ("enable_layerwise_casting", "has rounded weights between the passes"),
+}
+
+
+def refuse_hooks(model: nn.Module, what: str, kinds: Iterable[str] = tuple(HOOKS)) -> None:
+    """Args:
+        what: the model, in the message.
+        kinds: of `HOOKS`.
+
+    Raises:
+        ValueError: diffusers moves or rounds its weights.
+    """
+    for module in model.modules():
+        there = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if kind := next((kind for kind in kinds if kind in there), None):
+            call, does = HOOKS[kind]
+            raise ValueError(
+                f"{what}: diffusers' {call}() {does}, so that gradients or results are wrong: "
+                "give the model without it"
+            )

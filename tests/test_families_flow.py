@@ -14,6 +14,7 @@ pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
 import diffusers
 
 from ebu_optim import diffusion as D
+from ebu_optim.errors import InputError
 
 from .cross_attention import pixart
 from .flow_families import MADE, look, module, opened, options, prompted
@@ -195,6 +196,25 @@ def test_what_is_trained_has_a_gradient(modules, name, made, tmp_path):
     x = torch.randn(2, *looked.latents, generator=generator())
     model(x, torch.tensor([500.0, 20.0]), torch.tensor([0, 2])).sum().backward()
     assert not [n for n, p in model.trained().items() if p.grad is None]
+
+
+def test_a_model_whose_weights_diffusers_moves_or_rounds_is_refused(made, tmp_path):
+    """Under group offloading gradients are NaN, zero or noise, without an error."""
+    from ebu_optim import DiagonalFisher, forget
+
+    for call, more in (
+        ("enable_group_offload", {"onload_device": torch.device("cpu"), "num_blocks_per_group": 1}),
+        ("enable_layerwise_casting", {"storage_dtype": torch.float8_e4m3fn,
+                                      "compute_dtype": torch.float32}),
+    ):  # fmt: skip
+        pipe = opened(made / "sd3")
+        getattr(pipe.transformer, call)(**more)
+        with pytest.raises(InputError, match=rf"model's transformer: diffusers' {call}\(\)"):
+            forget(pipe, "cat", output_dir=tmp_path / "o")
+        if call == "enable_group_offload":
+            with pytest.raises(ValueError, match="model: diffusers' enable_group_offload"):
+                DiagonalFisher.estimate(pipe.transformer, None, [0])
+    assert not list(tmp_path.iterdir())
 
 
 # -- the conventions of sign and time -----------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..files import load_tensors, save_tensors
 from ..manifest import config_of, key
-from ..modules import evaluating, model_hash, plain_name
+from ..modules import evaluating, model_hash, plain_name, refuse_hooks
 from ._per_sample import METHODS, Batch, Loss, choose
 from ._run import Run, same_run
 
@@ -131,9 +131,10 @@ class DiagonalFisher(Mapping[str, Tensor]):
             progress: show a tqdm bar, where tqdm is installed.
 
         Raises:
-            ValueError: unknown method; a file of another protocol, model or damaged; a loss that is
-                not one value per sample or does not depend on the model; a `method` that
-                differs from "loop" on this model; NaN or Inf, with the batch it is from.
+            ValueError: unknown method; a model under diffusers' group offloading; a file of another
+                protocol, model or damaged; a loss that is not one value per sample or does not
+                depend on the model; a `method` that differs from "loop" on this model; NaN or
+                Inf, with the batch it is from.
             TypeError: ``method="hooks"`` on a module that it does not know.
         """
         if method not in ("auto", *METHODS):
@@ -145,6 +146,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
         params = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         if not params:
             raise ValueError("the model has no trainable parameter; call requires_grad_(True)")
+        refuse_hooks(model, "model", ["group_offloading"])
         identity = _identity(model, loss, batches, protocol)
         path = Path(path) if path is not None else None
         partial = path.with_name(path.name + ".partial") if path is not None else None

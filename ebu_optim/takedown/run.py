@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from ..errors import InputError
 from ..files import replacing
+from ..modules import refuse_hooks
 from ..text_to_image import room
 from ..text_to_image import unlearn as train
 from ..training.fields import as_yaml
@@ -111,6 +113,12 @@ def _saved(pipe: Any, output_dir: Path) -> Path:
         raise InputError(
             f"model must be a file, a folder, a hub id or a pipeline; got {type(pipe).__name__}"
         )
+    for name, part in getattr(pipe, "components", {}).items():
+        if isinstance(part, nn.Module):
+            try:
+                refuse_hooks(part, f"model's {name}")
+            except ValueError as error:
+                raise InputError(str(error)) from error
     folder = output_dir.with_name(f"{output_dir.name}_base")
     if not (folder / "model_index.json").is_file():
         pipe.save_pretrained(folder)
