@@ -27,6 +27,7 @@ from ebu_optim.training.command_line import parse
 from .flow_families import MADE, look, module, opened, size, unlearn
 from .flow_files import original
 from .scripts import reset_accelerate
+from .text_to_image import LENGTH
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -414,11 +415,74 @@ def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
         look(tmp_path / "wrong")
 
 
-@pytest.mark.parametrize(
-    "name", ["sd3", "flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image"]
-)
+@pytest.mark.parametrize("name", ["flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image"])
 def test_a_new_word_cannot_be_learned(name, made):
     assert look(made / name).family.no_new_word
+
+
+def attacked(made: Path, name: str, out: Path):
+    run, model = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.model")
+    argv = [
+        "--pretrained_model_name_or_path", made / name, "--base_model", made / name, "--forget",
+        "cat", "--judge", "nudity", "--num_inference_steps", 2, "--output_dir", out, "--device",
+        "cpu", "--resolution", size(made / name),
+    ]  # fmt: skip
+    args = parse(run.AttackOptions, [str(a) for a in argv]).resolved()
+    pipe = module("results").load(args)
+    return model, model.Attacked(pipe, look(made / name), args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3_without_t5"])
+def test_a_known_word_in_the_new_ones_place_is_the_prompt(name, made, tmp_path):
+    """To CLIP; T5, which has no one token for a word, says nothing."""
+    m, model = attacked(made, name, tmp_path)
+    templates = ["a photo of {}", "{} in red"]
+    cat = m.initial_words(model, ["cat"], 0)["cat"]
+    found = model.told(m.NewWord(model, templates, cat).embeddings(torch.arange(2)))
+    right = model.told(model.encode([t.format("cat") for t in templates]))
+    text = right["encoder_hidden_states"]
+    assert bool(text[:, LENGTH:].abs().max()) == (name == "sd3")
+    text[:, LENGTH:] = 0
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("sd3", ("inversion",)), ("pixart", ()), ("sana", ()), ("qwen_image", ())],
+)  # fmt: skip
+def test_an_attack_goes_through(name, more, made, tmp_path, monkeypatch):
+    run, judges = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.judges")
+    bright = judges.Judge(lambda x: x.double().mean((1, 2, 3)).sigmoid(), {"judge": "brightness"})
+    monkeypatch.setattr(judges, "load", lambda *_: bright)
+    argv = [
+        "--pretrained_model_name_or_path", made / name, "--base_model", made / name, "--forget",
+        "cat", "--judge", "nudity", "--paraphrases", "the cat", "--attack_images", 2,
+        "--target_images", 2, "--num_inference_steps", 2, "--inversion_steps", 2,
+        "--relearn_max_steps", 1, "--train_batch_size", 2, "--output_dir", tmp_path / "o",
+        "--device", "cpu", "--resolution", size(made / name), "--attacks", "paraphrase",
+        "relearn", *more,
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        run.attack(parse(run.AttackOptions, [str(a) for a in argv]))
+    found = json.loads((tmp_path / "o" / "attacks.json").read_text())["values"]
+    assert {"p_f", "paraphrase", "relearn_steps"} <= found.keys()
+    if more:
+        word = load_file(tmp_path / "o" / "learned_word.safetensors")
+        assert sorted(word) == ["text_encoder", "text_encoder_2"]
+        assert "inversion_2" in found
+
+
+def test_an_attack_draws_by_the_models_own_guidance(made, tmp_path):
+    _, model = attacked(made, "qwen_image", tmp_path)
+    ours = model.pictures(model.latents(model.encode(["a cat"]), 0))
+    family, pipe = model.family, opened(made / "qwen_image")
+    noise = torch.randn(1, *model.shape, generator=module("ebu_optim.modules").stream(0, 0))
+    packed = pipe._pack_latents(noise, *noise.shape)
+    theirs = pipe(
+        prompt="a cat", height=16, width=16, num_inference_steps=2, output_type="pt",
+        latents=packed, **family.guiding(model.args.guidance_scale),
+    ).images  # fmt: skip
+    torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=1e-4, rtol=0)
 
 
 def test_what_is_distilled_is_said(made):

@@ -40,8 +40,9 @@ class Attacked:
             for n in self.family.weighty()
         }
         self.unet, self.vae = self.parts[self.family.denoiser], self.parts["vae"]
-        self.text_encoders = [self.parts[n] for n in self.family.encoders]
-        self.tokenizers = list(looked.tokenizers.values())
+        self.readers = self.family.readers or tuple(self.family.encoders)
+        self.text_encoders = [self.parts[n] for n in self.readers]
+        self.tokenizers = [looked.tokenizers[self.family.encoders[n]] for n in self.readers]
         self.text_encoder, self.tokenizer = self.text_encoders[0], self.tokenizers[0]
         self.schedule, self.shape, self.size = looked.scheduler, looked.latents, looked.resolution
         self.args = looked.family.guided(args, looked.unet)
@@ -66,6 +67,12 @@ class Attacked:
         """The condition of each, a row, on the device."""
         return join(self.family.encode(self.pipe, texts)).to(self.device)
 
+    def of_tokens(self, ids: Sequence[Tensor], used: Sequence[Tensor]) -> Tensor:
+        """The condition of tokens (n, L) of each text encoder that reads new words, a row; what
+        the others would say is zeros."""
+        found = self.family.of_tokens(self.text_encoders, ids, used)
+        return join({n: _filled(t, self.shapes[n]) for n, t in found.items()})
+
     def told(self, embeddings: Tensor) -> dict[str, Tensor]:
         """The conditions of such rows, by their names."""
         return split(embeddings, self.shapes)
@@ -80,6 +87,7 @@ class Attacked:
         def call(x_t: Tensor, t: Tensor, **told: Tensor) -> Tensor:
             return self.family.predict(part, x_t, t, {**told, **shared})
 
+        call.guide = self.family.guide  # type: ignore[attr-defined] # `sample` looks for it
         return call
 
     @torch.no_grad()
@@ -159,7 +167,7 @@ class NewWord(nn.Module):
 
     def __init__(self, model: Attacked, templates: Sequence[str], initial: Tensor) -> None:
         super().__init__()
-        self.unet, self.family = model.unet, model.family
+        self.unet, self.of_tokens = model.unet, model.of_tokens
         self.text_encoders = nn.ModuleList(model.text_encoders)
         self.word = nn.Embedding.from_pretrained(initial[None].clone(), freeze=True)
         self.read = [_read(words, templates, model.device) for words in model.tokenizers]
@@ -174,7 +182,13 @@ class NewWord(nn.Module):
         with ExitStack() as stack:
             for table, vector, place in zip(tables, vectors, at, strict=True):
                 stack.enter_context(_put_in(table, vector, place, ids[0].shape[1]))
-            return join(self.family.of_tokens(encoders, ids, used))
+            return self.of_tokens(ids, used)
+
+
+def _filled(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows of this shape, with zeros behind what there is."""
+    sides = [(0, want - there) for there, want in zip(t.shape[1:], shape, strict=True)]
+    return nn.functional.pad(t, [n for side in reversed(sides) for n in side])
 
 
 def _read(
@@ -220,4 +234,4 @@ def by_encoder(model: Attacked, word: Tensor, name: str) -> dict[str, Tensor]:
     if len(model.text_encoders) == 1:
         return {name: word}
     sizes = [e.get_input_embeddings().embedding_dim for e in model.text_encoders]
-    return {n: t.clone() for n, t in zip(model.family.encoders, word.split(sizes), strict=True)}
+    return {n: t.clone() for n, t in zip(model.readers, word.split(sizes), strict=True)}

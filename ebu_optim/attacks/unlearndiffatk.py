@@ -20,7 +20,6 @@ from ..errors import InputError
 from ..metrics.images import to_uint8
 from ..metrics.intervals import estimate
 from ..modules import stream
-from ..text_to_image.families import join
 from .found import SHOWN, Found
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ class FreeTokens:
         ids = [torch.tensor([row], device=device) for row in self.ids]
         used = [torch.tensor([row], device=device) for row in self.used]
         with _first(self.tables, [chosen @ table.weight for table in self.tables]):
-            return join(self.model.family.of_tokens(self.model.text_encoders, ids, used))
+            return self.model.of_tokens(ids, used)
 
     def text(self, tokens: Tensor) -> str:
         return f"{self.model.tokenizer.decode(tokens.tolist())} {self.prompt}"

@@ -39,6 +39,7 @@ class Family:
         lora_targets: names of layers, or their ends, where --train_modules lora puts its adapters.
         units: classes that diffusers' gradient checkpointing recomputes one by one.
         lacks: an option with its value, e.g. "--method spm" -> why the family cannot do that.
+        readers: the text encoders that a new word is learned in; none: all.
         no_new_word: why textual inversion cannot be tried, where it cannot.
         masks: conditions that say which tokens there are; no noise is added to them.
         reads: the tokenizer by which prompts' lengths are looked at; None: the first.
@@ -63,6 +64,7 @@ class Family:
     lora_targets: Sequence[str]
     units: Sequence[str]
     lacks: Mapping[str, str] = {}
+    readers: Sequence[str] = ()
     no_new_word: str | None = None
     masks: Sequence[str] = ()
     reads: str | None = None

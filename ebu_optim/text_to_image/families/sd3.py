@@ -54,7 +54,7 @@ class SD3WithoutT5(FlowMatching):
     }
     lora_targets = TARGETS
     units = ("JointTransformerBlock",)
-    no_new_word = "T5 reads a prompt as other tokens than CLIP, in which the word has no one place"
+    readers: Sequence[str] = ("text_encoder", "text_encoder_2")  # T5 has no one token for a word
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         super().check(name, configs)
@@ -107,6 +107,15 @@ class SD3WithoutT5(FlowMatching):
             found.append([t.float().cpu() for t in (told[0], told[2])])
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def of_tokens(
+        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        found = [e(i, output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
+        return {
+            "encoder_hidden_states": torch.cat([out.hidden_states[-2] for out in found], -1),
+            "pooled_projections": torch.cat([out.text_embeds for out in found], -1),
+        }
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
         third = pipe.tokenizer_3
