@@ -1,6 +1,6 @@
 """Gradients of a LoRA over a frozen transformer whose weights diffusers moves or rounds.
 
-    python -m tests.benchmarks.offloaded_gradients --json docs/evidence/offloaded_gradients.json
+    PYTHONPATH=. python tests/benchmarks/offloaded_gradients.py --json offloaded_gradients.json
 
 For each family of flow matching in small, with gradient checkpointing and without: the cosine of
 the LoRA's gradient to that over the frozen weights as they are, and its length beside. Layerwise
@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
+from measure import machine
 
-from tests.benchmarks import report
-from tests.benchmarks.measure import machine
 from tests.flow_families import MADE, module, prompted
 
 NAMES = ("sd3", "flux_dev", "klein", "z_image", "qwen_image", "sana")
