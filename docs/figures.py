@@ -10,9 +10,9 @@ A figure stands between two comments:
 The file is in docs/evidence, or it is a report in docs/results (`digits/table6-full-replay`). The
 path goes down by keys, and by
 
-    [method=joint,options/gamma=100]   the one item of a list of which this is true
+    [method=joint,options/gamma!=100]  the one item of a list of which this is true
     *[method=joint]  or  *             every such item: the rest of the path is applied to each
-    #count #mean #sd #min #max         last, of many
+    #count #sum #mean #sd #min #max    last, of many
 
 The format is Python's; `/ 2**30` or `* 100` after it scales the value first. A line must not begin
 with a comment, which Markdown would take for a block of HTML.
@@ -37,6 +37,7 @@ FIGURE = re.compile(
 SCALE = re.compile(r"^(?P<spec>\S+)(?: (?P<sign>[*/]) (?P<base>\d+)(?:\*\*(?P<power>\d+))?)?$")
 OF_MANY: dict[str, Callable[[list[Any]], Any]] = {
     "#count": len,
+    "#sum": sum,
     "#mean": statistics.mean,
     "#sd": statistics.stdev,
     "#min": min,
@@ -54,17 +55,15 @@ def content(name: str) -> Any:
 
 
 def matches(item: Any, conditions: str) -> bool:
-    """Whether all of `a=1,b/c=x` hold of an item; a missing key is "none"."""
-    for condition in filter(None, conditions.split(",")):
-        path, _, wanted = condition.partition("=")
+    """Whether all of `a=1,b/c!=x` hold of an item; a missing key is "none"."""
+    for condition in filter(None, re.split(r",(?=\S+=)", conditions)):
+        path, sign, wanted = re.split("(!?=)", condition, maxsplit=1)
         found = item
         for key in path.split("/"):
             found = found.get(key) if isinstance(found, dict) else None
-        if type(found) is float:
-            same = found == float(wanted)
-        else:
-            same = wanted == ("none" if found is None else str(found))
-        if not same:
+        numbers = type(found) is float and wanted != "none"
+        same = found == float(wanted) if numbers else str(found).casefold() == wanted.casefold()
+        if same != (sign == "="):
             return False
     return True
 
@@ -92,6 +91,8 @@ def look_up(value: Any, path: str) -> Any:
             last = steps[-1] if steps[-1] in OF_MANY else ""
             rest = rest.removesuffix(last).rstrip("/")
             each = [look_up(v, rest) if rest else v for v in found]
+            if "*" in rest:  # items of items are one list
+                each = [v for values in each for v in values]
             return OF_MANY[last](each) if last else each
         value = value[int(step)] if isinstance(value, list) else value[step]
     return value
