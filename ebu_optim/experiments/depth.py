@@ -239,7 +239,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 #: Which depths are compared seed by seed.
-PAIRS = [("adversary-tenth", "none"), ("light-adversary", "light")]
+PAIRS = [("adversary-tenth", "none"), ("relearner", "none"), ("light-adversary", "light")]
 
 
 def differences(results: Sequence[Mapping[str, Any]]) -> str:
