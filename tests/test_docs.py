@@ -220,6 +220,14 @@ def test_every_page_stands_in_the_contents():
         assert page.stem == "index" or listed or "orphan: true" in page.read_text(), page.name
 
 
+def test_every_page_begins_with_who_should_read_it():
+    others = {"index", "processes", "families", "protocols", "results", "text_to_image_results"}
+    for page in PAGES[1:]:
+        if page.stem not in others:
+            first = page.read_text().partition("\n\n")[2]
+            assert first.startswith("This page is for "), page.name
+
+
 def test_figures_in_prose_are_those_of_the_json():
     script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     assert [line for page in PAGES[1:] for line in script["wrong"](page)] == []
