@@ -51,7 +51,7 @@ STYLED_DIGITS = TextWorld(
 )  # fmt: skip
 
 
-#: SD3's prompts are read by three encoders at once: there is no textual inversion.
+#: Textual inversion on SD3 came later, and its tables have none.
 FLOW_DIGITS = STYLED_DIGITS._replace(
     name="flow-digits", title="digits in styles, drawn by a flow", like=STYLED_DIGITS.name,
     base={"max_train_steps": 3000, "denoiser": "transformer", "learning_rate": 1e-3},
