@@ -281,6 +281,28 @@ def test_classes_by_the_same_command(tmp_path, capsys):
     assert run("forget", base, "x", "-o", tmp_path / "no", *options) == 2
 
 
+def test_classes_are_relabelled_on_real_images(tmp_path, capsys):
+    """The sets are made of what the request says: its data, the images of its surrogate."""
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    from ebu_optim.class_conditional import models
+
+    info = {
+        "classes": list("0123456789"), "shape": [1, 8, 8], "source": "tiny", "null_class": 10,
+    }  # fmt: skip
+    base, out = tmp_path / "base", tmp_path / "out"
+    models.save_unet(base, tiny_unet(11), schedule(), info, "card")
+    options = ["--replay_per_class", "2", "--sampling_steps", "2", "--max_train_steps", "2",
+               "--train_batch_size", "2", "--cpu"]  # fmt: skip
+    relabel = ["--forget_loss", "relabel"]
+    assert run("forget", base, "1", "-o", out, *options, *relabel) == 2
+    assert "give --digits, --dataset_name, --parquet or --train_data_dir" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    assert run("forget", base, "1", "-o", out, *options, *relabel, "--digits") == 0
+    assert (tmp_path / "out_sets" / "forget.safetensors").is_file()
+    null = ["--surrogate", "null_class"]
+    assert run("forget", base, "1", "-o", tmp_path / "null", *options, *null) == 0
+
+
 def test_presets_are_what_they_say():
     given = {"pretrained_model_name_or_path": "m", "forget": ["cat"], "output_dir": Path("o")}
     args = Forget(**given).resolved()

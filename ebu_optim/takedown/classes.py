@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..class_conditional import evaluation, sets
 from ..class_conditional.options import Unlearn
 from ..class_conditional.unlearn import unlearn
+from ..diffusion.objectives import needs_own_images
 from ..errors import InputError
 from ..files import replacing
 from ..training.fields import as_yaml, option
+from ..training.sources import DataOptions
 from . import evidence
 from .pictures import FOLDER
 
@@ -58,9 +60,21 @@ class ForgetClasses(Unlearn):
 
 
 def run(config: ForgetClasses) -> None:
-    """Prepare what is not there, unlearn, measure where a classifier is given, write evidence."""
+    """Prepare what is not there, unlearn, measure where a classifier is given, write evidence.
+
+    Raises:
+        InputError: the forget loss learns from real images, and no data set is named.
+    """
     args: Any = config.resolved()
+    if (why := needs_own_images(args)) and not args.given:
+        raise InputError(
+            f"{why} needs real images of every class to forget: give --digits, --dataset_name, "
+            "--parquet or --train_data_dir"
+        )
     prepare = sets.Prepare(
+        **{f.name: getattr(args, f.name) for f in fields(DataOptions)},
+        weights=args.start_from, device="cpu" if args.cpu else sets.Prepare.device,
+        surrogate_images=args.replay_per_class * (args.surrogate == "null_class"),
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, forget=args.forget,
         replay_classes=args.replay_classes, replay_per_class=args.replay_per_class,
         num_inference_steps=args.sampling_steps, guidance_scale=args.guidance_scale,
