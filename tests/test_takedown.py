@@ -295,12 +295,39 @@ def test_classes_are_relabelled_on_real_images(tmp_path, capsys):
                "--train_batch_size", "2", "--cpu"]  # fmt: skip
     relabel = ["--forget_loss", "relabel"]
     assert run("forget", base, "1", "-o", out, *options, *relabel) == 2
-    assert "give --digits, --dataset_name, --parquet or --train_data_dir" in capsys.readouterr().err
+    assert "relabel needs real images: give --digits, --dataset_name" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
     assert run("forget", base, "1", "-o", out, *options, *relabel, "--digits") == 0
     assert (tmp_path / "out_sets" / "forget.safetensors").is_file()
     null = ["--surrogate", "null_class"]
     assert run("forget", base, "1", "-o", tmp_path / "null", *options, *null) == 0
+
+
+def test_classes_are_measured_by_a_classifier(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    from ebu_optim.class_conditional import models
+    from ebu_optim.class_conditional.options import TrainClassifier
+    from ebu_optim.class_conditional.train_classifier import train_classifier
+
+    info = {
+        "classes": list("0123456789"), "shape": [1, 8, 8], "source": "tiny", "null_class": 10,
+    }  # fmt: skip
+    base, out, judge = tmp_path / "base", tmp_path / "out", tmp_path / "judge"
+    models.save_unet(base, tiny_unet(11), schedule(), info, "card")
+    train_classifier(
+        TrainClassifier(
+            digits=True, model="small", output_dir=judge, max_train_steps=2, train_batch_size=8,
+            cpu=True,
+        )
+    )  # fmt: skip
+    options = ["--replay_per_class", "2", "--sampling_steps", "2", "--max_train_steps", "2",
+               "--train_batch_size", "2", "--validation_images", "1", "--validation_steps", "2",
+               "--validation_inference_steps", "2", "--cpu", "--classifier", judge]  # fmt: skip
+    assert run("forget", base, "1", "-o", out, *options) == 2
+    assert "--classifier needs real images: give --digits" in capsys.readouterr().err
+    assert run("forget", base, "1", "-o", out, *options, "--digits") == 0
+    assert run("show", out) == 0
+    assert run("verify", out) == 0
 
 
 def test_presets_are_what_they_say():

@@ -63,17 +63,18 @@ def run(config: ForgetClasses) -> None:
     """Prepare what is not there, unlearn, measure where a classifier is given, write evidence.
 
     Raises:
-        InputError: the forget loss learns from real images, and no data set is named.
+        InputError: the forget loss or the classifier needs real images, and no data set is named.
     """
     args: Any = config.resolved()
-    if (why := needs_own_images(args)) and not args.given:
+    why = needs_own_images(args) or ("--classifier" if args.classifier else None)
+    if why and not args.given:
         raise InputError(
-            f"{why} needs real images of every class to forget: give --digits, --dataset_name, "
-            "--parquet or --train_data_dir"
+            f"{why} needs real images: give --digits, --dataset_name, --parquet or --train_data_dir"
         )
+    shared = {f.name: getattr(args, f.name) for f in fields(DataOptions)}
+    shared |= {"device": "cpu"} if args.cpu else {}
     prepare = sets.Prepare(
-        **{f.name: getattr(args, f.name) for f in fields(DataOptions)},
-        weights=args.start_from, device="cpu" if args.cpu else sets.Prepare.device,
+        **shared, weights=args.start_from,
         surrogate_images=args.replay_per_class * (args.surrogate == "null_class"),
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, forget=args.forget,
         replay_classes=args.replay_classes, replay_per_class=args.replay_per_class,
@@ -91,6 +92,7 @@ def run(config: ForgetClasses) -> None:
     if args.classifier:
         evaluation.evaluate(
             evaluation.Evaluation(
+                **shared,
                 pretrained_model_name_or_path=str(args.output_dir), classifier=args.classifier,
                 output_dir=args.output_dir / FOLDER, num_inference_steps=args.sampling_steps,
                 no_depth=True, images_per_class=min(100, args.replay_per_class),
