@@ -31,6 +31,12 @@ from .losses import (
 from .relabel import next_class, relabel_loss
 
 
+REMEMBER_LOSS = (
+    "Remember loss: replayed pairs, the frozen model's predictions on them (distillation), or these "
+    "with conditions drawn anew (crossed distillation)."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """Which losses a method learns from, where it is not its own."""
@@ -47,11 +53,7 @@ class LossOptions:
         help="surrogate: the surrogate's images under the forgotten condition; relabel: "
         "SalUn's loss, on images of what is forgotten. Default: the method's own.",
     )
-    remember: Literal["replay", "distill", "crossed"] = option(
-        "replay",
-        help="Remember loss: replayed pairs, the frozen model's predictions on them "
-        "(distillation), or these with conditions drawn anew (crossed distillation).",
-    )
+    remember: Literal["replay", "distill", "crossed"] = option("replay", help=REMEMBER_LOSS)
     reduction: Literal["sum", "mean"] = option("sum", help="Reduction of the losses over C, H, W.")
 
     def check_losses(self: Any) -> None:

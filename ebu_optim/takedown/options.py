@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ..attacks.judges import JudgeOptions
 from ..baselines import methods
+from ..diffusion.objectives import REMEMBER_LOSS
 from ..errors import InputError
 from ..text_to_image.options import ALIASES, Unlearn
 from ..text_to_image.prompts import PLACE, REMEMBER
@@ -128,9 +129,7 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
     remember: Literal["replay", "distill", "crossed"] | None = option(  # type: ignore[assignment]
         None,
         flag="--remember_loss",
-        help="Remember loss: replayed pairs, the frozen model's predictions on them "
-        "(distillation), or these with conditions drawn anew (crossed distillation). "
-        "Default: the preset's.",
+        help=f"{REMEMBER_LOSS} Default: the preset's.",
     )
 
     def resolved(self) -> Forget:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..baselines import methods
-from ..diffusion.objectives import LossOptions
+from ..diffusion.objectives import REMEMBER_LOSS, LossOptions
 from ..errors import InputError
 from ..training import adversary
 from ..training.adversary import AdversaryOptions
@@ -43,10 +43,7 @@ class Unlearn(
         None, help="Where F comes from. Default: online; for SA it is estimated."
     )
     remember: Literal["replay", "distill", "crossed"] = option(
-        "replay",
-        flag="--remember_loss",
-        help="Remember loss: replayed pairs, the frozen model's predictions on them "
-        "(distillation), or these with conditions drawn anew (crossed distillation).",
+        "replay", flag="--remember_loss", help=REMEMBER_LOSS
     )
     reduction: Literal["sum", "mean"] = option("mean", help="Reduction of the losses over C, H, W.")
     train_batch_size: int = option(1, help="Batch size of each process.")
