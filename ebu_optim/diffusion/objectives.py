@@ -30,10 +30,9 @@ from .losses import (
 )
 from .relabel import next_class, relabel_loss
 
-
 REMEMBER_LOSS = (
-    "Remember loss: replayed pairs, the frozen model's predictions on them (distillation), or these "
-    "with conditions drawn anew (crossed distillation)."
+    "Remember loss: replayed pairs, the frozen model's predictions on them (distillation), or "
+    "these with conditions drawn anew (crossed distillation)."
 )
 
 
