@@ -101,6 +101,8 @@ def look_up(value: Any, path: str) -> Any:
 def text(file: str, path: str, how: str) -> str:
     """A figure as the page shows it."""
     value = look_up(content(file), path)
+    if isinstance(value, dict):  # of a report: a value with its interval
+        value = value["value"]
     scale = SCALE.match(how)
     if scale is None:
         raise ValueError(f"no format: {how}")
