@@ -43,8 +43,9 @@ PUBLIC = {
     "ebu_optim.diffusion": [
         "Adversary", "FisherBatches", "anchor_loss", "anchored", "antithetic_timesteps",
         "denoising_loss", "distillation_loss", "esd_loss", "esd_target", "evaluating",
-        "fisher_loss", "gaussian_forget_loss", "model_hash", "next_class", "noisy_condition", "partly_denoised",
-        "random_anchors", "relabel_loss", "sample", "sample_set", "surrogate_noise", "transport",
+        "fisher_loss", "gaussian_forget_loss", "model_hash", "next_class", "noisy_condition",
+        "partly_denoised", "random_anchors", "relabel_loss", "sample", "sample_set",
+        "surrogate_noise", "transport",
     ],
     "ebu_optim.metrics": [
         "ClipClassifier", "ClipCosine", "ImagenetteClassifier", "LpipsDistance", "NotComputed",
