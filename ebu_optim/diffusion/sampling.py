@@ -71,7 +71,7 @@ def sample(
     if n is None:
         raise ValueError("the condition holds no tensor, whose rows would be the images to draw")
     condition = moved(condition, device)
-    guided, guide = guidance_scale != 1.0, getattr(model, "guide", _guide)
+    guided, led = guidance_scale != 1.0, getattr(model, "guide", guide)
     if guided:
         if null_condition is None:
             raise ValueError(
@@ -102,7 +102,7 @@ def sample(
         if guided:
             two = torch.cat([x_in, x_in])
             null, out = output(model, two, t_in.expand(2 * n), both, scheduler).float().chunk(2)
-            found = guide(_first(null, x), _first(out, x), guidance_scale)
+            found = led(_first(null, x), _first(out, x), guidance_scale)
         else:
             out = output(model, x_in, t_in.expand(n), condition, scheduler).float()
             found = _first(out, x)
@@ -114,7 +114,9 @@ def sample(
     return x.clamp(-1, 1) if clip else x
 
 
-def _guide(null: Tensor, text: Tensor, scale: float) -> Tensor:
+def guide(null: Tensor, text: Tensor, scale: float) -> Tensor:
+    """What guidance makes of the predictions without and with a condition, in diffusers'
+    convention."""
     return null + scale * (text - null)
 
 

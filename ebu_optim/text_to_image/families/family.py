@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+from ...diffusion.sampling import guide
 from ...errors import InputError
 from ...training.options import ddim_takes
 from .unets import Choice
@@ -271,9 +272,19 @@ class Family:
         """What a call of the pipeline needs beside a prompt, to draw from text alone."""
         return {}
 
+    def fits(self, name: str, takes: int | None, width: int, times: int = 1) -> None:
+        """Raises:
+        InputError: the transformer takes another width than the text encoder makes.
+        """
+        if takes != times * width:
+            raise InputError(
+                f"{name}: the transformer takes text embeddings of {takes}, its text encoder makes "
+                f"{f'{times} times ' if times > 1 else ''}{width}"
+            )
+
     def guide(self, null: Tensor, text: Tensor, scale: float) -> Tensor:
         """Of what is predicted without and with a prompt, what guidance makes."""
-        return null + scale * (text - null)
+        return guide(null, text, scale)
 
     def unread(self, config: Config) -> tuple[str, ...]:
         """How the names begin of weights that decide nothing, and have no gradient."""

@@ -77,16 +77,6 @@ class FlowMatching(Family):
                 f"VAE makes {latent}: these losses need {self.packed} times as many"
             )
 
-    def fits(self, name: str, takes: int, width: int, times: int = 1) -> None:
-        """Raises:
-        InputError: the transformer takes another width than the text encoder makes.
-        """
-        if takes != times * width:
-            raise InputError(
-                f"{name}: the transformer takes text embeddings of {takes}, its text encoder makes "
-                f"{f'{times} times ' if times > 1 else ''}{width}"
-            )
-
     def refuse(self, args: Any) -> None:
         super().refuse(args)
         source = args.pretrained_model_name_or_path

@@ -71,12 +71,8 @@ class PixArtSigma(Family):
                 f"makes {latent}: known are as many, and in what is predicted as many again for "
                 "the variance"
             )
-        takes, makes = config.get("caption_channels"), configs["text_encoder"].get("d_model", 512)
-        if takes != makes:
-            raise InputError(
-                f"{name}: the transformer takes text embeddings of {takes}, its text encoder makes "
-                f"{makes}"
-            )
+        width = configs["text_encoder"].get("d_model", 512)
+        self.fits(name, config.get("caption_channels"), width)
         told = config.get("use_additional_conditions")
         if config.get("sample_size", 128) == 128 if told is None else told:
             raise InputError(
