@@ -18,8 +18,9 @@ $(VENV)/.%: pyproject.toml setup.py $(wildcard ebu_optim/kernels/_cpu*.[ch]) $(B
 demo: $(VENV)/.examples
 	$(BIN)/python examples/quickstart.py --overwrite
 
-# a file stays in one process: its tests share what they launch; on a GPU: ARGS="--device cuda"
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+# a file stays in one process: its tests share what they launch; a process that dies ends the run with
+# the name of its test, since xdist waits for ever for the rest; on a GPU: ARGS="--device cuda"
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(ARGS)
 
 # what a change to the optimizer breaks first, in a minute or so; the rest is in `make test`
 CORE := tests/optim $(patsubst %,tests/test_%.py,baselines_rules baselines_shape checkpoint_files combine cpu \
