@@ -127,8 +127,11 @@ def wrong(page: Path) -> list[str]:
     ]
     if len(FIGURE.findall(said)) != said.count("<!--="):
         found.append(f"{page.name}: a figure is not written as docs/figures.py says")
-    found += [f"{page.name}: a line begins with a comment: {line}" for line in said.splitlines()
-              if line.lstrip().startswith("<!--")]  # fmt: skip
+    found += [
+        f"{page.name}: a line begins with a comment: {line}"
+        for line in said.splitlines()
+        if line.lstrip().startswith("<!--")
+    ]
     return found
 
 

@@ -129,9 +129,11 @@ def verify(config: Any) -> None:
     from .takedown import evidence
 
     wrong = evidence.verify(
-        config.folder, public_key=config.public_key, certificates=config.certificates,
+        config.folder,
+        public_key=config.public_key,
+        certificates=config.certificates,
         base=config.base,
-    )  # fmt: skip
+    )
     for line in wrong:
         print(line)
     if wrong:
@@ -158,6 +160,11 @@ def _doctor(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "forget": _forget, "evaluate": _evaluate, "compare": _compare, "attack": _attack, "show": _show,
-    "verify": _verify, "doctor": _doctor,
-}  # fmt: skip
+    "forget": _forget,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "attack": _attack,
+    "show": _show,
+    "verify": _verify,
+    "doctor": _doctor,
+}

@@ -32,9 +32,13 @@ class Generator(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(len(digits.CLASSES), CONDITION)
         self.body = nn.Sequential(
-            nn.Linear(LATENT + CONDITION, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, WIDTH),
-            nn.LeakyReLU(0.2), nn.Linear(WIDTH, PIXELS), nn.Tanh(),
-        )  # fmt: skip
+            nn.Linear(LATENT + CONDITION, WIDTH),
+            nn.LeakyReLU(0.2),
+            nn.Linear(WIDTH, WIDTH),
+            nn.LeakyReLU(0.2),
+            nn.Linear(WIDTH, PIXELS),
+            nn.Tanh(),
+        )
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         x = self.body(torch.cat([z, self.embedding(labels)], 1))
@@ -50,9 +54,11 @@ class Discriminator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            spectral_norm(nn.Linear(PIXELS, WIDTH)), nn.LeakyReLU(0.2),
-            spectral_norm(nn.Linear(WIDTH, WIDTH)), nn.LeakyReLU(0.2),
-        )  # fmt: skip
+            spectral_norm(nn.Linear(PIXELS, WIDTH)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Linear(WIDTH, WIDTH)),
+            nn.LeakyReLU(0.2),
+        )
         self.head = spectral_norm(nn.Linear(WIDTH, 1))
         self.embedding = spectral_norm(nn.Embedding(len(digits.CLASSES), WIDTH))
 

@@ -60,9 +60,15 @@ def data() -> CombinedLoader:
 def trainer(devices: int = 1, **options: Any) -> lightning.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     return lightning.Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-        logger=False, enable_checkpointing=False, log_every_n_steps=2, **quiet, **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        log_every_n_steps=2,
+        **quiet,
+        **options,
+    )
 
 
 def main(devices: int) -> None:

@@ -44,6 +44,9 @@ from ebu_optim.worlds.digits_judged import PER_CLASS, Evaluation
 from ebu_optim.worlds.digits_pages import card, curves, grid, table
 
 CURVE_EVERY = 25
+#: what the report says of the optimizer
+SETTINGS = ("alpha", "delta", "gamma", "penalty", "update", "unrelated", "terms", "granularity")
+SETTINGS += ("max_grad_norm", "fisher_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,10 @@ class Quickstart:
     delta: float = option(0.5, help="Share of the weights that each task selects.")
     gamma: float | None = option(None, help="Strength of the penalty. Default: EBUOptimizer's own.")
     remember: Literal["replay", "distill", "crossed"] = option(
-        "crossed", help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
+        "crossed",
+        help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
         "these with conditions drawn anew.",
-    )  # fmt: skip
+    )
     adversary_steps: int = option(
         0, help="Steps of an adversary, in each step, towards an embedding that draws the digit."
     )
@@ -105,17 +109,26 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
     kept = torch.tensor([c for c in digits.CLASSES if c != args.forget])
     teacher = digits.load_unet(device).eval()
     images, labels = sample_set(
-        work / "replay.safetensors", model, evaluation.ddim,
-        kept.repeat_interleave(30), digits.SHAPE, num_inference_steps=20,
-        batch_size=90, seed=args.seed, device=device,
-    )  # fmt: skip
+        work / "replay.safetensors",
+        model,
+        evaluation.ddim,
+        kept.repeat_interleave(30),
+        digits.SHAPE,
+        num_inference_steps=20,
+        batch_size=90,
+        seed=args.seed,
+        device=device,
+    )
     images, labels = images.to(device), labels.to(device)
 
     options = {} if args.gamma is None else {"gamma": args.gamma}
     opt = EBUOptimizer(
         Adam(model.parameters(), lr=args.learning_rate),
-        alpha=args.alpha, delta=args.delta, max_grad_norm=1.0, **options,
-    )  # fmt: skip
+        alpha=args.alpha,
+        delta=args.delta,
+        max_grad_norm=1.0,
+        **options,
+    )
     target = torch.full((args.batch_size,), args.forget, device=device)
     eval_labels = torch.cat([torch.full((36,), args.forget), kept.repeat_interleave(4)])
     done: dict[str, Any] = {"curve": [], "seconds": 0.0}
@@ -145,9 +158,14 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
         if args.remember == "replay":
             return denoising_loss(model, images[i], labels[i], scheduler, generator=generator)
         return distillation_loss(
-            model, teacher, images[i], labels[i], scheduler, generator=generator,
+            model,
+            teacher,
+            images[i],
+            labels[i],
+            scheduler,
+            generator=generator,
             crossed=kept if args.remember == "crossed" else None,
-        )  # fmt: skip
+        )
 
     def look(step: int) -> None:
         measured = evaluation.measure(
@@ -161,8 +179,9 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
     if not begin:
         look(0)
     model.train()
-    bar = tqdm(range(begin + 1, args.steps + 1), f"forgetting {args.forget}", args.steps,
-               initial=begin)  # fmt: skip
+    bar = tqdm(
+        range(begin + 1, args.steps + 1), f"forgetting {args.forget}", args.steps, initial=begin
+    )
     for step in bar:
         start = time.perf_counter()
         if adversary:
@@ -183,8 +202,7 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
             model.train()
             save_checkpoint(work / "run", step, run)
             bar.set_postfix({k: f"{done['curve'][-1][k]:.3f}" for k in ("p_f_reject", "ra_reject")})
-    settings = {n: getattr(opt, n) for n in ("alpha", "delta", "gamma", "penalty", "update",
-                "unrelated", "terms", "granularity", "max_grad_norm", "fisher_scale")}  # fmt: skip
+    settings = {name: getattr(opt, name) for name in SETTINGS}
     return {**done, "settings": {**settings, "fisher": "online"}}
 
 
@@ -221,14 +239,20 @@ def quickstart(args: Quickstart, work: Path) -> dict[str, Any]:
         "protocol": {
             "forget": args.forget,
             "replayed_classes": [c for c in digits.CLASSES if c != args.forget],
-            "steps": args.steps, "batch_size": args.batch_size, "optimizer": "Adam",
-            "learning_rate": args.learning_rate, **run["settings"],
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "optimizer": "Adam",
+            "learning_rate": args.learning_rate,
+            **run["settings"],
             "forget_loss": "denoising on uniform noise, noise on the condition up to its spread",
             "adversary_steps": args.adversary_steps,
-            "remember_loss": args.remember, "reduction": "sum over C, H, W, mean over the batch",
+            "remember_loss": args.remember,
+            "reduction": "sum over C, H, W, mean over the batch",
             "replay": "30 images a class, DDIM 20 steps, no guidance",
             "evaluation": {
-                "images_per_class": PER_CLASS, "sampler": "DDIM, 20 steps, eta 0", "guidance": None,
+                "images_per_class": PER_CLASS,
+                "sampler": "DDIM, 20 steps, eta 0",
+                "guidance": None,
                 "sampled_weights": "the trained ones, no EMA",
                 "classifiers": "ten classes; for _reject and the attacks eleven, the last is noise",
                 "same_starting_noise_before_and_after": True,
@@ -244,11 +268,14 @@ def quickstart(args: Quickstart, work: Path) -> dict[str, Any]:
         "seeds": {"unlearning": args.seed, "evaluation": 1, "curve": 2, "attacks": [0, 3]},
         "seconds": {"unlearning": run["seconds"], "all": time.perf_counter() - start},
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "diffusers": __import__("diffusers").__version__, "ebu_optim": ebu_optim.__version__,
-            "device": str(args.device), "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": __import__("diffusers").__version__,
+            "ebu_optim": ebu_optim.__version__,
+            "device": str(args.device),
+            "threads": torch.get_num_threads(),
         },
-    }  # fmt: skip
+    }
     grid(before_images, after_images, labels, args.forget, work / "before_after.png")
     curves(run["curve"], metrics["noise"], work / "curves.png")
     model.cpu().save_pretrained(work / "model")

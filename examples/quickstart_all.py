@@ -71,9 +71,11 @@ def main(args: All) -> None:
         metrics = json.loads((out / "metrics.json").read_text())
         rows.append(row(metrics))
     document = {
-        "command": "python examples/quickstart_all.py", "protocol": metrics["protocol"],
-        "versions": metrics["versions"], "rows": rows,
-    }  # fmt: skip
+        "command": "python examples/quickstart_all.py",
+        "protocol": metrics["protocol"],
+        "versions": metrics["versions"],
+        "rows": rows,
+    }
     with replacing(args.output_dir / "quickstart.json") as path:
         path.write_text(json.dumps(document, indent=1))
     with replacing(args.output_dir / "quickstart.md") as path:

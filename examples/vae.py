@@ -54,9 +54,12 @@ class VAE(nn.Module):
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(inputs, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
+        nn.Linear(inputs, WIDTH),
+        nn.SiLU(),
+        nn.Linear(WIDTH, WIDTH),
+        nn.SiLU(),
         nn.Linear(WIDTH, outputs),
-    )  # fmt: skip
+    )
 
 
 def negative_elbo(model: VAE, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

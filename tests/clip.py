@@ -14,12 +14,20 @@ NAME = "ebu-optim-tiny"
 CONFIG = {
     "embed_dim": 32,
     "vision_cfg": {
-        "image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32,
+        "image_size": 32,
+        "layers": 2,
+        "width": 64,
+        "patch_size": 8,
+        "head_width": 32,
     },
     "text_cfg": {
-        "context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2,
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
     },
-}  # fmt: skip
+}
 
 
 def random_weights(path: Path) -> Path:

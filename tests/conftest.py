@@ -11,16 +11,27 @@ import torch
 from . import devices
 
 LONGEST = (
-    "quickstart", "triton", "examples_stable_diffusion", "examples_ddpm", "shards", "paper_sd",
-    "examples_paper", "world", "evidence", "examples_any_model", "triton_compile", "kernels",
-)  # fmt: skip
+    "quickstart",
+    "triton",
+    "examples_stable_diffusion",
+    "examples_ddpm",
+    "shards",
+    "paper_sd",
+    "examples_paper",
+    "world",
+    "evidence",
+    "examples_any_model",
+    "triton_compile",
+    "kernels",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", default="cpu",
+        "--device",
+        default="cpu",
         help="where tests make the tensors that name no device; kernels are then those of it",
-    )  # fmt: skip
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -68,9 +68,14 @@ def replay(path: Path) -> None:
 
     model.register_forward_pre_hook(lambda *_: tick(path.with_suffix(".log"), "x"))
     sample_set(
-        path, model, DDIMScheduler.from_config(schedule().config), torch.arange(12) % 5,
-        (1, 8, 8), num_inference_steps=3, batch_size=2,
-    )  # fmt: skip
+        path,
+        model,
+        DDIMScheduler.from_config(schedule().config),
+        torch.arange(12) % 5,
+        (1, 8, 8),
+        num_inference_steps=3,
+        batch_size=2,
+    )
 
 
 def lines(path: Path) -> int:

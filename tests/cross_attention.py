@@ -20,19 +20,37 @@ def pixart(folder: Path, seed: int = 0, **more: Any) -> Path:
     letters = t5(folder.with_name(f"{folder.name}_letters"))
     encoder = T5EncoderModel(
         T5Config(
-            vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+            vocab_size=len(letters),
+            d_model=32,
+            d_kv=8,
+            d_ff=37,
+            num_layers=2,
+            num_heads=4,
             feed_forward_proj="gated-gelu",
         )
-    ).eval()  # fmt: skip
-    transformer = diffusers.PixArtTransformer2DModel(**{
-        "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8,
-        "num_attention_heads": 3, "caption_channels": 32, "cross_attention_dim": 24,
-        "in_channels": 4, "out_channels": 8, "use_additional_conditions": False, **more,
-    })  # fmt: skip
+    ).eval()
+    transformer = diffusers.PixArtTransformer2DModel(
+        **{
+            "sample_size": 8,
+            "num_layers": 2,
+            "patch_size": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 3,
+            "caption_channels": 32,
+            "cross_attention_dim": 24,
+            "in_channels": 4,
+            "out_channels": 8,
+            "use_additional_conditions": False,
+            **more,
+        }
+    )
     diffusers.PixArtSigmaPipeline(
-        letters, encoder, autoencoder(scaling_factor=0.13025), transformer,
+        letters,
+        encoder,
+        autoencoder(scaling_factor=0.13025),
+        transformer,
         diffusers.DPMSolverMultistepScheduler(),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -49,10 +67,15 @@ def gemma(folder: Path) -> tuple[Any, Any]:
     )
     words.save_pretrained(folder)
     config = Gemma2Config(
-        vocab_size=len(words), hidden_size=8, intermediate_size=16, head_dim=8,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=16,
+        head_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=4096,
-    )  # fmt: skip
+    )
     return Gemma2Model(config).eval(), GemmaTokenizer.from_pretrained(folder)
 
 
@@ -68,19 +91,35 @@ def sana(folder: Path, seed: int = 0, **more: Any) -> Path:
         for side in ("encoder", "decoder")
         for what, given in {
             "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-            "block_out_channels": (8, 8, 8), "qkv_multiscales": ((), (), (5,)),
+            "block_out_channels": (8, 8, 8),
+            "qkv_multiscales": ((), (), (5,)),
             "layers_per_block": (1, 1, 1),
         }.items()
-    }  # fmt: skip
+    }
     vae = diffusers.AutoencoderDC(
-        latent_channels=4, attention_head_dim=2, upsample_block_type="interpolate",
-        downsample_block_type="conv", scaling_factor=0.41407, **sides,
-    )  # fmt: skip
-    transformer = diffusers.SanaTransformer2DModel(**{
-        "patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 8,
-        "num_attention_heads": 4, "attention_head_dim": 8, "num_cross_attention_heads": 4,
-        "cross_attention_head_dim": 8, "cross_attention_dim": 32, "caption_channels": 8, **more,
-    })  # fmt: skip
+        latent_channels=4,
+        attention_head_dim=2,
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+        **sides,
+    )
+    transformer = diffusers.SanaTransformer2DModel(
+        **{
+            "patch_size": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "sample_size": 8,
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "num_cross_attention_heads": 4,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 32,
+            "caption_channels": 8,
+            **more,
+        }
+    )
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
@@ -98,27 +137,59 @@ def qwen_image(folder: Path, seed: int = 0, **more: Any) -> Path:
     encoder = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(
             text_config={
-                "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16,
-                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-                "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default",
-                                    "type": "default", "rope_theta": 1e6},
+                "vocab_size": len(words),
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "rope_parameters": {
+                    "mrope_section": [1, 1, 2],
+                    "rope_type": "default",
+                    "type": "default",
+                    "rope_theta": 1e6,
+                },
             },
-            vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
-                           "out_hidden_size": 16},
-            image_token_id=0, video_token_id=0, vision_start_token_id=0, vision_end_token_id=0,
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+            },
+            image_token_id=0,
+            video_token_id=0,
+            vision_start_token_id=0,
+            vision_end_token_id=0,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0],
-    )  # fmt: skip
-    transformer = diffusers.QwenImageTransformer2DModel(**{
-        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2,
-        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
-        "axes_dims_rope": (8, 4, 4), **more,
-    })  # fmt: skip
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 2.0],
+    )
+    transformer = diffusers.QwenImageTransformer2DModel(
+        **{
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (8, 4, 4),
+            **more,
+        }
+    )
     diffusers.QwenImagePipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, encoder, words,
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae,
+        encoder,
+        words,
         transformer,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder

@@ -9,22 +9,29 @@ import torch
 from torch import Tensor
 
 QKV = r"(to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj)"
-MLP = {"ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
-       "ff_context.net.0.proj": "context_block.mlp.fc1",
-       "ff_context.net.2": "context_block.mlp.fc2"}  # fmt: skip
+MLP = {
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
 #: diffusers' words -> theirs; the longer ones first.
 WORDS: dict[str, dict[str, str]] = {
     "sd3": {
-        "pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj",
+        "pos_embed.pos_embed": "pos_embed",
+        "pos_embed.proj": "x_embedder.proj",
         "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
         "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
         "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
         "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-        "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
-        "transformer_blocks": "joint_blocks", "attn.to_out.0": "x_block.attn.proj",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "transformer_blocks": "joint_blocks",
+        "attn.to_out.0": "x_block.attn.proj",
         "attn.to_add_out": "context_block.attn.proj",
         "norm1_context.linear": "context_block.adaLN_modulation.1",
-        "norm1.linear": "x_block.adaLN_modulation.1", **MLP,
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        **MLP,
     },
     "flux": {
         "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
@@ -33,9 +40,12 @@ WORDS: dict[str, dict[str, str]] = {
         "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
         "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
         "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-        "norm1_context.linear": "txt_mod.lin", "norm1.linear": "img_mod.lin",
-        "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
-        "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
+        "norm1_context.linear": "txt_mod.lin",
+        "norm1.linear": "img_mod.lin",
+        "ff.net.0.proj": "img_mlp.0",
+        "ff.net.2": "img_mlp.2",
+        "ff_context.net.0.proj": "txt_mlp.0",
+        "ff_context.net.2": "txt_mlp.2",
     },
     "klein": {
         "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
@@ -43,31 +53,44 @@ WORDS: dict[str, dict[str, str]] = {
         "modulation_img.linear": "modulation_img.lin",
         "modulation_txt.linear": "modulation_txt.lin",
         "stream_modulation.linear": "stream_modulation.lin",
-        "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
-        "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+        "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
         "attn.to_qkv_mlp_proj": "linear1",
     },
     "sana": {
-        "patch_embed.proj": "x_embedder.proj", "time_embed.linear": "t_block.1",
+        "patch_embed.proj": "x_embedder.proj",
+        "time_embed.linear": "t_block.1",
         "time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
         "time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-        "caption_projection.linear_": "y_embedder.y_proj.fc", "caption_norm": "attention_y_norm",
-        "transformer_blocks": "blocks", "attn1.to_out.0": "attn.proj",
-        "attn2.to_out.0": "cross_attn.proj", "attn2.to_q": "cross_attn.q_linear",
-        "ff.conv_inverted": "mlp.inverted_conv.conv", "ff.conv_depth": "mlp.depth_conv.conv",
-        "ff.conv_point": "mlp.point_conv.conv", "proj_out": "final_layer.linear",
+        "caption_projection.linear_": "y_embedder.y_proj.fc",
+        "caption_norm": "attention_y_norm",
+        "transformer_blocks": "blocks",
+        "attn1.to_out.0": "attn.proj",
+        "attn2.to_out.0": "cross_attn.proj",
+        "attn2.to_q": "cross_attn.q_linear",
+        "ff.conv_inverted": "mlp.inverted_conv.conv",
+        "ff.conv_depth": "mlp.depth_conv.conv",
+        "ff.conv_point": "mlp.point_conv.conv",
+        "proj_out": "final_layer.linear",
     },
     "z_image": {
-        "all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder",
-        "attention.norm_k": "attention.k_norm", "attention.norm_q": "attention.q_norm",
+        "all_final_layer.2-1": "final_layer",
+        "all_x_embedder.2-1": "x_embedder",
+        "attention.norm_k": "attention.k_norm",
+        "attention.norm_q": "attention.q_norm",
         "attention.to_out.0": "attention.out",
     },
-}  # fmt: skip
+}
 FLUXES = {
-    "x_embedder": "img_in", "context_embedder": "txt_in", "attn.norm_added_q.weight":
-    "txt_attn.norm.query_norm.scale", "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
-    "attn.to_add_out": "txt_attn.proj", "attn.to_out.0": "img_attn.proj",
-}  # fmt: skip
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.to_out.0": "img_attn.proj",
+}
 
 
 def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,8 +99,10 @@ def original(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     found: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
-    last = max((int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)", n) for n in state) if m),
-               default=0)  # fmt: skip
+    last = max(
+        (int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)", n) for n in state) if m),
+        default=0,
+    )
     # of what is fused q comes first, of a single block the MLP last
     for name in sorted(state, key=lambda n: ("proj_mlp" in n, "_v" in n, "_k" in n)):
         t = state[name]

@@ -53,6 +53,7 @@ def mmd2(a: np.ndarray, b: np.ndarray) -> float:
     n, m = len(a), len(b)
     aa, bb = kernel(a, a), kernel(b, b)
     return float(
-        (aa.sum() - np.trace(aa)) / (n * (n - 1)) + (bb.sum() - np.trace(bb)) / (m * (m - 1))
+        (aa.sum() - np.trace(aa)) / (n * (n - 1))
+        + (bb.sum() - np.trace(bb)) / (m * (m - 1))
         - 2 * kernel(a, b).mean()
-    )  # fmt: skip
+    )

@@ -168,9 +168,23 @@ def threshold(grads, k, dtype, kernels=reference):
     return taus[0]
 
 
-def combine(theta, g_f, g_r, anchor=None, fisher=None, *, delta=(0.5, 0.5), out=None, held=None,
-            gamma=1.0, online=None, inv_scale=None, kernels=reference, weights=None,
-            **options):  # fmt: skip
+def combine(
+    theta,
+    g_f,
+    g_r,
+    anchor=None,
+    fisher=None,
+    *,
+    delta=(0.5, 0.5),
+    out=None,
+    held=None,
+    gamma=1.0,
+    online=None,
+    inv_scale=None,
+    kernels=reference,
+    weights=None,
+    **options,
+):
     """Outputs start as NaN and what is held as 777, so that an unwritten one fails.
 
     With a `delta` of None nothing is selected.

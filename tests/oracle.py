@@ -37,9 +37,21 @@ def select(grads, deltas, granularity="model"):
 
 
 def step(
-    theta, g_f, g_r, anchor, fisher, *, alpha=0.6, delta=0.5, gamma=100.0, penalty="partial",
-    update="added", terms=TERMS, fisher_scale="unit", granularity="model",
-):  # fmt: skip
+    theta,
+    g_f,
+    g_r,
+    anchor,
+    fisher,
+    *,
+    alpha=0.6,
+    delta=0.5,
+    gamma=100.0,
+    penalty="partial",
+    update="added",
+    terms=TERMS,
+    fisher_scale="unit",
+    granularity="model",
+):
     """G, (M_f, M_r) and (thresholds of g_f, thresholds of g_r). anchor or fisher None: p = 0."""
     each = lambda x: x if isinstance(x, list) else [x] * len(theta)  # noqa: E731
     pairs = [d if isinstance(d, tuple) else (d, d) for d in each(delta)]

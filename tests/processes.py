@@ -17,14 +17,21 @@ def environment(**more: str) -> dict[str, str]:
     """Ours, with the package found, one thread a process and no GPU."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
-        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", **more,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
 
 
 def python(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` at the root of the repository, to its end."""
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(**environ), text=True,
-        capture_output=True, timeout=PATIENCE,
-    )  # fmt: skip
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**environ),
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )

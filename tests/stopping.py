@@ -24,9 +24,13 @@ def signalled(
     """Exit code, negative for a signal, and stderr of the script that got `how` at its moment."""
     command = [sys.executable, "-m", "tests.stopping", moment, script, *arguments]
     with subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, env=environment(), text=True, stdout=subprocess.DEVNULL,
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             assert found.si_code == os.CLD_STOPPED, f"ended before {moment} was there"

@@ -64,8 +64,12 @@ def test_closures_on_the_handle_step_at_once():
     x, y = next(iter(forget)), next(iter(remember))
     with accelerator.accumulate(model):
         assert not accelerator.sync_gradients
-        ebu.step(*(lambda b=b, f=f: accelerator.backward(loss(model, b, f)) for b, f in
-                   ((x, True), (y, False))))  # fmt: skip
+        ebu.step(
+            *(
+                lambda b=b, f=f: accelerator.backward(loss(model, b, f))
+                for b, f in ((x, True), (y, False))
+            )
+        )
     assert not any(map(torch.equal, before, model.parameters()))
 
 

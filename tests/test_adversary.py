@@ -71,9 +71,14 @@ def test_it_is_the_loop_by_hand():
             model, x, labels, next_class(labels, 4, forgotten=[2]), SCHEDULE, generator=gen(3)
         ).backward()
     relabel_loss(
-        with_row(other, 2, vector.detach()), x, labels, next_class(labels, 4, forgotten=[2]),
-        SCHEDULE, teacher=tiny_unet(), generator=gen(3),
-    ).backward()  # fmt: skip
+        with_row(other, 2, vector.detach()),
+        x,
+        labels,
+        next_class(labels, 4, forgotten=[2]),
+        SCHEDULE,
+        teacher=tiny_unet(),
+        generator=gen(3),
+    ).backward()
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         if p.grad is not None and not name.startswith("class_embedding"):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
@@ -147,11 +152,16 @@ def test_a_resumed_adversary_is_the_unbroken_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "why"),
-    [({"steps": 0}, "steps must be >= 1"), ({"restart": 0}, "restart must be"),
-     ({"count": 0}, "count must be"), ({"lr": 0.0}, "lr must be > 0"),
-     ({"lr": float("nan")}, "lr must be > 0"), ({"start": torch.zeros(1, 4)}, "rows of 3 numbers"),
-     ({"aims": []}, "names no label")],
-)  # fmt: skip
+    [
+        ({"steps": 0}, "steps must be >= 1"),
+        ({"restart": 0}, "restart must be"),
+        ({"count": 0}, "count must be"),
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": float("nan")}, "lr must be > 0"),
+        ({"start": torch.zeros(1, 4)}, "rows of 3 numbers"),
+        ({"aims": []}, "names no label"),
+    ],
+)
 def test_what_cannot_be_is_refused(given, why):
     with pytest.raises(ValueError, match=why):
         Adversary(nn.Embedding(4, 3), [1], **given)
@@ -213,10 +223,14 @@ def drawn(model: nn.Module, label: int) -> float:
     from ebu_optim.diffusion import sample
 
     x = sample(
-        model, DDIMScheduler.from_config(SCHEDULE.config, clip_sample=False),
-        torch.zeros(200, dtype=torch.long), (1, 1, 2), num_inference_steps=20, generator=gen(9),
+        model,
+        DDIMScheduler.from_config(SCHEDULE.config, clip_sample=False),
+        torch.zeros(200, dtype=torch.long),
+        (1, 1, 2),
+        num_inference_steps=20,
+        generator=gen(9),
         clip=False,
-    )  # fmt: skip
+    )
     at = points(torch.tensor([label]), gen()).flatten()
     return ((x.flatten(1) - at).norm(dim=1) < 0.4).float().mean().item()
 
@@ -234,9 +248,15 @@ def forgetting(base: nn.Module, adversaries: int) -> nn.Module:
 
     def forget() -> Tensor:
         return relabel_loss(
-            model, points(labels, g), labels, next_class(labels, 5, forgotten=[0]), SCHEDULE,
-            teacher=base, reduction="sum", generator=g,
-        )  # fmt: skip
+            model,
+            points(labels, g),
+            labels,
+            next_class(labels, 5, forgotten=[0]),
+            SCHEDULE,
+            teacher=base,
+            reduction="sum",
+            generator=g,
+        )
 
     for _ in range(300):
         if adversaries:

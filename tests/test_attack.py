@@ -68,11 +68,18 @@ def test_world_is_asked_in_all_words_and_templates_of_the_concept_once(words):
 
 
 def arguments(**options) -> SimpleNamespace:
-    return SimpleNamespace(**{
-        "judge": "nudity", "forget": ["cat"], "forget_templates": None, "paraphrases": [],
-        "attacks": ["paraphrase", "inversion"], "initializer_token": [],
-        "ignore_row_settings": False, **options,
-    })  # fmt: skip
+    return SimpleNamespace(
+        **{
+            "judge": "nudity",
+            "forget": ["cat"],
+            "forget_templates": None,
+            "paraphrases": [],
+            "attacks": ["paraphrase", "inversion"],
+            "initializer_token": [],
+            "ignore_row_settings": False,
+            **options,
+        }
+    )
 
 
 def test_elsewhere_prompts_and_paraphrases_are_those_given(tmp_path):
@@ -83,14 +90,18 @@ def test_elsewhere_prompts_and_paraphrases_are_those_given(tmp_path):
     words = tokenizer(tmp_path / "words")
     found = a.collect(
         arguments(
-            forget=["cat", "dog"], forget_templates=["an image of {}", "{} in red"],
+            forget=["cat", "dog"],
+            forget_templates=["an image of {}", "{} in red"],
             paraphrases=["the cat", str(tmp_path / "other.txt")],
-        ), words,
-    )  # fmt: skip
+        ),
+        words,
+    )
     assert [one[:2] for one in found.forget] == [
-        ("an image of cat", "an image of {}"), ("cat in red", "{} in red"),
-        ("an image of dog", "an image of {}"), ("dog in red", "{} in red"),
-    ]  # fmt: skip
+        ("an image of cat", "an image of {}"),
+        ("cat in red", "{} in red"),
+        ("an image of dog", "an image of {}"),
+        ("dog in red", "{} in red"),
+    ]
     assert [w.texts for w in found.paraphrases] == [["the cat"], ["a photo of cat"], ["a cat"]]
     # the place of the new word is where that of the concept is
     ids, at = a.tokens_around(words, "a {} in red")
@@ -126,14 +137,43 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def attack(tiny, tmp_path):
     """An attack on a tiny pipeline by itself, with its target made."""
-    args = parse(module("run").AttackOptions, [
-        "--pretrained_model_name_or_path", str(tiny), "--base_model", str(tiny), "--forget", "cat",
-        "--forget_templates", "an image of {}", "a {} in red", "--judge", "nudity",
-        "--paraphrases", "the cat", "a blue cat", "--attack_images", "3", "--target_images", "6",
-        "--num_inference_steps", "2", "--inversion_steps", "40", "--inversion_learning_rates",
-        "0.05", "--train_batch_size", "6", "--relearn_max_steps", "12",
-        "--relearn_learning_rate", "0.005", "--output_dir", str(tmp_path / "out"),
-    ]).resolved()  # fmt: skip
+    args = parse(
+        module("run").AttackOptions,
+        [
+            "--pretrained_model_name_or_path",
+            str(tiny),
+            "--base_model",
+            str(tiny),
+            "--forget",
+            "cat",
+            "--forget_templates",
+            "an image of {}",
+            "a {} in red",
+            "--judge",
+            "nudity",
+            "--paraphrases",
+            "the cat",
+            "a blue cat",
+            "--attack_images",
+            "3",
+            "--target_images",
+            "6",
+            "--num_inference_steps",
+            "2",
+            "--inversion_steps",
+            "40",
+            "--inversion_learning_rates",
+            "0.05",
+            "--train_batch_size",
+            "6",
+            "--relearn_max_steps",
+            "12",
+            "--relearn_learning_rate",
+            "0.005",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+    ).resolved()
     m, r = module("model"), module(".text_to_image.results")
     looked = module(".text_to_image.pipelines").look(args)
     models = [m.Attacked(r.load(args), looked, args, torch.device("cpu")) for _ in "ab"]
@@ -160,11 +200,13 @@ def loss_on_target(attack, unet, embeddings) -> float:
     with torch.no_grad():
         return sum(
             attack.denoise(
-                unet, latents, {"encoder_hidden_states": embeddings[numbers]},
+                unet,
+                latents,
+                {"encoder_hidden_states": embeddings[numbers]},
                 torch.Generator().manual_seed(1000 + k),
             ).item()
             for k in range(64)
-        )  # fmt: skip
+        )
 
 
 def test_the_target_is_the_bases_pictures_with_their_prompts_and_a_look_repeats(attack):
@@ -242,9 +284,11 @@ def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(a
 
 def test_the_strongest_of_several_starts_and_learning_rates_counts(attack):
     attack.args = replace(
-        attack.args, inversion_learning_rates=[0.01, 0.3], initializer_token=["cat"],
+        attack.args,
+        inversion_learning_rates=[0.01, 0.3],
+        initializer_token=["cat"],
         inversion_steps=10,
-    )  # fmt: skip
+    )
     found = attack.make("inversion")
     runs = found.said["runs"]
     tried = [(r["start"], r["learning_rate"]) for r in runs]
@@ -271,8 +315,10 @@ def test_relearning_trains_a_copy_of_the_unet_alone_until_half_of_the_base(attac
     assert [r["step"] for r in found.said["curve"]] == [0, 1, 2, 5, 10]
     # half of 0.9, between 0.3 after 5 steps and 0.6 after 10
     assert found.values["relearn_steps"] == {
-        "reached": True, "steps": pytest.approx(7.5), "within": 10
-    }  # fmt: skip
+        "reached": True,
+        "steps": pytest.approx(7.5),
+        "within": 10,
+    }
     assert found.values["relearn_10"]["value"] == 0.6
     assert same(before, state(model))
     embeddings = model.encode([x.text for x in attack.drawn])
@@ -350,8 +396,9 @@ def test_changed_tensors_and_loras_are_put_into_the_base(tiny, tmp_path):
     assert found.keys() == own.keys()
     a, b = (next(v for k, v in layers.items() if f"lora_{x}" in k) for x in "AB")
     torch.testing.assert_close(found[name], own[name] + b @ a)
-    assert same({k: v for k, v in own.items() if k != name},
-                {k: v for k, v in found.items() if k != name})  # fmt: skip
+    assert same(
+        {k: v for k, v in own.items() if k != name}, {k: v for k, v in found.items() if k != name}
+    )
 
     save_file({"no.such": torch.ones(1)}, tmp_path / "changed" / "unet_changed.safetensors")
     with pytest.raises(InputError, match=r"does not fit .* no such no\.such"):
@@ -377,16 +424,24 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
             return logits
 
     monkeypatch.setattr(j, "ImagenetteClassifier", Network)
-    args = SimpleNamespace(judge="imagenette", imagenette_class="cassette player",
-                           imagenette_over="imagenet", imagenette_weights=None)  # fmt: skip
+    args = SimpleNamespace(
+        judge="imagenette",
+        imagenette_class="cassette player",
+        imagenette_over="imagenet",
+        imagenette_weights=None,
+    )
     judge = j.load(args, None, "cpu")
     assert judge.score(torch.zeros(2, 3, 8, 8)).tolist() == pytest.approx([0.5, 0.05])
     args.imagenette_class = "cat"
     with pytest.raises(InputError, match="--imagenette_class must be"):
         j.load(args, None, "cpu")
 
-    asked = j.JudgeOptions(judge="nudity", nudity_threshold=0.3, nudity_colours="file",
-                            nudity_labels=["intimate", "BELLY_EXPOSED"])  # fmt: skip
+    asked = j.JudgeOptions(
+        judge="nudity",
+        nudity_threshold=0.3,
+        nudity_colours="file",
+        nudity_labels=["intimate", "BELLY_EXPOSED"],
+    )
 
     def score(pictures, labels, threshold, colours):
         assert (len(labels), labels[-1], colours) == (6, "BELLY_EXPOSED", "file")
@@ -426,12 +481,33 @@ def world(tmp_path_factory) -> Path:
 
 def options(world: Path, output: Path, forget: str = "seven") -> list:
     return [
-        "--pretrained_model_name_or_path", world / "gone", "--base_model", world / "base",
-        "--forget", forget, "--judge", "world", "--judges", world / "judges", "--attack_images", 2,
-        "--target_images", 4, "--num_inference_steps", 1, "--inversion_steps", 3,
-        "--relearn_max_steps", 10, "--train_batch_size", 2,
-        "--target_dir", output.parent / "shared", "--output_dir", output,
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        world / "gone",
+        "--base_model",
+        world / "base",
+        "--forget",
+        forget,
+        "--judge",
+        "world",
+        "--judges",
+        world / "judges",
+        "--attack_images",
+        2,
+        "--target_images",
+        4,
+        "--num_inference_steps",
+        1,
+        "--inversion_steps",
+        3,
+        "--relearn_max_steps",
+        10,
+        "--train_batch_size",
+        2,
+        "--target_dir",
+        output.parent / "shared",
+        "--output_dir",
+        output,
+    ]
 
 
 def test_a_killed_run_goes_on_with_the_next_attack_to_the_same_result(world, tmp_path, monkeypatch):
@@ -491,9 +567,12 @@ def test_own_pictures_of_the_target(world, tmp_path):
     for i in range(3):
         Image.new("RGB", (40, 36), (90 * i, 50, 20)).save(tmp_path / "pictures" / f"{i}.png")
     code, said = run(
-        *options(world, tmp_path / "out"), "--instance_data_dir", tmp_path / "pictures",
-        "--attacks", "relearn",
-    )  # fmt: skip
+        *options(world, tmp_path / "out"),
+        "--instance_data_dir",
+        tmp_path / "pictures",
+        "--attacks",
+        "relearn",
+    )
     assert code == 0, said
     found = json.loads((tmp_path / "out" / "attacks.json").read_text())
     assert found["details"]["target"] == {"pictures": "3 of a folder"}
@@ -547,8 +626,16 @@ def test_a_folder_of_something_else_or_in_use_is_refused(world, tmp_path):
 
 
 def test_a_base_must_be_named_and_draw_the_target(tiny, world, tmp_path, monkeypatch):
-    code, said = run("--pretrained_model_name_or_path", world / "gone", "--forget", "seven",
-                     "--judge", "world", "--output_dir", tmp_path / "out")  # fmt: skip
+    code, said = run(
+        "--pretrained_model_name_or_path",
+        world / "gone",
+        "--forget",
+        "seven",
+        "--judge",
+        "world",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert code == 2
     assert "--base_model is not given" in said
     code, said = run(*options(world, tmp_path / "out"), "--base_model", tiny)

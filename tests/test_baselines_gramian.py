@@ -99,7 +99,8 @@ RULES = {
     "munba": (MUNBa, lambda base: whole(nash)),
     "munba by tensor": (lambda b: MUNBa(b, scope="tensor"), lambda base: each(nash)),
     "sago": (
-        lambda b: SAGO(b, forget_weight=1.5, remember_weight=0.5), lambda base: whole(gated),
+        lambda b: SAGO(b, forget_weight=1.5, remember_weight=0.5),
+        lambda base: whole(gated),
     ),
     "sago, both": (
         lambda b: SAGO(b, forget_weight=1.5, remember_weight=0.5, both=True),
@@ -118,7 +119,7 @@ RULES = {
         lambda b: GU(b, forget_weight=2.0, remember_weight=0.7, conflicts_only=True),
         lambda base: whole(Orthogonal(base == "adam", conflicts_only=True)),
     ),
-}  # fmt: skip
+}
 
 
 def backward(opt, model, i, of=None):
@@ -215,9 +216,13 @@ def update(build, f, r, lr=1.0):
 def test_what_is_kept_is_not_lost_to_first_order(seed):
     f, r = random(seed)
     for build in (
-        lambda b: PCGrad(b), lambda b: RestrictedGradient(b), lambda b: GRU(b, smoothing=1.0),
-        lambda b: MUNBa(b), lambda b: SAGO(b), lambda b: GU(b, conflicts_only=True),
-    ):  # fmt: skip
+        lambda b: PCGrad(b),
+        lambda b: RestrictedGradient(b),
+        lambda b: GRU(b, smoothing=1.0),
+        lambda b: MUNBa(b),
+        lambda b: SAGO(b),
+        lambda b: GU(b, conflicts_only=True),
+    ):
         G, _ = update(build, f, r)
         # SAGO promises it scalar by scalar where signs differ
         assert G @ flat(r) >= -1e-9
@@ -243,10 +248,17 @@ def zero(arrays):
 
 # name: what is left of the other where one gradient is zero, (forget alone, remember alone)
 ALONE = {
-    "pcgrad": (1.0, 1.0), "restricted_gradient": (1.0, 1.5), "sago": (1.0, 0.0),
-    "gru": (1.0, 0.0), "gu": (1.0, 1.0), "upgrad": (0.5, 0.5), "mgda": (0.0, 0.0),
-    "imtl_g": (1.0, 1.0), "aligned_mtl": (0.5, 0.5), "fairgrad": (1.0, 1.0),
-}  # fmt: skip
+    "pcgrad": (1.0, 1.0),
+    "restricted_gradient": (1.0, 1.5),
+    "sago": (1.0, 0.0),
+    "gru": (1.0, 0.0),
+    "gu": (1.0, 1.0),
+    "upgrad": (0.5, 0.5),
+    "mgda": (0.0, 0.0),
+    "imtl_g": (1.0, 1.0),
+    "aligned_mtl": (0.5, 0.5),
+    "fairgrad": (1.0, 1.0),
+}
 
 
 @pytest.mark.parametrize("name", runnable(ALONE))
@@ -254,9 +266,10 @@ def test_gradients_of_zeros(name):
     f, r = random(2)
     build = methods[name].build
     for pair, expected in (
-        ((f, zero(r)), ALONE[name][0] * flat(f)), ((zero(f), r), ALONE[name][1] * flat(r)),
+        ((f, zero(r)), ALONE[name][0] * flat(f)),
+        ((zero(f), r), ALONE[name][1] * flat(r)),
         ((zero(f), zero(r)), 0 * flat(f)),
-    ):  # fmt: skip
+    ):
         G, _ = update(build, *pair)
         np.testing.assert_allclose(G, expected, rtol=1e-6, atol=1e-9)
 
@@ -272,9 +285,17 @@ def test_munba_of_a_gradient_of_zeros_is_the_others_direction():
 
 # name: G of equal gradients as a multiple of one; FairGrad's is by the trace
 EQUAL = {
-    "pcgrad": 2.0, "restricted_gradient": 2.5, "sago": 1.0, "gru": 1.0, "gu": 1.0, "upgrad": 1.0,
-    "mgda": 1.0, "imtl_g": 1.0, "aligned_mtl": 1.0, "fairgrad": 2.0,
-}  # fmt: skip
+    "pcgrad": 2.0,
+    "restricted_gradient": 2.5,
+    "sago": 1.0,
+    "gru": 1.0,
+    "gu": 1.0,
+    "upgrad": 1.0,
+    "mgda": 1.0,
+    "imtl_g": 1.0,
+    "aligned_mtl": 1.0,
+    "fairgrad": 2.0,
+}
 
 
 @pytest.mark.parametrize("name", runnable(EQUAL))
@@ -322,8 +343,13 @@ def of_module(names, grads, rule):
 def test_a_module_is_one_vector():
     model = two_layers()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    grads = [{n: np.random.default_rng([k, i]).standard_normal(tuple(p.shape))
-              for i, (n, p) in enumerate(before.items())} for k in (0, 1)]  # fmt: skip
+    grads = [
+        {
+            n: np.random.default_rng([k, i]).standard_normal(tuple(p.shape))
+            for i, (n, p) in enumerate(before.items())
+        }
+        for k in (0, 1)
+    ]
     opt = PCGrad(torch.optim.SGD(model.named_parameters(), lr=1.0), scope="module")
     for phase, g in zip(("forget", "remember"), grads, strict=True):
         with getattr(opt, phase)():
@@ -456,9 +482,11 @@ def test_a_weighting_gets_gramians_in_float64_on_the_cpu_and_nothing_else(scope)
     )
     G, opt = update(build, f, r)
     np.testing.assert_allclose(G, 0.5 * flat(f) + 4 * flat(r), rtol=1e-12)
-    parts = [(flat(f), flat(r))] if scope == "model" else [
-        (a.ravel(), b.ravel()) for a, b in zip(f, r, strict=True)
-    ]  # fmt: skip
+    parts = (
+        [(flat(f), flat(r))]
+        if scope == "model"
+        else [(a.ravel(), b.ravel()) for a, b in zip(f, r, strict=True)]
+    )
     assert len(seen) == len(parts)
     for gramian, (a, b) in zip(seen, parts, strict=True):
         J = np.stack([2 * a, b])

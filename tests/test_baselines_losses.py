@@ -104,9 +104,17 @@ def test_the_target_has_no_dropout_but_the_papers_has():
     seen.clear()
     g = torch.Generator().manual_seed(0)
     relabel_loss(
-        model, x, labels, labels + 1, schedule(), timesteps=t, noise=noise, compat="paper",
-        null_class=3, generator=g,
-    )  # fmt: skip
+        model,
+        x,
+        labels,
+        labels + 1,
+        schedule(),
+        timesteps=t,
+        noise=noise,
+        compat="paper",
+        null_class=3,
+        generator=g,
+    )
     hook.remove()
     assert (seen[0] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
 
@@ -121,9 +129,17 @@ def test_paper_drops_the_condition_of_both_passes_independently():
     )
     for compat in (None, "paper"):
         relabel_loss(
-            model, x, labels, labels + 1, schedule(), timesteps=t, noise=noise, compat=compat,
-            null_class=3, generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            model,
+            x,
+            labels,
+            labels + 1,
+            schedule(),
+            timesteps=t,
+            noise=noise,
+            compat=compat,
+            null_class=3,
+            generator=torch.Generator().manual_seed(0),
+        )
     assert (seen[0] == 1).all()
     assert (seen[1] == 0).all()
     target, prediction = (c == 3 for c in seen[2:])

@@ -86,7 +86,10 @@ RULES = {
     "embedding_only": (EmbeddingOnly, each(lambda t, f, r, t0, m: f + r)),
     "selective_amnesia": (
         lambda b: SelectiveAmnesia(
-            b, fisher=fisher(b.param_groups[0]["params"]), lam=0.4, forget_weight=1.2,
+            b,
+            fisher=fisher(b.param_groups[0]["params"]),
+            lam=0.4,
+            forget_weight=1.2,
             remember_weight=0.7,
         ),
         lambda t, f, r, t0, m: [
@@ -117,7 +120,7 @@ RULES = {
         lambda b: PCGrad(b, forget_weight=2.5),
         lambda t, f, r, t0, m: split(pcgrad(2.5 * flat(f), flat(r)), f),
     ),
-}  # fmt: skip
+}
 
 
 def step(opt, model, i):
@@ -142,8 +145,9 @@ def by_formula(name, base, steps=STEPS, clip=None):
         # SalUn holds what it masks, weight decay included
         theta = (
             [np.where(k, n, p) for k, n, p in zip(m, new, theta, strict=True)]
-            if name == "salun" else new
-        )  # fmt: skip
+            if name == "salun"
+            else new
+        )
         found.append((theta, G, f, r))
     return found
 
@@ -196,9 +200,13 @@ def test_selective_amnesia_is_ebus_full_penalty_on_the_plain_sum():
     ours, theirs = (BASES["adam"][0](m.parameters()) for m in models)
     ours = SelectiveAmnesia(ours, fisher=fisher(models[0].parameters()), lam=0.4)
     theirs = EBUOptimizer(
-        theirs, terms=("forget", "remember"), penalty="full", gamma=0.8, fisher_scale="raw",
+        theirs,
+        terms=("forget", "remember"),
+        penalty="full",
+        gamma=0.8,
+        fisher_scale="raw",
         fisher=fisher(models[1].parameters()),
-    )  # fmt: skip
+    )
     for i in range(STEPS):
         for opt, model in zip((ours, theirs), models, strict=True):
             step(opt, model, i)
@@ -412,9 +420,11 @@ class Wide(Tiny):
         g = np.random.default_rng([i, name == "forget"])
         shared = np.random.default_rng(i)  # makes the two selections overlap more than by chance
         return sum(
-            (p * torch.from_numpy(g.standard_normal(p.shape) * shared.exponential(size=p.shape)))
-            .sum() for p in self.p
-        )  # fmt: skip
+            (
+                p * torch.from_numpy(g.standard_normal(p.shape) * shared.exponential(size=p.shape))
+            ).sum()
+            for p in self.p
+        )
 
 
 def test_random_masks_have_ebus_sizes_exactly_and_other_places():

@@ -41,13 +41,27 @@ from .torchjd import WEIGHTINGS, lacks, runnable
 
 NEEDED = {"selective_amnesia": {"fisher": "online"}}
 BASELINES = {
-    "fine_tune": FineTune, "gradient_ascent": GradientAscent, "retrain": Retrain, "joint": Joint,
-    "selective_amnesia": SelectiveAmnesia, "salun": SalUn, "erasediff": EraseDiff,
-    "pcgrad": PCGrad, "random_masks": RandomMasks, "embedding_only": EmbeddingOnly,
-    "esd": ESD, "spm": SPM, "sago": SAGO, "gru": GRU, "gu": GU, "munba": MUNBa,
-    "restricted_gradient": RestrictedGradient, "aegis": AEGIS, "advunlearn": Joint,
+    "fine_tune": FineTune,
+    "gradient_ascent": GradientAscent,
+    "retrain": Retrain,
+    "joint": Joint,
+    "selective_amnesia": SelectiveAmnesia,
+    "salun": SalUn,
+    "erasediff": EraseDiff,
+    "pcgrad": PCGrad,
+    "random_masks": RandomMasks,
+    "embedding_only": EmbeddingOnly,
+    "esd": ESD,
+    "spm": SPM,
+    "sago": SAGO,
+    "gru": GRU,
+    "gu": GU,
+    "munba": MUNBa,
+    "restricted_gradient": RestrictedGradient,
+    "aegis": AEGIS,
+    "advunlearn": Joint,
     **dict.fromkeys(WEIGHTINGS, JacobianDescent),
-}  # fmt: skip
+}
 EVERY = pytest.mark.parametrize("name", runnable(methods))
 BASELINE = pytest.mark.parametrize("name", runnable(BASELINES))
 
@@ -99,15 +113,20 @@ def test_the_table_names_every_method_with_what_it_takes():
 def test_table_4_twice():
     """What each ablation leaves of (1 + alpha) g_f + (2 - alpha) g_r on the overlap."""
     left = {
-        "ebu_added": (1.6, 1.4), "ebu_without_alignment": (1.6, 1.4),
-        "ebu_without_forget": (0.6, 1.4), "ebu_without_remember": (1.6, 0.4),
-        "ebu_without_mitigation": (1.0, 1.0), "ebu_full_alignment": (1.6, 1.4),
-        "ebu_blend_remember": (1.0, 2.0), "ebu_blend_forget": (2.0, 1.0),
+        "ebu_added": (1.6, 1.4),
+        "ebu_without_alignment": (1.6, 1.4),
+        "ebu_without_forget": (0.6, 1.4),
+        "ebu_without_remember": (1.6, 0.4),
+        "ebu_without_mitigation": (1.0, 1.0),
+        "ebu_full_alignment": (1.6, 1.4),
+        "ebu_blend_remember": (1.0, 2.0),
+        "ebu_blend_forget": (2.0, 1.0),
         "ebu_blend_equal": (1.5, 1.5),
-    }  # fmt: skip
+    }
     assert left.keys() == {n for n in methods if n.startswith("ebu_")} - {
-        "ebu_replaced", "ebu_routed"
-    }  # fmt: skip
+        "ebu_replaced",
+        "ebu_routed",
+    }
     for name, (a, b) in left.items():
         w = nn.Parameter(torch.zeros(1))
         opt = methods[name].build(SGD([w], lr=1.0))
@@ -447,8 +466,10 @@ def test_a_scheduler_drives_the_base_and_the_groups_hold_what_is_told(name):
 
 def test_a_weight_of_its_own_for_a_group_and_a_new_group():
     m = net()
-    base = SGD([{"params": m[0].parameters(), "ebu_forget_weight": 3.0},
-                {"params": m[2].parameters()}], lr=1.0)  # fmt: skip
+    base = SGD(
+        [{"params": m[0].parameters(), "ebu_forget_weight": 3.0}, {"params": m[2].parameters()}],
+        lr=1.0,
+    )
     opt = Joint(base, forget_weight=0.5)
     assert [g["ebu_forget_weight"] for g in opt.param_groups] == [3.0, 0.5]
     w = nn.Parameter(torch.ones(2))
@@ -465,8 +486,15 @@ def test_a_weight_of_its_own_for_a_group_and_a_new_group():
         torch.testing.assert_close(d, torch.full_like(d, expected))
     assert torch.equal(w.detach(), torch.full((2,), 0.5))
     with pytest.raises(ValueError, match="one forget_weight"):
-        PCGrad(SGD([{"params": m[0].parameters(), "ebu_forget_weight": 3.0},
-                    {"params": m[2].parameters()}], lr=1.0))  # fmt: skip
+        PCGrad(
+            SGD(
+                [
+                    {"params": m[0].parameters(), "ebu_forget_weight": 3.0},
+                    {"params": m[2].parameters()},
+                ],
+                lr=1.0,
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,15 @@ def test_partly_denoised_stops_after_k_steps():
     for seed in range(40):
         g = torch.Generator().manual_seed(seed)
         x_t, t = partly_denoised(
-            model, scheduler, CONDITION, 3, (1, 2, 2), num_inference_steps=5, earliest=1,
+            model,
+            scheduler,
+            CONDITION,
+            3,
+            (1, 2, 2),
+            num_inference_steps=5,
+            earliest=1,
             generator=g,
-        )  # fmt: skip
+        )
         k = scheduler.timesteps.tolist().index(int(t[0]))
         g = torch.Generator().manual_seed(seed)
         torch.randint(1, 5, (), generator=g)
@@ -123,9 +129,15 @@ def test_a_timestep_within_the_bin():
     pairs = set()
     for seed in range(60):
         x_t, t = partly_denoised(
-            Linear(), scheduler, CONDITION, 3, (1, 2, 2), num_inference_steps=5, within_bin=True,
+            Linear(),
+            scheduler,
+            CONDITION,
+            3,
+            (1, 2, 2),
+            num_inference_steps=5,
+            within_bin=True,
             generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        )
         assert x_t.shape == (2, 1, 2, 2)
         assert t[0] == t[1]
         pairs.add(int(t[0]))

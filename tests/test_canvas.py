@@ -18,8 +18,10 @@ from ebu_optim.protocols.protocol import Protocol
 def ground(tmp_path) -> dict[str, Path]:
     """Stand-ins of what is trained: nothing is run here."""
     base, judges = tmp_path / "base", tmp_path / "judges"
-    for folder, files in ((base, ["world.json", "a.safetensors"]),
-                          (judges, ["style.safetensors", "content.safetensors"])):  # fmt: skip
+    for folder, files in (
+        (base, ["world.json", "a.safetensors"]),
+        (judges, ["style.safetensors", "content.safetensors"]),
+    ):
         folder.mkdir()
         for name in files:
             (folder / name).write_text("{}")
@@ -38,8 +40,13 @@ def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, c
     assert len({run.name for run in done}) == len({run.folder for run in done}) == len(done)
     configs = [[task.config for task in run.tasks] for run in done]
     assert Counter(c.method for c, _ in configs) == {
-        "ebu_added": 6, "joint": 6, "salun": 6, "selective_amnesia": 2, "esd": 2, "spm": 2,
-    }  # fmt: skip
+        "ebu_added": 6,
+        "joint": 6,
+        "salun": 6,
+        "selective_amnesia": 2,
+        "esd": 2,
+        "spm": 2,
+    }
     numbers = {(c.method, c.learning_rate, str(c.method_options)) for c, _ in configs}
     assert len(numbers) == 6  # one set for all targets
     for unlearned, evaluated in configs:

@@ -351,8 +351,10 @@ def test_a_full_disk(tmp_path, disk):
         with pytest.raises(OSError, match=r"disk.f.*free some space"):
             save_tensors(folder / "f", {"t": torch.ones(1_000_000)}, {})
         assert sorted(p.name for p in folder.iterdir()) == ["f", "step_00000001", "step_00000002"]
-        with pytest.raises(OSError, match=r"disk.g.*free some space"), \
-             replacing_folder(folder / "g") as work:  # fmt: skip
+        with (
+            pytest.raises(OSError, match=r"disk.g.*free some space"),
+            replacing_folder(folder / "g") as work,
+        ):
             (work / "x").write_bytes(bytes(2 << 20))
 
 

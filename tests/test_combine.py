@@ -77,8 +77,10 @@ def against_the_oracle(arrays, got, options, anchored=True):
     )
     gamma = options["gamma"] if anchored else 0.0
     moved = [t - t0 for t, t0 in zip(theta, anchor or theta)]
-    size = [2 * (abs(f) + abs(r)) + gamma * F * (abs(t) + abs(t0)) for t, f, r, t0, F in
-            zip(theta, g_f, g_r, anchor or theta, fisher or theta)]  # fmt: skip
+    size = [
+        2 * (abs(f) + abs(r)) + gamma * F * (abs(t) + abs(t0))
+        for t, f, r, t0, F in zip(theta, g_f, g_r, anchor or theta, fisher or theta)
+    ]
     assert_rounded(out, want, size)
     assert_masks(held, arrays[0], [f | r for f, r in zip(m_f, m_r)])
 
@@ -93,8 +95,12 @@ def against_the_oracle(arrays, got, options, anchored=True):
     opposed = m_f & m_r & (np.sign(g_f) * np.sign(g_r) < 0)
     tiny = opposed & (abs(g_f * g_r) < 1e-44)  # these have a test of their own
     assert opposed.sum() - tiny.sum() <= stats["overlap_opposed"] <= opposed.sum()
-    regions = {"forget_only": m_f & ~m_r, "remember_only": m_r & ~m_f, "overlap": m_f & m_r,
-               "unrelated": ~m_f & ~m_r}  # fmt: skip
+    regions = {
+        "forget_only": m_f & ~m_r,
+        "remember_only": m_r & ~m_f,
+        "overlap": m_f & m_r,
+        "unrelated": ~m_f & ~m_r,
+    }
     sums = {f"moved_{name}_sq": (moved[m] ** 2).sum() for name, m in regions.items()}
     sums |= {"forget_sq": g_f @ g_f, "remember_sq": g_r @ g_r, "update_sq": want @ want}
     bound = 1e-4 * (moved @ moved + 1) + 1e-5 * sum(sums.values())
@@ -349,8 +355,10 @@ def test_temporaries_are_bounded_by_the_constants_whatever_the_number_of_scalars
     if layout == "many":
         columns = [list(t[0].view(-1).split(n // 32)) for t in columns]
     elif layout != "contiguous":
-        columns = [[lay_out(c[0], "transposed" if layout == "mixed" and i % 2 else layout)]
-                   for i, c in enumerate(columns)]  # fmt: skip
+        columns = [
+            [lay_out(c[0], "transposed" if layout == "mixed" and i % 2 else layout)]
+            for i, c in enumerate(columns)
+        ]
     theta, g_f, g_r, *_ = columns
     out, held = ([torch.empty_like(t) for t in theta] for _ in range(2))
     known = [t for c in (*columns, out, held) for t in c]

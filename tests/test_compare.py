@@ -21,21 +21,30 @@ from ebu_optim.report import leaderboard
 def row(method: str, seed: int, forget: str, ua: float, ira: float, **more) -> dict:
     kind = "style" if forget[0].isupper() else "object"
     return {
-        "model": f"{method}-{forget}-{seed}", "label": "unlearncanvas", "kind": kind,
-        "run": {"method": method, "settings": "a1", "seed": seed}, "forget": [forget],
+        "model": f"{method}-{forget}-{seed}",
+        "label": "unlearncanvas",
+        "kind": kind,
+        "run": {"method": method, "settings": "a1", "seed": seed},
+        "forget": [forget],
         "protocol": {"name": "unlearncanvas", "title": "in words", "notes": ["a note"]},
-        "figures": {"ua": {"value": ua, "low": 0.0, "high": 1.0}, "ira": ira,
-                    "fid_unlearncanvas": {"not_computed": "not computed: not here"},
-                    "accuracy/Cats": 0.5},
+        "figures": {
+            "ua": {"value": ua, "low": 0.0, "high": 1.0},
+            "ira": ira,
+            "fid_unlearncanvas": {"not_computed": "not computed: not here"},
+            "accuracy/Cats": 0.5,
+        },
         **more,
-    }  # fmt: skip
+    }
 
 
 ROWS = [
-    row("EBU", 1, "Monet", 1.0, 0.9), row("EBU", 1, "Picasso", 0.8, 0.7),
-    row("EBU", 2, "Monet", 0.6, 0.9), row("EBU", 2, "Picasso", 0.4, 0.7),
-    row("sum", 1, "Monet", 0.5, 0.8), row("EBU", 1, "cats", 0.3, 0.9),
-]  # fmt: skip
+    row("EBU", 1, "Monet", 1.0, 0.9),
+    row("EBU", 1, "Picasso", 0.8, 0.7),
+    row("EBU", 2, "Monet", 0.6, 0.9),
+    row("EBU", 2, "Picasso", 0.4, 0.7),
+    row("sum", 1, "Monet", 0.5, 0.8),
+    row("EBU", 1, "cats", 0.3, 0.9),
+]
 
 
 @pytest.fixture
@@ -47,13 +56,15 @@ def runs(tmp_path) -> Path:
 
 
 def test_the_mean_is_over_targets_and_then_over_seeds(runs):
-    style, thing = compare(Compare(runs=[str(runs / "a"), str(runs / "b" / "protocols.json")],
-                                   output_dir=runs / "o"))  # fmt: skip
+    style, thing = compare(
+        Compare(runs=[str(runs / "a"), str(runs / "b" / "protocols.json")], output_dir=runs / "o")
+    )
     assert (style.title, thing.title) == ("unlearncanvas, style", "unlearncanvas, object")
     ours = [r for r in style.rows if r["published"] is None]
     assert [(r["name"], r["seeds"], r["targets"]) for r in ours] == [
-        ("EBU", 2, ["Monet", "Picasso"]), ("sum", 1, ["Monet"])
-    ]  # fmt: skip
+        ("EBU", 2, ["Monet", "Picasso"]),
+        ("sum", 1, ["Monet"]),
+    ]
     ebu = ours[0]["values"]["ua"]  # 0.9 and 0.5 of the seeds
     assert ebu["value"] == pytest.approx(0.7)
     assert ebu["n"] == 2
@@ -61,8 +72,9 @@ def test_the_mean_is_over_targets_and_then_over_seeds(runs):
     assert ours[1]["values"]["ua"] == ROWS[4]["figures"]["ua"]  # one picture set's own interval
     assert "Not every row is of the same targets" in style.notes[0]
     assert leaderboard.ranks([style]) == {
-        "forgotten": {"EBU": 1, "sum": 2}, "kept": {"EBU": 1.5, "sum": 1.5}
-    }  # fmt: skip
+        "forgotten": {"EBU": 1, "sum": 2},
+        "kept": {"EBU": 1.5, "sum": 1.5},
+    }
 
 
 def test_published_rows_stand_beside_in_our_units_with_their_source(runs):

@@ -44,9 +44,12 @@ shapes = st.lists(st.sampled_from((1, 7, 100, 2048, 8192, 9001)), min_size=1, ma
 @every_native
 @settings(deadline=None, max_examples=60)
 @given(
-    data=st.data(), sizes=shapes, kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32),
+    data=st.data(),
+    sizes=shapes,
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32),
     dtypes=st.lists(st.sampled_from(DTYPES[:3]), min_size=1, max_size=2),
-)  # fmt: skip
+)
 def test_keys_are_the_references_bit_for_bit(kernels, data, sizes, kind, seed, dtypes):
     rng = np.random.default_rng(seed)
     grads = [fill(kind, (s,), dtypes[i % len(dtypes)], rng) for i, s in enumerate(sizes)]
@@ -282,8 +285,14 @@ def test_rounding_to_16_bits_is_torchs(kernels, dtype):
     x = torch.cat([x, (bits(near)[:, None] + steps).view(-1).view(torch.float32), -near])
     x = x[x.isfinite() & ((x.abs() >= torch.finfo(torch.float32).tiny) | (x == 0))]
     out = torch.full(x.shape, math.nan, dtype=dtype)
-    _, _, stats = combine([torch.zeros_like(out)], [torch.zeros_like(x)], [x], out=[out],
-                          terms=("remember",), kernels=kernels)  # fmt: skip
+    _, _, stats = combine(
+        [torch.zeros_like(out)],
+        [torch.zeros_like(x)],
+        [x],
+        out=[out],
+        terms=("remember",),
+        kernels=kernels,
+    )
     want = x.to(dtype)
     assert torch.equal(out, want)
     assert stats["update_nonfinite"] == int((~want.isfinite()).sum()) > 0

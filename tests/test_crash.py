@@ -73,6 +73,10 @@ def test_interrupted_by_ctrl_c_a_fisher_and_a_replay_set_keep_what_was_done(tmp_
         assert whole == batches + (what == "fisher") * 2  # the first one is looked at before
         # a batch that was broken off is done again, and no other
         assert stopped <= whole + 2 * once
-    names = {f"{w}_{n}.{e}" for w in ("fisher", "replay") for n in ("whole", "stopped")
-             for e in ("safetensors", "log")}  # fmt: skip
+    names = {
+        f"{w}_{n}.{e}"
+        for w in ("fisher", "replay")
+        for n in ("whole", "stopped")
+        for e in ("safetensors", "log")
+    }
     assert {p.name for p in tmp_path.iterdir()} == names

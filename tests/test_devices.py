@@ -26,10 +26,14 @@ def test_tensors_of_tests_are_made_there_with_the_cpus_random_numbers(device):
 def test_only_what_names_no_device_and_is_not_the_packages():
     with devices.OnDevice(torch.device("meta")):
         made = [
-            torch.ones(2), torch.tensor([1.0]), torch.as_tensor(np.ones(2)), torch.randperm(3),
-            torch.nn.Linear(2, 2).weight, torch.zeros(2, requires_grad=True),
+            torch.ones(2),
+            torch.tensor([1.0]),
+            torch.as_tensor(np.ones(2)),
+            torch.randperm(3),
+            torch.nn.Linear(2, 2).weight,
+            torch.zeros(2, requires_grad=True),
             torch.rand(2, generator=torch.Generator(), requires_grad=True),
-        ]  # fmt: skip
+        ]
         assert {t.device.type for t in made} == {"meta"}
         assert [t.requires_grad for t in made[-3:]] == [True, True, True]
         assert torch.ones(2, device="cpu").device.type == "cpu"

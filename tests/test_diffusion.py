@@ -202,9 +202,10 @@ def test_anchored_is_in_eval_mode_and_leaves_buffers_alone():
     with pytest.raises(RuntimeError, match=r"no theta0.*anchor="):
         teacher(x, None)
     with_anchor = EBUOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), fisher=None,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        fisher=None,
         anchor={p: p.detach() for p in model.parameters()},
-    )  # fmt: skip
+    )
     other = D.anchored(model, with_anchor)
     with opt.forget():
         model(x, None).sum().backward()
@@ -296,9 +297,13 @@ def test_other_samplers(kind):
 def make_set(path, model=None, **kwargs):
     labels = torch.tensor([0, 1, 2, 3, 0])
     return D.sample_set(
-        path, model or tiny_unet(), ddim(), labels, SHAPE,
+        path,
+        model or tiny_unet(),
+        ddim(),
+        labels,
+        SHAPE,
         **{"num_inference_steps": 2, "batch_size": 2, **kwargs},
-    )  # fmt: skip
+    )
 
 
 def test_set_is_cached_and_an_interrupted_one_goes_on_to_the_same_result(tmp_path):

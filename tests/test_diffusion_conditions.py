@@ -62,9 +62,16 @@ def test_guidance_gives_each_branch_its_own_nested_condition(shape, n):
         return torch.zeros_like(x) + column([value(found, i) for i in range(len(x))], x)
 
     got = D.sample(
-        model, ddim, condition, (1, 2, 2), num_inference_steps=2, guidance_scale=3.0,
-        null_condition=null, clip=False, generator=gen(),
-    )  # fmt: skip
+        model,
+        ddim,
+        condition,
+        (1, 2, 2),
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        null_condition=null,
+        clip=False,
+        generator=gen(),
+    )
     for x, given in calls:
         assert len(x) == 2 * n
         assert [type(v) for v in given.values()] == [type(v) for v in condition.values()]
@@ -88,10 +95,15 @@ def test_nested_conditions_are_moved_to_the_device(shape, guidance):
         return x
 
     D.sample(
-        model, diffusers.DDIMScheduler(clip_sample=False), nested(shape, 2, 1)[0], (1, 2, 2),
-        num_inference_steps=2, guidance_scale=guidance, null_condition=nested(shape, 2, 2)[0],
+        model,
+        diffusers.DDIMScheduler(clip_sample=False),
+        nested(shape, 2, 1)[0],
+        (1, 2, 2),
+        num_inference_steps=2,
+        guidance_scale=guidance,
+        null_condition=nested(shape, 2, 2)[0],
         device="meta",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,17 +130,27 @@ def test_a_null_condition_that_is_not_like_the_condition_is_told_where(change, m
     change(null)
     with pytest.raises(ValueError, match=message):
         D.sample(
-            lambda x, t, **given: x, diffusers.DDIMScheduler(), condition(1), (1, 2, 2),
-            num_inference_steps=1, guidance_scale=2.0, null_condition=null,
-        )  # fmt: skip
+            lambda x, t, **given: x,
+            diffusers.DDIMScheduler(),
+            condition(1),
+            (1, 2, 2),
+            num_inference_steps=1,
+            guidance_scale=2.0,
+            null_condition=null,
+        )
 
 
 def test_rows_that_are_no_images_are_refused():
     given = {"text": torch.zeros(2, 3), "bias": torch.zeros(5, 5)}
     with pytest.raises(ValueError, match=r"\['bias'\] has 5 rows for 2 images"):
         D.sample(
-            lambda x, t, **given: x, diffusers.DDIMScheduler(), given, (1, 2, 2),
-            num_inference_steps=1, guidance_scale=2.0, null_condition=given,
-        )  # fmt: skip
+            lambda x, t, **given: x,
+            diffusers.DDIMScheduler(),
+            given,
+            (1, 2, 2),
+            num_inference_steps=1,
+            guidance_scale=2.0,
+            null_condition=given,
+        )
     with pytest.raises(ValueError, match="holds no tensor"):
         D.sample(lambda x, t, **_: x, diffusers.DDIMScheduler(), {"flag": True}, (1, 2, 2))

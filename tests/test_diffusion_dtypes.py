@@ -141,10 +141,12 @@ def test_the_anchored_teacher_is_the_rounded_model_in_every_dtype(anchor_dtype, 
         start = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
         anchor = {p: p.detach().clone() for p in model.parameters()} if given else None
         opt = EBUOptimizer(
-            torch.optim.SGD(model.conv.parameters(), lr=0.5), fisher=None if given else "online",
+            torch.optim.SGD(model.conv.parameters(), lr=0.5),
+            fisher=None if given else "online",
             anchor={p: anchor[p] for p in model.conv.parameters()} if anchor else None,
-            anchor_dtype=anchor_dtype, held_on=held_on,
-        )  # fmt: skip
+            anchor_dtype=anchor_dtype,
+            held_on=held_on,
+        )
         x = torch.randn(n, 1, 4, 4, generator=gen(n)).to(latents)
         y, t = torch.zeros(n, dtype=torch.long), torch.full((n,), 500)
         teacher = D.anchored(model, opt)

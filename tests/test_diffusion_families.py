@@ -26,14 +26,16 @@ STRANGERS = {
     "VQDiffusionScheduler": ({"num_vec_classes": 3}, "no alphas_cumprod", "no beta_schedule"),
     "EulerDiscreteScheduler": (
         {"timestep_type": "continuous", "prediction_type": "v_prediction"},
-        "timestep_type", "timestep_type",
+        "timestep_type",
+        "timestep_type",
     ),
-}  # fmt: skip
+}
 if "use_flow_sigmas" in diffusers.UniPCMultistepScheduler().config:  # not in diffusers 0.31
     STRANGERS["UniPCMultistepScheduler"] = (
         {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
-        "use_flow_sigmas", "use_flow_sigmas",
-    )  # fmt: skip
+        "use_flow_sigmas",
+        "use_flow_sigmas",
+    )
 
 
 def strange(name: str):

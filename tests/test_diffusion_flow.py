@@ -69,9 +69,12 @@ def close(ours, theirs):
 
 
 WEIGHT = {
-    None: lambda s: 1.0, "logit_normal": lambda s: 1.0, "mode": lambda s: 1.0,
-    "sigma_sqrt": lambda s: s**-2, "cosmap": lambda s: 2 / math.pi / (1 - 2 * s + 2 * s * s),
-}  # fmt: skip
+    None: lambda s: 1.0,
+    "logit_normal": lambda s: 1.0,
+    "mode": lambda s: 1.0,
+    "sigma_sqrt": lambda s: s**-2,
+    "cosmap": lambda s: 2 / math.pi / (1 - 2 * s + 2 * s * s),
+}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -97,13 +100,26 @@ def test_denoising(reduction, scheme):
 def test_relabelling_and_distillation_compare_on_z():
     (x, y, _), model, teacher = data(), Affine(), Affine(7)
     for ours, other, source in (
-        (D.relabel_loss(model, x, y, y + 1, schedule(), timesteps=T,
-                        generator=gen(3)), y + 1, model),
-        (D.relabel_loss(model, x, y, y + 1, schedule(), teacher=teacher, timesteps=T,
-                        generator=gen(3)), y + 1, teacher),
-        (D.distillation_loss(model, teacher, x, y, schedule(), reduction="mean", timesteps=T,
-                             generator=gen(3)), y, teacher),
-    ):  # fmt: skip
+        (
+            D.relabel_loss(model, x, y, y + 1, schedule(), timesteps=T, generator=gen(3)),
+            y + 1,
+            model,
+        ),
+        (
+            D.relabel_loss(
+                model, x, y, y + 1, schedule(), teacher=teacher, timesteps=T, generator=gen(3)
+            ),
+            y + 1,
+            teacher,
+        ),
+        (
+            D.distillation_loss(
+                model, teacher, x, y, schedule(), reduction="mean", timesteps=T, generator=gen(3)
+            ),
+            y,
+            teacher,
+        ),
+    ):
         z, _ = z_and_v(x, torch.randn(x.shape, generator=gen(3)), T)
         target = said(source, z, T, other).detach()
         close(ours, squared(said(model, z, T, y), target, "mean"))
@@ -183,8 +199,11 @@ def test_timesteps_are_those_of_a_fresh_scheduler_by_diffusers_density():
         assert torch.equal(flow.drawn(s, (1000,), gen(0), "cpu"), expected)
     assert torch.equal(flow.drawn(schedule(), (1000,), gen(0), "cpu"), expected)
     # the shift is the scheduler's, and a dynamic one is not applied in training
-    for options, middle in (({"shift": 3.0}, 0.75), ({"shift": 1.0}, 0.5),
-                            ({"use_dynamic_shifting": True}, 0.5)):  # fmt: skip
+    for options, middle in (
+        ({"shift": 3.0}, 0.75),
+        ({"shift": 1.0}, 0.5),
+        ({"use_dynamic_shifting": True}, 0.5),
+    ):
         drawn = flow.drawn(schedule(**options), (20_000,), gen(0), "cpu")
         assert float(drawn.median()) / 1000 == pytest.approx(middle, abs=0.01)
         assert drawn.dtype == torch.float32
@@ -280,9 +299,16 @@ class Exact:
 def test_sampling_goes_from_noise_to_the_image(guidance):
     y, model = torch.tensor([1, 2]), Exact()
     found = D.sample(
-        model, schedule(), y, SHAPE, num_inference_steps=7, guidance_scale=guidance,
-        null_condition=0, clip=False, generator=gen(0),
-    )  # fmt: skip
+        model,
+        schedule(),
+        y,
+        SHAPE,
+        num_inference_steps=7,
+        guidance_scale=guidance,
+        null_condition=0,
+        clip=False,
+        generator=gen(0),
+    )
     torch.testing.assert_close(found, (guidance * y).view(2, 1, 1, 1).expand(2, *SHAPE).float())
     assert model.times == pytest.approx([float(t) for t in _set(schedule(), 7)])
     assert model.times[0] == 1000
@@ -298,9 +324,15 @@ def test_a_part_of_the_way_is_on_the_line_between_noise_and_image():
     start = torch.randn(2, *SHAPE, generator=gen(4))
     for k in range(5):
         x_t = D.sample(
-            Exact(), schedule(), y, SHAPE, num_inference_steps=5, clip=False, stop_after=k,
+            Exact(),
+            schedule(),
+            y,
+            SHAPE,
+            num_inference_steps=5,
+            clip=False,
+            stop_after=k,
             generator=gen(4),
-        )  # fmt: skip
+        )
         sigma = float(_set(schedule(), 5)[k]) / 1000
         expected = (1 - sigma) * y.view(2, 1, 1, 1) + sigma * start
         torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-5)
@@ -312,9 +344,16 @@ def test_partly_denoised(within_bin):
     seen = set()
     for seed in range(60):
         x_t, t = D.partly_denoised(
-            Exact(), schedule(), y, 0, SHAPE, num_inference_steps=6, guidance_scale=1.0,
-            within_bin=within_bin, generator=gen(seed),
-        )  # fmt: skip
+            Exact(),
+            schedule(),
+            y,
+            0,
+            SHAPE,
+            num_inference_steps=6,
+            guidance_scale=1.0,
+            within_bin=within_bin,
+            generator=gen(seed),
+        )
         assert t.shape == (2,)
         assert t.dtype == torch.float32
         assert x_t.shape == (2, *SHAPE)
@@ -342,18 +381,30 @@ def test_a_cached_set(tmp_path):
 
     calls = [
         D.sample_set(
-            tmp_path / "set.safetensors", Zero(), schedule(), torch.tensor([1, 2, 1]), SHAPE,
-            num_inference_steps=3, clip=False, batch_size=2,
+            tmp_path / "set.safetensors",
+            Zero(),
+            schedule(),
+            torch.tensor([1, 2, 1]),
+            SHAPE,
+            num_inference_steps=3,
+            clip=False,
+            batch_size=2,
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert torch.equal(calls[0][0], calls[1][0])
     torch.testing.assert_close(calls[0][0][1], torch.full(SHAPE, 2.0))
     with pytest.raises(ValueError, match="another scheduler"):
         D.sample_set(
-            tmp_path / "set.safetensors", Zero(), schedule(shift=1.0), torch.tensor([1, 2, 1]),
-            SHAPE, num_inference_steps=3, clip=False, batch_size=2,
-        )  # fmt: skip
+            tmp_path / "set.safetensors",
+            Zero(),
+            schedule(shift=1.0),
+            torch.tensor([1, 2, 1]),
+            SHAPE,
+            num_inference_steps=3,
+            clip=False,
+            batch_size=2,
+        )
 
 
 def test_steps_that_depend_on_the_pictures_size_are_asked_for():

@@ -52,8 +52,9 @@ def test_a_resumed_run_has_them_too():
 def test_they_follow_the_model_to_another_dtype():
     m = normed()
     frozen = copy.deepcopy(m).eval().double()
-    opt = EBUOptimizer(SGD(m.parameters(), lr=0.1), fisher=None,
-                       anchor={p: p.detach() for p in m.parameters()})  # fmt: skip
+    opt = EBUOptimizer(
+        SGD(m.parameters(), lr=0.1), fisher=None, anchor={p: p.detach() for p in m.parameters()}
+    )
     teacher = anchored(m, opt)
     m.double()
     torch.testing.assert_close(teacher(X.double()), frozen(X.double()))

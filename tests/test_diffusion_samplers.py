@@ -19,11 +19,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 SAMPLERS = [
     f"{name}Scheduler"
     for name in (
-        "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
-        "LMSDiscrete", "KDPM2Discrete", "DPMSolverMultistep", "DPMSolverSinglestep",
-        "UniPCMultistep", "DEISMultistep",
+        "DDIM",
+        "DDPM",
+        "PNDM",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+        "LMSDiscrete",
+        "KDPM2Discrete",
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "UniPCMultistep",
+        "DEISMultistep",
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,9 +52,14 @@ def test_partly_denoised_is_x_t_as_the_model_knows_it(name, kind):
     for seed in range(12):
         n = 1 + seed % 2
         x_t, t = D.partly_denoised(
-            model, scheduler, torch.zeros(n, dtype=torch.long), 1, (4, 24, 24),
-            num_inference_steps=12, generator=gen(seed),
-        )  # fmt: skip
+            model,
+            scheduler,
+            torch.zeros(n, dtype=torch.long),
+            1,
+            (4, 24, 24),
+            num_inference_steps=12,
+            generator=gen(seed),
+        )
         at = float(t[0])
         assert t.shape == (n,)
         assert x_t.shape == (n, 4, 24, 24)
@@ -70,11 +84,18 @@ def test_each_of_a_sampler_s_own_steps_may_be_the_last_and_has_its_bin():
     heun = diffusers.HeunDiscreteScheduler()
     found = [
         D.partly_denoised(
-            lambda x, t, class_labels: x, heun, torch.zeros(1, dtype=torch.long), 1, (1, 1, 1),
-            num_inference_steps=5, earliest=6, within_bin=True, generator=gen(seed),
+            lambda x, t, class_labels: x,
+            heun,
+            torch.zeros(1, dtype=torch.long),
+            1,
+            (1, 1, 1),
+            num_inference_steps=5,
+            earliest=6,
+            within_bin=True,
+            generator=gen(seed),
         )[1]
         for seed in range(60)
-    ]  # fmt: skip
+    ]
     assert len(heun.timesteps) == 9
     assert all(t.dtype == torch.int64 for t in found)
     drawn = [int(t) for t in found]
@@ -82,9 +103,14 @@ def test_each_of_a_sampler_s_own_steps_may_be_the_last_and_has_its_bin():
     assert 340 < max(drawn) < 400  # the calls 6, 7 and 8 are in the last two of five bins
     with pytest.raises(ValueError, match=r"earliest must be in \[0, 9\)"):
         D.partly_denoised(
-            lambda x, t, class_labels: x, heun, torch.zeros(1, dtype=torch.long), 1, (1, 1, 1),
-            num_inference_steps=5, earliest=9,
-        )  # fmt: skip
+            lambda x, t, class_labels: x,
+            heun,
+            torch.zeros(1, dtype=torch.long),
+            1,
+            (1, 1, 1),
+            num_inference_steps=5,
+            earliest=9,
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -94,9 +120,12 @@ def test_samplers_take_the_first_channels(name, channels, guidance):
     kind = getattr(diffusers, name)
     learned = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False).config
     args = {
-        "shape": (channels, 2, 2), "num_inference_steps": 4, "guidance_scale": guidance,
-        "null_condition": 0, "clip": False,
-    }  # fmt: skip
+        "shape": (channels, 2, 2),
+        "num_inference_steps": 4,
+        "guidance_scale": guidance,
+        "null_condition": 0,
+        "clip": False,
+    }
     y = torch.tensor([1, 2])
 
     def drawn(model, config):
@@ -123,9 +152,16 @@ def test_ddpm_draws_with_the_predicted_variance_of_the_condition():
         return torch.cat([x * 0 + label, x * 0 + label / 10], 1)
 
     got = D.sample(
-        model, ddpm, torch.tensor([1, 2]), (1, 2, 2), num_inference_steps=2, guidance_scale=3.0,
-        null_condition=5, clip=False, generator=gen(),
-    )  # fmt: skip
+        model,
+        ddpm,
+        torch.tensor([1, 2]),
+        (1, 2, 2),
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        null_condition=5,
+        clip=False,
+        generator=gen(),
+    )
     g = gen()
     x = torch.randn((2, 1, 2, 2), generator=g).double().numpy()
     label = np.array([1.0, 2.0]).reshape(2, 1, 1, 1)

@@ -186,9 +186,7 @@ def anchors(page: Path) -> set[str]:
     found: set[str] = set()
     for heading in re.findall(r"^#{1,6} (.+)$", without_code(page), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
-        kept = "".join(
-            c for c in plain if c in " -_" or unicodedata.category(c)[0] in "LN"
-        )  # fmt: skip
+        kept = "".join(c for c in plain if c in " -_" or unicodedata.category(c)[0] in "LN")
         name, n = kept.replace(" ", "-"), 1
         while name in found:
             name, n = f"{kept.replace(' ', '-')}-{n}", n + 1

@@ -47,8 +47,15 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def evaluate(tiny: Path, folder: Path, *options) -> dict:
-    given = ["--pretrained_model_name_or_path", tiny, "--output_dir", folder,
-             "--num_inference_steps", 1, *options]  # fmt: skip
+    given = [
+        "--pretrained_model_name_or_path",
+        tiny,
+        "--output_dir",
+        folder,
+        "--num_inference_steps",
+        1,
+        *options,
+    ]
     evaluation = module("evaluation")
     evaluation.evaluate(parse(evaluation.Evaluation, [str(g) for g in given]))
     return json.loads((folder / "evaluation.json").read_text())
@@ -165,9 +172,13 @@ def test_nudenet_looks_at_what_is_forgotten(tiny, ready):
     found = evaluate(tiny, ready, *EACH, "--metrics", "nudity")
     low, high = wilson(1, 2)
     assert found["values"] == {
-        "nudity_score": {"value": 0.5, "low": pytest.approx(low), "high": pytest.approx(high),
-                         "n": 2},
-    }  # fmt: skip
+        "nudity_score": {
+            "value": 0.5,
+            "low": pytest.approx(low),
+            "high": pytest.approx(high),
+            "n": 2,
+        },
+    }
     assert found["metrics"]["nudity"]["detector"].startswith("nudenet 3")
     for options, score in (
         (("--nudity_labels", "intimate"), 0.0),  # a belly is none
@@ -189,9 +200,16 @@ def test_clip_score_is_of_the_kept_and_their_prompts(tiny, ready, tmp_path):
         invert(ready / "images" / f"0001_000{i}.png")
         Image.new("RGB", (16, 16), (200, 60 * i, 0)).save(ready / "images" / f"0002_000{i}.png")
     found = evaluate(
-        tiny, ready, *EACH, "--metrics", "clip_score", "--clip_model", NAME, "--clip_weights",
+        tiny,
+        ready,
+        *EACH,
+        "--metrics",
+        "clip_score",
+        "--clip_model",
+        NAME,
+        "--clip_weights",
         weights,
-    )  # fmt: skip
+    )
     expected = by_hand(kept(ready), ["a cat"] * 2 + ["a dog"] * 2, weights)
     other = by_hand(kept(ready), ["a dog"] * 2 + ["a cat"] * 2, weights)
     assert abs(other.mean() / expected.mean() - 1) > 0.01  # which prompt is whose matters
@@ -212,16 +230,25 @@ def test_fid_is_of_the_kept_against_real_images(tiny, ready, tmp_path):
     for i, x in enumerate(real):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "real" / f"{i}.png")
     found = evaluate(
-        tiny, ready, *EACH, "--metrics", "fid", "--real_images", tmp_path / "real",
-        "--inception_weights", weights,
-    )  # fmt: skip
+        tiny,
+        ready,
+        *EACH,
+        "--metrics",
+        "fid",
+        "--real_images",
+        tmp_path / "real",
+        "--inception_weights",
+        weights,
+    )
     ours, theirs = (features(x, weights, "2048") for x in (kept(ready), real))
     expected = frechet(ours, theirs)
     assert expected > 1
     assert found["values"]["fid"] == pytest.approx(expected, rel=1e-4)
     rng = np.random.RandomState(2020)  # 100 subsets of two
-    kid = [mmd2(ours[rng.choice(4, 2, replace=False)], theirs[rng.choice(5, 2, replace=False)])
-           for _ in range(100)]  # fmt: skip
+    kid = [
+        mmd2(ours[rng.choice(4, 2, replace=False)], theirs[rng.choice(5, 2, replace=False)])
+        for _ in range(100)
+    ]
     assert found["values"]["kid_mean"] == pytest.approx(np.mean(kid), rel=1e-3)
     said = found["metrics"]["fid"]
     assert (said["images"], said["reference_images"], said["layer"]) == (4, 5, "2048")
@@ -234,11 +261,25 @@ def test_imagenette_is_judged_by_resnet_50_from_a_file(tiny, tmp_path):
         torch.manual_seed(0)
         torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "resnet.pth")
     found = evaluate(
-        tiny, tmp_path / "o", "--imagenette", "--template", "{}", "--truncate",
-        "--forget", "church", "--metrics",
-        "imagenette", "--images_per_prompt", 1, "--noise_images", 2, "--over", "imagenette",
-        "--resnet_weights", tmp_path / "resnet.pth",
-    )  # fmt: skip
+        tiny,
+        tmp_path / "o",
+        "--imagenette",
+        "--template",
+        "{}",
+        "--truncate",
+        "--forget",
+        "church",
+        "--metrics",
+        "imagenette",
+        "--images_per_prompt",
+        1,
+        "--noise_images",
+        2,
+        "--over",
+        "imagenette",
+        "--resnet_weights",
+        tmp_path / "resnet.pth",
+    )
     assert found["metrics"]["imagenette"]["forget"] == ["church"]
     values = found["values"]
     assert (values["p_f"]["n"], values["ra"]["n"]) == (1, 9)
@@ -269,8 +310,16 @@ CAT_AND_DOG = ("--prompts", "a cat", "a dog", "--images_per_prompt", 1, "--resol
 
 def test_lpips_is_against_the_base(tiny, tmp_path, alexnet):
     evaluate(tiny, tmp_path / "base", *CAT_AND_DOG)
-    more = ("--metrics", "lpips", "--reference_dir", tmp_path / "base", "--forget", "a cat",
-            "--alexnet_weights", alexnet)  # fmt: skip
+    more = (
+        "--metrics",
+        "lpips",
+        "--reference_dir",
+        tmp_path / "base",
+        "--forget",
+        "a cat",
+        "--alexnet_weights",
+        alexnet,
+    )
     with refused("was drawn with --seed 0, not 1"):
         evaluate(tiny, tmp_path / "other", *CAT_AND_DOG, "--seed", 1, *more)
     with refused("is of other prompts"):
@@ -288,9 +337,18 @@ def test_lpips_pairs_numbers_of_more_digits(tiny, tmp_path, alexnet, monkeypatch
     evaluate(tiny, tmp_path / "base", *CAT_AND_DOG)
     invert(tmp_path / "base" / "images" / "1000_0000.png")
     found = evaluate(
-        tiny, tmp_path / "o", *CAT_AND_DOG, "--metrics", "lpips", "--reference_dir",
-        tmp_path / "base", "--forget", "a cat", "--alexnet_weights", alexnet,
-    )["values"]  # fmt: skip
+        tiny,
+        tmp_path / "o",
+        *CAT_AND_DOG,
+        "--metrics",
+        "lpips",
+        "--reference_dir",
+        tmp_path / "base",
+        "--forget",
+        "a cat",
+        "--alexnet_weights",
+        alexnet,
+    )["values"]
     assert found["lpips_f"]["value"] > 0 == found["lpips_r"]["value"]
 
 
@@ -304,21 +362,43 @@ def test_what_cannot_be_computed_says_which_option_helps(tiny, tmp_path, monkeyp
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     monkeypatch.setattr("open_clip.factory.download_pretrained", fetch)
-    given = ("--imagenette", "--template", "{}", "--images_per_prompt", 1, "--resolution", 32,
-             "--truncate")  # fmt: skip
+    given = (
+        "--imagenette",
+        "--template",
+        "{}",
+        "--images_per_prompt",
+        1,
+        "--resolution",
+        32,
+        "--truncate",
+    )
     evaluate(tiny, tmp_path / "base", *given)
     shutil.copytree(tmp_path / "base" / "images", tmp_path / "real")
     found = evaluate(
-        tiny, tmp_path / "o", *given, "--forget", "church", "--metrics", "imagenette",
-        "clip_score", "lpips", "fid", "--reference_dir", tmp_path / "base", "--real_images",
-        tmp_path / "real", "--clip_model", "RN50-quickgelu",
-    )  # fmt: skip
+        tiny,
+        tmp_path / "o",
+        *given,
+        "--forget",
+        "church",
+        "--metrics",
+        "imagenette",
+        "clip_score",
+        "lpips",
+        "fid",
+        "--reference_dir",
+        tmp_path / "base",
+        "--real_images",
+        tmp_path / "real",
+        "--clip_model",
+        "RN50-quickgelu",
+    )
     options = {
         **dict.fromkeys(("ce_f", "ce_r", "ra", "ua", "p_f"), "--resnet_weights"),
-        "clip_score": "--clip_weights", "lpips_f": "--alexnet_weights",
+        "clip_score": "--clip_weights",
+        "lpips_f": "--alexnet_weights",
         "lpips_r": "--alexnet_weights",
         **dict.fromkeys(("fid", "kid_mean"), "--inception_weights"),
-    }  # fmt: skip
+    }
     assert set(found["values"]) == set(options)
     for key, option in options.items():
         why = found["values"][key]["not_computed"]
@@ -346,16 +426,26 @@ def test_other_weights_are_told_by_the_option_and_pictures_stay(options, message
 
 @pytest.mark.parametrize(
     ("metric", "option", "package"),
-    [("clip_score", "clip_weights", "open_clip"),
-     ("fid", "inception_weights", "torch_fidelity")],
-)  # fmt: skip
+    [("clip_score", "clip_weights", "open_clip"), ("fid", "inception_weights", "torch_fidelity")],
+)
 def test_a_file_of_other_weights(metric, option, package, tiny, ready, tmp_path):
     pytest.importorskip(package, reason="comes with the extras metrics and text_to_image")
     file = tmp_path / "other.pt"
     torch.save({"w": torch.ones(1)}, file)
     with refused(f"--metrics {metric}: --{option}:? .*holds (no|other) weights"):
-        evaluate(tiny, ready, *EACH, "--metrics", metric, f"--{option}", file, "--real_images",
-                 ready / "images", "--clip_model", "RN50-quickgelu")  # fmt: skip
+        evaluate(
+            tiny,
+            ready,
+            *EACH,
+            "--metrics",
+            metric,
+            f"--{option}",
+            file,
+            "--real_images",
+            ready / "images",
+            "--clip_model",
+            "RN50-quickgelu",
+        )
 
 
 # -- bad input -----------------------------------------------------------------------------------

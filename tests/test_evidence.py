@@ -29,12 +29,21 @@ def fake(spec, **values):
     """A result whose score is best at gamma 100."""
     off = abs(len(f"{spec['options'].get('gamma', 0):g}") - 3) / 100
     columns = (
-        "p_f_reject", "acc_kept", "acc_replayed", "acc_never", "relearn_10", "ce_f", "seconds",
-    )  # fmt: skip
+        "p_f_reject",
+        "acc_kept",
+        "acc_replayed",
+        "acc_never",
+        "relearn_10",
+        "ce_f",
+        "seconds",
+    )
     return {
-        "spec": spec, **dict.fromkeys(columns, 0.5), "inversion_100": 0.1 + off,
-        "fisher_mean": 4e-4, **values,
-    }  # fmt: skip
+        "spec": spec,
+        **dict.fromkeys(columns, 0.5),
+        "inversion_100": 0.1 + off,
+        "fisher_mean": 4e-4,
+        **values,
+    }
 
 
 @pytest.mark.parametrize("method", ["added", "random", "embedding", "base"])

@@ -30,8 +30,12 @@ from .scripts import by_both
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "ddpm"
-ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-       "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+ENV = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 # several commands in one interpreter, which has imported diffusers once
 SEVERAL = """
@@ -60,8 +64,11 @@ def several(*commands: list) -> list[tuple[int, str]]:
     given = json.dumps([[str(a) for a in c] for c in commands])
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL, str(SCRIPTS), given],
-        capture_output=True, text=True, env=ENV, timeout=PATIENCE,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=PATIENCE,
+    )
     found, rest = [], done.stderr
     for script, *_ in commands:
         said, _, rest = rest.partition(f"<<{script} ")
@@ -90,40 +97,111 @@ def made(tmp_path_factory) -> Path:
     succeed(
         ["train.py", *UNET, "--max_train_steps", 4, "--output_dir", out / "base"],
         ["train_classifier.py", *SMALL, "--max_train_steps", 4, "--output_dir", out / "judge"],
-        ["train_classifier.py", *SMALL, "--reject", "--max_train_steps", 4,
-         "--output_dir", out / "reject"],
-        ["prepare.py", *base, "--forget", "3", "--digits", "--replay_per_class", 4,
-         "--num_inference_steps", 2, "--fisher_images", 8, "--fisher_timesteps", 2,
-         "--surrogate_images", 4, "--output_dir", out / "sets"],
-    )  # fmt: skip
+        [
+            "train_classifier.py",
+            *SMALL,
+            "--reject",
+            "--max_train_steps",
+            4,
+            "--output_dir",
+            out / "reject",
+        ],
+        [
+            "prepare.py",
+            *base,
+            "--forget",
+            "3",
+            "--digits",
+            "--replay_per_class",
+            4,
+            "--num_inference_steps",
+            2,
+            "--fisher_images",
+            8,
+            "--fisher_timesteps",
+            2,
+            "--surrogate_images",
+            4,
+            "--output_dir",
+            out / "sets",
+        ],
+    )
     return out
 
 
 def unlearn(made: Path, out: str | Path, *more) -> list:
     return [
-        "unlearn.py", "--pretrained_model_name_or_path", made / "base", "--prepared_dir",
-        made / "sets", "--train_batch_size", 4, "--output_dir", out, *more,
-    ]  # fmt: skip
+        "unlearn.py",
+        "--pretrained_model_name_or_path",
+        made / "base",
+        "--prepared_dir",
+        made / "sets",
+        "--train_batch_size",
+        4,
+        "--output_dir",
+        out,
+        *more,
+    ]
 
 
-CURVE = ["--validation_steps", 2, "--validation_images", 2, "--validation_inference_steps", 2,
-         "--checkpointing_steps", 1, "--use_ema"]  # fmt: skip
+CURVE = [
+    "--validation_steps",
+    2,
+    "--validation_images",
+    2,
+    "--validation_inference_steps",
+    2,
+    "--checkpointing_steps",
+    1,
+    "--use_ema",
+]
 
 
 @pytest.fixture(scope="module")
 def forgotten(made) -> Path:
     """Unlearned in four steps, once without a break and once resumed after two; and with an
     average, by two classes."""
-    measured = [*CURVE, "--classifier", made / "judge", "--validation_pictures", 1,
-                "--entropy_classifier", made / "reject"]  # fmt: skip
+    measured = [
+        *CURVE,
+        "--classifier",
+        made / "judge",
+        "--validation_pictures",
+        1,
+        "--entropy_classifier",
+        made / "reject",
+    ]
     said = succeed(
         unlearn(made, made / "whole", "--max_train_steps", 4, *measured),
         unlearn(made, made / "parts", "--max_train_steps", 2, *measured),
-        unlearn(made, made / "parts", "--max_train_steps", 4, *measured,
-                "--resume_from_checkpoint", "latest"),
-        unlearn(made, made / "two_classes", "--max_train_steps", 2, "--use_ema", "--forget", 3, 5,
-                "--replay_classes", 1, 2, "--alpha", 0.5, "--delta", 0.25, "--gamma", 10),
-    )  # fmt: skip
+        unlearn(
+            made,
+            made / "parts",
+            "--max_train_steps",
+            4,
+            *measured,
+            "--resume_from_checkpoint",
+            "latest",
+        ),
+        unlearn(
+            made,
+            made / "two_classes",
+            "--max_train_steps",
+            2,
+            "--use_ema",
+            "--forget",
+            3,
+            5,
+            "--replay_classes",
+            1,
+            2,
+            "--alpha",
+            0.5,
+            "--delta",
+            0.25,
+            "--gamma",
+            10,
+        ),
+    )
     assert "2/4" in said[2]  # the bar starts where the first part ended
     (made / "two_classes.txt").write_text(said[3])
     return made / "whole"
@@ -164,12 +242,25 @@ def test_a_classifier_says_what_it_is(made):
 
 def test_a_resumed_training_is_the_unbroken_one(made, tmp_path):
     run = ["train.py", *UNET, "--output_dir", tmp_path / "parts", "--max_train_steps"]
-    other = ["train.py", *UNET, "--seed", 1, "--output_dir", tmp_path / "parts",
-             "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]  # fmt: skip
+    other = [
+        "train.py",
+        *UNET,
+        "--seed",
+        1,
+        "--output_dir",
+        tmp_path / "parts",
+        "--max_train_steps",
+        4,
+        "--resume_from_checkpoint",
+        "latest",
+    ]
     (first, _), (again, held), (changed, seed), (resumed, said), (classifier, _) = several(
-        [*run, 2], [*run, 4], other, [*run, 4, "--resume_from_checkpoint", "latest"],
+        [*run, 2],
+        [*run, 4],
+        other,
+        [*run, 4, "--resume_from_checkpoint", "latest"],
         ["train_classifier.py", *SMALL, "--output_dir", tmp_path / "parts"],
-    )  # fmt: skip
+    )
     assert (first, again, changed, resumed, classifier) == (0, 2, 2, 0, 2), said
     assert "holds a run: go on with --resume_from_checkpoint" in held
     assert "seed 0, this one 1" in seed
@@ -179,9 +270,12 @@ def test_a_resumed_training_is_the_unbroken_one(made, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [("--use_ema", "--gradient_accumulation_steps", 2), ("--method", "salun"),
-     ("--method", "gradient_ascent")],
-)  # fmt: skip
+    [
+        ("--use_ema", "--gradient_accumulation_steps", 2),
+        ("--method", "salun"),
+        ("--method", "gradient_ascent"),
+    ],
+)
 def test_the_loop_in_sight_is_the_packages(more, made, tmp_path):
     argv = unlearn(made, tmp_path, "--max_train_steps", 3, "--logging_steps", 1, *more)[1:]
     script, ours = by_both(
@@ -195,15 +289,38 @@ def test_the_loop_in_sight_is_the_packages(more, made, tmp_path):
 
 def test_two_processes_accumulate_and_agree(made, tmp_path):
     command = unlearn(
-        made, tmp_path / "o", "--cpu", "--gradient_accumulation_steps", 2, "--max_train_steps", 2,
-        "--mixed_precision", "bf16", "--use_ema", *CURVE, "--classifier", made / "judge",
-        "--adversary_steps", 1,
-    )  # fmt: skip
+        made,
+        tmp_path / "o",
+        "--cpu",
+        "--gradient_accumulation_steps",
+        2,
+        "--max_train_steps",
+        2,
+        "--mixed_precision",
+        "bf16",
+        "--use_ema",
+        *CURVE,
+        "--classifier",
+        made / "judge",
+        "--adversary_steps",
+        1,
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(SCRIPTS / command[0]), *map(str, command[1:])],
-        capture_output=True, text=True, env=ENV, timeout=PATIENCE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(SCRIPTS / command[0]),
+            *map(str, command[1:]),
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     assert not same(tmp_path / "o" / "unet", made / "base" / "unet")
@@ -229,8 +346,11 @@ def test_batches_of_two_processes_are_those_of_one(monkeypatch):
 def test_sets_are_of_the_kept_classes_and_are_not_made_again(made):
     data = {p.name: p.stat().st_mtime_ns for p in (made / "sets").glob("*.safetensors")}
     assert set(data) == {
-        "fisher.safetensors", "forget.safetensors", "replay.safetensors", "surrogate.safetensors",
-    }  # fmt: skip
+        "fisher.safetensors",
+        "forget.safetensors",
+        "replay.safetensors",
+        "surrogate.safetensors",
+    }
     labels = load_tensors(made / "sets" / "replay.safetensors")[0]["labels"]
     assert sorted(set(labels.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert set(load_tensors(made / "sets" / "forget.safetensors")[0]["labels"].tolist()) == {3}
@@ -262,17 +382,36 @@ def test_a_resumed_unlearning_is_the_unbroken_one(forgotten, made):
 
 
 def test_a_resumed_run_with_adversaries_is_the_unbroken_one(made, tmp_path):
-    more = ["--adversary_steps", 2, "--adversary_restart", 3, "--adversaries", 2,
-            "--forget_loss", "relabel", "--checkpointing_steps", 2]  # fmt: skip
+    more = [
+        "--adversary_steps",
+        2,
+        "--adversary_restart",
+        3,
+        "--adversaries",
+        2,
+        "--forget_loss",
+        "relabel",
+        "--checkpointing_steps",
+        2,
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     *_, (code, said) = several(
         unlearn(made, whole, *more, "--max_train_steps", 4),
         unlearn(made, tmp_path / "without", *more[6:], "--max_train_steps", 4),
         unlearn(made, parts, *more, "--max_train_steps", 2),
         unlearn(made, parts, *more, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"),
-        unlearn(made, parts, *more[:1], 3, *more[2:], "--max_train_steps", 4,
-                "--resume_from_checkpoint", "latest"),
-    )  # fmt: skip
+        unlearn(
+            made,
+            parts,
+            *more[:1],
+            3,
+            *more[2:],
+            "--max_train_steps",
+            4,
+            "--resume_from_checkpoint",
+            "latest",
+        ),
+    )
     assert same(parts / "unet", whole / "unet")
     assert not same(tmp_path / "without" / "unet", whole / "unet")
     assert code == 2
@@ -307,16 +446,28 @@ METHODS = {
     "embedding_only": ["--surrogate", "gaussian"],
     "esd": ["--guided_steps", 3, "--adversary_steps", 1, "--adversary_loss", "teacher"],
     "retrain": ["--digits"],
-    "ebu_routed": ["--remember", "crossed", "--surrogate", "analytic", "--condition_noise", 1,
-                   "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2],
-}  # fmt: skip
+    "ebu_routed": [
+        "--remember",
+        "crossed",
+        "--surrogate",
+        "analytic",
+        "--condition_noise",
+        1,
+        "--mixed_precision",
+        "bf16",
+        "--gradient_accumulation_steps",
+        2,
+    ],
+}
 
 
 def test_every_kind_of_method_runs(made, tmp_path):
     succeed(
-        *(unlearn(made, tmp_path / name, "--method", name, "--max_train_steps", 1, *options)
-          for name, options in METHODS.items())
-    )  # fmt: skip
+        *(
+            unlearn(made, tmp_path / name, "--method", name, "--max_train_steps", 1, *options)
+            for name, options in METHODS.items()
+        )
+    )
     base = weights(made / "base" / "unet")
     for name in METHODS:
         found = weights(tmp_path / name / "unet")
@@ -329,11 +480,27 @@ def test_every_kind_of_method_runs(made, tmp_path):
 def test_a_report_has_the_three_axes_and_its_protocol(forgotten, made, tmp_path):
     out = tmp_path / "report"
     command = [
-        "evaluate.py", "--pretrained_model_name_or_path", forgotten, "--classifier", made / "judge",
-        "--reject_classifier", made / "reject", "--digits", "--images_per_class", 4,
-        "--num_inference_steps", 2, "--inversion_steps", 1, "--relearn_max_steps", 2,
-        "--attack_images", 4, "--output_dir", out,
-    ]  # fmt: skip
+        "evaluate.py",
+        "--pretrained_model_name_or_path",
+        forgotten,
+        "--classifier",
+        made / "judge",
+        "--reject_classifier",
+        made / "reject",
+        "--digits",
+        "--images_per_class",
+        4,
+        "--num_inference_steps",
+        2,
+        "--inversion_steps",
+        1,
+        "--relearn_max_steps",
+        2,
+        "--attack_images",
+        4,
+        "--output_dir",
+        out,
+    ]
     wrong = [*command[:2], made / "base", *command[3:]]
     (code, said), (again, held), (_, base) = several(
         command, command, [*wrong, "--overwrite_output_dir"]
@@ -383,10 +550,13 @@ def test_erasediff_learns_the_wrong_noise_and_ga_unlearns_the_right_one(monkeypa
 
 
 ROOMS = {
-    "data": "training", "sources": "training", "models": "class_conditional",
+    "data": "training",
+    "sources": "training",
+    "models": "class_conditional",
     "train_classifier": "class_conditional",
-    "prepare": "class_conditional.sets", "unlearn_losses": "diffusion.objectives",
-}  # fmt: skip
+    "prepare": "class_conditional.sets",
+    "unlearn_losses": "diffusion.objectives",
+}
 
 
 def module(monkeypatch, name: str):
@@ -578,10 +748,20 @@ def test_mistakes_are_told_in_one_line(made, tmp_path):
     cases = {
         "is in use by something else": ["train.py", *UNET, "--output_dir", tmp_path / "mine"],
         "--train_batch_size must be >= 1": [
-            "train.py", *UNET, "--train_batch_size", 0, "--output_dir", tmp_path / "o"
+            "train.py",
+            *UNET,
+            "--train_batch_size",
+            0,
+            "--output_dir",
+            tmp_path / "o",
         ],
         "--report_to nothing: not installed": [
-            "train.py", *UNET, "--report_to", "nothing", "--output_dir", tmp_path / "o"
+            "train.py",
+            *UNET,
+            "--report_to",
+            "nothing",
+            "--output_dir",
+            tmp_path / "o",
         ],
         "--alpha must be in [0, 1]; got 2.0": unlearn(made, tmp_path / "o", "--alpha", 2),
         "--method joint has no option alpha": unlearn(
@@ -591,29 +771,52 @@ def test_mistakes_are_told_in_one_line(made, tmp_path):
             made, tmp_path / "o", "--method", "joint", "--method_options", '{"forget_weight": -1}'
         ),
         "has other classes than the model: cat, dog": [
-            "prepare.py", "--pretrained_model_name_or_path", made / "base", "--forget", 3,
-            "--train_data_dir", images(tmp_path / "pets", broken=0), "--resolution", 8,
-            "--output_dir", tmp_path / "sets",
+            "prepare.py",
+            "--pretrained_model_name_or_path",
+            made / "base",
+            "--forget",
+            3,
+            "--train_data_dir",
+            images(tmp_path / "pets", broken=0),
+            "--resolution",
+            8,
+            "--output_dir",
+            tmp_path / "sets",
         ],
         "belongs to another model": unlearn(made, tmp_path / "o", "--start_from", "ema"),
         "--validation_inference_steps must be <= 1000, the model's; got 1001": unlearn(
-            made, tmp_path / "o", "--classifier", made / "judge",
-            "--validation_inference_steps", 1001,
+            made,
+            tmp_path / "o",
+            "--classifier",
+            made / "judge",
+            "--validation_inference_steps",
+            1001,
         ),
         "--guided_steps must be <= 1000": unlearn(
             made, tmp_path / "o", "--method", "esd", "--guided_steps", 1001
         ),
         "--num_inference_steps must be <= 1000": [
-            "prepare.py", "--pretrained_model_name_or_path", made / "base", "--forget", 3,
-            "--num_inference_steps", 1001, "--output_dir", tmp_path / "sets",
+            "prepare.py",
+            "--pretrained_model_name_or_path",
+            made / "base",
+            "--forget",
+            3,
+            "--num_inference_steps",
+            1001,
+            "--output_dir",
+            tmp_path / "sets",
         ],
         "step_00000007: there is no such folder": unlearn(
             made, tmp_path / "o", "--resume_from_checkpoint", tmp_path / "step_00000007"
         ),
         "another process": [
-            "train.py", *UNET, "--overwrite_output_dir", "--output_dir", made / "base"
+            "train.py",
+            *UNET,
+            "--overwrite_output_dir",
+            "--output_dir",
+            made / "base",
         ],
-    }  # fmt: skip
+    }
     with locked(made / "base" / ".lock", made / "base"):
         found = several(*cases.values())
     for message, (code, said) in zip(cases, found, strict=True):

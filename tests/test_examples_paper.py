@@ -31,17 +31,37 @@ ROOT = Path(__file__).parent.parent
 SMALL = {"model": "small", "train_batch_size": 4}
 # what a world asks for comes last: every run has two steps, whatever a script says
 TOY = worlds.World(
-    "toy", "toy digits", {"digits": True}, {},
-    base={**SMALL, "use_ema": True, "max_train_steps": 4}, judge={**SMALL, "max_train_steps": 3},
-    sets={"weights": "ema", "replay_per_class": 2, "num_inference_steps": 2, "guidance_scale": 1.0,
-          "fisher_images": 4, "fisher_timesteps": 2},
-    unlearn={"start_from": "ema", "train_batch_size": 2, "validation_images": 2,
-             "validation_inference_steps": 2, "max_train_steps": 2},
-    evaluate={"images_per_class": 2, "num_inference_steps": 2, "inversion_steps": [1],
-              "relearn_max_steps": 1, "attack_images": 2},
+    "toy",
+    "toy digits",
+    {"digits": True},
+    {},
+    base={**SMALL, "use_ema": True, "max_train_steps": 4},
+    judge={**SMALL, "max_train_steps": 3},
+    sets={
+        "weights": "ema",
+        "replay_per_class": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "fisher_images": 4,
+        "fisher_timesteps": 2,
+    },
+    unlearn={
+        "start_from": "ema",
+        "train_batch_size": 2,
+        "validation_images": 2,
+        "validation_inference_steps": 2,
+        "max_train_steps": 2,
+    },
+    evaluate={
+        "images_per_class": 2,
+        "num_inference_steps": 2,
+        "inversion_steps": [1],
+        "relearn_max_steps": 1,
+        "attack_images": 2,
+    },
     seconds=dict.fromkeys(("train", "train_classifier", "prepare", "unlearn", "evaluate"), 1.0),
     basis="no time at all",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,8 +144,12 @@ def test_figure_2(root, made, monkeypatch):
     assert names(found)[2:] == ["EBU added", "SA", "SalUn", "SA, published strength"]
     settings = found["protocol"]["unlearning"]["settings"]
     assert settings["SA, published strength"] == {
-        "learning_rate": 1e-4, "lam": 1e7, "steps": 3, "seeds": [1], "tuning": "none",
-    }  # fmt: skip
+        "learning_rate": 1e-4,
+        "lam": 1e7,
+        "steps": 3,
+        "seeds": [1],
+        "tuning": "none",
+    }
     assert len(found["curves"]) == 6
     for curve in found["curves"]:
         assert set(curve["limits"]) == set(LIMITS)
@@ -146,16 +170,21 @@ def test_figure_4(root, made, monkeypatch):
     told = found["protocol"]["unlearning"]["settings"]["alpha 0.2, delta 0.8"]
     assert (told["alpha"], told["delta"]) == (0.2, 0.8)
     titles = [c["title"] for c in found["curves"]]
-    assert titles == ["P_f over alpha", "CE_f over alpha", "RA over alpha",
-                      "P_f after 1 steps of inversion over alpha"]  # fmt: skip
+    assert titles == [
+        "P_f over alpha",
+        "CE_f over alpha",
+        "RA over alpha",
+        "P_f after 1 steps of inversion over alpha",
+    ]
     for curve in found["curves"]:
         assert list(curve["series"]) == ["delta 0.2", "delta 0.8"]
         assert [x for x, _ in curve["series"]["delta 0.2"]] == [0.2, 0.8]
     pictures = root / "toy" / "figure4-full-replay" / "pictures"
     assert sorted(p.name for p in pictures.iterdir()) == [
         f"{i}_{title}_delta_0_{d}.png"
-        for i, title in enumerate(("0_forgotten", "1_kept")) for d in (2, 8)
-    ]  # fmt: skip
+        for i, title in enumerate(("0_forgotten", "1_kept"))
+        for d in (2, 8)
+    ]
 
 
 def test_figure_6_shows_the_way(paper, root, made):
@@ -214,8 +243,11 @@ def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, m
 
     def work(run):  # the second of six is the best: by inversion alone
         trial = "forget_weight0.5" in run.name and "lr0.0003" in run.name
-        values = {"p_f_reject": {"value": 0.25}, "ra_never_replayed": 0.75,
-                  "inversion_100": 0.5 if trial else 0.625}  # fmt: skip
+        values = {
+            "p_f_reject": {"value": 0.25},
+            "ra_never_replayed": 0.75,
+            "inversion_100": 0.5 if trial else 0.625,
+        }
         for t in run.tasks:
             t.folder.mkdir(parents=True)
             last = json.dumps({"rows": [{"name": "joint", "values": values}]})
@@ -251,8 +283,11 @@ def options(row, *names: str) -> list:
 
 
 def test_at_paper_scale_steps_and_both_rates_are_the_papers(tmp_path):
-    steps = {"CIFAR10": [2000, 2000, 20000, 4000, 200], "CIFAR100": [2000, 2000, 20000, 2000, 200],
-             "STL10": [2000, 2000, 30000, 4000, 200]}  # fmt: skip
+    steps = {
+        "CIFAR10": [2000, 2000, 20000, 4000, 200],
+        "CIFAR100": [2000, 2000, 20000, 2000, 200],
+        "STL10": [2000, 2000, 30000, 4000, 200],
+    }
     for name, expected in steps.items():
         setting = worlds.Setting(getattr(worlds, name), tmp_path)
         found = tables.class_wise(setting, [*rows.PAPER, "joint"], [1], paper=True)
@@ -264,8 +299,9 @@ def test_at_paper_scale_steps_and_both_rates_are_the_papers(tmp_path):
     setting = worlds.Setting(worlds.CIFAR10, tmp_path)
     grid = script("figure4").table(setting, "ebu_added", 1, 200, 1e-5)
     assert options(grid[0.2, 0.8], "learning_rate", "method_options") == [
-        1e-5, {"alpha": 0.2, "delta": 0.8},
-    ]  # fmt: skip
+        1e-5,
+        {"alpha": 0.2, "delta": 0.8},
+    ]
 
 
 def test_options_that_would_be_taken_for_others_are_refused(tmp_path):
@@ -356,10 +392,12 @@ def test_a_folder_is_of_its_options_and_of_nothing_else(paper, tmp_path):
         name: [a != b for a, b in zip(here, found, strict=True)] for name, found in changed.items()
     }
     #                                          base   judge  reject sets   unlearn evaluate
-    assert others == {"method": [False, False, False, False, True, True],
-                      "loss": [False, False, False, False, True, True],
-                      "regime": [False, False, False, True, True, True],
-                      "base": [True, False, False, True, True, True]}  # fmt: skip
+    assert others == {
+        "method": [False, False, False, False, True, True],
+        "loss": [False, False, False, False, True, True],
+        "regime": [False, False, False, True, True, True],
+        "base": [True, False, False, True, True, True],
+    }
 
 
 def test_dry_run_makes_nothing(tmp_path, made, capsys):
@@ -375,8 +413,18 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(
     # the judges know nothing of it; the sets are asked for a class that there is not
     world = paper._replace(name="broken", forget="12")
     monkeypatch.setitem(OnImages.scales, "broken", world)
-    given = ("--workers", 1, "--output_dir", tmp_path, "--scale", "broken", "--methods", "joint",
-             "--sa_steps", 0)  # fmt: skip
+    given = (
+        "--workers",
+        1,
+        "--output_dir",
+        tmp_path,
+        "--scale",
+        "broken",
+        "--methods",
+        "joint",
+        "--sa_steps",
+        0,
+    )
     table6 = script("table6")
     with pytest.raises(SystemExit) as end:
         command(table6.main, table6.Table6, None, [str(g) for g in given])
@@ -480,11 +528,15 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
     (base, *_) = worlds.Setting(slower(paper), tmp_path).ground
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, script, tmp_path], text=True, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        [sys.executable, script, tmp_path],
+        text=True,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
         # a process that pytest-xdist or nohup started ignores it, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             until = time.monotonic() + PATIENCE
             while not list(base.folder.glob("checkpoints/step_*")) and process.poll() is None:

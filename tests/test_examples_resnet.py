@@ -27,8 +27,17 @@ def trained(tmp_path_factory):
             Image.new("RGB", (8, 8), colour).save(out / "pets" / split / name / "0.png")
     torch.manual_seed(7)
     torch.save(models.resnet34().state_dict(), out / "weights.pt")
-    run = ["train_classifier.py", "--train_data_dir", out / "pets", "--train_batch_size", 2,
-           "--max_train_steps", 1, "--checkpoints_total_limit", 1]  # fmt: skip
+    run = [
+        "train_classifier.py",
+        "--train_data_dir",
+        out / "pets",
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        1,
+        "--checkpoints_total_limit",
+        1,
+    ]
     try:
         succeed(
             [*run, "--pretrained_weights", "none", "--output_dir", out / "none"],

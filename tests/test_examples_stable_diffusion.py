@@ -72,19 +72,50 @@ def made(tmp_path_factory) -> Path:
     return out
 
 
-SMALL = ["--replay_images", 4, "--surrogate_images", 4, "--forget_images", 4,
-         "--num_inference_steps", 2, "--guided_steps", 3, "--learning_rate", 1e-3,
-         "--remember", "a dog", "a red car", ""]  # fmt: skip
-PICTURES = ["--validation_steps", 2, "--validation_inference_steps", 2,
-            "--num_validation_images", 1]  # fmt: skip
+SMALL = [
+    "--replay_images",
+    4,
+    "--surrogate_images",
+    4,
+    "--forget_images",
+    4,
+    "--num_inference_steps",
+    2,
+    "--guided_steps",
+    3,
+    "--learning_rate",
+    1e-3,
+    "--remember",
+    "a dog",
+    "a red car",
+    "",
+]
+PICTURES = [
+    "--validation_steps",
+    2,
+    "--validation_inference_steps",
+    2,
+    "--num_validation_images",
+    1,
+]
 
 
 def unlearn(made: Path, out: Path, *more, base: str = "base", pictures: bool = False) -> list:
     return [
-        "--pretrained_model_name_or_path", made / base, "--forget", "cat", "--sets_dir",
-        made / f"sets_{base}", "--max_train_steps", 2, *SMALL,
-        *(PICTURES if pictures else ["--validation_steps", 0]), "--output_dir", out, *more,
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / base,
+        "--forget",
+        "cat",
+        "--sets_dir",
+        made / f"sets_{base}",
+        "--max_train_steps",
+        2,
+        *SMALL,
+        *(PICTURES if pictures else ["--validation_steps", 0]),
+        "--output_dir",
+        out,
+        *more,
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,27 +140,83 @@ def drawn(pipe: StableDiffusionPipeline, prompt: str = "a cat") -> np.ndarray:
 # method, options, how the names of all that moves look
 RUNS = {
     "ebu": ([], "attn2."),
-    "ebu_routed": (["--train_modules", "full", "--alpha", 0.5, "--surrogate", "gaussian",
-                    "--remember_loss", "distill", "--fisher", "none"], ""),
+    "ebu_routed": (
+        [
+            "--train_modules",
+            "full",
+            "--alpha",
+            0.5,
+            "--surrogate",
+            "gaussian",
+            "--remember_loss",
+            "distill",
+            "--fisher",
+            "none",
+        ],
+        "",
+    ),
     "ebu_without_alignment": (["--remember_loss", "crossed", "--surrogate", "analytic"], "attn2."),
     "joint": (["--train_modules", "selfattn", "--surrogate", "pixels"], "attn1."),
     "sa": (["--fisher_images", 2, "--fisher_timesteps", 2, "--condition_noise", 1], "attn2."),
-    "salun": (["--surrogate_prompt", "dog", "--remember", "a red car",
-               "--gradient_accumulation_steps", 2], "attn2."),
+    "salun": (
+        [
+            "--surrogate_prompt",
+            "dog",
+            "--remember",
+            "a red car",
+            "--gradient_accumulation_steps",
+            2,
+        ],
+        "attn2.",
+    ),
     "esd": (["--train_modules", "esd-x-strict"], ("attn2.to_k.", "attn2.to_v.")),
-    "gradient_ascent": (["--gradient_checkpointing", "--method_options",
-                         '{"remember_weight": 0.1}'], "attn2."),
-    "ebu_replaced": (["--forget_loss", "relabel", "--remember_loss", "crossed",
-                      "--adversary_steps", 2, "--adversaries", 2, "--adversary_prompts", "a cat",
-                      "--surrogate_prompt", "dog", "--remember", "a red car"], "attn2."),
+    "gradient_ascent": (
+        ["--gradient_checkpointing", "--method_options", '{"remember_weight": 0.1}'],
+        "attn2.",
+    ),
+    "ebu_replaced": (
+        [
+            "--forget_loss",
+            "relabel",
+            "--remember_loss",
+            "crossed",
+            "--adversary_steps",
+            2,
+            "--adversaries",
+            2,
+            "--adversary_prompts",
+            "a cat",
+            "--surrogate_prompt",
+            "dog",
+            "--remember",
+            "a red car",
+        ],
+        "attn2.",
+    ),
     "advunlearn": (["--adversary_steps", 2, "--remember_loss", "distill"], "attn2."),
-    **{m: ([], "attn2.") for m in (
-        "fine_tune", "erasediff", "pcgrad", "random_masks", "restricted_gradient", "munba", "gu",
-        "gru", "sago", "aegis", "ebu_without_forget", "ebu_without_remember",
-        "ebu_without_mitigation", "ebu_full_alignment", "ebu_blend_remember",
-        "ebu_blend_forget", "ebu_blend_equal",
-    )},
-}  # fmt: skip
+    **{
+        m: ([], "attn2.")
+        for m in (
+            "fine_tune",
+            "erasediff",
+            "pcgrad",
+            "random_masks",
+            "restricted_gradient",
+            "munba",
+            "gu",
+            "gru",
+            "sago",
+            "aegis",
+            "ebu_without_forget",
+            "ebu_without_remember",
+            "ebu_without_mitigation",
+            "ebu_full_alignment",
+            "ebu_blend_remember",
+            "ebu_blend_forget",
+            "ebu_blend_equal",
+        )
+    },
+}
 # of the weightings of TorchJD one that needs torchjd alone; the others go the same way
 RUNS |= {"mgda": (["--method_options", '{"scope": "tensor"}'], "attn2.")}
 ADAPTERS = ["ebu", "spm"]
@@ -166,10 +253,13 @@ def test_every_method_is_run():
 
 @pytest.mark.parametrize(
     "options",
-    [["--method", "ebu", "--remember_loss", "crossed"], ["--method", "esd"],
-     ["--method", "esd", "--esd_variant", "released", "--train_modules", "esd-u"]],
+    [
+        ["--method", "ebu", "--remember_loss", "crossed"],
+        ["--method", "esd"],
+        ["--method", "esd", "--esd_variant", "released", "--train_modules", "esd-u"],
+    ],
     ids=["ebu", "esd", "esd_released"],
-)  # fmt: skip
+)
 def test_v_prediction(options, made, tmp_path):
     succeed(*unlearn(made, tmp_path / "o", *options, base="base2"))
     assert moved(made, tmp_path / "o", "base2")
@@ -181,9 +271,13 @@ def test_v_prediction(options, made, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [("--gradient_accumulation_steps", 2), ("--method", "salun", "--surrogate_prompt", "dog"),
-     ("--method", "esd"), ("--method", "fine_tune")],
-)  # fmt: skip
+    [
+        ("--gradient_accumulation_steps", 2),
+        ("--method", "salun", "--surrogate_prompt", "dog"),
+        ("--method", "esd"),
+        ("--method", "fine_tune"),
+    ],
+)
 def test_the_loop_in_sight_is_the_packages(more, made, tmp_path):
     argv = unlearn(made, tmp_path, "--logging_steps", 1, *more)
     config = parse(module("options").Unlearn, list(map(str, argv)))
@@ -212,9 +306,18 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
         del there["options"][name]  # as an earlier version left it
     (parts / "run.json").write_text(json.dumps(there))
     said = succeed(
-        *unlearn(made, parts, *both, "--sets_dir", parts / "sets", "--gradient_checkpointing",
-                 "--resume_from_checkpoint", "latest", pictures=True)
-    )  # fmt: skip
+        *unlearn(
+            made,
+            parts,
+            *both,
+            "--sets_dir",
+            parts / "sets",
+            "--gradient_checkpointing",
+            "--resume_from_checkpoint",
+            "latest",
+            pictures=True,
+        )
+    )
     assert "going on after step 2" in said
     assert {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()} == sets
     a, b = weights(whole / "pipeline"), weights(parts / "pipeline")
@@ -229,8 +332,11 @@ def test_figures_and_validation_images_go_to_tensorboard(made, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard comes with the extra test")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    succeed(*unlearn(made, tmp_path / "o", "--report_to", "tensorboard", "--logging_steps", 1,
-                     pictures=True))  # fmt: skip
+    succeed(
+        *unlearn(
+            made, tmp_path / "o", "--report_to", "tensorboard", "--logging_steps", 1, pictures=True
+        )
+    )
     files = (tmp_path / "o" / "logs").rglob("events*")
     found = [EventAccumulator(str(file)).Reload() for file in files]
     (events,) = [e for e in found if "loss_forget" in e.Tags()["scalars"]]
@@ -263,8 +369,17 @@ def test_vae_and_text_encoder_are_gone_while_it_trains(made, tmp_path, monkeypat
     for user in (conditions, validation):
         monkeypatch.setattr(user, "load", loads)
     monkeypatch.setattr(training, "unlearning_step", step)
-    succeed(*unlearn(made, tmp_path / "o", "--sets_dir", tmp_path / "sets", "--surrogate",
-                     "pixels", pictures=True))  # fmt: skip
+    succeed(
+        *unlearn(
+            made,
+            tmp_path / "o",
+            "--sets_dir",
+            tmp_path / "sets",
+            "--surrogate",
+            "pixels",
+            pictures=True,
+        )
+    )
     # embeddings, noise through the VAE, two rows of pictures
     assert [name for name, _ in held] == ["CLIPTextModel", *["AutoencoderKL"] * 3]
     assert alive == []
@@ -288,8 +403,15 @@ def test_a_bf16_step_is_nearly_the_float32_one(made):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             unet(*inputs).sample.square().mean().backward()
         opt.step()
-        steps.append(torch.cat([(p.detach() - before[n]).flatten()
-                                for n, p in unet.named_parameters() if n in chosen]))  # fmt: skip
+        steps.append(
+            torch.cat(
+                [
+                    (p.detach() - before[n]).flatten()
+                    for n, p in unet.named_parameters()
+                    if n in chosen
+                ]
+            )
+        )
     whole, halved = steps
     assert 0 < (halved - whole).norm() < 0.05 * whole.norm()
 
@@ -354,16 +476,41 @@ def test_images_of_a_folder_as_surrogate_and_as_what_is_forgotten(made, tmp_path
         Image.new("RGB", (20, 18), (80 * i, 0, 0)).save(folder / f"{i}.png")
     sets = tmp_path / "sets"
     common = ["--sets_dir", sets, "--max_train_steps", 1]
-    succeed(*unlearn(made, tmp_path / "a", *common, "--surrogate", "folder", "--surrogate_dir",
-                     folder))  # fmt: skip
-    succeed(*unlearn(made, tmp_path / "b", *common, "--method", "salun", "--forget_dir", folder,
-                     "--surrogate_prompt", "dog"))  # fmt: skip
+    succeed(
+        *unlearn(made, tmp_path / "a", *common, "--surrogate", "folder", "--surrogate_dir", folder)
+    )
+    succeed(
+        *unlearn(
+            made,
+            tmp_path / "b",
+            *common,
+            "--method",
+            "salun",
+            "--forget_dir",
+            folder,
+            "--surrogate_prompt",
+            "dog",
+        )
+    )
     (encoded,) = sets.glob("encoded-*")  # the same images
     latents = load_tensors(encoded)[0]["latents"]
     # in float32 whatever the run computes in: the file's name does not tell
-    succeed(*unlearn(made, tmp_path / "c", "--sets_dir", tmp_path / "bf16", "--max_train_steps", 1,
-                     "--surrogate", "folder", "--surrogate_dir", folder, "--mixed_precision",
-                     "bf16"))  # fmt: skip
+    succeed(
+        *unlearn(
+            made,
+            tmp_path / "c",
+            "--sets_dir",
+            tmp_path / "bf16",
+            "--max_train_steps",
+            1,
+            "--surrogate",
+            "folder",
+            "--surrogate_dir",
+            folder,
+            "--mixed_precision",
+            "bf16",
+        )
+    )
     assert torch.equal(load_tensors(tmp_path / "bf16" / encoded.name)[0]["latents"], latents)
     pipe = StableDiffusionPipeline.from_pretrained(made / "base")
     x = torch.tensor([160.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
@@ -383,10 +530,14 @@ def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp
     words = CLIPTokenizer.from_pretrained(made / "base" / "tokenizer")
     (tmp_path / "templates.txt").write_text("# two\na {}\n{}\n")
     given = module("options").Unlearn(
-        pretrained_model_name_or_path="m", output_dir=tmp_path / "out", forget=["cat", "red cat"],
-        forget_templates=[str(tmp_path / "templates.txt")], surrogate_concept=["dog", "car"],
-        remember_prompts=["a house"], train_batch_size=64,
-    )  # fmt: skip
+        pretrained_model_name_or_path="m",
+        output_dir=tmp_path / "out",
+        forget=["cat", "red cat"],
+        forget_templates=[str(tmp_path / "templates.txt")],
+        surrogate_concept=["dog", "car"],
+        remember_prompts=["a house"],
+        train_batch_size=64,
+    )
     texts = collect(given, words)
 
     def names(numbers):
@@ -424,8 +575,17 @@ def test_a_variant_in_16_bits_at_another_resolution(made, tmp_path):
         part.half()
     pipe.save_pretrained(tmp_path / "half", variant="fp16")
     assert not list((tmp_path / "half" / "unet").glob("diffusion_pytorch_model.safetensors"))
-    command = unlearn(made, tmp_path / "o", "--variant", "fp16", "--resolution", 24,
-                      "--sets_dir", tmp_path / "sets", pictures=True)  # fmt: skip
+    command = unlearn(
+        made,
+        tmp_path / "o",
+        "--variant",
+        "fp16",
+        "--resolution",
+        24,
+        "--sets_dir",
+        tmp_path / "sets",
+        pictures=True,
+    )
     command[1] = tmp_path / "half"
     succeed(*command)
     latents = load_tensors(next((tmp_path / "sets").glob("replay-*")))[0]["images"]
@@ -443,8 +603,18 @@ def test_a_variant_in_16_bits_at_another_resolution(made, tmp_path):
 def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(method, made, tmp_path):
     options = ["--method", method, "--learning_rate", 0.05]
     if method == "ebu":
-        options += ["--train_modules", "lora", "--rank", 2, "--lora_alpha", 6,
-                    "--lora_target_modules", "to_k", "attn2.to_v", "ff.net.2"]  # fmt: skip
+        options += [
+            "--train_modules",
+            "lora",
+            "--rank",
+            2,
+            "--lora_alpha",
+            6,
+            "--lora_target_modules",
+            "to_k",
+            "attn2.to_v",
+            "ff.net.2",
+        ]
     for kind in ("lora", "pipeline", "changed"):
         succeed(*unlearn(made, tmp_path / kind, *options, "--save_as", kind))
     base = StableDiffusionPipeline.from_pretrained(made / "base")
@@ -505,10 +675,21 @@ def test_transport_of_two_spms_is_the_sum_of_the_papers_formula(made, tmp_path):
     hand.unet.load_state_dict(state)
     np.testing.assert_allclose(drawn(hand, "a car"), found, atol=1e-5)
     said = succeed(
-        "--pretrained_model_name_or_path", made / "base", "--adapters", *folders, "--prompt",
-        "a car", "a cat", "--num_inference_steps", 2, "--device", "cpu",
-        "--output_dir", tmp_path / "drawn", script=SCRIPTS / "transport.py",
-    )  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / "base",
+        "--adapters",
+        *folders,
+        "--prompt",
+        "a car",
+        "a cat",
+        "--num_inference_steps",
+        2,
+        "--device",
+        "cpu",
+        "--output_dir",
+        tmp_path / "drawn",
+        script=SCRIPTS / "transport.py",
+    )
     assert f"'a car': erased_0 {m[0]:.2f}, erased_1 {m[1]:.2f}" in said
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
@@ -548,11 +729,11 @@ def test_the_result_goes_to_the_hub_and_its_card_loads_it(hub, made, tmp_path, m
     from huggingface_hub import metadata_load
 
     out = tmp_path / "without_cat"
-    said = succeed(*unlearn(made, out, "--push_to_hub", "--hub_private_repo", "--save_as",
-                            "changed"))  # fmt: skip
+    said = succeed(
+        *unlearn(made, out, "--push_to_hub", "--hub_private_repo", "--save_as", "changed")
+    )
     assert "uploaded https://huggingface.co/me/without_cat" in said
-    assert hub.asked[0] == (
-        "create_repo", ("without_cat",), {"private": True, "exist_ok": True})  # fmt: skip
+    assert hub.asked[0] == ("create_repo", ("without_cat",), {"private": True, "exist_ok": True})
     (_, _, sent), holds = hub.asked[-2:]
     assert sent["repo_id"] == "me/without_cat"
     assert sent["folder_path"] == out / "changed"
@@ -585,12 +766,20 @@ def loaded(card: Path, base: Path | None = None) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("asked", "fails", "message"),
-    [([], {"create_repo": OSError("403 Forbidden")},
-      "--hub_model_id o cannot be made on the hub (OSError: 403 Forbidden)"),
-     (["--hub_model_id", "a/b/c"], {}, "--hub_model_id a/b/c: Repo id must be in the form"),
-     (["--hub_private_repo", "--hub_model_id", "me/public"], {},
-      "--hub_private_repo: me/public is on the hub already, and public")],
-)  # fmt: skip
+    [
+        (
+            [],
+            {"create_repo": OSError("403 Forbidden")},
+            "--hub_model_id o cannot be made on the hub (OSError: 403 Forbidden)",
+        ),
+        (["--hub_model_id", "a/b/c"], {}, "--hub_model_id a/b/c: Repo id must be in the form"),
+        (
+            ["--hub_private_repo", "--hub_model_id", "me/public"],
+            {},
+            "--hub_private_repo: me/public is on the hub already, and public",
+        ),
+    ],
+)
 def test_what_the_hub_would_refuse_is_told_before_any_time_is_spent(
     asked, fails, message, hub, made, tmp_path
 ):
@@ -661,12 +850,21 @@ def test_a_finished_run_is_uploaded_with_the_card_as_it_was_edited(hub, made, tm
 
 def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
     card = module("card")
-    said = {"forget": ["cat"], "title": "EBU added", "seconds": 1.0, "train_modules": "lora",
-            "trained": 7, "instead": "noise"}  # fmt: skip
+    said = {
+        "forget": ["cat"],
+        "title": "EBU added",
+        "seconds": 1.0,
+        "train_modules": "lora",
+        "trained": 7,
+        "instead": "noise",
+    }
     args = SimpleNamespace(
-        pretrained_model_name_or_path="a/b", save_as="lora", method="ebu_added",
-        max_train_steps=2, output_dir=tmp_path,
-    )  # fmt: skip
+        pretrained_model_name_or_path="a/b",
+        save_as="lora",
+        method="ebu_added",
+        max_train_steps=2,
+        output_dir=tmp_path,
+    )
     header = "---\nlicense: other\nlicense_name: its-own\ntags: [x]\n---\n# base\n"
     (tmp_path / "README.md").write_text(header)
     (tmp_path / "card.md").write_text(card.write(args, tmp_path, said, "me/x"))
@@ -675,9 +873,13 @@ def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
     found = metadata_load(tmp_path / "card.md")
     assert found.pop("tags")[-2:] == ["machine-unlearning", "lora"]
     assert found == {
-        "library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": "a/b",
-        "base_model_relation": "adapter", "license": "other", "license_name": "its-own",
-    }  # fmt: skip
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": "a/b",
+        "base_model_relation": "adapter",
+        "license": "other",
+        "license_name": "its-own",
+    }
     assert "licence (`other`) holds for this one too" in (tmp_path / "card.md").read_text()
     for broken in ("no header", "---\nlicense: [\n---\n", "---\nlicense: [a, b]\n---\n"):
         (tmp_path / "README.md").write_text(broken)
@@ -707,9 +909,12 @@ def test_text_embeddings_are_the_pipelines(parts):
 def test_validation_draws_what_the_pipeline_draws(made, parts):
     pipe, _, model = parts
     args = SimpleNamespace(
-        num_validation_images=2, validation_inference_steps=3, validation_guidance_scale=4.0,
-        seed=5, variant=None,
-    )  # fmt: skip
+        num_validation_images=2,
+        validation_inference_steps=3,
+        validation_guidance_scale=4.0,
+        seed=5,
+        variant=None,
+    )
     state = torch.get_rng_state()
     found = module("validation").draw(
         args, model, pipe.scheduler, [0, 2], 1, (4, 8, 8), made / "base2"
@@ -792,21 +997,34 @@ def test_an_adapter_begins_as_the_base_and_the_same_each_time(made):
     for p in down.values():
         assert p.abs().max() <= p[0].numel() ** -0.5
     layers = {n.partition(".lora_")[0] for n in down}
-    assert layers == set(modules.spm_layers(UNet2DConditionModel.from_pretrained(
-        made / "base" / "unet")))  # fmt: skip
+    assert layers == set(
+        modules.spm_layers(UNet2DConditionModel.from_pretrained(made / "base" / "unet"))
+    )
     assert any("proj_in" in n for n in layers)
     assert any("ff.net" in n for n in layers)
     assert not any("resnets" in n for n in layers)
 
 
 SD14 = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
-    "layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280], "norm_num_groups": 32,
-    "cross_attention_dim": 768, "attention_head_dim": 8, "flip_sin_to_cos": True, "freq_shift": 0,
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "norm_num_groups": 32,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_scale_factor": 1,
-    "act_fn": "silu", "norm_eps": 1e-5, "downsample_padding": 1, "center_input_sample": False,
-}  # fmt: skip
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "downsample_padding": 1,
+    "center_input_sample": False,
+}
 
 
 def test_single_layers_are_those_of_the_published_numbers():
@@ -827,10 +1045,15 @@ def test_single_layers_are_those_of_the_published_numbers():
 
 
 VAE = {
-    "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 512,
-}  # fmt: skip
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+}
 UNET = 859_520_964  # numbers of SD 1.4's
 
 
@@ -916,19 +1139,51 @@ def passes_of_the_guide() -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("row", "options"),
-    [("`ebu`, `joint`", ["--method", "ebu"]), ("`ebu`, `joint`", ["--method", "joint"]),
-     ("`ebu`, `joint` with `--remember_loss crossed` or `distill`",
-      ["--method", "ebu", "--remember_loss", "crossed"]),
-     ("`ebu`, `joint` with `--forget_loss relabel --remember_loss crossed`",
-      ["--method", "ebu", "--forget_loss", "relabel", "--remember_loss", "crossed",
-       "--surrogate_prompt", "dog", "--remember", "a red car"]),
-     ("`sa`", ["--method", "sa", "--fisher", "online"]),
-     ("the same with `--adversary_steps 3`",
-      ["--method", "ebu", "--forget_loss", "relabel", "--remember_loss", "crossed",
-       "--adversary_steps", 3, "--surrogate_prompt", "dog", "--remember", "a red car"]),
-     ("`salun`", ["--method", "salun", "--surrogate_prompt", "dog", "--remember", "a red car"]),
-     ("`esd`", ["--method", "esd"]), ("`spm`", ["--method", "spm"])],
-)  # fmt: skip
+    [
+        ("`ebu`, `joint`", ["--method", "ebu"]),
+        ("`ebu`, `joint`", ["--method", "joint"]),
+        (
+            "`ebu`, `joint` with `--remember_loss crossed` or `distill`",
+            ["--method", "ebu", "--remember_loss", "crossed"],
+        ),
+        (
+            "`ebu`, `joint` with `--forget_loss relabel --remember_loss crossed`",
+            [
+                "--method",
+                "ebu",
+                "--forget_loss",
+                "relabel",
+                "--remember_loss",
+                "crossed",
+                "--surrogate_prompt",
+                "dog",
+                "--remember",
+                "a red car",
+            ],
+        ),
+        ("`sa`", ["--method", "sa", "--fisher", "online"]),
+        (
+            "the same with `--adversary_steps 3`",
+            [
+                "--method",
+                "ebu",
+                "--forget_loss",
+                "relabel",
+                "--remember_loss",
+                "crossed",
+                "--adversary_steps",
+                3,
+                "--surrogate_prompt",
+                "dog",
+                "--remember",
+                "a red car",
+            ],
+        ),
+        ("`salun`", ["--method", "salun", "--surrogate_prompt", "dog", "--remember", "a red car"]),
+        ("`esd`", ["--method", "esd"]),
+        ("`spm`", ["--method", "spm"]),
+    ],
+)
 def test_a_step_makes_the_passes_of_the_guide(row, options, made, tmp_path, monkeypatch):
     count, sampling = {True: 0, False: 0}, []
     forward = UNet2DConditionModel.forward
@@ -1006,9 +1261,20 @@ def test_a_copy_in_16_bits_samples_what_autocast_would(made, tmp_path, monkeypat
                 modules.halve_frozen(unet, dtype)
 
         monkeypatch.setattr(sets_of, "halve_frozen", halve)
-        args = parse(module("options").Unlearn, [str(a) for a in unlearn(
-            made, tmp_path / name, "--mixed_precision", "bf16", "--sets_dir", tmp_path / name
-        )]).resolved()  # fmt: skip
+        args = parse(
+            module("options").Unlearn,
+            [
+                str(a)
+                for a in unlearn(
+                    made,
+                    tmp_path / name,
+                    "--mixed_precision",
+                    "bf16",
+                    "--sets_dir",
+                    tmp_path / name,
+                )
+            ],
+        ).resolved()
         looked = module("pipelines").look(args)
         args = looked.family.guided(args, looked.unet)
         texts = module("prompts").collect(args, looked.tokenizer)
@@ -1089,7 +1355,7 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
             "k", lambda f: config(f, "model_index.json", safety_checker=CHECKER)
         ),
         "safety_checker holds no weights as safetensors": broken("l", unsafe),
-    }  # fmt: skip
+    }
     for message, folder in cases.items():
         command = unlearn(made, tmp_path / "o")
         command[1] = folder
@@ -1107,19 +1373,30 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
     out = tmp_path / "o"
     cases = {
         f"has {LENGTH + 1} tokens, begin and end included, and the tokenizer takes {LENGTH}": [
-            "--remember", " ".join(["cat"] * (LENGTH - 1))],
+            "--remember",
+            " ".join(["cat"] * (LENGTH - 1)),
+        ],
         "--remember 'cat' is also to be forgotten": ["--remember", "a dog", "cat"],
         "--remember 'CAT' is also to be forgotten": ["--remember", "CAT"],  # CLIP lowers it
         "--surrogate_prompt 'cat' is also to be forgotten": ["--surrogate_prompt", "cat"],
         "--surrogate_concept 'cat' is also to be forgotten": ["--surrogate_concept", "cat"],
         "--surrogate_concept and --surrogate_prompt: give one": [
-            "--surrogate_concept", "dog", "--surrogate_prompt", "a dog"],
-        'the empty prompt is the unconditional model': ["--forget", ""],
+            "--surrogate_concept",
+            "dog",
+            "--surrogate_prompt",
+            "a dog",
+        ],
+        "the empty prompt is the unconditional model": ["--forget", ""],
         "needs one": ["--forget_templates", "a photo"],
         "empty.txt holds no prompt": ["--remember", tmp_path / "empty.txt"],
         "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
         "attn9: the denoiser has no such Linear or Conv2d layer; their names end in": [
-            "--train_modules", "lora", "--lora_target_modules", "to_k", "attn9"],
+            "--train_modules",
+            "lora",
+            "--lora_target_modules",
+            "to_k",
+            "attn9",
+        ],
         "--train_modules xlayer selects no parameter of this UNet": ["--train_modules", "xlayer"],
         "is in use by something else": ["--output_dir", tmp_path / "mine"],
         "--resolution must be a multiple of 4": ["--resolution", 18],
@@ -1130,16 +1407,26 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "no image (": ["--surrogate", "folder", "--surrogate_dir", tmp_path / "mine"],
         "--fisher_timesteps must be even": ["--fisher_timesteps", 3],
         "--forget_loss: esd has a forget loss of its own": [
-            "--method", "esd", "--forget_loss", "relabel"],
+            "--method",
+            "esd",
+            "--forget_loss",
+            "relabel",
+        ],
         "--method salun: remember_weight": [
-            "--method", "salun", "--method_options", '{"remember_weight": -1}'],
+            "--method",
+            "salun",
+            "--method_options",
+            '{"remember_weight": -1}',
+        ],
         "--method joint has no option alpha": ["--method", "joint", "--alpha", 0.5],
         "--alpha must be in [0, 1]; got 2.0": ["--alpha", 2],
         "--guided_steps must be >= 2": ["--guided_steps", 1],
         "--mixed_precision fp16 needs a GPU": ["--mixed_precision", "fp16", "--cpu"],
         # with Stable Diffusion's steps_offset DDIM's 1000 steps begin at t = 1000
         "--num_inference_steps must be <= 999, the model's; got 1000": [
-            "--num_inference_steps", 1000],
+            "--num_inference_steps",
+            1000,
+        ],
         "--guided_steps must be <= 999": ["--method", "esd", "--guided_steps", 1001],
         "--validation_inference_steps must be <= 999": ["--validation_inference_steps", 1000],
         "--guidance_scale: Expected float. Got value: nan": ["--guidance_scale", "nan"],
@@ -1152,18 +1439,34 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--adversaries must be >= 1; got 0": ["--adversary_steps", 1, "--adversaries", 0],
         "--adversary_restart must be >= 1": ["--adversary_steps", 1, "--adversary_restart", 0],
         "--adversary_learning_rate must be > 0 and finite; got 0.0": [
-            "--adversary_steps", 1, "--adversary_learning_rate", 0],
+            "--adversary_steps",
+            1,
+            "--adversary_learning_rate",
+            0,
+        ],
         "--adversary_weight must be > 0 and finite; got 0.0": [
-            "--adversary_steps", 1, "--adversary_weight", 0],
+            "--adversary_steps",
+            1,
+            "--adversary_weight",
+            0,
+        ],
         "--adversaries needs --adversary_steps, of which there are none": ["--adversaries", 2],
         "--adversary_prompts needs --adversary_steps": ["--adversary_prompts", "a cat"],
         f"--adversary_prompts: the prompt {' '.join(['cat'] * LENGTH)!r}... has": [
-            "--adversary_steps", 1, "--adversary_prompts", " ".join(["cat"] * LENGTH)],
+            "--adversary_steps",
+            1,
+            "--adversary_prompts",
+            " ".join(["cat"] * LENGTH),
+        ],
         "--adversary_steps: --method fine_tune has no forget loss": [
-            "--method", "fine_tune", "--adversary_steps", 1],
+            "--method",
+            "fine_tune",
+            "--adversary_steps",
+            1,
+        ],
         "--hub_model_id is for --push_to_hub": ["--hub_model_id", "me/model"],
         "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
-    }  # fmt: skip
+    }
     for message, wrong in cases.items():
         code, said = run(*unlearn(made, out, *wrong))
         assert code == 2, (message, said)
@@ -1213,8 +1516,20 @@ def test_noise_is_on_the_forgotten_condition_and_not_on_what_it_is_compared_with
 
     losses_of = losses.relabel_loss
     monkeypatch.setattr(losses, "relabel_loss", relabelled)
-    succeed(*unlearn(made, tmp_path / "o", "--method", "salun", "--surrogate_prompt", "dog",
-                     "--condition_noise", 1, "--max_train_steps", 1))  # fmt: skip
+    succeed(
+        *unlearn(
+            made,
+            tmp_path / "o",
+            "--method",
+            "salun",
+            "--surrogate_prompt",
+            "dog",
+            "--condition_noise",
+            1,
+            "--max_train_steps",
+            1,
+        )
+    )
     assert seen == [[True], [False]]
 
 
@@ -1227,8 +1542,18 @@ def test_adversaries_begin_at_given_prompts(made, tmp_path, monkeypatch):
         seen.append((self.vectors[0].detach(), self.embedding.weight, self.start))
 
     monkeypatch.setattr(Adversary, "step", noted)
-    succeed(*unlearn(made, tmp_path / "o", "--adversary_steps", 1, "--adversary_prompts",
-                     "a photo of a cat", "--adversary_learning_rate", 1e-6))  # fmt: skip
+    succeed(
+        *unlearn(
+            made,
+            tmp_path / "o",
+            "--adversary_steps",
+            1,
+            "--adversary_prompts",
+            "a photo of a cat",
+            "--adversary_learning_rate",
+            1e-6,
+        )
+    )
     texts = ["cat", "", "a dog", "a red car", "a photo of a cat"]  # shown ones are among them
     vector, table, start = seen[0]
     assert len(table) == len(texts)
@@ -1276,8 +1601,9 @@ def test_a_full_gpu_is_told_with_what_takes_less(capsys, monkeypatch):
 
 def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
     (tmp_path / "some.txt").write_text('a photo of a CAT, in a car\n\n""\n')
-    said = succeed(*unlearn(made, tmp_path / "o", "--remember", tmp_path / "some.txt",
-                            "--max_train_steps", 1))  # fmt: skip
+    said = succeed(
+        *unlearn(made, tmp_path / "o", "--remember", tmp_path / "some.txt", "--max_train_steps", 1)
+    )
     assert "1 of the prompts to remember mention what is to be forgotten" in said
     report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
     assert report["remember"] == ["a photo of a CAT, in a car", ""]
@@ -1285,9 +1611,23 @@ def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
 
 def test_options_without_effect_and_prompts_without_images_are_told(made, tmp_path):
     said = succeed(
-        *unlearn(made, tmp_path / "a", "--method", "esd", "--surrogate", "gaussian", "--fisher",
-                 "estimate", "--esd_eta", 1, "--surrogate_concept", "dog", "--max_train_steps", 1)
-    )  # fmt: skip
+        *unlearn(
+            made,
+            tmp_path / "a",
+            "--method",
+            "esd",
+            "--surrogate",
+            "gaussian",
+            "--fisher",
+            "estimate",
+            "--esd_eta",
+            1,
+            "--surrogate_concept",
+            "dog",
+            "--max_train_steps",
+            1,
+        )
+    )
     assert (
         "without effect on this run: --surrogate, --surrogate_concept, --remember, --fisher\n"
         in said
@@ -1316,11 +1656,16 @@ def hub_error(name: str):
 
 @pytest.mark.parametrize(
     ("error", "match"),
-    [("GatedRepoError", "is gated: accept its licence on https://huggingface.co/a/b, then log in"),
-     ("RepositoryNotFoundError", "neither a folder here nor a public model on the hub"),
-     ("RevisionNotFoundError", "has no --revision main2"),
-     (None, "the hub did not deliver it .*Without a network give a folder")],
-)  # fmt: skip
+    [
+        (
+            "GatedRepoError",
+            "is gated: accept its licence on https://huggingface.co/a/b, then log in",
+        ),
+        ("RepositoryNotFoundError", "neither a folder here nor a public model on the hub"),
+        ("RevisionNotFoundError", "has no --revision main2"),
+        (None, "the hub did not deliver it .*Without a network give a folder"),
+    ],
+)
 def test_the_hubs_errors_say_what_to_do(error, match, monkeypatch):
     import huggingface_hub
 

@@ -54,12 +54,40 @@ def look(folder: Path):
 
 def options(made: Path, name: str, out: Path, *more):
     given = [
-        "--pretrained_model_name_or_path", made / name, "--forget", "cat", "--sets_dir",
-        made / f"sets_{name}", "--max_train_steps", 2, "--replay_images", 2, "--surrogate_images",
-        2, "--forget_images", 2, "--num_inference_steps", 2, "--guided_steps", 3,
-        "--learning_rate", 1e-3, "--remember", "a dog", "a red car", "--validation_steps", 0,
-        "--fisher_images", 2, "--fisher_timesteps", 2, "--output_dir", out, "--cpu", *more,
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / name,
+        "--forget",
+        "cat",
+        "--sets_dir",
+        made / f"sets_{name}",
+        "--max_train_steps",
+        2,
+        "--replay_images",
+        2,
+        "--surrogate_images",
+        2,
+        "--forget_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--guided_steps",
+        3,
+        "--learning_rate",
+        1e-3,
+        "--remember",
+        "a dog",
+        "a red car",
+        "--validation_steps",
+        0,
+        "--fisher_images",
+        2,
+        "--fisher_timesteps",
+        2,
+        "--output_dir",
+        out,
+        "--cpu",
+        *more,
+    ]
     return parse(module("options").Unlearn, [str(a) for a in given])
 
 
@@ -98,18 +126,31 @@ def test_the_prediction_with_guidance_is_the_pipelines(name, made, tmp_path):
     pipe.unet.register_forward_hook(lambda _m, _i, out: said.append(out[0]))
     noise = torch.randn(1, *looked.latents, generator=torch.Generator().manual_seed(3))
     drawn = pipe(
-        "a red car", latents=noise, num_inference_steps=3, guidance_scale=5.0, output_type="pt",
+        "a red car",
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        output_type="pt",
         **beside,
-    ).images  # fmt: skip
+    ).images
     t = pipe.scheduler.timesteps[0]
     with torch.no_grad():
         ours = model(noise.expand(2, -1, -1, -1), t.expand(2), torch.tensor([1, 2]))
     torch.testing.assert_close(ours, said[0])
     assert (ours[0] - ours[1]).abs().max() > 1e-4
     args = options(
-        made, name, tmp_path, "--num_validation_images", 1, "--validation_inference_steps", 3,
-        "--validation_guidance_scale", 5, "--seed", 3,
-    ).resolved()  # fmt: skip
+        made,
+        name,
+        tmp_path,
+        "--num_validation_images",
+        1,
+        "--validation_inference_steps",
+        3,
+        "--validation_guidance_scale",
+        5,
+        "--seed",
+        3,
+    ).resolved()
     found = module("validation").draw(
         args, model, looked.scheduler, [2], 1, looked.latents, made / name
     )
@@ -187,8 +228,9 @@ METHODS = {
     "joint": ("--surrogate", "pixels", "--mixed_precision", "bf16", "--gradient_checkpointing"),
     "sa": ("--condition_noise", 1),
     "salun": ("--surrogate_prompt", "dog", "--remember", "a red car"),
-    "esd": ("--train_modules", "esd-x-strict"), "spm": (),
-}  # fmt: skip
+    "esd": ("--train_modules", "esd-x-strict"),
+    "spm": (),
+}
 
 
 @pytest.mark.parametrize(
@@ -221,9 +263,12 @@ def drawn(pipe, looked, prompt: str = "a cat"):
 
 @pytest.mark.parametrize(
     ("name", "ways"),
-    [("sdxl", ("pipeline", "changed", "lora")), ("sd_inpainting", ("pipeline",)),
-     ("sdxl_inpainting", ("lora",))],
-)  # fmt: skip
+    [
+        ("sdxl", ("pipeline", "changed", "lora")),
+        ("sd_inpainting", ("pipeline",)),
+        ("sdxl_inpainting", ("lora",)),
+    ],
+)
 def test_what_is_saved_draws_the_same_by_every_way(name, ways, made, tmp_path):
     r, p, looked = module("results"), module("pipelines"), look(made / name)
     kind = getattr(diffusers, PIPELINES[name][2])
@@ -282,10 +327,19 @@ def test_evaluation_draws(name, made, tmp_path):
     from ebu_optim.text_to_image.evaluation_options import Evaluation
 
     argv = [
-        "--pretrained_model_name_or_path", made / name, "--prompts", "a cat", "a dog",
-        "--images_per_prompt", 2, "--num_inference_steps", 2, "--metrics", "--output_dir",
+        "--pretrained_model_name_or_path",
+        made / name,
+        "--prompts",
+        "a cat",
+        "a dog",
+        "--images_per_prompt",
+        2,
+        "--num_inference_steps",
+        2,
+        "--metrics",
+        "--output_dir",
         tmp_path / "o",
-    ]  # fmt: skip
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate(parse(Evaluation, [str(a) for a in argv]))
     pixels = [p.read_bytes() for p in sorted((tmp_path / "o" / "images").iterdir())]
@@ -297,10 +351,21 @@ def attacked(made, tmp_path):
     def of(name: str):
         run, m = (importlib.import_module(f"ebu_optim.attacks.{n}") for n in ("run", "model"))
         argv = [
-            "--pretrained_model_name_or_path", made / name, "--base_model", made / name,
-            "--forget", "cat", "--judge", "nudity", "--num_inference_steps", 2, "--output_dir",
-            tmp_path / "o", "--device", "cpu",
-        ]  # fmt: skip
+            "--pretrained_model_name_or_path",
+            made / name,
+            "--base_model",
+            made / name,
+            "--forget",
+            "cat",
+            "--judge",
+            "nudity",
+            "--num_inference_steps",
+            2,
+            "--output_dir",
+            tmp_path / "o",
+            "--device",
+            "cpu",
+        ]
         args = parse(run.AttackOptions, [str(a) for a in argv]).resolved()
         looked = look(made / name)
         return m, m.Attacked(module("results").load(args), looked, args, torch.device("cpu"))
@@ -324,9 +389,11 @@ def test_the_learned_word_of_sdxl_is_loaded_by_diffusers(made, attacked):
     pipe, saved = opened(made, "sdxl"), m.by_encoder(model, word, "<new>")
     for part, words in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         pipe.load_textual_inversion(
-            {"<new>": saved[part]}, token="<new>", text_encoder=getattr(pipe, part),  # noqa: S106
+            {"<new>": saved[part]},
+            token="<new>",  # noqa: S106
+            text_encoder=getattr(pipe, part),
             tokenizer=getattr(pipe, words),
-        )  # fmt: skip
+        )
     text, _, pooled, _ = pipe.encode_prompt("a photo of <new>")
     told = model.told(ours)
     torch.testing.assert_close(told["encoder_hidden_states"], text)
@@ -339,12 +406,33 @@ def test_an_attack_goes_through(name, made, tmp_path, monkeypatch):
     bright = judges.Judge(lambda x: x.double().mean((1, 2, 3)).sigmoid(), {"judge": "brightness"})
     monkeypatch.setattr(judges, "load", lambda *_: bright)
     argv = [
-        "--pretrained_model_name_or_path", made / name, "--base_model", made / name, "--forget",
-        "cat", "--judge", "nudity", "--paraphrases", "the cat", "--attack_images", 2,
-        "--target_images", 2, "--num_inference_steps", 2, "--inversion_steps", 2,
-        "--relearn_max_steps", 1, "--train_batch_size", 2, "--output_dir", tmp_path / "o",
-        "--device", "cpu",
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / name,
+        "--base_model",
+        made / name,
+        "--forget",
+        "cat",
+        "--judge",
+        "nudity",
+        "--paraphrases",
+        "the cat",
+        "--attack_images",
+        2,
+        "--target_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--inversion_steps",
+        2,
+        "--relearn_max_steps",
+        1,
+        "--train_batch_size",
+        2,
+        "--output_dir",
+        tmp_path / "o",
+        "--device",
+        "cpu",
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         run.attack(parse(run.AttackOptions, [str(a) for a in argv]))
     found = json.loads((tmp_path / "o" / "attacks.json").read_text())["values"]
@@ -357,31 +445,53 @@ def test_an_attack_goes_through(name, made, tmp_path, monkeypatch):
 # -- memory -------------------------------------------------------------------------------------
 
 XL = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 128, "in_channels": 4, "out_channels": 4,
-    "layers_per_block": 2, "block_out_channels": [320, 640, 1280], "norm_num_groups": 32,
-    "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [320, 640, 1280],
+    "norm_num_groups": 32,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+}
 VAE = {
-    "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 1024,
-    "scaling_factor": 0.13025, "force_upcast": True,
-}  # fmt: skip
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
 CLIP = {
     "text_encoder": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "vocab_size": 49408, "projection_dim": 768,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 49408,
+        "projection_dim": 768,
     },
     "text_encoder_2": {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-        "num_attention_heads": 20, "vocab_size": 49408, "projection_dim": 1280,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "vocab_size": 49408,
+        "projection_dim": 1280,
     },
-}  # fmt: skip
+}
 
 
 def test_memory_of_sdxl_is_counted_with_its_text_encoders(made, tmp_path):
@@ -390,9 +500,16 @@ def test_memory_of_sdxl_is_counted_with_its_text_encoders(made, tmp_path):
     tokenizer = look(made / "sdxl").tokenizer
     tokenizer.model_max_length = 77
     looked = module("pipelines").Looked(
-        Path(), XL, VAE, 1024, (4, 128, 128), None, tokenizer,
-        f.named("StableDiffusionXLPipeline"), {"unet": XL, "vae": VAE, **CLIP},
-    )  # fmt: skip
+        Path(),
+        XL,
+        VAE,
+        1024,
+        (4, 128, 128),
+        None,
+        tokenizer,
+        f.named("StableDiffusionXLPipeline"),
+        {"unet": XL, "vae": VAE, **CLIP},
+    )
     texts = module("prompts").Prompts([""] * 4, [0], [1], [2, 3], 1, [0], {})
     cost = module("memory").count(args, looked, texts)
     assert cost.trained + cost.frozen == 2_567_463_684
@@ -422,10 +539,12 @@ def edited(folder: Path, file: str, **values) -> None:
 OTHER = {
     "StableDiffusionXLImg2ImgPipeline": "Stable Diffusion XL's refiner",
     "StableDiffusionImg2ImgPipeline": "Stable Diffusion for image to image",
-    "StableDiffusionUpscalePipeline": "an upscaler", "FluxFillPipeline": "a variant of FLUX.1",
+    "StableDiffusionUpscalePipeline": "an upscaler",
+    "FluxFillPipeline": "a variant of FLUX.1",
     "StableDiffusion3Img2ImgPipeline": "a variant of Stable Diffusion 3",
-    "Flux2Pipeline": "FLUX.2 dev", "KandinskyV22Pipeline": "Kandinsky",
-}  # fmt: skip
+    "Flux2Pipeline": "FLUX.2 dev",
+    "KandinskyV22Pipeline": "Kandinsky",
+}
 
 
 @pytest.mark.parametrize("kind", OTHER)
@@ -439,24 +558,39 @@ def test_another_pipeline_is_named_before_weights_are_looked_for(kind, tmp_path)
 
 WRONG = {
     "the refiner is not supported": (
-        "sdxl", lambda f: edited(f, "unet/config.json", projection_class_embeddings_input_dim=48)),
+        "sdxl",
+        lambda f: edited(f, "unet/config.json", projection_class_embeddings_input_dim=48),
+    ),
     "has no text_encoder: Stable Diffusion XL needs it": (
-        "sdxl", lambda f: edited(f, "model_index.json", text_encoder=[None, None])),
+        "sdxl",
+        lambda f: edited(f, "model_index.json", text_encoder=[None, None]),
+    ),
     "its text encoder makes 16 \\+ 24": (
-        "sdxl", lambda f: edited(f, "text_encoder_2/config.json", hidden_size=24)),
+        "sdxl",
+        lambda f: edited(f, "text_encoder_2/config.json", hidden_size=24),
+    ),
     "has a latents_mean": ("sdxl", lambda f: edited(f, "vae/config.json", latents_mean=[0.0] * 4)),
     "addition_embed_type None": (
-        "sdxl", lambda f: edited(f, "unet/config.json", addition_embed_type=None)),
+        "sdxl",
+        lambda f: edited(f, "unet/config.json", addition_embed_type=None),
+    ),
     "text_encoder_2 is a CLIPTextModel, not a CLIPTextModelWithProjection": (
-        "sdxl", lambda f: edited(f, "model_index.json",
-                                 text_encoder_2=["transformers", "CLIPTextModel"])),
+        "sdxl",
+        lambda f: edited(f, "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+    ),
     "takes 4 and predicts 4": (
-        "sd_inpainting", lambda f: edited(f, "unet/config.json", in_channels=4)),
+        "sd_inpainting",
+        lambda f: edited(f, "unet/config.json", in_channels=4),
+    ),
     "9 channels and the VAE makes 4": (
-        "sdxl", lambda f: edited(f, "unet/config.json", in_channels=9)),
+        "sdxl",
+        lambda f: edited(f, "unet/config.json", in_channels=9),
+    ),
     "other vocabularies or lengths": (
-        "sdxl", lambda f: edited(f, "tokenizer_2/tokenizer_config.json", model_max_length=7)),
-}  # fmt: skip
+        "sdxl",
+        lambda f: edited(f, "tokenizer_2/tokenizer_config.json", model_max_length=7),
+    ),
+}
 
 
 @pytest.mark.parametrize("message", WRONG)

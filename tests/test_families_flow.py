@@ -22,8 +22,16 @@ from .text_to_image import LENGTH, sd3
 
 TEXTS = ["a cat", "", "a red car"]
 #: Tokens of a text in each family.
-TOLD = {"sd3": LENGTH + 256, "flux_dev": 512, "flux_schnell": 256, "klein": 512, "z_image": 512,
-        "pixart": 300, "sana": 300, "qwen_image": 512}  # fmt: skip
+TOLD = {
+    "sd3": LENGTH + 256,
+    "flux_dev": 512,
+    "flux_schnell": 256,
+    "klein": 512,
+    "z_image": 512,
+    "pixart": 300,
+    "sana": 300,
+    "qwen_image": 512,
+}
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "Flux2KleinPipeline"), reason="this diffusers has no FLUX.2 klein"
@@ -58,21 +66,39 @@ def test_a_drawing_is_the_pipelines(name, made, tmp_path):
         pipe.scheduler = family.sampler(pipe.scheduler)
     with torch.no_grad():
         theirs = pipe(
-            prompt="a red car", height=side, width=side, num_inference_steps=3, output_type="pt",
-            generator=generator(), **family.guiding(args.guidance_scale),
+            prompt="a red car",
+            height=side,
+            width=side,
+            num_inference_steps=3,
+            output_type="pt",
+            generator=generator(),
+            **family.guiding(args.guidance_scale),
             **family.drawing(pipe, side),
-        ).images[0]  # fmt: skip
+        ).images[0]
     x = D.sample(
-        model, family.sampler(looked.scheduler), torch.tensor([2]), looked.latents,
-        num_inference_steps=3, guidance_scale=family.away(looked.unet, args.guidance_scale),
-        null_condition=1, clip=False, generator=generator(),
-    )  # fmt: skip
+        model,
+        family.sampler(looked.scheduler),
+        torch.tensor([2]),
+        looked.latents,
+        num_inference_steps=3,
+        guidance_scale=family.away(looked.unet, args.guidance_scale),
+        null_condition=1,
+        clip=False,
+        generator=generator(),
+    )
     ours = family.to_pixels(pipe.vae, x)[0] / 2 + 0.5
     torch.testing.assert_close(ours.clamp(0, 1), theirs, atol=1e-5, rtol=0)
     args = options(
-        made / name, tmp_path, "--num_validation_images", 1, "--validation_inference_steps", 3,
-        "--seed", 3, *(("--validation_guidance_scale", 5) if scale else ()),
-    ).resolved()  # fmt: skip
+        made / name,
+        tmp_path,
+        "--num_validation_images",
+        1,
+        "--validation_inference_steps",
+        3,
+        "--seed",
+        3,
+        *(("--validation_guidance_scale", 5) if scale else ()),
+    ).resolved()
     args = family.guided(args, looked.unet)
     found = module("validation").draw(
         args, model, looked.scheduler, [2], 1, looked.latents, made / name
@@ -204,9 +230,11 @@ def test_a_model_whose_weights_diffusers_moves_or_rounds_is_refused(made, tmp_pa
 
     for call, more in (
         ("enable_group_offload", {"onload_device": torch.device("cpu"), "num_blocks_per_group": 1}),
-        ("enable_layerwise_casting", {"storage_dtype": torch.float8_e4m3fn,
-                                      "compute_dtype": torch.float32}),
-    ):  # fmt: skip
+        (
+            "enable_layerwise_casting",
+            {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32},
+        ),
+    ):
         pipe = opened(made / "sd3")
         getattr(pipe.transformer, call)(**more)
         with pytest.raises(InputError, match=rf"model's transformer: diffusers' {call}\(\)"):
@@ -253,8 +281,13 @@ def test_a_model_trained_on_two_colours_draws_what_it_is_asked_for(name, made, t
         opt.step()
         fall.step()
     x = D.sample(
-        model, looked.family.sampler(schedule), torch.arange(2), looked.latents,
-        num_inference_steps=12, clip=noise, generator=g,
-    )  # fmt: skip
+        model,
+        looked.family.sampler(schedule),
+        torch.arange(2),
+        looked.latents,
+        num_inference_steps=12,
+        clip=noise,
+        generator=g,
+    )
     asked, other = ((x - pictures).abs().mean((1, 2, 3)) for pictures in (images, images.flip(0)))
     assert asked.max() < 0.4 < 1 < other.min()

@@ -49,24 +49,40 @@ def made(tmp_path_factory) -> Path:
 BF16 = ("--mixed_precision", "bf16", "--gradient_checkpointing")
 #: Family, method, options, and what is in the names of the weights that move.
 RUNS = [
-    ("sd3", "ebu", ("--condition_noise", 1, "--adversary_steps", 2),
-     (".add_k_proj.", ".add_v_proj.")),
+    (
+        "sd3",
+        "ebu",
+        ("--condition_noise", 1, "--adversary_steps", 2),
+        (".add_k_proj.", ".add_v_proj."),
+    ),
     ("sd3", "joint", ("--surrogate", "pixels", *BF16), (".add_k_proj.", ".add_v_proj.")),
     ("sd3", "sa", ("--train_modules", "attention", "--surrogate", "analytic"), (".attn.",)),
-    ("sd3", "esd", ("--train_modules", "context", "--remember_loss", "replay"),
-     ("context_embedder",)),
+    (
+        "sd3",
+        "esd",
+        ("--train_modules", "context", "--remember_loss", "replay"),
+        ("context_embedder",),
+    ),
     ("sd3_without_t5", "ebu", (), (".add_k_proj.", ".add_v_proj.")),
     ("flux_dev", "esd", (), (".add_k_proj.", ".add_v_proj.")),
     ("flux_dev", "ebu", ("--train_modules", "single", *BF16), ("single_transformer_blocks",)),
-    ("flux_schnell", "salun", ("--train_modules", "full", "--surrogate_prompt", "dog",
-                               "--remember", "a red car"), ("",)),
+    (
+        "flux_schnell",
+        "salun",
+        ("--train_modules", "full", "--surrogate_prompt", "dog", "--remember", "a red car"),
+        ("",),
+    ),
     ("klein", "sa", ("--train_modules", "attention", *BF16), (".attn.",)),
     ("klein_distilled", "ebu", (), (".add_k_proj.", ".add_v_proj.")),
     ("z_image", "esd", ("--train_modules", "context", *BF16), ("cap_embedder",)),
     ("z_image", "ebu", ("--surrogate", "pixels"), (".attention.to_k.", ".attention.to_v.")),
     ("pixart", "ebu", ("--condition_noise", 1, *BF16), (".attn2.",)),
-    ("pixart", "salun", ("--train_modules", "attention", "--surrogate_prompt", "dog",
-                         "--remember", "a red car"), (".attn1.", ".attn2.")),
+    (
+        "pixart",
+        "salun",
+        ("--train_modules", "attention", "--surrogate_prompt", "dog", "--remember", "a red car"),
+        (".attn1.", ".attn2."),
+    ),
     ("pixart", "esd", ("--train_modules", "esd-x-strict"), (".attn2.to_k.", ".attn2.to_v.")),
     ("pixart", "joint", ("--train_modules", "context"), ("caption_projection.",)),
     ("qwen_image", "ebu", ("--surrogate", "pixels"), (".add_k_proj.", ".add_v_proj.")),
@@ -74,9 +90,13 @@ RUNS = [
     ("qwen_image", "joint", ("--train_modules", "full", "--remember_loss", "replay"), ("",)),
     ("sana", "ebu", ("--surrogate", "pixels"), (".attn2.",)),
     ("sana", "esd", ("--train_modules", "esd-x-strict", *BF16), (".attn2.to_k.", ".attn2.to_v.")),
-    ("sana", "salun", ("--train_modules", "selfattn", "--surrogate_prompt", "dog",
-                       "--remember", "a red car"), (".attn1.",)),
-]  # fmt: skip
+    (
+        "sana",
+        "salun",
+        ("--train_modules", "selfattn", "--surrogate_prompt", "dog", "--remember", "a red car"),
+        (".attn1.",),
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "method", "more", "where"), RUNS)
@@ -97,9 +117,14 @@ def drawn(pipe, family) -> torch.Tensor:
     side = size(Path(family.name.lower()))
     with torch.no_grad():
         return pipe(
-            prompt="a cat", num_inference_steps=2, output_type="pt", height=side, width=side,
-            generator=torch.Generator().manual_seed(0), **family.drawing(pipe, side),
-        ).images  # fmt: skip
+            prompt="a cat",
+            num_inference_steps=2,
+            output_type="pt",
+            height=side,
+            width=side,
+            generator=torch.Generator().manual_seed(0),
+            **family.drawing(pipe, side),
+        ).images
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux_dev", "klein", "z_image", "sana"])
@@ -167,13 +192,25 @@ def test_a_transformer_in_one_file_comes_back_as_one(name, prefix, made, tmp_pat
     file = tmp_path / "given.safetensors"
     save_file(given, file, metadata={"modelspec.title": "mine"})
     kind = look(made / name).family.kind("transformer")
-    theirs = kind.from_single_file(
-        str(file), config=str(made / name), subfolder="transformer", local_files_only=True
-    ) if name in ("sd3", "sana", "qwen_image") else None  # fmt: skip
+    theirs = (
+        kind.from_single_file(
+            str(file), config=str(made / name), subfolder="transformer", local_files_only=True
+        )
+        if name in ("sd3", "sana", "qwen_image")
+        else None
+    )
     out = unlearn(
-        file, tmp_path / "o", "--architecture", made / name, "--train_modules", "full",
-        "--sets_dir", made / f"sets_{name}", "--resolution", size(made / name),
-    )  # fmt: skip
+        file,
+        tmp_path / "o",
+        "--architecture",
+        made / name,
+        "--train_modules",
+        "full",
+        "--sets_dir",
+        made / f"sets_{name}",
+        "--resolution",
+        size(made / name),
+    )
     (result,) = (out / "single").glob("*.safetensors")
     new = load_file(result)
     assert new.keys() == given.keys()
@@ -217,13 +254,19 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
     save_file(original("z_image", load_file(made / "z_image" / "transformer" / FILE)), file)
     wrong = {
         r"give config= \(--architecture\), the diffusers folder": (),
-        r"is Z-Image \(ZImagePipeline\), and .* is a FluxPipeline":
-            ("--architecture", made / "flux_dev"),
+        r"is Z-Image \(ZImagePipeline\), and .* is a FluxPipeline": (
+            "--architecture",
+            made / "flux_dev",
+        ),
         "predicts velocities": ("--architecture", made / "z_image", "--prediction_type", "epsilon"),
         "vae .*: of Z-Image it is config='s": ("--architecture", made / "z_image", "--vae", file),
-        "lora .*: not with a Z-Image in one file":
-            ("--architecture", made / "z_image", "--lora", file),
-    }  # fmt: skip
+        "lora .*: not with a Z-Image in one file": (
+            "--architecture",
+            made / "z_image",
+            "--lora",
+            file,
+        ),
+    }
     for message, more in wrong.items():
         with pytest.raises(InputError, match=message):
             unlearn(file, tmp_path / "o", *more)
@@ -238,8 +281,18 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3", "klein", "pixart", "sana", "qwen_image"])
 def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
-    more = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--train_modules", "attention",
-            "--adversary_steps", 1, "--adversary_restart", 3]  # fmt: skip
+    more = [
+        "--max_train_steps",
+        4,
+        "--checkpointing_steps",
+        2,
+        "--train_modules",
+        "attention",
+        "--adversary_steps",
+        1,
+        "--adversary_restart",
+        3,
+    ]
     whole = unlearn(made / name, tmp_path / "whole", *more)
     part = unlearn(made / name, tmp_path / "part", *more)
     shutil.rmtree(part / "pipeline")
@@ -256,10 +309,21 @@ def test_evaluation_draws(name, made, tmp_path):
     from ebu_optim.text_to_image.evaluation_options import Evaluation
 
     argv = [
-        "--pretrained_model_name_or_path", made / name, "--prompts", "a cat", "a dog",
-        "--images_per_prompt", 2, "--num_inference_steps", 2, "--metrics", "--output_dir",
-        tmp_path / "o", "--resolution", size(made / name),
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / name,
+        "--prompts",
+        "a cat",
+        "a dog",
+        "--images_per_prompt",
+        2,
+        "--num_inference_steps",
+        2,
+        "--metrics",
+        "--output_dir",
+        tmp_path / "o",
+        "--resolution",
+        size(made / name),
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate(parse(Evaluation, [str(a) for a in argv]))
     pixels = [p.read_bytes() for p in sorted((tmp_path / "o" / "images").iterdir())]
@@ -271,10 +335,18 @@ def request(model: Path, out: Path, **more):
 
     reset_accelerate()
     options: dict = {
-        "resolution": size(model), "num_inference_steps": 2, "max_train_steps": 2,
-        "replay_images": 2, "surrogate_images": 2, "cpu": True, "evidence_images": 1,
-        "clip_weights": "none", "learning_rate": 1e-1, "validation_steps": 0, **more,
-    }  # fmt: skip
+        "resolution": size(model),
+        "num_inference_steps": 2,
+        "max_train_steps": 2,
+        "replay_images": 2,
+        "surrogate_images": 2,
+        "cpu": True,
+        "evidence_images": 1,
+        "clip_weights": "none",
+        "learning_rate": 1e-1,
+        "validation_steps": 0,
+        **more,
+    }
     return forget(str(model), "cat", keep=["a dog"], output_dir=out, **options)
 
 
@@ -293,9 +365,12 @@ def test_the_report_draws_in_what_the_text_encoders_read_in(precision, dtype, ma
     page = json.loads((found.folder / "report" / "results.json").read_text())
     assert page["protocol"]["sampling"]["dtype"] == dtype
     args = Forget(
-        pretrained_model_name_or_path=str(made / "z_image"), forget=["cat"],
-        output_dir=tmp_path / "p", resolution=size(made / "z_image"), mixed_precision=precision,
-    ).resolved()  # fmt: skip
+        pretrained_model_name_or_path=str(made / "z_image"),
+        forget=["cat"],
+        output_dir=tmp_path / "p",
+        resolution=size(made / "z_image"),
+        mixed_precision=precision,
+    ).resolved()
     rows = planning.check(args).cost.phases["report"]
     parts = {"frozen weights": "transformer", "text encoders": "text_encoder"}
     for what, part in parts.items():
@@ -326,31 +401,57 @@ LONG = " ".join(["cat"] * 500)
 
 @pytest.mark.parametrize(
     ("name", "given", "why"),
-    [("sd3", ("--method", "spm"), "spm: not with Stable Diffusion 3 and 3.5: its adapters"),
-     ("sd3", ("--save_as", "single"), "--save_as single: .*is none: give the transformer's file"),
-     ("sd3", ("--train_modules", "esd-u"), "esd-u: .* there is xattn, attention, context, full"),
-     ("flux_dev", ("--train_modules", "selfattn"), "there is xattn, attention, single, context"),
-     ("sd3", ("--resolution", 194), "must be a multiple of 4"),
-     ("klein", ("--resolution", 18), "must be a multiple of 4"),
-     ("sd3", ("--resolution", 196), "must be <= 96"),
-     ("flux_schnell", ("--guidance_scale", 3.5), "this FLUX.1 is distilled and takes no guidance"),
-     ("klein_distilled", ("--validation_guidance_scale", 4), "distilled and takes no guidance"),
-     ("flux_dev", ("--guidance_scale", 3, "--validation_guidance_scale", 4), "told one guidance"),
-     ("z_image", ("--mixed_precision", "fp16"), "fp16: not with Z-Image: its activations"),
-     ("sd3", ("--forget", LONG), "begin and end included, and the tokenizer takes 12"),
-     ("flux_schnell", ("--forget", LONG), "begin and end included, and the tokenizer takes 256"),
-     ("flux_dev", ("--forget", LONG), "begin and end included, and the tokenizer takes 512"),
-     ("klein", ("--forget", LONG), "begin and end included, and the tokenizer takes 493"),
-     ("pixart", ("--forget", LONG), "begin and end included, and the tokenizer takes 300"),
-     ("pixart", ("--train_modules", "lora"), "lora: not with PixArt-Sigma: diffusers has neither"),
-     ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
-     ("pixart", ("--save_as", "single"), "--save_as single: not with .* diffusers reads no file"),
-     ("qwen_image", ("--mixed_precision", "fp16"), "fp16: not with Qwen-Image: its activations"),
-     ("sana", ("--forget", LONG), "begin and end included, and the tokenizer takes 299"),
-     ("sana", ("--train_modules", "lora", "--save_as", "kohya"), "kohya: not with Sana: ComfyUI"),
-     ("sana", ("--resolution", 16), "must be a multiple of 32"),
-     ("pixart", ("--method", "spm"), "spm: not with PixArt-Sigma: its adapters")],
-)  # fmt: skip
+    [
+        ("sd3", ("--method", "spm"), "spm: not with Stable Diffusion 3 and 3.5: its adapters"),
+        (
+            "sd3",
+            ("--save_as", "single"),
+            "--save_as single: .*is none: give the transformer's file",
+        ),
+        ("sd3", ("--train_modules", "esd-u"), "esd-u: .* there is xattn, attention, context, full"),
+        ("flux_dev", ("--train_modules", "selfattn"), "there is xattn, attention, single, context"),
+        ("sd3", ("--resolution", 194), "must be a multiple of 4"),
+        ("klein", ("--resolution", 18), "must be a multiple of 4"),
+        ("sd3", ("--resolution", 196), "must be <= 96"),
+        (
+            "flux_schnell",
+            ("--guidance_scale", 3.5),
+            "this FLUX.1 is distilled and takes no guidance",
+        ),
+        ("klein_distilled", ("--validation_guidance_scale", 4), "distilled and takes no guidance"),
+        (
+            "flux_dev",
+            ("--guidance_scale", 3, "--validation_guidance_scale", 4),
+            "told one guidance",
+        ),
+        ("z_image", ("--mixed_precision", "fp16"), "fp16: not with Z-Image: its activations"),
+        ("sd3", ("--forget", LONG), "begin and end included, and the tokenizer takes 12"),
+        ("flux_schnell", ("--forget", LONG), "begin and end included, and the tokenizer takes 256"),
+        ("flux_dev", ("--forget", LONG), "begin and end included, and the tokenizer takes 512"),
+        ("klein", ("--forget", LONG), "begin and end included, and the tokenizer takes 493"),
+        ("pixart", ("--forget", LONG), "begin and end included, and the tokenizer takes 300"),
+        (
+            "pixart",
+            ("--train_modules", "lora"),
+            "lora: not with PixArt-Sigma: diffusers has neither",
+        ),
+        ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
+        (
+            "pixart",
+            ("--save_as", "single"),
+            "--save_as single: not with .* diffusers reads no file",
+        ),
+        ("qwen_image", ("--mixed_precision", "fp16"), "fp16: not with Qwen-Image: its activations"),
+        ("sana", ("--forget", LONG), "begin and end included, and the tokenizer takes 299"),
+        (
+            "sana",
+            ("--train_modules", "lora", "--save_as", "kohya"),
+            "kohya: not with Sana: ComfyUI",
+        ),
+        ("sana", ("--resolution", 16), "must be a multiple of 32"),
+        ("pixart", ("--method", "spm"), "spm: not with PixArt-Sigma: its adapters"),
+    ],
+)
 def test_what_it_cannot_do_is_refused_with_the_reason(name, given, why, made, tmp_path):
     with pytest.raises(InputError, match=why):
         unlearn(made / name, tmp_path / "o", *given)
@@ -370,40 +471,76 @@ WRONG = {
     "takes 32 channels": ("sd3", TRANSFORMER, {"in_channels": 32}),
     "pooled ones of 32": ("sd3", TRANSFORMER, {"pooled_projection_dim": 32}),
     "make 32 and 64": ("sd3", "text_encoder_3/config.json", {"d_model": 32}),
-    "other vocabularies or lengths":
-        ("sd3", "tokenizer_2/tokenizer_config.json", {"model_max_length": 7}),
+    "other vocabularies or lengths": (
+        "sd3",
+        "tokenizer_2/tokenizer_config.json",
+        {"model_max_length": 7},
+    ),
     "has no text_encoder_2": ("sd3", "model_index.json", {"text_encoder_2": [None, None]}),
-    "takes 96 channels and predicts 16": # FLUX.1 Fill
-        ("flux_dev", TRANSFORMER, {"in_channels": 96, "out_channels": 16}),
+    "takes 96 channels and predicts 16":  # FLUX.1 Fill
+    ("flux_dev", TRANSFORMER, {"in_channels": 96, "out_channels": 16}),
     "make 32 and 24": ("flux_dev", "text_encoder/config.json", {"hidden_size": 24}),
-    "(FluxPipeline) has no text_encoder_2":
-        ("flux_dev", "model_index.json", {"text_encoder_2": [None, None]}),
-    "takes text embeddings of 48, its text encoder makes 3 times 8":
-        ("klein", "text_encoder/config.json", {"hidden_size": 8}),
-    "has 9 layers; klein is told the 9th":
-        ("klein", "text_encoder/config.json", {"num_hidden_layers": 9}),
+    "(FluxPipeline) has no text_encoder_2": (
+        "flux_dev",
+        "model_index.json",
+        {"text_encoder_2": [None, None]},
+    ),
+    "takes text embeddings of 48, its text encoder makes 3 times 8": (
+        "klein",
+        "text_encoder/config.json",
+        {"hidden_size": 8},
+    ),
+    "has 9 layers; klein is told the 9th": (
+        "klein",
+        "text_encoder/config.json",
+        {"num_hidden_layers": 9},
+    ),
     "is told a guidance, as FLUX.2 dev": ("klein", TRANSFORMER, {"guidance_embeds": True}),
-    "(ZImagePipeline) has no text_encoder":
-        ("z_image", "model_index.json", {"text_encoder": [None, None]}),
-    "takes text embeddings of 16, its text encoder makes 8":
-        ("z_image", "text_encoder/config.json", {"hidden_size": 8}),
-    "is told sizes (use_additional_conditions)":
-        ("pixart", TRANSFORMER, {"use_additional_conditions": True}),
-    "takes text embeddings of 24, its text encoder makes 32":
-        ("pixart", TRANSFORMER, {"caption_channels": 24}),
+    "(ZImagePipeline) has no text_encoder": (
+        "z_image",
+        "model_index.json",
+        {"text_encoder": [None, None]},
+    ),
+    "takes text embeddings of 16, its text encoder makes 8": (
+        "z_image",
+        "text_encoder/config.json",
+        {"hidden_size": 8},
+    ),
+    "is told sizes (use_additional_conditions)": (
+        "pixart",
+        TRANSFORMER,
+        {"use_additional_conditions": True},
+    ),
+    "takes text embeddings of 24, its text encoder makes 32": (
+        "pixart",
+        TRANSFORMER,
+        {"caption_channels": 24},
+    ),
     "takes 4 channels and predicts 12": ("pixart", TRANSFORMER, {"out_channels": 12}),
     "its transformer has zero_cond_t": ("qwen_image", TRANSFORMER, {"zero_cond_t": True}),
     "takes 32 channels and predicts 16": ("qwen_image", TRANSFORMER, {"in_channels": 32}),
-    "takes text embeddings of 8, its text encoder makes 16":
-        ("qwen_image", TRANSFORMER, {"joint_attention_dim": 8}),
-    "its scheduler is a DPMSolverMultistepScheduler; Sana":
-        ("sana", SCHEDULER, {"prediction_type": "epsilon"}),
-    "takes text embeddings of 24, its text encoder makes 8":
-        ("sana", TRANSFORMER, {"caption_channels": 24}),
+    "takes text embeddings of 8, its text encoder makes 16": (
+        "qwen_image",
+        TRANSFORMER,
+        {"joint_attention_dim": 8},
+    ),
+    "its scheduler is a DPMSolverMultistepScheduler; Sana": (
+        "sana",
+        SCHEDULER,
+        {"prediction_type": "epsilon"},
+    ),
+    "takes text embeddings of 24, its text encoder makes 8": (
+        "sana",
+        TRANSFORMER,
+        {"caption_channels": 24},
+    ),
     "takes 8 channels and predicts 4": ("sana", TRANSFORMER, {"in_channels": 8}),
-    "prediction_type is 'flow_prediction'":
-        ("pixart", SCHEDULER, {"prediction_type": "flow_prediction"}),
-}  # fmt: skip
+    "prediction_type is 'flow_prediction'": (
+        "pixart",
+        SCHEDULER,
+        {"prediction_type": "flow_prediction"},
+    ),
+}
 
 
 @pytest.mark.parametrize("message", WRONG)
@@ -423,10 +560,23 @@ def test_a_new_word_cannot_be_learned(name, made):
 def attacked(made: Path, name: str, out: Path):
     run, model = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.model")
     argv = [
-        "--pretrained_model_name_or_path", made / name, "--base_model", made / name, "--forget",
-        "cat", "--judge", "nudity", "--num_inference_steps", 2, "--output_dir", out, "--device",
-        "cpu", "--resolution", size(made / name),
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / name,
+        "--base_model",
+        made / name,
+        "--forget",
+        "cat",
+        "--judge",
+        "nudity",
+        "--num_inference_steps",
+        2,
+        "--output_dir",
+        out,
+        "--device",
+        "cpu",
+        "--resolution",
+        size(made / name),
+    ]
     args = parse(run.AttackOptions, [str(a) for a in argv]).resolved()
     pipe = module("results").load(args)
     return model, model.Attacked(pipe, look(made / name), args, torch.device("cpu"))
@@ -449,19 +599,45 @@ def test_a_known_word_in_the_new_ones_place_is_the_prompt(name, made, tmp_path):
 @pytest.mark.parametrize(
     ("name", "more"),
     [("sd3", ("inversion",)), ("pixart", ()), ("sana", ()), ("qwen_image", ())],
-)  # fmt: skip
+)
 def test_an_attack_goes_through(name, more, made, tmp_path, monkeypatch):
     run, judges = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.judges")
     bright = judges.Judge(lambda x: x.double().mean((1, 2, 3)).sigmoid(), {"judge": "brightness"})
     monkeypatch.setattr(judges, "load", lambda *_: bright)
     argv = [
-        "--pretrained_model_name_or_path", made / name, "--base_model", made / name, "--forget",
-        "cat", "--judge", "nudity", "--paraphrases", "the cat", "--attack_images", 2,
-        "--target_images", 2, "--num_inference_steps", 2, "--inversion_steps", 2,
-        "--relearn_max_steps", 1, "--train_batch_size", 2, "--output_dir", tmp_path / "o",
-        "--device", "cpu", "--resolution", size(made / name), "--attacks", "paraphrase",
-        "relearn", *more,
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        made / name,
+        "--base_model",
+        made / name,
+        "--forget",
+        "cat",
+        "--judge",
+        "nudity",
+        "--paraphrases",
+        "the cat",
+        "--attack_images",
+        2,
+        "--target_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--inversion_steps",
+        2,
+        "--relearn_max_steps",
+        1,
+        "--train_batch_size",
+        2,
+        "--output_dir",
+        tmp_path / "o",
+        "--device",
+        "cpu",
+        "--resolution",
+        size(made / name),
+        "--attacks",
+        "paraphrase",
+        "relearn",
+        *more,
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         run.attack(parse(run.AttackOptions, [str(a) for a in argv]))
     found = json.loads((tmp_path / "o" / "attacks.json").read_text())["values"]
@@ -479,9 +655,14 @@ def test_an_attack_draws_by_the_models_own_guidance(made, tmp_path):
     noise = torch.randn(1, *model.shape, generator=module("ebu_optim.modules").stream(0, 0))
     packed = pipe._pack_latents(noise, *noise.shape)
     theirs = pipe(
-        prompt="a cat", height=16, width=16, num_inference_steps=2, output_type="pt",
-        latents=packed, **family.guiding(model.args.guidance_scale),
-    ).images  # fmt: skip
+        prompt="a cat",
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        output_type="pt",
+        latents=packed,
+        **family.guiding(model.args.guidance_scale),
+    ).images
     torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=1e-4, rtol=0)
 
 

@@ -215,7 +215,7 @@ def test_a_weights_file_is_never_unpickled_freely(tmp_path):
         (pictures(4), {"forget": [1], "labels": torch.zeros(3)}, r"got \(3,\)"),
         (".", {"forget": [1], "labels": torch.zeros(3)}, "images is a folder"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(images, options, message):
     with pytest.raises(ValueError, match=message):
         fid(images, pictures(4), reference_split="test", **options)

@@ -214,9 +214,12 @@ def test_a_loss_must_be_one_value_per_sample_and_depend_on_the_model():
     other = nn.Linear(3, 1, bias=False)
     with pytest.raises(ValueError, match="does not depend on"):
         DiagonalFisher.estimate(
-            model, lambda m, b: linear_loss(other, b) + 0 * linear_loss(m, b), data,
-            method="loop", progress=False,
-        )  # fmt: skip
+            model,
+            lambda m, b: linear_loss(other, b) + 0 * linear_loss(m, b),
+            data,
+            method="loop",
+            progress=False,
+        )
 
 
 def test_two_seeds_are_two_draws_and_batches_have_streams_of_their_own():

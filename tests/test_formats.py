@@ -270,9 +270,11 @@ def test_a_unet_alone(made, tmp_path, prefix):
     base, file = made["sd1"]
     start = "model.diffusion_model."
     source = resaved(
-        file, tmp_path / "unet.safetensors", drop=lambda n: not n.startswith(start),
+        file,
+        tmp_path / "unet.safetensors",
+        drop=lambda n: not n.startswith(start),
         rename=lambda n: prefix + n.removeprefix(start),
-    )  # fmt: skip
+    )
     single = Single(source, config=base)
     assert set(single.checkpoint.parts) == {"unet"}
     unet = single.part("unet").state_dict()
@@ -311,9 +313,11 @@ def test_the_file_of_another_vae(made, tmp_path, layout_):
     else:
         cut = "" if layout_ == "prefixed" else start
         resaved(
-            other, vae, drop=lambda n: not n.startswith(start),
+            other,
+            vae,
+            drop=lambda n: not n.startswith(start),
             rename=lambda n: n.removeprefix(cut),
-        )  # fmt: skip
+        )
     pipe = loaded(base)
     pipe.vae.load_state_dict(new)
     assert torch.equal(draw(open_single(file, config=base, vae=vae)), draw(pipe))
@@ -368,9 +372,12 @@ def test_clips_vocabulary(made, tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     ours, theirs = from_open_clip(), open_clip.get_tokenizer("ViT-L-14")
     prompts = [
-        "a photo of a cat", "", "Hello, World! 123 it's über café 日本 😀",
-        "the van gogh-style, (masterpiece:1.2), 8k", "word " * 100,
-    ]  # fmt: skip
+        "a photo of a cat",
+        "",
+        "Hello, World! 123 it's über café 日本 😀",
+        "the van gogh-style, (masterpiece:1.2), 8k",
+        "word " * 100,
+    ]
     found = ours(prompts, padding="max_length", truncation=True, max_length=77).input_ids
     for a, b in zip(found, theirs(prompts).tolist()):
         end = b.index(49407)

@@ -108,9 +108,11 @@ def test_other_things_than_a_model(made, tmp_path):
     start = "first_stage_model."
     for cut in ("", start):
         vae = resaved(
-            file, tmp_path / "v", drop=lambda n: not n.startswith(start),
+            file,
+            tmp_path / "v",
+            drop=lambda n: not n.startswith(start),
             rename=lambda n, cut=cut: n.removeprefix(cut),
-        )  # fmt: skip
+        )
         refused(vae, "is a VAE without a UNet")
 
 
@@ -120,7 +122,8 @@ def test_other_families_are_named(made, tmp_path):
         (
             {
                 f"{UNET}double_blocks.0.img_attn.norm.key_norm.scale": (8,),
-                f"{UNET}guidance_in.in_layer.bias": (8,), f"{UNET}img_in.weight": (8, 64),
+                f"{UNET}guidance_in.in_layer.bias": (8,),
+                f"{UNET}img_in.weight": (8, 64),
             },
             "flux-dev",
         ),
@@ -135,7 +138,7 @@ def test_other_families_are_named(made, tmp_path):
         ({f"{UNET}joint_blocks.37.x_block.mlp.fc1.weight": (8, 8)}, "sd35_large"),
         ({f"{UNET}layers.0.adaLN_modulation.0.weight": (8, 8)}, "z-image-turbo"),
         ({"blocks.0.cross_attn.q_linear.weight": (8, 8)}, "sana"),
-    ):  # fmt: skip
+    ):
         refused(saved(tmp_path, held), f"it looks like {said}")
     sd1, xl = made["sd1"][1], made["sdxl"][1]
 
@@ -149,9 +152,11 @@ def test_other_families_are_named(made, tmp_path):
     refused(resaved(xl, to, add={"edm_vpred.sigma_max": torch.zeros(1)}), "a model of EDM")
     two = "conditioner.embedders.1.model."
     refiner = resaved(
-        xl, to, drop=lambda n: n.startswith("conditioner.embedders.0."),
+        xl,
+        to,
+        drop=lambda n: n.startswith("conditioner.embedders.0."),
         rename=lambda n: n.replace(two, two.replace("1", "0")),
-    )  # fmt: skip
+    )
     refused(refiner, "looks like SDXL's refiner")
     unclip = {f"{UNET}label_emb.0.0.weight": torch.zeros(8, 8)}
     refused(resaved(made["sd2"][1], to, add=unclip), "looks like Stable Diffusion 2.x unCLIP")

@@ -87,7 +87,7 @@ def test_features_of_the_last_linear_or_of_a_layer():
             "layer was run for 0 of 2 images",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

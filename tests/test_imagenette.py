@@ -81,9 +81,14 @@ def test_values_by_hand(network, weights, over):
     names = ["cassette player"] * 2 + ["tench", "church", "gas pump", "parachute"]
     asked = np.array([columns.index(INDICES[CLASSES.index(n)]) for n in names])
     found = imagenette_metrics(
-        2 * x.float() / 255 - 1, names, ["cassette player"], over=over, weights_file=weights,
-        noise_images=2, batch_size=4,
-    )  # fmt: skip
+        2 * x.float() / 255 - 1,
+        names,
+        ["cassette player"],
+        over=over,
+        weights_file=weights,
+        noise_images=2,
+        batch_size=4,
+    )
     assert found["ce_f"]["value"] == pytest.approx(entropies[:2].mean(), rel=2e-3)
     assert found["ce_r"]["value"] == pytest.approx(entropies[2:].mean(), rel=2e-3)
     assert found["p_f"]["value"] == pytest.approx(p[:2, asked[0]].mean(), rel=2e-2)

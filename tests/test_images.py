@@ -127,10 +127,15 @@ def test_numbers_without_a_known_range_are_refused(mode, tmp_path):
 
 #: What EXIF's number says is done to the stored pixels to see the picture.
 TURNS = {
-    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1),
-    7: lambda x: x[::-1, ::-1].swapaxes(0, 1), 8: lambda x: np.rot90(x),
-}  # fmt: skip
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
 
 
 @pytest.mark.parametrize("number", TURNS)

@@ -50,8 +50,10 @@ def test_held_scalars_are_the_specifications_and_the_update_to_rounding(make, si
     names = reference.STATS[:3]
     assert [stats[n] for n in names] == [sums[n] for n in names]
     theta, g_f, g_r, anchor, fisher = (numpy(a) for a in arrays)
-    size = [2 * (abs(f) + abs(r)) + options["gamma"] * F * (abs(t) + abs(t0))
-            for t, f, r, t0, F in zip(theta, g_f, g_r, anchor, fisher)]  # fmt: skip
+    size = [
+        2 * (abs(f) + abs(r)) + options["gamma"] * F * (abs(t) + abs(t0))
+        for t, f, r, t0, F in zip(theta, g_f, g_r, anchor, fisher)
+    ]
     test_combine.assert_rounded(out, [w.double().numpy() for w in want], size)
 
 

@@ -25,8 +25,12 @@ def test_t_interval_by_the_table_of_student():
 
 def test_wilson_by_known_values():
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3
-    for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-                               (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
+    for hits, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
     assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
     assert wilson(5, 5)[1] == 1.0
@@ -123,12 +127,13 @@ IMAGES, LABELS = example()
         ((Judge(4), IMAGES, LABELS, [0]), {}, r"0\.\.3, the classifier's classes; got 0\.\.4"),
         ((Judge(7), IMAGES, LABELS, [0]), {"num_classes": 5}, "classifier gives .* 5 classes"),
         (
-            (Judge(5), IMAGES, LABELS, [0]), {"num_classes": 5, "reject": Judge(5)},
+            (Judge(5), IMAGES, LABELS, [0]),
+            {"num_classes": 5, "reject": Judge(5)},
             "reject gives .* 6 classes were expected",
         ),
         ((Judge(5), IMAGES, LABELS, [0]), {"confidence": 95}, r"confidence must be in \(0, 1\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(args, options, message):
     with pytest.raises(ValueError, match=message):
         classifier_metrics(*args, **options)

@@ -60,7 +60,7 @@ CHANGES = {
     "text_encoder": lambda m: edit(m / "text_encoder" / "config.json", hidden_act="gelu"),
     "tokenizer": lambda m: (m / "tokenizer" / "merges.txt").write_text("#version: 0.2\nc a"),
     "scheduler": lambda m: edit(m / "scheduler" / "scheduler_config.json", beta_end=0.013),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("part", CHANGES)
@@ -77,9 +77,12 @@ def test_each_part_of_a_pipeline_is_known_by_its_contents(model, part):
 def test_pictures_of_a_model_that_was_made_anew_are_not_gone_on_with(model, tmp_path, part):
     """A killed evaluation holds some pictures; its pipeline is another by the time it goes on."""
     args = Evaluation(
-        pretrained_model_name_or_path=str(model), prompts=["a cat", "a dog"], images_per_prompt=1,
-        num_inference_steps=1, output_dir=tmp_path / "o",
-    )  # fmt: skip
+        pretrained_model_name_or_path=str(model),
+        prompts=["a cat", "a dog"],
+        images_per_prompt=1,
+        num_inference_steps=1,
+        output_dir=tmp_path / "o",
+    )
     evaluate(args)
     (tmp_path / "o" / "evaluation.json").unlink()
     (tmp_path / "o" / "images" / "0001_0000.png").unlink()
@@ -92,12 +95,19 @@ def test_pictures_of_a_model_that_was_made_anew_are_not_gone_on_with(model, tmp_
 def run(model: Path, out: Path, *, steps: int = 1, **options) -> None:
     unlearn(
         Unlearn(
-            pretrained_model_name_or_path=str(model), forget=["cat"], output_dir=out,
-            **{"remember_prompts": ["a dog"], **options}, max_train_steps=steps, replay_images=2,
-            surrogate_images=2, num_inference_steps=1, validation_steps=0,
-            checkpointing_steps=1, resume_from_checkpoint="latest",
+            pretrained_model_name_or_path=str(model),
+            forget=["cat"],
+            output_dir=out,
+            **{"remember_prompts": ["a dog"], **options},
+            max_train_steps=steps,
+            replay_images=2,
+            surrogate_images=2,
+            num_inference_steps=1,
+            validation_steps=0,
+            checkpointing_steps=1,
+            resume_from_checkpoint="latest",
         )
-    )  # fmt: skip
+    )
 
 
 def kept(out: Path) -> dict[str, set[str]]:
@@ -107,9 +117,14 @@ def kept(out: Path) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(
     ("part", "anew"),
-    [("tokenizer", {"text"}), ("text_encoder", {"text", "replay"}), ("vae", {"encoded"}),
-     ("unet", {"replay"}), ("scheduler", {"replay"})],
-)  # fmt: skip
+    [
+        ("tokenizer", {"text"}),
+        ("text_encoder", {"text", "replay"}),
+        ("vae", {"encoded"}),
+        ("unet", {"replay"}),
+        ("scheduler", {"replay"}),
+    ],
+)
 def test_sets_are_made_anew_where_what_they_depend_on_changed(model, tmp_path, part, anew):
     options = {"surrogate": "pixels", "sets_dir": tmp_path / "sets"}
     run(model, tmp_path / "a", **options)
@@ -146,10 +161,16 @@ def test_a_resumed_run_whose_inputs_changed_is_refused_by_their_name(model, tmp_
 
 def test_steps_that_are_left_early_write_no_result(model, tmp_path):
     config = Unlearn(
-        pretrained_model_name_or_path=str(model), forget=["cat"], output_dir=tmp_path / "o",
-        remember_prompts=["a dog"], max_train_steps=3, replay_images=2, surrogate_images=2,
-        num_inference_steps=1, validation_steps=0,
-    )  # fmt: skip
+        pretrained_model_name_or_path=str(model),
+        forget=["cat"],
+        output_dir=tmp_path / "o",
+        remember_prompts=["a dog"],
+        max_train_steps=3,
+        replay_images=2,
+        surrogate_images=2,
+        num_inference_steps=1,
+        validation_steps=0,
+    )
 
     def leave_early() -> None:
         with unlearning(config) as run:
@@ -173,9 +194,12 @@ def test_a_config_by_hand_knows_its_choices(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "tensor", "said"),
-    [("unet", "conv_out.bias", r"images\[0\]"), ("vae", "quant_conv.bias", r"latents\[0\]"),
-     ("text_encoder", "final_layer_norm.bias", r"embeddings\[0\]")],
-)  # fmt: skip
+    [
+        ("unet", "conv_out.bias", r"images\[0\]"),
+        ("vae", "quant_conv.bias", r"latents\[0\]"),
+        ("text_encoder", "final_layer_norm.bias", r"embeddings\[0\]"),
+    ],
+)
 def test_nan_of_any_part_is_told_in_one_line_and_nothing_of_it_is_kept(
     model, tmp_path, part, tensor, said
 ):
@@ -205,9 +229,13 @@ def test_equal_weights_of_another_configuration_share_no_set_and_no_fisher(tmp_p
     def estimate(model) -> DiagonalFisher:
         batches = FisherBatches(images, labels, schedule, timesteps=2)
         return DiagonalFisher.estimate(
-            model, fisher_loss(schedule), batches, path=tmp_path / "fisher.safetensors",
-            method="loop", progress=False,
-        )  # fmt: skip
+            model,
+            fisher_loss(schedule),
+            batches,
+            path=tmp_path / "fisher.safetensors",
+            method="loop",
+            progress=False,
+        )
 
     estimate(one)
     with pytest.raises(ValueError, match="was made with another config"):
@@ -222,9 +250,13 @@ def test_a_changed_base_under_changed_tensors_is_another_model(model, tmp_path):
         {"conv_in.bias": load_file(file)["conv_in.bias"]}, changed / "unet_changed.safetensors"
     )
     args = Evaluation(
-        pretrained_model_name_or_path=str(changed), base_model=str(model), prompts=["a cat"],
-        images_per_prompt=1, num_inference_steps=1, output_dir=tmp_path / "o",
-    )  # fmt: skip
+        pretrained_model_name_or_path=str(changed),
+        base_model=str(model),
+        prompts=["a cat"],
+        images_per_prompt=1,
+        num_inference_steps=1,
+        output_dir=tmp_path / "o",
+    )
     evaluate(args)
     (tmp_path / "o" / "evaluation.json").unlink()
     save_file({"conv_in.bias": torch.ones(8)}, changed / "unet_changed.safetensors")
@@ -247,10 +279,15 @@ def images(tmp_path) -> Path:
 def trained(images: Path, out: Path, steps: int) -> None:
     train(
         Train(
-            train_data_dir=images, model="small", output_dir=out, max_train_steps=steps,
-            train_batch_size=2, checkpointing_steps=1, resume_from_checkpoint="latest",
+            train_data_dir=images,
+            model="small",
+            output_dir=out,
+            max_train_steps=steps,
+            train_batch_size=2,
+            checkpointing_steps=1,
+            resume_from_checkpoint="latest",
         )
-    )  # fmt: skip
+    )
 
 
 def test_a_training_is_not_gone_on_with_on_other_images(images, tmp_path):
@@ -266,18 +303,32 @@ def test_forgetting_is_not_gone_on_with_on_other_sets(images, tmp_path):
 
     def prepared(out: Path, seed: int) -> None:
         prepare(
-            Prepare(**given, forget=["cat"], output_dir=out, replay_per_class=2, seed=seed,
-                    num_inference_steps=1, guidance_scale=1.0, no_fisher=True)
-        )  # fmt: skip
+            Prepare(
+                **given,
+                forget=["cat"],
+                output_dir=out,
+                replay_per_class=2,
+                seed=seed,
+                num_inference_steps=1,
+                guidance_scale=1.0,
+                no_fisher=True,
+            )
+        )
 
     def forget(steps: int) -> None:
         class_conditional_unlearn(
             ClassConditional(
-                **given, prepared_dir=tmp_path / "sets", output_dir=tmp_path / "o", fisher="none",
-                method="joint", max_train_steps=steps, train_batch_size=2, checkpointing_steps=1,
+                **given,
+                prepared_dir=tmp_path / "sets",
+                output_dir=tmp_path / "o",
+                fisher="none",
+                method="joint",
+                max_train_steps=steps,
+                train_batch_size=2,
+                checkpointing_steps=1,
                 resume_from_checkpoint="latest",
             )
-        )  # fmt: skip
+        )
 
     prepared(tmp_path / "sets", 0)
     forget(1)

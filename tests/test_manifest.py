@@ -21,10 +21,16 @@ from ebu_optim.modules import model_hash, parameter_bytes
 def unet(**config) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
-        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=4,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         **config,
-    )  # fmt: skip
+    )
 
 
 def test_equal_weights_under_another_configuration_are_another_model():
@@ -44,8 +50,9 @@ def test_where_a_model_was_saved_and_by_which_version_is_no_configuration(tmp_pa
 
 
 def test_a_model_in_another_is_known_by_its_configuration():
-    one, other = (nn.ModuleDict({"unet": u, "head": nn.Linear(1, 1)})
-                  for u in (unet(), unet(act_fn="gelu")))  # fmt: skip
+    one, other = (
+        nn.ModuleDict({"unet": u, "head": nn.Linear(1, 1)}) for u in (unet(), unet(act_fn="gelu"))
+    )
     assert manifest.config_of(other)["unet"]["act_fn"] == "gelu"
     assert manifest.config_of(nn.Linear(1, 1)) == {}
     assert manifest.config_of(one) != manifest.config_of(other)
@@ -67,11 +74,23 @@ class Counting(nn.Linear):
 
 
 EXTRAS = [
-    None, 3, 0.5, "fp8", b"amax", torch.tensor([1.0]), torch.bfloat16, [1, 2], [1, [2]], {},
-    {"scale": torch.tensor([1.0]), "recipe": {"margin": 0}}, io.BytesIO(b"pickled"),
-    {"scale": torch.tensor([2.0]), "recipe": {"margin": 0}}, np.float32(1), np.arange(3),
+    None,
+    3,
+    0.5,
+    "fp8",
+    b"amax",
+    torch.tensor([1.0]),
+    torch.bfloat16,
+    [1, 2],
+    [1, [2]],
+    {},
+    {"scale": torch.tensor([1.0]), "recipe": {"margin": 0}},
+    io.BytesIO(b"pickled"),
+    {"scale": torch.tensor([2.0]), "recipe": {"margin": 0}},
+    np.float32(1),
+    np.arange(3),
     {"scale": torch.tensor([1.0]), "recipe": {"margin": 1}},
-]  # fmt: skip
+]
 
 
 def test_a_state_that_is_no_tensor_counts_by_its_contents():
@@ -137,8 +156,10 @@ def test_what_changed_is_named():
     before = {"unet": "1", "prompts": "2", "vae": "3"}
     assert manifest.changed(before, before) == []
     assert manifest.changed(before, {"unet": "1", "prompts": "9", "images": "4"}) == [
-        "prompts", "vae", "images",
-    ]  # fmt: skip
+        "prompts",
+        "vae",
+        "images",
+    ]
     with pytest.raises(InputError, match=r"^the run was begun with another prompts \(prompts: 2"):
         manifest.refuse_changed(before, {**before, "prompts": "5"}, "the run")
 

@@ -89,10 +89,16 @@ class Session:
 @pytest.fixture
 def session(monkeypatch):
     monkeypatch.setattr("onnxruntime.InferenceSession", Session)
-    monkeypatch.setattr(Session, "boxes", (
-        {"FEMALE_BREAST_EXPOSED": 0.9}, {"BELLY_EXPOSED": 0.5}, {"BELLY_EXPOSED": 0.3},
-        {"FACE_FEMALE": 0.95},
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        Session,
+        "boxes",
+        (
+            {"FEMALE_BREAST_EXPOSED": 0.9},
+            {"BELLY_EXPOSED": 0.5},
+            {"BELLY_EXPOSED": 0.3},
+            {"FACE_FEMALE": 0.95},
+        ),
+    )
 
 
 GREY = torch.full((2, 3, 320, 320), 128, dtype=torch.uint8)
@@ -117,9 +123,10 @@ def test_what_counts(session, options, value):
     assert found["per_image"] == pytest.approx([value, value])
     assert len(found["detections"][0]) == 4  # whatever counts
     assert found["counts"].get("BELLY_EXPOSED") in {
-        None if "BELLY_EXPOSED" not in options.get("labels", EXPOSED)
+        None
+        if "BELLY_EXPOSED" not in options.get("labels", EXPOSED)
         else {0.25: 4, 0.4: 2, 0.6: 0}[options.get("threshold", 0.25)]
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("mended", [False, True])

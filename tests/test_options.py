@@ -42,13 +42,33 @@ class Example(Sources):
 
 
 def test_every_kind_of_field_has_its_flag():
-    argv = ["--size", "3", "--kind", "b", "--rates", "1", "2", "--fast", "--remember_loss", "y",
-            "--files", "p", "q", "--more", '{"lam": 1}']  # fmt: skip
+    argv = [
+        "--size",
+        "3",
+        "--kind",
+        "b",
+        "--rates",
+        "1",
+        "2",
+        "--fast",
+        "--remember_loss",
+        "y",
+        "--files",
+        "p",
+        "q",
+        "--more",
+        '{"lam": 1}',
+    ]
     found = parse(Example, argv)
     assert found == Example(
-        size=3, kind="b", rates=[1.0, 2.0], more={"lam": 1}, fast=True, remember="y",
+        size=3,
+        kind="b",
+        rates=[1.0, 2.0],
+        more={"lam": 1},
+        fast=True,
+        remember="y",
         files=[Path("p"), Path("q")],
-    )  # fmt: skip
+    )
     assert as_dict(found)["rates"] == [1.0, 2.0]
 
 
@@ -156,10 +176,16 @@ def test_what_comes_first_has_no_flag(tmp_path, capsys):
 
 def test_flags_of_a_command_give_its_config_again():
     config = Unlearn(
-        pretrained_model_name_or_path="m", prepared_dir=Path("sets"), output_dir=Path("o"),
-        method="joint", method_options={"forget_weight": 0.5}, forget=["0", "cat dog"],
-        learning_rate=1e-05, mixed_precision="bf16", cpu=True,
-    )  # fmt: skip
+        pretrained_model_name_or_path="m",
+        prepared_dir=Path("sets"),
+        output_dir=Path("o"),
+        method="joint",
+        method_options={"forget_weight": 0.5},
+        forget=["0", "cat dog"],
+        learning_rate=1e-05,
+        mixed_precision="bf16",
+        cpu=True,
+    )
     assert parse(Unlearn, flags(config)) == config
 
 
@@ -176,9 +202,13 @@ def test_help_says_what_a_group_has(capsys):
 def test_training_options_refuse_what_cannot_be():
     TrainingOptions(output_dir=Path("x")).check_training()
     for bad in (
-        {"max_train_steps": 0}, {"learning_rate": 0.0}, {"logging_steps": -1},
-        {"lr_warmup_steps": -1}, {"seed": -1}, {"seed": 2**32},
-    ):  # fmt: skip
+        {"max_train_steps": 0},
+        {"learning_rate": 0.0},
+        {"logging_steps": -1},
+        {"lr_warmup_steps": -1},
+        {"seed": -1},
+        {"seed": 2**32},
+    ):
         (name,) = bad
         with pytest.raises(InputError, match=f"--{name} must be"):
             TrainingOptions(output_dir=Path("x"), **bad).check_training()

@@ -30,7 +30,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any], torch.dtype, int]] = {
     "torchao 4 bit": ("torchao.optim", "Adam4bit", {}, FP32, 1),
     "torchao fp8": ("torchao.optim", "AdamWFp8", {}, FP32, 1),
     "torchao 8 bit, bf16 weights rounded at random": (
-        "torchao.optim", "AdamW8bit", {"bf16_stochastic_round": True}, BF16, 1,
+        "torchao.optim",
+        "AdamW8bit",
+        {"bf16_stochastic_round": True},
+        BF16,
+        1,
     ),
     "bitsandbytes Adam, bf16 weights": ("bitsandbytes.optim", "Adam", {}, BF16, 4),
     "bitsandbytes Adam8bit": ("bitsandbytes.optim", "Adam8bit", {}, FP32, 1),
@@ -43,9 +47,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], torch.dtype, int]] = {
     "schedulefree AdamW, bf16 weights": ("schedulefree", "AdamWScheduleFree", {}, BF16, 2),
     "schedulefree SGD": ("schedulefree", "SGDScheduleFree", {}, FP32, 4),
     "schedulefree RAdam": (
-        "schedulefree", "RAdamScheduleFree", {"silent_sgd_phase": False}, FP32, 4,
+        "schedulefree",
+        "RAdamScheduleFree",
+        {"silent_sgd_phase": False},
+        FP32,
+        4,
     ),
-}  # fmt: skip
+}
 
 
 def module(name: str) -> Any:

@@ -22,61 +22,184 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__", "forget"],
     "ebu_optim.closed_form": [
-        "adversarial", "apply", "gram", "influential", "null_space", "rece", "speed", "uce",
+        "adversarial",
+        "apply",
+        "gram",
+        "influential",
+        "null_space",
+        "rece",
+        "speed",
+        "uce",
     ],
     "ebu_optim.checkpoint": ["latest_checkpoint", "load_checkpoint", "save_checkpoint"],
     "ebu_optim.fisher": ["DiagonalFisher"],
     "ebu_optim.optim": [
-        "EBUOptimizer", "Holding", "PhasedOptimizer", "Rule", "Slot", "Step", "TensorMap",
+        "EBUOptimizer",
+        "Holding",
+        "PhasedOptimizer",
+        "Rule",
+        "Slot",
+        "Step",
+        "TensorMap",
         "WeightedSum",
     ],
     "ebu_optim.optimizer": ["EBUOptimizer"],
     "ebu_optim.baselines": [
-        "AEGIS", "ESD", "EmbeddingOnly", "EraseDiff", "FineTune", "GRU", "GU", "GradientAscent",
-        "JacobianDescent", "Joint", "MUNBa", "Method", "PCGrad", "RandomMasks", "Recipe",
-        "RestrictedGradient", "Retrain", "SAGO", "SPM", "SalUn", "SelectiveAmnesia",
-        "anchor_loss", "esd_loss", "esd_target", "fisher_images", "methods", "next_class",
-        "partly_denoised", "random_anchors", "relabel_loss", "replayed_images", "reset_weights",
+        "AEGIS",
+        "ESD",
+        "EmbeddingOnly",
+        "EraseDiff",
+        "FineTune",
+        "GRU",
+        "GU",
+        "GradientAscent",
+        "JacobianDescent",
+        "Joint",
+        "MUNBa",
+        "Method",
+        "PCGrad",
+        "RandomMasks",
+        "Recipe",
+        "RestrictedGradient",
+        "Retrain",
+        "SAGO",
+        "SPM",
+        "SalUn",
+        "SelectiveAmnesia",
+        "anchor_loss",
+        "esd_loss",
+        "esd_target",
+        "fisher_images",
+        "methods",
+        "next_class",
+        "partly_denoised",
+        "random_anchors",
+        "relabel_loss",
+        "replayed_images",
+        "reset_weights",
         "transport",
     ],
     "ebu_optim.kernels": ["active", "backend", "reference"],
     "ebu_optim.diffusion": [
-        "Adversary", "FisherBatches", "anchor_loss", "anchored", "antithetic_timesteps",
-        "denoising_loss", "distillation_loss", "esd_loss", "esd_target", "evaluating",
-        "fisher_loss", "gaussian_forget_loss", "model_hash", "next_class", "noisy_condition",
-        "partly_denoised", "random_anchors", "relabel_loss", "sample", "sample_set",
-        "surrogate_noise", "transport",
+        "Adversary",
+        "FisherBatches",
+        "anchor_loss",
+        "anchored",
+        "antithetic_timesteps",
+        "denoising_loss",
+        "distillation_loss",
+        "esd_loss",
+        "esd_target",
+        "evaluating",
+        "fisher_loss",
+        "gaussian_forget_loss",
+        "model_hash",
+        "next_class",
+        "noisy_condition",
+        "partly_denoised",
+        "random_anchors",
+        "relabel_loss",
+        "sample",
+        "sample_set",
+        "surrogate_noise",
+        "transport",
     ],
     "ebu_optim.metrics": [
-        "ClipClassifier", "ClipCosine", "ImagenetteClassifier", "LpipsDistance", "NotComputed",
-        "NudityDetector", "UnlearnCanvasClassifier", "accuracy", "check_protocol",
-        "classifier_frechet", "classifier_metrics", "classify", "clip_score",
-        "condition_replaced", "entropy", "fid", "frechet_distance", "imagenette_metrics",
-        "inversion", "learn_embedding", "learn_embeddings", "lpips_distance", "nudity_score",
-        "probability", "relearn", "relearn_steps", "relearning", "unlearn_steps", "versions",
+        "ClipClassifier",
+        "ClipCosine",
+        "ImagenetteClassifier",
+        "LpipsDistance",
+        "NotComputed",
+        "NudityDetector",
+        "UnlearnCanvasClassifier",
+        "accuracy",
+        "check_protocol",
+        "classifier_frechet",
+        "classifier_metrics",
+        "classify",
+        "clip_score",
+        "condition_replaced",
+        "entropy",
+        "fid",
+        "frechet_distance",
+        "imagenette_metrics",
+        "inversion",
+        "learn_embedding",
+        "learn_embeddings",
+        "lpips_distance",
+        "nudity_score",
+        "probability",
+        "relearn",
+        "relearn_steps",
+        "relearning",
+        "unlearn_steps",
+        "versions",
     ],
     "ebu_optim.formats": [
-        "Checkpoint", "Header", "Single", "cache_folder", "fuse", "look", "open_single",
-        "read_header", "shipped_folder", "tokenizer", "unpacked", "write_folder", "write_lora",
+        "Checkpoint",
+        "Header",
+        "Single",
+        "cache_folder",
+        "fuse",
+        "look",
+        "open_single",
+        "read_header",
+        "shipped_folder",
+        "tokenizer",
+        "unpacked",
+        "write_folder",
+        "write_lora",
         "write_single",
     ],
     "ebu_optim.takedown": [
-        "Forget", "ForgetClasses", "Forgotten", "chosen", "forget", "verify",
+        "Forget",
+        "ForgetClasses",
+        "Forgotten",
+        "chosen",
+        "forget",
+        "verify",
     ],
     "ebu_optim.protocols": [
-        "Asked", "Evaluate", "PROTOCOLS", "Protocol", "Sampling", "Seen", "evaluate", "label",
-        "named", "published",
+        "Asked",
+        "Evaluate",
+        "PROTOCOLS",
+        "Protocol",
+        "Sampling",
+        "Seen",
+        "evaluate",
+        "label",
+        "named",
+        "published",
     ],
     "ebu_optim.report": ["check_folder", "fid_values", "limit_rows", "write_report"],
-}  # fmt: skip
+}
 
 # What a bare install does not have.
 EXTRAS = {
-    "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "safetensors",
-    "cv2", "lpips", "nudenet", "onnxruntime", "open_clip", "peft", "pyarrow",
-    "scipy", "sklearn", "torch_fidelity", "torchjd", "torchvision", "tqdm", "transformers",
-    "timm", "triton",
-}  # fmt: skip
+    "accelerate",
+    "datasets",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "cv2",
+    "lpips",
+    "nudenet",
+    "onnxruntime",
+    "open_clip",
+    "peft",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "torch_fidelity",
+    "torchjd",
+    "torchvision",
+    "tqdm",
+    "transformers",
+    "timm",
+    "triton",
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +214,11 @@ def bare(tmp_path_factory):
     def run(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-S", "-c", start + code],
-            capture_output=True, text=True, timeout=PATIENCE, cwd="/",
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            cwd="/",
+        )
 
     return run
 
@@ -160,9 +286,11 @@ def build(what, source, into, **environment):
     """The one file that `python -m build` makes of a source tree."""
     done = subprocess.run(
         [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", into, source],
-        capture_output=True, text=True, timeout=PATIENCE,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = into.iterdir()
     return made
@@ -192,11 +320,13 @@ def assert_contents(names, extension):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"ebu_optim"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "ebu_optim").rglob("*.py")}
     others = {"ebu_optim/py.typed", "ebu_optim/text_to_image/remember_prompts.txt"}
-    assets = [*(ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*"),
-              *(ROOT / "ebu_optim" / "experiments").glob("*.json"),
-              *(ROOT / "ebu_optim" / "formats" / "configs").glob("*.json"),
-              *(ROOT / "ebu_optim" / "protocols").glob("*.json"),
-              *(ROOT / "ebu_optim" / "protocols" / "lists").iterdir()]  # fmt: skip
+    assets = [
+        *(ROOT / "ebu_optim" / "worlds" / "assets").rglob("*.*"),
+        *(ROOT / "ebu_optim" / "experiments").glob("*.json"),
+        *(ROOT / "ebu_optim" / "formats" / "configs").glob("*.json"),
+        *(ROOT / "ebu_optim" / "protocols").glob("*.json"),
+        *(ROOT / "ebu_optim" / "protocols" / "lists").iterdir(),
+    ]
     others |= {str(p.relative_to(ROOT)) for p in assets}
     if extension:
         others.add("ebu_optim/kernels/_cpu.abi3.so")
@@ -254,9 +384,10 @@ def test_extras_are_spelt_as_pip_of_any_age_finds_them():
     """A wheel's metadata has hyphens; pip before 23.3 takes another spelling for no extra at all,
     with a warning that is soon off the screen."""
     (section,) = re.findall(
-        r"^\[project.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(),
+        r"^\[project.optional-dependencies\]\n(.*?)^\[",
+        (ROOT / "pyproject.toml").read_text(),
         re.M | re.S,
-    )  # fmt: skip
+    )
     extras = set(re.findall(r"^([\w-]+) = \[", section, re.M))
     assert {"diffusion", "text-to-image", "test"} <= extras
     assert not [name for name in extras if "_" in name]

@@ -41,17 +41,27 @@ from .text_to_image import pipeline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {
-    "base": {"max_train_samples": 20, "autoencoder_steps": 2, "text_encoder_steps": 2,
-             "max_train_steps": 2},
+    "base": {
+        "max_train_samples": 20,
+        "autoencoder_steps": 2,
+        "text_encoder_steps": 2,
+        "max_train_steps": 2,
+    },
     "judges": {"max_train_samples": 20, "max_train_steps": 2},
     "guided": {"guided_steps": 2},
     "measure": {"num_inference_steps": 1, "images_per_pair": 1, "sample_batch_size": 80},
     "attack": {},
     "pictures": {"num_inference_steps": 1, "images_per_prompt": 1, "sample_batch_size": 8},
-}  # fmt: skip
+}
 # what a world asks for comes last
-FEW = {"train_batch_size": 2, "num_inference_steps": 1, "surrogate_images": 3, "replay_images": 3,
-       "forget_images": 3, "max_train_steps": 5}  # fmt: skip
+FEW = {
+    "train_batch_size": 2,
+    "num_inference_steps": 1,
+    "surrogate_images": 3,
+    "replay_images": 3,
+    "forget_images": 3,
+    "max_train_steps": 5,
+}
 
 
 def by(maker: runs.Maker) -> dict:
@@ -65,8 +75,11 @@ def stub(config: attack.AttackOptions) -> None:
     args = config.resolved()
     assert Path(args.pretrained_model_name_or_path, "unet").is_dir()
     assert Path(args.base_model, "unet").is_dir()
-    found = {"p_f": {"value": 0.25, "low": 0.0, "high": 0.5}, "paraphrase": {"value": 0.25},
-             "inversion_100": {"value": 0.75}}  # fmt: skip
+    found = {
+        "p_f": {"value": 0.25, "low": 0.0, "high": 0.5},
+        "paraphrase": {"value": 0.25},
+        "inversion_100": {"value": 0.75},
+    }
     if "relearn" in args.attacks:
         found["relearn_steps"] = {"reached": True, "steps": 5, "within": 50}
     folder = args.output_dir
@@ -126,8 +139,11 @@ def test_a_table_trains_the_world_runs_what_is_missing_and_reuses_what_is_there(
     start("table2", root, *options)
     said = capsys.readouterr().out
     assert "9 runs, 0 of them there already; to do: 9" in said
-    assert [n.removeprefix("styled-digits: ") for n in made[:3]] == ["base", "judges",
-                                                                     "base, seven"]  # fmt: skip
+    assert [n.removeprefix("styled-digits: ") for n in made[:3]] == [
+        "base",
+        "judges",
+        "base, seven",
+    ]
     assert len(made) == 9
     found = report(root, "table2-seven-list-relabel-other-full")
     assert names(found)[:3] == ["base model", "EBU added", "SPM"]
@@ -163,9 +179,26 @@ def test_a_table_trains_the_world_runs_what_is_missing_and_reuses_what_is_there(
 def test_a_world_that_is_there_is_taken_and_few_are_replayed(root, made, capsys):
     (base,) = (root / "styled-digits").glob("base-????????/pipeline")
     (judges,) = (root / "styled-digits").glob("judges-????????")
-    start("table3", root, "--base", base, "--judges", judges, "--methods", "joint", "--regime",
-          "few", "--loss", "relabel", "--surrogate", "empty", "--train_modules", "full",
-          "--steps", 2)  # fmt: skip
+    start(
+        "table3",
+        root,
+        "--base",
+        base,
+        "--judges",
+        judges,
+        "--methods",
+        "joint",
+        "--regime",
+        "few",
+        "--loss",
+        "relabel",
+        "--surrogate",
+        "empty",
+        "--train_modules",
+        "full",
+        "--steps",
+        2,
+    )
     assert len(made) == 4  # no training: the base's figures, the plain sum, pictures of both
     found = report(root, "table3-red-few-relabel-empty-full")
     assert 0 <= found["rows"][1]["values"]["ra_never_replayed"] <= 1
@@ -219,18 +252,37 @@ def measured(shares: dict[str, tuple[float, float]], gone: tuple[float, float]) 
 
 def test_values_by_hand():
     values, score = text_results.values, text_results.score
-    base = measured({"zero red": (1.0, 1.0), "zero blue": (1.0, 1.0), "one red": (1.0, 0.5),
-                     "seven red": (1.0, 1.0)}, (1.0, 0.875))  # fmt: skip
-    after = measured({"zero red": (1.0, 0.5), "zero blue": (0.5, 1.0), "one red": (0.5, 0.5),
-                      "seven red": (0.0, 0.0)}, (0.25, 0.125))  # fmt: skip
+    base = measured(
+        {
+            "zero red": (1.0, 1.0),
+            "zero blue": (1.0, 1.0),
+            "one red": (1.0, 0.5),
+            "seven red": (1.0, 1.0),
+        },
+        (1.0, 0.875),
+    )
+    after = measured(
+        {
+            "zero red": (1.0, 0.5),
+            "zero blue": (0.5, 1.0),
+            "one red": (0.5, 0.5),
+            "seven red": (0.0, 0.0),
+        },
+        (0.25, 0.125),
+    )
     attacks = {"p_f": {"value": 0.5}, "inversion_100": {"value": 0.75}, "other": 1}
     found = values(after, base, attacks, "seven", ["zero"])
     # zero 3/4, one 1/2, red 1/2, blue 1; before: 1, 1, 3/4, 1
     assert found == {
-        "p_f": 0.125, "ua": 0.75, "ra": (0.75 + 0.5 + 0.5 + 1) / 4, "ra_never_replayed": 0.5,
-        "worst_drop": 0.5, "beside": 0.5, "p_f_prompts": {"value": 0.5},
+        "p_f": 0.125,
+        "ua": 0.75,
+        "ra": (0.75 + 0.5 + 0.5 + 1) / 4,
+        "ra_never_replayed": 0.5,
+        "worst_drop": 0.5,
+        "beside": 0.5,
+        "p_f_prompts": {"value": 0.5},
         "inversion_100": {"value": 0.75},
-    }  # fmt: skip
+    }
     assert score(found) == 0.875 + 0.5 - 0.5 + 0.25
     everything = values(after, base, attacks, "seven", ["zero", "one"])
     assert "ra_never_replayed" not in everything
@@ -239,8 +291,10 @@ def test_values_by_hand():
 
 def test_prompts_are_of_their_part(world, tmp_path):
     captions = {c.text: c for c in words.captions(words.TRAINED)}
-    for target, kind, few in (("seven", "content", {"zero", "one", "two"}),
-                              ("outline", "style", {"plain", "negative"})):  # fmt: skip
+    for target, kind, few in (
+        ("seven", "content", {"zero", "one", "two"}),
+        ("outline", "style", {"plain", "negative"}),
+    ):
         s = setting(world, tmp_path, target=target, regime="few")
         asked = [captions[t.replace("{}", target)] for t in s.templates()]
         assert {getattr(c, f"{kind}_word") for c in asked} == {target}
@@ -260,11 +314,16 @@ def test_a_set_is_made_by_one_run_and_the_others_wait(world, tmp_path):
     s = setting(world, tmp_path)
     ground = tuple(r.name for r in s.ground)
     ebu, joint, salun, ga, spm, next_seed = (
-        s.run(m, m, seed=seed) for m, seed in (
-            ("ebu_added", 1), ("joint", 1), ("salun", 1), ("gradient_ascent", 1), ("spm", 1),
+        s.run(m, m, seed=seed)
+        for m, seed in (
+            ("ebu_added", 1),
+            ("joint", 1),
+            ("salun", 1),
+            ("gradient_ascent", 1),
+            ("spm", 1),
             ("joint", 2),
         )
-    )  # fmt: skip
+    )
     assert ebu.after == spm.after == next_seed.after == ground
     assert joint.after == (*ground, ebu.name)
     assert salun.after == (*ground, ebu.name)  # for what is replayed
@@ -295,8 +354,11 @@ def test_guided_methods_forget_the_bare_word_in_their_published_modules(world, t
         given = s.run("x", method, seed=1).tasks[0].options
         told = given["forget_templates"]
         bare[method] = (told == ["{}"], "surrogate_concept" in given, given.get("train_modules"))
-    assert bare == {"ebu_added": (False, True, "full"), "esd": (True, False, "xattn"),
-                    "spm": (True, False, None)}  # fmt: skip
+    assert bare == {
+        "ebu_added": (False, True, "full"),
+        "esd": (True, False, "xattn"),
+        "spm": (True, False, None),
+    }
 
 
 def test_a_folder_is_of_its_options_and_of_nothing_else(world, tmp_path, root):
@@ -496,12 +558,19 @@ def large(tiny, monkeypatch):
     for place, maker in by(text_worlds.ATTACK._replace(make=attack.attack)).items():
         monkeypatch.setattr(place, "ATTACK", maker)
     world = paper._replace(
-        pipeline=str(tiny), unlearn={**paper.unlearn, **FEW, "mixed_precision": "no"},
+        pipeline=str(tiny),
+        unlearn={**paper.unlearn, **FEW, "mixed_precision": "no"},
         # its tokenizer takes fewer tokens than the prompts of Imagenette have
         drawn={**few, "images_per_prompt": 1, "noise_images": 2, "truncate": True},
-        attack={**few, "attack_images": 2, "target_images": 2, "train_batch_size": 2,
-                "inversion_steps": 2, "relearn_max_steps": 10},
-    )  # fmt: skip
+        attack={
+            **few,
+            "attack_images": 2,
+            "target_images": 2,
+            "train_batch_size": 2,
+            "inversion_steps": 2,
+            "relearn_max_steps": 10,
+        },
+    )
     monkeypatch.setitem(text_options.TextExperiment.scales, "paper", world)
     return world
 
@@ -511,13 +580,17 @@ def test_the_papers_table_2_and_figure_9_without_a_network(
 ):
     player, asked = text_tasks.CASSETTE_PLAYER, []
     task = player._replace(
-        forget={**player.forget, "forget": ["cat"]}, paraphrases=("the cat", "a photo of cat"),
+        forget={**player.forget, "forget": ["cat"]},
+        paraphrases=("the cat", "a photo of cat"),
         judge={**player.judge, "initializer_token": ["dog"]},
-    )  # fmt: skip
+    )
     monkeypatch.setattr(script("table2"), "CASSETTE_PLAYER", task)
     monkeypatch.setattr(script("figure3"), "PAPER", {"Figure 9": task})
-    monkeypatch.setitem(text_options.TextExperiment.scales, "paper", large._replace(
-        pipeline="not/there", attack={**large.attack, "inversion_steps": 100}))  # fmt: skip
+    monkeypatch.setitem(
+        text_options.TextExperiment.scales,
+        "paper",
+        large._replace(pipeline="not/there", attack={**large.attack, "inversion_steps": 100}),
+    )
 
     def clip_score(pictures, prompts, *, pretrained, **_):
         asked.append((len(pictures), len(prompts), pretrained))
@@ -527,15 +600,34 @@ def test_the_papers_table_2_and_figure_9_without_a_network(
     monkeypatch.setattr(evaluation, "clip_score", clip_score)
     clip = tmp_path / "clip.pt"
     clip.touch()
-    given = ("--scale", "paper", "--methods", "ebu", "--steps", 2, "--resnet_weights", resnet,
-             "--clip_weights", clip, "--pretrained_model_name_or_path", large.pipeline)  # fmt: skip
+    given = (
+        "--scale",
+        "paper",
+        "--methods",
+        "ebu",
+        "--steps",
+        2,
+        "--resnet_weights",
+        resnet,
+        "--clip_weights",
+        clip,
+        "--pretrained_model_name_or_path",
+        large.pipeline,
+    )
     start("table2", tmp_path, *given)
     assert len(made) == 2
     assert asked == [(9, 9, str(clip))] * 2
     found = report(tmp_path, "table2", "sd14")
     base, ebu, esd = (row["values"] for row in found["rows"][:3])
-    looked = {"p_f", "ra", "clip_score", "p_f_prompts", "paraphrase", "paraphrase_worst",
-              "inversion_100"}  # fmt: skip
+    looked = {
+        "p_f",
+        "ra",
+        "clip_score",
+        "p_f_prompts",
+        "paraphrase",
+        "paraphrase_worst",
+        "inversion_100",
+    }
     assert looked <= base.keys()
     assert not {"relearn_10", "relearn_steps"} & base.keys()
     assert looked | {"relearn_10", "relearn_steps", "seconds"} <= ebu.keys()
@@ -562,10 +654,16 @@ def test_the_papers_table_3_by_nudenet(large, tmp_path, made, monkeypatch):
     nude, kept = nudity.evaluations
     asked = {"prompts": ["a person"], "forget": ["a person"], "metrics": ["nudity"]}
     cat = kept._replace(options={"prompts": ["a cat"], "metrics": []})
-    monkeypatch.setattr(script("table3"), "NUDITY", nudity._replace(
-        forget={"forget": ["a person"]}, evaluations=(nude._replace(options=asked), cat),
-        paraphrases=("the person",),
-        judge={**nudity.judge, "initializer_token": ["person"]}))  # fmt: skip
+    monkeypatch.setattr(
+        script("table3"),
+        "NUDITY",
+        nudity._replace(
+            forget={"forget": ["a person"]},
+            evaluations=(nude._replace(options=asked), cat),
+            paraphrases=("the person",),
+            judge={**nudity.judge, "initializer_token": ["person"]},
+        ),
+    )
     # NudeNet sees nothing in noise, and a base that does not draw the target is not attacked
     judge = judges.Judge(lambda p: p.double().mean((1, 2, 3)).sigmoid(), {"judge": "brightness"})
     monkeypatch.setattr(judges, "_nudity", lambda *_: judge)
@@ -590,10 +688,25 @@ def test_the_papers_table_3_by_nudenet(large, tmp_path, made, monkeypatch):
 def test_the_papers_figure_11_is_not_attacked(large, alexnet, tmp_path, made, monkeypatch):
     monkeypatch.setattr(text_tasks, "ARTISTS", ("dog", "car"))
     # AlexNet takes no smaller pictures
-    monkeypatch.setitem(text_options.TextExperiment.scales, "paper", large._replace(
-        drawn={**large.drawn, "resolution": 32}))  # fmt: skip
-    start("figure11", tmp_path, "--scale", "paper", "--targets", "cat", "--methods", "ebu",
-          "--steps", 2, "--alexnet_weights", alexnet)  # fmt: skip
+    monkeypatch.setitem(
+        text_options.TextExperiment.scales,
+        "paper",
+        large._replace(drawn={**large.drawn, "resolution": 32}),
+    )
+    start(
+        "figure11",
+        tmp_path,
+        "--scale",
+        "paper",
+        "--targets",
+        "cat",
+        "--methods",
+        "ebu",
+        "--steps",
+        2,
+        "--alexnet_weights",
+        alexnet,
+    )
     assert made[0] == "sd14: base, cat"
     assert len(made) == 2
     found = report(tmp_path, "figure11", "sd14")
@@ -653,17 +766,24 @@ def test_weights_from_a_file_are_measured_anew_with_what_needs_them(tmp_path):
         file.touch()
     before = {t.name: made(t) for t in (tasks.CASSETTE_PLAYER, tasks.artist("A"))}
     for name, file in files.items():
-        after = {t.name: made(t, **{name: file}) for t in (tasks.CASSETTE_PLAYER,
-                                                          tasks.artist("A"))}  # fmt: skip
+        after = {
+            t.name: made(t, **{name: file}) for t in (tasks.CASSETTE_PLAYER, tasks.artist("A"))
+        }
         new = {
-            f"{task} {what}" for task, each in after.items() for what, t in each.items()
+            f"{task} {what}"
+            for task, each in after.items()
+            for what, t in each.items()
             if t.folder != before[task][what].folder
-        }  # fmt: skip
-        assert new == {
-            "resnet_weights": {"cassette-player evaluate", "cassette-player stub"},
-            "clip_weights": {"cassette-player evaluate"},
-            "alexnet_weights": {"a evaluate"}, "inception_weights": set(),
-        }[name]  # fmt: skip
+        }
+        assert (
+            new
+            == {
+                "resnet_weights": {"cassette-player evaluate", "cassette-player stub"},
+                "clip_weights": {"cassette-player evaluate"},
+                "alexnet_weights": {"a evaluate"},
+                "inception_weights": set(),
+            }[name]
+        )
         for told in new:
             task, what = told.split()
             option = "imagenette_weights" if what == "stub" else name
@@ -686,8 +806,11 @@ def test_the_pictures_of_a_task_are_counted():
 def test_steps_at_paper_scale_are_the_papers():
     paper, tasks, steps = text_paper, text_tasks, text_tables.paper_steps
     assert steps(tasks.CASSETTE_PLAYER) == {
-        "esd": 1000, "selective_amnesia": 50000, "salun": 1000, "ebu_added": 1000,
-    }  # fmt: skip
+        "esd": 1000,
+        "selective_amnesia": 50000,
+        "salun": 1000,
+        "ebu_added": 1000,
+    }
     assert steps(tasks.NUDITY) == steps(tasks.artist("Thomas Kinkade")) == {}
     kinkade = tasks.artist("Thomas Kinkade").evaluations[0]
     assert kinkade.pictures == 200  # of him and of three others

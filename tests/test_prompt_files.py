@@ -55,9 +55,12 @@ def test_text_with_any_mark_and_line_end(tmp_path, mark, end, name):
 @pytest.mark.parametrize("mark", [b"", BOM], ids=["plain", "mark"])
 @pytest.mark.parametrize(
     ("seed", "guidance"),
-    [("evaluation_seed", "evaluation_guidance"), ("sd_seed", "sd_guidance_scale"),
-     ("seed", "guidance")],
-)  # fmt: skip
+    [
+        ("evaluation_seed", "evaluation_guidance"),
+        ("sd_seed", "sd_guidance_scale"),
+        ("seed", "guidance"),
+    ],
+)
 def test_tables_as_they_are_published(tmp_path, mark, seed, guidance):
     text = (
         f'case_number,prompt,{seed},{guidance}\r\n0,"a cat, red",7,7.5\r\n1,a dog,,\r\n2,,3,1\r\n'
@@ -70,10 +73,14 @@ def test_parquet_is_read_as_csv_is(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra data")
     from pyarrow import parquet
 
-    table = pyarrow.table({
-        "prompt": ["a cat", None, "a dog"], "sd_seed": [3, 4, None],
-        "sd_guidance_scale": [7.0, 1.0, float("nan")], "image": [b"x"] * 3,
-    })  # fmt: skip
+    table = pyarrow.table(
+        {
+            "prompt": ["a cat", None, "a dog"],
+            "sd_seed": [3, 4, None],
+            "sd_guidance_scale": [7.0, 1.0, float("nan")],
+            "image": [b"x"] * 3,
+        }
+    )
     parquet.write_table(table, tmp_path / "a.parquet")
     given = str(tmp_path / "a.parquet")
     assert rows([given], "--prompts") == [Row("a cat", 3, 7.0), Row("a dog")]
@@ -106,7 +113,7 @@ def test_published_lists_are_read(request):
         ("prompts", b"a\n", "is a file; prompts are read from"),
         ("a.parquet", b"PAR1", "a.parquet cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_list_of_prompts_is_told(tmp_path, name, content, message):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow", reason="pyarrow comes with the extra data")
@@ -129,11 +136,25 @@ def test_an_evaluation_draws_a_row_with_its_own_seed_and_guidance(model, tmp_pat
     table = written(tmp_path / "a.csv", b"prompt,seed,guidance\na cat,7,1.5\na cat,9,\na dog,,3\n")
     evaluate(options(model, tmp_path / "o", prompts=[table], images_per_prompt=2, seed=20))
     pipe = drawing.ready(results.load(options(model, tmp_path / "x", prompts=["a"])))
-    wanted = [("a cat", 7, 1.5), ("a cat", 8, 1.5), ("a cat", 9, 7.5), ("a cat", 10, 7.5),
-              ("a dog", 20, 3.0), ("a dog", 21, 3.0)]  # fmt: skip
+    wanted = [
+        ("a cat", 7, 1.5),
+        ("a cat", 8, 1.5),
+        ("a cat", 9, 7.5),
+        ("a cat", 10, 7.5),
+        ("a dog", 20, 3.0),
+        ("a dog", 21, 3.0),
+    ]
     for drawn, (prompt, seed, guidance) in zip(shown(tmp_path / "o"), wanted, strict=True):
-        (x,) = drawing.draw(pipe, [prompt], [seed], batch=1, num_inference_steps=2,
-                            guidance_scale=guidance, height=16, width=16)  # fmt: skip
+        (x,) = drawing.draw(
+            pipe,
+            [prompt],
+            [seed],
+            batch=1,
+            num_inference_steps=2,
+            guidance_scale=guidance,
+            height=16,
+            width=16,
+        )
         alone = x.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
         off = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(16, 16, 3).int() - alone
         assert off.abs().max() <= 1  # a batch rounds in another way
@@ -167,11 +188,15 @@ def test_weights_that_lack_a_tensor_are_told_in_one_line(tmp_path, part):
 
 
 def test_a_console_that_does_not_know_a_character_ends_nothing():
-    code = ("from ebu_optim.training import exit_on_input_errors\n"
-            "exit_on_input_errors(lambda: print('\\u732b ok'))")  # fmt: skip
+    code = (
+        "from ebu_optim.training import exit_on_input_errors\n"
+        "exit_on_input_errors(lambda: print('\\u732b ok'))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=PATIENCE,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONIOENCODING": "cp1252"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == rb"\u732b ok"

@@ -33,9 +33,13 @@ def test_everything_unsaid_is_named_with_what_it_means():
     protocol["data"]["replayed"] = []
     del protocol["seeds"]
     assert set(missing_protocol(protocol)) == {
-        "fid.reference_split", "unlearning.reduction", "unlearning.ema", "data.replayed",
-        "seeds.unlearning", "seeds.evaluation",
-    }  # fmt: skip
+        "fid.reference_split",
+        "unlearning.reduction",
+        "unlearning.ema",
+        "data.replayed",
+        "seeds.unlearning",
+        "seeds.evaluation",
+    }
     with pytest.raises(ValueError, match=r"6 things unsaid") as error:
         check_protocol(protocol)
     assert "unlearning.reduction: sum or mean over C, H, W" in str(error.value)

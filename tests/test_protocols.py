@@ -108,9 +108,12 @@ def test_a_protocol_is_called_by_its_name_only_as_it_is(tmp_path):
     whole = named("imagenette")
     assert label(whole) == label(whole, 1000, {"resnet50": "11ad3fa6abc"}) == "imagenette"
     other = run.Evaluate(
-        pretrained_model_name_or_path=["m"], protocol=["imagenette"], forget=["church"],
-        change=["steps=20", "guidance=3"], output_dir=tmp_path,
-    ).protocols[0]  # fmt: skip
+        pretrained_model_name_or_path=["m"],
+        protocol=["imagenette"],
+        forget=["church"],
+        change=["steps=20", "guidance=3"],
+        output_dir=tmp_path,
+    ).protocols[0]
     assert label(other) == "imagenette, changed: steps 20, guidance 3"
     assert label(whole, 999) == "imagenette, changed: 999 of 1,000 images"
     assert label(whole, judges={"resnet50": "f" * 64}) == (
@@ -135,10 +138,15 @@ def test_every_protocol_says_what_it_is():
 
 def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):
     def given(**more):
-        return run.Evaluate(**{
-            "pretrained_model_name_or_path": [str(tiny)], "protocol": ["imagenette"],
-            "forget": ["church"], "output_dir": tmp_path / "o", **more,
-        })  # fmt: skip
+        return run.Evaluate(
+            **{
+                "pretrained_model_name_or_path": [str(tiny)],
+                "protocol": ["imagenette"],
+                "forget": ["church"],
+                "output_dir": tmp_path / "o",
+                **more,
+            }
+        )
 
     with refused(r"--protocol 'imagenet': there is .*; near are imagenette"):
         given(protocol=["imagenet"])
@@ -181,9 +189,12 @@ def by_hand(pipe, asked: Asked, sampling: Sampling) -> torch.Tensor:
 
     def told(text: str) -> torch.Tensor:
         ids = pipe.tokenizer(
-            text, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length,
+            text,
+            padding="max_length",
+            truncation=True,
+            max_length=pipe.tokenizer.model_max_length,
             return_tensors="pt",
-        )  # fmt: skip
+        )
         return pipe.text_encoder(ids.input_ids)[0]
 
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
@@ -204,9 +215,13 @@ def by_hand(pipe, asked: Asked, sampling: Sampling) -> torch.Tensor:
             e = predicted(x, torch.tensor(t))
             x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
     else:
-        s = LMSDiscreteScheduler(**SETTINGS) if sampling.sampler == "lms" else PNDMScheduler(
-            **SETTINGS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
-        )  # fmt: skip
+        s = (
+            LMSDiscreteScheduler(**SETTINGS)
+            if sampling.sampler == "lms"
+            else PNDMScheduler(
+                **SETTINGS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+            )
+        )
         s.set_timesteps(sampling.steps)
         x = x * s.init_noise_sigma
         for t in s.timesteps:
@@ -220,9 +235,10 @@ def by_hand(pipe, asked: Asked, sampling: Sampling) -> torch.Tensor:
 def test_a_picture_is_that_of_the_published_loop(tiny, tmp_path, sampler):
     sampling = Sampling(sampler=sampler, steps=5, size=16, guidance=None)
     asked = [
-        Asked("a cat", 3, guidance=2.0), Asked("a dog in the car", 3, 2, guidance=4.0),
+        Asked("a cat", 3, guidance=2.0),
+        Asked("a dog in the car", 3, 2, guidance=4.0),
         Asked("a cat", 4, 1, guidance=2.0),
-    ]  # fmt: skip
+    ]
     model = Model(pretrained_model_name_or_path=str(tiny))
     pictures = Pictures(tmp_path, {"of": "here"}, "tiny")
     assert pictures.draw(sampling, asked, lambda: results.load(model), 2) == 3
@@ -301,8 +317,17 @@ def dying(call, left: int):
 def test_a_batch_is_kept_whole_or_not_at_all(tiny, tmp_path, bright, monkeypatch, at):
     """What is drawn together does not hang on when a run was killed, and so no bit of it."""
     bright["resnet50"] = lambda a, x: [str(int(x.sum()))]
-    few = (tiny, "--protocol", "imagenette-10", "--forget", "church", "--change", *SMALL,
-           "--first", 6)  # fmt: skip
+    few = (
+        tiny,
+        "--protocol",
+        "imagenette-10",
+        "--forget",
+        "church",
+        "--change",
+        *SMALL,
+        "--first",
+        6,
+    )
     rows, calls, together = evaluate(tmp_path / "a", *few), [], drawing.together
     with monkeypatch.context() as patch:
         if at == "saved":
@@ -349,9 +374,21 @@ def test_several_processes_draw_what_one_draws(tiny, other, tmp_path, digit_judg
     waits."""
     from .distributed.launch import launch
 
-    given = (tiny, "--base", other, "--protocol", "unlearncanvas-digits-seed188", "--forget",
-             "seven", "--change", "steps=1", "--first", 9, "--files",
-             f"digits-judges={digit_judges}")  # fmt: skip
+    given = (
+        tiny,
+        "--base",
+        other,
+        "--protocol",
+        "unlearncanvas-digits-seed188",
+        "--forget",
+        "seven",
+        "--change",
+        "steps=1",
+        "--first",
+        9,
+        "--files",
+        f"digits-judges={digit_judges}",
+    )
     rows = evaluate(tmp_path / "one", *given)
     assert rows[0]["label"] == ("unlearncanvas-digits-seed188, changed: steps 1, 9 of 60 images")
     codes, said = launch(2, "drawn", *given, "-o", tmp_path / "two")
@@ -436,9 +473,17 @@ def test_a_list_that_is_given_by_path(tiny, tmp_path, bright, drawn):
         "1,an image of a tench,tench,5\n2,an image of a church,church,6\n"
     )
     (row,) = evaluate(
-        tmp_path / "o", tiny, "--protocol", "imagenette-rece", "--forget", "church", "--change",
-        *SMALL, "--files", f"uce_imagenette={file}",
-    )  # fmt: skip
+        tmp_path / "o",
+        tiny,
+        "--protocol",
+        "imagenette-rece",
+        "--forget",
+        "church",
+        "--change",
+        *SMALL,
+        "--files",
+        f"uce_imagenette={file}",
+    )
     assert drawn == ["an image of a tench", "an image of a church"]
     assert row["label"] == (
         "imagenette-rece, changed: steps 2, size 16, noise cpu, 3 of 5,000 images, "
@@ -509,9 +554,13 @@ def test_unlearncanvas_classifier_is_the_published_one_in_small(heads):
         img_size=224, patch_size=56, embed_dim=64, depth=2, num_heads=1, num_classes=51
     ).eval()
     plain.load_state_dict(torch.load(heads["style"], weights_only=True)["model_state_dict"])
-    prepare = transforms.Compose([
-        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize([0.5], [0.5]),
-    ])  # fmt: skip
+    prepare = transforms.Compose(
+        [
+            transforms.Resize((224, 224)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
     images = [prepare(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in x]
     with torch.no_grad():
         assert torch.allclose(model(x), plain(torch.stack(images)), atol=1e-5)
@@ -522,8 +571,17 @@ def test_unlearncanvas_classifier_is_the_published_one_in_small(heads):
 
 
 def test_unlearncanvas_says_which_file_is_wanted_and_judges_by_it(tiny, tmp_path, heads):
-    given = (tiny, "--protocol", "unlearncanvas", "--forget", "Cats", "--change", *SMALL,
-             "--first", 6)  # fmt: skip
+    given = (
+        tiny,
+        "--protocol",
+        "unlearncanvas",
+        "--forget",
+        "Cats",
+        "--change",
+        *SMALL,
+        "--first",
+        6,
+    )
     (row,) = evaluate(tmp_path / "o", *given)
     assert row["figures"]["ua"]["not_computed"] == (
         "not computed: UnlearnCanvas's classifier is not given: --files "
@@ -545,9 +603,12 @@ def test_unlearncanvas_says_which_file_is_wanted_and_judges_by_it(tiny, tmp_path
 
 
 DETECTED = [
-    ("BELLY_EXPOSED", 0.6), ("BELLY_EXPOSED", 0.7), ("ANUS_EXPOSED", 0.9), ("FEET_EXPOSED", 0.3),
+    ("BELLY_EXPOSED", 0.6),
+    ("BELLY_EXPOSED", 0.7),
+    ("ANUS_EXPOSED", 0.9),
+    ("FEET_EXPOSED", 0.3),
     ("BELLY_COVERED", 0.9),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -563,9 +624,16 @@ def test_nudity_is_counted_as_each_paper_counts(rule, total, belly):
 
 
 COLUMNS = (
-    "case_number", "prompt", "evaluation_seed", "evaluation_guidance", "categories",
-    "sd_image_width", "sd_image_height", "class", "concept",
-)  # fmt: skip
+    "case_number",
+    "prompt",
+    "evaluation_seed",
+    "evaluation_guidance",
+    "categories",
+    "sd_image_width",
+    "sd_image_height",
+    "class",
+    "concept",
+)
 LIST = """
 1,a cat,5,3,"sexual, shocking",24,16,church,one
 2033,a dog,6,3,sexual,16,16,church,one
@@ -589,8 +657,15 @@ def test_prompts_that_may_name_a_minor_are_never_drawn(listed):
     assert len(PROTOCOLS["mma"].asked({"mma": listed})) == 2
     from ebu_optim.protocols.i2p import may_be_drawn
 
-    for no in ("a girl aged 9", "two children", "a seventeen-year-old", "young girl", "teen model",
-               "a 15yo", "age 12"):  # fmt: skip
+    for no in (
+        "a girl aged 9",
+        "two children",
+        "a seventeen-year-old",
+        "young girl",
+        "teen model",
+        "a 15yo",
+        "age 12",
+    ):
         assert not may_be_drawn(no, {}), no
     for yes in ("a woman", "a man of 30", "an 18 year old", "often old", "age 47", "a girlboss"):
         assert may_be_drawn(yes, {}), yes
@@ -599,9 +674,15 @@ def test_prompts_that_may_name_a_minor_are_never_drawn(listed):
 def test_nudenet_of_the_installed_package_is_not_called_the_published_one(tiny, tmp_path, listed):
     pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
     (row,) = evaluate(
-        tmp_path / "o", tiny, "--protocol", "i2p-nudity-142", "--change", *SMALL, "--files",
+        tmp_path / "o",
+        tiny,
+        "--protocol",
+        "i2p-nudity-142",
+        "--change",
+        *SMALL,
+        "--files",
         f"nudity_142={listed}",
-    )  # fmt: skip
+    )
     assert row["label"].startswith(
         "i2p-nudity-142, changed: steps 2, size 16, 2 of 142 images, judge nudenet c15d8273adad"
     )
@@ -609,9 +690,15 @@ def test_nudenet_of_the_installed_package_is_not_called_the_published_one(tiny, 
     assert row["figures"]["images_with_any"]["n"] == 2
 
 
-FORGET = {"unlearncanvas-digits": "seven", "unlearncanvas": "Van_Gogh", "imagenette": "church",
-          "ebu-table2": "church", "artists-niche": "Tyler Edlin",
-          "artists": "Van Gogh", "celebrities": "one"}  # fmt: skip
+FORGET = {
+    "unlearncanvas-digits": "seven",
+    "unlearncanvas": "Van_Gogh",
+    "imagenette": "church",
+    "ebu-table2": "church",
+    "artists-niche": "Tyler Edlin",
+    "artists": "Van Gogh",
+    "celebrities": "one",
+}
 
 
 def of(name: str) -> str:
@@ -621,22 +708,35 @@ def of(name: str) -> str:
 @pytest.mark.parametrize("forget", sorted({of(name) for name in PROTOCOLS}))
 def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget, monkeypatch):
     bright |= {
-        "resnet50": lambda a, x: [a.of["class"]], "nudenet": lambda a, x: DETECTED,
+        "resnet50": lambda a, x: [a.of["class"]],
+        "nudenet": lambda a, x: DETECTED,
         "unlearncanvas-style": lambda a, x: a.of["style"],
         "unlearncanvas-object": lambda a, x: a.of["object"],
-        "digits-style": lambda a, x: a.of["style"], "digits-object": lambda a, x: a.of["object"],
+        "digits-style": lambda a, x: a.of["style"],
+        "digits-object": lambda a, x: a.of["object"],
         "resnet50-entropy": lambda a, x: (a.of["class"], 0.1),
         "resnet50-microsoft": lambda a, x: ["0", "497"],
         "artists-129": lambda a, x: ["vincent-van-gogh"],
-    }  # fmt: skip
+    }
     monkeypatch.setattr(attacking, "Settings", lambda *_: Settings(1, 1, 1))
     names = [name for name in PROTOCOLS if of(name) == forget]
     needs = {need for name in names for need in PROTOCOLS[name].needs}
     rows = evaluate(
-        tmp_path / "o", tiny, "--base", other, "--protocol", *names, "--forget", forget,
-        "--change", *SMALL, "--first", 2, *(["--files"] if needs else []),
+        tmp_path / "o",
+        tiny,
+        "--base",
+        other,
+        "--protocol",
+        *names,
+        "--forget",
+        forget,
+        "--change",
+        *SMALL,
+        "--first",
+        2,
+        *(["--files"] if needs else []),
         *(f"{need}={listed}" for need in needs),
-    )  # fmt: skip
+    )
     assert [(r["model"], r["protocol"]["name"]) for r in rows] == [
         (str(model), name) for model in (other, tiny) for name in names
     ]
@@ -668,8 +768,17 @@ def test_unlearndiffatk_counts_what_is_shown_before_and_after_its_attack(
     monkeypatch.setattr(attacking, "search", search)
     file = tmp_path / "church.csv"
     file.write_text("prompt,evaluation_seed,evaluation_guidance\na cat,1,2\na dog,2,2\na car,3,2\n")
-    given = (tiny, "--base", other, "--protocol", "unlearndiffatk-church", "--change", *SMALL,
-             "--files", f"unlearndiffatk_church={file}")  # fmt: skip
+    given = (
+        tiny,
+        "--base",
+        other,
+        "--protocol",
+        "unlearndiffatk-church",
+        "--change",
+        *SMALL,
+        "--files",
+        f"unlearndiffatk_church={file}",
+    )
     rows = evaluate(tmp_path / "o", *given)
     for row in rows:
         assert row["figures"]["pre_asr"]["value"] == pytest.approx(1 / 3)
@@ -690,10 +799,15 @@ def test_a_classifier_of_transformers_looks_through_its_own_preprocessing(tmp_pa
 
     torch.manual_seed(0)
     names = dict(enumerate(("monet", "vincent-van-gogh", "degas")))
-    model = ResNetForImageClassification(ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], id2label=names,
-        label2id={v: k for k, v in names.items()},
-    )).eval()  # fmt: skip
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 8],
+            depths=[1, 1],
+            id2label=names,
+            label2id={v: k for k, v in names.items()},
+        )
+    ).eval()
     prepare = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
     for part in (model, prepare):
         part.save_pretrained(tmp_path / "c")
@@ -710,8 +824,17 @@ def test_a_classifier_of_transformers_looks_through_its_own_preprocessing(tmp_pa
 
 
 def test_lpips_wants_the_base(tiny, other, tmp_path, bright):
-    given = (tiny, "--protocol", "artists", "--forget", "Pablo Picasso", "--change", *SMALL,
-             "--first", 2)  # fmt: skip
+    given = (
+        tiny,
+        "--protocol",
+        "artists",
+        "--forget",
+        "Pablo Picasso",
+        "--change",
+        *SMALL,
+        "--first",
+        2,
+    )
     (row,) = evaluate(tmp_path / "o", *given)
     assert "give --base" in row["figures"]["lpips_e"]["not_computed"]
     base, ours = evaluate(tmp_path / "o", *given, "--base", other)
@@ -736,8 +859,9 @@ def test_published_rows_are_of_their_source():
         assert name == "unlearndiffatk" or published(name) == rows
         for row in rows:
             assert set(row) >= {"method", "figures", "source", "unit"}, (name, row)
-    (esd,) = [r for r in published("unlearncanvas") if r["method"] == "ESD" and
-              r["target"] == "style"]  # fmt: skip
+    (esd,) = [
+        r for r in published("unlearncanvas") if r["method"] == "ESD" and r["target"] == "style"
+    ]
     assert [esd["figures"][k] for k in ("ua", "ira", "cra")] == [98.58, 80.97, 93.96]
     for row in published("i2p-nudity"):
         parts = [v for k, v in row["figures"].items() if k.startswith("count/")]
@@ -758,9 +882,19 @@ def test_what_is_kept_is_read_from_any_format(tiny, tmp_path, drawn, bright):
     save_file({"conv_in.weight": state["conv_in.weight"] * 2}, changed / "unet_changed.safetensors")
     bright["resnet50"] = lambda a, x: ["church"]
     rows = evaluate(
-        tmp_path / "o", changed, "--base", tiny, "--protocol", "imagenette-10", "--forget",
-        "church", "--change", *SMALL, "--first", 1,
-    )  # fmt: skip
+        tmp_path / "o",
+        changed,
+        "--base",
+        tiny,
+        "--protocol",
+        "imagenette-10",
+        "--forget",
+        "church",
+        "--change",
+        *SMALL,
+        "--first",
+        1,
+    )
     assert len(rows) == len(drawn) == 2
     assert "changes" in rows[1]["made_of"]
     assert rows[0]["pictures"]["folder"] != rows[1]["pictures"]["folder"]
@@ -787,9 +921,12 @@ def test_an_spm_is_scaled_for_each_prompt(tiny, tmp_path, bright, monkeypatch):
         transport, "strengths", lambda *a: strength.append((a[2], scaled(*a))) or strength[-1][1]
     )
     args = run.Evaluate(
-        pretrained_model_name_or_path=[str(spm), str(lora)], base=str(tiny), output_dir=tmp_path,
-        protocol=["imagenette-10"], forget=["church"],
-    )  # fmt: skip
+        pretrained_model_name_or_path=[str(spm), str(lora)],
+        base=str(tiny),
+        output_dir=tmp_path,
+        protocol=["imagenette-10"],
+        forget=["church"],
+    )
     sampling, drawn = Sampling(sampler="ddim", steps=2, size=16), {}
     for name, model in args.models().items():
         pictures = run._pictures(args, name, model)
@@ -833,8 +970,10 @@ def test_the_papers_tables_are_counted_as_this_package_counts():
     table3 = PROTOCOLS["ebu-table3"]
     asked = table3.asked({})
     assert len(asked) == table3.images == 404
-    seen = {"nudenet": [DETECTED if a.of["part"] == "nude" else [] for a in asked],
-            "clip": [0.25] * 404}  # fmt: skip
+    seen = {
+        "nudenet": [DETECTED if a.of["part"] == "nude" else [] for a in asked],
+        "clip": [0.25] * 404,
+    }
     figures = table3.count(Seen(asked, [], seen))
     assert figures["nudity_score"]["value"] == pytest.approx(0.9)
     assert figures["clip_cosine"]["n"] == 204
@@ -843,8 +982,19 @@ def test_the_papers_tables_are_counted_as_this_package_counts():
 def test_the_command_is_there(tiny, tmp_path, capsys):
     from ebu_optim import cli
 
-    cli.main(["evaluate", str(tiny), "--protocol", "imagenette-10", "--forget", "church", "--plan",
-              "-o", str(tmp_path)])  # fmt: skip
+    cli.main(
+        [
+            "evaluate",
+            str(tiny),
+            "--protocol",
+            "imagenette-10",
+            "--forget",
+            "church",
+            "--plan",
+            "-o",
+            str(tmp_path),
+        ]
+    )
     assert "100 of 100 pictures to draw, 20,000 passes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(tiny), "--protocol", "nothing", "-o", str(tmp_path)])

@@ -61,8 +61,17 @@ LISTS = {
 def test_a_list_is_read_however_it_was_saved(tiny, tmp_path, calls, kind):
     file = tmp_path / "list.csv"
     file.write_bytes(LISTS[kind].encode())
-    (row,) = run(tmp_path / "o", tiny, "--protocol", "imagenette-uce", "--forget", "church", *SMALL,
-                 "--files", f"uce_imagenette={file}")  # fmt: skip
+    (row,) = run(
+        tmp_path / "o",
+        tiny,
+        "--protocol",
+        "imagenette-uce",
+        "--forget",
+        "church",
+        *SMALL,
+        "--files",
+        f"uce_imagenette={file}",
+    )
     assert calls == [["a cat", "a dog"]]
     assert row["figures"]["ua"]["n"] == (3 if kind == "duplicates" else 2)
 
@@ -82,8 +91,17 @@ def test_a_list_that_is_none_says_what_is_wanted(tiny, tmp_path, calls, text, sa
     file = tmp_path / "list.csv"
     file.write_text(text)
     with pytest.raises(InputError, match=said):
-        run(tmp_path / "o", tiny, "--protocol", "imagenette-uce", "--forget", "church", *SMALL,
-            "--files", f"uce_imagenette={file}")  # fmt: skip
+        run(
+            tmp_path / "o",
+            tiny,
+            "--protocol",
+            "imagenette-uce",
+            "--forget",
+            "church",
+            *SMALL,
+            "--files",
+            f"uce_imagenette={file}",
+        )
     assert not calls
     assert not (tmp_path / "o").exists()
 
@@ -96,15 +114,33 @@ def test_a_judge_of_other_classes_is_refused_before_anything_is_drawn(tiny, tmp_
         state = Network(3).state_dict()
         save_tensors(tmp_path / f"{name}.safetensors", state, {"classes": ["a", "b", "c"]})
     with pytest.raises(InputError, match=r"knows the classes \['a', 'b', 'c'\], this world has"):
-        run(tmp_path / "o", tiny, "--protocol", "unlearncanvas-digits", "--forget", "seven",
-            "--files", f"digits-judges={tmp_path}")  # fmt: skip
+        run(
+            tmp_path / "o",
+            tiny,
+            "--protocol",
+            "unlearncanvas-digits",
+            "--forget",
+            "seven",
+            "--files",
+            f"digits-judges={tmp_path}",
+        )
     assert not (tmp_path / "o" / "images").exists()
 
 
 def test_pictures_that_are_gone_or_damaged(tiny, tmp_path, calls):
     """What is missing is drawn, and nothing else; what cannot be read is named."""
-    given = (tiny, "--protocol", "imagenette-10", "--forget", "church", *SMALL, "--first", 4,
-             "--sample_batch_size", 1)  # fmt: skip
+    given = (
+        tiny,
+        "--protocol",
+        "imagenette-10",
+        "--forget",
+        "church",
+        *SMALL,
+        "--first",
+        4,
+        "--sample_batch_size",
+        1,
+    )
     rows = run(tmp_path, *given)
     (folder,) = (tmp_path / "images").iterdir()
     first, second, *_ = sorted(folder.glob("*.png"))
@@ -145,8 +181,17 @@ def test_a_model_that_diverged_is_said(tiny, tmp_path, calls):
     torch.nn.init.constant_(pipe.unet.conv_out.bias, torch.nan)
     pipe.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="draws NaN: its weights have diverged"):
-        run(tmp_path / "o", tmp_path / "model", "--protocol", "imagenette-10", "--forget", "church",
-            *SMALL, "--first", 1)  # fmt: skip
+        run(
+            tmp_path / "o",
+            tmp_path / "model",
+            "--protocol",
+            "imagenette-10",
+            "--forget",
+            "church",
+            *SMALL,
+            "--first",
+            1,
+        )
     assert not list((tmp_path / "o").rglob("*.png"))
 
 

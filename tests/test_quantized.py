@@ -132,20 +132,44 @@ def base(tmp_path_factory) -> Path:
 
 def unlearn(base: Path, out: Path, *more: object) -> tuple[int, str]:
     return run_script(
-        SCRIPT, "--pretrained_model_name_or_path", base, "--forget", "cat", "--remember", "a dog",
-        "--replay_images", 2, "--surrogate_images", 2, "--num_inference_steps", 2,
-        "--max_train_steps", 2, "--learning_rate", 1e-2, "--validation_steps", 0, "--output_dir",
-        out, *more,
-    )  # fmt: skip
+        SCRIPT,
+        "--pretrained_model_name_or_path",
+        base,
+        "--forget",
+        "cat",
+        "--remember",
+        "a dog",
+        "--replay_images",
+        2,
+        "--surrogate_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--max_train_steps",
+        2,
+        "--learning_rate",
+        1e-2,
+        "--validation_steps",
+        0,
+        "--output_dir",
+        out,
+        *more,
+    )
 
 
 def test_a_lora_learns_under_it_and_loads_on_the_base(how, base, tmp_path):
     found = {}
     for name, more in (("whole", ()), (how, ("--quantize", how))):
         code, said = unlearn(
-            base, tmp_path / name, "--train_modules", "lora", "--remember_loss", "crossed",
-            "--gradient_checkpointing", *more,
-        )  # fmt: skip
+            base,
+            tmp_path / name,
+            "--train_modules",
+            "lora",
+            "--remember_loss",
+            "crossed",
+            "--gradient_checkpointing",
+            *more,
+        )
         assert code == 0, said
         (file,) = (tmp_path / name / "lora").glob("*.safetensors")
         found[name] = load_file(file)

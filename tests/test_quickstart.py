@@ -45,9 +45,13 @@ def result(tmp_path_factory) -> Path:
 def test_writes_the_model_pictures_numbers_and_card(result):
     names = {p.name for p in result.iterdir()}
     assert names == {
-        "README.md", "before_after.png", "curves.png", "metrics.json", "model",
+        "README.md",
+        "before_after.png",
+        "curves.png",
+        "metrics.json",
+        "model",
         "replay.safetensors",
-    }  # fmt: skip
+    }
     for picture in ("before_after.png", "curves.png"):
         assert (result / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     card = (result / "README.md").read_text()

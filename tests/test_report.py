@@ -36,9 +36,11 @@ def report(**changed):
             {
                 "name": "EBU | added",
                 "values": {
-                    "relearn_steps": {"more_than": 200}, HOSTILE: 3,
+                    "relearn_steps": {"more_than": 200},
+                    HOSTILE: 3,
                     "p_f": {"value": 1.7e-7, "low": 0.0, "high": 0.0712, "n": 50},
-                    "ra": {"mean": 0.984, "std": 0.0041}, "fid": {"not_computed": "no weights"},
+                    "ra": {"mean": 0.984, "std": 0.0041},
+                    "fid": {"not_computed": "no weights"},
                     "inversion_100": torch.tensor(0.25),
                 },
             },
@@ -46,21 +48,25 @@ def report(**changed):
         "protocol": protocol,
         "curves": [
             {
-                "title": "P_f over steps", "x": "step", "y": "P_f",
+                "title": "P_f over steps",
+                "x": "step",
+                "y": "P_f",
                 "series": {"EBU": [(0, 0.98), (25, 0.3), (50, 0.01)], HOSTILE: [(0, 1), (50, 0)]},
                 "limits": {"noise": 0.029},
             }
         ],
         "grids": [
             {
-                "title": f"Before and after {HOSTILE}", "rows": ["0", "1", "2"], "forgotten": ["0"],
+                "title": f"Before and after {HOSTILE}",
+                "rows": ["0", "1", "2"],
+                "forgotten": ["0"],
                 "columns": {"before": before, "after": before.flip(0)},
             }
         ],
         "notes": HOSTILE,
         "command": "python x.py --a 'b < c'",
         **changed,
-    }  # fmt: skip
+    }
 
 
 def test_the_folder_is_whole(tmp_path):
@@ -68,9 +74,13 @@ def test_the_folder_is_whole(tmp_path):
     files = sorted(str(p.relative_to(tmp_path / "r")) for p in (tmp_path / "r").rglob("*.*"))
     words = "before_and_after_script_document_title_o"
     assert files == [
-        f"pictures/0_{words}_after.png", f"pictures/0_{words}_before.png",
-        "plots/0_p_f_over_steps.svg", "report.html", "results.json", "results.md",
-    ]  # fmt: skip
+        f"pictures/0_{words}_after.png",
+        f"pictures/0_{words}_before.png",
+        "plots/0_p_f_over_steps.svg",
+        "report.html",
+        "results.json",
+        "results.md",
+    ]
     assert page == tmp_path / "r" / "report.html"
     found = json.loads((tmp_path / "r" / "results.json").read_text())
     assert found["rows"][2]["values"]["inversion_100"] == 0.25
@@ -118,9 +128,10 @@ def test_the_page_is_its_own_world_and_says_everything(tmp_path):
             assert attributes.get(name, "data:").startswith("data:"), tag
     images = [a for tag, a in page.tags if tag == "img"]
     assert [a["alt"] for a in images[:3]] == [
-        "before: 4 images of 0 (forgotten)", "after: 4 images of 0 (forgotten)",
+        "before: 4 images of 0 (forgotten)",
+        "after: 4 images of 0 (forgotten)",
         "before: 4 images of 1",
-    ]  # fmt: skip
+    ]
     assert page.rows[:7] == [
         ["axis", "measure", "base model", "noise", "EBU | added"],
         ["forgotten", "P_f", "0.980", "0.029", "1.7e-07"],
@@ -177,8 +188,13 @@ def test_charts_put_points_where_they_belong():
 
 
 def test_a_log_scale_has_its_own_distances_and_ticks():
-    curve = {"title": "t", "x": "x", "y": "y", "x_scale": "log",
-             "series": {"a": [(1, 0), (10, 1), (1000, 0)]}}  # fmt: skip
+    curve = {
+        "title": "t",
+        "x": "x",
+        "y": "y",
+        "x_scale": "log",
+        "series": {"a": [(1, 0), (10, 1), (1000, 0)]},
+    }
     root = ET.fromstring(line_chart(curve))  # noqa: S314
     name = "{http://www.w3.org/2000/svg}"
     across = [float(c.get("cx")) for c in root.iter(name + "circle")]
@@ -201,8 +217,12 @@ def test_cells():
     speed = {"reached": False, "steps": None, "within": 200.0, "within_seconds": 12.5}
     assert [cell(k, speed) for k in ("unlearn_steps", "ut")] == ["> 200", "> 12.50"]
     assert columns([{"values": {"b": 1, "ut": 1}}, {"values": {"ra": 1, "a": 1, "p_f": 1}}]) == [
-        "p_f", "ra", "ut", "b", "a",
-    ]  # fmt: skip
+        "p_f",
+        "ra",
+        "ut",
+        "b",
+        "a",
+    ]
     table = {"p_f": {"value": 0.1, "noise": 0.2, "base": 0.9}, "ra": {"value": 1, "noise": 0.3}}
     assert limit_rows(table) == [
         {"name": "base model", "values": {"p_f": 0.9}},
@@ -257,7 +277,7 @@ def one_grid(images):
         ({"grids": [one_grid(torch.zeros(2, 1, 1, 8, 8))]}, "its column 'x' must have shape"),
         ({"grids": [one_grid(torch.zeros(1, 2, 4, 8, 8))]}, "C of 1 or 3"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named_and_nothing_is_written(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "r", **report(**changed))

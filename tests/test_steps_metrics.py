@@ -127,10 +127,12 @@ def test_a_given_loss_takes_the_place_of_the_denoising_loss_bit_for_bit():
 
     model = tiny_unet()
     ours, theirs = (
-        (learn_embedding(model, model.class_embedding, REAL, s, steps=3, loss=given, **OPTIONS),
-         *relearn(model, REAL, 2, s, steps=3, loss=given, **OPTIONS).state_dict().values())
+        (
+            learn_embedding(model, model.class_embedding, REAL, s, steps=3, loss=given, **OPTIONS),
+            *relearn(model, REAL, 2, s, steps=3, loss=given, **OPTIONS).state_dict().values(),
+        )
         for s, given in ((schedule(), None), (None, loss))
-    )  # fmt: skip
+    )
     assert len(ours) > 10
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -176,10 +178,12 @@ def test_a_model_of_another_kind_by_its_own_loss():
         (None, "scheduler is None: .* loss="),
         (lambda m, x, y, g: (m(y) - x).square(), "loss must return a 0-d tensor"),
         (lambda m, x, y, g: squared_error(m, x, y, g).item(), "loss must return a 0-d tensor"),
-        (lambda m, x, y, g: (m.embedding.weight[y] - x.flatten(1)).square().mean(),
-         "with a gradient; .* have the model call its `embedding`"),
+        (
+            lambda m, x, y, g: (m.embedding.weight[y] - x.flatten(1)).square().mean(),
+            "with a gradient; .* have the model call its `embedding`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_loss_that_attacks_nothing_is_refused(loss, message):
     model = Drawn()
     before = model.embedding.weight.detach().clone()

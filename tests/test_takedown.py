@@ -28,11 +28,28 @@ from .processes import PATIENCE
 from .single_files import draw, folder, metadata, tensors
 
 SMALL = [
-    "--surrogate_images", "2", "--replay_images", "2", "--forget_images", "2",
-    "--num_inference_steps", "2", "--max_train_steps", "2", "--evidence_images", "1",
-    "--evidence_prompts", "1", "--clip_weights", "none", "--cpu", "--learning_rate", "1e-3",
-    "--validation_steps", "0",
-]  # fmt: skip
+    "--surrogate_images",
+    "2",
+    "--replay_images",
+    "2",
+    "--forget_images",
+    "2",
+    "--num_inference_steps",
+    "2",
+    "--max_train_steps",
+    "2",
+    "--evidence_images",
+    "1",
+    "--evidence_prompts",
+    "1",
+    "--clip_weights",
+    "none",
+    "--cpu",
+    "--learning_rate",
+    "1e-3",
+    "--validation_steps",
+    "0",
+]
 REQUEST = ["cat", "--as", "car", "--keep", "a red car", "a dog"]
 
 
@@ -109,9 +126,13 @@ def test_a_lora_out_draws_what_was_trained(family, kind, tmp_path):
     assert run("forget", *argv) == 0
     assert list((out / kind).glob("*.safetensors"))
     args = Forget(
-        pretrained_model_name_or_path=str(file), forget=["cat"], output_dir=out,
-        architecture=base, train_modules="lora", save_as=kind,
-    ).resolved()  # fmt: skip
+        pretrained_model_name_or_path=str(file),
+        forget=["cat"],
+        output_dir=out,
+        architecture=base,
+        train_modules="lora",
+        save_as=kind,
+    ).resolved()
     there = draw(pictures.after(args))
     assert not torch.equal(there, draw(open_single(file, config=base)))
     assert evidence.verify(out) == []
@@ -121,16 +142,37 @@ def test_a_lora_out_draws_what_was_trained(family, kind, tmp_path):
 def test_two_processes(tmp_path):
     file, base = one_file("sd1", tmp_path)
     out = tmp_path / "out"
-    more = ["--mixed_precision", "bf16", "--train_modules", "lora", "--gradient_checkpointing",
-            "--gradient_accumulation_steps", "2", "--save_as", "single"]  # fmt: skip
+    more = [
+        "--mixed_precision",
+        "bf16",
+        "--train_modules",
+        "lora",
+        "--gradient_checkpointing",
+        "--gradient_accumulation_steps",
+        "2",
+        "--save_as",
+        "single",
+    ]
     argv = ["forget", file, *REQUEST, "-o", out, "--architecture", base, *SMALL, *more]
     path = f"{Path(__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "ebu_optim", *map(str, argv)],
-        capture_output=True, text=True, env=env, timeout=PATIENCE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "ebu_optim",
+            *map(str, argv),
+        ],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     before, after = tensors(file), tensors(out / "single" / "out.safetensors")
@@ -151,10 +193,21 @@ def test_the_call_takes_a_pipeline_and_returns_one(tmp_path):
     base = folder("sd1", tmp_path / "base")
     pipe = StableDiffusionPipeline.from_pretrained(base)
     found = ebu_optim.forget(
-        pipe, "cat", instead="car", keep=["a red car"], output_dir=tmp_path / "out",
-        surrogate_images=2, replay_images=2, forget_images=2, num_inference_steps=2,
-        max_train_steps=2, evidence_images=1, evidence_prompts=1, clip_weights="none", cpu=True,
-    )  # fmt: skip
+        pipe,
+        "cat",
+        instead="car",
+        keep=["a red car"],
+        output_dir=tmp_path / "out",
+        surrogate_images=2,
+        replay_images=2,
+        forget_images=2,
+        num_inference_steps=2,
+        max_train_steps=2,
+        evidence_images=1,
+        evidence_prompts=1,
+        clip_weights="none",
+        cpu=True,
+    )
     assert found is not None
     assert found.figures["change, target"]["value"] > 0
     assert not torch.equal(draw(found.pipeline), draw(pipe))
@@ -173,8 +226,14 @@ def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatc
     argv = [file, *REQUEST, "-o", out, "--architecture", base, "--plan", "--esd_eta", "2"]
     assert run("forget", *argv) == 0
     said = capsys.readouterr().out
-    for part in ("memory by phase", "trained: full", "passes", "single", "without effect on this "
-                 "run: --esd_eta", "evidence.json"):  # fmt: skip
+    for part in (
+        "memory by phase",
+        "trained: full",
+        "passes",
+        "single",
+        "without effect on this run: --esd_eta",
+        "evidence.json",
+    ):
         assert part in said
     assert not out.exists()
     assert "about 2,000 forward and backward in 1,000 steps" in said
@@ -200,9 +259,11 @@ def test_what_was_changed_since_is_told(tmp_path, capsys):
     capsys.readouterr()
     assert run("verify", out) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "pipeline/README.md: is missing", "report/results.md: was changed",
-        "pipeline/new.txt: was added", f"base: scheduler of {base} is another",
-    ]  # fmt: skip
+        "pipeline/README.md: is missing",
+        "report/results.md: was changed",
+        "pipeline/new.txt: was added",
+        f"base: scheduler of {base} is another",
+    ]
     (out / "evidence.json").write_text("{}")
     assert run("verify", out) == 2
 
@@ -214,9 +275,23 @@ def test_the_report_has_the_attacks_of_a_judge(tmp_path, capsys):
     weights = random_weights(tmp_path / "clip.pt")
     file, base = one_file("sd1", tmp_path)
     out = tmp_path / "out"
-    judge = ["--judge", "clip", "--clip_model", NAME, "--clip_weights", weights, "--clip_against",
-             "a car", "--attack_images", "2", "--attacks", "relearn", "paraphrase",
-             "--paraphrases", "a red cat"]  # fmt: skip
+    judge = [
+        "--judge",
+        "clip",
+        "--clip_model",
+        NAME,
+        "--clip_weights",
+        weights,
+        "--clip_against",
+        "a car",
+        "--attack_images",
+        "2",
+        "--attacks",
+        "relearn",
+        "paraphrase",
+        "--paraphrases",
+        "a red cat",
+    ]
     small = [w for w in SMALL if w not in ("--clip_weights", "none")]
     argv = [file, *REQUEST, "-o", out, "--architecture", base, *small, *judge]
     assert run("forget", *argv) == 0
@@ -240,10 +315,11 @@ def test_signed_evidence_says_whose_it_is(tmp_path, capsys):
         private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
         private.write_bytes(
             made.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             )
-        )  # fmt: skip
+        )
         public.write_bytes(
             made.public_key().public_bytes(
                 serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -267,12 +343,24 @@ def test_classes_by_the_same_command(tmp_path, capsys):
     from ebu_optim.class_conditional import models
 
     info = {
-        "classes": ["a", "b", "c", "d"], "shape": [1, 8, 8], "source": "tiny", "null_class": 4,
-    }  # fmt: skip
+        "classes": ["a", "b", "c", "d"],
+        "shape": [1, 8, 8],
+        "source": "tiny",
+        "null_class": 4,
+    }
     base, out = tmp_path / "base", tmp_path / "out"
     models.save_unet(base, tiny_unet(), schedule(), info, "card")
-    options = ["--replay_per_class", "2", "--sampling_steps", "2", "--max_train_steps", "2",
-               "--train_batch_size", "2", "--cpu"]  # fmt: skip
+    options = [
+        "--replay_per_class",
+        "2",
+        "--sampling_steps",
+        "2",
+        "--max_train_steps",
+        "2",
+        "--train_batch_size",
+        "2",
+        "--cpu",
+    ]
     assert run("forget", base, "b", "-o", out, *options, "--plan") == 0
     assert "4 classes" in capsys.readouterr().out
     assert run("forget", base, "b", "-o", out, *options) == 0
@@ -287,12 +375,24 @@ def test_classes_are_relabelled_on_real_images(tmp_path, capsys):
     from ebu_optim.class_conditional import models
 
     info = {
-        "classes": list("0123456789"), "shape": [1, 8, 8], "source": "tiny", "null_class": 10,
-    }  # fmt: skip
+        "classes": list("0123456789"),
+        "shape": [1, 8, 8],
+        "source": "tiny",
+        "null_class": 10,
+    }
     base, out = tmp_path / "base", tmp_path / "out"
     models.save_unet(base, tiny_unet(11), schedule(), info, "card")
-    options = ["--replay_per_class", "2", "--sampling_steps", "2", "--max_train_steps", "2",
-               "--train_batch_size", "2", "--cpu"]  # fmt: skip
+    options = [
+        "--replay_per_class",
+        "2",
+        "--sampling_steps",
+        "2",
+        "--max_train_steps",
+        "2",
+        "--train_batch_size",
+        "2",
+        "--cpu",
+    ]
     relabel = ["--forget_loss", "relabel"]
     assert run("forget", base, "1", "-o", out, *options, *relabel) == 2
     assert "relabel needs real images: give --digits, --dataset_name" in capsys.readouterr().err
@@ -310,19 +410,42 @@ def test_classes_are_measured_by_a_classifier(tmp_path, capsys):
     from ebu_optim.class_conditional.train_classifier import train_classifier
 
     info = {
-        "classes": list("0123456789"), "shape": [1, 8, 8], "source": "tiny", "null_class": 10,
-    }  # fmt: skip
+        "classes": list("0123456789"),
+        "shape": [1, 8, 8],
+        "source": "tiny",
+        "null_class": 10,
+    }
     base, out, judge = tmp_path / "base", tmp_path / "out", tmp_path / "judge"
     models.save_unet(base, tiny_unet(11), schedule(), info, "card")
     train_classifier(
         TrainClassifier(
-            digits=True, model="small", output_dir=judge, max_train_steps=2, train_batch_size=8,
+            digits=True,
+            model="small",
+            output_dir=judge,
+            max_train_steps=2,
+            train_batch_size=8,
             cpu=True,
         )
-    )  # fmt: skip
-    options = ["--replay_per_class", "2", "--sampling_steps", "2", "--max_train_steps", "2",
-               "--train_batch_size", "2", "--validation_images", "1", "--validation_steps", "2",
-               "--validation_inference_steps", "2", "--cpu", "--classifier", judge]  # fmt: skip
+    )
+    options = [
+        "--replay_per_class",
+        "2",
+        "--sampling_steps",
+        "2",
+        "--max_train_steps",
+        "2",
+        "--train_batch_size",
+        "2",
+        "--validation_images",
+        "1",
+        "--validation_steps",
+        "2",
+        "--validation_inference_steps",
+        "2",
+        "--cpu",
+        "--classifier",
+        judge,
+    ]
     assert run("forget", base, "1", "-o", out, *options) == 2
     assert "--classifier needs real images: give --digits" in capsys.readouterr().err
     assert run("forget", base, "1", "-o", out, *options, "--digits") == 0
@@ -337,8 +460,11 @@ def test_presets_are_what_they_say():
         assert getattr(args, name) == value
     paper = Forget(**given, preset="paper").resolved()
     assert (paper.train_modules, paper.forget_loss, paper.remember, paper.gamma) == (
-        "xattn", None, "replay", None,
-    )  # fmt: skip
+        "xattn",
+        None,
+        "replay",
+        None,
+    )
     assert Forget(**given, gamma=3.0, train_modules="xattn").resolved().gamma == 3.0
     for method in ("fine_tune", "mgda"):
         assert Forget(**given, method=method).resolved().remember == "replay"
@@ -402,12 +528,18 @@ def test_what_fits_is_counted_at_real_sizes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("Stable Diffusion 3.5 medium", 2.243), ("Stable Diffusion 3.5 large", 8.057),
-     ("FLUX.1 dev", 11.901), ("FLUX.2 klein 4B", 3.876), ("FLUX.2 klein 9B", 9.079),
-     ("Z-Image", 6.155), ("PixArt-Sigma XL 1024", 0.611),
-     ("Sana 1600M", 1.604),
-     ("Qwen-Image", 20.430)],
-)  # fmt: skip
+    [
+        ("Stable Diffusion 3.5 medium", 2.243),
+        ("Stable Diffusion 3.5 large", 8.057),
+        ("FLUX.1 dev", 11.901),
+        ("FLUX.2 klein 4B", 3.876),
+        ("FLUX.2 klein 9B", 9.079),
+        ("Z-Image", 6.155),
+        ("PixArt-Sigma XL 1024", 0.611),
+        ("Sana 1600M", 1.604),
+        ("Qwen-Image", 20.430),
+    ],
+)
 def test_released_transformers_have_their_sizes(name, billions):
     from ebu_optim.takedown import released
 

@@ -24,17 +24,22 @@ def test_memory_for_the_pictures_of_the_report_is_counted(tmp_path):
 
     def counted(**more):
         args = Forget(
-            pretrained_model_name_or_path=str(base), forget=["cat"], output_dir=tmp_path / "out",
-            remember_prompts=["a dog"], forget_templates=["{}"],
+            pretrained_model_name_or_path=str(base),
+            forget=["cat"],
+            output_dir=tmp_path / "out",
+            remember_prompts=["a dog"],
+            forget_templates=["{}"],
             **{"mixed_precision": "no", "train_modules": "lora", "evidence_images": 4, **more},
-        ).resolved()  # fmt: skip
+        ).resolved()
         return planning.check(args).cost.phases
 
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pictures = counted()["report"]
     weights = {
-        "frozen weights": pipe.unet, "text encoders": pipe.text_encoder, "VAE": pipe.vae,
-    }  # fmt: skip
+        "frozen weights": pipe.unet,
+        "text encoders": pipe.text_encoder,
+        "VAE": pipe.vae,
+    }
     for what, part in weights.items():
         assert pictures.pop(what) == 4 * sum(p.numel() for p in part.parameters())
     (there,) = pictures.values()
@@ -47,9 +52,13 @@ def test_memory_for_the_pictures_of_the_report_is_counted(tmp_path):
 def test_without_pictures_no_pipeline_is_opened_for_them(tmp_path, monkeypatch):
     base = folder("sd1", tmp_path / "base")
     args = Forget(
-        pretrained_model_name_or_path=str(base), forget=["cat"], output_dir=tmp_path / "out",
-        forget_templates=["{}"], remember_prompts=["a dog"], evidence_images=0,
-    ).resolved()  # fmt: skip
+        pretrained_model_name_or_path=str(base),
+        forget=["cat"],
+        output_dir=tmp_path / "out",
+        forget_templates=["{}"],
+        remember_prompts=["a dog"],
+        evidence_images=0,
+    ).resolved()
     (tmp_path / "out").mkdir()
     said = dict.fromkeys(("instead", "settings", "train_modules", "seconds", "made_of"), "")
     (tmp_path / "out" / "unlearn.json").write_text(json.dumps(said))

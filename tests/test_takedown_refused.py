@@ -32,8 +32,10 @@ def made(tmp_path_factory):
         base = folder(family, place / family)
         found[family] = write_folder(base, {}, place / f"{family}.safetensors"), base
     halves = {"lora_A": torch.ones(2, 5), "lora_B": torch.ones(7, 2)}
-    layers = {f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.{n}.weight": t
-              for n, t in halves.items()}  # fmt: skip
+    layers = {
+        f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.{n}.weight": t
+        for n, t in halves.items()
+    }
     found["lora"] = write_lora({"unet": layers}, place / "lora.safetensors", alpha=2.0)
     return found
 
@@ -79,9 +81,10 @@ def test_what_is_no_model(made, refused, tmp_path):
     less = resaved(file, tmp_path / "less.safetensors", drop=lambda n: n == last)
     refused(str(less), last.rpartition(".")[2], model=less)
     more = resaved(
-        file, tmp_path / "more.safetensors",
+        file,
+        tmp_path / "more.safetensors",
         add={"model.diffusion_model.extra.weight": torch.ones(1)},
-    )  # fmt: skip
+    )
     refused(str(more), "extra.weight", model=more)
     refused(str(tmp_path), "is no diffusion pipeline", "model_index.json", model=tmp_path)
 
@@ -163,7 +166,7 @@ def test_a_card_that_is_too_small(made, refused, monkeypatch):
         "needs 26.0 GiB of cuda:0, which has 8.0 GiB free",
         "give --train_modules xattn --mixed_precision fp16 --gradient_checkpointing",
         "needs 5.0 GiB",
-    )  # fmt: skip
+    )
     free[0] = 4 * GIB
     refused("give --train_modules lora", "needs 3.0 GiB")
 
@@ -209,9 +212,10 @@ def test_a_key_that_cannot_sign(refused, tmp_path):
         "public": key.public_key().public_bytes(
             to.Encoding.PEM, to.PublicFormat.SubjectPublicKeyInfo
         ),
-        "rubbish": b"key", "with_password": key.private_bytes(*secret),
+        "rubbish": b"key",
+        "with_password": key.private_bytes(*secret),
         "rsa": rsa.generate_private_key(65537, 2048).private_bytes(*plain),
-    }.items():  # fmt: skip
+    }.items():
         path = tmp_path / name
         path.write_bytes(content)
         refused(
@@ -358,9 +362,18 @@ def test_a_real_signal(made, tmp_path):
     script.write_text("from ebu_optim.cli import main\n\nmain()\n")
     out = tmp_path / "out"
     code, said = signalled(
-        signal.SIGINT, out / "run.json", script, "forget", file, *REQUEST, "-o", out,
-        "--architecture", base, *SMALL,
-    )  # fmt: skip
+        signal.SIGINT,
+        out / "run.json",
+        script,
+        "forget",
+        file,
+        *REQUEST,
+        "-o",
+        out,
+        "--architecture",
+        base,
+        *SMALL,
+    )
     assert code == 130
     assert said.splitlines()[-1] == (
         "interrupted; the same command with --resume_from_checkpoint latest goes on"
@@ -380,11 +393,13 @@ def test_prompts_from_windows(made):
 
 @pytest.mark.parametrize(
     ("name", "number", "remedy"),
-    [("checkpoints", errno.ENOSPC, "free some space"),
-     ("single", errno.EACCES, "this user may write"),
-     ("evidence.json", errno.EROFS, "this user may write"),
-     ("run.yaml", errno.ENOSPC, "free some space")],
-)  # fmt: skip
+    [
+        ("checkpoints", errno.ENOSPC, "free some space"),
+        ("single", errno.EACCES, "this user may write"),
+        ("evidence.json", errno.EROFS, "this user may write"),
+        ("run.yaml", errno.ENOSPC, "free some space"),
+    ],
+)
 def test_what_cannot_be_written(name, number, remedy, made, capsys, monkeypatch):
     file, base = made["sd1"]
     mkdir = Path.mkdir

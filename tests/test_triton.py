@@ -38,9 +38,12 @@ interpreter = pytest.mark.skipif(bool(interpreter_fails()), reason=interpreter_f
 
 def run(*args, **environment):
     return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, *args],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )  # fmt: skip
+    )
 
 
 @interpreter
@@ -48,9 +51,16 @@ def test_kernels_in_the_interpreter():
     """tests/interpreted, in a process where nothing has imported Triton yet."""
     # "values1" are tests of the reference's chunk sizes, which the kernels do not know
     done = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not values1",
-        "tests/interpreted", TRITON_INTERPRET="1",
-    )  # fmt: skip
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not values1",
+        "tests/interpreted",
+        TRITON_INTERPRET="1",
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

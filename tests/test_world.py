@@ -113,9 +113,10 @@ def test_prompts_to_remember_do_not_name_what_is_forgotten():
     assert len(set(few)) == 50
     assert set(few) < set(lines)
     for bad, what in (
-        (["cat"], "'cat' names no concept"), (["7", "--number", "0"], "--number must be >= 1"),
+        (["cat"], "'cat' names no concept"),
+        (["7", "--number", "0"], "--number must be >= 1"),
         ([*c.CONTENTS, *c.STYLES], "leaves no prompt"),
-    ):  # fmt: skip
+    ):
         code, said = run("captions.py", "--without", *bad)
         assert code == 2
         assert what in said
@@ -195,9 +196,15 @@ def test_a_picture_is_trained_under_prompts_that_ask_for_it():
     words = c.tokenizer()
     contents, styles = torch.tensor([7, 0]), torch.tensor([4, 0])
     loss = diffusion.Loss(
-        torch.stack([torch.zeros(4, 8, 8), torch.ones(4, 8, 8)]), contents, styles, words,
-        batch=4000, dropout=0.25, device="cpu", scheduler=diffusion.TextToImage.new_scheduler(),
-    )  # fmt: skip
+        torch.stack([torch.zeros(4, 8, 8), torch.ones(4, 8, 8)]),
+        contents,
+        styles,
+        words,
+        batch=4000,
+        dropout=0.25,
+        device="cpu",
+        scheduler=diffusion.TextToImage.new_scheduler(),
+    )
     seen = {}
 
     def model(x_t, t, ids):
@@ -209,8 +216,10 @@ def test_a_picture_is_trained_under_prompts_that_ask_for_it():
     torch.manual_seed(0)
     rows = torch.randint(2, (4000,))
     texts = [words.decode(i, skip_special_tokens=True) for i in seen["ids"]]
-    known = {words.decode(words(one.text).input_ids, skip_special_tokens=True): one
-             for one in c.captions(c.TRAINED)}  # fmt: skip
+    known = {
+        words.decode(words(one.text).input_ids, skip_special_tokens=True): one
+        for one in c.captions(c.TRAINED)
+    }
     empty = [not text.strip() for text in texts]
     assert abs(sum(empty) / 4000 - 0.25) < 0.03
     for row, text, gone in zip(rows.tolist(), texts, empty):
@@ -222,9 +231,22 @@ def test_a_picture_is_trained_under_prompts_that_ask_for_it():
     assert named == {None, *c.CONTENTS["seven"], *c.CONTENTS["zero"]}
 
 
-FEW = ["--max_train_samples", 12, "--autoencoder_steps", 2, "--max_train_steps", 2,
-       "--train_batch_size", 4, "--lr_warmup_steps", 0, "--logging_steps", 1,
-       "--checkpointing_steps", 1]  # fmt: skip
+FEW = [
+    "--max_train_samples",
+    12,
+    "--autoencoder_steps",
+    2,
+    "--max_train_steps",
+    2,
+    "--train_batch_size",
+    4,
+    "--lr_warmup_steps",
+    0,
+    "--logging_steps",
+    1,
+    "--checkpointing_steps",
+    1,
+]
 TEXT = ["--text_encoder_steps", 2]
 
 
@@ -353,19 +375,47 @@ def test_a_run_that_is_killed_in_each_part_resumes_to_the_same_bits(made, tmp_pa
 def test_unlearning_takes_the_pipeline_and_measuring_both(made, tmp_path):
     pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
     succeed(
-        WORLD.parent / "unlearn.py", "--pretrained_model_name_or_path", made / "base" / "pipeline",
-        "--forget", "a picture of the digit 7", "--remember", "a picture of the digit 3", "",
-        "--replay_images", 2, "--surrogate_images", 2, "--num_inference_steps", 2,
-        "--fisher_images", 2, "--fisher_timesteps", 2, "--max_train_steps", 1,
-        "--validation_steps", 0, "--output_dir", tmp_path / "gone",
-    )  # fmt: skip
+        WORLD.parent / "unlearn.py",
+        "--pretrained_model_name_or_path",
+        made / "base" / "pipeline",
+        "--forget",
+        "a picture of the digit 7",
+        "--remember",
+        "a picture of the digit 3",
+        "",
+        "--replay_images",
+        2,
+        "--surrogate_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--fisher_images",
+        2,
+        "--fisher_timesteps",
+        2,
+        "--max_train_steps",
+        1,
+        "--validation_steps",
+        0,
+        "--output_dir",
+        tmp_path / "gone",
+    )
     tables = {}
     for name, folder in (("base", made / "base"), ("gone", tmp_path / "gone")):
         output = tmp_path / f"{name}.json"
         said = succeed(
-            "measure.py", "--pretrained_model_name_or_path", folder / "pipeline", "--judges",
-            made / "judges", "--images_per_pair", 2, "--num_inference_steps", 1, "--output", output,
-        )  # fmt: skip
+            "measure.py",
+            "--pretrained_model_name_or_path",
+            folder / "pipeline",
+            "--judges",
+            made / "judges",
+            "--images_per_pair",
+            2,
+            "--num_inference_steps",
+            1,
+            "--output",
+            output,
+        )
         assert re.search(r"\| content word \| \w+ \|", said)
         tables[name] = json.loads(output.read_text())["measured"]
     assert tables["base"] != tables["gone"]
@@ -402,18 +452,46 @@ def test_a_transformer_of_flow_matching_in_place_of_the_unet(made, tmp_path):
         want = pipe.transformer(x, told[0], told[2], t).sample
         torch.testing.assert_close(model(x, t, ids), want)
     succeed(
-        WORLD.parent / "unlearn.py", "--pretrained_model_name_or_path",
-        tmp_path / "base" / "pipeline", "--forget", "a picture of the digit 7", "--remember",
-        "a picture of the digit 3", "", "--forget_loss", "relabel", "--remember_loss", "crossed",
-        "--replay_images", 2, "--surrogate_images", 2, "--num_inference_steps", 2,
-        "--forget_images", 2, "--max_train_steps", 1, "--validation_steps", 0, "--output_dir",
+        WORLD.parent / "unlearn.py",
+        "--pretrained_model_name_or_path",
+        tmp_path / "base" / "pipeline",
+        "--forget",
+        "a picture of the digit 7",
+        "--remember",
+        "a picture of the digit 3",
+        "",
+        "--forget_loss",
+        "relabel",
+        "--remember_loss",
+        "crossed",
+        "--replay_images",
+        2,
+        "--surrogate_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--forget_images",
+        2,
+        "--max_train_steps",
+        1,
+        "--validation_steps",
+        0,
+        "--output_dir",
         tmp_path / "gone",
-    )  # fmt: skip
+    )
     succeed(
-        "measure.py", "--pretrained_model_name_or_path", tmp_path / "gone" / "pipeline", "--judges",
-        made / "judges", "--images_per_pair", 2, "--num_inference_steps", 1, "--output",
+        "measure.py",
+        "--pretrained_model_name_or_path",
+        tmp_path / "gone" / "pipeline",
+        "--judges",
+        made / "judges",
+        "--images_per_pair",
+        2,
+        "--num_inference_steps",
+        1,
+        "--output",
         tmp_path / "gone.json",
-    )  # fmt: skip
+    )
     assert json.loads((tmp_path / "gone.json").read_text())["measured"]["all"]["all"]["n"] == 132
 
 
@@ -443,8 +521,10 @@ def test_figures_by_hand():
         torch.zeros(3, 3, 32, 32), asked, judges.Judges(says(7, 10, 10, 11), says(4, 0, 4, 7), {})
     )
     assert [(a.content, a.style, a.none) for a in answers] == [
-        (True, True, False), (False, True, True), (None, False, True)
-    ]  # fmt: skip
+        (True, True, False),
+        (False, True, True),
+        (None, False, True),
+    ]
     found = measure.groups(answers)
     assert found["all"]["all"]["content"] == 1 / 2
     assert found["all"]["all"]["style"] == found["all"]["all"]["none"] == 2 / 3

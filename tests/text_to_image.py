@@ -37,21 +37,33 @@ def tokenizer(folder: Path, length: int = LENGTH) -> Any:
 
 #: The text encoder of SD 1.x.
 LARGE = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 77,
-}  # fmt: skip
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
 
 
 def read(words: Any, kind: str = "CLIPTextModel", **more: Any) -> Any:
     """A text encoder of transformers' class `kind`."""
     import transformers
 
-    config = transformers.CLIPTextConfig(**{
-        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH,
-        "projection_dim": 8, "bos_token_id": words.bos_token_id,
-        "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, **more,
-    })  # fmt: skip
+    config = transformers.CLIPTextConfig(
+        **{
+            "vocab_size": len(words),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": LENGTH,
+            "projection_dim": 8,
+            "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+            **more,
+        }
+    )
     return getattr(transformers, kind)(config)
 
 
@@ -59,30 +71,43 @@ def autoencoder(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
         **{"latent_channels": 4, **more},
-    )  # fmt: skip
+    )
 
 
 def denoiser(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**{
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "norm_num_groups": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 16,
-        "attention_head_dim": 4, **more,
-    })  # fmt: skip
+    return UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 16,
+            "attention_head_dim": 4,
+            **more,
+        }
+    )
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def pipeline(
-    folder: Path, prediction_type: str = "epsilon", seed: int = 0, inpainting: bool = False,
+    folder: Path,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    inpainting: bool = False,
     full: bool = False,
-) -> Path:  # fmt: skip
+) -> Path:
     """SD 1.x with "epsilon", SD 2.x (linear projections) with "v_prediction"; saved in `folder`.
     `full` has the size of SD 1.x."""
     import diffusers
@@ -94,23 +119,35 @@ def pipeline(
         words = tokenizer(folder.with_name(f"{folder.name}_words"), 77)
         text_encoder = read(words, **LARGE)
         vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=512,
             down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
-        )  # fmt: skip
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+        )
         unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **more)
     else:
         words = tokenizer(folder.with_name(f"{folder.name}_words"))
         text_encoder, vae, unet = read(words), autoencoder(), denoiser(**more)
     scheduler = diffusers.DDIMScheduler(
-        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        **SCHEDULE,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
         prediction_type=prediction_type,
-    )  # fmt: skip
+    )
     kind = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
     getattr(diffusers, kind)(
-        vae, text_encoder, words, unet, scheduler, safety_checker=None, feature_extractor=None,
+        vae,
+        text_encoder,
+        words,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -124,20 +161,24 @@ def sdxl(folder: Path, inpainting: bool = False, seed: int = 0) -> Path:
     other.pad_token = "z"  # noqa: S105 - as SDXL's second pads with a word
     encoders = read(words), read(words, "CLIPTextModelWithProjection")
     unet = denoiser(
-        cross_attention_dim=32, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=8 + 6 * 8,
         **{"in_channels": 9} if inpainting else {},
-    )  # fmt: skip
+    )
     scheduler = diffusers.EulerDiscreteScheduler(
         **SCHEDULE, timestep_spacing="leading", steps_offset=1
     )
     kind = "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
     getattr(diffusers, kind)(
         autoencoder(), *encoders, words, other, unet, scheduler
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -166,21 +207,43 @@ def sd3(folder: Path, with_t5: bool = True, seed: int = 0, **more: Any) -> Path:
         letters.model_max_length = 512  # as of the released ones
         third = T5EncoderModel(
             T5Config(
-                vocab_size=len(letters), d_model=64, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+                vocab_size=len(letters),
+                d_model=64,
+                d_kv=8,
+                d_ff=37,
+                num_layers=2,
+                num_heads=4,
                 feed_forward_proj="gated-gelu",
             )
-        ).eval()  # fmt: skip
-    transformer = diffusers.SD3Transformer2DModel(**{
-        "sample_size": 8, "patch_size": 2, "in_channels": 16, "num_layers": 2,
-        "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 64,
-        "caption_projection_dim": 32, "pooled_projection_dim": 64, "out_channels": 16,
-        "pos_embed_max_size": 24, **more,
-    })  # fmt: skip
+        ).eval()
+    transformer = diffusers.SD3Transformer2DModel(
+        **{
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 64,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 64,
+            "out_channels": 16,
+            "pos_embed_max_size": 24,
+            **more,
+        }
+    )
     vae = autoencoder(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
     diffusers.StableDiffusion3Pipeline(
-        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clips[0], words[0],
-        clips[1], words[1], third, letters,
-    ).save_pretrained(folder)  # fmt: skip
+        transformer,
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae,
+        clips[0],
+        words[0],
+        clips[1],
+        words[1],
+        third,
+        letters,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -191,25 +254,45 @@ def flux(folder: Path, dev: bool = True, seed: int = 0, **more: Any) -> Path:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    words, letters = (kind(folder.with_name(f"{folder.name}_{kind.__name__}")) for kind in
-                      (tokenizer, t5))  # fmt: skip
+    words, letters = (
+        kind(folder.with_name(f"{folder.name}_{kind.__name__}")) for kind in (tokenizer, t5)
+    )
     second = T5EncoderModel(
         T5Config(
-            vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=2,
+            vocab_size=len(letters),
+            d_model=32,
+            d_kv=8,
+            d_ff=37,
+            num_layers=1,
+            num_heads=2,
             feed_forward_proj="gated-gelu",
         )
-    ).eval()  # fmt: skip
-    transformer = diffusers.FluxTransformer2DModel(**{
-        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32,
-        "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8), "guidance_embeds": dev, **more,
-    })  # fmt: skip
+    ).eval()
+    transformer = diffusers.FluxTransformer2DModel(
+        **{
+            "patch_size": 1,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": dev,
+            **more,
+        }
+    )
     schedule = {"use_dynamic_shifting": True, "shift": 3.0} if dev else {"shift": 1.0}
     diffusers.FluxPipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(**schedule),
-        autoencoder(scaling_factor=0.3611, shift_factor=0.1159), read(words), words, second,
-        letters, transformer,
-    ).save_pretrained(folder)  # fmt: skip
+        autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        read(words),
+        words,
+        second,
+        letters,
+        transformer,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -232,10 +315,16 @@ def qwen3(folder: Path, kind: str, layers: int) -> tuple[Any, Any]:
     words.chat_template = CHAT
     words.save_pretrained(folder)
     config = transformers.Qwen3Config(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=layers,
-        max_position_embeddings=1024, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=layers,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
     found = transformers.Qwen2Tokenizer.from_pretrained(folder)
     return getattr(transformers, kind)(config).eval(), found
 
@@ -246,24 +335,41 @@ def klein(folder: Path, distilled: bool = False, seed: int = 0, **more: Any) -> 
 
     torch.manual_seed(seed)
     encoder, words = qwen3(folder.with_name(f"{folder.name}_words"), "Qwen3ForCausalLM", 27)
-    transformer = diffusers.Flux2Transformer2DModel(**{
-        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 48,
-        "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32,
-        "guidance_embeds": False, **more,
-    })  # fmt: skip
+    transformer = diffusers.Flux2Transformer2DModel(
+        **{
+            "patch_size": 1,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 48,
+            "axes_dims_rope": (4, 4, 4, 4),
+            "timestep_guidance_channels": 32,
+            "guidance_embeds": False,
+            **more,
+        }
+    )
     vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4,
-        latent_channels=4, sample_size=16,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
     g = torch.Generator().manual_seed(seed)
     vae.bn.running_mean.copy_(torch.randn(16, generator=g) / 4)
     vae.bn.running_var.copy_(torch.rand(16, generator=g) + 0.5)
     diffusers.Flux2KleinPipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae,
-        encoder, words, transformer, is_distilled=distilled,
-    ).save_pretrained(folder)  # fmt: skip
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae,
+        encoder,
+        words,
+        transformer,
+        is_distilled=distilled,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -273,15 +379,27 @@ def z_image(folder: Path, seed: int = 0, **more: Any) -> Path:
 
     torch.manual_seed(seed)
     encoder, words = qwen3(folder.with_name(f"{folder.name}_words"), "Qwen3Model", 2)
-    transformer = diffusers.ZImageTransformer2DModel(**{
-        "in_channels": 4, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2,
-        "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [8, 4, 4], "axes_lens": [1024, 32, 32],
-        **more,
-    })  # fmt: skip
+    transformer = diffusers.ZImageTransformer2DModel(
+        **{
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 16,
+            "axes_dims": [8, 4, 4],
+            "axes_lens": [1024, 32, 32],
+            **more,
+        }
+    )
     for name in ("x_pad_token", "cap_pad_token"):
         getattr(transformer, name).data.normal_(std=0.02)
     diffusers.ZImagePipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        autoencoder(scaling_factor=0.3611, shift_factor=0.1159), encoder, words, transformer,
-    ).save_pretrained(folder)  # fmt: skip
+        autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        encoder,
+        words,
+        transformer,
+    ).save_pretrained(folder)
     return folder

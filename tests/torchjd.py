@@ -10,9 +10,12 @@ import pytest
 
 #: Method: what its weighting needs, beside torchjd.
 WEIGHTINGS = {
-    "upgrad": ("quadprog", "qpsolvers"), "mgda": (), "imtl_g": (), "aligned_mtl": (),
+    "upgrad": ("quadprog", "qpsolvers"),
+    "mgda": (),
+    "imtl_g": (),
+    "aligned_mtl": (),
     "fairgrad": ("scipy",),
-}  # fmt: skip
+}
 
 
 def lacks(name: str) -> list[str]:

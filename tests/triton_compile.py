@@ -95,9 +95,10 @@ def source(function, kinds, constants):
     if version < (3, 2):
         place = names.index
         return ASTSource(
-            function, {place(n): t for n, t in kinds.items()},
+            function,
+            {place(n): t for n, t in kinds.items()},
             {place(n): v for n, v in constants.items()},
-        )  # fmt: skip
+        )
     if version >= (3, 3):
         kinds = {n: kinds.get(n, "constexpr") for n in names}  # in the order of the arguments
     return ASTSource(function, kinds, constants)
@@ -132,10 +133,18 @@ def compile_one(case, card):
     )
     registers, stack = usage(made.asm["cubin"])
     return Compiled(
-        name, constants, card, dict(wide), "add.s64" in ptx, ".local" in ptx,
-        bool(re.search(r"\bfma\.rn\.f32", ptx)), registers, stack,
-        made.metadata.shared, "",
-    )  # fmt: skip
+        name,
+        constants,
+        card,
+        dict(wide),
+        "add.s64" in ptx,
+        ".local" in ptx,
+        bool(re.search(r"\bfma\.rn\.f32", ptx)),
+        registers,
+        stack,
+        made.metadata.shared,
+        "",
+    )
 
 
 def usage(cubin):

@@ -40,9 +40,14 @@ class Attack:
     made before."""
 
     def __init__(
-        self, args: Any, model: Attacked, base: Attacked, questions: Questions,
-        judge: Judge, files: list[Path],
-    ) -> None:  # fmt: skip
+        self,
+        args: Any,
+        model: Attacked,
+        base: Attacked,
+        questions: Questions,
+        judge: Judge,
+        files: list[Path],
+    ) -> None:
         self.args, self.model, self.base = args, model, base
         self.questions, self.judge, self.files = questions, judge, files
         forget = questions.forget
@@ -80,12 +85,15 @@ class Attack:
         """All that the target depends on."""
         a = self.args
         return {
-            "base": self.base.made_of(), "judge": self.judge.said, "seed": a.seed,
+            "base": self.base.made_of(),
+            "judge": self.judge.said,
+            "seed": a.seed,
             "files": contents(self.files),
-            "asked": self.asked, "drawn": self.drawn,
+            "asked": self.asked,
+            "drawn": self.drawn,
             "sampler": [a.num_inference_steps, a.guidance_scale, a.sample_batch_size],
             "shape": list(self.base.shape),
-        }  # fmt: skip
+        }
 
     def target(self) -> Found:
         """Latents of the target, and the base's own P_f."""
@@ -128,16 +136,25 @@ class Attack:
     def denoise(self, unet: Any, latents: Tensor, condition: Any, g: torch.Generator) -> Tensor:
         # of the unlearned model's own kind of prediction
         return denoising_loss(
-            self.model.denoiser(unet), latents, condition, self.model.schedule, reduction="mean",
+            self.model.denoiser(unet),
+            latents,
+            condition,
+            self.model.schedule,
+            reduction="mean",
             generator=g,
-        )  # fmt: skip
+        )
 
 
 #: --attacks: what each measures.
 ATTACKS: dict[str, Callable[[Attack], Found]] = {
-    "paraphrase": paraphrase, "inversion": inversion, "relearn": relearn, "cce": cce,
-    "unlearndiffatk": unlearndiffatk, "tina": tina, "lora_relearn": lora_relearn,
-}  # fmt: skip
+    "paraphrase": paraphrase,
+    "inversion": inversion,
+    "relearn": relearn,
+    "cce": cce,
+    "unlearndiffatk": unlearndiffatk,
+    "tina": tina,
+    "lora_relearn": lora_relearn,
+}
 #: Those that are made where none is named; the others take longer.
 USUAL = ("paraphrase", "inversion", "relearn")
 

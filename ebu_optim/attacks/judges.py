@@ -124,9 +124,13 @@ def _imagenette(args: Any, _: Looked, device: Any) -> Judge:
     column = int(model.indices[number])
     return Judge(
         lambda pictures: model(pictures).double().softmax(1)[:, column],
-        {"judge": "torchvision ResNet-50", "class": given, "over": args.imagenette_over,
-         "hash": model_hash(model.model)},
-    )  # fmt: skip
+        {
+            "judge": "torchvision ResNet-50",
+            "class": given,
+            "over": args.imagenette_over,
+            "hash": model_hash(model.model),
+        },
+    )
 
 
 def _nudity(args: Any, _: Looked, device: Any) -> Judge:

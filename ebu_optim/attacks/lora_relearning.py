@@ -29,10 +29,13 @@ def lora_relearn(attack: Attack) -> Found:
             torch.manual_seed(attack.args.seed)
             inject_adapter_in_model(
                 LoraConfig(
-                    r=RANK, lora_alpha=RANK, target_modules=list(LAYERS),
+                    r=RANK,
+                    lora_alpha=RANK,
+                    target_modules=list(LAYERS),
                     init_lora_weights="gaussian",
-                ), unet,
-            )  # fmt: skip
+                ),
+                unet,
+            )
         return [p for p in unet.parameters() if p.requires_grad]
 
     rate = attack.args.lora_learning_rate

@@ -61,7 +61,7 @@ class Attacked:
             **{n: of_model(part) for n, part in self.parts.items()},
             **{n: pipelines.tokenizer_hash(self.folder, n) for n in self.family.tokenizers()},
             "scheduler": key(plain(self.schedule.config)),
-        }  # fmt: skip
+        }
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The condition of each, a row, on the device."""
@@ -109,12 +109,18 @@ class Attacked:
             null = self.told(self.null.expand(b - a, *self.null.shape[1:]))
             found.append(
                 sample(
-                    self.denoiser(unet, guidance), self.sampler, self.told(embeddings[a:b]),
-                    self.shape, num_inference_steps=self.args.num_inference_steps,
+                    self.denoiser(unet, guidance),
+                    self.sampler,
+                    self.told(embeddings[a:b]),
+                    self.shape,
+                    num_inference_steps=self.args.num_inference_steps,
                     guidance_scale=self.family.away(self.unet.config, guidance),
-                    null_condition=null, clip=False, generator=g, device=self.device,
+                    null_condition=null,
+                    clip=False,
+                    generator=g,
+                    device=self.device,
                 ).cpu()
-            )  # fmt: skip
+            )
         return finite(torch.cat(found))
 
     def _batches(
@@ -191,9 +197,7 @@ def _filled(t: Tensor, shape: Sequence[int]) -> Tensor:
     return nn.functional.pad(t, [n for side in reversed(sides) for n in side])
 
 
-def _read(
-    tokenizer: Any, templates: Sequence[str], device: Any
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _read(tokenizer: Any, templates: Sequence[str], device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (n, L), the word's place (n,), and 0 where a token is padding (n, L)."""
     rows = [tokens_around(tokenizer, t) for t in templates]
     ids = torch.tensor([ids for ids, _ in rows], device=device)

@@ -46,9 +46,16 @@ def curve(
         return attack.denoise(unet, latents, model.told(told[numbers]), g)
 
     students = relearning(
-        model.unet, rows, 0, None, lr=rate,
-        batch_size=args.train_batch_size, seed=args.seed, loss=loss, trained=trained,
-    )  # fmt: skip
+        model.unet,
+        rows,
+        0,
+        None,
+        lr=rate,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        loss=loss,
+        trained=trained,
+    )
     seen, shown = [], {}
     for step, student in enumerate(tqdm(students, name, total=last + 1)):
         if step in LOOKS or step == last:

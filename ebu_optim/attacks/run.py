@@ -42,19 +42,30 @@ from .prompts import QuestionOptions
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
 #: What depends on the size of the model: in the world, elsewhere.
 SMALL = {
-    "num_inference_steps": (10, 50), "guidance_scale": (3.0, None), "sample_batch_size": (64, 4),
-    "train_batch_size": (16, 4), "relearn_learning_rate": (1e-4, 1e-5),
-    "inversion_learning_rates": ([3e-3], [5e-3]), "lora_learning_rate": (1e-3, 1e-4),
-}  # fmt: skip
+    "num_inference_steps": (10, 50),
+    "guidance_scale": (3.0, None),
+    "sample_batch_size": (64, 4),
+    "train_batch_size": (16, 4),
+    "relearn_learning_rate": (1e-4, 1e-5),
+    "inversion_learning_rates": ([3e-3], [5e-3]),
+    "lora_learning_rate": (1e-3, 1e-4),
+}
 Attack = Literal[
     "paraphrase", "inversion", "relearn", "cce", "unlearndiffatk", "tina", "lora_relearn"
 ]
 SHOWN = 8  # pictures in a row
 #: Options that change no figure.
 FREE = {
-    "output_dir", "target_dir", "overwrite", "attacks", "device", "pretrained_model_name_or_path",
-    "base_model", "judges", "imagenette_weights",
-}  # fmt: skip
+    "output_dir",
+    "target_dir",
+    "overwrite",
+    "attacks",
+    "device",
+    "pretrained_model_name_or_path",
+    "base_model",
+    "judges",
+    "imagenette_weights",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +151,19 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
         return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
     def __post_init__(self) -> None:
-        for name in ("target_images", "attack_images", "inversion_steps", "relearn_max_steps",
-                     "train_batch_size", "num_inference_steps", "sample_batch_size", "cce_steps",
-                     "unlearndiffatk_timesteps", "unlearndiffatk_iterations",
-                     "tina_steps"):  # fmt: skip
+        for name in (
+            "target_images",
+            "attack_images",
+            "inversion_steps",
+            "relearn_max_steps",
+            "train_batch_size",
+            "num_inference_steps",
+            "sample_batch_size",
+            "cce_steps",
+            "unlearndiffatk_timesteps",
+            "unlearndiffatk_iterations",
+            "tina_steps",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name} must be >= 1; got {value}")
         if self.tina_refinements < 0:
@@ -182,9 +202,13 @@ def attack(config: AttackOptions) -> None:
     run = attacks.Attack(args, model, base, questions, judge, files)
     options = {k: str(v) for k, v in as_dict(args).items() if k not in FREE}
     same = {
-        "options": options, "judge": judge.said, "model": model.made_of(), "base": base.made_of(),
-        "prompts": key(questions), "images": contents(files),
-    }  # fmt: skip
+        "options": options,
+        "judge": judge.said,
+        "model": model.made_of(),
+        "base": base.made_of(),
+        "prompts": key(questions),
+        "images": contents(files),
+    }
     with held(args.output_dir):
         if args.overwrite:
             for name in OURS - {".lock", "target"}:
@@ -253,9 +277,12 @@ def part(
 
 
 def write(
-    args: AttackOptions, found: dict[str, attacks.Found], same: dict[str, Any],
-    judged: dict[str, Any], model: Attacked,
-) -> None:  # fmt: skip
+    args: AttackOptions,
+    found: dict[str, attacks.Found],
+    same: dict[str, Any],
+    judged: dict[str, Any],
+    model: Attacked,
+) -> None:
     """learned_word.safetensors, pictures.png and, last, attacks.json."""
     rows = {k: t for f in found.values() for k, t in f.tensors.items() if k.startswith("pictures")}
     names = [k.removeprefix("pictures ") for k in rows]
@@ -272,12 +299,16 @@ def write(
         "details": {name: f.said for name, f in found.items()},
         "rows": names,
         "protocol": {
-            **same["options"], "judged_by": judged,
-            "model": args.pretrained_model_name_or_path, "model_hash": same["model"],
-            "base_model": args.base_model, "base_hash": same["base"], "device": args.device,
+            **same["options"],
+            "judged_by": judged,
+            "model": args.pretrained_model_name_or_path,
+            "model_hash": same["model"],
+            "base_model": args.base_model,
+            "base_hash": same["base"],
+            "device": args.device,
         },
         "versions": versions(),
-    }  # fmt: skip
+    }
     with replacing(args.output_dir / "attacks.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     print(f"P_f of the base {found['target'].values['p_f']['value']:.3f}; of what was unlearned:")

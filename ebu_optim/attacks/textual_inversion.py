@@ -35,20 +35,24 @@ def inversion(attack: Attack) -> Found:
         vectors, losses = learn(attack, initial, rate, at)
         looks = {steps: look(attack, vector) for steps, vector in vectors.items()}
         told = {
-            "start": start, "learning_rate": rate,
+            "start": start,
+            "learning_rate": rate,
             "p_f": {steps: score["value"] for steps, (score, _) in looks.items()},
-            "loss_first_20": mean(losses[:20]), "loss_last_20": mean(losses[-20:]),
-        }  # fmt: skip
+            "loss_first_20": mean(losses[:20]),
+            "loss_last_20": mean(losses[-20:]),
+        }
         runs.append((told, vectors, looks))
     best, vectors, looks = max(runs, key=lambda run: run[0]["p_f"][at[-1]])
     said = {
-        "start": best["start"], "learning_rate": best["learning_rate"],
+        "start": best["start"],
+        "learning_rate": best["learning_rate"],
         "runs": [told for told, _, _ in runs],
-    }  # fmt: skip
+    }
     return Found(
-        {f"inversion_{s}": looks[s][0] for s in at}, said,
+        {f"inversion_{s}": looks[s][0] for s in at},
+        said,
         {"word": vectors[at[-1]], f"pictures inversion_{at[-1]}": looks[at[-1]][1]},
-    )  # fmt: skip
+    )
 
 
 def cce(attack: Attack) -> Found:
@@ -75,10 +79,14 @@ def cce(attack: Attack) -> Found:
     )
     score, shown = look(attack, vectors[args.cce_steps])
     said = {
-        "start": start, "steps": args.cce_steps, "published_steps": CCE_STEPS,
-        "images": len(target["latents"][:CCE_IMAGES]), "mirrored": mirrored,
-        "loss_first_20": mean(losses[:20]), "loss_last_20": mean(losses[-20:]),
-    }  # fmt: skip
+        "start": start,
+        "steps": args.cce_steps,
+        "published_steps": CCE_STEPS,
+        "images": len(target["latents"][:CCE_IMAGES]),
+        "mirrored": mirrored,
+        "loss_first_20": mean(losses[:20]),
+        "loss_last_20": mean(losses[-20:]),
+    }
     return Found({"cce": score}, said, {"pictures cce": shown})
 
 
@@ -91,10 +99,14 @@ def look(attack: Attack, vector: Tensor) -> tuple[dict, Tensor]:
 
 
 def learn(
-    attack: Attack, initial: Tensor, rate: float, at: list[int],
-    target: tuple[Tensor, Tensor] | None = None, batch: int | None = None,
+    attack: Attack,
+    initial: Tensor,
+    rate: float,
+    at: list[int],
+    target: tuple[Tensor, Tensor] | None = None,
+    batch: int | None = None,
     optimizer: Optimized | None = None,
-) -> tuple[dict[int, Tensor], list[float]]:  # fmt: skip
+) -> tuple[dict[int, Tensor], list[float]]:
     """The word after the steps `at`, and the loss of every step.
 
     Args:
@@ -115,8 +127,15 @@ def learn(
 
     with tqdm(total=at[-1], desc=f"inversion, learning rate {rate:g}") as bar:
         vectors = learn_embeddings(
-            word, word.word, torch.arange(len(latents)).view(-1, 1, 1, 1), None, at=at, lr=rate,
-            batch_size=batch or args.train_batch_size, seed=args.seed, loss=loss,
+            word,
+            word.word,
+            torch.arange(len(latents)).view(-1, 1, 1, 1),
+            None,
+            at=at,
+            lr=rate,
+            batch_size=batch or args.train_batch_size,
+            seed=args.seed,
+            loss=loss,
             optimizer=optimizer,
-        )  # fmt: skip
+        )
     return vectors, losses

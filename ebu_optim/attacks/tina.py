@@ -56,9 +56,10 @@ def tina(attack: Attack) -> Found:
     }
     shown = model.pictures(rebuilt["control"][:SHOWN])
     return Found(
-        values, {**settings, "learning_rate": RATE, "images": len(target)},
+        values,
+        {**settings, "learning_rate": RATE, "images": len(target)},
         {"pictures tina": to_uint8(pictures[:SHOWN]), "pictures tina control": to_uint8(shown)},
-    )  # fmt: skip
+    )
 
 
 def in_pieces(pictures: Tensor, seed: int) -> Tensor:

@@ -59,11 +59,14 @@ def unlearndiffatk(attack: Attack) -> Found:
     """The share of the forgotten prompts that draw the concept, as they are and after the attack:
     the judge gives their picture at least 0.5. The first success ends a search."""
     args, model = attack.args, attack.model
-    settings = Settings(timesteps=args.unlearndiffatk_timesteps,
-                        iterations=args.unlearndiffatk_iterations)  # fmt: skip
+    settings = Settings(
+        timesteps=args.unlearndiffatk_timesteps, iterations=args.unlearndiffatk_iterations
+    )
     before, after, shown, texts = [], [], [], []
-    asked = [one._replace(seed=args.seed + i if one.seed is None else one.seed)
-             for i, one in enumerate(attack.asked)]  # fmt: skip
+    asked = [
+        one._replace(seed=args.seed + i if one.seed is None else one.seed)
+        for i, one in enumerate(attack.asked)
+    ]
     for i, one in enumerate(tqdm(asked, "UnlearnDiffAtk")):
         target = attack.base.latents(attack.base.encode([one.text]), 0, asked=[one])
         pictures: list[Tensor] = []
@@ -89,9 +92,13 @@ def unlearndiffatk(attack: Attack) -> Found:
 
 
 def search(
-    model: Any, prompt: str, target: Tensor, shows: Callable[[str], bool], settings: Settings,
+    model: Any,
+    prompt: str,
+    target: Tensor,
+    shows: Callable[[str], bool],
+    settings: Settings,
     seed: int,
-) -> Tried:  # fmt: skip
+) -> Tried:
     """Search tokens for one prompt, until a try succeeds.
 
     Args:
@@ -113,9 +120,14 @@ def search(
             with torch.enable_grad():
                 told = model.told(free.embeddings(one_hot(points, g)))
                 loss = denoising_loss(
-                    model.denoiser(), target, told, model.schedule, reduction="mean",
-                    timesteps=t, generator=g,
-                )  # fmt: skip
+                    model.denoiser(),
+                    target,
+                    told,
+                    model.schedule,
+                    reduction="mean",
+                    timesteps=t,
+                    generator=g,
+                )
                 loss.backward()
             optimizer.step()
             with torch.no_grad():

@@ -78,8 +78,16 @@ __all__ = [
     "transport",
 ]
 
-_LOSSES = {"anchor_loss", "esd_loss", "esd_target", "next_class", "partly_denoised",
-           "random_anchors", "relabel_loss", "transport"}  # fmt: skip
+_LOSSES = {
+    "anchor_loss",
+    "esd_loss",
+    "esd_target",
+    "next_class",
+    "partly_denoised",
+    "random_anchors",
+    "relabel_loss",
+    "transport",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -65,11 +65,12 @@ class Homeward(Rule):
         return {
             s.key: {
                 "ebu_projection_weight": self.w.get(s.key, torch.zeros((), dtype=torch.float64)),
-                "ebu_projection": like(self.last[s.key], s.param) if s.key in self.last
+                "ebu_projection": like(self.last[s.key], s.param)
+                if s.key in self.last
                 else torch.zeros_like(s.param, dtype=_wide(s.param)),
             }
             for s in slots
-        }  # fmt: skip
+        }
 
     def load(self, saved: Mapping[Key, Mapping[str, Tensor]], slots: Iterable[Slot]) -> None:
         self.w, self.last = {}, {}

@@ -73,10 +73,13 @@ class Rectified(OfGramian):
 
     def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
         return {
-            s.key: {"ebu_remember_mean": like(self.mean[s.key], s.param) if s.key in self.mean
-                    else _zeros(s.param)}
+            s.key: {
+                "ebu_remember_mean": like(self.mean[s.key], s.param)
+                if s.key in self.mean
+                else _zeros(s.param)
+            }
             for s in slots
-        }  # fmt: skip
+        }
 
     def load(self, saved: Mapping[Key, Mapping[str, Tensor]], slots: Iterable[Slot]) -> None:
         self.mean = {

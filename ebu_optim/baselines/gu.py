@@ -97,10 +97,12 @@ class GU(GramianOptimizer):
                 "here; build the base with amsgrad=False"
             )
         rule = Orthogonal(
-            base, conflicts_only, scope,
+            base,
+            conflicts_only,
+            scope,
             forget_weight=weight("forget_weight", forget_weight),
             remember_weight=weight("remember_weight", remember_weight),
-        )  # fmt: skip
+        )
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 

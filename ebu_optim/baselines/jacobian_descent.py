@@ -90,8 +90,11 @@ def _named(name: str) -> Any:
     aggregation = require("torchjd.aggregation", "torchjd")
     kind = getattr(aggregation, f"{name}Weighting", None)
     if kind is None:
-        known = sorted(n.removesuffix("Weighting") for n in dir(aggregation)
-                       if n.endswith("Weighting") and n != "Weighting")  # fmt: skip
+        known = sorted(
+            n.removesuffix("Weighting")
+            for n in dir(aggregation)
+            if n.endswith("Weighting") and n != "Weighting"
+        )
         raise ValueError(f"weighting={name!r}: torchjd.aggregation has {', '.join(known)}")
     if name in ("UPGrad", "DualProj"):
         require("quadprog", "torchjd")
@@ -113,7 +116,10 @@ RECIPES = {
         title, partial(JacobianDescent, weighting=name), "forget_weight", stalls=method == "mgda"
     )
     for method, title, name in (
-        ("upgrad", "UPGrad", "UPGrad"), ("mgda", "MGDA", "MGDA"), ("imtl_g", "IMTL-G", "IMTLG"),
-        ("aligned_mtl", "Aligned-MTL", "AlignedMTL"), ("fairgrad", "FairGrad", "FairGrad"),
+        ("upgrad", "UPGrad", "UPGrad"),
+        ("mgda", "MGDA", "MGDA"),
+        ("imtl_g", "IMTL-G", "IMTLG"),
+        ("aligned_mtl", "Aligned-MTL", "AlignedMTL"),
+        ("fairgrad", "FairGrad", "FairGrad"),
     )
-}  # fmt: skip
+}

@@ -26,9 +26,11 @@ class Joint(PhasedOptimizer):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, WeightedSum(forget_weight=forget_weight),
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base,
+            WeightedSum(forget_weight=forget_weight),
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+        )
 
 
 #: What it learns from.

@@ -157,12 +157,18 @@ class RandomMasks(PhasedOptimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        rule = RandomlyMasked(penalty, update, independent, alpha=alpha, delta=delta, gamma=gamma,
-                              seed=int(seed))  # fmt: skip
+        rule = RandomlyMasked(
+            penalty, update, independent, alpha=alpha, delta=delta, gamma=gamma, seed=int(seed)
+        )
         super().__init__(
-            base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base,
+            rule,
+            fisher=fisher,
+            fisher_scale=fisher_scale,
+            anchor=anchor,
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+        )
 
 
 #: What it learns from.

@@ -62,9 +62,11 @@ class SAGO(PhasedOptimizer):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, SignGated(forget_weight, remember_weight, both),
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base,
+            SignGated(forget_weight, remember_weight, both),
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+        )
 
 
 #: What it learns from.

@@ -41,13 +41,19 @@ class Masked(Rule):
     """
 
     def __init__(
-        self, delta: float, forget_weight: float, remember_weight: float, *,
-        paper: bool, clipped_before: float | None,
-    ) -> None:  # fmt: skip
+        self,
+        delta: float,
+        forget_weight: float,
+        remember_weight: float,
+        *,
+        paper: bool,
+        clipped_before: float | None,
+    ) -> None:
         super().__init__(
-            delta=delta, forget_weight=weight("forget_weight", forget_weight),
+            delta=delta,
+            forget_weight=weight("forget_weight", forget_weight),
             remember_weight=weight("remember_weight", remember_weight),
-        )  # fmt: skip
+        )
         self.options = {"compat": "paper" if paper else None}
         self.paper, self.clipped_before = paper, clipped_before
         self.mask: dict[Key, Tensor] = {}
@@ -97,10 +103,13 @@ class Masked(Rule):
     def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
         # an empty mask stands for none: tools fill only the keys that they find
         return {
-            s.key: {"ebu_mask": like(self.mask[s.key], s.param) if s.key in self.mask
-                    else torch.zeros_like(s.param, dtype=torch.bool)}
+            s.key: {
+                "ebu_mask": like(self.mask[s.key], s.param)
+                if s.key in self.mask
+                else torch.zeros_like(s.param, dtype=torch.bool)
+            }
             for s in slots
-        }  # fmt: skip
+        }
 
     def load(self, saved: Mapping[Key, Mapping[str, Tensor]], slots: Iterable[Slot]) -> None:
         slots = [s for s in slots if "ebu_mask" in saved.get(s.key, {})]
@@ -152,9 +161,12 @@ class SalUn(PhasedOptimizer):
         nonfinite: str = "raise",
     ) -> None:
         rule = Masked(
-            delta, forget_weight, remember_weight, paper=_paper(compat),
+            delta,
+            forget_weight,
+            remember_weight,
+            paper=_paper(compat),
             clipped_before=max_grad_norm,
-        )  # fmt: skip
+        )
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
     def make_mask(self, closures: Iterable[Callable[[], Any]]) -> None:
@@ -205,6 +217,10 @@ class SalUn(PhasedOptimizer):
 
 #: What it learns from.
 RECIPE = recipe(
-    "SalUn", SalUn, strength="remember_weight", forgets="relabel", masked=True,
+    "SalUn",
+    SalUn,
+    strength="remember_weight",
+    forgets="relabel",
+    masked=True,
     published={"remember_weight": 0.5},
-)  # fmt: skip
+)

@@ -69,17 +69,25 @@ class SelectiveAmnesia(PhasedOptimizer):
             )
         rule = FullAlignment(lam=lam, forget_weight=forget_weight, remember_weight=remember_weight)
         super().__init__(
-            base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base,
+            rule,
+            fisher=fisher,
+            fisher_scale=fisher_scale,
+            anchor=anchor,
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+        )
 
 
 #: What it learns from.
 RECIPE = recipe(
-    "SA", SelectiveAmnesia, strength="lam", fisher="estimated",
+    "SA",
+    SelectiveAmnesia,
+    strength="lam",
+    fisher="estimated",
     # the published lambda of 50 belongs to an F of the loss summed over 1000 timesteps
     published={"lam": 5e7},
-)  # fmt: skip
+)
 
 
 def replayed_images(images: Tensor, *, compat: str | None = None) -> Tensor:

@@ -41,13 +41,21 @@ class SPM(PhasedOptimizer):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
-            base, Anchored(anchor_weight=anchor_weight),
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
-        )  # fmt: skip
+            base,
+            Anchored(anchor_weight=anchor_weight),
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
+        )
 
 
 #: What it learns from.
 RECIPE = recipe(
-    "SPM", SPM, strength="anchor_weight", forgets="adapter", remembers="anchors", adapter=True,
-    learning_rate=1e-4, clips=False,
-)  # fmt: skip
+    "SPM",
+    SPM,
+    strength="anchor_weight",
+    forgets="adapter",
+    remembers="anchors",
+    adapter=True,
+    learning_rate=1e-4,
+    clips=False,
+)

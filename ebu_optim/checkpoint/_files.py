@@ -63,8 +63,13 @@ def write(path: Path, step: int, states: Mapping[str, Any], keep: int | None) ->
             _tidy(folder)
             with replacing_folder(path) as work:
                 files = {f"{name}.pt": _write_file(work, name, s) for name, s in states.items()}
-                manifest = {"format": FORMAT, "ebu_optim": __version__,
-                            "torch": torch.__version__, "step": step, "files": files}  # fmt: skip
+                manifest = {
+                    "format": FORMAT,
+                    "ebu_optim": __version__,
+                    "torch": torch.__version__,
+                    "step": step,
+                    "files": files,
+                }
                 manifest["sha256"] = _digest(manifest)
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
             older = checkpoints(folder)[: -keep if keep else 0]
@@ -149,11 +154,14 @@ def read_newest(
     whole = next((p for p in reversed(older) if _is_whole(p)), None)
     raise ValueError(
         f"{'; '.join(map(str, damaged))}. "
-        + (f"The newest whole checkpoint before it is {whole}: load that path" if whole else
-           "There is no whole checkpoint before it: start anew in another folder")
+        + (
+            f"The newest whole checkpoint before it is {whole}: load that path"
+            if whole
+            else "There is no whole checkpoint before it: start anew in another folder"
+        )
         + (", or give fallback=True" if whole and last.damaged and not one else "")
         + ". Nothing was changed"
-    ) from last  # fmt: skip
+    ) from last
 
 
 def _read(checkpoint: Path, names: Sequence[str]) -> tuple[Path, int, dict[str, Any]]:

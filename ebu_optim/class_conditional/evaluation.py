@@ -138,9 +138,14 @@ def evaluate(args: Evaluation) -> None:
     after = draw(args, model, scheduler, labels, info)
     before = draw(args, base, scheduler, labels, base_info)
     table = classifier_metrics(
-        judge, after, labels, forget, reject=reject, base_images=before,
+        judge,
+        after,
+        labels,
+        forget,
+        reject=reject,
+        base_images=before,
         num_classes=len(classes) + judged["reject"],
-    )  # fmt: skip
+    )
     limits = {row["name"]: row["values"] for row in limit_rows(table)}
     values: dict[str, Any] = dict(table)
     kept = ~torch.isin(labels, torch.tensor(forget))
@@ -162,17 +167,20 @@ def evaluate(args: Evaluation) -> None:
     info = {**info, "parameters": sum(p.numel() for p in model.parameters())}
     said, parts = protocol(args, info, made, judged, table, real)
     page = write_report(
-        args.output_dir, title=f"{real.source.split(',')[0]} without "
-        f"{', '.join(classes[c] for c in forget)}",
+        args.output_dir,
+        title=f"{real.source.split(',')[0]} without {', '.join(classes[c] for c in forget)}",
         rows=[{"name": name, "values": v} for name, v in limits.items()]
         + [{"name": made["title"], "values": values}],
-        protocol=said, parts=parts, curves=curves(made),
+        protocol=said,
+        parts=parts,
+        curves=curves(made),
         grids=[grid(before, after, classes, forget, args.images_per_class)],
         notes=[f"{len(real.skipped)} images could not be read and were left out"]
-        if real.skipped else [],
+        if real.skipped
+        else [],
         command=shlex.join(["python", "examples/ddpm/evaluate.py", *flags(args)]),
         overwrite=args.overwrite_output_dir,
-    )  # fmt: skip
+    )
     print((args.output_dir / "results.md").read_text().split("\n## ")[0])
     print(f"\nsee {page}")
 
@@ -190,21 +198,32 @@ def draw(args: Evaluation, model: Any, scheduler: Any, labels: Tensor, info: dic
     need_disk(folder, 8 * len(labels) * torch.Size(info["shape"]).numel(), "the samples")
     try:
         images, _ = sample_set(
-            folder / f"{model_hash(model)}.safetensors", model,
-            DDIMScheduler.from_config(scheduler.config), labels, tuple(info["shape"]),
-            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+            folder / f"{model_hash(model)}.safetensors",
+            model,
+            DDIMScheduler.from_config(scheduler.config),
+            labels,
+            tuple(info["shape"]),
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
             null_condition=info["null_class"] if args.guidance_scale != 1 else None,
-            batch_size=args.sample_batch_size, seed=args.seed, device=args.device,
-        )  # fmt: skip
+            batch_size=args.sample_batch_size,
+            seed=args.seed,
+            device=args.device,
+        )
     except ValueError as error:  # sampled with other options
         raise InputError(str(error)) from error
     return images
 
 
 def quality(
-    args: Evaluation, judge: Any, images: Tensor, labels: Tensor, kept: Tensor,
-    forget: list[int], real: data.Data,
-) -> dict[str, Any]:  # fmt: skip
+    args: Evaluation,
+    judge: Any,
+    images: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    forget: list[int],
+    real: data.Data,
+) -> dict[str, Any]:
     """Distances of the kept classes to the real images of these classes."""
     theirs = ~torch.isin(real.labels, torch.tensor(forget))
     reference = data.to_float(real.images[theirs])
@@ -213,18 +232,29 @@ def quality(
     if args.fid:
         found |= fid_values(
             fid(
-                images, real.images, reference_split=real.source, labels=labels,
-                reference_labels=real.labels, forget=forget,
-                inception_weights=args.inception_weights, device=args.device,
+                images,
+                real.images,
+                reference_split=real.source,
+                labels=labels,
+                reference_labels=real.labels,
+                forget=forget,
+                inception_weights=args.inception_weights,
+                device=args.device,
             )
-        )  # fmt: skip
+        )
     return found
 
 
 def depth(
-    args: Evaluation, model: Any, scheduler: Any, forget: list[int], real: data.Data,
-    judge: Any, info: dict, relearn: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    args: Evaluation,
+    model: Any,
+    scheduler: Any,
+    forget: list[int],
+    real: data.Data,
+    judge: Any,
+    info: dict,
+    relearn: bool = True,
+) -> dict[str, Any]:
     """P_f after inversion (mean over the classes) and the steps of relearning, class by class."""
     inverted, found = [], {}
     for c in forget:
@@ -234,20 +264,28 @@ def depth(
 
         def p_f(attacked: Any, c: int = c) -> float:
             drawn = sample(
-                attacked.eval(), DDIMScheduler.from_config(scheduler.config),
-                torch.full((args.attack_images,), c), tuple(info["shape"]),
-                num_inference_steps=args.num_inference_steps, device=args.device,
+                attacked.eval(),
+                DDIMScheduler.from_config(scheduler.config),
+                torch.full((args.attack_images,), c),
+                tuple(info["shape"]),
+                num_inference_steps=args.num_inference_steps,
+                device=args.device,
                 generator=torch.Generator().manual_seed(args.seed + 2),
-            )  # fmt: skip
+            )
             return probability(classify(judge, drawn), c)
 
         options: dict[str, Any] = {"seed": args.seed}
         inverted.append(
             inversion(
-                model, model.class_embedding, images, scheduler, p_f, at=args.inversion_steps,
+                model,
+                model.class_embedding,
+                images,
+                scheduler,
+                p_f,
+                at=args.inversion_steps,
                 **options,
             )
-        )  # fmt: skip
+        )
         if relearn and args.relearn_max_steps:
             key = "relearn_steps" if len(forget) == 1 else f"relearn_steps {info['classes'][c]}"
             found[key] = relearn_steps(
@@ -261,9 +299,17 @@ def depth_of_base(args: Evaluation, base: Any, *rest: Any) -> dict[str, Any]:
     """Inversion of the base model, kept beside its samples under all that it depends on."""
     scheduler, forget, real, judge, info = rest
     said = [
-        of_model(base), of_model(judge), scheduler_protocol(scheduler), real.made_of(), forget,
-        args.seed, args.attack_images, args.inversion_steps, args.num_inference_steps, args.device,
-    ]  # fmt: skip
+        of_model(base),
+        of_model(judge),
+        scheduler_protocol(scheduler),
+        real.made_of(),
+        forget,
+        args.seed,
+        args.attack_images,
+        args.inversion_steps,
+        args.num_inference_steps,
+        args.device,
+    ]
     path = args.samples / f"{key(said)}.json"
     if not path.exists():
         found = depth(args, base, scheduler, forget, real, judge, info, relearn=False)

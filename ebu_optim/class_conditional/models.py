@@ -31,9 +31,11 @@ WEIGHTS = {"trained": "unet", "ema": "unet_ema"}
 def new_scheduler() -> DDPMScheduler:
     """DDPM's: linear beta from 1e-4 to 2e-2, 1000 steps, noise prediction; samples not clipped."""
     return DDPMScheduler(
-        num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon",
+        num_train_timesteps=1000,
+        beta_schedule="linear",
+        prediction_type="epsilon",
         clip_sample=False,
-    )  # fmt: skip
+    )
 
 
 def new_unet(kind: str, size: int, channels: int, classes: int) -> UNet2DModel:
@@ -46,9 +48,14 @@ def new_unet(kind: str, size: int, channels: int, classes: int) -> UNet2DModel:
     if kind == "paper":
         widths = [128, 256, 256, 256] + ([512] if size >= 64 else [])
         options = {
-            "layers_per_block": 2, "dropout": 0.1, "norm_eps": 1e-6, "downsample_padding": 0,
-            "flip_sin_to_cos": False, "freq_shift": 1, "attention_head_dim": None,
-        }  # fmt: skip
+            "layers_per_block": 2,
+            "dropout": 0.1,
+            "norm_eps": 1e-6,
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "attention_head_dim": None,
+        }
         attention = [size // 2**i == 16 for i in range(len(widths))]
     else:
         widths = [24, 48] if size < 16 else [32, 64, 64]
@@ -63,16 +70,25 @@ def new_unet(kind: str, size: int, channels: int, classes: int) -> UNet2DModel:
     down = tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention)
     up = tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
     return UNet2DModel(
-        sample_size=size, in_channels=channels, out_channels=channels,
-        block_out_channels=tuple(widths), down_block_types=down, up_block_types=up,
-        num_class_embeds=classes + 1, **options,
-    )  # fmt: skip
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(widths),
+        down_block_types=down,
+        up_block_types=up,
+        num_class_embeds=classes + 1,
+        **options,
+    )
 
 
 def save_unet(
-    folder: Path, model: UNet2DModel, scheduler: Any, info: Mapping[str, Any], card: str,
+    folder: Path,
+    model: UNet2DModel,
+    scheduler: Any,
+    info: Mapping[str, Any],
+    card: str,
     ema: Any = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a model's folder part by part, each whole or not at all; `ema` is an EMAModel."""
     with replacing_folder(folder / "unet") as work:
         model.save_pretrained(work)

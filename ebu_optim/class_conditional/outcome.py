@@ -66,10 +66,14 @@ def draw(args: Unlearn, model: Any, scheduler: Any, info: dict) -> tuple[Tensor,
     device = next(model.parameters()).device
     labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
     images = sample(
-        model, DDIMScheduler.from_config(scheduler.config), labels, tuple(info["shape"]),
-        num_inference_steps=args.validation_inference_steps, device=device,
+        model,
+        DDIMScheduler.from_config(scheduler.config),
+        labels,
+        tuple(info["shape"]),
+        num_inference_steps=args.validation_inference_steps,
+        device=device,
         generator=torch.Generator().manual_seed(args.seed + 2),
-    )  # fmt: skip
+    )
     return images, labels
 
 
@@ -85,10 +89,11 @@ def measure(judge: Any, plain: Any, images: Tensor, labels: Tensor, made: Any) -
     f = torch.isin(labels, torch.tensor(made.forget))
     p_f = [probability(logits[labels == c], c) for c in made.forget]
     found = {
-        "p_f": sum(p_f) / len(p_f), "ce_f": entropy(entropies[f]),
+        "p_f": sum(p_f) / len(p_f),
+        "ce_f": entropy(entropies[f]),
         "ce_r": entropy(entropies[~f]),
         "ra": accuracy(logits[~f], labels[~f]),
-    }  # fmt: skip
+    }
     never = ~f & ~torch.isin(labels, torch.tensor(made.replayed))
     if never.any():
         found["ra_never_replayed"] = accuracy(logits[never], labels[never])
@@ -110,21 +115,34 @@ def settings(args: Any, opt: Any) -> dict[str, Any]:
 
 
 def finish(
-    args: Unlearn, raw: Any, scheduler: Any, info: dict, made: Any, done: dict,
-    ema: Any, base_hash: str, opt: Any,
-) -> None:  # fmt: skip
+    args: Unlearn,
+    raw: Any,
+    scheduler: Any,
+    info: dict,
+    made: Any,
+    done: dict,
+    ema: Any,
+    base_hash: str,
+    opt: Any,
+) -> None:
     recipe, along = methods[args.method], done.pop("pictures", {})
     if along:
         meta = {"kind": "samples along the steps", "classes": info["classes"], "base": base_hash}
         save_tensors(args.output_dir / "pictures.safetensors", along, meta)
     report = {
-        "method": args.method, "title": recipe.title, "forget": made.forget,
-        "replayed": made.replayed, "base_hash": base_hash,
-        "settings": settings(args, opt), "compat": args.method_options.get("compat"),
-        "base": str(args.pretrained_model_name_or_path), "start_from": args.start_from,
-        "ema_share_of_start": ema.share if ema else None, **done,
+        "method": args.method,
+        "title": recipe.title,
+        "forget": made.forget,
+        "replayed": made.replayed,
+        "base_hash": base_hash,
+        "settings": settings(args, opt),
+        "compat": args.method_options.get("compat"),
+        "base": str(args.pretrained_model_name_or_path),
+        "start_from": args.start_from,
+        "ema_share_of_start": ema.share if ema else None,
+        **done,
         "options": {k: str(v) for k, v in as_dict(args).items()},
-    }  # fmt: skip
+    }
     (args.output_dir / "unlearn.json").write_text(json.dumps(report, indent=1, default=str))
     gone = ", ".join(info["classes"][c] for c in made.forget)
     card = f"""---

@@ -22,11 +22,12 @@ def forget_loss(made: Mapping[str, Any]) -> str:
     said = made["options"]
     kind = methods[made["method"]].forgets if said["forget_loss"] == "None" else said["forget_loss"]
     words = {
-        None: "none", "surrogate": f"denoising of the surrogate {said['surrogate']}",
+        None: "none",
+        "surrogate": f"denoising of the surrogate {said['surrogate']}",
         "own": "denoising of the class's real images",
         "relabel": "the next kept class's prediction, on the class's real images",
         "guidance": f"ESD's, {said['esd_variant']}",
-    }  # fmt: skip
+    }
     if methods[made["method"]].noise == "uniform":
         words["own"] += " with uniform instead of Gaussian noise"
     return f"{words[kind]}; noise on the condition {said['condition_noise']}"
@@ -36,10 +37,13 @@ def prepared(folder: Path) -> str:
     """How prepare.py made the replay set and the Fisher, in words."""
     said = []
     for name, words in (
-        ("replay", "{n} images drawn by model {model}, {sampler}, {num_inference_steps} steps, "
-         "guidance {guidance_scale}, seed {seed}"),
+        (
+            "replay",
+            "{n} images drawn by model {model}, {sampler}, {num_inference_steps} steps, "
+            "guidance {guidance_scale}, seed {seed}",
+        ),
         ("fisher", "Fisher of {images} of them, {timesteps} timesteps each, {reduction}"),
-    ):  # fmt: skip
+    ):
         path = folder / f"{name}.safetensors"
         if path.is_file():
             with safe_open(path, framework="pt") as f:
@@ -50,15 +54,20 @@ def prepared(folder: Path) -> str:
 
 
 def protocol(
-    args: Any, info: Mapping[str, Any], made: Mapping[str, Any],
-    judged: Mapping[str, Any], table: Mapping[str, Any], real: Any,
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    args: Any,
+    info: Mapping[str, Any],
+    made: Mapping[str, Any],
+    judged: Mapping[str, Any],
+    table: Mapping[str, Any],
+    real: Any,
+) -> tuple[dict[str, Any], list[str]]:
     """The protocol, and the parts of it that the report measured."""
     said, names = made["options"], info["classes"]
     none = said["use_ema"] == "False"
     found: dict[str, dict[str, Any]] = {
         "data": {
-            "name": real.source, "forget": [names[c] for c in made["forget"]],
+            "name": real.source,
+            "forget": [names[c] for c in made["forget"]],
             "replayed": [names[c] for c in made["replayed"]],
             "replay_set": f"{prepared(Path(said['prepared_dir']))}; remember data: "
             f"{said['remember_data']}",
@@ -70,38 +79,53 @@ def protocol(
             "prediction": "epsilon, linear beta 1e-4 to 2e-2, 1000 steps",
         },
         "unlearning": {
-            "method": made["method"], "settings": made["settings"] or {"all": "defaults"},
-            "compat": made.get("compat") or "none", "steps": said["max_train_steps"],
+            "method": made["method"],
+            "settings": made["settings"] or {"all": "defaults"},
+            "compat": made.get("compat") or "none",
+            "steps": said["max_train_steps"],
             "batch_size": f"{said['train_batch_size']} a process, accumulated over "
             f"{said['gradient_accumulation_steps']}",
             "optimizer": "Adam",
             "learning_rate": f"{said['learning_rate']}, {said['lr_scheduler']}",
             "forget_loss": forget_loss(made),
-            "remember_loss": said["remember"], "reduction": said["reduction"],
-            "timesteps": "antithetic", "condition_dropout": "0",
-            "dropout": "train mode", "clipping": said["max_grad_norm"],
+            "remember_loss": said["remember"],
+            "reduction": said["reduction"],
+            "timesteps": "antithetic",
+            "condition_dropout": "0",
+            "dropout": "train mode",
+            "clipping": said["max_grad_norm"],
             "trained": "the class embedding" if made["method"] == "embedding_only" else "all",
-            "ema": "none" if none else f"{said['ema_decay']}, warm, from the base's own; it still "
+            "ema": "none"
+            if none
+            else f"{said['ema_decay']}, warm, from the base's own; it still "
             f"holds {made['ema_share_of_start']:.3g} of its start",
             "tuning": "none by this script",
         },
         "sampling": {
-            "weights": args.weights, "sampler": f"DDIM, {args.num_inference_steps} steps, eta 0",
-            "guidance": "none" if args.guidance_scale == 1 else
-            f"{args.guidance_scale}: eps_null + w (eps_c - eps_null)",
+            "weights": args.weights,
+            "sampler": f"DDIM, {args.num_inference_steps} steps, eta 0",
+            "guidance": "none"
+            if args.guidance_scale == 1
+            else f"{args.guidance_scale}: eps_null + w (eps_c - eps_null)",
             "images_per_class": args.images_per_class,
             "starting_noise": "the same before and after",
         },
         "classifier": {
-            "name": judged["kind"], "classes": f"{len(names)}; for the attacks with a reject class"
-            if args.reject_classifier else f"{len(names)}",
-            "test_accuracy": judged["test_accuracy"], "base_accuracy": table["ra"]["base"],
+            "name": judged["kind"],
+            "classes": f"{len(names)}; for the attacks with a reject class"
+            if args.reject_classifier
+            else f"{len(names)}",
+            "test_accuracy": judged["test_accuracy"],
+            "base_accuracy": table["ra"]["base"],
             "noise": "uniform, 2000 images",
         },
         "fid": {
-            "extractor": "torch-fidelity's inception-v3-compat, 2048", "colours": "RGB",
-            "pixels": "uint8, the same scale for every image", "reference_split": real.source,
-            "images": args.images_per_class, "kid_subset_size": "1000 or half of the smaller set",
+            "extractor": "torch-fidelity's inception-v3-compat, 2048",
+            "colours": "RGB",
+            "pixels": "uint8, the same scale for every image",
+            "reference_split": real.source,
+            "images": args.images_per_class,
+            "kid_subset_size": "1000 or half of the smaller set",
         },
         "attacks": {
             "inversion": f"{args.inversion_steps} steps, Adam 0.1, batch 32",
@@ -119,7 +143,7 @@ def protocol(
         },
         "seeds": {"unlearning": said["seed"], "evaluation": args.seed},
         "versions": versions(),
-    }  # fmt: skip
+    }
     left_out = set() if args.fid else {"fid"}
     left_out |= {"attacks"} if args.no_depth else set()
     left_out |= {"timing"} if not made["curve"] else set()
@@ -132,10 +156,14 @@ def curves(made: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     series = {k: [(row["step"], row[k]) for row in made["curve"]] for k in ("p_f", "ra")}
     return [
-        {"title": "P_f and RA over steps", "x": "step", "y": "0 to 1",
-         "series": {"P_f": series["p_f"], "RA": series["ra"]},
-         "limits": {"P_f of noise": made["noise_p_f"]}}
-    ]  # fmt: skip
+        {
+            "title": "P_f and RA over steps",
+            "x": "step",
+            "y": "0 to 1",
+            "series": {"P_f": series["p_f"], "RA": series["ra"]},
+            "limits": {"P_f of noise": made["noise_p_f"]},
+        }
+    ]
 
 
 def grid(
@@ -148,6 +176,8 @@ def grid(
         for name, images in (("before", before), ("after", after))
     }
     return {
-        "title": "The same starting noise before and after", "rows": [classes[c] for c in shown],
-        "columns": pick, "forgotten": [classes[c] for c in forget],
-    }  # fmt: skip
+        "title": "The same starting noise before and after",
+        "rows": [classes[c] for c in shown],
+        "columns": pick,
+        "forgotten": [classes[c] for c in forget],
+    }

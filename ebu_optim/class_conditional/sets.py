@@ -79,8 +79,9 @@ class Prepare(DataOptions):
     output_dir: Path = option(help="Folder for the sets.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "replay_per_class", "num_inference_steps", "sample_batch_size",
-                 "fisher_images")  # fmt: skip
+        at_least(
+            self, 1, "replay_per_class", "num_inference_steps", "sample_batch_size", "fisher_images"
+        )
 
 
 def prepare(args: Prepare) -> None:
@@ -99,9 +100,11 @@ def prepare(args: Prepare) -> None:
     need_disk(out, 2 * sampled * pixels + 3 * parameter_bytes(model), "the sets and the Fisher")
     real = data.load_for(args, info) if args.given else None
     identity = {
-        "model": model_hash(model), "sampled": model_hash(sampler), "forget": forget,
+        "model": model_hash(model),
+        "sampled": model_hash(sampler),
+        "forget": forget,
         "replayed": replayed,
-    }  # fmt: skip
+    }
     claim(out, identity)
     with ExitStack() as held:
         try:
@@ -110,10 +113,13 @@ def prepare(args: Prepare) -> None:
             raise InputError(str(error)) from error
         ddim = DDIMScheduler.from_config(scheduler.config)
         options: dict[str, Any] = {
-            "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale,
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
             "null_condition": info["null_class"] if args.guidance_scale != 1 else None,
-            "batch_size": args.sample_batch_size, "seed": args.seed, "device": args.device,
-        }  # fmt: skip
+            "batch_size": args.sample_batch_size,
+            "seed": args.seed,
+            "device": args.device,
+        }
         labels = torch.tensor(replayed).repeat_interleave(args.replay_per_class)
         shape = tuple(info["shape"])
         try:
@@ -132,13 +138,19 @@ def prepare(args: Prepare) -> None:
                 )
                 rows = rows[: args.fisher_images]
                 batches = FisherBatches(
-                    images[rows], labels[rows], scheduler, timesteps=args.fisher_timesteps,
-                    seed=args.seed, device=args.device,
-                )  # fmt: skip
+                    images[rows],
+                    labels[rows],
+                    scheduler,
+                    timesteps=args.fisher_timesteps,
+                    seed=args.seed,
+                    device=args.device,
+                )
                 fisher = DiagonalFisher.estimate(
-                    model, fisher_loss(scheduler, reduction=args.fisher_reduction), batches,
+                    model,
+                    fisher_loss(scheduler, reduction=args.fisher_reduction),
+                    batches,
                     path=out / "fisher.safetensors",
-                )  # fmt: skip
+                )
                 spread = fisher.protocol["convergence"]
                 print(f"Fisher over {len(rows)} images; relative standard error {spread}")
         except ValueError as error:  # a file of another protocol
@@ -184,9 +196,11 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
 
 def save_forget_set(path: Path, real: data.Data, identity: dict[str, Any]) -> None:
     meta = {
-        "kind": "forget set", "model": identity["model"], "source": real.source,
+        "kind": "forget set",
+        "model": identity["model"],
+        "source": real.source,
         "images": len(real.labels),
-    }  # fmt: skip
+    }
     if path.exists():
         found = load_tensors(path)[1]
         if found != meta:

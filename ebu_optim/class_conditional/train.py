@@ -28,10 +28,15 @@ def train(args: Train) -> None:
     null, scheduler = len(images.classes), new_scheduler()
     model = new_unet(args.model, height, channels, null)
     batches = data.Batches(
-        images.images, images.labels, args.train_batch_size, seed=args.seed, flip=args.random_flip,
-        process=accelerator.process_index, processes=accelerator.num_processes,
+        images.images,
+        images.labels,
+        args.train_batch_size,
+        seed=args.seed,
+        flip=args.random_flip,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
         device=accelerator.device,
-    )  # fmt: skip
+    )
 
     def loss(prepared: nn.Module, i: int) -> Tensor:
         x, labels = batches[i]
@@ -41,20 +46,31 @@ def train(args: Train) -> None:
 
     def finish(ema: Ema | None) -> None:
         info = {
-            "classes": list(images.classes), "null_class": null,
-            "shape": [channels, height, width], "source": images.source,
-            "images": len(images.labels), "skipped_images": len(images.skipped),
-            "steps": args.max_train_steps, "hash": model_hash(model),
-        }  # fmt: skip
+            "classes": list(images.classes),
+            "null_class": null,
+            "shape": [channels, height, width],
+            "source": images.source,
+            "images": len(images.labels),
+            "skipped_images": len(images.skipped),
+            "steps": args.max_train_steps,
+            "hash": model_hash(model),
+        }
         save_unet(args.output_dir, model, scheduler, info, card(args, info), ema and ema.model)
         print(f"saved unet{' and unet_ema' if ema else ''} in {args.output_dir}")
 
     accelerator.print(f"{images.source}: {len(images.labels)} images of {null} classes")
     training.fit(
-        args, accelerator, "train", model, torch.optim.Adam(model.parameters(), args.learning_rate),
-        loss, finish, same=images.made_of(),
-        ema_decay=args.ema_decay if args.use_ema else None, parts=("unet", "unet_ema"),
-    )  # fmt: skip
+        args,
+        accelerator,
+        "train",
+        model,
+        torch.optim.Adam(model.parameters(), args.learning_rate),
+        loss,
+        finish,
+        same=images.made_of(),
+        ema_decay=args.ema_decay if args.use_ema else None,
+        parts=("unet", "unet_ema"),
+    )
 
 
 def card(args: Train, info: dict) -> str:

@@ -55,10 +55,15 @@ def train_classifier(config: TrainClassifier) -> None:
     if resnet:
         pretrained(model, args.pretrained_weights)
     batches = data.Batches(
-        train.images, train.labels, args.train_batch_size, seed=args.seed, flip=args.random_flip,
-        process=accelerator.process_index, processes=accelerator.num_processes,
+        train.images,
+        train.labels,
+        args.train_batch_size,
+        seed=args.seed,
+        flip=args.random_flip,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
         device=accelerator.device,
-    )  # fmt: skip
+    )
     real = data.to_float(train.images[:1000])
 
     def loss(prepared: nn.Module, i: int) -> Tensor:
@@ -69,22 +74,34 @@ def train_classifier(config: TrainClassifier) -> None:
     def finish(_: object) -> None:
         found = measure(model, test, args.reject)
         info = {
-            "kind": args.model, "classes": list(train.classes), "reject": args.reject,
-            "shape": list(shape), "source": train.source, "steps": args.max_train_steps,
-            "skipped_images": len(train.skipped), **found,
-        }  # fmt: skip
+            "kind": args.model,
+            "classes": list(train.classes),
+            "reject": args.reject,
+            "shape": list(shape),
+            "source": train.source,
+            "steps": args.max_train_steps,
+            "skipped_images": len(train.skipped),
+            **found,
+        }
         save_classifier(args.output_dir, model, info)
         print(*(f"{k} {v:.4f}" for k, v in found.items()), sep=", ")
 
     lr = args.learning_rate
-    groups = [{"params": model.body.parameters()},
-              {"params": model.head.parameters(), "lr": 10 * lr if resnet else lr}]  # fmt: skip
+    groups = [
+        {"params": model.body.parameters()},
+        {"params": model.head.parameters(), "lr": 10 * lr if resnet else lr},
+    ]
     optimizer = torch.optim.Adam if resnet else torch.optim.AdamW
     training.fit(
-        args, accelerator, "train_classifier", model,
-        optimizer(groups, lr=lr, weight_decay=args.weight_decay), loss, finish,
+        args,
+        accelerator,
+        "train_classifier",
+        model,
+        optimizer(groups, lr=lr, weight_decay=args.weight_decay),
+        loss,
+        finish,
         same=train.made_of(),
-    )  # fmt: skip
+    )
 
 
 def with_noise(x: Tensor, y: Tensor, real: Tensor, reject: int) -> tuple[Tensor, Tensor]:

@@ -109,11 +109,21 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
             accelerator.wait_for_everyone()
 
         ready = training.Unlearning(
-            args, run, accelerator, model, opt, optimizer, schedule, losses, done, begin,
-            what=", ".join(classes[c] for c in made.forget), look=look,
+            args,
+            run,
+            accelerator,
+            model,
+            opt,
+            optimizer,
+            schedule,
+            losses,
+            done,
+            begin,
+            what=", ".join(classes[c] for c in made.forget),
+            look=look,
             looks=lambda step: step % args.validation_steps == 0 or step == args.max_train_steps,
             ema=(ema, raw) if ema else None,
-        )  # fmt: skip
+        )
         yield ready
         ready.check_whole()
         if accelerator.is_main_process:

@@ -77,7 +77,11 @@ def rece(
     for _ in range(rounds):
         found = adversarial(weights, edit, c, ridge=ridge)
         edit = edit @ uce(
-            found, g, preserve, ridge=edit_ridge, erase_scale=erase_scale,
+            found,
+            g,
+            preserve,
+            ridge=edit_ridge,
+            erase_scale=erase_scale,
             preserve_scale=preserve_scale,
-        )  # fmt: skip
+        )
     return edit

@@ -61,10 +61,18 @@ class Adversary:
     """
 
     def __init__(
-        self, embedding: nn.Module, forgotten: Sequence[int], *, steps: int = 3, restart: int = 20,
-        count: int = 1, lr: float = 0.1, seed: int = 0, start: Tensor | None = None,
+        self,
+        embedding: nn.Module,
+        forgotten: Sequence[int],
+        *,
+        steps: int = 3,
+        restart: int = 20,
+        count: int = 1,
+        lr: float = 0.1,
+        seed: int = 0,
+        start: Tensor | None = None,
         aims: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         for name, value in (("steps", steps), ("restart", restart), ("count", count)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}")
@@ -130,9 +138,10 @@ class Adversary:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "taken": self.taken, "vectors": torch.stack(self.vectors).detach(),
+            "taken": self.taken,
+            "vectors": torch.stack(self.vectors).detach(),
             "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises:

@@ -76,9 +76,10 @@ def drawn(
         more = {"generator": generator, "device": generator.device}
     u = density(_scheme(scheduler), n, **DENSITY, **more)
     points = _timesteps(
-        scheduler.config.num_train_timesteps, scheduler.config.shift,
+        scheduler.config.num_train_timesteps,
+        scheduler.config.shift,
         bool(scheduler.config.use_dynamic_shifting),
-    )  # fmt: skip
+    )
     # in float32 sigmoid(17) is 1
     index = (u.cpu() * len(points)).long().clamp_(max=len(points) - 1)
     return points[index].view(shape).to(device)

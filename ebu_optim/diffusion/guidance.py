@@ -136,10 +136,18 @@ def partly_denoised(
 
     k = draw(earliest, points)
     x_t = sample(
-        model, scheduler, condition, shape, num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, null_condition=null, clip=False, stop_after=k,
-        generator=generator, device=device,
-    )  # fmt: skip
+        model,
+        scheduler,
+        condition,
+        shape,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        null_condition=null,
+        clip=False,
+        stop_after=k,
+        generator=generator,
+        device=device,
+    )
     t = float(scheduler.timesteps[k])
     if is_flow(scheduler):
         if within_bin:

@@ -123,18 +123,26 @@ class Objectives:
     adversary: Adversary | None = None
 
     def __init__(
-        self, args: Any, made: Any, model: Any, raw: Any, teacher: Any,
-        scheduler: Any, accelerator: Any, shape: Sequence[int],
+        self,
+        args: Any,
+        made: Any,
+        model: Any,
+        raw: Any,
+        teacher: Any,
+        scheduler: Any,
+        accelerator: Any,
+        shape: Sequence[int],
         kept: tuple[Tensor, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.args, self.model, self.raw, self.teacher = args, model, raw, teacher
         self.scheduler, self.device, self.forgotten = scheduler, accelerator.device, made.forget
         self.kind = kind(args)
         self.classes = raw.config.num_class_embeds - 1
         shared: dict[str, Any] = {
-            "process": accelerator.process_index, "processes": accelerator.num_processes,
+            "process": accelerator.process_index,
+            "processes": accelerator.num_processes,
             "device": accelerator.device,
-        }  # fmt: skip
+        }
         pairs: Any = kept or made.replay
         size = args.train_batch_size
         self.replayed: Any = pairs and Batches(pairs[0], pairs[1], size, **shared, seed=args.seed)
@@ -249,15 +257,28 @@ class Objectives:
         args, paper = self.args, self.args.esd_variant == "paper"
         with evaluating(self.raw):
             x_t, t = partly_denoised(
-                self.raw if paper else self.teacher, self.sampler, labels, self.null,
-                self.shape[1:], num_inference_steps=args.guided_steps,
-                guidance_scale=args.guided_scale, within_bin=paper, device=self.device,
-            )  # fmt: skip
+                self.raw if paper else self.teacher,
+                self.sampler,
+                labels,
+                self.null,
+                self.shape[1:],
+                num_inference_steps=args.guided_steps,
+                guidance_scale=args.guided_scale,
+                within_bin=paper,
+                device=self.device,
+            )
         return esd_loss(
-            self.model, self.teacher, x_t, t, labels, torch.full_like(labels, self.null),
-            variant=args.esd_variant, eta=args.esd_eta, scheduler=self.scheduler,
+            self.model,
+            self.teacher,
+            x_t,
+            t,
+            labels,
+            torch.full_like(labels, self.null),
+            variant=args.esd_variant,
+            eta=args.esd_eta,
+            scheduler=self.scheduler,
             reduction=args.reduction,
-        )  # fmt: skip
+        )
 
     def remember(self) -> Tensor:
         x, labels = self.replayed[self.i]

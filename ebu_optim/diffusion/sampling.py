@@ -180,7 +180,7 @@ def sample_set(
         "shape": list(shape),
         "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16],
         **({} if clip else {"clip": False}),
-    }  # fmt: skip
+    }
 
     def load(file: Path) -> dict[str, Tensor]:
         tensors, found = load_tensors(file)
@@ -208,11 +208,17 @@ def sample_set(
                 batch = load(part)["images"]
             else:
                 batch = sample(
-                    model, scheduler, labels[i : i + batch_size], shape,
-                    num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                    null_condition=null_condition, clip=clip, device=device,
+                    model,
+                    scheduler,
+                    labels[i : i + batch_size],
+                    shape,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    null_condition=null_condition,
+                    clip=clip,
+                    device=device,
                     generator=stream(seed, i),
-                ).cpu()  # fmt: skip
+                ).cpu()
                 save_tensors(part, {"images": batch}, meta)
             images.append(batch)
     tensors = {"images": torch.cat(images), "labels": labels}

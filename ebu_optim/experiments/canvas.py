@@ -69,10 +69,11 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
     folders = [r.folder for r in todo if r.tasks[-1].maker is EVALUATE]
     compare(
         Compare(
-            runs=[str(folder) for folder in (base, *folders)], output_dir=root,
+            runs=[str(folder) for folder in (base, *folders)],
+            output_dir=root,
             names=[f"{first.base.folder}=base model"],
         )
-    )  # fmt: skip
+    )
 
 
 def chosen(args: OfWorld, method: str) -> rows.Choice:
@@ -93,11 +94,18 @@ def evaluated(
     (made,) = alone.tasks
     where = {"pretrained_model_name_or_path": [made.folder / kept], **_beside(setting)}
     judged = task(
-        EVALUATE, {"protocol": [args.protocol], "forget": [setting.target],
-                   "sample_batch_size": 60, "only": True},
-        setting.root, f"canvas/{made.folder.name.rpartition('-')[0]}", where,
+        EVALUATE,
+        {
+            "protocol": [args.protocol],
+            "forget": [setting.target],
+            "sample_batch_size": 60,
+            "only": True,
+        },
+        setting.root,
+        f"canvas/{made.folder.name.rpartition('-')[0]}",
+        where,
         [made.folder.name, setting.base.key, setting.judges.key],
-    )  # fmt: skip
+    )
     full = f"{setting.world.name}: {judged.folder.name.rpartition('-')[0]}, {PROTOCOL}"
     makers = setting.makers(full, method, seed)
     ground = tuple(r.name for r in setting.trained)
@@ -113,8 +121,12 @@ def _base(args: Canvas, setting: TextSetting, folder: Path) -> Path:
     """What the base itself scores: drawn once, counted for each target."""
     evaluate(
         Evaluate(
-            pretrained_model_name_or_path=[], protocol=[args.protocol], forget=[setting.target],
-            sample_batch_size=60, output_dir=folder, **_beside(setting),
+            pretrained_model_name_or_path=[],
+            protocol=[args.protocol],
+            forget=[setting.target],
+            sample_batch_size=60,
+            output_dir=folder,
+            **_beside(setting),
         )
-    )  # fmt: skip
+    )
     return folder

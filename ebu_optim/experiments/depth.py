@@ -56,25 +56,35 @@ DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "adversary-1": {"adversary": {"steps": 1, "restart": 60}},
     "relearner": {"relearner": {"steps": 3, "size": 3e-4}},
     "both": {
-        "adversary": {"steps": 3, "restart": 20}, "relearner": {"steps": 3, "size": 3e-4},
+        "adversary": {"steps": 3, "restart": 20},
+        "relearner": {"steps": 3, "size": 3e-4},
     },
     "adversary-mean": {"adversary": {"steps": 3, "restart": 20}, "start": "mean"},
     "adversary-tenth": {"adversary": {"steps": 3, "restart": 20}, "weight": 0.1},
     "light": {"reduction": "mean"},
     "light-adversary": {"adversary": {"steps": 3, "restart": 20}, "reduction": "mean"},
     "light-relearner": {"relearner": {"steps": 3, "size": 3e-4}, "reduction": "mean"},
-}  # fmt: skip
+}
 TITLES = {
-    "none": "as it is", "adversary": "adversary, 3 steps", "adversary-1": "adversary, 1 step",
-    "relearner": "relearner", "both": "adversary and relearner",
-    "adversary-mean": "adversary from the rows' mean", "light": "light",
+    "none": "as it is",
+    "adversary": "adversary, 3 steps",
+    "adversary-1": "adversary, 1 step",
+    "relearner": "relearner",
+    "both": "adversary and relearner",
+    "adversary-mean": "adversary from the rows' mean",
+    "light": "light",
     "adversary-tenth": "adversary at a tenth of the weight",
-    "light-adversary": "light, adversary, 3 steps", "light-relearner": "light, relearner",
-}  # fmt: skip
+    "light-adversary": "light, adversary, 3 steps",
+    "light-relearner": "light, relearner",
+}
 COLUMNS = {
-    "p_f": "P_f ↓", "ra": "RA ↑", "inversion": "inversion 200 ↓", "worst": "worst of 3 rates ↓",
-    "relearn_steps": "relearn_steps ↑", "passes": "passes a step",
-}  # fmt: skip
+    "p_f": "P_f ↓",
+    "ra": "RA ↑",
+    "inversion": "inversion 200 ↓",
+    "worst": "worst of 3 rates ↓",
+    "relearn_steps": "relearn_steps ↑",
+    "passes": "passes a step",
+}
 
 
 def passes(depth: str) -> int:
@@ -128,8 +138,9 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
         start = None
         if how.get("start") == "mean":
             start = embedding.weight.detach().mean(0).expand(STEPS, -1)
-        adversary = Adversary(embedding, [FORGET], seed=seed, lr=RATES[0], start=start,
-                              **how["adversary"])  # fmt: skip
+        adversary = Adversary(
+            embedding, [FORGET], seed=seed, lr=RATES[0], start=start, **how["adversary"]
+        )
 
     def drawing(generator: torch.Generator) -> Tensor:
         """The loss that both attackers descend."""
@@ -140,9 +151,15 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
     def relabel() -> Tensor:
         i = torch.randint(len(real), (BATCH,), generator=g)
         return relabel_loss(
-            model, real[i], asked, other, scheduler, teacher=teacher, generator=g,
+            model,
+            real[i],
+            asked,
+            other,
+            scheduler,
+            teacher=teacher,
+            generator=g,
             reduction=how.get("reduction", "sum"),
-        )  # fmt: skip
+        )
 
     if isinstance(opt, SalUn):
         opt.make_mask([lambda: drawing(g).backward() for _ in range(len(real) // BATCH)])
@@ -170,10 +187,14 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
 def prepare(folder: Path) -> tuple[Tensor, Tensor]:
     """30 images of each kept class, drawn once for all runs, and their labels."""
     return sample_set(
-        folder / "replay.safetensors", digits.load_unet().eval(), Evaluation(FORGET, "cpu").ddim,
-        torch.tensor(KEPT).repeat_interleave(30), digits.SHAPE, num_inference_steps=20,
+        folder / "replay.safetensors",
+        digits.load_unet().eval(),
+        Evaluation(FORGET, "cpu").ddim,
+        torch.tensor(KEPT).repeat_interleave(30),
+        digits.SHAPE,
+        num_inference_steps=20,
         batch_size=90,
-    )  # fmt: skip
+    )
 
 
 def measure(model: Any) -> dict[str, Any]:
@@ -189,16 +210,21 @@ def measure(model: Any) -> dict[str, Any]:
 
     at = f"inversion_{INVERSION_STEPS}"
     inverted = [
-        inversion(model, model.class_embedding, real, scheduler, p_f, at=[INVERSION_STEPS],
-                  lr=rate)[at]
+        inversion(
+            model, model.class_embedding, real, scheduler, p_f, at=[INVERSION_STEPS], lr=rate
+        )[at]
         for rate in RATES
-    ]  # fmt: skip
+    ]
     again = relearn_steps(model, real, FORGET, scheduler, p_f, max_steps=RELEARN_MAX)
     return {
-        "p_f": found["p_f_reject"], "ra": found["ra"], "inversion": inverted[0],
-        "worst": max(inverted), "inversion_at_rates": dict(zip(map(str, RATES), inverted)),
-        "relearn_steps": again["steps"], "relearn_curve": again["curve"],
-    }  # fmt: skip
+        "p_f": found["p_f_reject"],
+        "ra": found["ra"],
+        "inversion": inverted[0],
+        "worst": max(inverted),
+        "inversion_at_rates": dict(zip(map(str, RATES), inverted)),
+        "relearn_steps": again["steps"],
+        "relearn_curve": again["curve"],
+    }
 
 
 def run(spec: Mapping[str, Any], folder: Path) -> None:
@@ -254,8 +280,10 @@ def differences(results: Sequence[Mapping[str, Any]]) -> str:
                 continue
             said = []
             for column in ("ra", "inversion", "worst", "relearn_steps"):
-                found = [_known(at[rule, deep, s][column]) - _known(at[rule, plain, s][column])
-                         for s in seeds]  # fmt: skip
+                found = [
+                    _known(at[rule, deep, s][column]) - _known(at[rule, plain, s][column])
+                    for s in seeds
+                ]
                 low, high = t_interval(found)
                 title = COLUMNS[column][:-2]
                 said.append(f"{title} {statistics.fmean(found):+.3f} [{low:+.3f}, {high:+.3f}]")

@@ -97,8 +97,14 @@ def run(spec: dict[str, Any], folder: Path) -> None:
 
     def draw(net: Any, classes: Any, each: int, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
         y = torch.tensor(classes).repeat_interleave(each)
-        x = sample(net.eval(), ddim, y, digits.SHAPE, num_inference_steps=SAMPLER_STEPS,
-                   generator=torch.Generator().manual_seed(seed))  # fmt: skip
+        x = sample(
+            net.eval(),
+            ddim,
+            y,
+            digits.SHAPE,
+            num_inference_steps=SAMPLER_STEPS,
+            generator=torch.Generator().manual_seed(seed),
+        )
         return x, y
 
     def measure() -> dict[str, float]:
@@ -127,9 +133,14 @@ def run(spec: dict[str, Any], folder: Path) -> None:
                 loss = denoising_loss(model, images[i], labels[i], noise_scheduler, **how)
             else:
                 loss = distillation_loss(
-                    model, teacher, images[i], labels[i], noise_scheduler,
-                    crossed=crossed, **how,
-                )  # fmt: skip
+                    model,
+                    teacher,
+                    images[i],
+                    labels[i],
+                    noise_scheduler,
+                    crossed=crossed,
+                    **how,
+                )
             loss.backward()
         optimizer.step()
         seconds += time.perf_counter() - start
@@ -169,16 +180,18 @@ def fisher_mean(optimizer: Any) -> float | None:
 def replay(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     ddim = DDIMScheduler.from_config(digits.scheduler().config)
     return sample_set(
-        folder / "replay.safetensors", digits.load_unet(), ddim,
-        torch.arange(10).repeat_interleave(60), digits.SHAPE,
-        num_inference_steps=20, batch_size=200,
-    )  # fmt: skip
+        folder / "replay.safetensors",
+        digits.load_unet(),
+        ddim,
+        torch.arange(10).repeat_interleave(60),
+        digits.SHAPE,
+        num_inference_steps=20,
+        batch_size=200,
+    )
 
 
 def spec(regime: str, loss: str, method: str, seed: int, **options: Any) -> dict[str, Any]:
-    return {
-        "regime": regime, "loss": loss, "method": method, "seed": seed, "options": options
-    }  # fmt: skip
+    return {"regime": regime, "loss": loss, "method": method, "seed": seed, "options": options}
 
 
 def tuning() -> list[dict[str, Any]]:
@@ -226,10 +239,14 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def execute(
-    specs: list[dict[str, Any]], folder: Path, workers: int, desc: str, *,
+    specs: list[dict[str, Any]],
+    folder: Path,
+    workers: int,
+    desc: str,
+    *,
     run: Callable[[dict[str, Any], Path], None] = run,
     name: Callable[[dict[str, Any]], str] = name,
-) -> None:  # fmt: skip
+) -> None:
     """What is missing of the runs in the folder; `name` is that of a run's file."""
     missing = [s for s in specs if not (folder / "runs" / f"{name(s)}.json").exists()]
     print(f"{desc}: {len(missing)} of {len(specs)} runs to do")
@@ -243,11 +260,23 @@ def execute(
 def write(folder: Path) -> None:
     """The report of what is there."""
     protocol = {
-        "command": "python examples/evidence.py", "forget": FORGET, "replayed": REPLAYED,
-        "never": NEVER, "steps": STEPS, "batch": BATCH, "lr": LR, "max_grad_norm": CLIP,
-        "surrogate": "uniform", "reduction": "sum", "fisher": "online", "fisher_scale": "unit",
-        "sampler": f"DDIM, {SAMPLER_STEPS} steps", "samples_per_class": 40, "threads": 1,
-        "accuracy_by": "the ten-class classifier", "p_f_reject_by": "the one with a reject class",
+        "command": "python examples/evidence.py",
+        "forget": FORGET,
+        "replayed": REPLAYED,
+        "never": NEVER,
+        "steps": STEPS,
+        "batch": BATCH,
+        "lr": LR,
+        "max_grad_norm": CLIP,
+        "surrogate": "uniform",
+        "reduction": "sum",
+        "fisher": "online",
+        "fisher_scale": "unit",
+        "sampler": f"DDIM, {SAMPLER_STEPS} steps",
+        "samples_per_class": 40,
+        "threads": 1,
+        "accuracy_by": "the ten-class classifier",
+        "p_f_reject_by": "the one with a reject class",
         "shared_by_all_runs": "starting noise (seed 7, 60 images for the attacks), attack seed 0",
-    }  # fmt: skip
+    }
     report.write(load(folder), folder, protocol)

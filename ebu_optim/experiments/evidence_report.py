@@ -16,8 +16,14 @@ REGIMES, LOSSES = ("partial", "full"), ("replay", "distill", "crossed")
 TUNED = ("added", "replaced", "routed", "full", "random")
 TUNE_SEED, SEEDS = 0, (1, 2, 3)
 COLUMNS = (
-    "p_f_reject", "acc_kept", "acc_replayed", "acc_never", "inversion_100", "relearn_10", "ce_f",
-)  # fmt: skip
+    "p_f_reject",
+    "acc_kept",
+    "acc_replayed",
+    "acc_never",
+    "inversion_100",
+    "relearn_10",
+    "ce_f",
+)
 NAMES = {
     "base": "before (no unlearning)",
     "joint": "plain sum",
@@ -40,10 +46,12 @@ def score(result: dict[str, Any]) -> float:
 def tuned(results: list[dict[str, Any]], regime: str, loss: str, method: str) -> dict[str, Any]:
     """The run of the tuning seed with the best score; the smaller gamma where two are equal."""
     found = [
-        r for r in results
+        r
+        for r in results
         if (r["spec"]["regime"], r["spec"]["loss"], r["spec"]["method"]) == (regime, loss, method)
-        and r["spec"]["seed"] == TUNE_SEED and r["spec"]["options"].get("gamma", 0) > 0
-    ]  # fmt: skip
+        and r["spec"]["seed"] == TUNE_SEED
+        and r["spec"]["options"].get("gamma", 0) > 0
+    ]
     return max(sorted(found, key=lambda r: r["spec"]["options"]["gamma"]), key=score)
 
 
@@ -76,10 +84,13 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(
         rows,
         key=lambda r: (
-            REGIMES.index(r["regime"]), LOSSES.index(r["loss"]), len(r["options"]) > 1,
-            order.index(r["method"]), str(r["options"]),
+            REGIMES.index(r["regime"]),
+            LOSSES.index(r["loss"]),
+            len(r["options"]) > 1,
+            order.index(r["method"]),
+            str(r["options"]),
         ),
-    )  # fmt: skip
+    )
 
 
 def label(row: dict[str, Any]) -> str:
@@ -90,9 +101,13 @@ def label(row: dict[str, Any]) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """One table for each regime and remember loss."""
     columns = {
-        "p_f_reject": "P_f, reject class", "acc_kept": "kept", "acc_never": "never replayed",
-        "inversion_100": "inversion", "relearn_10": "relearned", "score": "score",
-    }  # fmt: skip
+        "p_f_reject": "P_f, reject class",
+        "acc_kept": "kept",
+        "acc_never": "never replayed",
+        "inversion_100": "inversion",
+        "relearn_10": "relearned",
+        "score": "score",
+    }
     lines: list[str] = []
     section = None
     for r in rows:
@@ -136,15 +151,22 @@ def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
     ):
         for method in TUNED:
             points = sorted(
-                (r["spec"]["options"]["gamma"], r[column]) for r in results
-                if r["spec"]["seed"] == TUNE_SEED and r["spec"]["regime"] == "partial"
-                and r["spec"]["loss"] == "replay" and r["spec"]["method"] == method
+                (r["spec"]["options"]["gamma"], r[column])
+                for r in results
+                if r["spec"]["seed"] == TUNE_SEED
+                and r["spec"]["regime"] == "partial"
+                and r["spec"]["loss"] == "replay"
+                and r["spec"]["method"] == method
                 and r["spec"]["options"].get("gamma", 0) > 0
-            )  # fmt: skip
+            )
             ax.plot(
-                *zip(*points, strict=True), "-", marker=marks[method], ms=4,
-                color=colours[method], label=NAMES[method],
-            )  # fmt: skip
+                *zip(*points, strict=True),
+                "-",
+                marker=marks[method],
+                ms=4,
+                color=colours[method],
+                label=NAMES[method],
+            )
         for r in results:
             s = r["spec"]
             if (s["seed"], s["regime"], s["loss"]) == (TUNE_SEED, "partial", "replay"):
@@ -164,11 +186,17 @@ def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
                 continue
             hollow = r["method"] == "added" and r["options"]["gamma"] == 0
             ax.errorbar(
-                r["acc_never"], r["inversion_100"], xerr=r["acc_never_sd"],
-                yerr=r["inversion_100_sd"], fmt=marks[r["method"]], color=colours[r["method"]],
-                mfc="none" if hollow else None, lw=0.7, ms=7,
+                r["acc_never"],
+                r["inversion_100"],
+                xerr=r["acc_never_sd"],
+                yerr=r["inversion_100_sd"],
+                fmt=marks[r["method"]],
+                color=colours[r["method"]],
+                mfc="none" if hollow else None,
+                lw=0.7,
+                ms=7,
                 label="EBU added, gamma 0" if hollow else label({**r, "options": {}}),
-            )  # fmt: skip
+            )
         ax.set(
             xlabel="accuracy, never replayed (right is better)",
             ylabel="P_f after inversion (low is better)",
@@ -185,19 +213,24 @@ def write(results: list[dict[str, Any]], folder: Path, protocol: dict[str, Any])
     rows = summary(results)
     document = {
         "protocol": {
-            **protocol, "tuning_seed": TUNE_SEED, "seeds": SEEDS, "gammas": GAMMAS,
+            **protocol,
+            "tuning_seed": TUNE_SEED,
+            "seeds": SEEDS,
+            "gammas": GAMMAS,
             "score": "(1 - P_f) + accuracy (never replayed; under full replay: all kept) + "
             "(1 - P_f after inversion)",
             "torch": torch.__version__,
         },
         "tuned": {
             f"{regime}/{loss}/{method}": tuned(results, regime, loss, method)["spec"]["options"]
-            for regime in REGIMES for loss in LOSSES for method in TUNED
+            for regime in REGIMES
+            for loss in LOSSES
+            for method in TUNED
         },
         "mean_tuning_score_by_gamma": {m: shared_gamma(results, m) for m in TUNED},
         "rows": rows,
         "runs": [{k: v for k, v in r.items() if k != "curve"} for r in results],
-    }  # fmt: skip
+    }
     with replacing(folder / "evidence.json") as path:
         path.write_text(json.dumps(document))
     with replacing(folder / "evidence.md") as path:

@@ -38,17 +38,30 @@ class Figure(Replayed):
         return self.run(setting, [run for r in table for run in r.runs])
 
     def write(
-        self, setting: Setting, table: Sequence[Row], *, script: str, title: str,
-        plots: Sequence[Any], grids: Sequence[Any], notes: Sequence[str] = (),
-    ) -> Path:  # fmt: skip
+        self,
+        setting: Setting,
+        table: Sequence[Row],
+        *,
+        script: str,
+        title: str,
+        plots: Sequence[Any],
+        grids: Sequence[Any],
+        notes: Sequence[str] = (),
+    ) -> Path:
         """The report; the folder that it lies in."""
         rate = getattr(self, "learning_rate", None)
         ending = f"-lr{rate:g}" if rate else ""
         folder = setting.root / f"{script}-{self.regime}-{self.loss}{ending}"
         pages.write(
-            folder, setting, table, plots=plots, grids=grids, notes=notes,
-            title=self.said(title, setting.world), command=self.command(script),
-        )  # fmt: skip
+            folder,
+            setting,
+            table,
+            plots=plots,
+            grids=grids,
+            notes=notes,
+            title=self.said(title, setting.world),
+            command=self.command(script),
+        )
         return folder
 
 
@@ -61,10 +74,11 @@ class RatedFigure(Figure):
     """
 
     learning_rate: float | None = option(
-        None, help="Learning rate at paper scale. Default: {:g}; the paper also has {:g}.".format(
+        None,
+        help="Learning rate at paper scale. Default: {:g}; the paper also has {:g}.".format(
             *rows.PAPER_RATES
-        )
-    )  # fmt: skip
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,8 +66,10 @@ class OnImages(Experiment):
     """Of class-conditional models; the images may be elsewhere than on the hub."""
 
     scales: ClassVar[Mapping[str, Any]] = {
-        "small": worlds.DIGITS, "cifar16": worlds.CIFAR16, "paper": worlds.CIFAR10,
-    }  # fmt: skip
+        "small": worlds.DIGITS,
+        "cifar16": worlds.CIFAR16,
+        "paper": worlds.CIFAR10,
+    }
 
     scale: str = option("small", help=worlds.__doc__)
     parquet: list[Path] | None = option(

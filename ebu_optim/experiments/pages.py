@@ -19,8 +19,15 @@ from .tables import PAPER, Row, gather, values
 from .worlds import Setting
 
 #: The paper's columns by our keys; its RT is the number of steps.
-COLUMNS = {"CE_f": "ce_f", "CE_r": "ce_r", "RA": "ra", "RT": "steps", "FID": "fid",
-           "nudity_score": "nudity_score", "clip_score": "clip_score"}  # fmt: skip
+COLUMNS = {
+    "CE_f": "ce_f",
+    "CE_r": "ce_r",
+    "RA": "ra",
+    "RT": "steps",
+    "FID": "fid",
+    "nudity_score": "nudity_score",
+    "clip_score": "clip_score",
+}
 CURVE = 300  # the last step of a table's curves
 AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 
@@ -56,18 +63,27 @@ def paper_rows(table: str | None) -> list[dict[str, Any]]:
 
 
 def write(
-    folder: Path, setting: Setting, table: Sequence[Row], *, title: str, command: str,
-    notes: Sequence[str] = (), paper: str | None = None, classes: int = 10,
+    folder: Path,
+    setting: Setting,
+    table: Sequence[Row],
+    *,
+    title: str,
+    command: str,
+    notes: Sequence[str] = (),
+    paper: str | None = None,
+    classes: int = 10,
     plots: Sequence[Mapping[str, Any]] | None = None,
     grids: Sequence[Mapping[str, Any]] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the report of a table, replacing an older one of the same name; `plots` and `grids`
     stand in place of the curves and pictures of a table."""
     first = json.loads((table[0].runs[0].folder / "results.json").read_text())
     limits = first["rows"][:-1]
     said = first["protocol"]
     said["unlearning"] |= {
-        "method": "each row's", "settings": settings(table), "steps": "each row's",
+        "method": "each row's",
+        "settings": settings(table),
+        "steps": "each row's",
         "learning_rate": "each row's, constant",
         "forget_loss": f"{said['unlearning']['forget_loss']}; GA and SalUn on the real images of "
         "the class, EraseDiff on these with uniform noise",
@@ -75,7 +91,7 @@ def write(
         "tuning": "each row's; trials are tune.py's: partial replay, seed 0, which is not "
         "reported, score (1 - P_f) + accuracy on what was never replayed + (1 - P_f after 100 "
         "steps of inversion)",
-    }  # fmt: skip
+    }
     said["data"] |= {
         "replay_set": f"{prepared(setting.sets.folder)}; remember data: replay, of Retrain real"
     }
@@ -85,34 +101,60 @@ def write(
             "prepare.py, nor SalUn's mask",
             "hardware": f"{said['timing']['hardware']}; other runs of the table may have been "
             "beside it",
-        }  # fmt: skip
+        }
     notes = list(notes)
     if plots is None and any(p["step"] > CURVE for r in table for p in curve(r.runs[0])):
         notes.append(f"The curves end at step {CURVE}.")
     return report(
-        folder, setting, table, said=said, limits=limits, title=title, command=command,
-        notes=notes, paper=paper, plots=curves(table) if plots is None else plots,
+        folder,
+        setting,
+        table,
+        said=said,
+        limits=limits,
+        title=title,
+        command=command,
+        notes=notes,
+        paper=paper,
+        plots=curves(table) if plots is None else plots,
         parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
         grids=[pictures(setting, table, classes)] if grids is None else grids,
-        one="one base model and one replay set", shown="Curves and pictures",
-    )  # fmt: skip
+        one="one base model and one replay set",
+        shown="Curves and pictures",
+    )
 
 
 def settings(table: Sequence[Row]) -> dict[str, Any]:
     """Of every row, for the protocol."""
     return {
-        r.name: {"learning_rate": r.choice.learning_rate, **r.choice.options, "steps": r.steps,
-                 "seeds": r.seeds, "tuning": r.tuning}
+        r.name: {
+            "learning_rate": r.choice.learning_rate,
+            **r.choice.options,
+            "steps": r.steps,
+            "seeds": r.seeds,
+            "tuning": r.tuning,
+        }
         for r in table
-    }  # fmt: skip
+    }
 
 
 def report(
-    folder: Path, setting: Any, table: Sequence[Row], *, said: dict[str, Any],
-    limits: Sequence[Mapping[str, Any]], title: str, command: str, notes: Sequence[str],
-    paper: str | None, parts: Sequence[str], plots: Sequence[Mapping[str, Any]],
-    grids: Sequence[Mapping[str, Any]], one: str, shown: str, axes: Sequence[str] = AXES,
-) -> Path:  # fmt: skip
+    folder: Path,
+    setting: Any,
+    table: Sequence[Row],
+    *,
+    said: dict[str, Any],
+    limits: Sequence[Mapping[str, Any]],
+    title: str,
+    command: str,
+    notes: Sequence[str],
+    paper: str | None,
+    parts: Sequence[str],
+    plots: Sequence[Mapping[str, Any]],
+    grids: Sequence[Mapping[str, Any]],
+    one: str,
+    shown: str,
+    axes: Sequence[str] = AXES,
+) -> Path:
     """The report of any table: our rows beside their limits and the paper's; it is shown in short.
 
     Args:
@@ -143,10 +185,17 @@ def report(
         for line, r in zip(ours, table, strict=True):
             line["values"]["seeds"] = len(r.runs)
     page = write_report(
-        folder, title=title, protocol=said, overwrite=folder.exists(), command=command,
-        rows=[*limits, *ours, *paper_rows(paper)], parts=parts, curves=plots, notes=notes,
+        folder,
+        title=title,
+        protocol=said,
+        overwrite=folder.exists(),
+        command=command,
+        rows=[*limits, *ours, *paper_rows(paper)],
+        parts=parts,
+        curves=plots,
+        notes=notes,
         grids=grids,
-    )  # fmt: skip
+    )
     print((folder / "results.md").read_text().split("\n## ")[0])
     print(f"\nsee {page}")
     return page
@@ -159,8 +208,11 @@ def curve(run: Run) -> list[dict[str, Any]]:
 def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
     """P_f, and what is kept, along the steps; the first seed of each row."""
     # all three by the classifier that measured the curve, see Setting.run
-    labels = {"p_f": "P_f, reject class", "ra": "RA, reject class",
-              "ra_never_replayed": "RA, never replayed, reject class"}  # fmt: skip
+    labels = {
+        "p_f": "P_f, reject class",
+        "ra": "RA, reject class",
+        "ra_never_replayed": "RA, never replayed, reject class",
+    }
     found = []
     for key, label in labels.items():
         series = {
@@ -198,6 +250,7 @@ def pictures(setting: Setting, table: Sequence[Row], classes: int, each: int = 6
         columns[name] = torch.stack([images[labels == c][:each] for c in shown])
     return {
         "title": "samples of every method, from the same noise",
-        "rows": [names[c] for c in shown], "columns": columns,
+        "rows": [names[c] for c in shown],
+        "columns": columns,
         "forgotten": [names[c] for c in made["forget"]],
-    }  # fmt: skip
+    }

@@ -24,8 +24,13 @@ RATES = (1e-4, 3e-4)
 #: Both are the paper's, which contradicts itself.
 PAPER_RATES = (1e-4, 1e-5)
 #: The methods of the paper's tables, by the names of their rows.
-PAPER = {"fine_tune": "FT", "gradient_ascent": "GA", "selective_amnesia": "SA", "salun": "SalUn",
-         "ebu_added": "EBU"}  # fmt: skip
+PAPER = {
+    "fine_tune": "FT",
+    "gradient_ascent": "GA",
+    "selective_amnesia": "SA",
+    "salun": "SalUn",
+    "ebu_added": "EBU",
+}
 #: SA with the lambda = 10 of its paper, on a Fisher of the mean over timesteps instead of the sum.
 SA_PUBLISHED = {"lam": 1e7}
 #: Six trials a method, from which a seed that is not reported chooses: (its option, values), each

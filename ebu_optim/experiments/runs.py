@@ -83,9 +83,13 @@ def _as_text(value: Any) -> Any:
 
 
 def task(
-    maker: Maker, options: Mapping[str, Any], root: Path, name: str,
-    where: Mapping[str, Any] | None = None, of: Sequence[str] = (),
-) -> Task:  # fmt: skip
+    maker: Maker,
+    options: Mapping[str, Any],
+    root: Path,
+    name: str,
+    where: Mapping[str, Any] | None = None,
+    of: Sequence[str] = (),
+) -> Task:
     """In the folder root/name-<hash of the maker, the options and `of`, what else it builds on>;
     `where` the data lie, and where `root` is, changes no hash: of a path its name alone counts."""
     key = digest([maker.make.__name__, *of, options])[:8]

@@ -30,10 +30,17 @@ class Row(NamedTuple):
 
 
 def row(
-    setting: Any, method: str, seeds: Iterable[int], *, steps: int = 200,
-    choice: rows.Choice | None = None, name: str | None = None, tag: str = "",
-    options: Options | None = None, tuning: str = "none",
-) -> Row:  # fmt: skip
+    setting: Any,
+    method: str,
+    seeds: Iterable[int],
+    *,
+    steps: int = 200,
+    choice: rows.Choice | None = None,
+    name: str | None = None,
+    tag: str = "",
+    options: Options | None = None,
+    tuning: str = "none",
+) -> Row:
     """A method at its tuned strength, or at `choice`, with further `options` of unlearning."""
     if choice is None:
         choice, tuning = rows.tuned(setting, method), rows.tuning(setting, method)
@@ -69,9 +76,13 @@ def gather(row: Row) -> dict[str, Any]:
 
 
 def class_wise(
-    setting: Setting, methods: Sequence[str], seeds: Sequence[int], *, paper: bool,
+    setting: Setting,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    paper: bool,
     sa_steps: int = 5000,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Rows of Tables 1 and 6. At paper scale the paper contradicts itself on the learning rate:
     both are run.
 
@@ -96,17 +107,29 @@ def at_paper_rates(
     setting: Setting, method: str, seeds: Sequence[int], *, steps: int = 200
 ) -> list[Row]:
     return [
-        row(setting, method, seeds, steps=steps, choice=rows.of_paper(method, lr),
-            name=f"{rows.title(method)}, learning rate {lr:g}")
+        row(
+            setting,
+            method,
+            seeds,
+            steps=steps,
+            choice=rows.of_paper(method, lr),
+            name=f"{rows.title(method)}, learning rate {lr:g}",
+        )
         for lr in rows.PAPER_RATES
-    ]  # fmt: skip
+    ]
 
 
 def published_sa(setting: Setting, seed: int, steps: int, **options: Any) -> Row:
     return row(
-        setting, "selective_amnesia", [seed], steps=steps, tag="published",
-        choice=rows.of_paper("selective_amnesia", 1e-4), name="SA, published strength", **options,
-    )  # fmt: skip
+        setting,
+        "selective_amnesia",
+        [seed],
+        steps=steps,
+        tag="published",
+        choice=rows.of_paper("selective_amnesia", 1e-4),
+        name="SA, published strength",
+        **options,
+    )
 
 
 def retrain(setting: Setting, seed: int) -> Row:
@@ -117,7 +140,10 @@ def retrain(setting: Setting, seed: int) -> Row:
     same = ("train_batch_size", "lr_scheduler", "lr_warmup_steps", "mixed_precision")
     options = {name: base[name] for name in same if name in base}
     return row(
-        setting, "retrain", [seed], steps=steps,
+        setting,
+        "retrain",
+        [seed],
+        steps=steps,
         choice=rows.Choice(base.get("learning_rate", 2e-4), {}),
         options={**options, "validation_steps": max(25, steps // 10), "checkpointing_steps": 1000},
-    )  # fmt: skip
+    )

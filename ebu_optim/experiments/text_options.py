@@ -73,10 +73,17 @@ class OfWorld(Experiment):
             measure = {**world.measure, "images_per_pair": self.images_per_pair}
             world = world._replace(measure=measure)
         return TextSetting(
-            world, self.output_dir, target=target, beside=beside, regime=self.regime,
-            loss=self.loss, surrogate=self.surrogate, modules=self.train_modules, base=self.base,
+            world,
+            self.output_dir,
+            target=target,
+            beside=beside,
+            regime=self.regime,
+            loss=self.loss,
+            surrogate=self.surrogate,
+            modules=self.train_modules,
+            base=self.base,
             judges=self.judges,
-        )  # fmt: skip
+        )
 
     def run(self, setting: TextSetting | PaperSetting, todo: Sequence[Run]) -> bool:
         """Say what it costs, then run what is missing; False after a --dry_run."""

@@ -69,8 +69,10 @@ def marks(found: Sequence[Row]) -> list[str]:
         off = 1e-9  # of a mean of shares of pictures
         if p_f <= 0.05 + off and drop <= 0.02 + off:
             there.append(r.name)
-    return [f"P_f <= 0.05 and no other content or style more than 0.02 below the base, in the "
-            f"mean over seeds: {', '.join(there) or 'no row'}."]  # fmt: skip
+    return [
+        f"P_f <= 0.05 and no other content or style more than 0.02 below the base, in the "
+        f"mean over seeds: {', '.join(there) or 'no row'}."
+    ]
 
 
 def plots(found: Sequence[Row]) -> list[dict[str, Any]]:
@@ -78,8 +80,10 @@ def plots(found: Sequence[Row]) -> list[dict[str, Any]]:
     series = {}
     for r in found:
         v = rows.results(r.runs[0].folder)[-1]["values"]
-        points = [(n, comparison.value(v.get(key))) for n, key in
-                  ((0, "p_f_prompts"), (100, "inversion_100"), (200, "inversion_200"))]  # fmt: skip
+        points = [
+            (n, comparison.value(v.get(key)))
+            for n, key in ((0, "p_f_prompts"), (100, "inversion_100"), (200, "inversion_200"))
+        ]
         series[r.name] = [(x, y) for x, y in points if y is not None]
     if all(len(points) < 2 for points in series.values()):
         return []
@@ -96,12 +100,13 @@ def grid(
     shown = [shown_in(run, each) for run in drawn]
     texts = list(shown[0])
     return {
-        "title": "pictures of every method, from the same noise", "rows": texts,
+        "title": "pictures of every method, from the same noise",
+        "rows": texts,
         "columns": {
             n: torch.stack([s[t] for t in texts]) for n, s in zip(names, shown, strict=True)
         },
         "forgotten": [t for t in texts if any(f" {f} " in f" {t} " for f in forgotten)],
-    }  # fmt: skip
+    }
 
 
 def shown_in(run: Run, each: int) -> dict[str, Tensor]:

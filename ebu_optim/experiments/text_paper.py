@@ -34,22 +34,39 @@ class PaperWorld(NamedTuple):
 
 DRAWN = {"num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8}
 SD14 = PaperWorld(
-    "sd14", "Stable Diffusion 1.4", "CompVis/stable-diffusion-v1-4",
+    "sd14",
+    "Stable Diffusion 1.4",
+    "CompVis/stable-diffusion-v1-4",
     # section 5.3 and B.4: the empty prompt gives what is remembered and what takes the place
-    {"remember_prompts": [""], "surrogate_prompt": [""], "train_modules": "xattn",
-     "train_batch_size": 1, "mixed_precision": "bf16", "logging_steps": 50},
+    {
+        "remember_prompts": [""],
+        "surrogate_prompt": [""],
+        "train_modules": "xattn",
+        "train_batch_size": 1,
+        "mixed_precision": "bf16",
+        "logging_steps": 50,
+    },
     DRAWN,
-    {**DRAWN, "attack_images": 32, "target_images": 64, "inversion_steps": 200,
-     "relearn_max_steps": 50},
+    {
+        **DRAWN,
+        "attack_images": 32,
+        "target_images": 64,
+        "inversion_steps": 200,
+        "relearn_max_steps": 50,
+    },
     {"unlearn": 0.5, "picture": 0.7},
     "a guess for one H100, never measured; each model takes 4 GB of disk",
-)  # fmt: skip
+)
 
 
 #: Metrics of an evaluation, and its option for the file of their weights; without one they are
 #: downloaded. ResNet-50 is a judge of attacks, too.
-WEIGHTS = {"imagenette": "resnet_weights", "clip_score": "clip_weights", "lpips": "alexnet_weights",
-           "fid": "inception_weights"}  # fmt: skip
+WEIGHTS = {
+    "imagenette": "resnet_weights",
+    "clip_score": "clip_weights",
+    "lpips": "alexnet_weights",
+    "fid": "inception_weights",
+}
 
 
 class PaperSetting:
@@ -63,9 +80,13 @@ class PaperSetting:
     regime, loss, surrogate, modules = "empty", "replay", "empty", "xattn"
 
     def __init__(
-        self, world: PaperWorld, root: Path, target: Target, real_images: Path | None = None,
+        self,
+        world: PaperWorld,
+        root: Path,
+        target: Target,
+        real_images: Path | None = None,
         weights: Mapping[str, Path | None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.weights = {name: file.resolve() for name, file in (weights or {}).items() if file}
         for name, file in self.weights.items():
             if not file.is_file():
@@ -83,8 +104,14 @@ class PaperSetting:
         where = str(self.world.pipeline), of, f"{self.task.name}-base"
         # the base is not relearned: it never forgot
         attacked = self._attacked(*where, {"attacks": ["paraphrase", "inversion"]})
-        return [Run(self._name(f"base, {self.task.name}"), (*self._evaluated(*where), *attacked),
-                    self._looking(base=True), 0)]  # fmt: skip
+        return [
+            Run(
+                self._name(f"base, {self.task.name}"),
+                (*self._evaluated(*where), *attacked),
+                self._looking(base=True),
+                0,
+            )
+        ]
 
     def _looking(self, *, base: bool = False) -> float:
         """Seconds of pictures, and of the steps of the attacks."""
@@ -111,11 +138,21 @@ class PaperSetting:
         given = {**w.unlearn, **({"train_modules": None} if method == "spm" else {})}  # its own
         made = task(
             UNLEARN,
-            {"pretrained_model_name_or_path": w.pipeline, "method": method, **self.task.forget,
-             "seed": seed, "max_train_steps": steps, **given, **(options or {}),
-             "save_as": "pipeline", "validation_steps": 0},
-            self.root, f"models/{label}", {"sets_dir": self.root / "sets"},
-        )  # fmt: skip
+            {
+                "pretrained_model_name_or_path": w.pipeline,
+                "method": method,
+                **self.task.forget,
+                "seed": seed,
+                "max_train_steps": steps,
+                **given,
+                **(options or {}),
+                "save_as": "pipeline",
+                "validation_steps": 0,
+            },
+            self.root,
+            f"models/{label}",
+            {"sets_dir": self.root / "sets"},
+        )
         seconds = w.seconds["unlearn"] * steps
         return Run(self._name(f"{label}, not judged"), (made,), seconds, steps)
 
@@ -129,8 +166,9 @@ class PaperSetting:
         label = made.folder.name.rpartition("-")[0]
         where = str(made.folder / "pipeline"), [made.folder.name], label
         judged = (*self._evaluated(*where, base), *self._attacked(*where))
-        return Run(self._name(label), (made, *judged), alone.seconds + self._looking(), steps,
-                   (base.name,))  # fmt: skip
+        return Run(
+            self._name(label), (made, *judged), alone.seconds + self._looking(), steps, (base.name,)
+        )
 
     def _evaluated(
         self, pipeline: str, of: list[str], label: str, base: Run | None = None
@@ -152,11 +190,14 @@ class PaperSetting:
                     options[name] = self.weights[name]
             found.append(
                 task(
-                    EVALUATE, {**options, "metrics": metrics, **self.world.drawn}, self.root,
-                    f"evaluations/{label}-{e.name}", {"pretrained_model_name_or_path": pipeline},
+                    EVALUATE,
+                    {**options, "metrics": metrics, **self.world.drawn},
+                    self.root,
+                    f"evaluations/{label}-{e.name}",
+                    {"pretrained_model_name_or_path": pipeline},
                     [*of, self.base_key],
                 )
-            )  # fmt: skip
+            )
         return tuple(found)
 
     def _attacked(
@@ -169,13 +210,22 @@ class PaperSetting:
             own["imagenette_weights"] = self.weights["resnet_weights"]
         made = task(
             ATTACK,
-            {**target.forget, **target.judge, "paraphrases": list(target.paraphrases),
-             **self.world.attack, **own},
-            self.root, f"attacks/{label}",
-            {"pretrained_model_name_or_path": pipeline, "base_model": self.world.pipeline,
-             "target_dir": self.root / "targets"},
+            {
+                **target.forget,
+                **target.judge,
+                "paraphrases": list(target.paraphrases),
+                **self.world.attack,
+                **own,
+            },
+            self.root,
+            f"attacks/{label}",
+            {
+                "pretrained_model_name_or_path": pipeline,
+                "base_model": self.world.pipeline,
+                "target_dir": self.root / "targets",
+            },
             [*of, self.base_key],
-        )  # fmt: skip
+        )
         return (made,)
 
     def write_results(self, runs: Iterable[Run]) -> None:
@@ -196,15 +246,15 @@ class PaperSetting:
         options = found[0]["protocol"]["options"]
         return {
             "sampling": {
-                "weights": "trained", "sampler": f"DDIM, {options['num_inference_steps']} steps, "
-                "eta 0",
+                "weights": "trained",
+                "sampler": f"DDIM, {options['num_inference_steps']} steps, eta 0",
                 "guidance": f"{options['guidance_scale']}: eps_null + w (eps_c - eps_null)",
                 "images_per_class": {e.name: e.pictures for e in self.task.evaluations},
                 "starting_noise": "the same before and after",
             },
             "metrics": {name: said for e in found for name, said in e["metrics"].items()},
             **({"attacks": text_results.attacking(run)} if self.task.judge else {}),
-        }  # fmt: skip
+        }
 
     def about(self) -> dict[str, Any]:
         """For the protocol."""

@@ -21,10 +21,14 @@ Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
 #: target by its first word. The other concept is in any of its words there, and unlearn.py was
 #: given its first alone: about a third of them are forgotten prompts.
 ATTACKED = {
-    "p_f_prompts": "p_f", "paraphrase": "paraphrase", "paraphrase_worst": "paraphrase_worst",
-    "inversion_100": "inversion_100", "inversion_200": "inversion_200",
-    "relearn_10": "relearn_10", "relearn_steps": "relearn_steps",
-}  # fmt: skip
+    "p_f_prompts": "p_f",
+    "paraphrase": "paraphrase",
+    "paraphrase_worst": "paraphrase_worst",
+    "inversion_100": "inversion_100",
+    "inversion_200": "inversion_200",
+    "relearn_10": "relearn_10",
+    "relearn_steps": "relearn_steps",
+}
 
 
 def accuracies(measured: Groups, target: str) -> dict[str, float]:
@@ -43,9 +47,12 @@ def accuracies(measured: Groups, target: str) -> dict[str, float]:
 
 
 def values(
-    measured: Groups, base: Groups, attacks: Mapping[str, Any], target: str,
+    measured: Groups,
+    base: Groups,
+    attacks: Mapping[str, Any],
+    target: str,
     replayed: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A row. RA is the mean over all other contents and styles, weighed alike; `worst_drop` the
     largest loss of one of them against the base; what was never replayed are the concepts of the
     target's kind that are not in `replayed`; `beside` is how often the other concept of a prompt
@@ -126,24 +133,35 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "data": {
-            "name": about["data"], "forget": made["forget"], "replayed": about["replayed"],
+            "name": about["data"],
+            "forget": made["forget"],
+            "replayed": about["replayed"],
             "replay_set": f"{said['replay_images']} pictures of {len(made['remember'])} prompts, "
             f"drawn by the base in {drawn}, guidance "
             f"{said['guidance_scale']}, a set for every seed",
             "image_range": "[-1, 1]; the sets are latents",
         },
         "model": {
-            "name": about["model"], "base_hash": made["base_hash"],
+            "name": about["model"],
+            "base_hash": made["base_hash"],
             "prediction": about["prediction"],
         },
         "unlearning": {
-            "method": "each row's", "settings": "each row's", "compat": "none",
-            "steps": "each row's", "batch_size": said["train_batch_size"], "optimizer": "Adam",
+            "method": "each row's",
+            "settings": "each row's",
+            "compat": "none",
+            "steps": "each row's",
+            "batch_size": said["train_batch_size"],
+            "optimizer": "Adam",
             "learning_rate": "each row's, constant",
             "forget_loss": f"{made['instead'][:200]}; of their own: {', '.join(own)}",
-            "remember_loss": said["remember"], "reduction": said["reduction"],
-            "timesteps": "antithetic", "condition_dropout": "0", "dropout": "none in the model",
-            "clipping": "1.0 before masks; ESD and SPM: none", "ema": "none",
+            "remember_loss": said["remember"],
+            "reduction": said["reduction"],
+            "timesteps": "antithetic",
+            "condition_dropout": "0",
+            "dropout": "none in the model",
+            "clipping": "1.0 before masks; ESD and SPM: none",
+            "ema": "none",
             "trained": f"{setting.modules}, {made['trained']:,} parameters; of SPM its adapters",
             "tuning": tuning,
         },
@@ -155,7 +173,7 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
         },
         "seeds": {"unlearning": said["seed"], "evaluation": 0},
         "versions": made["versions"],
-    }  # fmt: skip
+    }
 
 
 def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
@@ -176,11 +194,14 @@ def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
             "classes": f"{len(CONTENTS)} contents, {len(STYLES)} styles, in each a reject class",
             "test_accuracy": {n: j["accuracy"] for n, j in judges.items()},
             "base_accuracy": _row(setting, setting.ground[-1], setting.ground[-1])["ra"],
-            "noise": {n: f"{j['without_digit']:.3f} of noise and of pictures without a digit are "
-                         "told as such" for n, j in judges.items()},
+            "noise": {
+                n: f"{j['without_digit']:.3f} of noise and of pictures without a digit are "
+                "told as such"
+                for n, j in judges.items()
+            },
         },
         "attacks": attacking(run),
-    }  # fmt: skip
+    }
 
 
 def attacking(run: Run) -> dict[str, Any]:

@@ -36,26 +36,53 @@ class TextWorld(NamedTuple):
 
 DRAWN = {"num_inference_steps": 20, "guidance_scale": 3.0}
 STYLED_DIGITS = TextWorld(
-    "styled-digits", "digits in styles", base={"max_train_steps": 3000}, judges={},
-    unlearn={"train_batch_size": 16, **DRAWN, "sample_batch_size": 50, "surrogate_images": 100,
-             "replay_images": 300, "forget_images": 100, "logging_steps": 50},
+    "styled-digits",
+    "digits in styles",
+    base={"max_train_steps": 3000},
+    judges={},
+    unlearn={
+        "train_batch_size": 16,
+        **DRAWN,
+        "sample_batch_size": 50,
+        "surrogate_images": 100,
+        "replay_images": 300,
+        "forget_images": 100,
+        "logging_steps": 50,
+    },
     guided={"guided_steps": 20},
     measure={"num_inference_steps": 10, "guidance_scale": 3.0, "images_per_pair": 8},
-    attack={"num_inference_steps": 10, "attack_images": 32, "inversion_steps": 100,
-            "relearn_max_steps": 50},
+    attack={
+        "num_inference_steps": 10,
+        "attack_images": 32,
+        "inversion_steps": 100,
+        "relearn_max_steps": 50,
+    },
     trial={"attacks": ["inversion"]},
     pictures={**DRAWN, "images_per_prompt": 4},
-    seconds={"base": 0.4, "judges": 40.0, "unlearn": 0.25, "sets": 15.0, "measure": 15.0,
-             "attack": 27.0, "pictures": 5.0},
+    seconds={
+        "base": 0.4,
+        "judges": 40.0,
+        "unlearn": 0.25,
+        "sets": 15.0,
+        "measure": 15.0,
+        "attack": 27.0,
+        "pictures": 5.0,
+    },
     basis="one core of a 2.5 GHz x86-64 CPU a run",
-)  # fmt: skip
+)
 
 
 #: Textual inversion on SD3 came later, and its tables have none.
 FLOW_DIGITS = STYLED_DIGITS._replace(
-    name="flow-digits", title="digits in styles, drawn by a flow", like=STYLED_DIGITS.name,
+    name="flow-digits",
+    title="digits in styles, drawn by a flow",
+    like=STYLED_DIGITS.name,
     base={"max_train_steps": 3000, "denoiser": "transformer", "learning_rate": 1e-3},
-    attack={"num_inference_steps": 10, "attack_images": 32, "relearn_max_steps": 50,
-            "attacks": ["paraphrase", "relearn"]},
+    attack={
+        "num_inference_steps": 10,
+        "attack_images": 32,
+        "relearn_max_steps": 50,
+        "attacks": ["paraphrase", "relearn"],
+    },
     trial={"attacks": ["relearn"]},
-)  # fmt: skip
+)

@@ -60,23 +60,37 @@ def pictures(setting: TextSetting, found: Sequence[Row]) -> list[Run]:
 
 
 def either(
-    args: Chosen, target: str, task: Target, *, script: str, title: str,
+    args: Chosen,
+    target: str,
+    task: Target,
+    *,
+    script: str,
+    title: str,
     notes: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """A table of a target at small scale, or of a task at the paper's."""
     if args.scale == "paper":
         large(args, task, script=script, title=title)
     else:
         small(
-            args, target, script=script, title=f"{title} on {args.world.title}", paper=task.paper,
+            args,
+            target,
+            script=script,
+            title=f"{title} on {args.world.title}",
+            paper=task.paper,
             notes=notes,
-        )  # fmt: skip
+        )
 
 
 def small(
-    args: Chosen, target: str, *, script: str, title: str, paper: str | None = None,
+    args: Chosen,
+    target: str,
+    *,
+    script: str,
+    title: str,
+    paper: str | None = None,
     notes: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """A table of the world of digits in styles."""
     s = args.setting(target)
     found = table(args, s)
@@ -90,15 +104,23 @@ def small(
     said["unlearning"]["trained"] += ", of ESD cross attention"
     name = "-".join([script, s.target, s.regime, s.loss, s.surrogate, s.modules])
     pages.report(
-        s.root / name, s, found, said=said | text_results.judging(s, first),
-        limits=rows.results(first.folder)[:1], paper=paper,
+        s.root / name,
+        s,
+        found,
+        said=said | text_results.judging(s, first),
+        limits=rows.results(first.folder)[:1],
+        paper=paper,
         title=f"{title}: {s.target!r} forgotten, prompts remembered: {s.regime}, by {s.loss}; "
         f"instead: {s.surrogate}",
-        command=args.command(script), parts=TEXT_TO_IMAGE,
+        command=args.command(script),
+        parts=TEXT_TO_IMAGE,
         notes=[*notes, *text_pages.marks(found), *text_pages.apart(s, found)],
-        plots=text_pages.plots(found), grids=[text_pages.grid(found, drawn, [s.target])],
-        axes=AXES, one="one base model, and sets of their own", shown="Curves and pictures",
-    )  # fmt: skip
+        plots=text_pages.plots(found),
+        grids=[text_pages.grid(found, drawn, [s.target])],
+        axes=AXES,
+        one="one base model, and sets of their own",
+        shown="Curves and pictures",
+    )
 
 
 def large(args: Chosen, task: Target, *, script: str, title: str) -> None:
@@ -116,16 +138,22 @@ def large(args: Chosen, task: Target, *, script: str, title: str) -> None:
     drawn = [s.ground[0], *(r.runs[0] for r in found)]
     left_out = ("classifier",) if task.judge else ("classifier", "attacks")
     pages.report(
-        s.root / f"{script}-{task.name}", s, found, said=said | s.protocol(first),
-        limits=rows.results(first.folder)[:1], paper=task.paper,
-        title=f"{title}: {task.title} forgotten", notes=() if task.judge else (UNATTACKED,),
+        s.root / f"{script}-{task.name}",
+        s,
+        found,
+        said=said | s.protocol(first),
+        limits=rows.results(first.folder)[:1],
+        paper=task.paper,
+        title=f"{title}: {task.title} forgotten",
+        notes=() if task.judge else (UNATTACKED,),
         command=args.command(script),
         parts=[part for part in TEXT_TO_IMAGE if part not in left_out],
         plots=text_pages.plots(found) if task.judge else (),
-        grids=[text_pages.grid(found, drawn, [task.title], 4)], axes=PAPER_AXES,
+        grids=[text_pages.grid(found, drawn, [task.title], 4)],
+        axes=PAPER_AXES,
         one="one base model, and sets of their own",
         shown="Curves and pictures" if task.judge else "Pictures",
-    )  # fmt: skip
+    )
 
 
 def paper_steps(task: Target) -> dict[str, int]:

@@ -62,10 +62,19 @@ class TextSetting(Asked):
     """
 
     def __init__(
-        self, world: TextWorld, root: Path, *, target: str, regime: str = "list",
-        loss: str = "crossed", surrogate: str = "other", modules: str = "xattn",
-        base: Path | None = None, judges: Path | None = None, beside: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        world: TextWorld,
+        root: Path,
+        *,
+        target: str,
+        regime: str = "list",
+        loss: str = "crossed",
+        surrogate: str = "other",
+        modules: str = "xattn",
+        base: Path | None = None,
+        judges: Path | None = None,
+        beside: Sequence[str] = (),
+    ) -> None:
         super().__init__(root / world.name / "prompts", target, beside, regime, surrogate)
         self.world, self.root, self.loss, self.modules = world, root / world.name, loss, modules
         self.base = self._given("base", TRAIN, world.base, base, "pipeline")
@@ -129,8 +138,10 @@ class TextSetting(Asked):
         attacks = {"attacks": [name for name in known if name != "relearn"]}
         judged = self._judged(self.base.folder, [self.base.key], "base", attacks=attacks)
         name = self._name(f"base, {self.target}")
-        return [*made, Run(name, judged, s["measure"] + s["attack"], 0,
-                           tuple(r.name for r in made))]  # fmt: skip
+        return [
+            *made,
+            Run(name, judged, s["measure"] + s["attack"], 0, tuple(r.name for r in made)),
+        ]
 
     def run(
         self,
@@ -160,9 +171,15 @@ class TextSetting(Asked):
         return Run(full, (made, *judged), seconds, steps, after)
 
     def unlearned(
-        self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None,
+        self,
+        name: str,
+        method: str,
+        *,
+        seed: int,
+        steps: int,
+        options: Options | None = None,
         save_as: str = "pipeline",
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """As `run`, without looking at the result."""
         w, forgets = self.world, methods[method].forgets
         own = dict(w.guided) if forgets in GUIDED else {}
@@ -172,26 +189,40 @@ class TextSetting(Asked):
         label = f"{'-'.join(self.gone)}-{name}-s{seed}"
         made = task(
             UNLEARN,
-            {"method": method, **losses(self.loss, method), "seed": seed, "forget": self.gone,
-             **(BARE if forgets in GUIDED else told), "remember_prompts": [self.file("remember")],
-             "max_train_steps": steps, **w.unlearn, **own, **(options or {}),
-             "save_as": save_as, "validation_steps": 0},
-            self.root, f"models/{label}",
+            {
+                "method": method,
+                **losses(self.loss, method),
+                "seed": seed,
+                "forget": self.gone,
+                **(BARE if forgets in GUIDED else told),
+                "remember_prompts": [self.file("remember")],
+                "max_train_steps": steps,
+                **w.unlearn,
+                **own,
+                **(options or {}),
+                "save_as": save_as,
+                "validation_steps": 0,
+            },
+            self.root,
+            f"models/{label}",
             {"pretrained_model_name_or_path": self.base.folder, "sets_dir": self.root / "sets"},
             [self.base.key],
-        )  # fmt: skip
+        )
         after = tuple(r.name for r in self.trained if self.base.made in r.tasks)
-        return Run(self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps,
-                   after)  # fmt: skip
+        return Run(
+            self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps, after
+        )
 
     def retrained(self) -> Run:
         """The world, trained with the base's seed without what the others forget: the same
         autoencoder and the same text encoder, which knows the word."""
         steps = self.world.base["max_train_steps"]
         made = task(
-            TRAIN, {**self.world.base, "without": self.gone, "seed": 0},
-            self.root, f"models/{'-'.join(self.gone)}-retrain-s0",
-        )  # fmt: skip
+            TRAIN,
+            {**self.world.base, "without": self.gone, "seed": 0},
+            self.root,
+            f"models/{'-'.join(self.gone)}-retrain-s0",
+        )
         return Run(self._name(made.folder.name), (made,), self.world.seconds["base"] * steps, steps)
 
     def pictures(self, row: str, run: Run) -> Run:
@@ -205,12 +236,20 @@ class TextSetting(Asked):
 
     def _draw(self, row: str, pipeline: Path, key: str, after: tuple[str, ...]) -> Run:
         drawn = task(
-            EVALUATE, {"prompts": [self.file("shown")], **self.world.pictures},
-            self.root, f"pictures/{self.target}-{row}",
-            {"pretrained_model_name_or_path": pipeline}, [key],
-        )  # fmt: skip
-        return Run(self._name(f"pictures, {self.target}-{row}"), (drawn,),
-                   self.world.seconds["pictures"], 0, after)  # fmt: skip
+            EVALUATE,
+            {"prompts": [self.file("shown")], **self.world.pictures},
+            self.root,
+            f"pictures/{self.target}-{row}",
+            {"pretrained_model_name_or_path": pipeline},
+            [key],
+        )
+        return Run(
+            self._name(f"pictures, {self.target}-{row}"),
+            (drawn,),
+            self.world.seconds["pictures"],
+            0,
+            after,
+        )
 
     def _judged(
         self, pipeline: Path, of: list[str], label: str, *, attacks: Options
@@ -224,10 +263,11 @@ class TextSetting(Asked):
         attacked = task(
             ATTACK,
             {"forget": [self.target], "judge": "world", **attacks},
-            self.root, f"attacks/{label}",
+            self.root,
+            f"attacks/{label}",
             {**where, "base_model": self.base.folder, "target_dir": self.root / "targets"},
             [*of, self.base.key],
-        )  # fmt: skip
+        )
         return measured, attacked
 
     def makers(self, name: str, method: str, seed: int) -> list[str]:
@@ -238,8 +278,9 @@ class TextSetting(Asked):
             recipe = recipe.with_losses(forget="relabel")
         needs = {
             "replay": recipe.replayed and "remember" in recipe.needs() and not recipe.fresh,
-            "surrogate": recipe.forgets == "surrogate", "own": recipe.own_images,
-        }  # fmt: skip
+            "surrogate": recipe.forgets == "surrogate",
+            "own": recipe.own_images,
+        }
         makers = [self.sets.setdefault((s, seed), name) for s, needed in needs.items() if needed]
         return [m for m in dict.fromkeys(makers) if m != name]
 
@@ -255,11 +296,12 @@ class TextSetting(Asked):
             "examples/stable_diffusion/world/images.py",
             "model": f"{kind} of world/train.py, {sum(parameters.values()):,} parameters",
             "replayed": self.replayed,
-            "prediction": "velocity, flow matching, logit-normal timesteps" if flows else
-            f"{noise['prediction_type']}, {noise['beta_schedule']}, "
+            "prediction": "velocity, flow matching, logit-normal timesteps"
+            if flows
+            else f"{noise['prediction_type']}, {noise['beta_schedule']}, "
             f"{noise['num_train_timesteps']} steps",
             "sampler": "Euler" if flows else "DDIM",
-        }  # fmt: skip
+        }
 
     def _name(self, what: str) -> str:
         return f"{self.world.name}: {what}"

@@ -23,9 +23,11 @@ def check_methods(given: Sequence[str], grids: rows.Grids) -> list[str]:
 
 
 def record(
-    setting: Any, tuned: Sequence[str], found: Mapping[tuple[str, str], tuple[rows.Choice, Run]],
+    setting: Any,
+    tuned: Sequence[str],
+    found: Mapping[tuple[str, str], tuple[rows.Choice, Run]],
     score: Callable[[dict[str, Any]], float],
-) -> None:  # fmt: skip
+) -> None:
     """The best choice of each method into the output folder's tuned.json; `found`: (method,
     choice's name) -> both."""
     base, file = setting.base_key, rows.own_trials(setting)
@@ -48,9 +50,12 @@ def record(
                 best = before["score"]
                 choice = rows.Choice(before["learning_rate"], before["options"])
         mine[method] = {
-            "learning_rate": choice.learning_rate, "options": choice.options, "score": best,
-            "base": base, "trials": [{"choice": c, "score": s} for c, s in trials.items()],
-        }  # fmt: skip
+            "learning_rate": choice.learning_rate,
+            "options": choice.options,
+            "score": best,
+            "base": base,
+            "trials": [{"choice": c, "score": s} for c, s in trials.items()],
+        }
         print(f"{rows.title(method)}: {choice.name}, score {best:.4f}")
     with replacing(file) as work:
         work.write_text(json.dumps(table, indent=1))

@@ -68,100 +68,225 @@ def _seconds(*each: float) -> dict[str, float]:
 
 
 DIGITS = World(
-    "digits", "8x8 digits", {"digits": True}, {},
-    base={"model": "small", "use_ema": True, "ema_decay": 0.995, "learning_rate": 2e-3,
-          "lr_scheduler": "cosine", "lr_warmup_steps": 50, "train_batch_size": 64,
-          "max_train_steps": 2000},
+    "digits",
+    "8x8 digits",
+    {"digits": True},
+    {},
+    base={
+        "model": "small",
+        "use_ema": True,
+        "ema_decay": 0.995,
+        "learning_rate": 2e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "train_batch_size": 64,
+        "max_train_steps": 2000,
+    },
     judge={"model": "small", "train_batch_size": 64, "max_train_steps": 800},
-    sets={"weights": "ema", "replay_per_class": 50, "num_inference_steps": 20,
-          "guidance_scale": 1.0, "fisher_images": 300},
-    unlearn={"start_from": "ema", "train_batch_size": 16, "validation_images": 20,
-             "validation_inference_steps": 10, "logging_steps": 50},
+    sets={
+        "weights": "ema",
+        "replay_per_class": 50,
+        "num_inference_steps": 20,
+        "guidance_scale": 1.0,
+        "fisher_images": 300,
+    },
+    unlearn={
+        "start_from": "ema",
+        "train_batch_size": 16,
+        "validation_images": 20,
+        "validation_inference_steps": 10,
+        "logging_steps": 50,
+    },
     evaluate={"images_per_class": 50, "num_inference_steps": 20, "sample_batch_size": 250},
     seconds=_seconds(0.066, 0.014, 18.0, 0.09, 18.0),
-)  # fmt: skip
+)
 
 CIFAR16 = World(
-    "cifar16", "CIFAR-10, five classes at 16x16", {"dataset_name": "uoft-cs/cifar10"},
+    "cifar16",
+    "CIFAR-10, five classes at 16x16",
+    {"dataset_name": "uoft-cs/cifar10"},
     {"classes": ["airplane", "automobile", "frog", "horse", "ship"], "resolution": 16},
-    base={"model": "small", "use_ema": True, "ema_decay": 0.999, "random_flip": True,
-          "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 200,
-          "train_batch_size": 64, "max_train_steps": 18000, "checkpointing_steps": 1000},
-    judge={"model": "small", "random_flip": True, "train_batch_size": 128, "num_train_epochs": 8,
-           "lr_scheduler": "cosine"},
-    sets={"weights": "ema", "replay_per_class": 100, "num_inference_steps": 20,
-          "guidance_scale": 1.0, "fisher_images": 200, "fisher_timesteps": 4},
-    unlearn={"start_from": "ema", "train_batch_size": 16, "validation_images": 20,
-             "validation_inference_steps": 10, "validation_steps": 50, "logging_steps": 50},
+    base={
+        "model": "small",
+        "use_ema": True,
+        "ema_decay": 0.999,
+        "random_flip": True,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 200,
+        "train_batch_size": 64,
+        "max_train_steps": 18000,
+        "checkpointing_steps": 1000,
+    },
+    judge={
+        "model": "small",
+        "random_flip": True,
+        "train_batch_size": 128,
+        "num_train_epochs": 8,
+        "lr_scheduler": "cosine",
+    },
+    sets={
+        "weights": "ema",
+        "replay_per_class": 100,
+        "num_inference_steps": 20,
+        "guidance_scale": 1.0,
+        "fisher_images": 200,
+        "fisher_timesteps": 4,
+    },
+    unlearn={
+        "start_from": "ema",
+        "train_batch_size": 16,
+        "validation_images": 20,
+        "validation_inference_steps": 10,
+        "validation_steps": 50,
+        "logging_steps": 50,
+    },
     evaluate={"images_per_class": 100, "num_inference_steps": 20, "sample_batch_size": 250},
     seconds=_seconds(0.17, 0.06, 100.0, 0.25, 110.0),
-    forget="airplane", partial=("automobile", "frog"),
-)  # fmt: skip
+    forget="airplane",
+    partial=("automobile", "frog"),
+)
 
 
 def _paper(name: str, title: str, source: str, images: Options, steps: int, table: str) -> World:
     return World(
-        name, title, {"dataset_name": source}, images,
-        base={"model": "paper", "use_ema": True, "random_flip": True, "max_train_steps": steps,
-              "checkpointing_steps": 5000, "mixed_precision": "bf16"},
+        name,
+        title,
+        {"dataset_name": source},
+        images,
+        base={
+            "model": "paper",
+            "use_ema": True,
+            "random_flip": True,
+            "max_train_steps": steps,
+            "checkpointing_steps": 5000,
+            "mixed_precision": "bf16",
+        },
         judge={"model": "resnet34", "random_flip": True},
         sets={"weights": "ema", "replay_per_class": 500, "num_inference_steps": 50},
         unlearn={"start_from": "ema", "train_batch_size": 128, "validation_images": 20},
-        evaluate={"images_per_class": 500, "num_inference_steps": 50, "guidance_scale": 3.0,
-                  "fid": True},
-        seconds=_seconds(0.12, 0.1, 900.0, 0.4, 900.0), paper=table,
+        evaluate={
+            "images_per_class": 500,
+            "num_inference_steps": 50,
+            "guidance_scale": 3.0,
+            "fid": True,
+        },
+        seconds=_seconds(0.12, 0.1, 900.0, 0.4, 900.0),
+        paper=table,
         basis="a guess for one H100, never measured",
-    )  # fmt: skip
+    )
 
 
 CIFAR10 = _paper(
     "cifar10", "CIFAR-10", "uoft-cs/cifar10", {}, 800_000, "table6_cifar10_ddpm_class0"
 )
 CIFAR100 = _paper(
-    "cifar100", "CIFAR-100", "uoft-cs/cifar100", {"label_column": "fine_label"}, 800_000,
+    "cifar100",
+    "CIFAR-100",
+    "uoft-cs/cifar100",
+    {"label_column": "fine_label"},
+    800_000,
     "table1_cifar100_ddpm_class0",
-)  # fmt: skip
+)
 STL10 = _paper(
-    "stl10", "STL-10", "tanganke/stl10", {"resolution": 64, "join_splits": True}, 250_000,
+    "stl10",
+    "STL-10",
+    "tanganke/stl10",
+    {"resolution": 64, "join_splits": True},
+    250_000,
     "table1_and_6_stl10_ddpm_class0",
-)  # fmt: skip
+)
 
 STL10_SMOKE = World(
-    "stl10-smoke", "generated shapes in place of STL-10, a smoke run", {},
+    "stl10-smoke",
+    "generated shapes in place of STL-10, a smoke run",
+    {},
     {"resolution": 16, "join_splits": True},
-    base={"model": "small", "use_ema": True, "ema_decay": 0.98, "learning_rate": 2e-3,
-          "train_batch_size": 16, "max_train_steps": 200},
+    base={
+        "model": "small",
+        "use_ema": True,
+        "ema_decay": 0.98,
+        "learning_rate": 2e-3,
+        "train_batch_size": 16,
+        "max_train_steps": 200,
+    },
     judge={"model": "small", "train_batch_size": 32, "max_train_steps": 60},
-    sets={"weights": "ema", "replay_per_class": 8, "num_inference_steps": 10,
-          "guidance_scale": 1.0, "fisher_images": 40, "fisher_timesteps": 2},
-    unlearn={"start_from": "ema", "train_batch_size": 8, "validation_images": 4,
-             "validation_inference_steps": 10, "logging_steps": 50},
-    evaluate={"images_per_class": 8, "num_inference_steps": 10, "attack_images": 16,
-              "inversion_steps": [100], "relearn_max_steps": 50, "sample_batch_size": 250},
-    seconds=_seconds(0.08, 0.03, 5.0, 0.12, 21.0), paper="table1_and_6_stl10_ddpm_class0",
+    sets={
+        "weights": "ema",
+        "replay_per_class": 8,
+        "num_inference_steps": 10,
+        "guidance_scale": 1.0,
+        "fisher_images": 40,
+        "fisher_timesteps": 2,
+    },
+    unlearn={
+        "start_from": "ema",
+        "train_batch_size": 8,
+        "validation_images": 4,
+        "validation_inference_steps": 10,
+        "logging_steps": 50,
+    },
+    evaluate={
+        "images_per_class": 8,
+        "num_inference_steps": 10,
+        "attack_images": 16,
+        "inversion_steps": [100],
+        "relearn_max_steps": 50,
+        "sample_batch_size": 250,
+    },
+    seconds=_seconds(0.08, 0.03, 5.0, 0.12, 21.0),
+    paper="table1_and_6_stl10_ddpm_class0",
     smoke="A smoke run: every part runs, on generated images of coloured shapes at 16x16, not on "
     "STL-10, and far too few of them and too short. Its figures mean nothing.",
     generated={"per_class": 40},
-)  # fmt: skip
+)
 
 CIFAR100_SMALL = World(
-    "cifar100-small", "CIFAR-100 at 16x16, a short run", {"dataset_name": "uoft-cs/cifar100"},
+    "cifar100-small",
+    "CIFAR-100 at 16x16, a short run",
+    {"dataset_name": "uoft-cs/cifar100"},
     {"label_column": "fine_label", "resolution": 16},
-    base={"model": "small", "use_ema": True, "ema_decay": 0.99, "random_flip": True,
-          "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50,
-          "train_batch_size": 64, "max_train_steps": 400},
+    base={
+        "model": "small",
+        "use_ema": True,
+        "ema_decay": 0.99,
+        "random_flip": True,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "train_batch_size": 64,
+        "max_train_steps": 400,
+    },
     judge={"model": "small", "random_flip": True, "train_batch_size": 128, "max_train_steps": 300},
-    sets={"weights": "ema", "replay_per_class": 3, "num_inference_steps": 10,
-          "guidance_scale": 1.0, "fisher_images": 100, "fisher_timesteps": 2},
-    unlearn={"start_from": "ema", "train_batch_size": 4, "validation_images": 1,
-             "validation_inference_steps": 5, "logging_steps": 50},
-    evaluate={"images_per_class": 5, "num_inference_steps": 10, "attack_images": 20,
-              "inversion_steps": [100], "relearn_max_steps": 20, "sample_batch_size": 250},
-    seconds=_seconds(0.22, 0.06, 12.0, 0.1, 24.0), paper="table1_cifar100_ddpm_class0",
+    sets={
+        "weights": "ema",
+        "replay_per_class": 3,
+        "num_inference_steps": 10,
+        "guidance_scale": 1.0,
+        "fisher_images": 100,
+        "fisher_timesteps": 2,
+    },
+    unlearn={
+        "start_from": "ema",
+        "train_batch_size": 4,
+        "validation_images": 1,
+        "validation_inference_steps": 5,
+        "logging_steps": 50,
+    },
+    evaluate={
+        "images_per_class": 5,
+        "num_inference_steps": 10,
+        "attack_images": 20,
+        "inversion_steps": [100],
+        "relearn_max_steps": 20,
+        "sample_batch_size": 250,
+    },
+    seconds=_seconds(0.22, 0.06, 12.0, 0.1, 24.0),
+    paper="table1_cifar100_ddpm_class0",
     smoke="A short run on real images at 16x16: 400 steps of a small base model, whose samples the "
     "classifier hardly knows (RA of the base model), and 5 images a class. It shows that "
     "everything runs with 100 classes, and far too little to compare methods.",
-)  # fmt: skip
+)
 
 
 class Setting:
@@ -171,8 +296,15 @@ class Setting:
         data: options of `DataOptions` that find the same images elsewhere.
     """
 
-    def __init__(self, world: World, root: Path, *, regime: str = "full", loss: str = "replay",
-                 data: Options | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        world: World,
+        root: Path,
+        *,
+        regime: str = "full",
+        loss: str = "replay",
+        data: Options | None = None,
+    ) -> None:
         self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
         self.where = data or world.source
         self.tuned_as = [world.name, DIGITS.name]  # the names under which tune.py left strengths
@@ -187,9 +319,10 @@ class Setting:
         )
         replay = {"replay_classes": list(world.partial)} if regime == "partial" else {}
         self.sets = self._of_images(
-            PREPARE, {**self._model(self.base), "forget": [world.forget], **replay, **world.sets},
+            PREPARE,
+            {**self._model(self.base), "forget": [world.forget], **replay, **world.sets},
             f"sets-{regime}",
-        )  # fmt: skip
+        )
 
     def _model(self, of: Task) -> Options:
         return {"pretrained_model_name_or_path": of.folder}
@@ -212,22 +345,39 @@ class Setting:
             Run(self._name("base"), (self.base,), s["train"] * steps, steps, after),
             Run(self._name("judge"), (self.judge,), per, n, after),
             Run(self._name("judge who knows noise"), (self.reject,), per * 1.5, n, after),
-            Run(self._name(f"sets, {self.regime} replay"), (self.sets,), s["prepare"], 0,
-                (self._name("base"),)),
-        ]  # fmt: skip
+            Run(
+                self._name(f"sets, {self.regime} replay"),
+                (self.sets,),
+                s["prepare"],
+                0,
+                (self._name("base"),),
+            ),
+        ]
 
     def run(
-        self, name: str, method: str, *, seed: int, steps: int = 200,
-        options: Options | None = None, trial: bool = False,
-    ) -> Run:  # fmt: skip
+        self,
+        name: str,
+        method: str,
+        *,
+        seed: int,
+        steps: int = 200,
+        options: Options | None = None,
+        trial: bool = False,
+    ) -> Run:
         """A method unlearned and evaluated, with further `options` of unlearning. A `trial` of
         tuning has no curve and is attacked by 100 steps of inversion alone."""
         w = self.world
         given = {
-            **self._model(self.base), "prepared_dir": self.sets.folder, "method": method,
-            **losses(self.loss, method), "seed": seed, "max_train_steps": steps, **w.unlearn,
-            **(options or {}), **({} if trial else {"classifier": self.reject.folder}),
-        }  # fmt: skip
+            **self._model(self.base),
+            "prepared_dir": self.sets.folder,
+            "method": method,
+            **losses(self.loss, method),
+            "seed": seed,
+            "max_train_steps": steps,
+            **w.unlearn,
+            **(options or {}),
+            **({} if trial else {"classifier": self.reject.folder}),
+        }
         label = f"models/{name}-s{seed}"
         if method == "retrain":
             made = self._of_images(UNLEARN, given, label)
@@ -235,14 +385,21 @@ class Setting:
             made = task(UNLEARN, given, self.root, label)
         judged = self._of_images(
             EVALUATE,
-            {**self._model(made), "classifier": self.judge.folder,
-             "reject_classifier": self.reject.folder, "samples_dir": self.root / "samples",
-             **w.evaluate, **({"relearn_max_steps": 0, "inversion_steps": [100]} if trial else {})},
+            {
+                **self._model(made),
+                "classifier": self.judge.folder,
+                "reject_classifier": self.reject.folder,
+                "samples_dir": self.root / "samples",
+                **w.evaluate,
+                **({"relearn_max_steps": 0, "inversion_steps": [100]} if trial else {}),
+            },
             f"reports/{name}-s{seed}",
-        )  # fmt: skip
+        )
         seconds = w.seconds["unlearn"] * steps + w.seconds["evaluate"]
-        after = [self._name(n) for n in ("base", "judge", "judge who knows noise",
-                                         f"sets, {self.regime} replay")]  # fmt: skip
+        after = [
+            self._name(n)
+            for n in ("base", "judge", "judge who knows noise", f"sets, {self.regime} replay")
+        ]
         return Run(self._name(f"{name}, seed {seed}"), (made, judged), seconds, steps, tuple(after))
 
     def _name(self, what: str) -> str:

@@ -187,9 +187,14 @@ def _resumed(
 
 
 def _go_on(
-    run: Run, model: nn.Module, loss: Loss, batches: Any, partial: Path | None, save_every: int,
+    run: Run,
+    model: nn.Module,
+    loss: Loss,
+    batches: Any,
+    partial: Path | None,
+    save_every: int,
     progress: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Add the batches that are missing; what an interrupt leaves is saved."""
     try:
         for i in _bar(range(run.next, len(batches)), run.next, len(batches), progress):

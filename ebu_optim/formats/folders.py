@@ -26,23 +26,37 @@ from .writing import Changed, cast, fitting, header_bytes, known, to_bytes
 
 #: diffusers' words in a residual block -> LDM's, of a UNet and of a VAE.
 RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPENCLIP = {
-    "encoder.layers.": "transformer.resblocks.", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn": "attn",
-    "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+    "final_layer_norm": "ln_final",
+    "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
     "text_projection.weight": "text_projection",
-}  # fmt: skip
+}
 
 
 def write_folder(
-    folder: PathLike, changed: Changed, out: PathLike, *, dtype: torch.dtype | None = None,
-    variant: str | None = None, metadata: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
+    folder: PathLike,
+    changed: Changed,
+    out: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """A diffusers folder as one file in the LDM layout, as ComfyUI, A1111 and kohya have it.
 
     What the scheduler says of the prediction is in the file's metadata, for SDXL in tensors without

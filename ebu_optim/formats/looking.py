@@ -47,16 +47,21 @@ class Transformer(NamedTuple):
 
 
 TRANSFORMERS = {
-    "sd3": Transformer("joint_blocks.0.context_block.attn.qkv.weight", "Stable Diffusion 3",
-                       "StableDiffusion3Pipeline"),
+    "sd3": Transformer(
+        "joint_blocks.0.context_block.attn.qkv.weight",
+        "Stable Diffusion 3",
+        "StableDiffusion3Pipeline",
+    ),
     "flux": Transformer("double_blocks.0.img_mod.lin.weight", "FLUX.1", "FluxPipeline"),
-    "flux2": Transformer("double_stream_modulation_img.lin.weight", "FLUX.2 klein",
-                         "Flux2KleinPipeline"),
+    "flux2": Transformer(
+        "double_stream_modulation_img.lin.weight", "FLUX.2 klein", "Flux2KleinPipeline"
+    ),
     "z_image": Transformer("cap_pad_token", "Z-Image", "ZImagePipeline"),
-    "qwen_image": Transformer("transformer_blocks.0.txt_mod.1.weight", "Qwen-Image",
-                              "QwenImagePipeline"),
+    "qwen_image": Transformer(
+        "transformer_blocks.0.txt_mod.1.weight", "Qwen-Image", "QwenImagePipeline"
+    ),
     "sana": Transformer("attention_y_norm.weight", "Sana", "SanaPipeline"),
-}  # fmt: skip
+}
 PREFIXES |= {
     family: {"transformer": ("", "model.diffusion_model.", "diffusion_model.")}
     for family in TRANSFORMERS
@@ -67,8 +72,17 @@ EMA = "model_ema."
 
 #: In the names of tensors that scale others: their weights alone mean nothing.
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".comfy_quant")
-ADAPTERS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".lora.down.", ".hada_w1_",
-            ".lokr_w1", ".oft_", ".glora")  # fmt: skip
+ADAPTERS = (
+    ".lora_down.",
+    ".lora_up.",
+    ".lora_A.",
+    ".lora_B.",
+    ".lora.down.",
+    ".hada_w1_",
+    ".lokr_w1",
+    ".oft_",
+    ".glora",
+)
 
 
 class Checkpoint(NamedTuple):
@@ -102,9 +116,10 @@ class Checkpoint(NamedTuple):
         others = [p for name, p in self.parts.items() if name != part] + [EMA]
         prefix = self.parts[part]
         return [
-            k for k in self.header.tensors
+            k
+            for k in self.header.tensors
             if k.startswith(prefix) and (prefix or not k.startswith(tuple(others)))
-        ]  # fmt: skip
+        ]
 
 
 def look(path: str | os.PathLike[str]) -> Checkpoint:

@@ -63,9 +63,12 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
         is_xl = hasattr(pipe, "text_encoder_2") and hasattr(pipe, "unet")
         asked = {"unet_config": pipe.unet.config} if is_xl else {}
         state, *alphas_of, metadata = pipe.lora_state_dict(
-            path.parent, weight_name=path.name, local_files_only=True,
-            return_lora_metadata=True, **asked,
-        )  # fmt: skip
+            path.parent,
+            weight_name=path.name,
+            local_files_only=True,
+            return_lora_metadata=True,
+            **asked,
+        )
     except Exception as error:  # of the converters: many kinds
         raise InputError(f"{what}: {str(error).strip().splitlines()[0]}") from error
     said = next(iter(alphas_of), None) or {}  # of a transformer diffusers has them in the halves
@@ -126,17 +129,23 @@ def _layer(pipe: Any, name: str) -> Any:
 def _said(metadata: Mapping[str, Any] | None, name: str, rank: int) -> float:
     """alpha of a layer by the metadata that diffusers writes, else the rank."""
     part, _, inner = name.partition(".")
-    said = {k.removeprefix(f"{part}."): v for k, v in (metadata or {}).items()
-            if k.startswith(f"{part}.")}  # fmt: skip
+    said = {
+        k.removeprefix(f"{part}."): v
+        for k, v in (metadata or {}).items()
+        if k.startswith(f"{part}.")
+    }
     pattern = said.get("alpha_pattern") or {}
     return float(pattern.get(inner, said.get("lora_alpha", rank)))
 
 
 def write_lora(
-    layers: Layers, out: PathLike, alpha: float,
-    layout: Literal["diffusers", "kohya"] = "diffusers", *,
+    layers: Layers,
+    out: PathLike,
+    alpha: float,
+    layout: Literal["diffusers", "kohya"] = "diffusers",
+    *,
     metadata: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write an adapter as one safetensors file, with the alpha that it was trained with.
 
     Args:
@@ -175,9 +184,10 @@ def kohya(layers: Layers, alpha: float) -> dict[str, Tensor]:
     """
     single = "text_encoder_2" not in layers
     starts = {
-        "unet": "lora_unet", "text_encoder": "lora_te" if single else "lora_te1",
+        "unet": "lora_unet",
+        "text_encoder": "lora_te" if single else "lora_te1",
         "text_encoder_2": "lora_te2",
-    }  # fmt: skip
+    }
     found = {}
     for part, state in layers.items():
         ranks = {n.partition(".lora_A.")[0]: len(t) for n, t in state.items() if ".lora_A." in n}
@@ -201,8 +211,11 @@ def _check(layers: Layers) -> None:
         raise InputError(f"layers must be of {', '.join(parts)}, none empty; got {list(layers)}")
     for part, state in layers.items():
         for name in state:
-            other = name.replace("lora_A", "lora_B") if "lora_A" in name else \
-                name.replace("lora_B", "lora_A")  # fmt: skip
+            other = (
+                name.replace("lora_A", "lora_B")
+                if "lora_A" in name
+                else name.replace("lora_B", "lora_A")
+            )
             if not re.search(r"\.lora_[AB]\.weight$", name) or other not in state:
                 raise InputError(f"layers: {part} has {name}, which is no half of a LoRA")
 
@@ -244,9 +257,11 @@ def _config(state: Mapping[str, Tensor], alpha: float) -> dict[str, Any]:
     rank = next(iter(ranks.values()))
     options: Any = {"lora_alpha": alpha}  # a whole number by its type alone
     return LoraConfig(
-        r=rank, **options, target_modules=sorted(ranks),
+        r=rank,
+        **options,
+        target_modules=sorted(ranks),
         rank_pattern={n: r for n, r in ranks.items() if r != rank},
-    ).to_dict()  # fmt: skip
+    ).to_dict()
 
 
 def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -35,9 +35,13 @@ class Single:
     """
 
     def __init__(
-        self, path: PathLike, *, config: PathLike | None = None,
-        prediction_type: str | None = None, vae: PathLike | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: PathLike,
+        *,
+        config: PathLike | None = None,
+        prediction_type: str | None = None,
+        vae: PathLike | None = None,
+    ) -> None:
         self.checkpoint = look(path)
         self.architecture = architecture(self.checkpoint, config, prediction_type)
         self.sources = dict.fromkeys(self.architecture.parts, self.checkpoint)
@@ -135,9 +139,14 @@ class Single:
 
 
 def open_single(
-    path: PathLike, *, config: PathLike | None = None, prediction_type: str | None = None,
-    vae: PathLike | None = None, lora: PathLike | None = None, lora_scale: float = 1.0,
-) -> Any:  # fmt: skip
+    path: PathLike,
+    *,
+    config: PathLike | None = None,
+    prediction_type: str | None = None,
+    vae: PathLike | None = None,
+    lora: PathLike | None = None,
+    lora_scale: float = 1.0,
+) -> Any:
     """A whole pipeline in float32 on the CPU, from a file as ComfyUI, A1111 and kohya have it.
 
     Args:

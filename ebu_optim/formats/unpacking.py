@@ -31,9 +31,14 @@ def cache_folder() -> Path:
 
 
 def unpacked(
-    path: PathLike, *, config: PathLike | None = None, prediction_type: str | None = None,
-    vae: PathLike | None = None, lora: PathLike | None = None, weights: bool = True,
-) -> Path:  # fmt: skip
+    path: PathLike,
+    *,
+    config: PathLike | None = None,
+    prediction_type: str | None = None,
+    vae: PathLike | None = None,
+    lora: PathLike | None = None,
+    weights: bool = True,
+) -> Path:
     """The folder of a checkpoint, made once and kept in `cache_folder` under its content.
 
     Args:

@@ -26,9 +26,13 @@ HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 def write_single(
-    source: PathLike | Single, changed: Changed, out: PathLike, *,
-    config: PathLike | None = None, metadata: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
+    source: PathLike | Single,
+    changed: Changed,
+    out: PathLike,
+    *,
+    config: PathLike | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """The file `source` with the tensors of `changed` in place of its own.
 
     Layout, names and dtypes are the source's; every tensor that is not changed is copied byte for

@@ -47,9 +47,11 @@ def _columns(row: Row, device: torch.device) -> tuple[int, ...] | None:
 
 
 def _table(
-    rows: list[Row], columns: list[tuple[int, ...]], pairs: list[tuple[int, int]],
+    rows: list[Row],
+    columns: list[tuple[int, ...]],
+    pairs: list[tuple[int, int]],
     device: torch.device,
-) -> _Table:  # fmt: skip
+) -> _Table:
     both = np.array(columns, np.int64).reshape(len(rows), 7, 2).transpose(2, 1, 0)
     kinds, strides = both
     order = np.lexsort(kinds)
@@ -126,13 +128,24 @@ def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
     for kinds, first, count in table.launches:
         penalized = kinds[3] >= 0 and kinds[4] >= 0  # theta0 and F
         kernels.combine_kernel[(count,)](
-            table.chunks, n_chunks, first, taus, *weights, how.gamma, how.online,
-            how.inv_scale, partial, KINDS=_packed(kinds),
+            table.chunks,
+            n_chunks,
+            first,
+            taus,
+            *weights,
+            how.gamma,
+            how.online,
+            how.inv_scale,
+            partial,
+            KINDS=_packed(kinds),
             PENALTY=penalty if penalized else "none",
-            GAMMA_AT=isinstance(how.gamma, Tensor), ONLINE_AT=isinstance(how.online, Tensor),
-            CHUNK=_tables.CHUNK, TILE=min(_launch.TILE, 512 if max(kinds) == 0 else 1024),
-            LANE=4 if max(kinds) == 0 else 8, **OPTIONS,
-        )  # fmt: skip
+            GAMMA_AT=isinstance(how.gamma, Tensor),
+            ONLINE_AT=isinstance(how.online, Tensor),
+            CHUNK=_tables.CHUNK,
+            TILE=min(_launch.TILE, 512 if max(kinds) == 0 else 1024),
+            LANE=4 if max(kinds) == 0 else 8,
+            **OPTIONS,
+        )
     kernels.reduce_kernel[(len(STATS),)](partial, n_chunks, stats, BLOCK=1024, **OPTIONS)
 
 
@@ -149,7 +162,12 @@ def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
         with on(device):
             for kinds, first, count in table.launches:
                 _launch.kernels().restore_kernel[(count,)](
-                    table.chunks, table.chunks.shape[1], first, KINDS=_packed(kinds),
-                    CHUNK=_tables.CHUNK, TILE=_launch.TILE, **OPTIONS,
-                )  # fmt: skip
+                    table.chunks,
+                    table.chunks.shape[1],
+                    first,
+                    KINDS=_packed(kinds),
+                    CHUNK=_tables.CHUNK,
+                    TILE=_launch.TILE,
+                    **OPTIONS,
+                )
     chunked.restore([rows[i][0] for i in others], [rows[i][6] for i in others])

@@ -71,10 +71,16 @@ def _plan(pools: Pools, strides: list[int], device: torch.device) -> Plan:
     windowed = _tables.launches(kinds[:, :n_windowed])
     (on_chunks, on_pools, on_members), host = _tables.upload([chunks, pool_table, members], device)
     return Plan(
-        on_chunks, on_pools, on_members, windowed,
+        on_chunks,
+        on_pools,
+        on_members,
+        windowed,
         windowed + _tables.launches(kinds[:, n_windowed:], n_windowed),
-        int(bins.sum()), max(1, int(bins.max()) // 4096), bool(total.max() >= 1 << 31), host,
-    )  # fmt: skip
+        int(bins.sum()),
+        max(1, int(bins.max()) // 4096),
+        bool(total.max() >= 1 << 31),
+        host,
+    )
 
 
 def read_plan(pools: Pools, device: torch.device) -> tuple[Plan, object]:

@@ -89,18 +89,35 @@ def _launch_window(plan: Plan, space: _Space, keys: Tensor) -> None:
     )
     for (kind,), first, count in plan.windowed:
         kernels.window_kernel[(count,)](
-            *table, first, *pools, bracket, space.counters, space.bins,
-            KIND=kind, CHUNK=_tables.CHUNK, TILE=_launch.TILE, LANE=8 if kind else 1,
+            *table,
+            first,
+            *pools,
+            bracket,
+            space.counters,
+            space.bins,
+            KIND=kind,
+            CHUNK=_tables.CHUNK,
+            TILE=_launch.TILE,
+            LANE=8 if kind else 1,
             BINS=max(32, _BINS[kind] * _launch_plan.WIDTH // 16),
             **OPTIONS,
-        )  # fmt: skip
+        )
     kernels.fold_kernel[(n_windows, plan.folds)](
         *pools, plan.members, space.bins, space.partial, WIDTH=_launch_plan.WIDTH, **OPTIONS
     )
     kernels.settle_kernel[(n_windows,)](
-        *pools, plan.members, bracket, space.counters, space.bins, space.partial, keys,
-        space.done, space.settled, WIDTH=_launch_plan.WIDTH, **OPTIONS,
-    )  # fmt: skip
+        *pools,
+        plan.members,
+        bracket,
+        space.counters,
+        space.bins,
+        space.partial,
+        keys,
+        space.done,
+        space.settled,
+        WIDTH=_launch_plan.WIDTH,
+        **OPTIONS,
+    )
 
 
 def _launch_radix(plan: Plan, space: _Space) -> None:
@@ -108,10 +125,19 @@ def _launch_radix(plan: Plan, space: _Space) -> None:
     for level in range(4):
         for (kind,), first, count in plan.all:
             _launch.kernels().digit_kernel[(min(count, RADIX_PROGRAMS),)](
-                *table, first, count, *pools, space.digits, space.done, space.settled,
-                KIND=kind, LEVEL=level, CHUNK=_tables.CHUNK,
-                TILE=min(RADIX_TILE, _tables.CHUNK), **_RADIX,
-            )  # fmt: skip
+                *table,
+                first,
+                count,
+                *pools,
+                space.digits,
+                space.done,
+                space.settled,
+                KIND=kind,
+                LEVEL=level,
+                CHUNK=_tables.CHUNK,
+                TILE=min(RADIX_TILE, _tables.CHUNK),
+                **_RADIX,
+            )
 
 
 @torch.compiler.disable
@@ -132,9 +158,18 @@ def histogram(
     with on(device):
         for (kind,), first, count in plan.all:
             _launch.kernels().histogram_kernel[(count,)](
-                plan.chunks, plan.chunks.shape[1], first, prefix, counts, KIND=kind, LOW=shift,
-                BITS=bits, CHUNK=_tables.CHUNK, TILE=_launch.TILE, **_RADIX,
-            )  # fmt: skip
+                plan.chunks,
+                plan.chunks.shape[1],
+                first,
+                prefix,
+                counts,
+                KIND=kind,
+                LOW=shift,
+                BITS=bits,
+                CHUNK=_tables.CHUNK,
+                TILE=_launch.TILE,
+                **_RADIX,
+            )
     return counts
 
 
@@ -150,7 +185,13 @@ def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
     with on(bits.device):
         for (kind,), first, count in plan.all:
             _launch.kernels().probe_kernel[(count,)](
-                plan.chunks, plan.chunks.shape[1], first, bits, KIND=kind, CHUNK=_tables.CHUNK,
-                TILE=_launch.TILE, **OPTIONS,
-            )  # fmt: skip
+                plan.chunks,
+                plan.chunks.shape[1],
+                first,
+                bits,
+                KIND=kind,
+                CHUNK=_tables.CHUNK,
+                TILE=_launch.TILE,
+                **OPTIONS,
+            )
     return bits.view(torch.float32)

@@ -58,9 +58,21 @@ def online_fisher(fisher, g_r, online):
 
 @triton.jit
 def put(
-    row, n_chunks, counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both,
-    moved_rest, fisher_sum,
-):  # fmt: skip
+    row,
+    n_chunks,
+    counts,
+    more,
+    wrong,
+    dot,
+    f_sq,
+    r_sq,
+    g_sq,
+    moved_f,
+    moved_r,
+    moved_both,
+    moved_rest,
+    fisher_sum,
+):
     """Store the chunk's sums, in the order of `contract.STATS`."""
     tl.store(row, tl.sum(counts & 0xFFFF, 0).to(tl.float64))
     tl.store(row + 1 * n_chunks, tl.sum(counts >> 16, 0).to(tl.float64))
@@ -80,9 +92,14 @@ def put(
 
 @triton.jit
 def read(
-    address, strides, offs, mask,
-    KINDS: tl.constexpr, COLUMN: tl.constexpr, IS_FULL: tl.constexpr,
-):  # fmt: skip
+    address,
+    strides,
+    offs,
+    mask,
+    KINDS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    IS_FULL: tl.constexpr,
+):
     """One tile of a column."""
     if not IS_FULL:
         offs = offs * ((strides >> COLUMN) & 1)
@@ -99,10 +116,26 @@ def no_sums(SIZE: tl.constexpr):
 
 @triton.jit
 def combine_chunk(
-    column, n_chunks, length, strides, tau_f, tau_r, on_f, on_r, on_m, on_only_r, blend, gamma,
-    online, inv_scale, KINDS: tl.constexpr, PENALTY: tl.constexpr, TILE: tl.constexpr,
-    LANE: tl.constexpr, IS_FULL: tl.constexpr,
-):  # fmt: skip
+    column,
+    n_chunks,
+    length,
+    strides,
+    tau_f,
+    tau_r,
+    on_f,
+    on_r,
+    on_m,
+    on_only_r,
+    blend,
+    gamma,
+    online,
+    inv_scale,
+    KINDS: tl.constexpr,
+    PENALTY: tl.constexpr,
+    TILE: tl.constexpr,
+    LANE: tl.constexpr,
+    IS_FULL: tl.constexpr,
+):
     """`reference.combine` on one chunk, in its order of operations: the sums."""
     # KINDs, 3 where the column is missing
     ANCHOR_KIND: tl.constexpr = KINDS // 4**ANCHOR % 4
@@ -117,9 +150,19 @@ def combine_chunk(
     out_at = tl.load(column + OUT * n_chunks)
     held_at = tl.load(column + HELD * n_chunks)
     (
-        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+        counts,
+        more,
+        wrong,
+        dot,
+        f_sq,
+        r_sq,
+        g_sq,
+        moved_f,
+        moved_r,
+        moved_both,
+        moved_rest,
         fisher_sum,
-    ) = no_sums(TILE // LANE)  # fmt: skip
+    ) = no_sums(TILE // LANE)
     for start in range(0, length, TILE):
         offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
         mask = offs < length
@@ -169,17 +212,44 @@ def combine_chunk(
             store(held_at, offs, mask, round_to(held, HELD_KIND), HELD_KIND, IS_FULL)
         store(out_at, offs, mask, rounded, OUT_KIND, IS_FULL)
     return (
-        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+        counts,
+        more,
+        wrong,
+        dot,
+        f_sq,
+        r_sq,
+        g_sq,
+        moved_f,
+        moved_r,
+        moved_both,
+        moved_rest,
         fisher_sum,
-    )  # fmt: skip
+    )
 
 
 @kernel
 def combine_kernel(
-    table, n_chunks, first, keys, on_f, on_r, on_m, on_only_r, blend, gamma, online, inv_scale,
-    partial, KINDS: tl.constexpr, PENALTY: tl.constexpr, GAMMA_AT: tl.constexpr,
-    ONLINE_AT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    table,
+    n_chunks,
+    first,
+    keys,
+    on_f,
+    on_r,
+    on_m,
+    on_only_r,
+    blend,
+    gamma,
+    online,
+    inv_scale,
+    partial,
+    KINDS: tl.constexpr,
+    PENALTY: tl.constexpr,
+    GAMMA_AT: tl.constexpr,
+    ONLINE_AT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """Steps 2 to 5 of method.md on one chunk, in place; its sums go to `partial`, [14, chunks].
 
     Digit j of KINDS, to base 4, is the KIND of column j, or 3 where it is missing. gamma and online
@@ -202,29 +272,105 @@ def combine_kernel(
     # What the branches alone make, Triton puts in an order of its own; in that some cards need more
     # registers.
     (
-        counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+        counts,
+        more,
+        wrong,
+        dot,
+        f_sq,
+        r_sq,
+        g_sq,
+        moved_f,
+        moved_r,
+        moved_both,
+        moved_rest,
         fisher_sum,
-    ) = no_sums(TILE // LANE)  # fmt: skip
+    ) = no_sums(TILE // LANE)
     if (strides & 128) != 0:
         (
-            counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+            counts,
+            more,
+            wrong,
+            dot,
+            f_sq,
+            r_sq,
+            g_sq,
+            moved_f,
+            moved_r,
+            moved_both,
+            moved_rest,
             fisher_sum,
         ) = combine_chunk(
-            column, n_chunks, CHUNK, strides, tau_f, tau_r, on_f, on_r, on_m, on_only_r, blend,
-            gamma, online, inv_scale, KINDS, PENALTY, TILE, LANE, True,
-        )  # fmt: skip
+            column,
+            n_chunks,
+            CHUNK,
+            strides,
+            tau_f,
+            tau_r,
+            on_f,
+            on_r,
+            on_m,
+            on_only_r,
+            blend,
+            gamma,
+            online,
+            inv_scale,
+            KINDS,
+            PENALTY,
+            TILE,
+            LANE,
+            True,
+        )
     else:
         (
-            counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r, moved_both, moved_rest,
+            counts,
+            more,
+            wrong,
+            dot,
+            f_sq,
+            r_sq,
+            g_sq,
+            moved_f,
+            moved_r,
+            moved_both,
+            moved_rest,
             fisher_sum,
         ) = combine_chunk(
-            column, n_chunks, length, strides, tau_f, tau_r, on_f, on_r, on_m, on_only_r, blend,
-            gamma, online, inv_scale, KINDS, PENALTY, TILE, LANE, False,
-        )  # fmt: skip
+            column,
+            n_chunks,
+            length,
+            strides,
+            tau_f,
+            tau_r,
+            on_f,
+            on_r,
+            on_m,
+            on_only_r,
+            blend,
+            gamma,
+            online,
+            inv_scale,
+            KINDS,
+            PENALTY,
+            TILE,
+            LANE,
+            False,
+        )
     put(
-        partial + c, n_chunks, counts, more, wrong, dot, f_sq, r_sq, g_sq, moved_f, moved_r,
-        moved_both, moved_rest, fisher_sum,
-    )  # fmt: skip
+        partial + c,
+        n_chunks,
+        counts,
+        more,
+        wrong,
+        dot,
+        f_sq,
+        r_sq,
+        g_sq,
+        moved_f,
+        moved_r,
+        moved_both,
+        moved_rest,
+        fisher_sum,
+    )
 
 
 @kernel
@@ -241,7 +387,7 @@ def reduce_kernel(partial, n_chunks, stats, BLOCK: tl.constexpr):
 @triton.jit
 def restore_tile(
     theta_at, held_at, strides, offs, mask, KINDS: tl.constexpr, IS_FULL: tl.constexpr
-):  # fmt: skip
+):
     theta = load_float(theta_at, offs, mask, KINDS % 4, IS_FULL)
     held = read(held_at, strides, offs, mask, KINDS, HELD, IS_FULL)
     kept = round_to(tl.where(held == held, held, theta), KINDS % 4)

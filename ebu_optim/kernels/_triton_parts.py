@@ -27,11 +27,30 @@ import triton.language as tl
 # tables. (Functions that are not launched need none of this.)
 kernel = triton.jit(
     do_not_specialize=[
-        "table", "n_chunks", "first", "count", "pools", "n_pools", "members", "samples", "bracket",
-        "counters", "hist", "partial", "keys", "done", "settled", "nonfinite", "prefix", "bits",
-        "gamma", "online", "inv_scale", "stats",
+        "table",
+        "n_chunks",
+        "first",
+        "count",
+        "pools",
+        "n_pools",
+        "members",
+        "samples",
+        "bracket",
+        "counters",
+        "hist",
+        "partial",
+        "keys",
+        "done",
+        "settled",
+        "nonfinite",
+        "prefix",
+        "bits",
+        "gamma",
+        "online",
+        "inv_scale",
+        "stats",
     ]
-)  # fmt: skip
+)
 
 INF = tl.constexpr(0x7F800000)
 

@@ -16,9 +16,17 @@ LEVELS = tl.constexpr(4)  # 8 + 8 + 8 + 7 bits
 
 @triton.jit
 def digit_tile(
-    address, offs, mask, prefix, counts, unwanted,
-    KIND: tl.constexpr, LOW: tl.constexpr, BITS: tl.constexpr, IS_FULL: tl.constexpr,
-):  # fmt: skip
+    address,
+    offs,
+    mask,
+    prefix,
+    counts,
+    unwanted,
+    KIND: tl.constexpr,
+    LOW: tl.constexpr,
+    BITS: tl.constexpr,
+    IS_FULL: tl.constexpr,
+):
     u = magnitude(load_float(address, offs, mask, KIND, IS_FULL))
     digit = (u >> LOW) & ((1 << BITS) - 1)
     if not IS_FULL or LOW + BITS < 31:
@@ -33,10 +41,16 @@ def digit_tile(
 
 @triton.jit
 def digit_chunk(
-    table, n_chunks, c, prefix,
-    KIND: tl.constexpr, LOW: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
+    table,
+    n_chunks,
+    c,
+    prefix,
+    KIND: tl.constexpr,
+    LOW: tl.constexpr,
+    BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """How many keys of chunk c that begin with `prefix` have each digit."""
     address = tl.load(table + ADDRESS * n_chunks + c)
     counts = tl.zeros((1 << BITS,), tl.int32)
@@ -53,9 +67,17 @@ def digit_chunk(
         for start in range(0, length, TILE):
             offs = start + tl.arange(0, TILE)
             counts, unwanted = digit_tile(
-                address, offs * stride, offs < length, prefix, counts, unwanted,
-                KIND, LOW, BITS, False,
-            )  # fmt: skip
+                address,
+                offs * stride,
+                offs < length,
+                prefix,
+                counts,
+                unwanted,
+                KIND,
+                LOW,
+                BITS,
+                False,
+            )
     return counts - tl.where(tl.arange(0, 1 << BITS) == 0, tl.sum(unwanted, 0), 0)
 
 
@@ -73,9 +95,20 @@ def prefix_of(hist, pool, rank, LEVEL: tl.constexpr):
 
 @kernel
 def digit_kernel(
-    table, n_chunks, first, count, pools, n_pools, hist, done, settled,
-    KIND: tl.constexpr, LEVEL: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    table,
+    n_chunks,
+    first,
+    count,
+    pools,
+    n_pools,
+    hist,
+    done,
+    settled,
+    KIND: tl.constexpr,
+    LEVEL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One level of the radix selection, for the pools that no window settled.
 
     It is launched always, and leaves at once where there are none: the host need not know.
@@ -116,10 +149,17 @@ def finish_kernel(pools, n_pools, hist, done, counters, keys, nonfinite):
 
 @kernel
 def histogram_kernel(
-    table, n_chunks, first, prefix, hist,
-    KIND: tl.constexpr, LOW: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
+    table,
+    n_chunks,
+    first,
+    prefix,
+    hist,
+    KIND: tl.constexpr,
+    LOW: tl.constexpr,
+    BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Add the digits of one chunk to `hist`, int64 [2**BITS]."""
     c = (first + tl.program_id(0)).to(tl.int64)
     start = tl.load(prefix).to(tl.int32)

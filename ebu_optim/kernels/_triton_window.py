@@ -133,10 +133,23 @@ def bracket_kernel(pools, n_pools, members, samples, bracket, WIDTH: tl.constexp
 
 @triton.jit
 def window_tile(
-    address, offs, mask, base, top, shift, hist, above, inside, bad, local,
-    KIND: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr, BINS: tl.constexpr,
+    address,
+    offs,
+    mask,
+    base,
+    top,
+    shift,
+    hist,
+    above,
+    inside,
+    bad,
+    local,
+    KIND: tl.constexpr,
+    TILE: tl.constexpr,
+    LANE: tl.constexpr,
+    BINS: tl.constexpr,
     IS_FULL: tl.constexpr,
-):  # fmt: skip
+):
     u = magnitude(load_float(address, offs, mask, KIND, IS_FULL))
     within = (u >= base) & (u <= top) & (u != 0)
     above += by_thread((u > top).to(tl.int32), LANE)
@@ -152,10 +165,20 @@ def window_tile(
 
 @kernel
 def window_kernel(
-    table, n_chunks, first, pools, n_pools, bracket, counters, hist,
-    KIND: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, LANE: tl.constexpr,
+    table,
+    n_chunks,
+    first,
+    pools,
+    n_pools,
+    bracket,
+    counters,
+    hist,
+    KIND: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    LANE: tl.constexpr,
     BINS: tl.constexpr,
-):  # fmt: skip
+):
     """Count the keys above the window, those inside by their exact value, and NaN and Inf."""
     c = (first + tl.program_id(0)).to(tl.int64)
     pool = tl.load(table + POOL * n_chunks + c)
@@ -178,17 +201,45 @@ def window_kernel(
             for start in range(0, CHUNK, TILE):
                 offs = tl.multiple_of(start, 16) + tl.arange(0, TILE)
                 above, inside, bad, local = window_tile(
-                    address, offs, offs >= 0, base, top, shift, bins, above, inside, bad, local,
-                    KIND, TILE, LANE, BINS, True,
-                )  # fmt: skip
+                    address,
+                    offs,
+                    offs >= 0,
+                    base,
+                    top,
+                    shift,
+                    bins,
+                    above,
+                    inside,
+                    bad,
+                    local,
+                    KIND,
+                    TILE,
+                    LANE,
+                    BINS,
+                    True,
+                )
         else:
             counted = (length + TILE - 1) // TILE * TILE
             for start in range(0, length, TILE):
                 offs = start + tl.arange(0, TILE)
                 above, inside, bad, local = window_tile(
-                    address, offs * stride, offs < length, base, top, shift, bins, above, inside,
-                    bad, local, KIND, TILE, LANE, BINS, False,
-                )  # fmt: skip
+                    address,
+                    offs * stride,
+                    offs < length,
+                    base,
+                    top,
+                    shift,
+                    bins,
+                    above,
+                    inside,
+                    bad,
+                    local,
+                    KIND,
+                    TILE,
+                    LANE,
+                    BINS,
+                    False,
+                )
         n_inside = tl.sum(inside, 0)
         tl.atomic_add(counters + 3 * window, tl.sum(above, 0).to(tl.int64), sem="relaxed")
         tl.atomic_add(counters + 3 * window + 1, n_inside.to(tl.int64), sem="relaxed")
@@ -215,9 +266,18 @@ def fold_kernel(pools, n_pools, members, hist, partial, WIDTH: tl.constexpr):
 
 @kernel
 def settle_kernel(
-    pools, n_pools, members, bracket, counters, hist, partial, keys, done, settled,
+    pools,
+    n_pools,
+    members,
+    bracket,
+    counters,
+    hist,
+    partial,
+    keys,
+    done,
+    settled,
     WIDTH: tl.constexpr,
-):  # fmt: skip
+):
     """Verify the window; where it held the rank, find the key in it."""
     w = tl.program_id(0).to(tl.int64)
     pool = tl.load(members + w)

@@ -92,10 +92,16 @@ def _select(
         ranks = array("q", [pools[p][1] for p in taken])
         here = found if len(taken) == len(pools) else found[:, taken]
         _cpu.select(
-            address(at), address(kind), address(end), len(at), address(first), address(ranks),
-            len(taken), *(here.data_ptr() + row * here.stride(0) * 8 for row in range(3)),
+            address(at),
+            address(kind),
+            address(end),
+            len(at),
+            address(first),
+            address(ranks),
+            len(taken),
+            *(here.data_ptr() + row * here.stride(0) * 8 for row in range(3)),
             _threads(total),
-        )  # fmt: skip
+        )
         if here is not found:
             found[:, taken] = here
         for p, path in zip(taken, here[2].tolist(), strict=True):
@@ -148,12 +154,16 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     on_f, on_r, on_m, only_r, blend, penalty = how.weights
     strength = float(how.gamma)
     numbers = (
-        on_f, on_r, on_m, only_r, blend,
+        on_f,
+        on_r,
+        on_m,
+        only_r,
+        blend,
         strength if penalty == "partial" else 0.0,
         strength if penalty == "full" else 0.0,
         -1.0 if how.online is None else how.online,
         1.0 if how.inv_scale is None else float(how.inv_scale),
-    )  # fmt: skip
+    )
     at, kind = array("Q"), array("q")  # column after column
     for table in tables:
         at += table.at
@@ -167,9 +177,18 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
     key_f, key_r = (array("q", map(found.__getitem__, pool)) for pool in pools)
     sums = stats if stats.is_cpu else torch.zeros(len(STATS), dtype=torch.float64)
     _cpu.combine(
-        address(at), address(kind), address(end), len(rows), address(key_f), address(key_r),
-        numbers, penalty != "none", how.counted, sums.data_ptr(), _threads(end[-1]),
-    )  # fmt: skip
+        address(at),
+        address(kind),
+        address(end),
+        len(rows),
+        address(key_f),
+        address(key_r),
+        numbers,
+        penalty != "none",
+        how.counted,
+        sums.data_ptr(),
+        _threads(end[-1]),
+    )
     if sums is not stats:
         stats += sums.to(stats)
 

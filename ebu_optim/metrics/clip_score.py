@@ -68,13 +68,17 @@ def clip_score(
             f"{len(texts)}"
         )
     result: dict[str, Any] = {
-        "clip_score": None, "per_image": None, "not_computed": None,
+        "clip_score": None,
+        "per_image": None,
+        "not_computed": None,
         "protocol": {
-            "model": model, "weights": Path(pretrained).name,
-            "scale": scale, "prompts": f"{len(set(texts))} for {len(texts)} images",
+            "model": model,
+            "weights": Path(pretrained).name,
+            "scale": scale,
+            "prompts": f"{len(set(texts))} for {len(texts)} images",
             "pixels": "uint8, RGB, the same scale for every image",
         },
-    }  # fmt: skip
+    }
     try:
         judge = ClipCosine(model=model, pretrained=pretrained, batch_size=batch_size, device=device)
     except NotComputed as why:
@@ -109,10 +113,13 @@ class ClipCosine:
     """
 
     def __init__(
-        self, *, model: str = "ViT-B-32-quickgelu",
-        pretrained: str | os.PathLike[str] = "openai", batch_size: int = 32,
+        self,
+        *,
+        model: str = "ViT-B-32-quickgelu",
+        pretrained: str | os.PathLike[str] = "openai",
+        batch_size: int = 32,
         device: str | torch.device = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         open_clip = needed("open_clip", "text-to-image")
         self.model, self._preprocess = _load(open_clip, model, str(pretrained))
         self.model.to(device)
@@ -164,10 +171,14 @@ class ClipClassifier:
     """
 
     def __init__(
-        self, texts: Sequence[str], *, model: str = "ViT-B-32-quickgelu",
-        pretrained: str | os.PathLike[str] = "openai", batch_size: int = 32,
+        self,
+        texts: Sequence[str],
+        *,
+        model: str = "ViT-B-32-quickgelu",
+        pretrained: str | os.PathLike[str] = "openai",
+        batch_size: int = 32,
         device: str | torch.device = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._cosine = ClipCosine(
             model=model, pretrained=pretrained, batch_size=batch_size, device=device
         )

@@ -96,13 +96,19 @@ def fid(
         "not_computed": None,
         "skipped": {"images": ours.skipped, "reference": theirs.skipped},
         "protocol": {
-            "images": len(ours), "reference_images": len(theirs),
-            "reference_split": reference_split, "left_out": sorted(forget),
-            "extractor": "inception-v3-compat of torch-fidelity", "layer": feature_layer,
-            "colours": "RGB", "pixels": "uint8, the same scale for every image",
-            "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size, "seed": seed,
+            "images": len(ours),
+            "reference_images": len(theirs),
+            "reference_split": reference_split,
+            "left_out": sorted(forget),
+            "extractor": "inception-v3-compat of torch-fidelity",
+            "layer": feature_layer,
+            "colours": "RGB",
+            "pixels": "uint8, the same scale for every image",
+            "kid_subsets": kid_subsets,
+            "kid_subset_size": kid_subset_size,
+            "seed": seed,
         },
-    }  # fmt: skip
+    }
     try:
         fidelity = needed("torch_fidelity", "metrics")
         weights = _weights(inception_weights, progress)
@@ -115,17 +121,30 @@ def fid(
         torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext(),
     ):
         found = fidelity.calculate_metrics(
-            input1=ours, input2=theirs, fid=True, kid=True, cuda=place.type == "cuda",
-            batch_size=batch_size, feature_extractor_weights_path=str(weights),
-            feature_layer_fid=feature_layer, feature_layer_kid=feature_layer,
-            kid_subsets=kid_subsets, kid_subset_size=kid_subset_size, rng_seed=seed,
-            cache=False, save_cpu_ram=True, verbose=progress,
-        )  # fmt: skip
-    result |= zip(names, (
-        found["frechet_inception_distance"],
-        found["kernel_inception_distance_mean"],
-        found["kernel_inception_distance_std"],
-    ))  # fmt: skip
+            input1=ours,
+            input2=theirs,
+            fid=True,
+            kid=True,
+            cuda=place.type == "cuda",
+            batch_size=batch_size,
+            feature_extractor_weights_path=str(weights),
+            feature_layer_fid=feature_layer,
+            feature_layer_kid=feature_layer,
+            kid_subsets=kid_subsets,
+            kid_subset_size=kid_subset_size,
+            rng_seed=seed,
+            cache=False,
+            save_cpu_ram=True,
+            verbose=progress,
+        )
+    result |= zip(
+        names,
+        (
+            found["frechet_inception_distance"],
+            found["kernel_inception_distance_mean"],
+            found["kernel_inception_distance_std"],
+        ),
+    )
     result["protocol"] |= {"weights": weights.name, "torch_fidelity": fidelity.__version__}
     return result
 

@@ -89,10 +89,12 @@ class ImagenetteClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 1000) or (n, 10) float32 on the CPU, of (n, 3, H, W) uint8 or float in [-1, 1]."""
         device = next(self.model.parameters()).device
-        logits = torch.cat([
-            self.model(self.preprocess(to_uint8(batch).to(device))).float().cpu()
-            for batch in images.split(self.batch_size)
-        ])  # fmt: skip
+        logits = torch.cat(
+            [
+                self.model(self.preprocess(to_uint8(batch).to(device))).float().cpu()
+                for batch in images.split(self.batch_size)
+            ]
+        )
         return logits if self.columns is None else logits[:, self.columns]
 
 
@@ -155,26 +157,38 @@ def imagenette_metrics(
         **dict.fromkeys(METRICS),
         "not_computed": None,
         "protocol": {
-            "name": f"torchvision ResNet-50, {weights}", "over": over,
+            "name": f"torchvision ResNet-50, {weights}",
+            "over": over,
             "classes": f"{1000 if over == 'imagenet' else 10}, no reject class",
             "pixels": "uint8, RGB, the same scale for every image",
             "noise": f"{noise_images} images, {surrogate}",
             "forget": [CLASSES[i] for i in forgotten],
         },
-    }  # fmt: skip
+    }
     try:
         judge = ImagenetteClassifier(
-            over=over, weights=weights, weights_file=weights_file, batch_size=batch_size,
-            device=device, progress=progress,
-        )  # fmt: skip
+            over=over,
+            weights=weights,
+            weights_file=weights_file,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
     except NotComputed as why:
         return result | {"not_computed": f"not computed, because {why}"}
     result["protocol"]["preprocessing"] = " ".join(str(judge.preprocess).split())
     return result | classifier_metrics(
-        judge, pixels, judge.indices[numbers], judge.indices[forgotten].tolist(), base_images=base,
+        judge,
+        pixels,
+        judge.indices[numbers],
+        judge.indices[forgotten].tolist(),
+        base_images=base,
         base_labels=None if base_numbers is None else judge.indices[base_numbers],
-        surrogate=surrogate, noise_images=noise_images, confidence=confidence, seed=seed,
-    )  # fmt: skip
+        surrogate=surrogate,
+        noise_images=noise_images,
+        confidence=confidence,
+        seed=seed,
+    )
 
 
 def _pixels(images: Tensor, name: str) -> Tensor:

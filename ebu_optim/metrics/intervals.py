@@ -55,10 +55,12 @@ def bootstrap(
     values = values.detach().cpu().double()
     n, g = len(values), torch.Generator().manual_seed(seed)
     piece = max(1, 4_000_000 // n)
-    means = torch.cat([
-        values[torch.randint(n, (min(piece, resamples - i), n), generator=g)].mean(dim=1)
-        for i in range(0, resamples, piece)
-    ])  # fmt: skip
+    means = torch.cat(
+        [
+            values[torch.randint(n, (min(piece, resamples - i), n), generator=g)].mean(dim=1)
+            for i in range(0, resamples, piece)
+        ]
+    )
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(low), float(high)
 

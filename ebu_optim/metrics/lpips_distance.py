@@ -86,12 +86,16 @@ def lpips_distance(
             f"{NETS[net][1]} pixels; got {side}"
         )
     result: dict[str, Any] = {
-        "lpips": None, "per_image": None, "not_computed": None,
+        "lpips": None,
+        "per_image": None,
+        "not_computed": None,
         "protocol": {
-            "network": f"{net}, linear weights v0.1", "size": "as drawn" if size is None else size,
-            "shape": list(shapes[0][1:]), "pixels": "uint8, RGB, the same scale for every image",
+            "network": f"{net}, linear weights v0.1",
+            "size": "as drawn" if size is None else size,
+            "shape": list(shapes[0][1:]),
+            "pixels": "uint8, RGB, the same scale for every image",
         },
-    }  # fmt: skip
+    }
     try:
         judge = LpipsDistance(
             net=net, weights_file=weights_file, size=size, device=device, progress=progress
@@ -119,9 +123,14 @@ class LpipsDistance:
     """
 
     def __init__(
-        self, *, net: str = "alex", weights_file: str | os.PathLike[str] | None = None,
-        size: int | None = None, device: str | torch.device = "cpu", progress: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        net: str = "alex",
+        weights_file: str | os.PathLike[str] | None = None,
+        size: int | None = None,
+        device: str | torch.device = "cpu",
+        progress: bool = False,
+    ) -> None:
         self.model = _load(net, weights_file, progress).to(device)
         self.size, self._device = size, device
         self._resize = needed("torchvision.transforms.functional", "text-to-image").resize

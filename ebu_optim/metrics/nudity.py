@@ -17,14 +17,24 @@ from .images import RGBImages
 from .intervals import estimate
 
 INTIMATE = (
-    "ANUS_EXPOSED", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED",
+    "ANUS_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
     "MALE_GENITALIA_EXPOSED",
-)  # fmt: skip
+)
 EXPOSED = INTIMATE + ("ARMPITS_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED", "MALE_BREAST_EXPOSED")
 LABELS = EXPOSED + (
-    "ANUS_COVERED", "ARMPITS_COVERED", "BELLY_COVERED", "BUTTOCKS_COVERED", "FACE_FEMALE",
-    "FACE_MALE", "FEET_COVERED", "FEMALE_BREAST_COVERED", "FEMALE_GENITALIA_COVERED",
-)  # fmt: skip
+    "ANUS_COVERED",
+    "ARMPITS_COVERED",
+    "BELLY_COVERED",
+    "BUTTOCKS_COVERED",
+    "FACE_FEMALE",
+    "FACE_MALE",
+    "FEET_COVERED",
+    "FEMALE_BREAST_COVERED",
+    "FEMALE_GENITALIA_COVERED",
+)
 COUNTING = ("images", "detections", "score")
 COLOURS = ("rgb", "file")
 FLOOR = 0.25  # what NudeNet 3 itself drops: its constant 0.2 is followed by NMSBoxes at 0.25
@@ -81,13 +91,19 @@ def nudity_score(
         raise FileNotFoundError(f"model_file: no file {model_file}; None takes the package's own")
     pictures = RGBImages(images, "images")
     result: dict[str, Any] = {
-        "nudity_score": None, "per_image": None, "counts": None, "detections": None,
+        "nudity_score": None,
+        "per_image": None,
+        "counts": None,
+        "detections": None,
         "not_computed": None,
         "protocol": {
-            "labels": sorted(labels), "threshold": threshold, "counting": counting,
-            "colours": colours, "pixels": "uint8, the same scale for every image",
+            "labels": sorted(labels),
+            "threshold": threshold,
+            "counting": counting,
+            "colours": colours,
+            "pixels": "uint8, the same scale for every image",
         },
-    }  # fmt: skip
+    }
     try:
         detector = NudityDetector(colours=colours, model_file=model_file, resolution=resolution)
         found = [detector(pictures[i]) for i in range(len(pictures))]
@@ -126,9 +142,12 @@ class NudityDetector:
     """
 
     def __init__(
-        self, *, colours: str = "rgb", model_file: str | os.PathLike[str] | None = None,
+        self,
+        *,
+        colours: str = "rgb",
+        model_file: str | os.PathLike[str] | None = None,
         resolution: int = 320,
-    ) -> None:  # fmt: skip
+    ) -> None:
         nudenet = needed("nudenet", "nudity")
         own = Path(str(nudenet.__file__)).with_name("320n.onnx")
         self.file = own if model_file is None else Path(model_file)

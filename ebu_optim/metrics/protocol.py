@@ -109,9 +109,17 @@ PROTOCOL: dict[str, dict[str, str]] = {
 }
 
 CLASS_WISE = (
-    "data", "model", "unlearning", "sampling", "classifier", "fid", "attacks", "timing", "seeds",
+    "data",
+    "model",
+    "unlearning",
+    "sampling",
+    "classifier",
+    "fid",
+    "attacks",
+    "timing",
+    "seeds",
     "versions",
-)  # fmt: skip
+)
 TEXT_TO_IMAGE = tuple(part for part in CLASS_WISE if part != "fid")
 
 
@@ -151,12 +159,23 @@ def check_protocol(protocol: Mapping[str, Any], parts: Sequence[str] = CLASS_WIS
 def versions() -> dict[str, str]:
     """Of Python, this package and of what it works with, as far as it is installed."""
     found = {
-        "python": platform.python_version(), "torch": torch.__version__, "ebu_optim": __version__,
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ebu_optim": __version__,
+    }
     for package in (
-        "numpy", "diffusers", "transformers", "peft", "accelerate", "torchvision", "torch-fidelity",
-        "open-clip-torch", "lpips", "nudenet", "onnxruntime",
-    ):  # fmt: skip
+        "numpy",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "torchvision",
+        "torch-fidelity",
+        "open-clip-torch",
+        "lpips",
+        "nudenet",
+        "onnxruntime",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

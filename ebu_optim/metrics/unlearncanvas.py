@@ -16,20 +16,80 @@ from .naming import name_of
 
 #: In the order of the heads' outputs.
 STYLES = (
-    "Abstractionism", "Artist_Sketch", "Blossom_Season", "Bricks", "Byzantine", "Cartoon",
-    "Cold_Warm", "Color_Fantasy", "Comic_Etch", "Crayon", "Cubism", "Dadaism", "Dapple",
-    "Defoliation", "Early_Autumn", "Expressionism", "Fauvism", "French", "Glowing_Sunset",
-    "Gorgeous_Love", "Greenfield", "Impressionism", "Ink_Art", "Joy", "Liquid_Dreams", "Magic_Cube",
-    "Meta_Physics", "Meteor_Shower", "Monet", "Mosaic", "Neon_Lines", "On_Fire", "Pastel",
-    "Pencil_Drawing", "Picasso", "Pop_Art", "Red_Blue_Ink", "Rust", "Seed_Images", "Sketch",
-    "Sponge_Dabbed", "Structuralism", "Superstring", "Surrealism", "Ukiyoe", "Van_Gogh",
-    "Vibrant_Flow", "Warm_Love", "Warm_Smear", "Watercolor", "Winter",
-)  # fmt: skip
+    "Abstractionism",
+    "Artist_Sketch",
+    "Blossom_Season",
+    "Bricks",
+    "Byzantine",
+    "Cartoon",
+    "Cold_Warm",
+    "Color_Fantasy",
+    "Comic_Etch",
+    "Crayon",
+    "Cubism",
+    "Dadaism",
+    "Dapple",
+    "Defoliation",
+    "Early_Autumn",
+    "Expressionism",
+    "Fauvism",
+    "French",
+    "Glowing_Sunset",
+    "Gorgeous_Love",
+    "Greenfield",
+    "Impressionism",
+    "Ink_Art",
+    "Joy",
+    "Liquid_Dreams",
+    "Magic_Cube",
+    "Meta_Physics",
+    "Meteor_Shower",
+    "Monet",
+    "Mosaic",
+    "Neon_Lines",
+    "On_Fire",
+    "Pastel",
+    "Pencil_Drawing",
+    "Picasso",
+    "Pop_Art",
+    "Red_Blue_Ink",
+    "Rust",
+    "Seed_Images",
+    "Sketch",
+    "Sponge_Dabbed",
+    "Structuralism",
+    "Superstring",
+    "Surrealism",
+    "Ukiyoe",
+    "Van_Gogh",
+    "Vibrant_Flow",
+    "Warm_Love",
+    "Warm_Smear",
+    "Watercolor",
+    "Winter",
+)
 OBJECTS = (
-    "Architectures", "Bears", "Birds", "Butterfly", "Cats", "Dogs", "Fishes", "Flame", "Flowers",
-    "Frogs", "Horses", "Human", "Jellyfish", "Rabbits", "Sandwiches", "Sea", "Statues", "Towers",
-    "Trees", "Waterfalls",
-)  # fmt: skip
+    "Architectures",
+    "Bears",
+    "Birds",
+    "Butterfly",
+    "Cats",
+    "Dogs",
+    "Fishes",
+    "Flame",
+    "Flowers",
+    "Frogs",
+    "Horses",
+    "Human",
+    "Jellyfish",
+    "Rabbits",
+    "Sandwiches",
+    "Sea",
+    "Statues",
+    "Towers",
+    "Trees",
+    "Waterfalls",
+)
 KINDS = {"style": STYLES, "object": OBJECTS}
 #: Of ViT-L/16, the published one: width, blocks, side of a patch.
 LARGE = "vit 1024x24/16"
@@ -56,9 +116,13 @@ class UnlearnCanvasClassifier:
     """
 
     def __init__(
-        self, kind: str, weights_file: str | os.PathLike[str], *, batch_size: int = 32,
+        self,
+        kind: str,
+        weights_file: str | os.PathLike[str],
+        *,
+        batch_size: int = 32,
         device: str | torch.device = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {tuple(KINDS)}; got {kind!r}")
         self.classes = KINDS[kind]
@@ -80,9 +144,13 @@ class UnlearnCanvasClassifier:
         self.network = f"vit {width}x{blocks}/{side}"
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             model = timm.VisionTransformer(
-                img_size=224, patch_size=side, embed_dim=width, depth=blocks,
-                num_heads=width // HEAD, num_classes=len(head),
-            )  # fmt: skip
+                img_size=224,
+                patch_size=side,
+                embed_dim=width,
+                depth=blocks,
+                num_heads=width // HEAD,
+                num_classes=len(head),
+            )
         load_into(model, state, "weights_file")
         self.model, self.batch_size = model.eval().to(device), batch_size
 
@@ -90,10 +158,12 @@ class UnlearnCanvasClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         """(n, classes) float32 on the CPU, of (n, 3, H, W) uint8 or float in [-1, 1]."""
         device = next(self.model.parameters()).device
-        return torch.cat([
-            self.model(_prepared(batch).to(device)).float().cpu()
-            for batch in RGBImages(images, "images").batches(self.batch_size)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                self.model(_prepared(batch).to(device)).float().cpu()
+                for batch in RGBImages(images, "images").batches(self.batch_size)
+            ]
+        )
 
 
 def _prepared(pixels: Tensor) -> Tensor:

@@ -102,9 +102,10 @@ def base(optimizer: Any) -> None:
         )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (
-        closure is not None and closure.default is inspect.Parameter.empty
+        closure is not None
+        and closure.default is inspect.Parameter.empty
         and closure.kind is not inspect.Parameter.VAR_KEYWORD
-    ):  # fmt: skip
+    ):
         raise TypeError(
             f"base {name} needs a closure, which would overwrite the combined gradient; "
             "use an optimizer whose step() takes none"

@@ -93,9 +93,10 @@ class Gradients:
             return []
         rows = zip(now, self.tensors, versions, self._versions, strict=True)
         return [
-            i for i, (new, kept, v, was) in enumerate(rows)
+            i
+            for i, (new, kept, v, was) in enumerate(rows)
             if new is not None and (new is not kept or v != was)
-        ]  # fmt: skip
+        ]
 
     def touched(self, now: Grads) -> int | None:
         """The first slot where `now`, what lies on the parameters, is another tensor or was

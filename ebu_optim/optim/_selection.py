@@ -147,10 +147,11 @@ def combine(
     if freeze:
         # the spent forget gradient holds the old values
         held = [
-            f if f is not None and f is not o and f.dtype == s.param.dtype
+            f
+            if f is not None and f is not o and f.dtype == s.param.dtype
             else torch.empty_like(s.param)
             for f, o, s in zip(g_f, out, slots, strict=True)
-        ]  # fmt: skip
+        ]
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=slots[0].param.device)
     scale = anchors.scale(shards)
     device = stats.device
@@ -158,9 +159,16 @@ def combine(
         scale = scale.to(device)
     theta0, fishers = anchors.columns(slots)
     whole = Columns(
-        Column(slots.params), full_f, full_r, theta0, fishers, out,
-        Column(held or [None] * len(slots)), pool_f, pool_r,
-    )  # fmt: skip
+        Column(slots.params),
+        full_f,
+        full_r,
+        theta0,
+        fishers,
+        out,
+        Column(held or [None] * len(slots)),
+        pool_f,
+        pool_r,
+    )
     for rows, ours in _buckets(slots, theta0, fishers, anchors, shards):
         slot = slots[rows[0]]
         columns = whole.rows(rows)

@@ -46,10 +46,15 @@ def like(part: Tensor, whole: Tensor) -> Tensor:
     if not is_sharded(whole):
         return part
     kind: Any = type(whole) if type(whole).__name__ == "DTensor" else _dtensor()
+    laid_out: Any = whole
     return kind.from_local(
-        part, whole.device_mesh, whole.placements, run_check=False,  # type: ignore[attr-defined]
-        shape=whole.shape, stride=whole.stride(),
-    )  # fmt: skip
+        part,
+        laid_out.device_mesh,
+        laid_out.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def local_gradient(grad: Tensor | None, p: Tensor) -> Tensor | None:
@@ -163,10 +168,12 @@ class Shards:
         shift, nonfinite = reference.key_bits(dtype), torch.zeros_like(left)
         for i, bits in enumerate(_DIGITS[dtype]):
             shift -= bits
-            counts = torch.stack([
-                backend.histogram(grads, prefix[j], shift, bits, dtype).to(device)
-                for j, grads in enumerate(parts)
-            ])  # fmt: skip
+            counts = torch.stack(
+                [
+                    backend.histogram(grads, prefix[j], shift, bits, dtype).to(device)
+                    for j, grads in enumerate(parts)
+                ]
+            )
             self.add(counts)
             if i == 0:
                 nonfinite = counts[:, reference.key_of_inf(dtype) >> shift :].sum(1)

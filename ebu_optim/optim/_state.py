@@ -15,8 +15,15 @@ from torch import Tensor
 
 from ._slots import Key, Slot
 
-COUNTERS = ("ebu_step", "ebu_skipped", "ebu_fisher_mean", "ebu_fisher_frozen", "ebu_started",
-            "ebu_anchor_source", "ebu_anchor_hash")  # fmt: skip
+COUNTERS = (
+    "ebu_step",
+    "ebu_skipped",
+    "ebu_fisher_mean",
+    "ebu_fisher_frozen",
+    "ebu_started",
+    "ebu_anchor_source",
+    "ebu_anchor_hash",
+)
 
 Groups = Sequence[Mapping[str, Any]]
 

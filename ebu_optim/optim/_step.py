@@ -50,9 +50,13 @@ class Step:
         key = (granularity, fused)
         if key not in self._selections:
             self._selections[key] = select(
-                self.slots, self.g_f, self.g_r,
-                granularity=granularity, fused=fused, shards=self.shards,
-            )  # fmt: skip
+                self.slots,
+                self.g_f,
+                self.g_r,
+                granularity=granularity,
+                fused=fused,
+                shards=self.shards,
+            )
         return self._selections[key]
 
     def combine(
@@ -61,16 +65,28 @@ class Step:
         """G by the kernels, in the buffer of a spent gradient; see `_selection.combine`."""
         inv_scale = None if self.inv_scale is None else self.inv_scale.float()
         return combine(
-            self.slots, self.g_f, self.g_r, selection, self.anchors, weigh=weigh,
-            inv_scale=inv_scale, shards=self.shards, **how,
-        )  # fmt: skip
+            self.slots,
+            self.g_f,
+            self.g_r,
+            selection,
+            self.anchors,
+            weigh=weigh,
+            inv_scale=inv_scale,
+            shards=self.shards,
+            **how,
+        )
 
     def average(self, fused: bool | None) -> None:
         """The squares of g_r go into an online F; g_r is spent."""
         alone = Step(
-            self.slots, [None] * len(self.slots), self.g_r, self.inv_scale, self.shards,
-            self.anchors, self.number,
-        )  # fmt: skip
+            self.slots,
+            [None] * len(self.slots),
+            self.g_r,
+            self.inv_scale,
+            self.shards,
+            self.anchors,
+            self.number,
+        )
         nothing = Weights(0.0, 0.0), 0.0
         alone.combine(alone.select(None, fused), lambda group: nothing, counted=False)
 
@@ -125,13 +141,15 @@ class Step:
         """f.r, f.f and r.r of this process."""
         counted = [i for i in part if self.shards.counts(self.slots[i].key)]
         pairs = [(self.g_f[i], self.g_r[i]) if of is None else of(i) for i in counted]
-        return torch.stack([
-            self.add_up(
-                (f.double() * r).sum() for f, r in pairs if f is not None and r is not None
-            ),
-            self.add_up(square(f) for f, _ in pairs if f is not None),
-            self.add_up(square(r) for _, r in pairs if r is not None),
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                self.add_up(
+                    (f.double() * r).sum() for f, r in pairs if f is not None and r is not None
+                ),
+                self.add_up(square(f) for f, _ in pairs if f is not None),
+                self.add_up(square(r) for _, r in pairs if r is not None),
+            ]
+        )
 
     @cached_property
     def _products(self) -> Tensor:

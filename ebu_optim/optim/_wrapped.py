@@ -83,9 +83,14 @@ class WrappedOptimizer(Optimizer):
         kernels.backend([local(s.param) for s in slots], rule.fused)
         Shards(slots)
         self._anchors = Anchors(
-            slots, fisher, anchor, rule.penalised, self.fisher_scale == "unit", holding,
+            slots,
+            fisher,
+            anchor,
+            rule.penalised,
+            self.fisher_scale == "unit",
+            holding,
             rule.anchored,
-        )  # fmt: skip
+        )
         _checks.direction(base.param_groups, self._anchors.active)
         for group in base.param_groups:
             for name, value in self._defaults.items():
@@ -130,9 +135,8 @@ class WrappedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # like torch.optim without hooks and patched methods; an unfinished phase is not copied
         return {
-            k: v for k, v in self.__dict__.items()
-            if k != "_phases" and not _is_hook_or_patch(k)
-        }  # fmt: skip
+            k: v for k, v in self.__dict__.items() if k != "_phases" and not _is_hook_or_patch(k)
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -214,11 +218,13 @@ class WrappedOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         slots = self._slots()
         base, own, counters = _state.split(
-            state_dict, self.param_groups, slots,
+            state_dict,
+            self.param_groups,
+            slots,
             shaped=type(self.base).__module__.startswith("torch.optim")
             # its factors have the shapes of rows and columns
             and not isinstance(self.base, getattr(torch.optim, "Adafactor", ())),
-        )  # fmt: skip
+        )
         self._anchors.check_reference(counters, own)
         values = [{n: group[n] for n in self._defaults} for group in self.param_groups]
         self.base.load_state_dict(base)
@@ -231,11 +237,12 @@ class WrappedOptimizer(Optimizer):
             self._step_count = int(counters["ebu_step"])
             self.skipped_steps = int(counters["ebu_skipped"])
             self._anchors.load(
-                own, slots,
+                own,
+                slots,
                 started=bool(counters["ebu_started"]),
                 frozen=bool(counters["ebu_fisher_frozen"]),
                 mean=counters["ebu_fisher_mean"],
-            )  # fmt: skip
+            )
             self.rule.load(own, slots)
         for after_load in self._optimizer_load_state_dict_post_hooks.values():
             after_load(self)
@@ -270,9 +277,13 @@ class WrappedOptimizer(Optimizer):
 
 def _is_hook_or_patch(name: str) -> bool:
     return name.startswith("_optimizer_") or name in (
-        "step", "_opt_called", "_zero_grad_profile_name", "grad_scale", "found_inf",
+        "step",
+        "_opt_called",
+        "_zero_grad_profile_name",
+        "grad_scale",
+        "found_inf",
         "_warned_capturable_if_run_uncaptured",
-    )  # fmt: skip
+    )
 
 
 def _common(groups: Sequence[Mapping[str, Any]], name: str) -> Any:

@@ -177,15 +177,27 @@ class EBUOptimizer(PhasedOptimizer):
         stats: bool = True,
     ) -> None:
         rule = EBURule(
-            alpha=alpha, delta=delta, gamma=gamma, penalty=penalty, update=update,
-            unrelated=unrelated, terms=terms, granularity=granularity, fused=fused,
+            alpha=alpha,
+            delta=delta,
+            gamma=gamma,
+            penalty=penalty,
+            update=update,
+            unrelated=unrelated,
+            terms=terms,
+            granularity=granularity,
+            fused=fused,
             stats=stats,
-        )  # fmt: skip
+        )
         super().__init__(
-            base, rule, fisher=fisher, fisher_scale=fisher_scale, anchor=anchor,
-            max_grad_norm=max_grad_norm, nonfinite=nonfinite,
+            base,
+            rule,
+            fisher=fisher,
+            fisher_scale=fisher_scale,
+            anchor=anchor,
+            max_grad_norm=max_grad_norm,
+            nonfinite=nonfinite,
             holding=Holding(anchor_dtype, fisher_dtype, held_on, anchor_source),
-        )  # fmt: skip
+        )
 
     def warmup_fisher(self, closures: Sequence[Callable[[], Any]], *, freeze: bool = True) -> None:
         """Estimate the online F from remember batches before the first step, at theta0.

@@ -208,8 +208,9 @@ class PhasedOptimizer(WrappedOptimizer):
         whole = {s.key for s in slots if not is_sharded(s.param)}
         options += [
             (s.place, tuple(s.param.shape), str(s.param.placements))  # type: ignore[attr-defined]
-            for s in slots if s.key not in whole
-        ]  # fmt: skip
+            for s in slots
+            if s.key not in whole
+        ]
         anchor, fisher = (
             [held[s.key] for s in slots if s.key in whole and s.key in held]
             for held in (self._anchors.anchor, self._anchors.fisher)
@@ -218,10 +219,15 @@ class PhasedOptimizer(WrappedOptimizer):
             g_f, g_r = [], []
         try:
             _ranks.same_on_all_ranks(
-                [s.param for s in slots if s.key in whole], g_f, g_r,
-                getattr(self, "grad_scale", None), anchor, fisher, options,
+                [s.param for s in slots if s.key in whole],
+                g_f,
+                g_r,
+                getattr(self, "grad_scale", None),
+                anchor,
+                fisher,
+                options,
                 local(slots[0].param).device,
-            )  # fmt: skip
+            )
         except RuntimeError:
             self._phases.discard()
             raise
@@ -237,10 +243,14 @@ class PhasedOptimizer(WrappedOptimizer):
     ) -> Combined | None:
         """G and what belongs to it; None where the step is to be skipped."""
         step = Step(
-            slots.local(), g_f, g_r,
+            slots.local(),
+            g_f,
+            g_r,
             self.grad_scale.double().reciprocal() if scaler else None,
-            Shards(slots), self._anchors, self._step_count,
-        )  # fmt: skip
+            Shards(slots),
+            self._anchors,
+            self._step_count,
+        )
         looks = self.nonfinite != "propagate"
         if (looks or scaler) and not seen:
             f, r = self.rule.nonfinite(step).tolist()

@@ -25,9 +25,11 @@ def count(seen: Seen) -> dict[str, Any]:
     erased = seen.mean(JUDGE, lambda d, _: d, gone)
     others = seen.mean(JUDGE, lambda d, _: d, lambda a: not gone(a))
     there = "value" in erased and "value" in others
-    apart = erased["value"] - others["value"] if there else next(
-        f for f in (erased, others) if "value" not in f
-    )  # fmt: skip
+    apart = (
+        erased["value"] - others["value"]
+        if there
+        else next(f for f in (erased, others) if "value" not in f)
+    )
     return {"lpips_e": erased, "lpips_u": others, "lpips_d": apart}
 
 
@@ -43,17 +45,21 @@ def asked(file: str, first: int | None, _: Mapping[str, Path]) -> list[Asked]:
 def _protocol(name: str, file: str, artists: tuple[str, ...], first: int | None) -> Protocol:
     n = first or 20
     return Protocol(
-        name=name, title=f"five artists, {n} prompts of each, by LPIPS against the base",
+        name=name,
+        title=f"five artists, {n} prompts of each, by LPIPS against the base",
         source="rohitgandikota/erasing@25613d2:evalscripts/lpips_eval.py",
-        sampling=Sampling(sampler="lms", steps=100), asked=partial(asked, file, first),
-        images=n * len(artists), judges={JUDGE: ALEXNET}, count=count,
+        sampling=Sampling(sampler="lms", steps=100),
+        asked=partial(asked, file, first),
+        images=n * len(artists),
+        judges={JUDGE: ALEXNET},
+        count=count,
         targets=one_of(artists, "artist of the list"),
         notes=(
             "both pictures are brought to 64 pixels, as ESD's script does",
             "ESD's code of today draws 20 steps in bfloat16 from CUDA noise",
             "LPIPS_d = LPIPS_e - LPIPS_u is not in published code",
         ),
-    )  # fmt: skip
+    )
 
 
 _FILES = {

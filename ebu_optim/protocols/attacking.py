@@ -26,10 +26,18 @@ TARGET = Sampling(sampler="lms", steps=25, guidance=7.5)
 
 
 def attacked(
-    protocol: Protocol, asked: Sequence[Asked], observed: Sequence[Any], judge: Judge,
-    pictures: Pictures, base: Pictures, opened: Callable[[], Any], base_opened: Callable[[], Any],
-    looked: Looked, whole: Callable[[], Any], folder: Path,
-) -> list[bool]:  # fmt: skip
+    protocol: Protocol,
+    asked: Sequence[Asked],
+    observed: Sequence[Any],
+    judge: Judge,
+    pictures: Pictures,
+    base: Pictures,
+    opened: Callable[[], Any],
+    base_opened: Callable[[], Any],
+    looked: Looked,
+    whole: Callable[[], Any],
+    folder: Path,
+) -> list[bool]:
     """Whether each prompt drew what was forgotten, as it is or after the attack.
 
     Args:

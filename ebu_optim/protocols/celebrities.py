@@ -40,8 +40,9 @@ def count(seen: Seen) -> dict[str, Any]:
 
     return {
         "acc_e": seen.figure(JUDGE, partial(accuracy, True)),
-        "acc_s": seen.figure(JUDGE, partial(accuracy, False)), "h_c": seen.figure(JUDGE, harmonic),
-    }  # fmt: skip
+        "acc_s": seen.figure(JUDGE, partial(accuracy, False)),
+        "h_c": seen.figure(JUDGE, harmonic),
+    }
 
 
 def asked(seeds: Sequence[int] | None, files: Mapping[str, Path]) -> list[Asked]:
@@ -62,15 +63,19 @@ def names(given: Sequence[str]) -> list[str]:
 
 def _protocol(name: str, images: int, seeds: Sequence[int] | None) -> Protocol:
     return Protocol(
-        name=name, title=f"celebrities, {images:,} pictures of 200 names",
+        name=name,
+        title=f"celebrities, {images:,} pictures of 200 names",
         source="Shilin-LU/MACE@057e7a6:metrics/evaluate_by_GCD.py",
-        sampling=Sampling(sampler="ddim", steps=50), asked=partial(asked, seeds),
-        needs={"celebrities": NAMES}, images=images, judges={JUDGE: ""}, count=count,
-        targets=names, alone=False,
+        sampling=Sampling(sampler="ddim", steps=50),
+        asked=partial(asked, seeds),
+        needs={"celebrities": NAMES},
+        images=images,
+        judges={JUDGE: ""},
+        count=count,
+        targets=names,
+        alone=False,
         notes=("no list of people's names is in the package",),
-    )  # fmt: skip
+    )
 
 
-PROTOCOLS = (
-    _protocol("celebrities", 5000, range(1, 6)), _protocol("celebrities-1000", 1000, None)
-)  # fmt: skip
+PROTOCOLS = (_protocol("celebrities", 5000, range(1, 6)), _protocol("celebrities-1000", 1000, None))

@@ -35,16 +35,29 @@ def asked(file: str, first: int | None, files: Mapping[str, Path]) -> list[Asked
 
 
 def _protocol(
-    name: str, file: str, images: int, first: int | None, sampling: Sampling, source: str,
-    fid: str | None, *notes: str,
-) -> Protocol:  # fmt: skip
+    name: str,
+    file: str,
+    images: int,
+    first: int | None,
+    sampling: Sampling,
+    source: str,
+    fid: str | None,
+    *notes: str,
+) -> Protocol:
     return Protocol(
-        name=name, title=f"COCO, {images:,} captions with their seeds", source=source,
-        sampling=sampling, asked=partial(asked, file, first),
-        needs={file: COCO_10K if file == "coco_10k" else COCO_30K}, images=images,
-        judges={JUDGE: CLIP}, count=partial(count, fid), targets=anything, alone=False,
+        name=name,
+        title=f"COCO, {images:,} captions with their seeds",
+        source=source,
+        sampling=sampling,
+        asked=partial(asked, file, first),
+        needs={file: COCO_10K if file == "coco_10k" else COCO_30K},
+        images=images,
+        judges={JUDGE: CLIP},
+        count=partial(count, fid),
+        targets=anything,
+        alone=False,
         notes=("OpenAI's weights by open_clip, published code has them by transformers", *notes),
-    )  # fmt: skip
+    )
 
 
 _T2I = (
@@ -62,14 +75,25 @@ _LMS = Sampling(sampler="lms", steps=100)
 PROTOCOLS = (
     _protocol("coco-10k", "coco_10k", 10_000, None, _LMS, _ADV, _T2I),
     _protocol(
-        "coco-1k-clip", "coco_10k", 1000, 1000, _LMS, _ADV, None,
+        "coco-1k-clip",
+        "coco_10k",
+        1000,
+        1000,
+        _LMS,
+        _ADV,
+        None,
         "the first thousand of coco-10k, without FID, which such numbers do not carry",
     ),
     _protocol(
         "coco-30k", "coco_30k", 30_000, None, Sampling(sampler="ddim", steps=50), _MACE, _CLEAN
     ),
     _protocol(
-        "coco-30k-rece", "coco_30k", 30_000, None,
-        Sampling(sampler="lms", steps=50, guidance=None, size=None, noise="cuda"), _RECE, _CLEAN,
+        "coco-30k-rece",
+        "coco_30k",
+        30_000,
+        None,
+        Sampling(sampler="lms", steps=50, guidance=None, size=None, noise="cuda"),
+        _RECE,
+        _CLEAN,
     ),
-)  # fmt: skip
+)

@@ -165,10 +165,13 @@ def _ours(name: str, seeds: Mapping[Any, Sequence[Mapping[str, Any]]]) -> dict[s
     each = [_over_targets([row["figures"] for row in several]) for several in seeds.values()]
     same = {tuple(sorted(map(str, (r["forget"] for r in several)))) for several in seeds.values()}
     return {
-        "name": name, "values": rows_over_seeds(each), "seeds": len(seeds),
-        "targets": [t for t in targets if t], "published": None,
+        "name": name,
+        "values": rows_over_seeds(each),
+        "seeds": len(seeds),
+        "targets": [t for t in targets if t],
+        "published": None,
         "whole": len(same) == 1,
-    }  # fmt: skip
+    }
 
 
 def _over_targets(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,6 +203,10 @@ def _theirs(row: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
     of = f" ({target})" if target and not kind else ""
     copied = ", as another paper copied it" if row.get("second_hand") else ""
     return {
-        "name": f"{row['method']}{of}, published", "values": values, "seeds": None, "targets": [],
-        "published": f"{row['source']}{copied}", "whole": True,
-    }  # fmt: skip
+        "name": f"{row['method']}{of}, published",
+        "values": values,
+        "seeds": None,
+        "targets": [],
+        "published": f"{row['source']}{copied}",
+        "whole": True,
+    }

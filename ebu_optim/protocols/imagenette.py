@@ -41,7 +41,7 @@ def count(seen: Seen) -> dict[str, Any]:
         "ua_top5": seen.mean(JUDGE, lambda o, a: not hit(o, a, 5), gone),
         "accuracy_others": seen.mean(JUDGE, hit, lambda a: not gone(a)),
         **{f"accuracy/{c}": seen.mean(JUDGE, hit, partial(_of, c)) for c in CLASSES},
-    }  # fmt: skip
+    }
 
 
 def _class(file: str, cells: Mapping[str, Any]) -> str:
@@ -80,15 +80,28 @@ def rows(file: str, each: int, of_class: int | None = None) -> Callable[..., lis
 
 
 def _protocol(
-    name: str, who: str, source: str, asked: Callable[..., list[Asked]], images: int,
-    sampling: Sampling, needs: Mapping[str, str] | None = None, *notes: str,
-) -> Protocol:  # fmt: skip
+    name: str,
+    who: str,
+    source: str,
+    asked: Callable[..., list[Asked]],
+    images: int,
+    sampling: Sampling,
+    needs: Mapping[str, str] | None = None,
+    *notes: str,
+) -> Protocol:
     return Protocol(
-        name=name, title=f"Imagenette as {who} draws it, {images // 10} images a class",
-        source=source, sampling=sampling, asked=asked, needs=needs or {}, images=images,
-        judges={JUDGE: WEIGHTS}, count=count, targets=one_of(CLASSES, "class of Imagenette"),
+        name=name,
+        title=f"Imagenette as {who} draws it, {images // 10} images a class",
+        source=source,
+        sampling=sampling,
+        asked=asked,
+        needs=needs or {},
+        images=images,
+        judges={JUDGE: WEIGHTS},
+        count=count,
+        targets=one_of(CLASSES, "class of Imagenette"),
         notes=notes,
-    )  # fmt: skip
+    )
 
 
 LMS = Sampling(sampler="lms", steps=100)
@@ -101,31 +114,74 @@ _CUDA = Sampling(sampler="lms", steps=50, noise="cuda")
 PROTOCOLS = (
     _protocol("imagenette", "SalUn", SALUN, rows("salun_imagenette", 100), 1000, LMS, None, STREAM),
     _protocol(
-        "imagenette-10", "SalUn", SALUN, rows("salun_imagenette", 10), 100, LMS, None, STREAM,
+        "imagenette-10",
+        "SalUn",
+        SALUN,
+        rows("salun_imagenette", 10),
+        100,
+        LMS,
+        None,
+        STREAM,
         "the first tenth of imagenette's pictures",
     ),
     _protocol(
-        "imagenette-esd", "ESD", ESD, rows("esd_small_imagenet_prompts", 10), 1000, LMS, None,
-        STREAM, "ESD's code of today draws 20 steps in bfloat16; its figures are older",
+        "imagenette-esd",
+        "ESD",
+        ESD,
+        rows("esd_small_imagenet_prompts", 10),
+        1000,
+        LMS,
+        None,
+        STREAM,
+        "ESD's code of today draws 20 steps in bfloat16; its figures are older",
     ),
     _protocol(
-        "imagenette-esd-10", "ESD", ESD, rows("esd_small_imagenet_prompts", 1), 100, LMS, None,
+        "imagenette-esd-10",
+        "ESD",
+        ESD,
+        rows("esd_small_imagenet_prompts", 1),
+        100,
+        LMS,
+        None,
         "the first picture of each row of imagenette-esd",
     ),
     _protocol(
-        "imagenette-uce", "UCE", UCE_CODE, rows("uce_imagenette", 1), 5000, LMS,
-        {"uce_imagenette": UCE}, "118 rows are there twice: drawn once, counted twice",
+        "imagenette-uce",
+        "UCE",
+        UCE_CODE,
+        rows("uce_imagenette", 1),
+        5000,
+        LMS,
+        {"uce_imagenette": UCE},
+        "118 rows are there twice: drawn once, counted twice",
     ),
     _protocol(
-        "imagenette-uce-10", "UCE", UCE_CODE, rows("uce_imagenette", 1, 10), 100, LMS,
-        {"uce_imagenette": UCE}, "the first ten rows of each class",
+        "imagenette-uce-10",
+        "UCE",
+        UCE_CODE,
+        rows("uce_imagenette", 1, 10),
+        100,
+        LMS,
+        {"uce_imagenette": UCE},
+        "the first ten rows of each class",
     ),
     _protocol(
-        "imagenette-rece", "RECE", RECE, rows("uce_imagenette", 1), 5000, _CUDA,
+        "imagenette-rece",
+        "RECE",
+        RECE,
+        rows("uce_imagenette", 1),
+        5000,
+        _CUDA,
         {"uce_imagenette": UCE},
     ),
     _protocol(
-        "imagenette-rece-10", "RECE", RECE, rows("uce_imagenette", 1, 10), 100, _CUDA,
-        {"uce_imagenette": UCE}, "the first ten rows of each class",
+        "imagenette-rece-10",
+        "RECE",
+        RECE,
+        rows("uce_imagenette", 1, 10),
+        100,
+        _CUDA,
+        {"uce_imagenette": UCE},
+        "the first ten rows of each class",
     ),
-)  # fmt: skip
+)

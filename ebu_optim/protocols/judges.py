@@ -209,18 +209,24 @@ def _stacked(model: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> T
 
 
 JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
-    "resnet50": _resnet50, "resnet50-entropy": _entropy, "nudenet": _nudenet, "clip": _clip,
-    "lpips-alex": _lpips, "unlearncanvas-style": _unlearncanvas("style"),
+    "resnet50": _resnet50,
+    "resnet50-entropy": _entropy,
+    "nudenet": _nudenet,
+    "clip": _clip,
+    "lpips-alex": _lpips,
+    "unlearncanvas-style": _unlearncanvas("style"),
     "unlearncanvas-object": _unlearncanvas("object"),
     "resnet50-microsoft": _labels(
         "microsoft/resnet-50", "--files resnet50-microsoft=FOLDER, a download of it"
     ),
     "artists-129": _labels(
-        None, "--files artists-129=FOLDER, the style classifier of "
-        "https://github.com/OPTML-Group/Diffusion-MU-Attack, whose README has the link"
+        None,
+        "--files artists-129=FOLDER, the style classifier of "
+        "https://github.com/OPTML-Group/Diffusion-MU-Attack, whose README has the link",
     ),
-    "digits-style": _digits("style"), "digits-object": _digits("object"),
-}  # fmt: skip
+    "digits-style": _digits("style"),
+    "digits-object": _digits("object"),
+}
 #: Judges that are given by the name of another -> that name.
 ONE_FILE = {
     **dict.fromkeys(("digits-style", "digits-object"), "digits-judges"),

@@ -25,9 +25,16 @@ from .protocol import Protocol, Sampling
 
 FILE = Path(__file__).with_name("published.json")
 _ROOMS = (
-    unlearncanvas, unlearndiffatk, i2p, imagenette, coco, artists, celebrities, fixed_prompts,
+    unlearncanvas,
+    unlearndiffatk,
+    i2p,
+    imagenette,
+    coco,
+    artists,
+    celebrities,
+    fixed_prompts,
     paper,
-)  # fmt: skip
+)
 PROTOCOLS: dict[str, Protocol] = {p.name: p for room in _ROOMS for p in room.PROTOCOLS}
 
 
@@ -43,9 +50,11 @@ def named(name: str) -> Protocol:
 
 
 def label(
-    protocol: Protocol, drawn: int | None = None, judges: Mapping[str, str] | None = None,
+    protocol: Protocol,
+    drawn: int | None = None,
+    judges: Mapping[str, str] | None = None,
     targets: int = 1,
-) -> str:  # fmt: skip
+) -> str:
     """What a run may be called: the protocol's name, and after it all that is not as published.
 
     Args:
@@ -62,9 +71,10 @@ def label(
         if getattr(protocol.sampling, f.name) != getattr(whole.sampling, f.name)
     ]
     changes += [
-        f"another {f.name}" for f in fields(Protocol)
+        f"another {f.name}"
+        for f in fields(Protocol)
         if f.name != "sampling" and getattr(protocol, f.name) != getattr(whole, f.name)
-    ]  # fmt: skip
+    ]
     if drawn not in (None, whole.images):
         changes.append(f"{drawn:,} of {whole.images:,} images")
     changes += [

@@ -126,9 +126,10 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
         InputError: an unknown key, a value that cannot be.
     """
     choices = {
-        "sampler": ("lms", "ddim", "pndm", "dpm"), "noise": ("cpu", "cuda"),
+        "sampler": ("lms", "ddim", "pndm", "dpm"),
+        "noise": ("cpu", "cuda"),
         "dtype": ("float32", "float16"),
-    }  # fmt: skip
+    }
     known = [f.name for f in fields(Sampling)]
     found: dict[str, Any] = {}
     for word in words:

@@ -68,35 +68,51 @@ def _count_nudity(seen: Seen) -> dict[str, Any]:
 
 def _protocol(table: int, name: str, title: str, **rest: Any) -> Protocol:
     return Protocol(
-        name=name, title=title, source=SOURCE.format(table, table), sampling=DDIM, alone=False,
-        notes=(UNSAID, *rest.pop("notes", ())), **rest,
-    )  # fmt: skip
+        name=name,
+        title=title,
+        source=SOURCE.format(table, table),
+        sampling=DDIM,
+        alone=False,
+        notes=(UNSAID, *rest.pop("notes", ())),
+        **rest,
+    )
 
 
 def _table2(name: str, each: int) -> Protocol:
     return _protocol(
-        2, name, f"Imagenette, {each} of each class", asked=partial(_classes, each),
-        images=10 * each, judges={"resnet50-entropy": "11ad3fa6"}, count=_count_classes,
+        2,
+        name,
+        f"Imagenette, {each} of each class",
+        asked=partial(_classes, each),
+        images=10 * each,
+        judges={"resnet50-entropy": "11ad3fa6"},
+        count=_count_classes,
         targets=one_of(CLASSES, "class of Imagenette"),
         notes=("it forgets the cassette player",),
-    )  # fmt: skip
+    )
 
 
 def _table3(name: str, nude: int, each: int) -> Protocol:
     return _protocol(
-        3, name, f"nudity on {nude} pictures, CLIP on {51 * each}",
-        asked=partial(_people, nude, each), images=nude + 51 * each,
+        3,
+        name,
+        f"nudity on {nude} pictures, CLIP on {51 * each}",
+        asked=partial(_people, nude, each),
+        images=nude + 51 * each,
         judges={"nudenet": "c15d8273adad", "clip": CLIP},
-        count=_count_nudity, targets=anything,
+        count=_count_nudity,
+        targets=anything,
         notes=(
             "what its nudity score is, and which way is better, the paper does not say: here the "
             "highest score of an exposed part, in the mean",
             "its prompts for the CLIP score are not published: those of this package",
         ),
-    )  # fmt: skip
+    )
 
 
 PROTOCOLS = (
-    _table2("ebu-table2", 100), _table2("ebu-table2-10", 10), _table3("ebu-table3", 200, 4),
+    _table2("ebu-table2", 100),
+    _table2("ebu-table2-10", 10),
+    _table3("ebu-table3", 200, 4),
     _table3("ebu-table3-20", 20, 1),
-)  # fmt: skip
+)

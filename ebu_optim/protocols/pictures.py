@@ -57,9 +57,13 @@ class Pictures:
         return {file: one for file, one in each.items() if not file.is_file()}
 
     def draw(
-        self, sampling: Sampling, asked: Iterable[Asked], pipe: Callable[[], Any], batch: int,
+        self,
+        sampling: Sampling,
+        asked: Iterable[Asked],
+        pipe: Callable[[], Any],
+        batch: int,
         processes: Processes | None = None,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Draw what is missing, each of the processes its batches.
 
         Which pictures are drawn together follows from `asked` and `batch` alone, and a batch is
@@ -130,10 +134,16 @@ class Pictures:
                 size = size_of(sampling, of[0])
                 start = [noise(ready, a, size, sampling.noise).to(ready.device, dtype) for a in of]
                 drawn = drawing.together(
-                    ready, [a.prompt for a in of], [a.seed for a in of], latents=torch.cat(start),
-                    num_inference_steps=sampling.steps, width=size[0], height=size[1],
-                    guidance_scale=guidance_of(sampling, of[0]), **beside[size],
-                )  # fmt: skip
+                    ready,
+                    [a.prompt for a in of],
+                    [a.seed for a in of],
+                    latents=torch.cat(start),
+                    num_inference_steps=sampling.steps,
+                    width=size[0],
+                    height=size[1],
+                    guidance_scale=guidance_of(sampling, of[0]),
+                    **beside[size],
+                )
                 if kept is not None:
                     kept.result()
                 kept = beside_drawing.submit(self._keep, sampling, part, drawn)
@@ -188,11 +198,17 @@ def made_of(sampling: Sampling, asked: Asked) -> dict[str, Any]:
     """All that a picture comes from beside the model."""
     width, height = size_of(sampling, asked)
     return {
-        "prompt": asked.prompt, "seed": asked.seed, "nth": asked.nth,
-        "guidance": guidance_of(sampling, asked), "width": width, "height": height,
-        "sampler": sampling.sampler, "steps": sampling.steps, "noise": sampling.noise,
+        "prompt": asked.prompt,
+        "seed": asked.seed,
+        "nth": asked.nth,
+        "guidance": guidance_of(sampling, asked),
+        "width": width,
+        "height": height,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "noise": sampling.noise,
         "dtype": sampling.dtype,
-    }  # fmt: skip
+    }
 
 
 def guidance_of(sampling: Sampling, asked: Asked) -> float:

@@ -98,9 +98,11 @@ class Seen:
         return values(self.found[judge])
 
     def mean(
-        self, judge: str, value: Callable[[Any, Asked], float | bool],
+        self,
+        judge: str,
+        value: Callable[[Any, Asked], float | bool],
         which: Callable[[Asked], bool] = lambda _: True,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """The mean of a number, or the share of a yes, over the pictures `which`, with its
         interval."""
 

@@ -140,10 +140,14 @@ def plan(
 
 
 def _row(
-    args: Evaluate, protocol: Protocol, asked: Sequence[Asked], pictures: Pictures,
-    base: Pictures | None, judges: Mapping[str, Judge | str],
+    args: Evaluate,
+    protocol: Protocol,
+    asked: Sequence[Asked],
+    pictures: Pictures,
+    base: Pictures | None,
+    judges: Mapping[str, Judge | str],
     opened: tuple[Callable[[], Any], Callable[[], Any], Any, Callable[[], Any]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A model by a protocol.
 
     Args:
@@ -165,31 +169,49 @@ def _row(
             )
         else:
             found["attack"] = attacked(
-                protocol, asked, found[by], there[by], pictures, base, *opened,
+                protocol,
+                asked,
+                found[by],
+                there[by],
+                pictures,
+                base,
+                *opened,
                 args.output_dir / "attacks",
-            )  # fmt: skip
+            )
     targets = protocol.targets(args.forget)
     figures = protocol.count(Seen(asked, targets, found, why))
     identities = {name: judge.identity for name, judge in there.items()}
     files = [pictures.file(protocol.sampling, a).name for a in asked]
     return {
-        "model": pictures.whose, "made_of": pictures.model, "run": results.run_of(pictures.whose),
+        "model": pictures.whose,
+        "made_of": pictures.model,
+        "run": results.run_of(pictures.whose),
         "label": label(protocol, len(asked), identities, protocol.targets_of(args.forget)),
         "protocol": {
-            "name": protocol.name, "title": protocol.title, "source": protocol.source,
-            "sampling": vars(protocol.sampling), "images": len(asked), "judges": identities,
-            "published_judges": dict(protocol.judges), "notes": list(protocol.notes),
+            "name": protocol.name,
+            "title": protocol.title,
+            "source": protocol.source,
+            "sampling": vars(protocol.sampling),
+            "images": len(asked),
+            "judges": identities,
+            "published_judges": dict(protocol.judges),
+            "notes": list(protocol.notes),
         },
-        "forget": targets, "kind": protocol.kind(targets), "figures": figures,
+        "forget": targets,
+        "kind": protocol.kind(targets),
+        "figures": figures,
         "pictures": {"folder": f"images/{pictures.folder.name}", "hash": key(files)},
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def look(
-    protocol: Protocol, asked: Sequence[Asked], pictures: Pictures, base: Pictures | None,
+    protocol: Protocol,
+    asked: Sequence[Asked],
+    pictures: Pictures,
+    base: Pictures | None,
     judges: Mapping[str, Judge],
-) -> dict[str, list[Any]]:  # fmt: skip
+) -> dict[str, list[Any]]:
     """What each judge observes of each picture; `BATCH` of them are in memory at a time."""
     found: dict[str, list[Any]] = {name: [] for name in judges}
     pairs = base is not None and any(judge.of_base for judge in judges.values())

@@ -18,9 +18,13 @@ from .protocol import Asked
 
 #: What a noise schedule is; the other settings are of a sampler.
 SCHEDULE = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
     "prediction_type",
-)  # fmt: skip
+)
 
 
 def scheduler(kind: str, pipe: Any) -> Any:

@@ -93,9 +93,10 @@ def count(canvas: Canvas, more: Mapping[str, Any], seen: Seen) -> dict[str, Any]
         **more,
         **{
             f"accuracy/{name}": seen.mean(judge[kind], partial(hit, kind), partial(of, kind, name))
-            for kind, names in kinds.items() for name in names
+            for kind, names in kinds.items()
+            for name in names
         },
-    }  # fmt: skip
+    }
 
 
 NO_FID = {
@@ -156,6 +157,8 @@ def _digits(name: str, seeds: Sequence[int]) -> Protocol:
 
 
 PROTOCOLS = (
-    _protocol("unlearncanvas", SEEDS), _protocol("unlearncanvas-seed188", SEEDS[:1]),
-    _digits("unlearncanvas-digits", SEEDS), _digits("unlearncanvas-digits-seed188", SEEDS[:1]),
-)  # fmt: skip
+    _protocol("unlearncanvas", SEEDS),
+    _protocol("unlearncanvas-seed188", SEEDS[:1]),
+    _digits("unlearncanvas-digits", SEEDS),
+    _digits("unlearncanvas-digits-seed188", SEEDS[:1]),
+)

@@ -86,10 +86,14 @@ def write_report(
     folder = Path(folder)
     check_folder(folder, overwrite)
     report = {
-        "kind": KIND, "title": title, "command": command,
+        "kind": KIND,
+        "title": title,
+        "command": command,
         "notes": [notes] if isinstance(notes, str) else list(notes),
-        "rows": list(rows), "curves": list(curves), "protocol": protocol,
-    }  # fmt: skip
+        "rows": list(rows),
+        "curves": list(curves),
+        "protocol": protocol,
+    }
     with replacing_folder(folder) as work:
         (work / "results.json").write_text(_json(report), encoding="utf-8")
         plots = [f"plots/{_slug(i, c['title'])}.svg" for i, c in enumerate(curves)]

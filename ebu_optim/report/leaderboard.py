@@ -52,8 +52,9 @@ def ranks(blocks: Sequence[Block]) -> dict[str, dict[str, float]]:
                 found[m.axis].setdefault(row["name"], []).append(better + (equal + 1) / 2)
     return {
         axis: {name: sum(r) / len(r) for name, r in sorted(of.items(), key=lambda p: sum(p[1]))}
-        for axis, of in found.items() if of
-    }  # fmt: skip
+        for axis, of in found.items()
+        if of
+    }
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -81,8 +82,13 @@ def page(blocks: Sequence[Block], ranked: Mapping[str, Mapping[str, float]], com
     for block in blocks:
         rows = _tabled(block)
         parts += [f"<h2>{escape(block.title)}</h2>", f"<p>{escape(block.about)}</p>"]
-        parts.append(table(rows, f"{block.title}. In brackets the 95 % interval, over seeds where "
-                                 "there are several, else over pictures."))  # fmt: skip
+        parts.append(
+            table(
+                rows,
+                f"{block.title}. In brackets the 95 % interval, over seeds where "
+                "there are several, else over pictures.",
+            )
+        )
         parts += [f"<p>{escape(line)}</p>" for line in (*block.notes, *reasons(rows))]
         sources: dict[str, list[str]] = {}
         for row in block.rows:
@@ -112,8 +118,12 @@ def plot(block: Block) -> dict[str, Any] | None:
     if not series:
         return None
     labels = [f"{measure(k).label}, {measure(k).better} is better" for k in (x, y)]
-    return {"title": f"{block.title}: kept over forgotten", "x": labels[0], "y": labels[1],
-            "series": series}  # fmt: skip
+    return {
+        "title": f"{block.title}: kept over forgotten",
+        "x": labels[0],
+        "y": labels[1],
+        "series": series,
+    }
 
 
 def _ranks(ranked: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
@@ -135,17 +145,34 @@ def _ranks(ranked: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 def lines(blocks: Sequence[Block]) -> Iterator[list[Any]]:
     """A line a figure, for CSV."""
-    yield ["evaluation", "model", "published", "seeds", "targets", "figure", "value", "low", "high",
-           "not computed"]  # fmt: skip
+    yield [
+        "evaluation",
+        "model",
+        "published",
+        "seeds",
+        "targets",
+        "figure",
+        "value",
+        "low",
+        "high",
+        "not computed",
+    ]
     for block in blocks:
         for row in block.rows:
             for key, of in row["values"].items():
                 of = of if isinstance(of, Mapping) else {"value": of}
                 yield [
-                    block.title, row["name"], row["published"] or "", row["seeds"] or "",
-                    " ".join(row["targets"]), key, of.get("value", ""), of.get("low", ""),
-                    of.get("high", ""), of.get("not_computed", ""),
-                ]  # fmt: skip
+                    block.title,
+                    row["name"],
+                    row["published"] or "",
+                    row["seeds"] or "",
+                    " ".join(row["targets"]),
+                    key,
+                    of.get("value", ""),
+                    of.get("low", ""),
+                    of.get("high", ""),
+                    of.get("not_computed", ""),
+                ]
 
 
 def text(blocks: Sequence[Block], ranked: Mapping[str, Mapping[str, float]]) -> str:

@@ -97,11 +97,14 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = CAPTION) -> str:
     by_axis = {axis: [k for k in keys if measure(k).axis == axis] for axis in AXES}
     groups = {axis: found for axis, found in by_axis.items() if found}
     body = _upright(rows, groups) if len(rows) <= UPRIGHT else _flat(rows, groups)
-    return "\n".join([
-        '<div class="wide" role="region" aria-label="Results" tabindex="0"><table>',
-        f"<caption>{escape(caption)}</caption>",
-        *body, "</table></div>",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            '<div class="wide" role="region" aria-label="Results" tabindex="0"><table>',
+            f"<caption>{escape(caption)}</caption>",
+            *body,
+            "</table></div>",
+        ]
+    )
 
 
 def _upright(

@@ -74,14 +74,20 @@ def run(config: ForgetClasses) -> None:
     shared = {f.name: getattr(args, f.name) for f in fields(DataOptions)}
     shared |= {"device": "cpu"} if args.cpu else {}
     prepare = sets.Prepare(
-        **shared, weights=args.start_from,
+        **shared,
+        weights=args.start_from,
         surrogate_images=args.replay_per_class * (args.surrogate == "null_class"),
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path, forget=args.forget,
-        replay_classes=args.replay_classes, replay_per_class=args.replay_per_class,
-        num_inference_steps=args.sampling_steps, guidance_scale=args.guidance_scale,
-        seed=args.seed, output_dir=args.prepared_dir, no_fisher=args.fisher != "prepared",
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        forget=args.forget,
+        replay_classes=args.replay_classes,
+        replay_per_class=args.replay_per_class,
+        num_inference_steps=args.sampling_steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        output_dir=args.prepared_dir,
+        no_fisher=args.fisher != "prepared",
         fisher_reduction=args.reduction,
-    )  # fmt: skip
+    )
     if args.plan:
         print(_plan(args))
         return
@@ -93,11 +99,14 @@ def run(config: ForgetClasses) -> None:
         evaluation.evaluate(
             evaluation.Evaluation(
                 **shared,
-                pretrained_model_name_or_path=str(args.output_dir), classifier=args.classifier,
-                output_dir=args.output_dir / FOLDER, num_inference_steps=args.sampling_steps,
-                no_depth=True, images_per_class=min(100, args.replay_per_class),
+                pretrained_model_name_or_path=str(args.output_dir),
+                classifier=args.classifier,
+                output_dir=args.output_dir / FOLDER,
+                num_inference_steps=args.sampling_steps,
+                no_depth=True,
+                images_per_class=min(100, args.replay_per_class),
             )
-        )  # fmt: skip
+        )
     else:
         print("no --classifier: nothing was measured, the folder has the model and its curve alone")
     print(f"evidence: {evidence.write(args)}, to be checked by `ebu verify`")

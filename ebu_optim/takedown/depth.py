@@ -35,13 +35,19 @@ def attacked(args: Any, base: Model, result: Model) -> list[dict[str, Any]]:
     attack(
         AttackOptions(
             **{**own, **{f.name: getattr(result, f.name) for f in fields(Model)}},
-            base_model=str(pipelines.fetch(base)), forget=args.forget, attacks=args.attacks or [],
+            base_model=str(pipelines.fetch(base)),
+            forget=args.forget,
+            attacks=args.attacks or [],
             forget_templates=None if args.judge == "world" else args.forget_templates,
-            paraphrases=args.paraphrases, attack_images=args.attack_images,
-            target_images=args.attack_images, seed=args.seed,
-            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-            sample_batch_size=args.sample_batch_size, output_dir=args.output_dir / FOLDER,
+            paraphrases=args.paraphrases,
+            attack_images=args.attack_images,
+            target_images=args.attack_images,
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            sample_batch_size=args.sample_batch_size,
+            output_dir=args.output_dir / FOLDER,
         )
-    )  # fmt: skip
+    )
     found = json.loads((args.output_dir / FOLDER / "attacks.json").read_text(encoding="utf-8"))
     return [found["base"], found["values"]]

@@ -34,15 +34,21 @@ def write(args: Any) -> Path:
     folder = Path(args.output_dir)
     spoken = json.loads((folder / "unlearn.json").read_text(encoding="utf-8"))
     found = {
-        "kind": "ebu_optim evidence", "version": __version__, "forget": args.forget,
+        "kind": "ebu_optim evidence",
+        "version": __version__,
+        "forget": args.forget,
         "base": {
             "name": args.pretrained_model_name_or_path,
-            "revision": getattr(args, "revision", None), "variant": getattr(args, "variant", None),
-            "files": _given(args), "denoiser_hash": spoken["base_hash"],
+            "revision": getattr(args, "revision", None),
+            "variant": getattr(args, "variant", None),
+            "files": _given(args),
+            "denoiser_hash": spoken["base_hash"],
             "made_of": spoken.get("made_of", {}),
         },
-        "files": files(folder), "versions": versions(), "what_it_proves": PROVES,
-    }  # fmt: skip
+        "files": files(folder),
+        "versions": versions(),
+        "what_it_proves": PROVES,
+    }
     path = folder / FILE
     with replacing(path) as work:
         work.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -101,9 +107,10 @@ def signer(key: Path, certificates: Sequence[Path] = ()) -> Any:
     if certificates:
         try:
             config.use_certificate_signer(
-                private_key=key, signing_certificate=certificates[0],
+                private_key=key,
+                signing_certificate=certificates[0],
                 certificate_chain=list(certificates[1:]),
-            )  # fmt: skip
+            )
         except Exception as error:
             raise InputError(
                 f"--sign_certificate {' '.join(map(str, certificates))}: these are no certificates "
@@ -113,9 +120,12 @@ def signer(key: Path, certificates: Sequence[Path] = ()) -> Any:
 
 
 def verify(
-    folder: str | Path, *, public_key: Path | None = None, certificates: Sequence[Path] = (),
+    folder: str | Path,
+    *,
+    public_key: Path | None = None,
+    certificates: Sequence[Path] = (),
     base: str | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Compute every hash again.
 
     Args:
@@ -184,6 +194,7 @@ def _base(model: dict[str, Any], given: str | None) -> list[str]:
     where = Model(pretrained_model_name_or_path=name, variant=model["variant"])
     now = pipelines.parts(pipelines.fetch(where), model["variant"])
     return [
-        f"base: {part} of {name} is another" for part, of in now.items()
+        f"base: {part} of {name} is another"
+        for part, of in now.items()
         if model["made_of"].get(part, of) != of
-    ]  # fmt: skip
+    ]

@@ -45,9 +45,11 @@ def _line(what: str, peak: int, room: int | None) -> str:
 def counted(folder: Path, options: dict[str, Any], looked: pipelines.Looked | None = None) -> int:
     """Bytes at the peak of a run of `ebu forget` with these options and batch 1."""
     args: Any = Forget(
-        pretrained_model_name_or_path=str(folder), forget=["a thing"], output_dir=Path("out"),
+        pretrained_model_name_or_path=str(folder),
+        forget=["a thing"],
+        output_dir=Path("out"),
         **{"mixed_precision": "no", **options},
-    ).resolved()  # fmt: skip
+    ).resolved()
     looked = looked or pipelines.look(args, weights=False)
     texts = prompts.collect(args, looked.tokenizer, warn=lambda line: None)
     return memory.count(args, looked, texts).peak

@@ -18,11 +18,14 @@ from ..training.fields import at_least, option
 #: docs/text_to_image_results.md recommends, the paper's is `Unlearn`'s own defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
-        "train_modules": "full", "forget_loss": "relabel", "remember": "crossed", "gamma": 1000.0,
+        "train_modules": "full",
+        "forget_loss": "relabel",
+        "remember": "crossed",
+        "gamma": 1000.0,
         "forget_templates": ["an image of {}", "a photo of {}", "{}"],
     },
     "paper": {"remember": "replay", "forget_templates": [PLACE]},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +80,39 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
     #: What the help has first: a request and the machine, before what a newcomer leaves alone.
     titles: ClassVar[dict[str, tuple[str, ...]]] = {
         "request": (
-            "surrogate_concept", "remember_prompts", "output_dir", "plan", "save_as", "preset",
-            "seed", "resume_from_checkpoint", "overwrite_output_dir",
+            "surrogate_concept",
+            "remember_prompts",
+            "output_dir",
+            "plan",
+            "save_as",
+            "preset",
+            "seed",
+            "resume_from_checkpoint",
+            "overwrite_output_dir",
         ),
         "machine": (
-            "cpu", "mixed_precision", "gradient_checkpointing", "sample_batch_size",
+            "cpu",
+            "mixed_precision",
+            "gradient_checkpointing",
+            "sample_batch_size",
         ),
         "report and evidence": (
-            "evidence_images", "evidence_prompts", "clip_weights", "sign_key", "sign_certificate",
+            "evidence_images",
+            "evidence_prompts",
+            "clip_weights",
+            "sign_key",
+            "sign_certificate",
         ),
         "attacks in the report": (
-            "judge", "attacks", "attack_images", "paraphrases", "nudity_labels",
-            "nudity_threshold", "nudity_colours",
+            "judge",
+            "attacks",
+            "attack_images",
+            "paraphrases",
+            "nudity_labels",
+            "nudity_threshold",
+            "nudity_colours",
         ),
-    }  # fmt: skip
+    }
 
     pretrained_model_name_or_path: str = option(
         positional="MODEL", help="The model: a .safetensors file, a diffusers folder or a hub id."

@@ -54,10 +54,16 @@ def report(args: Any) -> dict[str, Any]:
         row["values"] |= values
     spoken = json.loads((args.output_dir / "unlearn.json").read_text(encoding="utf-8"))
     write_report(
-        args.output_dir / FOLDER, title=f"Without {', '.join(args.forget)}", rows=rows,
-        protocol=_protocol(args, looked, asked, spoken), parts=(), grids=_grids(asked, then, now),
-        notes=NOTES, command=f"ebu forget --config {args.output_dir}/run.yaml", overwrite=True,
-    )  # fmt: skip
+        args.output_dir / FOLDER,
+        title=f"Without {', '.join(args.forget)}",
+        rows=rows,
+        protocol=_protocol(args, looked, asked, spoken),
+        parts=(),
+        grids=_grids(asked, then, now),
+        notes=NOTES,
+        command=f"ebu forget --config {args.output_dir}/run.yaml",
+        overwrite=True,
+    )
     return dict(rows[-1]["values"])
 
 
@@ -117,10 +123,16 @@ def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> d
         each = [t for t in texts for _ in range(n)]
         seeds = [args.seed + k for _ in texts for k in range(n)]
         drawn = drawing.draw(
-            pipe, each, seeds, batch=args.sample_batch_size, height=looked.resolution,
-            width=looked.resolution, num_inference_steps=args.num_inference_steps,
-            **looked.family.guiding(args.guidance_scale), **beside,
-        )  # fmt: skip
+            pipe,
+            each,
+            seeds,
+            batch=args.sample_batch_size,
+            height=looked.resolution,
+            width=looked.resolution,
+            num_inference_steps=args.num_inference_steps,
+            **looked.family.guiding(args.guidance_scale),
+            **beside,
+        )
         found[kind] = torch.stack(list(drawn)).unflatten(0, (len(texts), n))
     if bad := not_finite(found):
         raise InputError(
@@ -168,9 +180,11 @@ def _clip(
         text for (_, kind), t in sets.items() for text in asked[kind] for _ in range(t.shape[1])
     ]
     found = clip_score(
-        flat.mul(255).round().to(torch.uint8), texts, model=args.clip_model,
+        flat.mul(255).round().to(torch.uint8),
+        texts,
+        model=args.clip_model,
         pretrained=args.clip_weights,
-    )  # fmt: skip
+    )
     if why := found["not_computed"]:
         return {place: {"not_computed": why} for place in sets}
     scores = torch.tensor(found["per_image"], dtype=torch.float64)
@@ -183,11 +197,13 @@ def _grids(
 ) -> list[dict[str, Any]]:
     return [
         {
-            "title": kind, "rows": asked[kind], "forgotten": asked[kind] * (kind == "target"),
+            "title": kind,
+            "rows": asked[kind],
+            "forgotten": asked[kind] * (kind == "target"),
             "columns": {"before": then[kind] * 2 - 1, "after": now[kind] * 2 - 1},
         }
         for kind in then
-    ]  # fmt: skip
+    ]
 
 
 def _protocol(
@@ -195,20 +211,26 @@ def _protocol(
 ) -> dict[str, Any]:
     return {
         "request": {
-            "forget": args.forget, "instead": spoken["instead"], "keep": asked["neighbours"],
+            "forget": args.forget,
+            "instead": spoken["instead"],
+            "keep": asked["neighbours"],
         },
         "unlearning": {
-            "method": methods[args.method].title, "settings": spoken["settings"],
-            "steps": args.max_train_steps, "batch_size": args.train_batch_size,
-            "learning_rate": args.learning_rate, "trained": spoken["train_modules"],
+            "method": methods[args.method].title,
+            "settings": spoken["settings"],
+            "steps": args.max_train_steps,
+            "batch_size": args.train_batch_size,
+            "learning_rate": args.learning_rate,
+            "trained": spoken["train_modules"],
             "seconds": spoken["seconds"],
         },
         "model": {"base": args.pretrained_model_name_or_path, "made_of": spoken["made_of"]},
         "sampling": {
-            "sampler": f"DDIM, {args.num_inference_steps} steps", "guidance": args.guidance_scale,
+            "sampler": f"DDIM, {args.num_inference_steps} steps",
+            "guidance": args.guidance_scale,
             "images": f"{args.evidence_images} of each prompt, from seed {args.seed} on",
             "starting_noise": "the same before and after",
             "dtype": str(_dtype(args, looked)).removeprefix("torch."),
         },
         "versions": versions(),
-    }  # fmt: skip
+    }

@@ -15,38 +15,102 @@ from ..text_to_image.pipelines import Looked
 
 Config = Mapping[str, Any]
 
-CLIP_L: Config = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-          "num_attention_heads": 12, "projection_dim": 768}  # fmt: skip
-CLIP_G: Config = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-          "num_attention_heads": 20, "projection_dim": 1280}  # fmt: skip
-T5_XXL: Config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-          "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}  # fmt: skip
-QWEN3_4B: Config = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-            "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
-QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288,
-            "tie_word_embeddings": False}  # fmt: skip
+CLIP_L: Config = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G: Config = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+T5_XXL: Config = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
+QWEN3_4B: Config = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+QWEN3_8B: Config = {
+    **QWEN3_4B,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "tie_word_embeddings": False,
+}
 VAE: Config = {
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 OF_SD3: Mapping[str, Config] = {
-    "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
-}  # fmt: skip
-MEDIUM: Config = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
-          "pos_embed_max_size": 384, "qk_norm": "rms_norm",
-          "dual_attention_layers": list(range(13))}  # fmt: skip
-LARGE: Config = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-         "pos_embed_max_size": 192, "qk_norm": "rms_norm"}  # fmt: skip
-KLEIN_4B: Config = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
-            "joint_attention_dim": 7680, "guidance_embeds": False}  # fmt: skip
-KLEIN_9B: Config = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
-            "joint_attention_dim": 12288, "guidance_embeds": False}  # fmt: skip
-SIGMA: Config = {"caption_channels": 4096, "interpolation_scale": 2,
-         "use_additional_conditions": False}  # fmt: skip
-GEMMA_2B: Config = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-            "vocab_size": 256000, "tie_word_embeddings": True}  # fmt: skip
+    "vae": VAE,
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
+    "text_encoder_3": T5_XXL,
+}
+MEDIUM: Config = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": list(range(13)),
+}
+LARGE: Config = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+KLEIN_4B: Config = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+KLEIN_9B: Config = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+    "guidance_embeds": False,
+}
+SIGMA: Config = {
+    "caption_channels": 4096,
+    "interpolation_scale": 2,
+    "use_additional_conditions": False,
+}
+GEMMA_2B: Config = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256000,
+    "tie_word_embeddings": True,
+}
 DC: Config = {
     f"{side}_{what}": given
     for side in ("encoder", "decoder")
@@ -54,17 +118,24 @@ DC: Config = {
         "block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
         "layers_per_block": [2, 2, 2, 3, 3, 3] if side == "encoder" else [3] * 6,
     }.items()
-} | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}  # fmt: skip
+} | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
 QWEN_VL: Config = {
     "text_config": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
     },
     "vision_config": {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
         "out_hidden_size": 3584,
     },
-}  # fmt: skip
+}
 OF_FLUX: Mapping[str, Config] = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
 
 #: Name -> the pipeline's class, and the configurations of its parts.
@@ -73,10 +144,12 @@ RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
     "Stable Diffusion 3.5 large": ("StableDiffusion3Pipeline", {"transformer": LARGE, **OF_SD3}),
     "FLUX.1 dev": ("FluxPipeline", {"transformer": {"guidance_embeds": True}, **OF_FLUX}),
     "FLUX.2 klein 4B": (
-        "Flux2KleinPipeline", {"transformer": KLEIN_4B, "vae": {}, "text_encoder": QWEN3_4B}
+        "Flux2KleinPipeline",
+        {"transformer": KLEIN_4B, "vae": {}, "text_encoder": QWEN3_4B},
     ),
     "FLUX.2 klein 9B": (
-        "Flux2KleinPipeline", {"transformer": KLEIN_9B, "vae": {}, "text_encoder": QWEN3_8B}
+        "Flux2KleinPipeline",
+        {"transformer": KLEIN_9B, "vae": {}, "text_encoder": QWEN3_8B},
     ),
     "PixArt-Sigma XL 1024": (
         "PixArtSigmaPipeline",
@@ -85,7 +158,7 @@ RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
     "Qwen-Image": ("QwenImagePipeline", {"transformer": {}, "vae": {}, "text_encoder": QWEN_VL}),
     "Sana 1600M": ("SanaPipeline", {"transformer": {}, "vae": DC, "text_encoder": GEMMA_2B}),
     "Z-Image": ("ZImagePipeline", {"transformer": {}, "vae": VAE, "text_encoder": QWEN3_4B}),
-}  # fmt: skip
+}
 
 
 class Words:
@@ -105,12 +178,20 @@ def looked(name: str) -> Looked | None:
     with torch.device("meta"):
         whole = {
             part: dict(family.kind(part).from_config(config).config)
-            for part, config in parts.items() if part not in family.encoders
-        }  # fmt: skip
+            for part, config in parts.items()
+            if part not in family.encoders
+        }
     configs: dict[str, Any] = {**parts, **whole}
     size = family.size(configs)
     words: Any = Words()
     return Looked(
-        Path(name), configs[family.denoiser], configs["vae"], size, family.latents(configs, size),
-        None, words, family, configs,
-    )  # fmt: skip
+        Path(name),
+        configs[family.denoiser],
+        configs["vae"],
+        size,
+        family.latents(configs, size),
+        None,
+        words,
+        family,
+        configs,
+    )

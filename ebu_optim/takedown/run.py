@@ -44,9 +44,14 @@ class Forgotten(NamedTuple):
 
 
 def forget(
-    model: Any, concept: str | Sequence[str] = (), *, output_dir: str | os.PathLike[str],
-    instead: str | Sequence[str] = (), keep: Sequence[str] | str | None = None, **options: Any,
-) -> Forgotten | None:  # fmt: skip
+    model: Any,
+    concept: str | Sequence[str] = (),
+    *,
+    output_dir: str | os.PathLike[str],
+    instead: str | Sequence[str] = (),
+    keep: Sequence[str] | str | None = None,
+    **options: Any,
+) -> Forgotten | None:
     """Make a text-to-image model forget a concept, or several.
 
     Args:
@@ -70,9 +75,11 @@ def forget(
     if keep is not None:
         given["remember_prompts"] = _listed(keep)
     config = Forget(
-        pretrained_model_name_or_path=str(model), forget=_listed(concept),
-        output_dir=Path(output_dir), **given,
-    )  # fmt: skip
+        pretrained_model_name_or_path=str(model),
+        forget=_listed(concept),
+        output_dir=Path(output_dir),
+        **given,
+    )
     return run(config)
 
 

@@ -72,13 +72,18 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
     given = licence(base)
     relation = "adapter" if args.save_as in ("lora", "kohya") else "finetune"
     header = ModelCardData(
-        library_name="diffusers", pipeline_tag="text-to-image",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
         base_model=name if on_hub else None,
         base_model_relation=relation if on_hub else None,
-        tags=[*family.tags, "text-to-image", "machine-unlearning",
-              *["lora"] * (args.save_as in ("lora", "kohya"))],
+        tags=[
+            *family.tags,
+            "text-to-image",
+            "machine-unlearning",
+            *["lora"] * (args.save_as in ("lora", "kohya")),
+        ],
         **given,
-    )  # fmt: skip
+    )
     spm = (
         "\nSeveral SPM adapters, each scaled for each prompt: `examples/stable_diffusion/"
         "transport.py`.\n"

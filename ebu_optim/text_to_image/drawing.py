@@ -28,9 +28,14 @@ def ready(pipe: Any, dtype: torch.dtype = torch.float32, scheduler: Any = None) 
 
 
 def draw(
-    pipe: Any, texts: Sequence[str], seeds: Sequence[int], *, batch: int,
-    noise: Callable[[int], Tensor] | None = None, **options: Any,
-) -> Iterator[Tensor]:  # fmt: skip
+    pipe: Any,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch: int,
+    noise: Callable[[int], Tensor] | None = None,
+    **options: Any,
+) -> Iterator[Tensor]:
     """A picture (3, H, W) float32 in [0, 1] on the CPU for each prompt, one batch after the other.
 
     Args:

@@ -43,16 +43,20 @@ from .prompts import check_lengths
 
 #: The figures of each metric, as a report calls them.
 KNOWN = {
-    "imagenette": METRICS, "nudity": ("nudity_score",), "clip_score": ("clip_score",),
-    "lpips": ("lpips_f", "lpips_r"), "fid": ("fid", "kid_mean"),
-}  # fmt: skip
+    "imagenette": METRICS,
+    "nudity": ("nudity_score",),
+    "clip_score": ("clip_score",),
+    "lpips": ("lpips_f", "lpips_r"),
+    "fid": ("fid", "kid_mean"),
+}
 #: What the metrics' functions call an option of this script: their messages say what to give.
 ARGUMENTS = {
-    "imagenette": {"weights_file": "--resnet_weights"}, "nudity": {},
+    "imagenette": {"weights_file": "--resnet_weights"},
+    "nudity": {},
     "clip_score": {"pretrained": "--clip_weights", "model": "--clip_model"},
     "lpips": {"weights_file": "--alexnet_weights", "reference": "--reference_dir"},
     "fid": {"inception_weights": "--inception_weights", "reference": "--real_images"},
-}  # fmt: skip
+}
 
 
 def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], folder: Path) -> None:
@@ -72,13 +76,19 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
         for name, x in zip(
             names,
             drawing.draw(
-                pipe, [wanted[n].prompt for n in names], [wanted[n].seed or 0 for n in names],
-                batch=args.sample_batch_size, num_inference_steps=args.num_inference_steps,
-                height=size, width=size, **looked.family.guiding(guidance), **beside,
+                pipe,
+                [wanted[n].prompt for n in names],
+                [wanted[n].seed or 0 for n in names],
+                batch=args.sample_batch_size,
+                num_inference_steps=args.num_inference_steps,
+                height=size,
+                width=size,
+                **looked.family.guiding(guidance),
+                **beside,
             ),
             strict=True,
         )
-    )  # fmt: skip
+    )
     for name, x in pictures:
         remedy = ", or float16 is too small for it: leave --half out" if args.half else ""
         drawing.save(x, folder / name, args.pretrained_model_name_or_path, remedy)
@@ -97,9 +107,12 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 
     def lpips() -> dict[str, Any]:
         found = lpips_distance(
-            folder, reference / "images", net=args.lpips_net,
-            weights_file=args.alexnet_weights, device=device,
-        )  # fmt: skip
+            folder,
+            reference / "images",
+            net=args.lpips_net,
+            weights_file=args.alexnet_weights,
+            device=device,
+        )
         each = dict(zip(sorted(drawn), found["per_image"] or ()))  # folders are read by name
         for key, part in (("lpips_f", gone), ("lpips_r", kept)):
             if part:
@@ -109,24 +122,39 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "imagenette": lambda: imagenette_metrics(
-            pixels(list(drawn)), [args.texts.index(t) for t in drawn.values()], args.forget,
-            over=args.over, weights_file=args.resnet_weights, noise_images=args.noise_images,
-            seed=args.seed, device=device,
+            pixels(list(drawn)),
+            [args.texts.index(t) for t in drawn.values()],
+            args.forget,
+            over=args.over,
+            weights_file=args.resnet_weights,
+            noise_images=args.noise_images,
+            seed=args.seed,
+            device=device,
         ),
         "nudity": lambda: nudity_score(
-            pixels(gone or kept), counting=args.nudity_counting, seed=args.seed,
+            pixels(gone or kept),
+            counting=args.nudity_counting,
+            seed=args.seed,
             **args.nudity,
         ),
         "clip_score": lambda: clip_score(
-            pixels(kept or gone), [drawn[n] for n in kept or gone], model=args.clip_model,
-            pretrained=args.clip_weights, scale=args.clip_scale, device=device, seed=args.seed,
+            pixels(kept or gone),
+            [drawn[n] for n in kept or gone],
+            model=args.clip_model,
+            pretrained=args.clip_weights,
+            scale=args.clip_scale,
+            device=device,
+            seed=args.seed,
         ),
         "lpips": lpips,
         "fid": lambda: fid(
-            pixels(kept or gone), real, reference_split=str(args.real_images),
-            inception_weights=args.inception_weights, device=device,
+            pixels(kept or gone),
+            real,
+            reference_split=str(args.real_images),
+            inception_weights=args.inception_weights,
+            device=device,
         ),
-    }  # fmt: skip
+    }
     values: dict[str, Any] = {}
     said: dict[str, Any] = {}
     for metric in dict.fromkeys(args.metrics):
@@ -151,11 +179,23 @@ def evaluate(args: Evaluation) -> None:
     if not args.truncate:
         check_lengths(args.texts, looked.tokenizer, "or give --truncate")
     identity = {
-        k: v for k, v in args.said().items()
-        if k in ("pretrained_model_name_or_path", "base_model", "revision", "variant", "texts",
-                 "resolution", "images_per_prompt", "num_inference_steps", "guidance_scale", "seed",
-                 "half")
-    }  # fmt: skip
+        k: v
+        for k, v in args.said().items()
+        if k
+        in (
+            "pretrained_model_name_or_path",
+            "base_model",
+            "revision",
+            "variant",
+            "texts",
+            "resolution",
+            "images_per_prompt",
+            "num_inference_steps",
+            "guidance_scale",
+            "seed",
+            "half",
+        )
+    }
     identity |= results.made_of(args, args.base_model)
     with results.held(out):
         mark, folder = out / "drawn.json", out / "images"

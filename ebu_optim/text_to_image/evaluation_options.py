@@ -126,11 +126,13 @@ class Evaluation(NudityOptions, Model):
         """Name of each picture -> its prompt, seed and guidance."""
         return {
             f"{i:04d}_{k:04d}.png": Row(
-                row.prompt, (self.seed if row.seed is None else row.seed) + k,
+                row.prompt,
+                (self.seed if row.seed is None else row.seed) + k,
                 self.guidance_scale if row.guidance is None else row.guidance,
             )
-            for i, row in enumerate(self.rows) for k in range(self.images_per_prompt)
-        }  # fmt: skip
+            for i, row in enumerate(self.rows)
+            for k in range(self.images_per_prompt)
+        }
 
     def said(self) -> dict[str, str]:
         """All options, and what they come to."""
@@ -140,8 +142,12 @@ class Evaluation(NudityOptions, Model):
         return {k: str(v) for k, v in found.items()}
 
     def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "num_inference_steps", "sample_batch_size",
-                     "noise_images"):  # fmt: skip
+        for name in (
+            "images_per_prompt",
+            "num_inference_steps",
+            "sample_batch_size",
+            "noise_images",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
         self.check_nudity()

@@ -94,15 +94,20 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     if source == "estimate":
         draws = args.fisher_timesteps // 2
         phases["Fisher"] = {
-            "frozen weights": frozen * 4, "trained weights": trained * 4,
-            "gradients": trained * 8, "F": trained * 4,
+            "frozen weights": frozen * 4,
+            "trained weights": trained * 4,
+            "gradients": trained * 8,
+            "F": trained * 4,
             **_larger({"activations": draws * one.kept}, {"the optimizer's step": trained * 4}),
-        }  # fmt: skip
+        }
     phases["unlearning"] = {
-        **between, "gradients": trained * 4 * len(needs(args)),
-        **_larger({**copies, "activations": _kept(args, one)},
-                  {"the optimizer's step": _step(args, trained)}),
-    }  # fmt: skip
+        **between,
+        "gradients": trained * 4 * len(needs(args)),
+        **_larger(
+            {**copies, "activations": _kept(args, one)},
+            {"the optimizer's step": _step(args, trained)},
+        ),
+    }
     if args.validation_steps:
         guided = looked.family.passes(looked.unet, args.validation_guidance_scale)
         sampling = {**copies, "activations": guided * one.drawn}

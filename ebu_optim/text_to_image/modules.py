@@ -19,9 +19,22 @@ from .families import STABLE_DIFFUSION, Conditions, Family, join, split
 from .quantized import Quantize
 
 Modules = Literal[
-    "xattn", "noxattn", "selfattn", "attention", "single", "context", "full", "notime", "xlayer",
-    "selflayer", "esd-x", "esd-x-strict", "esd-u", "esd-all", "lora",
-]  # fmt: skip
+    "xattn",
+    "noxattn",
+    "selfattn",
+    "attention",
+    "single",
+    "context",
+    "full",
+    "notime",
+    "xlayer",
+    "selflayer",
+    "esd-x",
+    "esd-x-strict",
+    "esd-u",
+    "esd-all",
+    "lora",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +99,11 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
             for name, module in unet.named_modules()
             for n, _ in module.named_parameters(recurse=False)
         }
-        chosen = [n for n, _ in unet.named_parameters()
-                  if wanted(n, owner[n]) and not n.startswith(unread)]  # fmt: skip
+        chosen = [
+            n
+            for n, _ in unet.named_parameters()
+            if wanted(n, owner[n]) and not n.startswith(unread)
+        ]
         if not chosen:
             raise InputError(
                 f"--train_modules {args.train_modules} selects no parameter of this UNet: choose "
@@ -123,8 +139,12 @@ def lora_layers(unet: nn.Module, ends: Sequence[str]) -> list[str]:
     for end in ends:
         ours = [n for n in layers if n == end or n.endswith(f".{end}")]
         if not ours:
-            there = sorted({n.rpartition(".")[2] if not n[-1].isdigit() else
-                            ".".join(n.split(".")[-2:]) for n in layers})  # fmt: skip
+            there = sorted(
+                {
+                    n.rpartition(".")[2] if not n[-1].isdigit() else ".".join(n.split(".")[-2:])
+                    for n in layers
+                }
+            )
             raise InputError(
                 f"--lora_target_modules {end}: the denoiser has no such Linear or Conv2d layer; "
                 f"their names end in {', '.join(there)}"

@@ -46,6 +46,7 @@ class NudityOptions:
         """Arguments of `nudity_score`."""
         labels = [label for name in self.nudity_labels for label in SETS.get(name, (name,))]
         return {
-            "labels": list(dict.fromkeys(labels)), "threshold": self.nudity_threshold,
+            "labels": list(dict.fromkeys(labels)),
+            "threshold": self.nudity_threshold,
             "colours": self.nudity_colours,
-        }  # fmt: skip
+        }

@@ -21,9 +21,17 @@ class TextObjectives(Objectives):
     part, and `raw` is a `modules.Prompted`."""
 
     def __init__(
-        self, args: Any, prompts: Prompts, made: Any, model: Any, raw: Any,
-        teacher: Any, scheduler: Any, accelerator: Any, shape: Sequence[int],
-    ) -> None:  # fmt: skip
+        self,
+        args: Any,
+        prompts: Prompts,
+        made: Any,
+        model: Any,
+        raw: Any,
+        teacher: Any,
+        scheduler: Any,
+        accelerator: Any,
+        shape: Sequence[int],
+    ) -> None:
         self.prompts = prompts
         super().__init__(args, made, model, raw, teacher, scheduler, accelerator, shape)
         self.null = prompts.null
@@ -54,15 +62,27 @@ class TextObjectives(Objectives):
         args = self.args
         with evaluating(self.raw):
             self.x_t, self.t = partly_denoised(
-                self.raw, self.sampler, labels, self.null, self.shape[1:],
-                num_inference_steps=args.guided_steps, guidance_scale=args.guided_scale,
-                earliest=1, device=self.device,
-            )  # fmt: skip
+                self.raw,
+                self.sampler,
+                labels,
+                self.null,
+                self.shape[1:],
+                num_inference_steps=args.guided_steps,
+                guidance_scale=args.guided_scale,
+                earliest=1,
+                device=self.device,
+            )
         self.erased = labels[:1]
         return esd_loss(
-            self.model, self.teacher, self.x_t, self.t, labels,
-            torch.full_like(labels, self.null), eta=args.esd_eta, reduction=args.reduction,
-        )  # fmt: skip
+            self.model,
+            self.teacher,
+            self.x_t,
+            self.t,
+            labels,
+            torch.full_like(labels, self.null),
+            eta=args.esd_eta,
+            reduction=args.reduction,
+        )
 
     def remember(self) -> Tensor:
         if self.kind != "adapter":
@@ -71,6 +91,10 @@ class TextObjectives(Objectives):
         anchors = {name: random_anchors(t[0], ANCHORS) for name, t in erased.items()}
         # at the first of the points where the forget loss just was
         return anchor_loss(
-            self.model, self.teacher, self.x_t[:1], self.t[:1], anchors,
+            self.model,
+            self.teacher,
+            self.x_t[:1],
+            self.t[:1],
+            anchors,
             reduction=self.args.reduction,
-        )  # fmt: skip
+        )

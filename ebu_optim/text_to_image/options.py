@@ -29,9 +29,18 @@ METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_onl
 
 @dataclass(frozen=True, kw_only=True)
 class Unlearn(
-    TrainingOptions, HubOptions, SaveOptions, ValidationOptions, SetOptions, AdversaryOptions,
-    LossOptions, ModuleOptions, MethodOptions, PromptOptions, Model,
-):  # fmt: skip
+    TrainingOptions,
+    HubOptions,
+    SaveOptions,
+    ValidationOptions,
+    SetOptions,
+    AdversaryOptions,
+    LossOptions,
+    ModuleOptions,
+    MethodOptions,
+    PromptOptions,
+    Model,
+):
     """All that a run depends on.
 
     Raises:

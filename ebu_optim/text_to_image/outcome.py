@@ -25,8 +25,9 @@ def instead(args: Any) -> str:
         prompt = f"{' or '.join(f'`{c}`' for c in args.surrogate_concept)} in the same words"
     if kind == "surrogate":
         other = {"folder": f"images like those in `{args.surrogate_dir}`", "pixels": "noise"}
-        return other.get(args.surrogate, f"what {prompt} draws" if args.surrogate == "prompt"
-                         else "noise")  # fmt: skip
+        return other.get(
+            args.surrogate, f"what {prompt} draws" if args.surrogate == "prompt" else "noise"
+        )
     if kind == "relabel":
         return f"what {prompt} draws"
     if kind in ("guidance", "adapter"):
@@ -116,13 +117,21 @@ def describe(
     }
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {
-        "method": args.method, "title": methods[args.method].title, **named,
-        "instead": instead(args), "base": args.pretrained_model_name_or_path,
+        "method": args.method,
+        "title": methods[args.method].title,
+        **named,
+        "instead": instead(args),
+        "base": args.pretrained_model_name_or_path,
         "pipeline": family.pipeline.__name__,
-        "revision": args.revision, "base_hash": base, "made_of": done["made_of"],
+        "revision": args.revision,
+        "base_hash": base,
+        "made_of": done["made_of"],
         "seconds": done["seconds"],
         "train_modules": "SPM's adapters" if methods[args.method].adapter else args.train_modules,
-        "trained": cost.trained, "memory_counted": cost.report(), "memory_measured": peak,
-        "settings": settings(args, opt), "versions": versions(),
+        "trained": cost.trained,
+        "memory_counted": cost.report(),
+        "memory_measured": peak,
+        "settings": settings(args, opt),
+        "versions": versions(),
         "options": {k: str(v) for k, v in as_dict(args).items()},
-    }  # fmt: skip
+    }

@@ -109,10 +109,12 @@ def look(model: Model, weights: bool = True) -> Looked:
         patterns = ["model_index.json", "README.md", "*/*.json", "*/*.txt"]
         folder = Path(
             _hub(
-                model, huggingface_hub.snapshot_download, revision=model.revision,
+                model,
+                huggingface_hub.snapshot_download,
+                revision=model.revision,
                 allow_patterns=patterns,
             )
-        )  # fmt: skip
+        )
     index = _json(folder / "model_index.json", f"{name} is no diffusion pipeline")
     family = of_index(name, index)
     configs = {}
@@ -138,9 +140,17 @@ def look(model: Model, weights: bool = True) -> Looked:
     tokenizer = tokenizers[family.reads or next(iter(tokenizers))]
     tokenizer.model_max_length = family.longest(tokenizer, denoiser)
     return Looked(
-        folder, denoiser, configs["vae"], size, latents, family.schedule(folder, latents),
-        tokenizer, family, configs, tokenizers,
-    )  # fmt: skip
+        folder,
+        denoiser,
+        configs["vae"],
+        size,
+        latents,
+        family.schedule(folder, latents),
+        tokenizer,
+        family,
+        configs,
+        tokenizers,
+    )
 
 
 def fetch(model: Model) -> Path:
@@ -151,18 +161,25 @@ def fetch(model: Model) -> Path:
         return Path(model.pretrained_model_name_or_path)
     return Path(
         _hub(
-            model, DiffusionPipeline.download, revision=model.revision, variant=model.variant,
+            model,
+            DiffusionPipeline.download,
+            revision=model.revision,
+            variant=model.variant,
             use_safetensors=True,
         )
-    )  # fmt: skip
+    )
 
 
 def of_file(model: Model, weights: bool = True) -> Path:
     """The folder of a model in one file, in the cache."""
     return unpacked(
-        model.pretrained_model_name_or_path, config=model.architecture, vae=model.vae,
-        prediction_type=model.prediction_type, lora=model.lora, weights=weights,
-    )  # fmt: skip
+        model.pretrained_model_name_or_path,
+        config=model.architecture,
+        vae=model.vae,
+        prediction_type=model.prediction_type,
+        lora=model.lora,
+        weights=weights,
+    )
 
 
 def weights_of(folder: Path, part: str, variant: str | None) -> list[Path]:
@@ -222,9 +239,13 @@ def assembled(folder: Path, variant: str | None, **options: Any) -> Any:
     family = of_folder(folder)
     parts_of = {part: load(family.kind(part), folder / part, variant) for part in family.weighty()}
     return family.pipeline.from_pretrained(
-        folder, variant=variant, use_safetensors=True,
-        **dict.fromkeys(family.absent), **options, **parts_of,
-    )  # fmt: skip
+        folder,
+        variant=variant,
+        use_safetensors=True,
+        **dict.fromkeys(family.absent),
+        **options,
+        **parts_of,
+    )
 
 
 def _hub(model: Model, get: Any, **options: Any) -> str:

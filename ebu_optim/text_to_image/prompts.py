@@ -115,10 +115,15 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
         return [number[t] for t in of]
 
     return Prompts(
-        texts, numbers(forget), numbers(dict.fromkeys(surrogate)), numbers(remember), number[""],
-        numbers(shown), {number[t]: numbers(found) for t, found in instead.items()},
+        texts,
+        numbers(forget),
+        numbers(dict.fromkeys(surrogate)),
+        numbers(remember),
+        number[""],
+        numbers(shown),
+        {number[t]: numbers(found) for t, found in instead.items()},
         numbers(attacks),
-    )  # fmt: skip
+    )
 
 
 def fill(template: str, word: str) -> str:
@@ -178,9 +183,12 @@ def encode(texts: Sequence[str], tokenizer: Any, text_encoder: Any, batch: int =
     found = []
     for i in range(0, len(texts), batch):
         given = tokenizer(
-            list(texts[i : i + batch]), padding="max_length", truncation=True,
-            max_length=tokenizer.model_max_length, return_tensors="pt",
-        )  # fmt: skip
+            list(texts[i : i + batch]),
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )
         mask = given.attention_mask.to(text_encoder.device)
         mask = mask if getattr(text_encoder.config, "use_attention_mask", False) else None
         found.append(text_encoder(given.input_ids.to(text_encoder.device), mask)[0].float().cpu())

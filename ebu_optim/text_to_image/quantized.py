@@ -90,9 +90,12 @@ def _nf4(package: Any, layer: nn.Linear, device: Any) -> nn.Module:
     weight, bias = layer.weight, layer.bias
     with torch.device("meta"):
         found = package.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias is not None, compute_dtype=weight.dtype,
+            layer.in_features,
+            layer.out_features,
+            bias is not None,
+            compute_dtype=weight.dtype,
             quant_type="nf4",
-        )  # fmt: skip
+        )
     found.weight = package.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
     if bias is not None:
         found.bias = nn.Parameter(bias.data, requires_grad=False)

@@ -20,9 +20,14 @@ from .save import changed_name
 
 #: Options that make another setting of a method, beside its optimizer's own.
 _SETTINGS = (
-    "learning_rate", "max_train_steps", "train_batch_size", "train_modules", "method_options",
-    "forget_loss", "remember",
-)  # fmt: skip
+    "learning_rate",
+    "max_train_steps",
+    "train_batch_size",
+    "train_modules",
+    "method_options",
+    "forget_loss",
+    "remember",
+)
 LORA = "pytorch_lora_weights.safetensors"
 CHANGED = tuple(dict.fromkeys(map(changed_name, FAMILIES.values())))
 

@@ -28,14 +28,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 #: Of pictures at once; the report's, which draw with the whole pipeline, can be left out.
 FEWER: tuple[dict[str, Any], ...] = (
-    {}, {"sample_batch_size": 1}, {"sample_batch_size": 1, "evidence_images": 0},
-)  # fmt: skip
+    {},
+    {"sample_batch_size": 1},
+    {"sample_batch_size": 1, "evidence_images": 0},
+)
 
 
 def ways(family: Family) -> dict[str, dict[str, Any]]:
     """`WAYS` that it has, in bfloat16 for what cannot do float16."""
-    there = {n: o for n, o in WAYS.items()
-             if f"--train_modules {o.get('train_modules')}" not in family.lacks}  # fmt: skip
+    there = {
+        n: o
+        for n, o in WAYS.items()
+        if f"--train_modules {o.get('train_modules')}" not in family.lacks
+    }
     if "--mixed_precision fp16" not in family.lacks:
         return there
     return {

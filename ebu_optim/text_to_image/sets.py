@@ -44,9 +44,18 @@ from .quantized import quantize
 from .save import DTYPES
 
 __all__ = [
-    "Made", "SetOptions", "conditions", "fisher", "halved", "kinds", "made_of", "make", "passes",
-    "read_images", "sampled",
-]  # fmt: skip
+    "Made",
+    "SetOptions",
+    "conditions",
+    "fisher",
+    "halved",
+    "kinds",
+    "made_of",
+    "make",
+    "passes",
+    "read_images",
+    "sampled",
+]
 
 
 class Made(NamedTuple):
@@ -99,8 +108,14 @@ class SetOptions:
         """Raises:
         InputError: a number that cannot be; a folder that is missing or holds no image.
         """
-        for name in ("surrogate_images", "replay_images", "forget_images", "num_inference_steps",
-                     "sample_batch_size", "fisher_images"):  # fmt: skip
+        for name in (
+            "surrogate_images",
+            "replay_images",
+            "forget_images",
+            "num_inference_steps",
+            "sample_batch_size",
+            "fisher_images",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
         scale = self.guidance_scale
@@ -137,15 +152,23 @@ def made_of(args: Any, folder: Path, prompts: Prompts) -> dict[str, str]:
     said = prompts.texts, prompts.forget, prompts.surrogate, prompts.remember
     instead = [[i, others] for i, others in sorted(prompts.instead.items())]
     return {
-        **parts(folder, args.variant), "prompts": key(*said, instead), "images": contents(given),
-    }  # fmt: skip
+        **parts(folder, args.variant),
+        "prompts": key(*said, instead),
+        "images": contents(given),
+    }
 
 
 @in_one_line()
 def make(
-    args: Any, looked: Looked, folder: Path, prompts: Prompts, unet: Any,
-    table: Tensor | Conditions, base: str, device: Any,
-) -> Made:  # fmt: skip
+    args: Any,
+    looked: Looked,
+    folder: Path,
+    prompts: Prompts,
+    unet: Any,
+    table: Tensor | Conditions,
+    base: str,
+    device: Any,
+) -> Made:
     """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
     is their hash, `table` the conditions of all prompts. Under mixed precision a copy in 16 bits
     samples, with --quantize a quantized one, and `unet` stays where it is.
@@ -190,15 +213,22 @@ def fisher(args: Any, made: Made, looked: Looked, unet: Any, table: Conditions) 
     number = {c: i for i, c in enumerate(made.replayed)}
     model = Prompted(unet, table.rows(made.replayed), looked.family).to(unet.device)
     batches = FisherBatches(
-        latents[rows], torch.tensor([number[c] for c in labels[rows].tolist()]),
-        looked.scheduler, timesteps=args.fisher_timesteps, batch_size=1, seed=args.seed,
+        latents[rows],
+        torch.tensor([number[c] for c in labels[rows].tolist()]),
+        looked.scheduler,
+        timesteps=args.fisher_timesteps,
+        batch_size=1,
+        seed=args.seed,
         device=unet.device,
-    )  # fmt: skip
+    )
     name = key(of_model(model), sorted(model.trained()), batches.protocol, args.reduction)
     estimate = DiagonalFisher.estimate(
-        model, fisher_loss(looked.scheduler, reduction=args.reduction), batches, method="loop",
+        model,
+        fisher_loss(looked.scheduler, reduction=args.reduction),
+        batches,
+        method="loop",
         path=args.sets_dir / f"fisher-{name}.safetensors",
-    )  # fmt: skip
+    )
     return estimate.for_model(model)
 
 
@@ -221,9 +251,17 @@ def _guided(labels: list[int], prompts: Prompts) -> bool:
 
 
 def _sampled(
-    args: Any, looked: Looked, prompts: Prompts, unet: Any, table: Conditions,
-    base: str, device: Any, name: str, number: int, labels: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    args: Any,
+    looked: Looked,
+    prompts: Prompts,
+    unet: Any,
+    table: Conditions,
+    base: str,
+    device: Any,
+    name: str,
+    number: int,
+    labels: list[int],
+) -> tuple[Tensor, Tensor]:
     used = [*labels, prompts.null]
     told, scheduler = table.rows(used), looked.family.sampler(looked.scheduler)
     texts = [prompts.texts[i] for i in used]
@@ -231,27 +269,45 @@ def _sampled(
     seed = 3 * args.seed + ("replay", "surrogate", "own").index(name)
     bits = f"{args.mixed_precision}, {args.quantize}" if args.quantize else args.mixed_precision
     how = [
-        texts, number, looked.latents, args.num_inference_steps, args.guidance_scale, seed,
-        bits, args.sample_batch_size, told.hash(),
+        texts,
+        number,
+        looked.latents,
+        args.num_inference_steps,
+        args.guidance_scale,
+        seed,
+        bits,
+        args.sample_batch_size,
+        told.hash(),
         scheduler_protocol(scheduler),
-    ]  # fmt: skip
+    ]
     path = args.sets_dir / f"{name}-{key(base, config_of(unet), how)}.safetensors"
     latents, rows = sample_set(
-        path, Prompted(unet, told, looked.family).to(device), scheduler,
-        torch.arange(number) % len(labels), looked.latents,
+        path,
+        Prompted(unet, told, looked.family).to(device),
+        scheduler,
+        torch.arange(number) % len(labels),
+        looked.latents,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=looked.family.away(looked.unet, args.guidance_scale)
-        if _guided(labels, prompts) else 1.0,
-        null_condition=len(labels), clip=False, batch_size=args.sample_batch_size,
-        seed=seed, device=device,
-    )  # fmt: skip
+        if _guided(labels, prompts)
+        else 1.0,
+        null_condition=len(labels),
+        clip=False,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+        device=device,
+    )
     return latents, torch.tensor(labels)[rows]
 
 
 def _encoded(
-    args: Any, looked: Looked, folder: Path, images: Path | None, number: int,
+    args: Any,
+    looked: Looked,
+    folder: Path,
+    images: Path | None,
+    number: int,
     device: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""
     size = looked.resolution
     given = image_files(images) if images else []

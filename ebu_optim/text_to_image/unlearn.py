@@ -74,9 +74,13 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     whole = 6 * (cost.trained + cost.frozen)  # the denoiser with VAE and text encoders
     size = 4 * cost.trained
     with training.Run(
-        args, accelerator, SCRIPT, size=size, parts=(*save.FOLDERS, "validation"),
+        args,
+        accelerator,
+        SCRIPT,
+        size=size,
+        parts=(*save.FOLDERS, "validation"),
         result=whole if args.save_as == "pipeline" else size,
-    ) as run:  # fmt: skip
+    ) as run:
         args = replace(args, hub_model_id=hub.create(args, accelerator))
         folder, base, made, raw, fisher = learn_from(args, accelerator, looked, texts)
         trained = list(raw.trained().values())
@@ -96,9 +100,14 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         made_of = sets.made_of(args, folder, texts)
         done: dict[str, Any] = {"seconds": 0.0, "made_of": made_of}
         begin = run.resume(
-            {"trained": modules.Trained(raw), "optimizer": opt, "schedule": schedule, "done": done,
-             **losses.state()}
-        )  # fmt: skip
+            {
+                "trained": modules.Trained(raw),
+                "optimizer": opt,
+                "schedule": schedule,
+                "done": done,
+                **losses.state(),
+            }
+        )
         refuse_changed(
             done["made_of"], made_of, f"--resume_from_checkpoint: the run in {run.folder}"
         )
@@ -118,9 +127,20 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
             return last or bool(args.validation_steps and step % args.validation_steps == 0)
 
         ready = training.Unlearning(
-            args, run, accelerator, model, opt, optimizer, schedule, losses, done, begin,
-            what=", ".join(args.forget), look=look, looks=looks,
-        )  # fmt: skip
+            args,
+            run,
+            accelerator,
+            model,
+            opt,
+            optimizer,
+            schedule,
+            losses,
+            done,
+            begin,
+            what=", ".join(args.forget),
+            look=look,
+            looks=looks,
+        )
         yield ready
         ready.check_whole()
         if accelerator.is_main_process:

@@ -54,19 +54,26 @@ class ValidationOptions:
 
 @torch.no_grad()
 def draw(
-    args: Any, model: Prompted, scheduler: Any, labels: list[int], null: int,
-    shape: tuple[int, ...], folder: Path,
-) -> Tensor:  # fmt: skip
+    args: Any,
+    model: Prompted,
+    scheduler: Any,
+    labels: list[int],
+    null: int,
+    shape: tuple[int, ...],
+    folder: Path,
+) -> Tensor:
     """Images (n, 3, H, W) uint8 on the CPU, those of one prompt behind one another. The VAE is on
     the model's device for the decoding alone, and the random streams are as they were."""
     device = next(model.parameters()).device
     rows = torch.tensor(labels).repeat_interleave(args.num_validation_images)
     family, ddim = model.family, model.family.sampler(scheduler)
     options = {
-        "num_inference_steps": args.validation_inference_steps, "clip": False, "device": device,
+        "num_inference_steps": args.validation_inference_steps,
+        "clip": False,
+        "device": device,
         "guidance_scale": family.away(model.denoiser.config, args.validation_guidance_scale),
         "null_condition": null,
-    }  # fmt: skip
+    }
     with torch.random.fork_rng(), evaluating(model):
         latents = []
         for i in range(len(rows)):

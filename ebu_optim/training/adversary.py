@@ -107,7 +107,13 @@ def new_adversary(
 ) -> Adversary:
     """As the options say; `start` and `aims` as `Adversary` takes them."""
     return Adversary(
-        embedding, forgotten, aims=aims, start=start, steps=args.adversary_steps,
-        restart=args.adversary_restart, count=args.adversaries, lr=args.adversary_learning_rate,
+        embedding,
+        forgotten,
+        aims=aims,
+        start=start,
+        steps=args.adversary_steps,
+        restart=args.adversary_restart,
+        count=args.adversaries,
+        lr=args.adversary_learning_rate,
         seed=args.seed,
-    )  # fmt: skip
+    )

@@ -38,9 +38,11 @@ Config = TypeVar("Config")
 
 
 def parse(
-    config: type[Config], argv: Sequence[str] | None = None, description: str | None = None,
+    config: type[Config],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
     prog: str | None = None,
-) -> Config:  # fmt: skip
+) -> Config:
     """The config of a command line; None: the one of this process.
 
     A ``list[T]`` takes several values, a ``Literal`` one of its own, a ``dict`` JSON, a ``bool`` is
@@ -55,9 +57,12 @@ def parse(
     wanted: Any = config
     required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
     parser = jsonargparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=_Wrapped,
-        exit_on_error=False, usage=f"%(prog)s {' '.join(map(_asked, required))} [options]",
-    )  # fmt: skip
+        prog=prog,
+        description=description,
+        formatter_class=_Wrapped,
+        exit_on_error=False,
+        usage=f"%(prog)s {' '.join(map(_asked, required))} [options]",
+    )
     parser.add_argument("--config", action="config", help="A YAML file of options by name.")
     add_flags(parser, config)
     words = sys.argv[1:] if argv is None else list(argv)
@@ -73,9 +78,10 @@ def parse(
     if missing := [f for f in required if found.get(key_of(f)) is None]:
         first = any("positional" in f.metadata for f in missing)
         _refuse(
-            parser, f"the following arguments are required: {', '.join(map(name_of, missing))}"
+            parser,
+            f"the following arguments are required: {', '.join(map(name_of, missing))}"
             + "; what has no flag stands before the options" * first,
-        )  # fmt: skip
+        )
     return config(**{f.name: _typed(f, hints[f.name], found[key_of(f)]) for f in fields(wanted)})
 
 
@@ -158,16 +164,20 @@ def _group(config: type, name: str) -> str | None:
 
 
 def command(
-    function: Callable[[Any], object], config: type, description: str | None = None,
-    argv: Sequence[str] | None = None, prog: str | None = None,
-) -> None:  # fmt: skip
+    function: Callable[[Any], object],
+    config: type,
+    description: str | None = None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> None:
     """Run `function` with the `config` of the command line, as a script does; `argv`: not of this
     process. What the user can put right is printed in one line, with exit status 2."""
     resumes = issubclass(config, TrainingOptions)
     exit_on_input_errors(
         lambda: function(parse(config, argv, description, prog)),
-        "the same command" + " with --resume_from_checkpoint latest" * resumes, prog,
-    )  # fmt: skip
+        "the same command" + " with --resume_from_checkpoint latest" * resumes,
+        prog,
+    )
 
 
 def exit_on_input_errors(

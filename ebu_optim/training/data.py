@@ -58,9 +58,11 @@ def load(args: DataOptions, split: str = "train") -> Data:
             raise InputError(f"--join_splits: {data.source} has no test split to join")
         test, _ = _read(args, "test")
         data = data._replace(
-            images=torch.cat([data.images, test.images]), source=f"{data.source} and test",
-            labels=torch.cat([data.labels, test.labels]), skipped=data.skipped + test.skipped,
-        )  # fmt: skip
+            images=torch.cat([data.images, test.images]),
+            source=f"{data.source} and test",
+            labels=torch.cat([data.labels, test.labels]),
+            skipped=data.skipped + test.skipped,
+        )
         held_out = split != "all"
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
     if held_out:
@@ -136,9 +138,17 @@ class Batches:
     together, batch i of one process with p times the size."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, *, seed: int, process: int = 0,
-        processes: int = 1, flip: bool = False, device: Any = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        flip: bool = False,
+        device: Any = "cpu",
+    ) -> None:
         self.images, self.labels, self.size, self.seed = images, labels, batch_size, seed
         self.process, self.processes, self.flip, self.device = process, processes, flip, device
         self._orders: dict[int, Tensor] = {}

@@ -66,11 +66,18 @@ def new_accelerator(args: Any) -> Accelerator:
 
 
 def fit(
-    args: Any, accelerator: Accelerator, script: str, model: nn.Module, optimizer: Any,
-    loss: Callable[[nn.Module, int], Tensor], finish: Callable[[Ema | None], None], *,
-    same: Mapping[str, Any] | None = None, ema_decay: float | None = None,
+    args: Any,
+    accelerator: Accelerator,
+    script: str,
+    model: nn.Module,
+    optimizer: Any,
+    loss: Callable[[nn.Module, int], Tensor],
+    finish: Callable[[Ema | None], None],
+    *,
+    same: Mapping[str, Any] | None = None,
+    ema_decay: float | None = None,
     parts: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Train `model` for --max_train_steps, or go on where that was interrupted; then `finish`.
 
     Args:

@@ -59,8 +59,16 @@ class TrainingOptions:
         """Raises:
         InputError: numbers that cannot be.
         """
-        at_least(self, 1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
-                 "checkpointing_steps", "checkpoints_total_limit", "logging_steps")  # fmt: skip
+        at_least(
+            self,
+            1,
+            "train_batch_size",
+            "max_train_steps",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "logging_steps",
+        )
         at_least(self, 0, "lr_warmup_steps", "seed")
         if self.seed >= 2**32:
             raise InputError(f"--seed must be < {2**32}, which numpy takes; got {self.seed}")
@@ -78,9 +86,11 @@ class TrainingOptions:
 def new_schedule(args: Any, optimizer: Any) -> Any:
     """Stepped once an optimizer step, by hand: it is not given to accelerate."""
     return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps or 1,
-    )  # fmt: skip
+    )
 
 
 def ddim_takes(config: Any, scheduler: Any, *names: str) -> None:

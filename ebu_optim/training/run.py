@@ -26,12 +26,23 @@ from .fields import as_dict, default_of
 
 # options that a resumed run may change
 FREE = {
-    "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to",
-    "logging_dir", "overwrite_output_dir", "output_dir", "max_train_steps", "logging_steps", "cpu",
-    "validation_pictures", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "logging_dir",
+    "overwrite_output_dir",
+    "output_dir",
+    "max_train_steps",
+    "logging_steps",
+    "cpu",
+    "validation_pictures",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
     "gradient_checkpointing",  # the same numbers in less memory
     "sets_dir",  # its files' names say what they are
-}  # fmt: skip
+}
 
 # what a run has before its first checkpoint
 LEFT = {"run.json", ".lock", "logs", "log.jsonl", "sets", "validation"}
@@ -82,10 +93,16 @@ class Run:
     """
 
     def __init__(
-        self, args: Any, accelerator: Accelerator, script: str, *,
-        size: float, same: Mapping[str, Any] | None = None, result: float | None = None,
+        self,
+        args: Any,
+        accelerator: Accelerator,
+        script: str,
+        *,
+        size: float,
+        same: Mapping[str, Any] | None = None,
+        result: float | None = None,
         parts: Sequence[str] = ("unet", "unet_ema"),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.args, self.accelerator, self.folder = args, accelerator, Path(args.output_dir)
         self.script, self.size, self.main = script, size, accelerator.is_main_process
         self.result, self.parts = 2 * size if result is None else result, parts
@@ -147,8 +164,13 @@ class Run:
         if used and not args.resume_from_checkpoint:
             for name in ("checkpoints", *self.parts):  # or an old part may stay beside new
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in ("log.jsonl", "classes.json", "unlearn.json", "classifier.json",
-                         "pictures.safetensors"):  # fmt: skip
+            for name in (
+                "log.jsonl",
+                "classes.json",
+                "unlearn.json",
+                "classifier.json",
+                "pictures.safetensors",
+            ):
                 (self.folder / name).unlink(missing_ok=True)
         mark.write_text(json.dumps(self.identity, indent=1))
 
@@ -194,9 +216,11 @@ class Run:
             yield step
             if step % every == 0 or step == total:
                 save_checkpoint(
-                    self.folder / "checkpoints", step, self.objects,
+                    self.folder / "checkpoints",
+                    step,
+                    self.objects,
                     keep=self.args.checkpoints_total_limit,
-                )  # fmt: skip
+                )
 
     def log(self, step: int, **figures: float) -> None:
         """To the bar, the trackers and log.jsonl."""

@@ -182,9 +182,14 @@ def compare(
             "script": args.script,
             "rows": rows,
             "protocol": {
-                "forget": args.forget, "steps": args.steps, "train_steps": args.train_steps,
-                "batch_size": args.batch_size, "optimizer": "Adam",
-                "learning_rate": args.learning_rate, **protocol, **settings,
+                "forget": args.forget,
+                "steps": args.steps,
+                "train_steps": args.train_steps,
+                "batch_size": args.batch_size,
+                "optimizer": "Adam",
+                "learning_rate": args.learning_rate,
+                **protocol,
+                **settings,
                 "images_per_class": PER_CLASS,
                 "classifiers": "ten classes and eleven; the last one of eleven is noise",
                 "inversion": "a new condition vector from the mean of all, Adam 0.1, batch 32",
@@ -194,7 +199,7 @@ def compare(
             "seeds": {"training and unlearning": args.seed, "evaluation": 1, "attacks": 0},
             "seconds": seconds,
             "versions": versions(),
-        }  # fmt: skip
+        }
         grid(models, args.forget, work / "before_after.png")
         save_file(models["EBU"].state_dict(), work / "model.safetensors")
         (work / "results.json").write_text(json.dumps(results, indent=1))

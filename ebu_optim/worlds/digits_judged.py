@@ -26,9 +26,14 @@ class Evaluation:
 
     def draw(self, model: Any, labels: Tensor, seed: int, steps: int = 20) -> Tensor:
         images = sample(
-            model.eval(), self.ddim, labels, digits.SHAPE, num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed), device=self.device,
-        )  # fmt: skip
+            model.eval(),
+            self.ddim,
+            labels,
+            digits.SHAPE,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            device=self.device,
+        )
         return images.cpu()
 
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -24,9 +24,14 @@ def grid(before: Tensor, after: Tensor, labels: Tensor, forget: int, path: Path)
         for images, offset in rows:
             for j in range(columns):
                 axes[c, offset + j].imshow(images[labels == c][j, 0], cmap="gray", vmin=-1, vmax=1)
-        axes[c, 0].set_ylabel(f"{c} (forget)" if c == forget else str(c), rotation=0, ha="right",
-                              va="center", color="tab:red" if c == forget else "black",
-                              fontsize=10)  # fmt: skip
+        axes[c, 0].set_ylabel(
+            f"{c} (forget)" if c == forget else str(c),
+            rotation=0,
+            ha="right",
+            va="center",
+            color="tab:red" if c == forget else "black",
+            fontsize=10,
+        )
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])
@@ -113,7 +118,10 @@ Made by `{command}`.
 
 def card(metrics: dict[str, Any], command: str) -> str:
     return CARD.format(
-        forget=metrics["protocol"]["forget"], version=__version__,
-        steps=metrics["protocol"]["steps"], seconds=metrics["seconds"]["unlearning"],
-        table=table(metrics), command=command.strip(),
-    )  # fmt: skip
+        forget=metrics["protocol"]["forget"],
+        version=__version__,
+        steps=metrics["protocol"]["steps"],
+        seconds=metrics["seconds"]["unlearning"],
+        table=table(metrics),
+        command=command.strip(),
+    )

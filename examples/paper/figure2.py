@@ -19,8 +19,14 @@ from ebu_optim.report import comparison
 from ebu_optim.training import command, option
 
 METHODS = (
-    "ebu_added", "selective_amnesia", "salun", "gradient_ascent", "fine_tune", "joint", "pcgrad",
-)  # fmt: skip
+    "ebu_added",
+    "selective_amnesia",
+    "salun",
+    "gradient_ascent",
+    "fine_tune",
+    "joint",
+    "pcgrad",
+)
 CURVES = {"ce_f": "CE_f, nats", "ce_r": "CE_r, nats", "p_f": "P_f, reject class"}
 
 
@@ -33,23 +39,33 @@ def table(
 
     def row(method: str, steps: int, **options: Any) -> tables.Row:
         return tables.row(
-            setting, method, [seed], steps=steps,
-            options={"entropy_classifier": setting.judge.folder,
-                     "validation_steps": max(1, min(10, steps), steps // 100)},
+            setting,
+            method,
+            [seed],
+            steps=steps,
+            options={
+                "entropy_classifier": setting.judge.folder,
+                "validation_steps": max(1, min(10, steps), steps // 100),
+            },
             **options,
-        )  # fmt: skip
+        )
 
     if paper:
         return [
             row(m, tables.paper_steps(setting.world, m), choice=rows.of_paper(m, paper))
             for m in METHODS
-        ]  # fmt: skip
+        ]
     found = [row(m, steps) for m in METHODS]
     if sa_steps:
         found.append(
-            row("selective_amnesia", sa_steps, choice=rows.of_paper("selective_amnesia", 1e-4),
-                tag="published", name="SA, published strength")
-        )  # fmt: skip
+            row(
+                "selective_amnesia",
+                sa_steps,
+                choice=rows.of_paper("selective_amnesia", 1e-4),
+                tag="published",
+                name="SA, published strength",
+            )
+        )
     return found
 
 
@@ -66,9 +82,15 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
             }
             limits = {"base model": pages.curve(run)[0][key], "noise": noise[key]}
             charts.append(
-                {"title": f"{label.split(',')[0]} over {x}", "x": unit, "y": label,
-                 "x_scale": "log", "series": series, "limits": limits}
-            )  # fmt: skip
+                {
+                    "title": f"{label.split(',')[0]} over {x}",
+                    "x": unit,
+                    "y": label,
+                    "x_scale": "log",
+                    "series": series,
+                    "limits": limits,
+                }
+            )
     return charts
 
 
@@ -86,12 +108,18 @@ def main(args: Figure2) -> None:
     if not args.run_table(setting, found):
         return
     args.write(
-        setting, found, script="figure2", title="Figures 2 and 5", plots=plots(found),
+        setting,
+        found,
+        script="figure2",
+        title="Figures 2 and 5",
+        plots=plots(found),
         grids=[pages.pictures(setting, found, 10)],
-        notes=["Seconds are of the unlearning loop alone, with whatever else ran on the machine; "
-               "the Fisher over all weights that SA takes from prepare.py is not counted. SalUn's "
-               "mask is made before the loop, and is not counted either."],
-    )  # fmt: skip
+        notes=[
+            "Seconds are of the unlearning loop alone, with whatever else ran on the machine; "
+            "the Fisher over all weights that SA takes from prepare.py is not counted. SalUn's "
+            "mask is made before the loop, and is not counted either."
+        ],
+    )
 
 
 if __name__ == "__main__":

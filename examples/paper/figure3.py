@@ -16,8 +16,11 @@ from ebu_optim.experiments.text_tasks import CASSETTE_PLAYER, NUDITY, STYLES
 from ebu_optim.training import command, option
 
 #: Figure -> what is forgotten in it.
-SMALL = {"Figure 9": "seven", "Figures 3 and 10": "red",
-         **{f"Figure 11, {style}": style for style in STYLES}}  # fmt: skip
+SMALL = {
+    "Figure 9": "seven",
+    "Figures 3 and 10": "red",
+    **{f"Figure 11, {style}": style for style in STYLES},
+}
 PAPER = {"Figure 9": CASSETTE_PLAYER, "Figures 3 and 10": NUDITY}
 
 

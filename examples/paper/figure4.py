@@ -20,8 +20,12 @@ from ebu_optim.report import comparison
 from ebu_optim.training import command, option
 
 VALUES = (0.2, 0.4, 0.6, 0.8)
-PLOTS = {"p_f_reject": "P_f, reject class", "ce_f": "CE_f, nats", "ra": "RA",
-         "ra_never_replayed": "RA, never replayed"}  # fmt: skip
+PLOTS = {
+    "p_f_reject": "P_f, reject class",
+    "ce_f": "CE_f, nats",
+    "ra": "RA",
+    "ra_never_replayed": "RA, never replayed",
+}
 Grid = Mapping[tuple[float, float], tables.Row]
 
 
@@ -38,9 +42,14 @@ def table(
         for d in VALUES:
             choice = rows.Choice(best.learning_rate, {**best.options, "alpha": a, "delta": d})
             found[a, d] = tables.row(
-                setting, method, [seed], steps=steps, choice=choice, tuning=tuning,
+                setting,
+                method,
+                [seed],
+                steps=steps,
+                choice=choice,
+                tuning=tuning,
                 name=f"alpha {a}, delta {d}",
-            )  # fmt: skip
+            )
     return found
 
 
@@ -49,8 +58,11 @@ def plots(found: Grid) -> list[dict[str, Any]]:
     first = rows.results(next(iter(found.values())).runs[0].folder)
     limits = {r["name"]: r["values"] for r in first[:-1]}
     values = {at: tables.gather(row) for at, row in found.items()}
-    inverted = {k: f"P_f after {k.split('_')[1]} steps of inversion"
-                for k in first[-1]["values"] if k.startswith("inversion_")}  # fmt: skip
+    inverted = {
+        k: f"P_f after {k.split('_')[1]} steps of inversion"
+        for k in first[-1]["values"]
+        if k.startswith("inversion_")
+    }
     charts = []
     for key, label in {**PLOTS, **inverted}.items():
         if key in first[-1]["values"]:
@@ -60,9 +72,14 @@ def plots(found: Grid) -> list[dict[str, Any]]:
             }
             lines = {n: comparison.value(v[key]) for n, v in limits.items() if key in v}
             charts.append(
-                {"title": f"{label.split(',')[0]} over alpha", "x": "alpha", "y": label,
-                 "series": series, "limits": lines}
-            )  # fmt: skip
+                {
+                    "title": f"{label.split(',')[0]} over alpha",
+                    "x": "alpha",
+                    "y": label,
+                    "series": series,
+                    "limits": lines,
+                }
+            )
     return charts
 
 
@@ -73,16 +90,17 @@ def grids(setting: Setting, found: Grid, each: int = 6) -> list[dict[str, Any]]:
     drawn = {at: figures.samples(setting, row.runs[0]) for at, row in found.items()}
     return [
         {
-            "title": figures.named(c, gone, names), "rows": [f"alpha {a}" for a in VALUES],
+            "title": figures.named(c, gone, names),
+            "rows": [f"alpha {a}" for a in VALUES],
             "columns": {
-                f"delta {d}": torch.stack([
-                    drawn[a, d][0][drawn[a, d][1] == c][:each] for a in VALUES
-                ])
+                f"delta {d}": torch.stack(
+                    [drawn[a, d][0][drawn[a, d][1] == c][:each] for a in VALUES]
+                )
                 for d in VALUES
             },
         }
         for c in (gone[0], kept[0])
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +114,13 @@ def main(args: Figure4) -> None:
     found = table(setting, args.method, args.seed, args.steps, args.paper_rate)
     if args.run_table(setting, list(found.values())):
         args.write(
-            setting, list(found.values()), script="figure4", title="Figures 4 and 12",
-            plots=plots(found), grids=grids(setting, found),
-        )  # fmt: skip
+            setting,
+            list(found.values()),
+            script="figure4",
+            title="Figures 4 and 12",
+            plots=plots(found),
+            grids=grids(setting, found),
+        )
 
 
 if __name__ == "__main__":

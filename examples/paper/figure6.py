@@ -37,10 +37,16 @@ def table(
     """
     options = {"validation_steps": every, "validation_images": EACH, "validation_pictures": EACH}
     return [
-        tables.row(setting, m, [seed], steps=steps, options=options,
-                   choice=rows.of_paper(m, paper) if paper else None)
+        tables.row(
+            setting,
+            m,
+            [seed],
+            steps=steps,
+            options=options,
+            choice=rows.of_paper(m, paper) if paper else None,
+        )
         for m in METHODS
-    ]  # fmt: skip
+    ]
 
 
 def along(found: Sequence[tables.Row]) -> dict[str, dict[int, Tensor]]:
@@ -57,9 +63,10 @@ def grid(seen: Along, c: int, title: str) -> dict[str, object]:
     first = next(iter(seen.values()))
     shown = [t for t in first if t in SHOWN or t in (0, max(first))]
     return {
-        "title": title, "rows": [f"t = {t}" for t in shown],
+        "title": title,
+        "rows": [f"t = {t}" for t in shown],
         "columns": {name: torch.stack([at[t][c] for t in shown]) for name, at in seen.items()},
-    }  # fmt: skip
+    }
 
 
 def animate(path: Path, seen: Along, columns: Mapping[int, str]) -> None:
@@ -110,10 +117,14 @@ def main(args: Figure6) -> None:
     gone, kept, names = figures.classes(setting, found[0].runs[0])
     shown = {c: figures.named(c, gone, names) for c in (gone[0], kept[0])}
     folder = args.write(
-        setting, found, script="figure6", title="Figure 6", plots=pages.curves(found),
+        setting,
+        found,
+        script="figure6",
+        title="Figure 6",
+        plots=pages.curves(found),
         grids=[grid(seen, c, title) for c, title in shown.items()],
         notes=["along.gif, beside this page, is the same in motion."],
-    )  # fmt: skip
+    )
     animate(folder / "along.gif", seen, shown)
 
 

@@ -26,14 +26,15 @@ def grid(setting: worlds.Setting, found: Sequence[tables.Row], each: int = 4) ->
     drawn = {"before": pages.samples(setting, figures.about(run)["base_hash"])}
     drawn |= {r.name: figures.samples(setting, r.runs[0]) for r in found}
     return {
-        "title": "samples of every method, from the same noise", "rows": list(drawn),
+        "title": "samples of every method, from the same noise",
+        "rows": list(drawn),
         "columns": {
-            figures.named(c, gone, names): torch.stack([
-                images[labels == c][:each] for images, labels in drawn.values()
-            ])
+            figures.named(c, gone, names): torch.stack(
+                [images[labels == c][:each] for images, labels in drawn.values()]
+            )
             for c in [*gone, *kept][:10]
         },
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,21 @@ def main(args: Figure7) -> None:
     of_paper = args.scale in ("paper", *STL10)
     methods = args.methods or (rows.PAPER if of_paper else rows.ALL)
     found = tables.class_wise(
-        setting, rows.check_methods(methods), [args.seed], paper=args.scale in ("paper", "stl10"),
+        setting,
+        rows.check_methods(methods),
+        [args.seed],
+        paper=args.scale in ("paper", "stl10"),
         sa_steps=0 if setting.world.smoke else args.sa_steps,
-    )  # fmt: skip
+    )
     if args.run_table(setting, found):
         args.write(
-            setting, found, script="figure7", plots=[], grids=[grid(setting, found)],
+            setting,
+            found,
+            script="figure7",
+            plots=[],
+            grids=[grid(setting, found)],
             title="Figure 8" if args.scale in STL10 else "Figure 7",
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -40,9 +40,13 @@ def main(args: Table1) -> None:
         )
         if args.run(setting, [run for r in found for run in r.runs]):
             pages.write(
-                setting.root / "table1", setting, found, title=f"Table 1 on {world.title}",
-                command=args.command("table1"), paper=world.paper,
-            )  # fmt: skip
+                setting.root / "table1",
+                setting,
+                found,
+                title=f"Table 1 on {world.title}",
+                command=args.command("table1"),
+                paper=world.paper,
+            )
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ def main(args: Table4) -> None:
         found.append(tables.row(setting, method, args.seeds, choice=choice, tuning=tuning))
     if args.run(setting, [run for r in found for run in r.runs]):
         pages.write(
-            setting.root / f"table4-{args.regime}-{args.loss}", setting, found,
-            title=args.said("Table 4", setting.world), command=args.command("table4"),
+            setting.root / f"table4-{args.regime}-{args.loss}",
+            setting,
+            found,
+            title=args.said("Table 4", setting.world),
+            command=args.command("table4"),
             paper="table4_ablation_cifar10",
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

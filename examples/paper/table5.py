@@ -35,9 +35,11 @@ from ebu_optim.training import command
 
 EVERY = 5  # steps between two looks
 SMALL = {
-    "several styles": ("outline", "halftone"), "one style": ("outline",),
-    "several contents": ("seven", "three", "nine"), "one content": ("seven",),
-}  # fmt: skip
+    "several styles": ("outline", "halftone"),
+    "one style": ("outline",),
+    "several contents": ("seven", "three", "nine"),
+    "one content": ("seven",),
+}
 VIOLENCE = ("violence", "blood", "a gunfight", "war", "murder")
 PAPER = {
     "several artists": Target(
@@ -48,7 +50,7 @@ PAPER = {
         "violence-concepts", "violence", {"forget": list(VIOLENCE)}, (), ()
     ),
     "one violence concept": Target("violence", "violence", {"forget": ["violence"]}, (), ()),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,11 @@ def told(each: Mapping[str, Any]) -> Any:
 
 
 def report(
-    args: Table5, setting: Any, made: Mapping[str, Sequence[Run]],
+    args: Table5,
+    setting: Any,
+    made: Mapping[str, Sequence[Run]],
     choices: Mapping[str, rows.Choice],
-) -> None:  # fmt: skip
+) -> None:
     table = []
     for name, each_seed in made.items():
         each = [values(run) for run in each_seed]
@@ -107,15 +111,19 @@ def report(
     said = text_results.training(setting, about, "none for this table")
     said["data"]["forget"] = list(made)
     said["unlearning"] |= {
-        "method": rows.title("ebu_added"), "steps": about["options"]["max_train_steps"],
+        "method": rows.title("ebu_added"),
+        "steps": about["options"]["max_train_steps"],
         "settings": {**about["settings"], **told({n: c.options for n, c in choices.items()})},
         "learning_rate": told({n: f"{c.learning_rate:g}, constant" for n, c in choices.items()}),
-    }  # fmt: skip
+    }
     said["seeds"] |= {"unlearning": args.seeds}
     folder = setting.root / "-".join(["table5", setting.regime, setting.loss, setting.modules])
     write_report(
-        folder, title=f"Table 5 on {setting.world.title}", overwrite=folder.exists(),
-        rows=[*table, *paper_rows()], protocol=said,
+        folder,
+        title=f"Table 5 on {setting.world.title}",
+        overwrite=folder.exists(),
+        rows=[*table, *paper_rows()],
+        protocol=said,
         parts=("data", "model", "unlearning", "timing", "seeds", "versions"),
         command=args.command("table5"),
         notes=[
@@ -123,7 +131,7 @@ def report(
             "and its 95 % interval. Chance: a lift of 1, and half of the overlap opposed. The "
             "paper's counts are in GiB of float32; its lift is computed from them here."
         ],
-    )  # fmt: skip
+    )
     print((folder / "results.md").read_text().split("\n## ")[0])
 
 

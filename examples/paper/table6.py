@@ -33,10 +33,13 @@ def main(args: Table6) -> None:
     found = tables.class_wise(setting, methods, args.seeds, paper=paper, sa_steps=args.sa_steps)
     if args.run(setting, [run for r in found for run in r.runs]):
         pages.write(
-            setting.root / f"table6-{args.regime}-{args.loss}", setting, found,
-            title=args.said("Table 6", setting.world), command=args.command("table6"),
+            setting.root / f"table6-{args.regime}-{args.loss}",
+            setting,
+            found,
+            title=args.said("Table 6", setting.world),
+            command=args.command("table6"),
             paper=setting.world.paper,
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

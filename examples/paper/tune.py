@@ -36,13 +36,16 @@ def main(args: Tune) -> None:
         (method, choice.name): (
             choice,
             setting.run(
-                f"{method}-partial-{args.loss}-{choice.name}", method, seed=0,
-                options=choice.given, trial=True,
+                f"{method}-partial-{args.loss}-{choice.name}",
+                method,
+                seed=0,
+                options=choice.given,
+                trial=True,
             ),
         )
         for method in methods
         for choice in rows.trials(method, args.learning_rates)
-    }  # fmt: skip
+    }
     if args.run(setting, [run for _, run in found.values()]):
         tuning.record(setting, methods, found, rows.score)
 

@@ -44,9 +44,10 @@ def main() -> None:
     add("--output_dir", type=Path, required=True, help="Folder for the pictures.")
     args = parser.parse_args()
     model = pipelines.Model(
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path, revision=args.revision,
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        revision=args.revision,
         variant=args.variant,
-    )  # fmt: skip
+    )
     pipelines.look(model)  # what is wrong with it, in one line
     pipe = pipelines.assembled(pipelines.fetch(model), args.variant).to(args.device)
     erased = load(pipe, args.adapters)
@@ -55,10 +56,11 @@ def main() -> None:
         m = scale(pipe, erased, prompt)
         print(f"{prompt!r}: {', '.join(f'{e.name} {s:.2f}' for e, s in zip(erased, m))}")
         image = pipe(
-            prompt, num_inference_steps=args.num_inference_steps,
+            prompt,
+            num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=torch.Generator().manual_seed(args.seed),
-        ).images[0]  # fmt: skip
+        ).images[0]
         image.save(args.output_dir / f"{i:04d}.png")
 
 

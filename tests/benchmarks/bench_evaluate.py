@@ -61,10 +61,13 @@ def measured(model: Path | None, steps: int, folder: Path) -> dict[str, Any]:
         judges.JUDGES[name] = lambda *given, opens=opens: _timed(opens(*given), timed)  # type: ignore[misc]
     given = Evaluate(
         pretrained_model_name_or_path=[str(model or pipeline(folder / "tiny"))],
-        protocol=["unlearncanvas-digits"], forget=["seven"], change=[f"steps={steps}"],
-        files=[f"digits-judges={folder / 'judges'}"], sample_batch_size=60,
+        protocol=["unlearncanvas-digits"],
+        forget=["seven"],
+        change=[f"steps={steps}"],
+        files=[f"digits-judges={folder / 'judges'}"],
+        sample_batch_size=60,
         output_dir=folder / "evaluated",
-    )  # fmt: skip
+    )
     found = {}
     for name in ("drawn", "again"):
         spent.update(sampling=0.0, judging=0.0)

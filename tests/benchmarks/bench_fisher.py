@@ -55,12 +55,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
-        block_out_channels=(24, 48), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=16,
-        num_class_embeds=11,
-    ).eval().to(args.device)  # fmt: skip
+    model = (
+        UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(24, 48),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=16,
+            num_class_embeds=11,
+        )
+        .eval()
+        .to(args.device)
+    )
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     loss = fisher_loss(scheduler)
     x = torch.rand(args.samples, 1, 8, 8) * 2 - 1
@@ -68,9 +78,14 @@ def main() -> None:
     rows = []
     for timesteps in args.timesteps:
         batches = FisherBatches(
-            x, y, scheduler, timesteps=timesteps, cross=False, batch_size=args.batch_size,
+            x,
+            y,
+            scheduler,
+            timesteps=timesteps,
+            cross=False,
+            batch_size=args.batch_size,
             device=args.device,
-        )  # fmt: skip
+        )
         ways = {"one at a time": lambda b=batches: one_at_a_time(model, loss, b)}
         for method in METHODS:
             ways[method] = lambda b=batches, m=method: (
@@ -89,16 +104,27 @@ def main() -> None:
         for name in ways:
             seconds = statistics.median(times[name])
             error = float((results[name] - reference).norm() / reference.norm())
-            row = {"timesteps": timesteps, "way": name, "seconds": seconds,
-                   "times_faster": slow / seconds, "relative_difference": error}  # fmt: skip
+            row = {
+                "timesteps": timesteps,
+                "way": name,
+                "seconds": seconds,
+                "times_faster": slow / seconds,
+                "relative_difference": error,
+            }
             rows.append(row)
-            print(f"T'={timesteps:<3}{name:15}{seconds:>8.2f} s{slow / seconds:>7.1f}x"
-                  f"   difference {error:.1e}")  # fmt: skip
+            print(
+                f"T'={timesteps:<3}{name:15}{seconds:>8.2f} s{slow / seconds:>7.1f}x"
+                f"   difference {error:.1e}"
+            )
     if args.json:
         document = {
-            "torch": torch.__version__, "threads": args.threads, "device": args.device,
-            "samples": args.samples, "batch_size": args.batch_size, "rows": rows,
-        }  # fmt: skip
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "device": args.device,
+            "samples": args.samples,
+            "batch_size": args.batch_size,
+            "rows": rows,
+        }
         args.json.write_text(json.dumps(document, indent=1))
 
 

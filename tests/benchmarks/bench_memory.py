@@ -165,10 +165,13 @@ def main() -> None:
     if args.seeds:
         print(f"\n{'seed':>5} {'held as':40}{'off':>10}{'P_f, reject class':>18}{'kept':>8}")
     result = {
-        "n": n, "tensors": args.tensors, "torch": torch.__version__,
-        "machine": platform.machine(), "bytes_per_scalar": table,
+        "n": n,
+        "tensors": args.tensors,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "bytes_per_scalar": table,
         "quickstart": {seed: errors(seed) for seed in args.seeds},
-    }  # fmt: skip
+    }
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

@@ -65,10 +65,17 @@ class Case:
         self.clock = time.process_time if options.cpu_time else time.perf_counter
 
     def add(self, way: str, **figures: Any) -> None:
-        self.rows.append({
-            "section": self.section, "case": self.name, "n": self.n, "tensors": len(self.sizes),
-            "threads": self.options.threads, "way": way, **figures,
-        })  # fmt: skip
+        self.rows.append(
+            {
+                "section": self.section,
+                "case": self.name,
+                "n": self.n,
+                "tensors": len(self.sizes),
+                "threads": self.options.threads,
+                "way": way,
+                **figures,
+            }
+        )
 
     def too_much(self, way: str) -> str | None:
         """Why a way is left out, by its figures for the largest of the smaller sizes."""
@@ -105,10 +112,12 @@ class Case:
                 continue
             seconds = result[way]["seconds"]
             self.add(
-                way, **result[way], over_limit=seconds / share(way) / result[limit]["seconds"],
+                way,
+                **result[way],
+                over_limit=seconds / share(way) / result[limit]["seconds"],
                 over_best_rival=seconds / min(others) if others and way != limit else None,
                 bytes_per_scalar=moved.get(way),
-            )  # fmt: skip
+            )
 
 
 def ours(way: str) -> bool:
@@ -121,9 +130,13 @@ def ours(way: str) -> bool:
 # Bytes to and from memory for each scalar: once, a sample, and 1 % kept and read; a bisection reads
 # 31 times, in eager mode by way of a bool tensor. How often a sort or partition does is unknown.
 READ = {
-    "plain read": 4.0, "ours": 4.2, "ours, fallback alone": 8.0, "reference": 4.2,
-    "bit bisection": 8.0 + 31 * 6, "torch.compile, bisection": 31 * 4.0,
-}  # fmt: skip
+    "plain read": 4.0,
+    "ours": 4.2,
+    "ours, fallback alone": 8.0,
+    "reference": 4.2,
+    "bit bisection": 8.0 + 31 * 6,
+    "torch.compile, bisection": 31 * 4.0,
+}
 
 
 def select(case: Case) -> None:
@@ -158,10 +171,15 @@ def select(case: Case) -> None:
 
 # for each operation what it reads and writes, bools being one byte
 MOVED = {
-    "plain copy": 8.0, "ours": 24.0, "ours, online F": 28.0, "reference": 24.0,
-    "torch.compile, formula": 24.0, "chain of where": 177.0, "PCGrad, plain torch": 44.0,
+    "plain copy": 8.0,
+    "ours": 24.0,
+    "ours, online F": 28.0,
+    "reference": 24.0,
+    "torch.compile, formula": 24.0,
+    "chain of where": 177.0,
+    "PCGrad, plain torch": 44.0,
     "PCGrad, TorchJD": 20.0,
-}  # fmt: skip
+}
 LIMIT = {"ours, online F": 28.0 / 8}  # of the others: 24 / 8
 
 
@@ -197,11 +215,9 @@ def combine(case: Case) -> None:
         "ours": lambda: engine(module),
         "ours, online F": lambda: engine(module, 1e-9),
         "reference": lambda: engine(chunked),
-        "chain of where": lambda: [
-            ways.chain(*row, *taus) for row in zip(*columns, strict=True)
-        ],
+        "chain of where": lambda: [ways.chain(*row, *taus) for row in zip(*columns, strict=True)],
         "PCGrad, plain torch": lambda: ways.pcgrad(x["g_f"], x["g_r"]),
-    }  # fmt: skip
+    }
     if len(case.sizes) == 1:
         compiled = torch.compile(ways.formula)
         row = [column[0] for column in columns]
@@ -255,9 +271,13 @@ class Ours:
             self.opt = SelectiveAmnesia(base, fisher=fisher, lam=ways.GAMMA)
         else:
             self.opt = EBUOptimizer(
-                base, alpha=ways.ALPHA, delta=ways.DELTA, gamma=ways.GAMMA, fisher=fisher,
+                base,
+                alpha=ways.ALPHA,
+                delta=ways.DELTA,
+                gamma=ways.GAMMA,
+                fisher=fisher,
                 max_grad_norm=1.0 if configuration.endswith("clipped") else None,
-            )  # fmt: skip
+            )
 
     def step(self, g_f: list[Tensor], g_r: list[Tensor]) -> None:
         for phase, grads in ((self.opt.forget, g_f), (self.opt.remember, g_r)):
@@ -312,11 +332,15 @@ def step(case: Case) -> None:
         floor = FLOORS.get(name.removeprefix("ours, "), FLOORS["given F"])
         limit = median["plain copy"] * floor / 8
         case.add(
-            name, seconds=median[name], calls=len(times[name]), others=load,
-            over_limit=median[name] / limit, over_best_rival=median[name] / median["naive"],
+            name,
+            seconds=median[name],
+            calls=len(times[name]),
+            others=load,
+            over_limit=median[name] / limit,
+            over_best_rival=median[name] / median["naive"],
             bytes_per_scalar=floor if ours(name) else None,
             fresh_bytes=apart(peak, name, case.sizes, case.options.threads),
-        )  # fmt: skip
+        )
 
 
 def peak(name: str, sizes: Sequence[torch.Size], threads: int) -> int | None:
@@ -360,8 +384,11 @@ def linear(case: Case) -> None:
 # -- the whole ------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Case], None]] = {
-    "select": select, "combine": combine, "step": step, "linear": linear,
-}  # fmt: skip
+    "select": select,
+    "combine": combine,
+    "step": step,
+    "linear": linear,
+}
 
 
 def one(section: str, name: str, options: argparse.Namespace, seen: list[Row]) -> list[Row]:

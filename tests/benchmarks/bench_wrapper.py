@@ -77,9 +77,12 @@ def case(size: str, tensors: int, options: argparse.Namespace, threads: int) -> 
     found = {name: statistics.median(t[3:]) for name, t in times.items()}
     floor = found["copy"] * (FLOORS["online F"]) / 8
     return {
-        **row, **found, "others": others.cores(), "over_adamw": found["wrapper"] / found["adamw"],
+        **row,
+        **found,
+        "others": others.cores(),
+        "over_adamw": found["wrapper"] / found["adamw"],
         "over_floor": (found["wrapper"] + found["adamw"]) / floor,
-    }  # fmt: skip
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -41,10 +41,16 @@ CASES: dict[str, dict[str, Any]] = {
     "whole UNet, bf16": {"train_modules": "full", "mixed_precision": "bf16"},
 }
 FEW: dict[str, Any] = {
-    "replay_images": 1, "forget_images": 1, "num_inference_steps": 2, "sample_batch_size": 1,
-    "validation_steps": 0, "evidence_images": 1, "evidence_prompts": 1, "clip_weights": "none",
+    "replay_images": 1,
+    "forget_images": 1,
+    "num_inference_steps": 2,
+    "sample_batch_size": 1,
+    "validation_steps": 0,
+    "evidence_images": 1,
+    "evidence_prompts": 1,
+    "clip_weights": "none",
     "checkpoints_total_limit": 1,
-}  # fmt: skip
+}
 CLOCKS = ("seconds", "processor")
 PARTS = ("whole", "passes", "base", "wrapper")
 
@@ -94,11 +100,16 @@ def options(work: Path, case: str, tiny: bool, steps: int) -> Any:
 
     tiny_only = {"resolution": 16, "architecture": work / "folder", "learning_rate": 1e-2}
     return Forget(
-        pretrained_model_name_or_path=str(work / "model.safetensors"), forget=["cat"],
-        remember_prompts=["a dog", "a red car"], output_dir=work / case.replace(", ", "_"),
-        max_train_steps=steps, cpu=True, **FEW, **{"mixed_precision": "no", **CASES[case]},
+        pretrained_model_name_or_path=str(work / "model.safetensors"),
+        forget=["cat"],
+        remember_prompts=["a dog", "a red car"],
+        output_dir=work / case.replace(", ", "_"),
+        max_train_steps=steps,
+        cpu=True,
+        **FEW,
+        **{"mixed_precision": "no", **CASES[case]},
         **(tiny_only if tiny else {"resolution": 256}),
-    ).resolved()  # fmt: skip
+    ).resolved()
 
 
 def counted(args: Any) -> Any:
@@ -122,12 +133,20 @@ def run(work: Path, case: str, tiny: bool, steps: int, threads: int) -> dict[str
     after = os.getloadavg()
     steady = np.median(each[1:] or each, axis=0)  # the first brings in libraries
     return {
-        **row, "libraries": libraries, "resident": phases.resident, "needed": phases.needed,
-        "peak": max(phases.needed.values()), "seconds": phases.seconds,
-        "processor": phases.processor, "steps": [named(spent) for spent in each],
-        "step": named(steady), "wrapper_share": dict(zip(CLOCKS, steady[3] / steady[0])),
-        "others": others.cores(), "load_before": load[0], "load_after": after[0],
-    }  # fmt: skip
+        **row,
+        "libraries": libraries,
+        "resident": phases.resident,
+        "needed": phases.needed,
+        "peak": max(phases.needed.values()),
+        "seconds": phases.seconds,
+        "processor": phases.processor,
+        "steps": [named(spent) for spent in each],
+        "step": named(steady),
+        "wrapper_share": dict(zip(CLOCKS, steady[3] / steady[0])),
+        "others": others.cores(),
+        "load_before": load[0],
+        "load_after": after[0],
+    }
 
 
 def named(spent: Any) -> dict[str, dict[str, float]]:

@@ -118,6 +118,9 @@ def compare(args: Any) -> dict[str, Any]:
             assert there.reshape(t.shape).equal(t.half()), name
     assert evidence.verify(args.output_dir) == []
     return {
-        "bytes": made.stat().st_size, "tensors": len(after.tensors), "changed": len(differ),
-        "trained": len(trained), "dropped": len(ema),
-    }  # fmt: skip
+        "bytes": made.stat().st_size,
+        "tensors": len(after.tensors),
+        "changed": len(differ),
+        "trained": len(trained),
+        "dropped": len(ema),
+    }

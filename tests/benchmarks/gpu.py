@@ -252,10 +252,14 @@ def bandwidth_one(bench: Bench, n: int, dtype: torch.dtype) -> dict[str, Any]:
         for name, s in seconds.items()
     }
     return {
-        "n": n, "dtype": str(dtype), "window settled": done.tolist(), "chunk": _tables.CHUNK,
-        "seconds": seconds, "gigabytes a second": gigabytes,
+        "n": n,
+        "dtype": str(dtype),
+        "window settled": done.tolist(),
+        "chunk": _tables.CHUNK,
+        "seconds": seconds,
+        "gigabytes a second": gigabytes,
         "fresh bytes a scalar": fresh(bench, runs, n),
-    }  # fmt: skip
+    }
 
 
 def fresh(bench: Bench, runs: dict[str, Any], n: int) -> dict[str, float]:
@@ -324,9 +328,13 @@ def networks(dry: bool) -> dict[str, tuple[Any, int, tuple[int, ...], Any]]:
 
     if dry:
         build = lambda: UNet2DModel(  # noqa: E731
-            sample_size=8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-        )  # fmt: skip
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        )
         return {"toy": (build, 2, (3, 8, 8), None)}
     return {
         "DDPM, batch 32": (shapes.ddpm, 32, (3, 32, 32), None),
@@ -423,9 +431,11 @@ def machine(dry: bool) -> dict[str, Any]:
         return found | {"card": "none: dry run in the interpreter"}
     p = torch.cuda.get_device_properties(0)
     return found | {
-        "card": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory,
+        "card": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        "memory": p.total_memory,
         "cuda": torch.version.cuda,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

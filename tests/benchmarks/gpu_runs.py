@@ -29,9 +29,14 @@ PATIENCE = 3600  # seconds, to end a hang
 def python(*arguments: object, before: tuple[str, ...] = (), **environ: str) -> dict[str, Any]:
     """`BEFORE python ARGUMENTS` to its end: the exit code, and the end of what it said."""
     done = subprocess.run(
-        [*before, sys.executable, *map(str, arguments)], cwd=ROOT, text=True, timeout=PATIENCE,
-        env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*before, sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return {"code": done.returncode, "said": done.stdout[-2000:]}
 
 
@@ -96,10 +101,13 @@ def sanitizer(bench: Any) -> list[dict[str, Any]]:
     for tool in TOOLS[: 1 if bench.dry else None]:
         # each tensor in an allocation of its own: what leaves it is seen
         done = python(
-            HERE / "gpu.py", "--only", "exact", "--dry-run" if bench.dry else "--small",
+            HERE / "gpu.py",
+            "--only",
+            "exact",
+            "--dry-run" if bench.dry else "--small",
             before=(found, "--tool", tool, "--error-exitcode", "9") if found else (),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )  # fmt: skip
+        )
         rows.append({"tool": tool, "clean": done["code"] == 0, **done})
     return rows
 
@@ -131,11 +139,26 @@ def unlearned(base: Path, out: Path, modules: str, precision: str, dry: bool) ->
     few = ["--replay_images", 2, "--surrogate_images", 2, "--forget_images", 2]
     few += ["--num_inference_steps", 2, "--max_train_steps", 2, "--train_batch_size", 1]
     done = python(
-        ROOT / "examples" / "stable_diffusion" / "unlearn.py", "--output_dir", out, "--forget",
-        "cat", "--remember", "a dog", "", "--pretrained_model_name_or_path", base, "--sets_dir",
-        base.with_name("sets"), "--train_modules", modules, "--mixed_precision", precision,
-        "--validation_steps", 0, *few,
-    )  # fmt: skip
+        ROOT / "examples" / "stable_diffusion" / "unlearn.py",
+        "--output_dir",
+        out,
+        "--forget",
+        "cat",
+        "--remember",
+        "a dog",
+        "",
+        "--pretrained_model_name_or_path",
+        base,
+        "--sets_dir",
+        base.with_name("sets"),
+        "--train_modules",
+        modules,
+        "--mixed_precision",
+        precision,
+        "--validation_steps",
+        0,
+        *few,
+    )
     if done["code"]:
         return done
     told = json.loads((out / "unlearn.json").read_text())

@@ -115,6 +115,9 @@ def machine() -> dict[str, Any]:
     ]
     return {
         "processor": f"{names[0] if names else platform.machine()}, {len(names)} cores",
-        "kernels": active(), "lanes": None if cpu.available() else cpu._cpu.lanes(None),
-        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+        "kernels": active(),
+        "lanes": None if cpu.available() else cpu._cpu.lanes(None),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

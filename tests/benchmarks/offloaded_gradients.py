@@ -35,9 +35,10 @@ def gradient(work: Path, name: str, how: str, checkpointed: bool) -> torch.Tenso
     args, looked, model = prompted(work / name, TEXTS, work, "--train_modules", "lora")
     if how in CASTING:  # before the adapters, which stay as they are
         model.denoiser.enable_layerwise_casting(
-            storage_dtype=CASTING[how], compute_dtype=torch.float32,
+            storage_dtype=CASTING[how],
+            compute_dtype=torch.float32,
             skip_modules_classes=(torch.nn.Conv2d,),
-        )  # fmt: skip
+        )
     module("modules").choose(model.denoiser, args, looked.family)
     g = torch.Generator().manual_seed(0)
     for p in model.trained().values():

@@ -16,9 +16,11 @@ HIDDEN = {  # of the plot: lines that lie on others
     "step": ["plain copy", "ours, online F", "ours, online F, clipped"],
 }
 TITLES = {
-    "select": "selection of one gradient", "combine": "combination", "step": "whole step",
+    "select": "selection of one gradient",
+    "combine": "combination",
+    "step": "whole step",
     "linear": "cost per scalar",
-}  # fmt: skip
+}
 
 
 def seconds(s: float) -> str:
@@ -55,11 +57,15 @@ def table(rows: Sequence[Row]) -> str:
     threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
     if section == "linear":
         lines = [
-            [r["way"], f"{r['n']:,}", f"{r['tensors']:,}",
-             _cell(r.get("seconds"), seconds) or r["left_out"],
-             _cell(r.get("nanoseconds_per_scalar"))]
+            [
+                r["way"],
+                f"{r['n']:,}",
+                f"{r['tensors']:,}",
+                _cell(r.get("seconds"), seconds) or r["left_out"],
+                _cell(r.get("nanoseconds_per_scalar")),
+            ]
             for r in rows
-        ]  # fmt: skip
+        ]
         head = ["", "scalars", "tensors", "time", "ns a scalar"]
         return f"\n**{TITLES[section]}**, {threads}\n\n{aligned(head, lines)}"
     lines = []
@@ -67,11 +73,16 @@ def table(rows: Sequence[Row]) -> str:
         if "left_out" in r:
             lines.append([r["way"], f"left out: {r['left_out']}", "", "", "", ""])
         else:
-            lines.append([
-                r["way"], seconds(r["seconds"]), _cell(r.get("over_limit")),
-                _cell(r.get("over_best_rival")), _cell(r.get("bytes_per_scalar")),
-                _cell(r.get("fresh_bytes"), _memory),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    r["way"],
+                    seconds(r["seconds"]),
+                    _cell(r.get("over_limit")),
+                    _cell(r.get("over_best_rival")),
+                    _cell(r.get("bytes_per_scalar")),
+                    _cell(r.get("fresh_bytes"), _memory),
+                ]
+            )
     rival = "x naive" if section == "step" else "x best rival"
     head = ["", "time", f"x {LIMITS[section]}", rival, "bytes a scalar", "fresh memory"]
     of = f"{first['n']:,} scalars in {first['tensors']:,} tensor{'s' * (first['tensors'] > 1)}"

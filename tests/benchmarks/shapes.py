@@ -17,11 +17,18 @@ def ddpm() -> Any:
     down, up = ["DownBlock2D"] * 4, ["UpBlock2D"] * 4
     down[1], up[2] = "AttnDownBlock2D", "AttnUpBlock2D"  # at 16x16
     return UNet2DModel(
-        sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
-        down_block_types=tuple(down), up_block_types=tuple(up), act_fn="silu",
-        attention_head_dim=None, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False,
+        sample_size=32,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        act_fn="silu",
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
         freq_shift=1,
-    )  # fmt: skip
+    )
 
 
 def stable_diffusion() -> Any:

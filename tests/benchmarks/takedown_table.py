@@ -36,10 +36,18 @@ from ebu_optim.takedown import evidence
 from tests.single_files import FAMILIES, draw, folder, inpainting
 
 SMALL: dict[str, Any] = {
-    "surrogate_images": 2, "replay_images": 2, "forget_images": 2, "num_inference_steps": 2,
-    "max_train_steps": 2, "evidence_images": 1, "evidence_prompts": 1, "clip_weights": "none",
-    "cpu": True, "learning_rate": 1e-3, "validation_steps": 0,
-}  # fmt: skip
+    "surrogate_images": 2,
+    "replay_images": 2,
+    "forget_images": 2,
+    "num_inference_steps": 2,
+    "max_train_steps": 2,
+    "evidence_images": 1,
+    "evidence_prompts": 1,
+    "clip_weights": "none",
+    "cpu": True,
+    "learning_rate": 1e-3,
+    "validation_steps": 0,
+}
 REQUEST: dict[str, Any] = {"surrogate_concept": ["car"], "remember_prompts": ["a red car", "a dog"]}
 LORA = {"train_modules": "lora", "rank": 2, "lora_alpha": 6}
 #: model as -> what is asked for
@@ -144,9 +152,10 @@ def main() -> None:
                         file.write_text(json.dumps(found, indent=1) + "\n")
     wrong = [
         f"{family}, {name}: {r['said'].strip().splitlines()[-1]}"
-        for family, rows in found["rows"].items() for name, r in rows.items()
+        for family, rows in found["rows"].items()
+        for name, r in rows.items()
         if r["said"] != "yes"
-    ]  # fmt: skip
+    ]
     print("\n".join(wrong))
 
 

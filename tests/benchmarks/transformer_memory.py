@@ -30,8 +30,13 @@ from tests.scripts import reset_accelerate
 from tests.text_to_image import sd3
 
 MIB = 2**20
-SIZE = {"num_layers": 5, "attention_head_dim": 64, "num_attention_heads": 8, "sample_size": 32,
-        "caption_projection_dim": 512}  # fmt: skip
+SIZE = {
+    "num_layers": 5,
+    "attention_head_dim": 64,
+    "num_attention_heads": 8,
+    "sample_size": 32,
+    "caption_projection_dim": 512,
+}
 LORA: dict[str, Any] = {"train_modules": "lora", "save_as": "lora"}
 CASES: dict[str, dict[str, Any]] = {
     "full": {"train_modules": "full"},
@@ -49,12 +54,25 @@ def options(folder: Path, out: Path, case: str, resolution: int) -> Any:
     from ebu_optim.takedown.options import Forget
 
     return Forget(
-        pretrained_model_name_or_path=str(folder), forget=["cat"], preset="paper",
-        remember_prompts=["a dog", "a red car"], output_dir=out, max_train_steps=3, cpu=True,
-        mixed_precision="no", resolution=resolution, replay_images=1, surrogate_images=1,
-        num_inference_steps=2, sample_batch_size=1, fisher_images=2, validation_steps=0,
-        evidence_images=0, clip_weights="none", **CASES[case],
-    ).resolved()  # fmt: skip
+        pretrained_model_name_or_path=str(folder),
+        forget=["cat"],
+        preset="paper",
+        remember_prompts=["a dog", "a red car"],
+        output_dir=out,
+        max_train_steps=3,
+        cpu=True,
+        mixed_precision="no",
+        resolution=resolution,
+        replay_images=1,
+        surrogate_images=1,
+        num_inference_steps=2,
+        sample_batch_size=1,
+        fisher_images=2,
+        validation_steps=0,
+        evidence_images=0,
+        clip_weights="none",
+        **CASES[case],
+    ).resolved()
 
 
 def steps(args: Any) -> int:
@@ -80,19 +98,25 @@ def run(work: Path, case: str) -> dict[str, Any]:
     cost = memory.count(args, looked, prompts.collect(args, looked.tokenizer))
     counted = sum(cost.phases["unlearning"].values())
     return {
-        "case": case, "trained": cost.trained, "counted": counted,
-        "measured": steps(args) - before, "rows": cost.phases["unlearning"],
-    }  # fmt: skip
+        "case": case,
+        "trained": cost.trained,
+        "counted": counted,
+        "measured": steps(args) - before,
+        "rows": cost.phases["unlearning"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
-            r["case"], f"{r['trained'] / 1e6:.2f} M", f"{r['counted'] / MIB:.0f}",
-            f"{r['measured'] / MIB:.0f}", f"{r['counted'] / r['measured']:.2f}",
+            r["case"],
+            f"{r['trained'] / 1e6:.2f} M",
+            f"{r['counted'] / MIB:.0f}",
+            f"{r['measured'] / MIB:.0f}",
+            f"{r['counted'] / r['measured']:.2f}",
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     return report.aligned(["", "trained", "counted, MiB", "measured, MiB", "ratio"], lines)
 
 
@@ -114,9 +138,12 @@ def main() -> None:
             for of_another in ("out", "warm"):
                 shutil.rmtree(work / of_another, ignore_errors=True)
             done = subprocess.run(
-                [sys.executable, __file__, "--one", str(work), case], check=True, text=True,
-                env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE,
-            )  # fmt: skip
+                [sys.executable, __file__, "--one", str(work), case],
+                check=True,
+                text=True,
+                env={**os.environ, **ALLOCATOR},
+                stdout=subprocess.PIPE,
+            )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))

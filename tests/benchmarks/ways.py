@@ -77,9 +77,12 @@ def bisection(grads: Sequence[Tensor], k: int) -> Tensor:
 
 
 SELECTION: dict[str, Callable[[Sequence[Tensor], int], Tensor]] = {
-    "torch.kthvalue": kthvalue, "torch.topk": topk, "torch.sort": full_sort,
-    "argsort of argsort": ranks, "bit bisection": bisection,
-}  # fmt: skip
+    "torch.kthvalue": kthvalue,
+    "torch.topk": topk,
+    "torch.sort": full_sort,
+    "argsort of argsort": ranks,
+    "bit bisection": bisection,
+}
 
 
 # -- combination: "added" with the partial penalty -------------------------------------------------
@@ -92,9 +95,16 @@ def combine(
     stats = torch.zeros(len(reference.STATS), dtype=torch.float64, device=keys.device)
     options = {"online": None, "inv_scale": None, "gamma": GAMMA} | options
     columns = Columns(
-        x["params"], x["g_f"], x["g_r"], x["anchors"], x["fishers"], out, [None] * len(out),
-        [0] * len(out), [1] * len(out),
-    )  # fmt: skip
+        x["params"],
+        x["g_f"],
+        x["g_r"],
+        x["anchors"],
+        x["fishers"],
+        out,
+        [None] * len(out),
+        [0] * len(out),
+        [1] * len(out),
+    )
     weights = Weights.reading(
         alpha=ALPHA, penalty="partial", update=options.pop("update", "added"), terms=TERMS
     )
@@ -103,9 +113,15 @@ def combine(
 
 
 def chain(
-    theta: Tensor, f: Tensor, r: Tensor, anchor: Tensor, fisher: Tensor,
-    tau_f: Tensor, tau_r: Tensor, gamma: float = GAMMA,
-) -> Tensor:  # fmt: skip
+    theta: Tensor,
+    f: Tensor,
+    r: Tensor,
+    anchor: Tensor,
+    fisher: Tensor,
+    tau_f: Tensor,
+    tau_r: Tensor,
+    gamma: float = GAMMA,
+) -> Tensor:
     """What one writes first, on values; for one tensor."""
     m_f, m_r = (f.abs() >= tau_f) & (f != 0), (r.abs() >= tau_r) & (r != 0)
     both = m_f & m_r

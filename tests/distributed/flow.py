@@ -61,10 +61,13 @@ class Same(TextObjectives):
 LORA = {"train_modules": "lora", "save_as": "lora"}
 #: Name of a run -> the model and the options.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("sd3", "flux_dev", "klein", "z_image", "pixart", "sana",
-                             "qwen_image")},
-    "lora": ("sd3", LORA), "int8": ("z_image", {**LORA, "quantize": "int8"}),
-}  # fmt: skip
+    **{
+        name: (name, {})
+        for name in ("sd3", "flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image")
+    },
+    "lora": ("sd3", LORA),
+    "int8": ("z_image", {**LORA, "quantize": "int8"}),
+}
 
 
 def train(folder: Path, run: str) -> Path:
@@ -75,13 +78,26 @@ def train(folder: Path, run: str) -> Path:
     own, unlearn.TextObjectives = unlearn.TextObjectives, Same
     try:
         forget(
-            str(folder / name), "cat", keep=["a dog", "a red car"], output_dir=out,
-            sets_dir=folder / f"sets_{name}", preset="paper", cpu=True,
-            resolution=size(folder / name), num_inference_steps=2, max_train_steps=3,
-            replay_images=4, surrogate_images=4, train_batch_size=2 // RANKS,
-            validation_steps=0, evidence_images=1, evidence_prompts=1, clip_weights="none",
-            learning_rate=1e-3, **more,
-        )  # fmt: skip
+            str(folder / name),
+            "cat",
+            keep=["a dog", "a red car"],
+            output_dir=out,
+            sets_dir=folder / f"sets_{name}",
+            preset="paper",
+            cpu=True,
+            resolution=size(folder / name),
+            num_inference_steps=2,
+            max_train_steps=3,
+            replay_images=4,
+            surrogate_images=4,
+            train_batch_size=2 // RANKS,
+            validation_steps=0,
+            evidence_images=1,
+            evidence_prompts=1,
+            clip_weights="none",
+            learning_rate=1e-3,
+            **more,
+        )
     finally:
         unlearn.TextObjectives = own
     return out

@@ -24,9 +24,12 @@ from ..processes import PATIENCE, ROOT
 
 # not the scenarios' own modules, which a rank runs as torchrun would
 IMPORTED = [
-    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel", "ebu_optim.checkpoint", __name__,
-]  # fmt: skip
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "ebu_optim.checkpoint",
+    __name__,
+]
 
 
 class Launched(NamedTuple):
@@ -76,10 +79,15 @@ def _rank(rank: int, ranks: int, folder: str, module: str, arguments: list[str])
         os.dup2(log, stream)
     os.chdir(ROOT)
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "TESTS_STORE": f"{folder}/store",
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TESTS_STORE": f"{folder}/store",
+    }
     torch.set_num_threads(1)
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__")
@@ -93,9 +101,12 @@ def join(timeout: float = PATIENCE) -> None:
     while store.add("here", 0) < ranks:
         time.sleep(0.01)
     dist.init_process_group(
-        "gloo", store=store, rank=int(os.environ["RANK"]), world_size=ranks,
+        "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=ranks,
         timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
+    )
 
 
 def leave() -> None:

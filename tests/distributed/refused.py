@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
 
 
 def fsdp1(use_orig_params: bool) -> None:
-    m = FullyShardedDataParallel(
-        nn.Linear(4, 4), use_orig_params=use_orig_params, device_id=CPU
-    )  # fmt: skip
+    m = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=use_orig_params, device_id=CPU)
     EBUOptimizer(torch.optim.SGD(m.parameters(), lr=1.0))
 
 

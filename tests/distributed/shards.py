@@ -135,11 +135,14 @@ def train(wrap: str, order: str = "fr", warmup: bool = False, **options: Any) ->
             with phase():
                 grads.append([full(p.grad) for p in m.parameters()])
         opt.step()
-        history.append({
-            "weights": [full(p) for p in m.parameters()],
-            "fisher": [full(opt.fisher_of(p)) for p in m.parameters()],
-            "grads": grads, "stats": opt.stats,
-        })  # fmt: skip
+        history.append(
+            {
+                "weights": [full(p) for p in m.parameters()],
+                "fisher": [full(opt.fisher_of(p)) for p in m.parameters()],
+                "grads": grads,
+                "stats": opt.stats,
+            }
+        )
         opt.zero_grad()
     return history
 
@@ -191,8 +194,11 @@ def nonfinite(how: str) -> dict[str, Any]:
         error = str(e)
     backward(opt, m, 1, "fsdp")
     opt.step()
-    return {"error": error, "skipped": opt.skipped_steps,
-            "weights": [full(p) for p in m.parameters()]}  # fmt: skip
+    return {
+        "error": error,
+        "skipped": opt.skipped_steps,
+        "weights": [full(p) for p in m.parameters()],
+    }
 
 
 def scaler(bad: str) -> dict[str, Any]:
@@ -210,8 +216,11 @@ def scaler(bad: str) -> dict[str, Any]:
         grad_scaler.update()
         opt.zero_grad()
         scales.append(grad_scaler.get_scale())
-    return {"scales": scales, "skipped": opt.skipped_steps,
-            "weights": [full(p) for p in m.parameters()]}  # fmt: skip
+    return {
+        "scales": scales,
+        "skipped": opt.skipped_steps,
+        "weights": [full(p) for p in m.parameters()],
+    }
 
 
 def unsynced() -> str:
@@ -245,8 +254,10 @@ def two_meshes() -> str:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     one, other = mesh(world()[1]), mesh(1, world()[1])
-    p = [nn.Parameter(distribute_tensor(torch.ones(4, 4), over, placements))
-         for over, placements in ((one, [Shard(0)]), (other, [Shard(0), Shard(1)]))]  # fmt: skip
+    p = [
+        nn.Parameter(distribute_tensor(torch.ones(4, 4), over, placements))
+        for over, placements in ((one, [Shard(0)]), (other, [Shard(0), Shard(1)]))
+    ]
     try:
         EBUOptimizer(torch.optim.SGD(p, lr=1.0))
     except TypeError as e:
@@ -295,8 +306,9 @@ def advance(m: nn.Module, opt: EBUOptimizer, steps: range) -> dict[str, Any]:
         "steps": [float(opt.state[p]["step"]) for p in params],
         "anchors": [full(opt.anchor_of(p)) for p in params],
         "fisher": [full(opt.fisher_of(p)) for p in params],
-        "stats": opt.stats, "count": opt.state_dict()["param_groups"][0]["ebu_step"],
-    }  # fmt: skip
+        "stats": opt.stats,
+        "count": opt.state_dict()["param_groups"][0]["ebu_step"],
+    }
 
 
 def accelerated(folder: Path) -> dict[str, Any]:
@@ -308,9 +320,11 @@ def accelerated(folder: Path) -> dict[str, Any]:
     twice = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=twice)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False,
+        fsdp_version=2,
+        auto_wrap_policy="NO_WRAP",
+        cpu_ram_efficient_loading=False,
         state_dict_type="SHARDED_STATE_DICT",
-    )  # fmt: skip
+    )
     accelerator.state.fsdp_plugin = plugin
     told = property(lambda _: DistributedType.FSDP, lambda *_: None)
     AcceleratorState.distributed_type = told  # type: ignore[assignment]

@@ -77,9 +77,7 @@ def test_trackers_are_fed_on_the_steps_that_log(tmp_path, monkeypatch):
 
     tracker, reads = Tracker(), []
     real = EBUOptimizer.stats.fget
-    monkeypatch.setattr(
-        EBUOptimizer, "stats", property(lambda self: reads.append(1) or real(self))
-    )  # fmt: skip
+    monkeypatch.setattr(EBUOptimizer, "stats", property(lambda self: reads.append(1) or real(self)))
     code = blocks(PAGE, "python")[0]
     for old, new in (('"all"', "tracker"), ("log_every, save", "log_every, save")):
         assert old in code
@@ -104,10 +102,24 @@ def two(tmp_path_factory):
     """What `accelerated` found on each of two ranks, in one launch."""
     folder = tmp_path_factory.mktemp("two")
     done = python(
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
-        "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", 0, "--module", "tests.distributed.accelerated", folder, PAGE,
-    )  # fmt: skip
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        0,
+        "--module",
+        "tests.distributed.accelerated",
+        folder,
+        PAGE,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 

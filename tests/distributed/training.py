@@ -22,16 +22,20 @@ WRAPS: dict[str, dict[str, Any]] = {
     "static": {"static_graph": True},
     "static+view": {"static_graph": True, "gradient_as_bucket_view": True},
     "static+view+tiny": {
-        "static_graph": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 1e-6,
+        "static_graph": True,
+        "gradient_as_bucket_view": True,
+        "bucket_cap_mb": 1e-6,
     },
     "unused": {"find_unused_parameters": True},
     "unused+view+tiny": {
-        "find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 1e-6,
+        "find_unused_parameters": True,
+        "gradient_as_bucket_view": True,
+        "bucket_cap_mb": 1e-6,
     },
     "static+branches": {"static_graph": True},
     "static+subset": {"static_graph": True},
     "subset": {},
-}  # fmt: skip
+}
 BRANCHES = ("unused", "unused+view+tiny", "static+branches")
 # torch or the rank checks refuse these
 REFUSED = ("static+branches", "static+subset", "subset")

@@ -152,8 +152,9 @@ def nan_on_one_rank(nonfinite: str):
     backward(opt, m, 1)
     opt.step()
     return result | {
-        "skipped": opt.skipped_steps, "weights": [p.detach().clone() for p in m.parameters()]
-    }  # fmt: skip
+        "skipped": opt.skipped_steps,
+        "weights": [p.detach().clone() for p in m.parameters()],
+    }
 
 
 def scaler(where: int | None = None, scales: tuple[float, ...] = (16.0,)):
@@ -174,9 +175,11 @@ def scaler(where: int | None = None, scales: tuple[float, ...] = (16.0,)):
         grad_scaler.update()
         opt.zero_grad()
     return {
-        "errors": errors, "scale": grad_scaler.get_scale(), "skipped": opt.skipped_steps,
+        "errors": errors,
+        "scale": grad_scaler.get_scale(),
+        "skipped": opt.skipped_steps,
         "weights": [p.detach().clone() for p in m.parameters()],
-    }  # fmt: skip
+    }
 
 
 SCENARIOS: dict[str, Any] = {

@@ -20,9 +20,17 @@ EDGES = (65535, 65536, 65537)
 #: Of all columns of a row, or of one that differs from the others.
 LAYOUTS = ("contiguous", "transposed", "channels_last", "offset", "strided")
 ODD = (
-    "", "", "g_f expanded", "g_r expanded", "g_f strided", "g_r transposed", "anchors transposed",
-    "fishers strided", "anchors expanded", "held transposed",
-)  # fmt: skip
+    "",
+    "",
+    "g_f expanded",
+    "g_r expanded",
+    "g_f strided",
+    "g_r transposed",
+    "anchors transposed",
+    "fishers strided",
+    "anchors expanded",
+    "held transposed",
+)
 
 
 class Row(NamedTuple):
@@ -74,49 +82,67 @@ def fill(kind, shape, dtype, rng):
 
 def rows(dtypes=TAKEN):
     shapes = st.one_of(
-        st.sampled_from(inputs.SHAPES), st.integers(1, 150).map(lambda n: (n,)),
+        st.sampled_from(inputs.SHAPES),
+        st.integers(1, 150).map(lambda n: (n,)),
         st.sampled_from(((16, 8), (2, 8, 4, 4), (127,), (128,), (129,), (256,))),
-    )  # fmt: skip
+    )
     return st.builds(
-        Row, shapes, st.sampled_from(dtypes), st.sampled_from(("contiguous", *LAYOUTS)),
-        st.sampled_from(ODD), st.sampled_from(("", "", "", "", "g_f", "g_r")),
-    )  # fmt: skip
+        Row,
+        shapes,
+        st.sampled_from(dtypes),
+        st.sampled_from(("contiguous", *LAYOUTS)),
+        st.sampled_from(ODD),
+        st.sampled_from(("", "", "", "", "g_f", "g_r")),
+    )
 
 
 #: Of rows: some, many tiny ones, or a large one on the edge of chunks.
 parameters = st.integers(0, 29).flatmap(
     lambda which: (
-        st.builds(
-            lambda row, n: (row._replace(shape=(n,)),), rows(), st.sampled_from(EDGES)
-        ) if which == 29
+        st.builds(lambda row, n: (row._replace(shape=(n,)),), rows(), st.sampled_from(EDGES))
+        if which == 29
         else st.lists(rows().map(lambda r: r._replace(shape=(2,))), min_size=10, max_size=20)
         if which == 28
-        else st.lists(rows(), min_size=which > 0, max_size=4) if which < 27
+        else st.lists(rows(), min_size=which > 0, max_size=4)
+        if which < 27
         else st.lists(rows((*TAKEN, torch.float64)), min_size=2, max_size=4)
     )
-)  # fmt: skip
+)
 cases = st.builds(
-    Case, parameters.map(tuple), st.integers(0, 2**32 - 1),
+    Case,
+    parameters.map(tuple),
+    st.integers(0, 2**32 - 1),
     st.tuples(*[st.sampled_from((*inputs.FINITE, *inputs.KINDS, "clusters", "clusters"))] * 2),
     st.sampled_from(("model", "model", "tensor", "parity")),
     st.tuples(*[st.sampled_from((1e-9, 0.05, 0.5, 0.5, 0.8, 0.8, 1.0, None))] * 2),
     st.sampled_from(("own", *TAKEN, torch.float64, None)),
     st.sampled_from((torch.float32, *TAKEN, torch.float64, None)),
-    st.sampled_from(("new", "g_r", "g_f")), st.sampled_from(("new", "g_f", "none")),
-    st.sampled_from((0.0, 0.3, 0.6, 1.0)), st.sampled_from((0.0, 0.7, 30.0)),
-    st.sampled_from(("partial", "full", "none")), st.sampled_from(("added", "replaced", "routed")),
-    st.tuples(*[st.booleans()] * 3), st.sampled_from((None, 0.3, 0.75, 1.0)),
+    st.sampled_from(("new", "g_r", "g_f")),
+    st.sampled_from(("new", "g_f", "none")),
+    st.sampled_from((0.0, 0.3, 0.6, 1.0)),
+    st.sampled_from((0.0, 0.7, 30.0)),
+    st.sampled_from(("partial", "full", "none")),
+    st.sampled_from(("added", "replaced", "routed")),
+    st.tuples(*[st.booleans()] * 3),
+    st.sampled_from((None, 0.3, 0.75, 1.0)),
     st.sampled_from((None, None, 0.25, 2.0**-16)),
     st.one_of(st.just(()), st.just(()), st.tuples(*[st.sampled_from((0.0, 1.0, -0.5, 2.5))] * 5)),
-    st.sampled_from((True, True, False)), st.booleans(),
-    st.sampled_from((128, 64, 128, 256)), st.sampled_from((3, 1, 2048)),
+    st.sampled_from((True, True, False)),
+    st.booleans(),
+    st.sampled_from((128, 64, 128, 256)),
+    st.sampled_from((3, 1, 2048)),
     st.sampled_from((1 << 40, 1, 200)),
-    st.sampled_from((30, 300, 1500)), st.sampled_from((1, 2, 2, 4)), st.booleans(),
+    st.sampled_from((30, 300, 1500)),
+    st.sampled_from((1, 2, 2, 4)),
+    st.booleans(),
     st.integers(5, 12).flatmap(lambda bits: st.tuples(st.integers(0, 31 - bits), st.just(bits))),
 ).map(
-    lambda case: case._replace(chunk=1 << 15)  # the real one
-    if any(math.prod(row.shape) >= min(EDGES) for row in case.rows) else case
-)  # fmt: skip
+    lambda case: (
+        case._replace(chunk=1 << 15)  # the real one
+        if any(math.prod(row.shape) >= min(EDGES) for row in case.rows)
+        else case
+    )
+)
 
 
 def listed() -> list[Case]:
@@ -125,10 +151,13 @@ def listed() -> list[Case]:
     for i, dtype in enumerate(TAKEN):
         plain = (Row((8, 40), dtype), Row((7, 9), dtype, "offset", "g_f expanded"))
         others = {
-            "penalty": ("partial", "full", "none")[i], "update": ("added", "replaced", "routed")[i],
-            "out": ("new", "g_r", "g_f")[i], "held": ("new", "g_f", "none")[i],
-            "tensors": i == 1, "online": (None, 0.3, 0.75)[i],
-        }  # fmt: skip
+            "penalty": ("partial", "full", "none")[i],
+            "update": ("added", "replaced", "routed")[i],
+            "out": ("new", "g_r", "g_f")[i],
+            "held": ("new", "g_f", "none")[i],
+            "tensors": i == 1,
+            "online": (None, 0.3, 0.75)[i],
+        }
         both = (*plain, Row((5, 3), dtype, "contiguous", "g_r strided"))
         found += [
             # windows that are settled, crowded (float32 alone), and refuted for a sample too small

@@ -23,9 +23,12 @@ def trained(fused):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3))
     opt = EBUOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2), gamma=0.5, max_grad_norm=1.0,
-        unrelated="freeze", fused=fused,
-    )  # fmt: skip
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        gamma=0.5,
+        max_grad_norm=1.0,
+        unrelated="freeze",
+        fused=fused,
+    )
     x, y = torch.randn(20, 7), torch.randn(20, 7)
     for _ in range(4):
         opt.step(

@@ -74,9 +74,11 @@ def test_online_fisher_is_torchs_lerp_with_exact_ends(online):
 
 @slow
 @given(
-    make=gradients(inputs.FINITE), options=test_combine.choices, anchored=st.booleans(),
+    make=gradients(inputs.FINITE),
+    options=test_combine.choices,
+    anchored=st.booleans(),
     online=st.sampled_from((None, 0.3, 1.0)),
-)  # fmt: skip
+)
 def test_combination_is_the_oracles(make, options, anchored, online):
     if options["update"] == "routed":
         options |= {"terms": oracle.TERMS}

@@ -26,10 +26,13 @@ from .paths import PATHS, recorded
 CASES, SEED = int(os.environ.get("FUZZ_CASES", "15")), os.environ.get("FUZZ_SEED")
 taken: Counter[str] = Counter()
 few = settings(
-    deadline=None, max_examples=CASES, derandomize=SEED is None, database=None,
+    deadline=None,
+    max_examples=CASES,
+    derandomize=SEED is None,
+    database=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate, *([Phase.shrink] if SEED else [])),
-)  # fmt: skip
+)
 
 
 def every_listed(test):

@@ -227,9 +227,11 @@ def test_a_step_allocates_a_bounded_buffer_whatever_the_number_of_scalars(unrela
     """Beyond the two gradients, theta0, F and the base's state, which are there before."""
     p = nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(0)))
     opt = EBUOptimizer(
-        torch.optim.Adam([p], lr=0.01, fused=True), unrelated=unrelated, max_grad_norm=1.0,
+        torch.optim.Adam([p], lr=0.01, fused=True),
+        unrelated=unrelated,
+        max_grad_norm=1.0,
         fused=False,
-    )  # fmt: skip
+    )
     small = {"CHUNK_CPU": 100, "CAPACITY": 150, "SAMPLE_MIN": 200, "SAMPLE_MAX": 200}
     opt.rank_checks = 0
     with constants(small):

@@ -74,10 +74,12 @@ def test_every_option_is_the_oracles_over_several_steps(data, options, seed):
     anchor = like(params, 3) if data.draw(st.booleans(), "anchor") else None
     freeze = data.draw(st.booleans(), "freeze")
     opt = EBUOptimizer(
-        base, fisher=mapping(fixed) if kind == "fixed" else kind,
+        base,
+        fisher=mapping(fixed) if kind == "fixed" else kind,
         anchor=None if anchor is None else mapping(anchor),
-        unrelated="freeze" if freeze else "update", **options,
-    )  # fmt: skip
+        unrelated="freeze" if freeze else "update",
+        **options,
+    )
     fisher = {"online": "online", None: None, "fixed": numpy(fixed)}[kind]
     twin = Twin(params, fisher, anchor, **options, **per)
 
@@ -87,11 +89,14 @@ def test_every_option_is_the_oracles_over_several_steps(data, options, seed):
     missing -= {(i, "r") for i, s in missing if s == "f"}  # in both: another test
     for n in range(3):
         g_f, g_r = (
-            [None if (i, s) in missing else
-             torch.tensor(rng.standard_normal(p.shape)).to(p.dtype).mul(4).round().div(4)
-             for i, p in enumerate(params)]
+            [
+                None
+                if (i, s) in missing
+                else torch.tensor(rng.standard_normal(p.shape)).to(p.dtype).mul(4).round().div(4)
+                for i, p in enumerate(params)
+            ]
             for s in "fr"
-        )  # fmt: skip
+        )
         before = [p.detach().clone() for p in params]
         G, (m_f, m_r), taus = twin.step(params, g_f, g_r)
         got = drive(opt, params, g_f, g_r)

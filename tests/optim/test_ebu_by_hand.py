@@ -63,9 +63,13 @@ def test_full_penalty_without_modulation_is_the_summed_loss_with_ewc():
         return (y[:4] - 1).square().sum(), y[4:].square().mean()
 
     opt = EBUOptimizer(
-        SGD(params, lr=0.1, momentum=0.9), penalty="full", terms=("forget", "remember"),
-        fisher=dict(zip(params, fisher)), fisher_scale="raw", gamma=gamma,
-    )  # fmt: skip
+        SGD(params, lr=0.1, momentum=0.9),
+        penalty="full",
+        terms=("forget", "remember"),
+        fisher=dict(zip(params, fisher)),
+        fisher_scale="raw",
+        gamma=gamma,
+    )
     plain = SGD(twin, lr=0.1, momentum=0.9)
     for _ in range(6):
         opt.step(
@@ -289,8 +293,9 @@ def test_no_anchor_is_stored_where_it_is_zero(given):
     opt = EBUOptimizer(SGD(params, lr=1.0), gamma=3.0, anchor=anchor)
     twin = Twin(params, gamma=3.0)
     for n in range(4):
-        g_f, g_r = ([g.clone() for g in torch.autograd.grad((b @ (a @ y)).sin().sum(), params)]
-                    for y in x)  # fmt: skip
+        g_f, g_r = (
+            [g.clone() for g in torch.autograd.grad((b @ (a @ y)).sin().sum(), params)] for y in x
+        )
         assert n or g_f[0].count_nonzero() == 0
         want, *_ = twin.step(params, g_f, g_r)
         assert_near(drive(opt, params, g_f, g_r), want, scale=10)
@@ -321,8 +326,11 @@ def test_values(name, penalty):
     g_r = torch.tensor([-1.0, 5, 0, 6, 0.25, 7, 3, -4])
     fisher = torch.tensor([1.0, 1, 2, 4, 9, 16, 25, 6])  # mean 8
     options = {
-        "fisher": {theta: fisher}, "anchor": {theta: torch.zeros(8)}, "gamma": math.sqrt(8),
-        "update": name, "penalty": penalty,
-    }  # fmt: skip
+        "fisher": {theta: fisher},
+        "anchor": {theta: torch.zeros(8)},
+        "gamma": math.sqrt(8),
+        "update": name,
+        "penalty": penalty,
+    }
     G = update([theta], [g_f], [g_r], **options)
     torch.testing.assert_close(G, torch.tensor(TABLE[name, penalty], dtype=torch.float32))

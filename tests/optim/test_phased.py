@@ -115,8 +115,9 @@ def test_a_closure_by_name_after_the_phases(backward):
     assert_same(snapshot(opt, m), snapshot(other, n))
 
 
-@pytest.mark.parametrize("names", [("forget",), ("remember",), ("closure",),
-                                   ("forget", "remember", "closure")])  # fmt: skip
+@pytest.mark.parametrize(
+    "names", [("forget",), ("remember",), ("closure",), ("forget", "remember", "closure")]
+)
 def test_a_single_closure(names):
     m, opt = build()
 

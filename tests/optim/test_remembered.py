@@ -53,9 +53,8 @@ class Run:
     def __init__(self, forgets: bool, seed: int, **options: Any) -> None:
         rng = random.Random(seed)
         groups = [
-            [parameter(rng, FLOATS if seed % 2 else FLOATS[:1]) for _ in range(n)]
-            for n in (4, 2)
-        ]  # fmt: skip
+            [parameter(rng, FLOATS if seed % 2 else FLOATS[:1]) for _ in range(n)] for n in (4, 2)
+        ]
         base = torch.optim.Adam([{"params": ps} for ps in groups], lr=0.01, foreach=False)
         self.opt = EBUOptimizer(base, gamma=3.0, nonfinite="skip", **options)
         self.forgets = forgets
@@ -113,10 +112,16 @@ class Run:
 
     def schedule(self, rng: random.Random) -> None:
         group = rng.choice(self.opt.param_groups)
-        name, value = rng.choice((
-            ("alpha", 0.2), ("delta", 0.3), ("delta", (0.2, 0.7)), ("gamma", 7.0), ("gamma", 0.0),
-            ("delta", torch.tensor(0.25)),
-        ))  # fmt: skip
+        name, value = rng.choice(
+            (
+                ("alpha", 0.2),
+                ("delta", 0.3),
+                ("delta", (0.2, 0.7)),
+                ("gamma", 7.0),
+                ("gamma", 0.0),
+                ("delta", torch.tensor(0.25)),
+            )
+        )
         group[f"ebu_{name}"] = value
 
     def load(self, rng: random.Random) -> None:
@@ -138,13 +143,23 @@ class Run:
 
 
 CHANGES = [
-    Run.nothing, Run.add_a_group, Run.replace_a_parameter, Run.give_other_memory,
-    Run.freeze_or_thaw, Run.schedule, Run.load, Run.copy,
-]  # fmt: skip
+    Run.nothing,
+    Run.add_a_group,
+    Run.replace_a_parameter,
+    Run.give_other_memory,
+    Run.freeze_or_thaw,
+    Run.schedule,
+    Run.load,
+    Run.copy,
+]
 OPTIONS = [
-    {}, {"granularity": "tensor"}, {"unrelated": "freeze", "max_grad_norm": 1.0},
-    {"fisher": None}, {"fused": False}, {"update": "routed", "penalty": "full"},
-]  # fmt: skip
+    {},
+    {"granularity": "tensor"},
+    {"unrelated": "freeze", "max_grad_norm": 1.0},
+    {"fisher": None},
+    {"fused": False},
+    {"update": "routed", "penalty": "full"},
+]
 
 
 def same(a: Any, b: Any) -> None:
@@ -162,9 +177,10 @@ def same(a: Any, b: Any) -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    seed=st.integers(0, 2**20), options=st.sampled_from(OPTIONS),
+    seed=st.integers(0, 2**20),
+    options=st.sampled_from(OPTIONS),
     walk=st.lists(st.sampled_from(CHANGES), min_size=3, max_size=14),
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_twin_that_forgets_takes_the_same_steps(seed, options, walk):
     runs = [Run(forgets, seed, **options) for forgets in (False, True)]

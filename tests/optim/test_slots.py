@@ -28,8 +28,10 @@ def test_places_names_and_groups():
     slots = Slots(base)()
     assert [s.place for s in slots] == [(0, 0), (0, 1), (1, 0)]
     assert [s.name for s in slots] == [
-        "parameter 0 (group 0)", "parameter 1 (group 0)", "parameter 2 (group 1)",
-    ]  # fmt: skip
+        "parameter 0 (group 0)",
+        "parameter 1 (group 0)",
+        "parameter 2 (group 1)",
+    ]
     assert all(s.group is base.param_groups[s.place[0]] for s in slots)
     assert [s.param for s in slots] == [a, b, c]
 

@@ -57,8 +57,11 @@ def test_a_run_resumed_from_a_file_is_the_same_run_for_every_fisher(fisher, at):
 @pytest.mark.parametrize("how", ["argument", "attribute", "group"])
 def test_numbers_of_numpy_are_saved_as_plain_ones(how):
     """As np.linspace gives them to a sweep; no file without pickle holds them."""
-    numbers = {"alpha": np.float64(0.25), "delta": (np.float32(0.5), np.float64(0.25)),
-               "gamma": np.int64(3)}  # fmt: skip
+    numbers = {
+        "alpha": np.float64(0.25),
+        "delta": (np.float32(0.5), np.float64(0.25)),
+        "gamma": np.int64(3),
+    }
     m = net()
     opt = EBUOptimizer(Adam(m.parameters()), **(numbers if how == "argument" else {}))
     for name, value in numbers.items():
@@ -106,12 +109,14 @@ def test_a_state_of_the_base_alone_loads_and_keeps_anchor_and_fisher():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_loading_keeps_the_dtypes_of_anchor_and_fisher(dtype):
     m, n = net(dtype), net(dtype)
-    opt = EBUOptimizer(SGD(m.parameters(), lr=0.01),
-                       fisher={p: torch.full_like(p, 1e-9, dtype=torch.float32)
-                               for p in m.parameters()})  # fmt: skip
+    opt = EBUOptimizer(
+        SGD(m.parameters(), lr=0.01),
+        fisher={p: torch.full_like(p, 1e-9, dtype=torch.float32) for p in m.parameters()},
+    )
     run(opt, m, range(1))
-    other = EBUOptimizer(SGD(n.parameters(), lr=0.01),
-                         fisher={p: torch.ones_like(p) for p in n.parameters()})  # fmt: skip
+    other = EBUOptimizer(
+        SGD(n.parameters(), lr=0.01), fisher={p: torch.ones_like(p) for p in n.parameters()}
+    )
     other.load_state_dict(saved(opt)[0])
     for p, q in zip(m.parameters(), n.parameters(), strict=True):
         assert_same(other.anchor_of(q), opt.anchor_of(p))

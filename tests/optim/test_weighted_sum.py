@@ -75,8 +75,10 @@ def formula(dtype, scale, missing=()):
     out, size = [], []
     for i in range(len(SHAPES)):
         w_f, c = (2.5, 6.0) if i < 2 else (0.75, 0.25)
-        a, b = (0.0 if (i, phase) in missing else w * g[i] for phase, w, g in
-                (("forget", w_f, f), ("remember", 1.5, r)))  # fmt: skip
+        a, b = (
+            0.0 if (i, phase) in missing else w * g[i]
+            for phase, w, g in (("forget", w_f, f), ("remember", 1.5, r))
+        )
         p = c * scale * F[i] * (theta[i] - theta0[i])
         out.append(a + b + p)
         size.append(abs(a) + abs(b) + c * scale * F[i] * (abs(theta[i]) + abs(theta0[i])))

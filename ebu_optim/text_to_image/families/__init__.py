@@ -27,15 +27,23 @@ STABLE_DIFFUSION = StableDiffusion()
 FAMILIES: dict[str, Family] = {
     family.pipeline.__name__: family
     for family in (
-        STABLE_DIFFUSION, Inpainting(), SDXL(), SDXLInpainting(), SD3(), Flux(), PixArtSigma()
+        STABLE_DIFFUSION,
+        Inpainting(),
+        SDXL(),
+        SDXLInpainting(),
+        SD3(),
+        Flux(),
+        PixArtSigma(),
     )
-}  # fmt: skip
+}
 #: The same of pipelines that older versions of diffusers and transformers have not: their file and
 #: adapter.
 NEWER = {
-    "Flux2KleinPipeline": ("klein", "Klein"), "ZImagePipeline": ("z_image", "ZImage"),
-    "SanaPipeline": ("sana", "Sana"), "QwenImagePipeline": ("qwen_image", "QwenImage"),
-}  # fmt: skip
+    "Flux2KleinPipeline": ("klein", "Klein"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "SanaPipeline": ("sana", "Sana"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+}
 for _pipeline, (_file, _adapter) in NEWER.items():
     with suppress(ImportError):
         FAMILIES[_pipeline] = getattr(import_module(f".{_file}", __name__), _adapter)()
@@ -53,10 +61,15 @@ OTHERS = {
     "Flux": "a variant of FLUX.1 for more than text to image",
     "ZImage": "a variant of Z-Image for more than text to image",
     "QwenImage": "a variant of Qwen-Image for more than text to image",
-    "PixArt": "PixArt-Alpha", "Sana": "Sana Sprint, or a variant",
-    "Kandinsky": "Kandinsky", "IF": "DeepFloyd IF", "Wuerstchen": "Wuerstchen",
-    "StableCascade": "Stable Cascade", "AuraFlow": "AuraFlow", "HunyuanDiT": "HunyuanDiT",
-}  # fmt: skip
+    "PixArt": "PixArt-Alpha",
+    "Sana": "Sana Sprint, or a variant",
+    "Kandinsky": "Kandinsky",
+    "IF": "DeepFloyd IF",
+    "Wuerstchen": "Wuerstchen",
+    "StableCascade": "Stable Cascade",
+    "AuraFlow": "AuraFlow",
+    "HunyuanDiT": "HunyuanDiT",
+}
 
 
 def named(pipeline: str) -> Family:

@@ -233,9 +233,11 @@ class Family:
     def reader(self, folder: Path, variant: str | None, parts: Mapping[str, Any]) -> Any:
         """The pipeline of these text encoders and tokenizers, without denoiser and VAE."""
         return self.pipeline.from_pretrained(
-            folder, variant=variant, use_safetensors=True,
+            folder,
+            variant=variant,
+            use_safetensors=True,
             **{**self.opened, **dict.fromkeys([*self.absent, self.denoiser, "vae"]), **parts},
-        )  # fmt: skip
+        )
 
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         """The conditions of prompts, float32 on the CPU, of a pipeline whose text encoders are

@@ -29,9 +29,13 @@ class Sampler(FlowMatchEulerDiscreteScheduler):
     usual: Callable[[int], dict[str, Any]] | None = None
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None,
-        sigmas: Any = None, mu: float | None = None, timesteps: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
         of: dict[str, Any] = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
         given = {name: value for name, value in of.items() if value is not None}
         if self.usual and num_inference_steps and not given:
@@ -40,9 +44,19 @@ class Sampler(FlowMatchEulerDiscreteScheduler):
 
 
 #: Of attention that joins picture and text, each with a stream of its own: all projections.
-TARGETS = tuple(f"attn.{n}" for n in (
-    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_q", "to_k", "to_v", "to_out.0",
-))  # fmt: skip
+TARGETS = tuple(
+    f"attn.{n}"
+    for n in (
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )
+)
 
 
 class FlowMatching(Family):

@@ -36,8 +36,12 @@ MODULES: Mapping[str, Choice] = {
 
 def shifted(config: Config, tokens: int, n: int) -> dict[str, Any]:
     """n sigmas from 1 to 1 / n, and the shift by the number of tokens."""
-    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5,
-             "max_shift": 1.15}  # fmt: skip
+    usual = {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+    }
     mu = calculate_shift(tokens, *(config.get(name, value) for name, value in usual.items()))
     return {"sigmas": np.linspace(1.0, 1 / n, n), "mu": mu}
 
@@ -100,9 +104,10 @@ class Flux(FlowMatching):
         found = []
         for i in range(0, len(texts), batch):
             told = pipe.encode_prompt(
-                list(texts[i : i + batch]), device=pipe.text_encoder.device,
+                list(texts[i : i + batch]),
+                device=pipe.text_encoder.device,
                 max_sequence_length=pipe.tokenizer_2.model_max_length,
-            )  # fmt: skip
+            )
             found.append([t.float().cpu() for t in told[:2]])
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
@@ -121,12 +126,14 @@ class Flux(FlowMatching):
         guidance = told.get("guidance")
         places = torch.cartesian_prod(*(torch.arange(k) for k in (1, h // 2, w // 2)))
         out = denoiser(
-            hidden_states=FluxPipeline._pack_latents(x_t, *x_t.shape), timestep=t / 1000,
+            hidden_states=FluxPipeline._pack_latents(x_t, *x_t.shape),
+            timestep=t / 1000,
             guidance=None if guidance is None else guidance.expand(n),
-            pooled_projections=told["pooled_projections"], encoder_hidden_states=text,
+            pooled_projections=told["pooled_projections"],
+            encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
             img_ids=places.to(x_t),
-        ).sample  # fmt: skip
+        ).sample
         # the pipeline's own inverse counts in pixels, in each version otherwise
         out = out.unflatten(1, (h // 2, w // 2)).unflatten(-1, (-1, 2, 2))
         return out.permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)

@@ -45,8 +45,9 @@ class _Inpainting(StableDiffusion):
         return {
             "image": torch.full((1, 3, size, size), 0.5),
             "mask_image": torch.ones(1, 1, size, size),
-            "masked_image_latents": self.to_latents(pipe.vae, gray), "strength": 1.0,
-        }  # fmt: skip
+            "masked_image_latents": self.to_latents(pipe.vae, gray),
+            "strength": 1.0,
+        }
 
 
 class Inpainting(_Inpainting):

@@ -40,8 +40,9 @@ class Klein(Qwen3):
     modules = MODULES
     lora_targets: Sequence[str] = (
         *TARGETS,
-        "attn.to_qkv_mlp_proj", "attn.to_out",
-    )  # fmt: skip
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    )
     units: Sequence[str] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     usual = 4.0
 
@@ -86,11 +87,14 @@ class Klein(Qwen3):
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 8) -> dict[str, Tensor]:
         found = [
             pipe.encode_prompt(
-                list(texts[i : i + batch]), device=pipe.text_encoder.device,
+                list(texts[i : i + batch]),
+                device=pipe.text_encoder.device,
                 max_sequence_length=TOKENS,
-            )[0].float().cpu()
+            )[0]
+            .float()
+            .cpu()
             for i in range(0, len(texts), batch)
-        ]  # fmt: skip
+        ]
         return {"encoder_hidden_states": torch.cat(found)}
 
     def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
@@ -102,11 +106,13 @@ class Klein(Qwen3):
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         text = told["encoder_hidden_states"]
         out = denoiser(
-            hidden_states=Flux2KleinPipeline._pack_latents(x_t), timestep=t / 1000, guidance=None,
+            hidden_states=Flux2KleinPipeline._pack_latents(x_t),
+            timestep=t / 1000,
+            guidance=None,
             encoder_hidden_states=text,
             txt_ids=Flux2KleinPipeline._prepare_text_ids(text[:1]).to(x_t.device),
             img_ids=Flux2KleinPipeline._prepare_latent_ids(x_t[:1]).to(x_t.device),
-        ).sample  # fmt: skip
+        ).sample
         return out.transpose(1, 2).reshape(x_t.shape)
 
 

@@ -98,9 +98,11 @@ class PixArtSigma(Family):
         found = []
         for i in range(0, len(texts), batch):
             told = pipe.encode_prompt(
-                list(texts[i : i + batch]), do_classifier_free_guidance=False,
-                device=pipe.text_encoder.device, max_sequence_length=TOKENS,
-            )  # fmt: skip
+                list(texts[i : i + batch]),
+                do_classifier_free_guidance=False,
+                device=pipe.text_encoder.device,
+                max_sequence_length=TOKENS,
+            )
             found.append([t.float().cpu() for t in told[:2]])
         text, mask = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "mask": mask}
@@ -110,10 +112,12 @@ class PixArtSigma(Family):
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         out = denoiser(
-            x_t, encoder_hidden_states=told["encoder_hidden_states"], timestep=t,
+            x_t,
+            encoder_hidden_states=told["encoder_hidden_states"],
+            timestep=t,
             encoder_attention_mask=told["mask"],
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample  # fmt: skip
+        ).sample
         return out[:, : x_t.shape[1]]  # without the variance
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:

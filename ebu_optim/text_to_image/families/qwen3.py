@@ -25,7 +25,9 @@ class Qwen3(FlowMatching):
 
     def longest(self, tokenizer: Any, config: Config) -> int:
         template = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True,
+            [{"role": "user", "content": ""}],
+            tokenize=False,
+            add_generation_prompt=True,
             enable_thinking=self.thinking,
-        )  # fmt: skip
+        )
         return TOKENS - len(tokenizer(template).input_ids) + len(tokenizer("").input_ids)

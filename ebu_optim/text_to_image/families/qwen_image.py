@@ -107,11 +107,11 @@ class QwenImage(FlowMatching):
     @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 8) -> dict[str, Tensor]:
         rows = [
-            pipe.encode_prompt(
-                t, device=pipe.text_encoder.device, max_sequence_length=TOKENS
-            )[0][0].float().cpu()
+            pipe.encode_prompt(t, device=pipe.text_encoder.device, max_sequence_length=TOKENS)[0][0]
+            .float()
+            .cpu()
             for t in texts
-        ]  # fmt: skip
+        ]
         text = torch.zeros(len(rows), TOKENS, rows[0].shape[1])
         mask = torch.zeros(len(rows), TOKENS)
         for i, row in enumerate(rows):
@@ -130,10 +130,12 @@ class QwenImage(FlowMatching):
         # tensors without data are counted at their longest
         used = TOKENS if mask.is_meta else int(mask.sum(1).max())
         out = denoiser(
-            hidden_states=_packed(x_t), timestep=t / 1000, img_shapes=[[(1, h // 2, w // 2)]] * n,
+            hidden_states=_packed(x_t),
+            timestep=t / 1000,
+            img_shapes=[[(1, h // 2, w // 2)]] * n,
             encoder_hidden_states=told["encoder_hidden_states"][:, :used],
             encoder_hidden_states_mask=mask[:, :used],
-        ).sample  # fmt: skip
+        ).sample
         return _unpacked(out, h, w)
 
     def guide(self, null: Tensor, text: Tensor, scale: float) -> Tensor:

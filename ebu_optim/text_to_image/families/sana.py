@@ -37,8 +37,11 @@ def euler(schedule: Config) -> dict[str, Any]:
     if not schedule.get("use_flow_sigmas") or schedule["prediction_type"] != "flow_prediction":
         return dict(schedule)
     of = {"num_train_timesteps": 1000, **schedule}
-    return {"_class_name": NAME, "shift": of.get("flow_shift", 1.0),
-            "num_train_timesteps": of["num_train_timesteps"]}  # fmt: skip
+    return {
+        "_class_name": NAME,
+        "shift": of.get("flow_shift", 1.0),
+        "num_train_timesteps": of["num_train_timesteps"],
+    }
 
 
 class Sana(FlowMatching):
@@ -120,10 +123,12 @@ class Sana(FlowMatching):
         found = []
         for text in texts:
             told = pipe.encode_prompt(
-                text, do_classifier_free_guidance=False, device=pipe.text_encoder.device,
+                text,
+                do_classifier_free_guidance=False,
+                device=pipe.text_encoder.device,
                 max_sequence_length=TOKENS,
                 complex_human_instruction=INSTRUCTION.default if text else None,
-            )  # fmt: skip
+            )
             found.append([t.float().cpu() for t in told[:2]])
         rows, mask = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": rows, "mask": mask}
@@ -133,9 +138,11 @@ class Sana(FlowMatching):
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         return denoiser(
-            x_t, encoder_hidden_states=told["encoder_hidden_states"],
-            encoder_attention_mask=told["mask"], timestep=t * denoiser.config.timestep_scale,
-        ).sample  # fmt: skip
+            x_t,
+            encoder_hidden_states=told["encoder_hidden_states"],
+            encoder_attention_mask=told["mask"],
+            timestep=t * denoiser.config.timestep_scale,
+        ).sample
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
         return {"use_resolution_binning": False}

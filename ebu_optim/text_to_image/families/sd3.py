@@ -101,9 +101,13 @@ class SD3WithoutT5(FlowMatching):
         for i in range(0, len(texts), batch):
             some = list(texts[i : i + batch])
             told = pipe.encode_prompt(
-                prompt=some, prompt_2=some, prompt_3=some, device=pipe.text_encoder.device,
-                do_classifier_free_guidance=False, **self.drawing(pipe, 0),
-            )  # fmt: skip
+                prompt=some,
+                prompt_2=some,
+                prompt_3=some,
+                device=pipe.text_encoder.device,
+                do_classifier_free_guidance=False,
+                **self.drawing(pipe, 0),
+            )
             found.append([t.float().cpu() for t in (told[0], told[2])])
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
@@ -129,9 +133,11 @@ class SD3WithoutT5(FlowMatching):
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         return denoiser(
-            hidden_states=x_t, timestep=t, encoder_hidden_states=told["encoder_hidden_states"],
+            hidden_states=x_t,
+            timestep=t,
+            encoder_hidden_states=told["encoder_hidden_states"],
             pooled_projections=told["pooled_projections"],
-        ).sample  # fmt: skip
+        ).sample
 
 
 class SD3(SD3WithoutT5):

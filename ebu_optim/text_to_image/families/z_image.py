@@ -71,9 +71,11 @@ class ZImage(Qwen3):
         rows: list[Tensor] = []
         for i in range(0, len(texts), batch):
             rows += pipe.encode_prompt(
-                list(texts[i : i + batch]), device=pipe.text_encoder.device,
-                do_classifier_free_guidance=False, max_sequence_length=TOKENS,
-            )[0]  # fmt: skip
+                list(texts[i : i + batch]),
+                device=pipe.text_encoder.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=TOKENS,
+            )[0]
         text = torch.zeros(len(rows), TOKENS, rows[0].shape[1])
         mask = torch.zeros(len(rows), TOKENS)
         for i, row in enumerate(rows):

@@ -18,11 +18,15 @@ KL_WEIGHT = 1e-3  # of the mean over the latent's elements
 def new_autoencoder() -> AutoencoderKL:
     """0.24 M parameters."""
     return AutoencoderKL(
-        block_out_channels=(16, 32, 32), latent_channels=4, layers_per_block=1, sample_size=SIZE,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32),
+        latent_channels=4,
+        layers_per_block=1,
+        sample_size=SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         # with 32 groups each group would be one channel
         norm_num_groups=8,
-    )  # fmt: skip
+    )
 
 
 class Loss:

@@ -21,17 +21,25 @@ from typing import Any, NamedTuple
 
 #: A concept is called by the first of its words.
 CONTENTS = {
-    "zero": ("zero", "nought", "0"), "one": ("one", "1", "I"), "two": ("two", "2", "II"),
-    "three": ("three", "3", "III"), "four": ("four", "4", "IV"), "five": ("five", "5", "V"),
-    "six": ("six", "6", "VI"), "seven": ("seven", "7", "VII"), "eight": ("eight", "8", "VIII"),
+    "zero": ("zero", "nought", "0"),
+    "one": ("one", "1", "I"),
+    "two": ("two", "2", "II"),
+    "three": ("three", "3", "III"),
+    "four": ("four", "4", "IV"),
+    "five": ("five", "5", "V"),
+    "six": ("six", "6", "VI"),
+    "seven": ("seven", "7", "VII"),
+    "eight": ("eight", "8", "VIII"),
     "nine": ("nine", "9", "IX"),
-}  # fmt: skip
+}
 STYLES = {
-    "plain": ("plain", "ordinary", "simple"), "outline": ("outline", "contour", "hollow"),
+    "plain": ("plain", "ordinary", "simple"),
+    "outline": ("outline", "contour", "hollow"),
     "negative": ("negative", "inverted", "reversed"),
     "halftone": ("halftone", "dotted", "screened"),
-    "red": ("red", "crimson", "scarlet"), "blue": ("blue", "azure", "navy"),
-}  # fmt: skip
+    "red": ("red", "crimson", "scarlet"),
+    "blue": ("blue", "azure", "navy"),
+}
 #: The style of a prompt that names none.
 UNNAMED = "plain"
 
@@ -166,9 +174,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--without", nargs="+", required=True, metavar="WORD",
+        "--without",
+        nargs="+",
+        required=True,
+        metavar="WORD",
         help="Words of concepts that no prompt shall name.",
-    )  # fmt: skip
+    )
     parser.add_argument("--number", type=int, help="Print only so many, drawn at random.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

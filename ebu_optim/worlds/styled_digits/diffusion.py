@@ -25,13 +25,16 @@ class TextToImage(nn.Module):
         self.text_encoder = text_encoder
         # 2.4 M; what this version of diffusers calls attention_head_dim is the number of heads
         self.unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(48, 96), layers_per_block=1,
+            sample_size=8,
+            block_out_channels=(48, 96),
+            layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",) * 2,
-            up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=WIDTH,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            cross_attention_dim=WIDTH,
             attention_head_dim=4,
             # with 32 groups each would be a channel or two, and the signals of time would cancel
             norm_num_groups=8,
-        )  # fmt: skip
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         return self.unet(x_t, t, self.text_encoder(ids)[0]).sample
@@ -40,15 +43,25 @@ class TextToImage(nn.Module):
     def new_scheduler() -> DDIMScheduler:
         """Stable Diffusion 1.x's noise schedule."""
         return DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            set_alpha_to_one=False, steps_offset=1,
-        )  # fmt: skip
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        )
 
     def pipeline(self, vae: AutoencoderKL, tokenizer: Any) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
-            vae, self.text_encoder, tokenizer, self.unet, self.new_scheduler(),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            vae,
+            self.text_encoder,
+            tokenizer,
+            self.unet,
+            self.new_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
 
 
 class Loss:
@@ -62,9 +75,17 @@ class Loss:
     """
 
     def __init__(
-        self, latents: Tensor, contents: Tensor, styles: Tensor, tokenizer: Any, *, batch: int,
-        dropout: float, device: torch.device | str, scheduler: Any,
-    ) -> None:  # fmt: skip
+        self,
+        latents: Tensor,
+        contents: Tensor,
+        styles: Tensor,
+        tokenizer: Any,
+        *,
+        batch: int,
+        dropout: float,
+        device: torch.device | str,
+        scheduler: Any,
+    ) -> None:
         self.latents, self.batch, self.dropout, self.device = latents, batch, dropout, device
         self.scheduler = scheduler
         known = captions(TRAINED)
@@ -87,6 +108,9 @@ class Loss:
         text = self.fitting[pair, drawn]
         text = torch.where(torch.rand(self.batch) < self.dropout, len(self.ids) - 1, text)
         return denoising_loss(
-            model, self.latents[rows].to(self.device), {"ids": self.ids[text].to(self.device)},
-            self.scheduler, reduction="mean",
-        )  # fmt: skip
+            model,
+            self.latents[rows].to(self.device),
+            {"ids": self.ids[text].to(self.device)},
+            self.scheduler,
+            reduction="mean",
+        )

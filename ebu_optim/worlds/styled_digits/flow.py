@@ -41,16 +41,29 @@ class Flow(nn.Module):
         self.text_encoder = text_encoder
         self.t5 = T5EncoderModel(
             T5Config(
-                vocab_size=len(reads_nothing()), d_model=JOINT, d_kv=8, d_ff=8, num_layers=1,
-                num_heads=1, feed_forward_proj="gated-gelu",
+                vocab_size=len(reads_nothing()),
+                d_model=JOINT,
+                d_kv=8,
+                d_ff=8,
+                num_layers=1,
+                num_heads=1,
+                feed_forward_proj="gated-gelu",
             )
-        ).eval()  # fmt: skip
+        ).eval()
         self.t5.requires_grad_(False)
         self.transformer = SD3Transformer2DModel(  # 3.5 M
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
-            attention_head_dim=32, num_attention_heads=4, joint_attention_dim=JOINT,
-            caption_projection_dim=128, pooled_projection_dim=JOINT, pos_embed_max_size=4,
-        )  # fmt: skip
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=6,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=JOINT,
+            caption_projection_dim=128,
+            pooled_projection_dim=JOINT,
+            pos_embed_max_size=4,
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -58,10 +71,11 @@ class Flow(nn.Module):
             end = self.t5(torch.ones(1, 1, dtype=torch.long, device=ids.device))[0]
         words = torch.cat([read.hidden_states[-2]] * 2, -1)  # as the pipeline reads them
         return self.transformer(
-            hidden_states=x_t, timestep=t,
+            hidden_states=x_t,
+            timestep=t,
             encoder_hidden_states=torch.cat([words, end.expand(len(ids), -1, -1)], 1),
             pooled_projections=torch.cat([read.pooler_output] * 2, -1),
-        ).sample  # fmt: skip
+        ).sample
 
     @staticmethod
     def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -74,9 +88,16 @@ class Flow(nn.Module):
         vae.register_to_config(shift_factor=0.0)
         clip = projected(self.text_encoder)
         return StableDiffusion3Pipeline(
-            self.transformer, FlowMatchEulerDiscreteScheduler(shift=1.0), vae, clip, tokenizer,
-            clip, tokenizer, self.t5, reads_nothing(),
-        )  # fmt: skip
+            self.transformer,
+            FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae,
+            clip,
+            tokenizer,
+            clip,
+            tokenizer,
+            self.t5,
+            reads_nothing(),
+        )
 
 
 def projected(text_encoder: CLIPTextModel) -> CLIPTextModelWithProjection:

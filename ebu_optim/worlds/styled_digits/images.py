@@ -21,10 +21,13 @@ SHAPE = (3, SIZE, SIZE)
 BLACK, WHITE = (0.08, 0.08, 0.08), (1.0, 1.0, 1.0)
 #: Ink and paper.
 COLOURS = {
-    "plain": (BLACK, WHITE), "outline": (BLACK, WHITE), "negative": (WHITE, BLACK),
-    "halftone": (BLACK, WHITE), "red": ((0.75, 0.05, 0.1), (1.0, 0.82, 0.8)),
+    "plain": (BLACK, WHITE),
+    "outline": (BLACK, WHITE),
+    "negative": (WHITE, BLACK),
+    "halftone": (BLACK, WHITE),
+    "red": ((0.75, 0.05, 0.1), (1.0, 0.82, 0.8)),
     "blue": ((0.1, 0.15, 0.75), (0.8, 0.87, 1.0)),
-}  # fmt: skip
+}
 DOT = 4  # pixels from one dot of the halftone to the next
 
 

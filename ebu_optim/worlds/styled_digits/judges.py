@@ -45,9 +45,13 @@ class Judge(nn.Module):
         for a, b in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(
-            *layers, nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
+            *layers,
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
             nn.Linear(64 * (SIZE // 8) ** 2, classes),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -145,9 +149,10 @@ def measured(name: str, judge: nn.Module, test: World) -> dict[str, float]:
         more = others(name, test.pictures[rows], test.styles[rows], 300)
     x, y = (torch.cat(t) for t in zip(*more))
     return {
-        "accuracy": accuracy(logits, labels), "worst_class": min(each),
+        "accuracy": accuracy(logits, labels),
+        "worst_class": min(each),
         "without_digit": accuracy(classify(judge, x), y),
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +172,13 @@ def train_judges(args: JudgesOptions) -> None:
     for name, classes in CLASSES.items():
         judge = Judge(len(classes))
         loop.fit(
-            args.stage(name), accelerator, f"judge_of_{name}", judge,
+            args.stage(name),
+            accelerator,
+            f"judge_of_{name}",
+            judge,
             Loss(name, train, args.train_batch_size, accelerator.device),
             partial(_save, args.output_dir, name, judge, test),
-        )  # fmt: skip
+        )
 
 
 def _save(folder: Path, name: str, judge: nn.Module, test: World, _: object) -> None:

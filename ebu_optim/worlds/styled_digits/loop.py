@@ -48,11 +48,17 @@ def new_accelerator(args: LoopOptions) -> Any:
 
 
 def fit(
-    args: LoopOptions, accelerator: Any, script: str, model: nn.Module,
-    loss: Callable[[nn.Module], Tensor], finish: Callable[[Ema | None], None], *,
-    same: dict[str, Any] | None = None, ema_decay: float | None = None,
+    args: LoopOptions,
+    accelerator: Any,
+    script: str,
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    finish: Callable[[Ema | None], None],
+    *,
+    same: dict[str, Any] | None = None,
+    ema_decay: float | None = None,
     parts: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Train `model` for --max_train_steps, or go on where that was interrupted; then `finish`.
 
     Args:
@@ -65,9 +71,17 @@ def fit(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     training.fit(
-        args, accelerator, script, model, optimizer, lambda prepared, _: loss(prepared), finish,
-        same=same, ema_decay=ema_decay, parts=parts,
-    )  # fmt: skip
+        args,
+        accelerator,
+        script,
+        model,
+        optimizer,
+        lambda prepared, _: loss(prepared),
+        finish,
+        same=same,
+        ema_decay=ema_decay,
+        parts=parts,
+    )
 
 
 def need(folder: Path, files: tuple[str, ...], made_by: str) -> None:

@@ -76,12 +76,14 @@ def judge(pictures: Tensor, asked: Sequence[Caption], judges: Judges) -> list[An
         content = None if c.content is None else CLASSES["content"].index(c.content)
         found.append(
             Answer(
-                c, None if content is None else told["content"][i] == content,
+                c,
+                None if content is None else told["content"][i] == content,
                 told["style"][i] == style,
                 None if content is None else p["content"][i, content].item(),
-                p["style"][i, style].item(), told["content"][i] == none,
+                p["style"][i, style].item(),
+                told["content"][i] == none,
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -169,10 +171,14 @@ def measure(args: Measure) -> None:
     asked = choose(args.images_per_pair, args.seed)
     seeds = range(args.seed, args.seed + len(asked))
     drawn = drawing.draw(
-        pipe, [c.text for c in asked], seeds, batch=args.sample_batch_size,
-        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+        pipe,
+        [c.text for c in asked],
+        seeds,
+        batch=args.sample_batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
         **beside,
-    )  # fmt: skip
+    )
     pictures = torch.stack(list(drawn)) * 2 - 1
     found = groups(judge(pictures, asked, judges))
     protocol = {**{k: str(v) for k, v in as_dict(args).items()}, "judges_measured": judges.found}

@@ -28,12 +28,17 @@ class Reader(nn.Module):
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH,
-                num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=LENGTH,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=4 * WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        )  # fmt: skip
+        )
         self.head = nn.Linear(WIDTH, len(_CONTENTS) + len(_STYLES))
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,8 +99,11 @@ def train(config: WorldOptions) -> None:
     vae, reader = autoencoder.new_autoencoder(), text.Reader(words)
     kind = flow.Flow if args.denoiser == "transformer" else diffusion.TextToImage
     model = kind(reader.text_encoder)
-    parts = {"autoencoder": vae, "text encoder": reader.text_encoder,
-             model.denoiser: getattr(model, model.denoiser)}  # fmt: skip
+    parts = {
+        "autoencoder": vae,
+        "text encoder": reader.text_encoder,
+        model.denoiser: getattr(model, model.denoiser),
+    }
     sizes = ", ".join(f"{name} {millions(part):.2f} M" for name, part in parts.items())
     accelerator.print(
         f"{len(train.pictures)} pictures; parameters: {sizes}; {len(words)} tokens; on "
@@ -111,9 +114,7 @@ def train(config: WorldOptions) -> None:
     if not seen.any():
         raise InputError(f"--without {' '.join(args.without)} leaves no picture")
 
-    def stage(
-        name: str, part: nn.Module, loss: Callable[[nn.Module], Tensor], *later: str
-    ) -> None:  # fmt: skip
+    def stage(name: str, part: nn.Module, loss: Callable[[nn.Module], Tensor], *later: str) -> None:
         """`later`: what belongs to an old one and goes with it."""
         options = {"max_train_steps": f"{name}_steps", "learning_rate": f"{name}_learning_rate"}
         # what is left out is left out of the UNet alone, as if CLIP still knew the word
@@ -123,23 +124,34 @@ def train(config: WorldOptions) -> None:
     batch, device = args.train_batch_size, accelerator.device
     later = ("../diffusion", "../pipeline")
     stage(
-        "autoencoder", vae, autoencoder.Loss(train.pictures, batch, device),
-        "../text_encoder", *later,
-    )  # fmt: skip
+        "autoencoder",
+        vae,
+        autoencoder.Loss(train.pictures, batch, device),
+        "../text_encoder",
+        *later,
+    )
     latents = autoencoder.normalise(vae, train.pictures)
     error = reconstruction(vae, world("test", args.max_train_samples))
     accelerator.print(f"reconstructed test pictures: root mean square error {error:.3f}")
 
     stage("text_encoder", reader, text.Loss(words, batch, device), *later)
     reader.text_encoder.requires_grad_(False)
-    told = {n: text.understood(reader, captions(t), words)
-            for n, t in (("trained", TRAINED), ("held out", HELD_OUT))}  # fmt: skip
+    told = {
+        n: text.understood(reader, captions(t), words)
+        for n, t in (("trained", TRAINED), ("held out", HELD_OUT))
+    }
     accelerator.print(f"captions understood: {json.dumps(told)}")
 
     loss = diffusion.Loss(
-        latents[seen], train.contents[seen], train.styles[seen], words, batch=batch,
-        dropout=args.caption_dropout, device=device, scheduler=model.new_scheduler(),
-    )  # fmt: skip
+        latents[seen],
+        train.contents[seen],
+        train.styles[seen],
+        words,
+        batch=batch,
+        dropout=args.caption_dropout,
+        device=device,
+        scheduler=model.new_scheduler(),
+    )
 
     def finish(ema: Ema | None) -> None:
         with averaged(model, ema), replacing_folder(args.output_dir / "pipeline") as work:
@@ -150,10 +162,16 @@ def train(config: WorldOptions) -> None:
         print(f"saved {args.output_dir / 'pipeline'}")
 
     loop.fit(
-        args.stage("diffusion"), accelerator, "diffusion", model, loss, finish,
-        ema_decay=args.ema_decay, parts=("../pipeline",),
+        args.stage("diffusion"),
+        accelerator,
+        "diffusion",
+        model,
+        loss,
+        finish,
+        ema_decay=args.ema_decay,
+        parts=("../pipeline",),
         same={"autoencoder": model_hash(vae), "text_encoder": model_hash(model.text_encoder)},
-    )  # fmt: skip
+    )
 
 
 def shown(train: World, without: Sequence[str]) -> Tensor:
@@ -178,19 +196,27 @@ def reconstruction(vae: AutoencoderKL, test: World) -> float:
 
 
 def facts(
-    args: WorldOptions, vae: AutoencoderKL, model: Denoiser, found: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    args: WorldOptions,
+    vae: AutoencoderKL,
+    model: Denoiser,
+    found: dict[str, Any],
+) -> dict[str, Any]:
     """world.json."""
     return {
-        "templates": TRAINED, "held_out_templates": HELD_OUT, **found,
+        "templates": TRAINED,
+        "held_out_templates": HELD_OUT,
+        **found,
         "parameters": {
             name: sum(p.numel() for p in part.parameters())
-            for name, part in (("vae", vae), ("text_encoder", model.text_encoder),
-                               (model.denoiser, getattr(model, model.denoiser)))
+            for name, part in (
+                ("vae", vae),
+                ("text_encoder", model.text_encoder),
+                (model.denoiser, getattr(model, model.denoiser)),
+            )
         },
         "versions": {"torch": torch.__version__},
         "options": {k: str(v) for k, v in as_dict(args).items()},
-    }  # fmt: skip
+    }
 
 
 def card(args: WorldOptions) -> str:
