@@ -4,7 +4,7 @@ VENV := .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo check test fuzz gpu sanitize lint bench docs dist clean
+.PHONY: demo check test fuzz gpu sanitize lint bench docs dist release clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -69,6 +69,10 @@ dist: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+# every step of the release workflow that needs no account
+release: $(VENV)/.test
+	$(BIN)/python .ci/release.py
 
 clean:
 	rm -rf build dist docs/_build outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -8,7 +8,7 @@ from .optim import EBUOptimizer
 if TYPE_CHECKING:
     from .takedown import forget
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DiagonalFisher", "EBUOptimizer", "__version__", "forget"]
 
 

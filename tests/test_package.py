@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .processes import PATIENCE
+import ebu_optim
+
+from .processes import PATIENCE, python
 
 ROOT = Path(__file__).parent.parent
 
@@ -414,3 +416,14 @@ def test_nothing_is_loaded_unsafely():
     for folder in ("ebu_optim", "examples"):
         for file in (ROOT / folder).rglob("*.py"):
             assert not forbidden.search(file.read_text()), file
+
+
+def test_a_release_has_one_version_everywhere():
+    def compare(tag: str) -> subprocess.CompletedProcess[str]:
+        return python(".ci/release.py", "--tag", tag)
+
+    assert compare(f"v{ebu_optim.__version__}").returncode == 0
+    refused = compare("v9.9.9")
+    assert refused.returncode == 1
+    assert "CHANGELOG.md" in refused.stderr
+    assert "9.9.9" in refused.stderr
