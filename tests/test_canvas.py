@@ -35,7 +35,7 @@ def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, c
     monkeypatch.setattr(canvas, "evaluate", of_base.append)
     assert len(canvas.Canvas(**ground).targets) == 15
     targets = ["halftone", "seven"]
-    canvas.canvas(canvas.Canvas(**ground, workers=1, targets=targets))
+    canvas.canvas(canvas.Canvas(**ground, workers=1, targets=targets, attacked=[]))
     assert len(done) == 2 * (3 * 3 + 3)
     assert len({run.name for run in done}) == len({run.folder for run in done}) == len(done)
     configs = [[task.config for task in run.tasks] for run in done]
@@ -68,7 +68,44 @@ def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, c
     assert "24 runs" in capsys.readouterr().out
 
 
+def test_targets_named_beforehand_are_attacked_by_all_attacks(ground, monkeypatch, capsys):
+    done: list = []
+
+    def execute(todo, workers):
+        done.extend(todo)
+        for run in todo:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "attacks.json").write_text('{"values": {"p_f": 0.5}, "protocol": {}}')
+
+    monkeypatch.setattr(canvas.runs, "execute", execute)
+    monkeypatch.setattr(canvas, "compare", lambda args: None)
+    monkeypatch.setattr(canvas, "evaluate", lambda args: None)
+    methods = ["joint", "esd", "spm"]
+    args = canvas.Canvas(**ground, targets=["red", "two"], methods=methods, seeds=[1, 2], workers=1)
+    canvas.canvas(args)
+    attacked = [run for run in done if run.tasks[-1].maker is canvas.ATTACK]
+    assert len(attacked) == 2  # "red", by the plain sum and by ESD
+    names = [run.name for run in done]
+    for run in attacked:
+        made, attack = run.tasks
+        assert attack.config.forget == made.config.forget == ["red"]
+        assert attack.config.attacks == list(canvas.ATTACKS)
+        assert made.config.seed == 1
+        (after,) = run.after
+        assert names.index(after) < names.index(run.name)
+        (evaluated,) = [other for other in done if other.name == after]
+        assert evaluated.tasks[0].folder == made.folder
+    (written,) = ground["output_dir"].rglob("attacked.json")
+    rows = canvas.json.loads(written.read_text())
+    assert [(row["target"], row["method"], row["seed"]) for row in rows] == [
+        ("red", "joint", 1),
+        ("red", "esd", 1),
+    ]
+
+
 def test_what_cannot_be_is_refused(ground):
+    with pytest.raises(InputError, match="--attacked plain: there is"):
+        canvas.Canvas(**ground, attacked=["plain"])
     with pytest.raises(InputError, match="--methods nothing: there is"):
         canvas.Canvas(**ground, methods=["nothing"])
     with pytest.raises(InputError, match="--target plain: every prompt without a style asks"):

@@ -1,13 +1,19 @@
 """UnlearnCanvas in small: each style and each digit of the world of digits in styles is unlearned
-by itself, by each method, and every model is evaluated by the protocol ``unlearncanvas-digits``."""
+by itself, by each method, and every model is evaluated by the protocol ``unlearncanvas-digits``.
+Of some targets, which are named before anything is run, each method's model of the first seed is
+attacked by every attack."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..attacks.attacks import ATTACKS
 from ..baselines import methods as known
+from ..errors import InputError
+from ..files import replacing
 from ..protocols import Evaluate, evaluate
 from ..protocols.compare import Compare, compare
 from ..training.fields import option
@@ -17,7 +23,7 @@ from .options import Seeds
 from .runs import Maker, Run, task
 from .text_options import OfWorld, check_methods
 from .text_tables import STEPS, tag
-from .text_worlds import TextSetting
+from .text_worlds import ATTACK, TextSetting
 
 PROTOCOL = "unlearncanvas-digits"
 #: Several seeds, and one.
@@ -28,7 +34,10 @@ EVALUATE = Maker(evaluate, Evaluate, "protocols.json")
 #: Seconds of one core of a busy x86-64 CPU: unlearning with its sets, and evaluating a model.
 TAKES = {"salun": 50.0, "esd": 104.0, "spm": 159.0}
 OTHERS, JUDGED = 81.0, {"spm": 68.0}  # EBU's; SPM draws five pictures at a time
+ATTACKS_TAKE = 600.0
 EVALUATED = 29.0
+#: Two digits and two styles. No strength was tuned on them.
+ATTACKED = ("three", "eight", "red", "outline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,11 @@ class Canvas(Seeds, OfWorld):
     )
     methods: list[str] = option([*COMPARED, *ONCE], help="Methods to compare.")
     targets: list[str] = option(list(TARGETS), help="Styles and digits, each forgotten by itself.")
+    attacked: list[str] = option(
+        list(ATTACKED),
+        help="Targets whose models of the first seed are attacked too, by every attack. SPM's are "
+        "not: its adapter has another strength for each prompt.",
+    )
     protocol: Literal["unlearncanvas-digits", "unlearncanvas-digits-seed188"] = option(
         PROTOCOL, help="The protocol that evaluates every model."
     )
@@ -47,6 +61,8 @@ class Canvas(Seeds, OfWorld):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_methods(self.methods)
+        if other := [name for name in self.attacked if name not in TARGETS]:
+            raise InputError(f"--attacked {other[0]}: there is {', '.join(TARGETS)}")
 
 
 def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
@@ -58,6 +74,8 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
         seeds = args.seeds if method in COMPARED else args.seeds[:1]
         for setting in settings.values():
             todo += [evaluated(args, setting, method, choice, seed) for seed in seeds]
+            if setting.target in args.attacked and method != "spm":
+                todo.append(attacked(args, setting, method, choice, args.seeds[0]))
     if not args.announced(todo):
         return
     for setting in settings.values():
@@ -74,6 +92,9 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
             names=[f"{first.base.folder}=base model"],
         )
     )
+    depth = [_depth(r) for r in todo if r.tasks[-1].maker is ATTACK]
+    with replacing(root / "attacked.json") as work:
+        work.write_text(json.dumps(depth, indent=1) + "\n", encoding="utf-8")
 
 
 def chosen(args: OfWorld, method: str) -> rows.Choice:
@@ -86,12 +107,8 @@ def evaluated(
     args: Canvas, setting: TextSetting, method: str, choice: rows.Choice, seed: int
 ) -> Run:
     """Unlearned, and evaluated; SPM by its adapter, which the protocol scales for each prompt."""
-    steps, name = args.steps or STEPS, tag(setting, choice, setting.trains(method))
     kept = "lora" if known[method].forgets == "adapter" else "pipeline"
-    alone = setting.unlearned(
-        f"{method}-{name}", method, seed=seed, steps=steps, options=choice.given, save_as=kept
-    )
-    (made,) = alone.tasks
+    made = _unlearned(args, setting, method, choice, seed, kept)
     where = {"pretrained_model_name_or_path": [made.folder / kept], **_beside(setting)}
     judged = task(
         EVALUATE,
@@ -106,11 +123,48 @@ def evaluated(
         where,
         [made.folder.name, setting.base.key, setting.judges.key],
     )
-    full = f"{setting.world.name}: {judged.folder.name.rpartition('-')[0]}, {PROTOCOL}"
-    makers = setting.makers(full, method, seed)
+    name = f"{setting.world.name}: {judged.folder.name.rpartition('-')[0]}, {PROTOCOL}"
+    makers = setting.makers(name, method, seed)
     ground = tuple(r.name for r in setting.trained)
     seconds = TAKES.get(method, OTHERS) + JUDGED.get(method, EVALUATED)
-    return Run(full, (made, judged), seconds, steps, (*ground, *makers))
+    return Run(name, (made, judged), seconds, args.steps or STEPS, (*ground, *makers))
+
+
+def attacked(
+    args: Canvas, setting: TextSetting, method: str, choice: rows.Choice, seed: int
+) -> Run:
+    """Unlearned, and attacked; what `evaluated` made is there already."""
+    made = _unlearned(args, setting, method, choice, seed, "pipeline")
+    label = made.folder.name.rpartition("-")[0]
+    done = setting.attacked(
+        made.folder / "pipeline", [made.folder.name], label, {"attacks": list(ATTACKS)}
+    )
+    after = evaluated(args, setting, method, choice, seed).name
+    return Run(f"{setting.world.name}: {label}, attacked", (made, done), ATTACKS_TAKE, 0, (after,))
+
+
+def _unlearned(
+    args: Canvas, setting: TextSetting, method: str, choice: rows.Choice, seed: int, kept: str
+) -> runs.Task:
+    steps, name = args.steps or STEPS, tag(setting, choice, setting.trains(method))
+    alone = setting.unlearned(
+        f"{method}-{name}", method, seed=seed, steps=steps, options=choice.given, save_as=kept
+    )
+    (made,) = alone.tasks
+    return made
+
+
+def _depth(run: Run) -> dict[str, Any]:
+    """What the attacks on a model found."""
+    made, done = run.tasks
+    found = json.loads((done.folder / "attacks.json").read_text(encoding="utf-8"))
+    return {
+        "target": made.config.forget[0],
+        "method": made.config.method,
+        "seed": made.config.seed,
+        "values": found["values"],
+        "protocol": found["protocol"],
+    }
 
 
 def _beside(setting: TextSetting) -> dict[str, Any]:

@@ -255,20 +255,28 @@ class TextSetting(Asked):
         self, pipeline: Path, of: list[str], label: str, *, attacks: Options
     ) -> tuple[Task, Task]:
         where = {"pretrained_model_name_or_path": pipeline, "judges": self.judges.folder}
-        of = [*of, self.judges.key]
+        made_of = [*of, self.judges.key]
+        measured = task(MEASURE, self.world.measure, self.root, f"measured/{label}", where, made_of)
+        return measured, self.attacked(pipeline, of, label, attacks)
+
+    def attacked(self, pipeline: Path, of: list[str], label: str, attacks: Options) -> Task:
+        """The attacks on the pipeline of a run, by the world's options and then by `attacks`."""
         attacks = {**self.world.attack, **attacks}
         if "inversion" in attacks.get("attacks", ["inversion"]):
             attacks["initializer_token"] = [{**CONTENTS, **STYLES}[self.target][1]]
-        measured = task(MEASURE, self.world.measure, self.root, f"measured/{label}", where, of)
-        attacked = task(
+        return task(
             ATTACK,
             {"forget": [self.target], "judge": "world", **attacks},
             self.root,
             f"attacks/{label}",
-            {**where, "base_model": self.base.folder, "target_dir": self.root / "targets"},
-            [*of, self.base.key],
+            {
+                "pretrained_model_name_or_path": pipeline,
+                "judges": self.judges.folder,
+                "base_model": self.base.folder,
+                "target_dir": self.root / "targets",
+            },
+            [*of, self.judges.key, self.base.key],
         )
-        return measured, attacked
 
     def makers(self, name: str, method: str, seed: int) -> list[str]:
         """The runs that make what this one reads of the sets: two at once would get into each
