@@ -10,9 +10,7 @@ import torch
 from ebu_optim.experiments import depth
 from ebu_optim.experiments.evidence import execute
 
-from .models import tiny_unet
 from .scripts import PAPER, load, run_script
-from .test_adversary import attack_on
 
 
 @pytest.fixture
@@ -47,30 +45,6 @@ def test_runs_are_made_once_and_told_in_a_table(short, tmp_path):
     assert "| SalUn | adversary and relearner | 1 | 1.000 |" in said
     code, said = run_script(PAPER / "depth.py", "--rules", "esd", "--output_dir", tmp_path)
     assert (code, "no method that can forget by relabelling" in said) == (2, True)
-
-
-def test_a_relearner_moves_down_the_sign_of_its_gradient_and_back():
-    model, twin = tiny_unet(), tiny_unet()
-    attack = attack_on(model)
-
-    def loss():
-        return attack(2, torch.Generator().manual_seed(4))
-
-    before = [p.detach().clone() for p in model.parameters()]
-    weights = list(twin.parameters())
-    for _ in range(2):
-        twin.zero_grad()
-        attack_on(twin)(2, torch.Generator().manual_seed(4)).backward()
-        with torch.no_grad():
-            for p in weights:
-                p -= 1e-3 * p.grad.sign()
-    with depth.relearned(model, loss, steps=2, size=1e-3):
-        for p, q in zip(model.parameters(), weights, strict=True):
-            torch.testing.assert_close(p, q)
-        loss().backward()
-    for p, was in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p, was)
-    assert any(p.grad is not None for p in model.parameters())
 
 
 def test_depths_are_compared_seed_by_seed():

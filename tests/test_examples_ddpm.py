@@ -304,6 +304,8 @@ def test_two_processes_accumulate_and_agree(made, tmp_path):
         made / "judge",
         "--adversary_steps",
         1,
+        "--relearner_steps",
+        1,
     )
     done = subprocess.run(
         [
@@ -381,7 +383,7 @@ def test_a_resumed_unlearning_is_the_unbroken_one(forgotten, made):
     assert ours["forget"] == [3]
 
 
-def test_a_resumed_run_with_adversaries_is_the_unbroken_one(made, tmp_path):
+def test_a_resumed_run_with_attackers_is_the_unbroken_one(made, tmp_path):
     more = [
         "--adversary_steps",
         2,
@@ -393,9 +395,12 @@ def test_a_resumed_run_with_adversaries_is_the_unbroken_one(made, tmp_path):
         "relabel",
         "--checkpointing_steps",
         2,
+        "--relearner_steps",
+        2,
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     *_, (code, said) = several(
+        unlearn(made, tmp_path / "unmoved", *more[:-2], "--max_train_steps", 4),
         unlearn(made, whole, *more, "--max_train_steps", 4),
         unlearn(made, tmp_path / "without", *more[6:], "--max_train_steps", 4),
         unlearn(made, parts, *more, "--max_train_steps", 2),
@@ -414,18 +419,20 @@ def test_a_resumed_run_with_adversaries_is_the_unbroken_one(made, tmp_path):
     )
     assert same(parts / "unet", whole / "unet")
     assert not same(tmp_path / "without" / "unet", whole / "unet")
+    assert not same(tmp_path / "unmoved" / "unet", whole / "unet")
     assert code == 2
     assert "has adversary_steps 2, this one 3" in said
 
 
-def test_adversaries_want_pictures_of_what_is_forgotten(made, tmp_path):
+@pytest.mark.parametrize("option", ["--adversary_steps", "--relearner_steps"])
+def test_attackers_want_pictures_of_what_is_forgotten(option, made, tmp_path):
     shutil.copytree(made / "sets", tmp_path / "sets")
     (tmp_path / "sets" / "forget.safetensors").unlink()
-    command = unlearn(made, tmp_path / "o", "--adversary_steps", 1)
+    command = unlearn(made, tmp_path / "o", option, 1)
     command[command.index("--prepared_dir") + 1] = tmp_path / "sets"
     ((code, said),) = several(command)
     assert code == 2
-    assert "--adversary_steps needs real images of every class to forget: run prepare.py" in said
+    assert f"{option} needs real images of every class to forget: run prepare.py" in said
 
 
 def test_an_average_that_hides_forgetting_is_told(forgotten, made):
@@ -442,8 +449,8 @@ METHODS = {
     "joint": ["--surrogate", "null_class"],
     "selective_amnesia": ["--method_options", '{"lam": 1e3}'],
     "salun": ["--adversary_steps", 2, "--adversaries", 2],
-    "gradient_ascent": [],
-    "embedding_only": ["--surrogate", "gaussian"],
+    "gradient_ascent": ["--relearner_steps", 1, "--relearner_weight", 0.5],
+    "embedding_only": ["--surrogate", "gaussian", "--relearner_steps", 2],
     "esd": ["--guided_steps", 3, "--adversary_steps", 1, "--adversary_loss", "teacher"],
     "retrain": ["--digits"],
     "ebu_routed": [
@@ -457,6 +464,8 @@ METHODS = {
         "bf16",
         "--gradient_accumulation_steps",
         2,
+        "--relearner_steps",
+        1,
     ],
 }
 

@@ -156,7 +156,10 @@ RUNS = {
         "",
     ),
     "ebu_without_alignment": (["--remember_loss", "crossed", "--surrogate", "analytic"], "attn2."),
-    "joint": (["--train_modules", "selfattn", "--surrogate", "pixels"], "attn1."),
+    "joint": (
+        ["--train_modules", "selfattn", "--surrogate", "pixels", "--relearner_steps", 2],
+        "attn1.",
+    ),
     "sa": (["--fisher_images", 2, "--fisher_timesteps", 2, "--condition_noise", 1], "attn2."),
     "salun": (
         [
@@ -166,10 +169,15 @@ RUNS = {
             "a red car",
             "--gradient_accumulation_steps",
             2,
+            "--relearner_steps",
+            1,
         ],
         "attn2.",
     ),
-    "esd": (["--train_modules", "esd-x-strict"], ("attn2.to_k.", "attn2.to_v.")),
+    "esd": (
+        ["--train_modules", "esd-x-strict", "--relearner_steps", 1],
+        ("attn2.to_k.", "attn2.to_v."),
+    ),
     "gradient_ascent": (
         ["--gradient_checkpointing", "--method_options", '{"remember_weight": 0.1}'],
         "attn2.",
@@ -602,6 +610,12 @@ def test_a_variant_in_16_bits_at_another_resolution(made, tmp_path):
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_a_lora_draws_what_the_merged_pipeline_and_the_changed_tensors_draw(method, made, tmp_path):
     options = ["--method", method, "--learning_rate", 0.05]
+    options += [
+        "--relearner_steps",
+        1,
+        "--relearner_learning_rate",
+        1e-3,
+    ]  # the adapter alone moves
     if method == "ebu":
         options += [
             "--train_modules",
@@ -1123,6 +1137,9 @@ def test_memory_is_counted_for_every_phase():
     plain, two = paper.phases["unlearning"], counted("--adversary_steps", 1, "--adversaries", 2)
     assert two.phases["unlearning"]["adversaries"] == 2 * 4 * 4 * 77 * 768
     assert two.phases["unlearning"]["activations"] == 3 * plain["activations"]
+    # a relearner: the weights as they were, and a gradient
+    moved = counted("--relearner_steps", 3).phases["unlearning"]
+    assert sum(moved.values()) - sum(plain.values()) == 8 * paper.trained
     table = paper.table().splitlines()
     assert table[0].split() == ["GiB", "sets", "unlearning", "validation"]
     assert table[-1].split() == ["peak", f"{paper.peak / 2**30:.2f}"]
@@ -1162,6 +1179,23 @@ def passes_of_the_guide() -> dict[str, tuple[int, int]]:
             ],
         ),
         ("`sa`", ["--method", "sa", "--fisher", "online"]),
+        (
+            "the same with `--relearner_steps 3` instead",
+            [
+                "--method",
+                "ebu",
+                "--forget_loss",
+                "relabel",
+                "--remember_loss",
+                "crossed",
+                "--relearner_steps",
+                3,
+                "--surrogate_prompt",
+                "dog",
+                "--remember",
+                "a red car",
+            ],
+        ),
         (
             "the same with `--adversary_steps 3`",
             [
@@ -1462,6 +1496,30 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "--method",
             "fine_tune",
             "--adversary_steps",
+            1,
+        ],
+        "--relearner_steps must be >= 0; got -1": ["--relearner_steps", -1],
+        "--relearner_learning_rate must be > 0 and finite; got 0.0": [
+            "--relearner_steps",
+            1,
+            "--relearner_learning_rate",
+            0,
+        ],
+        "--relearner_weight must be > 0 and finite; got -1.0": [
+            "--relearner_steps",
+            1,
+            "--relearner_weight",
+            -1,
+        ],
+        "--relearner_weight needs --relearner_steps, of which there are none": [
+            "--relearner_weight",
+            2,
+        ],
+        "--relearner_learning_rate needs --relearner_steps": ["--relearner_learning_rate", 1],
+        "--relearner_steps: --method fine_tune has no forget loss": [
+            "--method",
+            "fine_tune",
+            "--relearner_steps",
             1,
         ],
         "--hub_model_id is for --push_to_hub": ["--hub_model_id", "me/model"],

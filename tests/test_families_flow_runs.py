@@ -292,6 +292,8 @@ def test_a_run_goes_on_bit_for_bit(name, made, tmp_path):
         1,
         "--adversary_restart",
         3,
+        "--relearner_steps",
+        1,
     ]
     whole = unlearn(made / name, tmp_path / "whole", *more)
     part = unlearn(made / name, tmp_path / "part", *more)

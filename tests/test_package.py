@@ -85,6 +85,7 @@ PUBLIC = {
     "ebu_optim.diffusion": [
         "Adversary",
         "FisherBatches",
+        "Relearner",
         "anchor_loss",
         "anchored",
         "antithetic_timesteps",

@@ -240,6 +240,9 @@ def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert run("forget", *argv, "--adversary_steps", 3, "--adversaries", 2) == 0
     # the two losses, the forget loss at both, and three attacks of each
     assert "about 10,000 forward and backward in 1,000 steps" in capsys.readouterr().out
+    # the two losses, three steps of relearning, and the forget loss after them
+    assert run("forget", *argv, "--relearner_steps", 3) == 0
+    assert "about 6,000 forward and backward in 1,000 steps" in capsys.readouterr().out
     more = ["--method", "fine_tune", "--remember_loss", "crossed", "--replay_images", "1"]
     assert run("forget", *argv[:-2], *more) == 0
     said = capsys.readouterr().out

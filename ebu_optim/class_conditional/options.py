@@ -14,6 +14,7 @@ from ..training.adversary import AdversaryOptions
 from ..training.fields import as_dict, at_least, check_choices, option
 from ..training.method import MethodOptions, guided_steps
 from ..training.options import TrainingOptions
+from ..training.relearner import RelearnerOptions
 from ..training.sources import DataOptions
 from .models import Weights
 
@@ -89,7 +90,9 @@ class TrainClassifier(DataOptions, TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlearn(MethodOptions, AdversaryOptions, LossOptions, DataOptions, TrainingOptions):
+class Unlearn(
+    MethodOptions, RelearnerOptions, AdversaryOptions, LossOptions, DataOptions, TrainingOptions
+):
     """Of a run that makes a model forget classes.
 
     Raises:
@@ -166,6 +169,7 @@ class Unlearn(MethodOptions, AdversaryOptions, LossOptions, DataOptions, Trainin
             raise InputError("--entropy_classifier needs --classifier, which measures P_f and RA")
         self.check_losses()
         self.check_adversary()
+        self.check_relearner()
         if self.sample_weights == "ema" and not self.use_ema:
             raise InputError("--sample_weights ema needs --use_ema")
 

@@ -14,12 +14,14 @@ from .losses import (
     surrogate_noise,
 )
 from .relabel import next_class, relabel_loss
+from .relearner import Relearner
 from .sampling import sample, sample_set
 from .schedules import antithetic_timesteps
 
 __all__ = [
     "Adversary",
     "FisherBatches",
+    "Relearner",
     "anchor_loss",
     "anchored",
     "antithetic_timesteps",

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..baselines import Recipe, methods
 from ..errors import InputError
 from ..modules import evaluating
-from ..training.adversary import attacked, new_adversary
-from ..training.data import Batches, to_float
+from ..training.adversary import attacked
+from ..training.data import Batches
 from ..training.fields import option
-from .adversary import Adversary
+from .attackers import Attackers
 from .guidance import esd_loss, partly_denoised
 from .losses import (
     denoising_loss,
@@ -96,6 +96,8 @@ def needs_own_images(args: Any) -> str | None:
     """The option because of which the losses need real images of the class to forget."""
     if attacked(args):
         return "--adversary_steps"
+    if args.relearner_steps:
+        return "--relearner_steps"
     if recipe_of(args).own_images:
         return "--forget_loss relabel" if args.forget_loss else f"--method {args.method}"
     return None
@@ -120,7 +122,7 @@ class Objectives:
         kept: images and labels to remember instead of the replayed ones.
     """
 
-    adversary: Adversary | None = None
+    attackers: Attackers | None = None
 
     def __init__(
         self,
@@ -153,13 +155,9 @@ class Objectives:
         self.null = self.classes
         self.shape = (args.train_batch_size, *shape)
         self.crossed = torch.tensor([c for c in range(self.classes) if c not in made.forget])
-        self.micros = accelerator.gradient_accumulation_steps
-        if attacked(args):
-            images, labels = made.own
-            self.pictures = {c: images[labels == c] for c in labels.unique().tolist()}
-            # a forgotten prompt without a picture is replaced, and never aimed at
-            self.adversary = new_adversary(
-                args, raw.class_embedding, made.forget, [*self.pictures], self.starts()
+        if attacked(args) or args.relearner_steps:
+            self.attackers = Attackers(
+                args, raw, teacher, scheduler, accelerator, made.own, made.forget, self.starts()
             )
 
     def new_sampler(self) -> Any:
@@ -175,34 +173,22 @@ class Objectives:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the losses."""
-        return {"adversary": self.adversary} if self.adversary else {}
+        return self.attackers.state() if self.attackers else {}
 
     def forget(self) -> Tensor:
-        """The forget loss; where there are adversaries, with theirs, which then took their steps
-        before the first micro-batch."""
-        if not self.adversary:
+        """The forget loss; where there are attackers, with theirs."""
+        if not self.attackers:
             return self.forget_once()
-        if self.i % self.micros == 0:
-            self.adversary.step(self.attack)
-        loss, weight = self.forget_once(), self.args.adversary_weight / len(self.adversary)
-        for k in range(len(self.adversary)):
-            with self.adversary.at(k):
-                loss = loss + weight * self.forget_once()
-        return loss
+        return self.attackers.forget(self.forget_once, self.forget_apart, self.i)
 
-    def attack(self, label: int, generator: torch.Generator) -> Tensor:
-        """What an adversary descends. A sum over C, H, W, whatever --reduction is: Adam does not
-        feel a factor, and gradients in 16 bits do not vanish."""
-        of = self.pictures[label]
-        rows = torch.randint(len(of), (self.args.train_batch_size,), generator=generator)
-        x = to_float(of[rows]) if of.dtype == torch.uint8 else of[rows]
-        x, labels = x.to(self.device), torch.full((len(rows),), label, device=self.device)
-        with evaluating(self.raw):
-            if self.args.adversary_loss == "teacher":
-                return distillation_loss(
-                    self.raw, self.teacher, x, labels, self.scheduler, generator=generator
-                )
-            return denoising_loss(self.raw, x, labels, self.scheduler, generator=generator)
+    def forget_apart(self) -> Tensor:
+        """`forget_once` by the module inside, of whose gradients DistributedDataParallel does not
+        know."""
+        whole, self.model = self.model, self.raw
+        try:
+            return self.forget_once()
+        finally:
+            self.model = whole
 
     def forget_once(self) -> Tensor:
         """The method's forget loss on the chosen batch."""

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch.optim import Adam
 from ..baselines import SalUn, methods
 from ..diffusion import (
     Adversary,
+    Relearner,
     denoising_loss,
     distillation_loss,
     evaluating,
@@ -46,24 +46,22 @@ KEPT = [c for c in digits.CLASSES if c != FORGET]
 RATES = (0.1, 0.03, 0.3)  # of inversion; the first is the adversaries' too
 INVERSION_STEPS, RELEARN_MAX = 200, 100
 
-#: What makes a run deep: options of `Adversary`, and a relearner: the forget loss also at weights
-#: that have moved so many times by `size`, each scalar down the sign of the relearning gradient,
-#: which are Adam's first steps. A "light" forget loss is a mean over pixels where the remember loss
-#: is a sum: a 64th of its weight.
+#: What makes a run deep: options of `Adversary` and of `Relearner`. A "light" forget loss is a mean
+#: over pixels where the remember loss is a sum: a 64th of its weight.
 DEPTHS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "adversary": {"adversary": {"steps": 3, "restart": 20}},
     "adversary-1": {"adversary": {"steps": 1, "restart": 60}},
-    "relearner": {"relearner": {"steps": 3, "size": 3e-4}},
+    "relearner": {"relearner": {"steps": 3, "lr": 3e-4}},
     "both": {
         "adversary": {"steps": 3, "restart": 20},
-        "relearner": {"steps": 3, "size": 3e-4},
+        "relearner": {"steps": 3, "lr": 3e-4},
     },
     "adversary-mean": {"adversary": {"steps": 3, "restart": 20}, "start": "mean"},
     "adversary-tenth": {"adversary": {"steps": 3, "restart": 20}, "weight": 0.1},
     "light": {"reduction": "mean"},
     "light-adversary": {"adversary": {"steps": 3, "restart": 20}, "reduction": "mean"},
-    "light-relearner": {"relearner": {"steps": 3, "size": 3e-4}, "reduction": "mean"},
+    "light-relearner": {"relearner": {"steps": 3, "lr": 3e-4}, "reduction": "mean"},
 }
 TITLES = {
     "none": "as it is",
@@ -97,26 +95,6 @@ def passes(depth: str) -> int:
     return count
 
 
-@contextmanager
-def relearned(
-    model: torch.nn.Module, loss: Callable[[], Tensor], steps: int, size: float
-) -> Iterator[None]:
-    """The weights inside the block are where a relearner would have taken them."""
-    weights = list(model.parameters())
-    before = [p.detach().clone() for p in weights]
-    for _ in range(steps):
-        grads = torch.autograd.grad(loss(), weights)
-        with torch.no_grad():
-            for p, g in zip(weights, grads, strict=True):
-                p.sub_(g.sign(), alpha=size)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, was in zip(weights, before, strict=True):
-                p.copy_(was)
-
-
 def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[str, float]]:
     """The unlearned model, and the seconds that its steps took."""
     torch.manual_seed(seed)
@@ -133,7 +111,9 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
     other = next_class(asked, len(digits.CLASSES), forgotten=[FORGET])
     opt = methods[rule].build(Adam(model.parameters(), lr=RATE), max_grad_norm=CLIP)
     embedding = model.class_embedding
-    adversary = None
+    adversary, relearner = None, None
+    if "relearner" in how:
+        relearner = Relearner(model.parameters(), **how["relearner"])
     if "adversary" in how:
         start = None
         if how.get("start") == "mean":
@@ -172,8 +152,8 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
             if adversary:
                 with adversary.at():
                     (relabel() * how.get("weight", 1.0)).backward()
-            if "relearner" in how:
-                with relearned(model, partial(drawing, g), **how["relearner"]):
+            if relearner:
+                with relearner.moved(partial(drawing, g)):
                     relabel().backward()
         with opt.remember():
             i = torch.randint(len(images), (BATCH,), generator=g)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..baselines import methods
 from ..text_to_image import memory, outcome, pipelines, prompts, sets
 from ..text_to_image.unlearn import SCRIPT
-from ..training.adversary import passes
+from ..training import adversary, relearner
 from ..training.run import check_folder
 from . import depth, evidence
 
@@ -47,7 +47,7 @@ def plan(args: Any) -> str:
     """
     looked, texts, cost = check(args)
     args = looked.family.guided(args, looked.unet)
-    per_step = passes(args) * args.train_batch_size
+    per_step = (adversary.passes(args) + relearner.passes(args)) * args.train_batch_size
     lines = [
         f"model: {args.pretrained_model_name_or_path}, {looked.resolution} pixels",
         f"method: {methods[args.method].title}, preset {args.preset}; instead: "

@@ -103,6 +103,8 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     phases["unlearning"] = {
         **between,
         "gradients": trained * 4 * len(needs(args)),
+        # the weights as they were, and a gradient beside the phases'
+        "relearner": trained * 8 if args.relearner_steps else 0,
         **_larger(
             {**copies, "activations": _kept(args, one)},
             {"the optimizer's step": _step(args, trained)},

@@ -14,6 +14,7 @@ from ..training.adversary import AdversaryOptions
 from ..training.fields import as_dict, check_choices, option
 from ..training.method import MethodOptions, guided_steps
 from ..training.options import TrainingOptions
+from ..training.relearner import RelearnerOptions
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
@@ -34,6 +35,7 @@ class Unlearn(
     SaveOptions,
     ValidationOptions,
     SetOptions,
+    RelearnerOptions,
     AdversaryOptions,
     LossOptions,
     ModuleOptions,
@@ -103,6 +105,7 @@ class Unlearn(
         self.check_modules()
         self.check_losses()
         self.check_adversary()
+        self.check_relearner()
         if self.adversary_prompts and not adversary.attacked(self):
             raise InputError("--adversary_prompts needs --adversary_steps, of which there are none")
         self.check_sets()
