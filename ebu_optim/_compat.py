@@ -1,14 +1,14 @@
-"""The option that brings back what a method's released code does and its paper does not say."""
+"""The option that restores what a method's released code does where its paper says otherwise."""
 
 from __future__ import annotations
 
 
 def compat(value: str | None) -> bool:
-    """True for "paper", False for None.
+    """Return True for "paper" and False for None.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `value` is neither.
     """
     if value not in (None, "paper"):
-        raise ValueError(f"compat must be one of 'paper'; got {value!r}")
+        raise ValueError(f"compat must be 'paper' or None; got {value!r}")
     return value is not None

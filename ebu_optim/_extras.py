@@ -1,4 +1,4 @@
-"""Imports of what is not torch or numpy: a missing one says which extra brings it."""
+"""Imports of optional packages: the error for a missing one names the extra to install."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def require(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f"{package} is needed here and cannot be imported ({error}): "
+            f"{package} cannot be imported ({error}); install it with "
             f'pip install "ebu_optim[{extra}]"'
         ) from error

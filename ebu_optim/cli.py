@@ -1,13 +1,13 @@
-"""The command `ebu`: from the file a person has to the file they can publish.
+"""The command `ebu`: it turns the file that a person has into the file that they can publish.
 
     ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
 
-ebu forget     makes a model forget, and writes the result with a report and evidence
-ebu evaluate   runs published evaluations, by name
-ebu compare    puts models beside one another, and beside published figures
-ebu attack     attacks a model: is the concept gone in depth?
+ebu forget     makes a model forget; writes the result with a report and evidence
+ebu evaluate   runs published evaluations by name
+ebu compare    compares models with one another and with published figures
+ebu attack     attacks a model to find out whether the concept is really gone
 ebu show       prints the report of a folder
-ebu verify     checks that a folder is what was handed over
+ebu verify     checks that a folder is the one that was handed over
 ebu doctor     prints what is installed, which kernels run and what fits on this card
 """
 
@@ -24,7 +24,7 @@ from ._extras import require
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of `COMMANDS`; errors that a user can put right are one line, with status 2."""
+    """Run one of `COMMANDS`. An error that the user can fix is one line; the exit status is 2."""
     given = list(sys.argv[1:] if argv is None else argv)
     name = given[0] if given else "--help"
     if name in ("-h", "--help"):
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ebu_optim {__version__}")
         return
     if name not in COMMANDS:
-        print(f"ebu: error: no command {name!r}: there is {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"ebu: error: no command {name!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
         require("jsonargparse", "text-to-image")
@@ -89,16 +89,16 @@ def _show(argv: Sequence[str]) -> None:
 
 
 def show(folder: Path) -> None:
-    """Print a report's table, and where its page is.
+    """Print the table of a report and the path of its page.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder holds no report.
     """
     from .errors import InputError
 
     found = next((f for f in (folder / "report", folder) if (f / "results.md").is_file()), None)
     if found is None:
-        raise InputError(f"{folder} holds no report: give a folder made by `ebu forget`")
+        raise InputError(f"{folder} holds no report; give a folder that `ebu forget` made")
     print((found / "results.md").read_text(encoding="utf-8"))
     print(f"the page with the pictures: {found / 'report.html'}")
 
@@ -109,23 +109,23 @@ def _verify(argv: Sequence[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Verify:
         folder: Path = option(positional="FOLDER", help="A folder that `ebu forget` made.")
-        public_key: Path | None = option(None, help="Public key (PEM) of whoever signed it.")
+        public_key: Path | None = option(None, help="Public key (PEM) of the signer.")
         certificates: list[Path] = option(
-            [], help="Root certificates that you trust, if it was signed with a certificate."
+            [], help="Root certificates that you trust, if a certificate signed the folder."
         )
-        base: str | None = option(None, help="Where the model before is now, if it was moved.")
+        base: str | None = option(None, help="New place of the original model, if it was moved.")
 
     _run(
         "verify",
         verify,
         Verify,
-        "Compute every hash of the evidence again, and name what was changed.",
+        "Compute every hash of the evidence again and name what has changed.",
         argv,
     )
 
 
 def verify(config: Any) -> None:
-    """Print what is not as the evidence says; status 1 where something is not."""
+    """Print every difference from the evidence; exit with status 1 if there is one."""
     from .takedown import evidence
 
     wrong = evidence.verify(
@@ -153,7 +153,7 @@ def _doctor(argv: Sequence[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Doctor:
         no_memory: bool = option(
-            False, help="Leave out what fits on which card, which takes two minutes to count."
+            False, help="Leave out the count of what fits on which card, which takes two minutes."
         )
 
     _run("doctor", lambda c: print(doctor(fits=not c.no_memory)), Doctor, _DOCTOR, argv)

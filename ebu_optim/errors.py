@@ -1,9 +1,9 @@
-"""The errors that are told apart."""
+"""The errors that callers distinguish."""
 
 
 class InputError(Exception):
-    """What the user can put right: a command prints it and exits with status 2."""
+    """An error that the user can fix: a command prints it and exits with status 2."""
 
 
 class NonFiniteError(RuntimeError):
-    """NaN or Inf in a gradient, or in what is made of two: the training diverges."""
+    """NaN or Inf in a gradient or in the combined gradient: the training diverges."""

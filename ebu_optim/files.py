@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written is ever taken for a result."""
+"""Writing files and folders so that nothing half-written is ever taken for a result."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ __all__ = [
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends without an error.
+    """Yield a temporary path next to `path`; rename it to `path` if the block ends without error.
 
     Raises:
-        OSError: no space, no permission, ...; an old file at `path` stands.
+        OSError: no space, no permission, ...; an old file at `path` is kept.
     """
     path = Path(path)
     host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")
-    # a folder, for writers that make temporary files of their own
+    # a folder, because some writers make temporary files next to their output
     work = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_folder(
     path: str | os.PathLike[str], resume: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
-    """A folder beside `path`, which takes its place when the block ends without an error:
-    `path` is a whole result or none, and an old one stands until then.
+    """Yield a folder next to `path` that replaces `path` if the block ends without error.
+
+    `path` is always a whole result or absent. An old result stays until the new one is complete.
 
     Args:
-        resume: what identifies the work (JSON). The folder is empty at first, but where an
-            interrupted block with an equal `resume` left one, that is handed out again.
+        resume: what identifies the work (JSON). The folder is empty, unless a block with an equal
+            `resume` was interrupted: then that block's folder is yielded again.
 
     Raises:
         RuntimeError: another process is writing `path`.
@@ -83,7 +84,7 @@ def replacing_folder(
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock, path):
-            if old.exists() and not path.exists():  # a kill between the two renames below
+            if old.exists() and not path.exists():  # killed between the two renames below
                 old.rename(path)
             shutil.rmtree(old, ignore_errors=True)
             text = json.dumps(resume, sort_keys=True)
@@ -109,19 +110,19 @@ def replacing_folder(
             shutil.rmtree(old, ignore_errors=True)
 
 
-_SPACE = ": free some space, or give a path on another disk"
-_PERMISSION = ": give a path that this user may write to"
+_SPACE = "; free some space, or give a path on another disk"
+_PERMISSION = "; give a path that this user may write to"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _PERMISSION),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ": a file is where a folder should be"),
-    errno.EIO: ": the disk fails, give a path on another one",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "; remove the file that is where a folder goes"),
+    errno.EIO: "; the disk fails, give a path on another one",
 }
 
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Where the block cannot write `path` or beside it, the OSError names it and the remedy."""
+    """Make the OSError of a failed write name `path` and the remedy."""
     try:
         yield
     except OSError as error:
@@ -133,15 +134,17 @@ def writable(path: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"cannot write {path} ({', '.join([said, *about])}){REMEDIES[error.errno]}. What was "
-            "there before is untouched",
+            f"cannot write {path} ({', '.join([said, *about])}){REMEDIES[error.errno]}. The "
+            "previous content is unchanged",
         ) from error
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder: a rename alone may get there
-    before what it renames."""
-    if os.name == "nt":  # which syncs nothing that was opened for reading
+    """Wait until the content of a file, or the names in a folder, are on the disk.
+
+    Without this, a rename may reach the disk before the file that it renames.
+    """
+    if os.name == "nt":  # Windows cannot sync a file that was opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -151,8 +154,8 @@ def sync(path: Path) -> None:
 
 
 def _alive(pid: str) -> bool:
-    """False where a process of this machine has surely ended."""
-    if os.name == "nt" or not pid.isdigit():  # where a signal 0 is no question
+    """Return False if the process with this id on this machine has certainly ended."""
+    if os.name == "nt" or not pid.isdigit():  # on Windows, signal 0 does not test a process
         return True
     try:
         os.kill(int(pid), 0)
@@ -165,14 +168,20 @@ def _alive(pid: str) -> bool:
 
 @contextmanager
 def locked(lock: Path, path: Path) -> Iterator[None]:
-    """Hold `lock`, which goes with its process; where the system has no such locks, do without."""
+    """Hold the lock file `lock`, which the system frees when the process ends.
+
+    On a system without such locks the block runs unlocked.
+
+    Raises:
+        RuntimeError: another process holds the lock and so writes `path`.
+    """
     try:
         import fcntl
     except ImportError:
         yield
         return
     with open(lock, "w") as f:
-        for left in reversed(range(20)):  # a second, for one that only cleans up
+        for left in reversed(range(20)):  # one second: the other process may only be cleaning up
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -195,13 +204,13 @@ def save_tensors(
     """Write a safetensors file; `meta` goes into its metadata as JSON under the key "meta".
 
     Raises:
-        ValueError: NaN or Inf in a tensor, which would be kept for good; nothing is written.
+        ValueError: a tensor holds NaN or Inf. Nothing is written.
     """
     safetensors = require("safetensors.torch", "diffusion")
     if bad := not_finite(tensors):
         raise ValueError(
-            f"{path} is not written: {bad}. The model that made it has diverged, or its precision "
-            "is too small for it: look at its weights, or use float32"
+            f"{path} is not written: {bad}. The model that made this tensor has diverged, or its "
+            "precision is too small; check the model's weights, or use float32"
         )
     with replacing(path) as temporary:
         try:
@@ -218,9 +227,9 @@ def save_tensors(
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Which tensor and row of it hold NaN or Inf; empty where none does."""
+    """Name the first tensor and row that hold NaN or Inf; empty if all values are finite."""
     for name, t in tensors.items():
-        # aminmax takes no copy; both are NaN where one value is
+        # aminmax makes no copy; both of its values are NaN if any value is
         if not t.is_floating_point() or not t.numel() or all(x.isfinite() for x in t.aminmax()):
             continue
         rows = (~t.isfinite()).reshape(len(t) if t.dim() else 1, -1).any(1).nonzero().flatten()
@@ -232,13 +241,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
 def load_tensors(
     path: str | os.PathLike[str], *, finite: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote: the tensors and `meta`.
+    """Return the tensors and the `meta` that `save_tensors` wrote.
 
     Args:
-        finite: whether NaN and Inf are refused, which earlier versions wrote.
+        finite: raise ValueError if a tensor holds NaN or Inf. Earlier versions wrote such files.
 
     Raises:
-        FileNotFoundError, ValueError: no file; no whole one; NaN or Inf in it.
+        FileNotFoundError: there is no file.
+        ValueError: the file is incomplete, or `finite` is set and a tensor holds NaN or Inf.
     """
     safetensors = require("safetensors", "diffusion")
     try:
@@ -251,41 +261,41 @@ def load_tensors(
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} is no whole safetensors file ({error}): delete it and make it again"
+            f"{path} is not a complete safetensors file ({error}); delete it and make it again"
         ) from error
     if finite and (bad := not_finite(tensors)):
-        raise ValueError(f"{path}: {bad}, so that it is of no use: delete it and make it again")
+        raise ValueError(f"{path}: {bad}, so it cannot be used; delete it and make it again")
     return tensors, found
 
 
 def check_free(out: Path, is_result: Callable[[Path], bool], overwrite: bool) -> None:
-    """Refuse to begin what would overwrite a result, or something that is none.
+    """Raise InputError if a run would overwrite a result or a folder that something else uses.
 
     Args:
         out: the output folder of a script with ``--output_dir`` and ``--overwrite``.
-        is_result: whether a folder is a finished result of that script.
-        overwrite: whether one may be replaced.
+        is_result: returns whether a folder is a finished result of that script.
+        overwrite: whether a finished result may be replaced.
 
     Raises:
-        InputError: the folder holds a result and `overwrite` is not given, or something else.
+        InputError: the folder holds a result and `overwrite` is False, or it holds something else.
     """
     if not out.exists():
         return
     finished = is_result(out)
     if finished and not overwrite:
         raise InputError(
-            f"{out} holds a finished result: give --overwrite to replace it, or another "
+            f"{out} holds a finished result; give --overwrite to replace it, or another "
             "--output_dir"
         )
     if not finished and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
-            f"{out} is in use by something else (no result of this script): give another "
+            f"{out} is in use by something else (it holds no result of this script); give another "
             "--output_dir"
         )
 
 
 def need_disk(folder: Path, size: float, what: str) -> None:
-    """Refuse to begin what does not fit on the disk; `size` in bytes, an estimate."""
+    """Raise InputError if the disk has fewer free bytes than `size`, an estimate."""
     there = folder.resolve()
     while not there.exists():
         there = there.parent
@@ -293,5 +303,5 @@ def need_disk(folder: Path, size: float, what: str) -> None:
     if free < size:
         raise InputError(
             f"{folder} needs about {size / 1e9:.2f} GB for {what}, and the disk has "
-            f"{free / 1e9:.2f} GB left: free some space, or give another folder"
+            f"{free / 1e9:.2f} GB free; free some space, or give another folder"
         )

@@ -1,4 +1,4 @@
-"""Image files: which files of a folder are images, and the pixels of one, for all that read any."""
+"""Image files: which files of a folder are images, and how an image is read into pixels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from torch import Tensor
 from ._extras import require
 
 ENDINGS = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-#: What shows through where an image is transparent, RGB.
+#: The color (RGB) behind the transparent parts of an image.
 BACKGROUND = (255, 255, 255)
-NAMED = 3  # files left out that a warning names; it counts all
+NAMED = 3  # how many files that are left out a warning names; it counts all of them
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Files of a folder and its subfolders that are images by their ending, sorted. Names that
-    begin with a dot are skipped, folders' too; a warning names what else is left out."""
+    """Return the files in a folder and its subfolders that have an image's ending, sorted.
+
+    Files and folders whose names begin with a dot are skipped. A warning names the other files
+    that are left out.
+    """
     files = sorted(f for f in visible(folder, "**/*") if f.is_file())
     found = [f for f in files if is_image(f)]
     warn_of_left_out([f for f in files if not is_image(f)], folder)
@@ -30,8 +33,11 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """What the pattern finds in a folder, sorted, without hidden names: those with a part that
-    begins with a dot, as Jupyter's .ipynb_checkpoints and macOS's ._ files do."""
+    """Return the paths that match the pattern in a folder, sorted, without hidden ones.
+
+    A path is hidden if one of its parts begins with a dot, such as Jupyter's .ipynb_checkpoints
+    and macOS's ._ files.
+    """
     return sorted(
         p
         for p in folder.glob(pattern)
@@ -40,29 +46,30 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether it ends as an image."""
+    """Whether the file name has an image's ending."""
     return file.suffix.lower() in ENDINGS
 
 
 def warn_of_left_out(files: list[Path], folder: Path) -> None:
-    """A warning that names files which are not taken for images."""
+    """Warn about files that are not taken for images; the warning names the first of them."""
     if files:
         named = ", ".join(str(f.relative_to(folder)) for f in files[:NAMED])
         more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
         warnings.warn(
-            f"{folder}: no image by its place and ending, left out: {named}{more}", stacklevel=3
+            f"{folder}: left out, as its place or ending is not an image's: {named}{more}",
+            stacklevel=3,
         )
 
 
 def read_rgb(file: str | os.PathLike[str] | bytes) -> Any:
-    """A file, or its bytes, as a PIL image of mode RGB, 8 bits a channel.
+    """Return an image file, or the bytes of one, as a PIL image of mode RGB, 8 bits a channel.
 
-    It is turned as EXIF says. 16 bits of gray are scaled to 8 (v / 257, rounded). What is
-    transparent shows `BACKGROUND`, white.
+    The image is rotated as its EXIF data says. 16-bit gray is scaled to 8 bits (v / 257, rounded).
+    Transparent parts show `BACKGROUND`, white.
 
     Raises:
-        OSError, ValueError, ...: PIL's, of what is no whole image; one whose numbers have no known
-            range (32 bits a channel, or floats).
+        OSError: PIL cannot read the image. PIL raises other errors for some damaged files.
+        ValueError: the values have no known range (32 bits a channel, or floats).
     """
     image: Any = require("PIL.Image", "metrics")
     ops: Any = require("PIL.ImageOps", "metrics")
@@ -72,7 +79,7 @@ def read_rgb(file: str | os.PathLike[str] | bytes) -> Any:
     gray = whole.mode.startswith("I;16") or (whole.mode == "I" and kind == "PNG")
     if whole.mode in ("I", "F") and not gray:
         raise ValueError(
-            f"its mode {whole.mode}, 32 bits a channel, has no known range: save it in 8 or 16 bits"
+            f"mode {whole.mode}: 32 bits a channel have no known range; save it in 8 or 16 bits"
         )
     if gray:
         whole = _eight_bits(whole, image)
@@ -85,7 +92,7 @@ def read_rgb(file: str | os.PathLike[str] | bytes) -> Any:
 
 
 def _eight_bits(whole: Any, image: Any) -> Any:
-    """Of 16 bits of gray, which PIL would cut at 255; LA where one gray is transparent."""
+    """Scale 16-bit gray to 8 bits (PIL would clip at 255); mode LA if one gray is transparent."""
     values = np.asarray(whole).astype(np.int64)
     pixels = ((values + 128) // 257).astype(np.uint8)
     clear = whole.info.get("transparency")
@@ -96,6 +103,6 @@ def _eight_bits(whole: Any, image: Any) -> Any:
 
 
 def pixels_of(image: Any) -> Tensor:
-    """(3, H, W) uint8 of a PIL image of mode RGB."""
+    """Return the pixels of a PIL image of mode RGB, (3, H, W) uint8."""
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()

@@ -1,8 +1,8 @@
-"""What a thing is made of, by content: under which key it is kept, and what changed since.
+"""Hashes of what a result was made from: the key that it is kept under, and what changed since.
 
 A manifest is a mapping from the name of an input ("unet", "prompts", "images", ...) to a hash of
-its content. Sets, pictures, the Fisher, runs and reports are kept under the part that they depend
-on. A path is no content: where a file lies changes nothing, what is in it does.
+its content. Sets, images, the Fisher, runs and reports are kept under the inputs that they depend
+on. A hash covers the content of a file and not its path, so a file may be moved.
 """
 
 from __future__ import annotations
@@ -24,24 +24,30 @@ LENGTH = 16  # hex digits of a key
 
 
 def digest(said: Any) -> str:
-    """The SHA-256, in hexadecimal, of what can be written as JSON: the order of a mapping's keys
-    changes nothing, a tuple is a list, of a path its name alone counts, not where it lies."""
+    """Return the SHA-256, in hexadecimal, of a value that can be written as JSON.
+
+    The order of a mapping's keys does not count, a tuple equals a list, and of a path only the
+    name counts.
+    """
     text = json.dumps(said, sort_keys=True, default=lambda path: Path(path).name)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def key(*what: Any) -> str:
-    """16 hex digits over what can be written as JSON; see :func:`digest`."""
+    """Return the first 16 hex digits of the :func:`digest` of all values together."""
     return digest(what)[:LENGTH]
 
 
 def contents(files: Iterable[Path]) -> str:
-    """Of files, by their names and bytes; 16 hex digits."""
+    """Return 16 hex digits over the names and bytes of files."""
     return key([[file.name, sha256(file)] for file in sorted(files)])
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal; read once as long as its size and time stay."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
+
+    The hash is cached as long as the size and the modification time of the file stay the same.
+    """
     found = file.stat()
     return _hashed(str(file.resolve()), found.st_size, found.st_mtime_ns)
 
@@ -56,9 +62,11 @@ def _hashed(file: str, size: int, changed: int) -> str:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """What a model computes with beside its weights: the settings of its configuration, or of its
-    parts', that are not their class's defaults. So a newer library, which knows more settings,
-    makes no other model of it."""
+    """Return what a model's computation depends on apart from its weights.
+
+    These are the settings in its configuration, or in those of its parts, that differ from the
+    defaults of their class. So a newer library with more settings does not change the result.
+    """
     model = getattr(model, "_orig_mod", model)  # torch.compile changes no setting
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):  # transformers
@@ -74,26 +82,32 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON holds it, without what says where it was saved, by whom and in which
-    precision."""
+    """Return a configuration as JSON.
+
+    Entries about where, by whom and in which precision it was saved are left out.
+    """
     said = {"transformers_version", "torch_dtype", "dtype", "architectures"}
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in said}
     return json.loads(json.dumps(kept, default=str))
 
 
 def of_model(model: nn.Module) -> str:
-    """Of the weights and of the configuration; 16 hex digits."""
+    """Return 16 hex digits over the weights and the configuration of a model."""
     return key(model_hash(model), config_of(model))
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the inputs that are not as they were; what only one of them knows is another."""
+    """Return the names of the inputs that differ; an input in only one of the two counts too."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def refuse_changed(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Raises:
-    InputError: inputs are not as they were when `what` was begun; it names them.
+    """Raise InputError if inputs changed since `what` was begun; the message names them.
+
+    Args:
+        before: the manifest when `what` was begun.
+        now: the manifest now.
+        what: the name of the work, in the message.
     """
     if names := changed(before, now):
         each = "; ".join(f"{n}: {before.get(n)} then, {now.get(n)} now" for n in names)

@@ -1,4 +1,4 @@
-"""Small things about modules that several parts need."""
+"""Functions on modules that several parts of the package need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .errors import InputError
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule is in the mode it was in."""
+    """Set eval mode inside the block; afterwards every submodule has its former mode again."""
     modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
     modes = [m.training for m in modules]
     for m in modules:
@@ -32,11 +32,12 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def without_gradients() -> Iterator[None]:
-    """torch.no_grad for passes of a model that may be trained, under autocast too.
+    """Apply torch.no_grad to passes of a model that may be trained, under autocast too.
 
-    Autocast keeps the 16-bit copies of the weights until its block ends. torch 2.4 gives a copy
-    that was made without a gradient to later passes too, which then have none for any Conv or
-    Linear. Copies are cleared here and not forbidden: many passes of sampling share one.
+    Autocast keeps its 16-bit copies of the weights until its block ends. torch 2.4 also uses a
+    copy that was made without a gradient in later passes, in which Conv and Linear layers then get
+    no gradient. So the copies are cleared at the end of the block. They are not disabled, because
+    the many passes of sampling share one copy.
     """
     try:
         with torch.no_grad():
@@ -46,30 +47,30 @@ def without_gradients() -> Iterator[None]:
 
 
 def whole_model(kind: Any, folder: Any, **options: Any) -> Any:
-    """What ``kind.from_pretrained(folder)`` of diffusers or transformers reads.
+    """Return the model that ``kind.from_pretrained(folder)`` of diffusers or transformers reads.
 
     Raises:
-        InputError: weights that cannot be read, of other shapes, or that lack a tensor: the
-            libraries leave that one empty, and the error comes much later.
+        InputError: the weights cannot be read, have other shapes, or lack a tensor. The libraries
+            leave a missing tensor uninitialized, and an error would come much later.
     """
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except (RuntimeError, ValueError) as error:  # shapes that differ
+    except (RuntimeError, ValueError) as error:  # the shapes differ
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: the weights do not fit its configuration: {first}") from error
-    # of transformers: counted, not stored
+    # transformers computes position_ids and does not store them
     missing = sorted(n for n in info["missing_keys"] if not n.endswith("position_ids"))
     if missing:
         raise InputError(
             f"{folder}: the weights lack {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: they are cut short or of "
-            "another model; get the files again"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: the file is incomplete or "
+            "belongs to another model; get the files again"
         )
     return model
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested mappings, lists and tuples."""
+    """Yield the tensors in nested mappings, lists and tuples."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -81,10 +82,11 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model whose weights are computed from others.
+    """Return a deep copy, also of a model that computes some weights from others.
 
-    weight_norm, spectral_norm and pruning leave the weight of the last forward pass on the module,
-    with its graph, which torch does not copy. The copy has its values until its own forward pass.
+    weight_norm, spectral_norm and pruning leave the weight of the last forward pass on the module
+    together with its autograd graph, which torch cannot copy. The copy holds the values of that
+    weight until its own forward pass.
     """
     attributes = (vars(module) for module in model.modules())
     computed = {id(t): t.detach().clone() for t in tensors_in(list(attributes)) if not t.is_leaf}
@@ -92,22 +94,23 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def tensor_hash(*tensors: Tensor) -> str:
-    """SHA-256 over dtypes, shapes and bytes, 16 hex digits."""
+    """Return the SHA-256 over dtypes, shapes and bytes, 16 hex digits."""
     return _hash({str(i): t for i, t in enumerate(tensors)})
 
 
 def plain_name(name: str) -> str:
-    """Of a parameter in a model that torch.compile wrapped, or a part of which it did: the name
-    that it has without."""
+    """Return the name that a parameter has without torch.compile's wrappers around its modules."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, and over what modules keep by
-    ``get_extra_state``, 16 hex digits. Compiled, a model is the same model.
+    """Return the SHA-256 over the names, dtypes, shapes and bytes of the weights, 16 hex digits.
+
+    The hash also covers what modules return from ``get_extra_state``. torch.compile does not
+    change it.
 
     Raises:
-        TypeError: an extra state that is neither tensors nor plain values.
+        TypeError: an extra state holds something other than tensors and plain values.
     """
     return _hash({plain_name(name): entry for name, entry in model.state_dict().items()})
 
@@ -121,13 +124,15 @@ def _hash(entries: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-#: What its `repr` says all of.
+#: Types with a `repr` that identifies the value.
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 
 
 def _contents(name: str, entry: Any) -> Iterator[tuple[str, Any]]:
-    """What identifies an entry of a state_dict, piece by piece: a heading and bytes. A tensor's
-    are its own memory."""
+    """Yield what identifies an entry of a state dict, piece by piece: a heading and bytes.
+
+    The bytes of a tensor on the CPU are its own memory, not a copy.
+    """
     if type(entry).__module__.startswith("torchao."):  # quantized: a tensor of tensors
         yield f"{name} {type(entry).__name__} {entry.dtype} {tuple(entry.shape)}", b""
         for inner in entry.__tensor_flatten__()[0]:
@@ -151,43 +156,45 @@ def _contents(name: str, entry: Any) -> Iterator[tuple[str, Any]]:
             yield from _contents(f"{name}[{key!r}]", inner)
     else:
         raise TypeError(
-            f"the extra state {name} holds a {type(entry).__name__}, whose contents cannot be told "
-            "from another's: give tensors, numbers, text, bytes, lists or dicts of them"
+            f"the extra state {name} holds a {type(entry).__name__}, which cannot be hashed by its "
+            "contents; give tensors, numbers, text, bytes, or lists or dicts of these"
         )
 
 
 def stream(seed: int, i: int) -> torch.Generator:
-    """The i-th generator of a seed, on the CPU, where a generator keeps 32 bits of its seed."""
+    """Return the i-th generator of a seed, on the CPU.
+
+    `seed` and `i` are mixed into 32 bits, because a CPU generator keeps 32 bits of its seed.
+    """
     mixed = seed * 0x9E3779B1 + (seed >> 32) * 0x85EBCA6B + i
     return torch.Generator().manual_seed(mixed % 2**32)
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of the weights and buffers."""
+    """Return the bytes of the weights and buffers."""
     held = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return sum(t.numel() * t.element_size() for t in held)
 
 
-#: diffusers' name of a hook -> who puts it there, and what it does.
+#: The name of a diffusers hook -> the method that adds it, and what it does.
 HOOKS = {
-    "group_offloading": ("enable_group_offload", "keeps weights elsewhere between the passes"),
-    "layerwise_casting": ("enable_layerwise_casting", "has rounded weights between the passes"),
+    "group_offloading": ("enable_group_offload", "moves weights away between the passes"),
+    "layerwise_casting": ("enable_layerwise_casting", "rounds the weights between the passes"),
 }
 
 
 def refuse_hooks(model: nn.Module, what: str, kinds: Iterable[str] = tuple(HOOKS)) -> None:
-    """Args:
-        what: the model, in the message.
-        kinds: of `HOOKS`.
+    """Raise ValueError if diffusers' hooks move or round the weights of a model.
 
-    Raises:
-        ValueError: diffusers moves or rounds its weights.
+    Args:
+        what: the name of the model, in the message.
+        kinds: the hooks to look for, keys of `HOOKS`.
     """
     for module in model.modules():
         there = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         if kind := next((kind for kind in kinds if kind in there), None):
             call, does = HOOKS[kind]
             raise ValueError(
-                f"{what}: diffusers' {call}() {does}, so that gradients or results are wrong: "
-                "give the model without it"
+                f"{what}: diffusers' {call}() {does}, so that gradients or results are wrong; "
+                "give the model without this hook"
             )

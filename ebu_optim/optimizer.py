@@ -1,4 +1,4 @@
-"""The earlier place of EBUOptimizer."""
+"""The earlier import path of EBUOptimizer."""
 
 from .optim import EBUOptimizer
 

@@ -390,7 +390,7 @@ def test_a_folder_that_may_only_be_read(tmp_path):
 def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=r"cannot write .*step_00000001.*a file is where"):
+        with pytest.raises(OSError, match=r"cannot write .*step_00000001.*remove the file that is where"):
             save_checkpoint(folder, 1, {})
     with pytest.raises(NotADirectoryError, match="file"):
         load_checkpoint(tmp_path / "file", {})

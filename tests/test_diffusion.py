@@ -384,7 +384,7 @@ def test_set_of_another_model_or_protocol_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another seed"):
         make_set(path, seed=1)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         make_set(path)
 
 

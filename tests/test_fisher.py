@@ -475,7 +475,7 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(tmp_path):
 def test_damaged_and_foreign_files(tmp_path):
     path = tmp_path / "f.safetensors"
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         DiagonalFisher.load(path)
     from ebu_optim.files import save_tensors
 

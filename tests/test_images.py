@@ -121,7 +121,7 @@ def test_sixteen_bit_gray_is_the_eight_bit_gray_of_the_same_light():
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_numbers_without_a_known_range_are_refused(mode, tmp_path):
     Image.new(mode, (3, 2), 7).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=f"its mode {mode}, 32 bits a channel, has no known range"):
+    with pytest.raises(ValueError, match=f"mode {mode}: 32 bits a channel have no known range"):
         read_rgb(tmp_path / "x.tif")
 
 

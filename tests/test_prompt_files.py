@@ -183,7 +183,7 @@ def test_weights_that_lack_a_tensor_are_told_in_one_line(tmp_path, part):
     (gone, *_) = [n for n in state if n.endswith("weight")]
     del state[gone]
     save_file(state, file, {"format": "pt"})
-    with pytest.raises(InputError, match=r"the weights lack .*: they are cut short"):
+    with pytest.raises(InputError, match=r"the weights lack .*: the file is incomplete"):
         results.load(options(broken, tmp_path / "o", prompts=["a"]))
 
 

@@ -9,7 +9,7 @@ def test_two_ranks_save_load_and_fail_together(tmp_path):
     """That the loaded run goes on bit for bit is asserted on the ranks."""
     first, second = outcomes(2, "checkpoints", tmp_path)
     wanted = {
-        "rank 0 cannot write": ("a file is where a folder should be", "rank 0: "),
+        "rank 0 cannot write": ("remove the file that is where a folder goes", "rank 0: "),
         "shards": ("torch.distributed.checkpoint", "torch.distributed.checkpoint"),
         "another folder": ("file system that all of them share", "file system that all"),
         "rank 1 has another model": ("rank 1: ValueError", "does not fit the 'm'"),
