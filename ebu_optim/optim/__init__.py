@@ -1,4 +1,4 @@
-"""How two gradients become one step: the engine, the paper's rule, and rules of your own."""
+"""How two gradients become one step: the engine, the paper's rule, and rules that users write."""
 
 from ._holding import Holding, TensorMap
 from .ebu import EBUOptimizer

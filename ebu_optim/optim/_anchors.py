@@ -1,4 +1,4 @@
-"""theta0 and F: what penalties need, kept by tensor and never in the base's state."""
+"""theta0 and F, which penalties need. They are kept by tensor and never in the base's state."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Anchors:
         slots: the optimizer's parameters.
         fisher: "online", None or a mapping; see EBUOptimizer.
         anchor: a mapping, or None to take theta0 at the first phase.
-        used: whether the rule has a penalty; False holds what is given and takes nothing.
+        used: whether the rule has a penalty. If False, given tensors are held, but none is taken.
         unit: scale F by 1 / sqrt(mean F).
         holding: how theta0 and F are held.
-        alone: theta0 is taken without an F too.
+        alone: take theta0 even where there is no F.
 
     Attributes:
         mode: "online", "warm" (an online F, frozen), "fixed" (a mapping) or "none".
-        anchor, fisher: by key, those of tensors that have left the groups too.
-        count: by key, the batches that an online F is the mean of.
-        mean: 0-d float64 mean of F where it is known; None makes it be computed anew.
+        anchor, fisher: the tensors by key, including those of parameters that have left the groups.
+        count: by key, the number of batches that an online F is the mean of.
+        mean: the mean of F, 0-d float64; None if it has to be computed again.
     """
 
     def __init__(
@@ -83,17 +83,18 @@ class Anchors:
 
     @property
     def wanted(self) -> bool:
-        """Whether theta0 is taken of what is trained."""
+        """Whether theta0 of the trained parameters has to be taken."""
         return self.active or self.alone or bool(self.anchor)
 
     @torch.no_grad()
     def take(self, slots: SlotList) -> None:
-        """At a step's first phase: theta0 and an empty F for what is trained and has none yet."""
+        """At a step's first phase, take theta0 and an empty F of parameters that have none yet."""
         known, shapes = self._fits
         if known is not slots or not all(map(eq, map(_SHAPE, slots.params), shapes)):
             self._check_shapes(slots)
             self._fits = slots, list(map(_SHAPE, slots.params))
-        for slot in slots if any_sharded(slots.params) else ():  # since they were given?
+        # theta0 and F may have been given before the parameters were sharded
+        for slot in slots if any_sharded(slots.params) else ():
             for own in (self.anchor, self.fisher):
                 if slot.key in own:
                     own[slot.key] = spread(own[slot.key], slot.param)
@@ -102,31 +103,31 @@ class Anchors:
             return
         if slots and not any(slot.param.requires_grad for slot in slots):
             raise RuntimeError(
-                "none of the optimizer's parameters requires a gradient, so theta0 and F would be "
-                "kept for none and the penalty be missing: unfreeze the model, or call "
-                "requires_grad_() on master copies that are given their gradients by hand"
+                "none of the optimizer's parameters requires a gradient, so no theta0 and F would "
+                "be kept and the penalty would be missing; unfreeze the model, or call "
+                "requires_grad_() on master copies whose gradients you set by hand"
             )
         self.hold(slots)
 
     def _check_shapes(self, slots: SlotList) -> None:
         for slot in slots:
-            held = self.anchor.get(slot.key, self.fisher.get(slot.key))  # they have one shape
+            held = self.anchor.get(slot.key, self.fisher.get(slot.key))  # both have the same shape
             if held is not None and held.shape != slot.param.shape:
                 raise ValueError(
                     f"{slot.name} has shape {tuple(slot.param.shape)} but its theta0 or F has "
-                    f"shape {tuple(held.shape)}: the parameter changed shape; build a new "
+                    f"shape {tuple(held.shape)}: the parameter has changed its shape; build a new "
                     "EBUOptimizer for the new model"
                 )
 
     @torch.no_grad()
     def hold(self, slots: SlotList, by_hand: bool = False) -> None:
-        """theta0 and an empty F for what is trained and has none yet, in whatever phase.
+        """Take theta0 and an empty F of the trained parameters that have none yet.
 
-        Weights stand still between a step's first phase and its end, so what is first trained in
-        a later phase is as it was at the first.
+        This may run in any phase. Weights do not change between a step's first phase and its end,
+        so a parameter that is first trained in a later phase still has its value from the first.
 
         Args:
-            by_hand: also for what requires no gradient, as it was given one.
+            by_hand: also include parameters that require no gradient, because one was set by hand.
         """
         if not self.wanted:
             return
@@ -148,14 +149,14 @@ class Anchors:
                 self.anchor[slot.key] = self.holding.anchor(p.detach().clone(), slot.name)
 
     def _look(self, slots: SlotList) -> None:
-        """Which parameters are in the groups; the mean of F is over these."""
+        """Note which parameters are in the groups: the mean of F is taken over these."""
         present = slots.key_set
         if present != self._present and (present ^ self._present) & self.fisher.keys():
             self.mean = None
         self._present = present
 
     def scale(self, shards: Shards) -> Tensor | float:
-        """What gamma is multiplied by: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
+        """Return the factor of gamma: 1 / sqrt(mean F) (0 while F is 0), or 1 for "raw"."""
         if not self.unit or self._present.isdisjoint(self.fisher):
             return 1.0
         if self.mean is None:
@@ -173,17 +174,17 @@ class Anchors:
         return torch.where(self.mean > 0, self.mean.rsqrt(), 0.0)
 
     def online_weight(self, key: Key) -> float | None:
-        """Weight of the next squared gradient in the cumulative mean; None where F is fixed."""
+        """Return the weight of the next squared gradient in the mean; None where F is fixed."""
         return 1 / (self.count.get(key, 0) + 1) if self.mode == "online" and self.active else None
 
     def pull(self, slot: Slot, like: Tensor, scale: Tensor | float) -> Tensor:
-        """F (theta - theta0) of one parameter in the dtype and place of `like`, F times `scale`."""
+        """Return `scale` F (theta - theta0) of one parameter in the dtype and place of `like`."""
         anchor, fisher = (local(m[slot.key]).to(like) for m in (self.anchor, self.fisher))
         scale = scale.to(like) if isinstance(scale, Tensor) else scale
         return fisher * scale * (slot.param.to(like) - anchor)
 
     def columns(self, slots: SlotList) -> tuple[Column, Column]:
-        """theta0 and F by slot, this process's parts; None where there is none to use."""
+        """Return theta0 and F by slot, as this process's parts; None where none is used."""
         held = self.anchor, self.fisher if self.active else {}
         now = [list(map(own.get, slots.keys)) for own in held]
         kept = self._columns
@@ -194,12 +195,12 @@ class Anchors:
         return kept
 
     def counts(self, slots: SlotList) -> list[int]:
-        """By slot, the batches that an online F is the mean of; 0 where F is fixed."""
+        """Return, by slot, how many batches an online F is the mean of; 0 where F is fixed."""
         online = self.mode == "online" and self.active
         return list(map((self.count if online else {}).get, slots.keys, repeat(0)))
 
     def counted(self, slots: SlotList, mean: Tensor) -> None:
-        """One more square has gone into the F of these, which have this mean."""
+        """Count one more square in the F of these slots; `mean` is the mean of their F."""
         counts = map((1).__add__, map(self.count.get, slots.keys, repeat(0)))
         self.count.update(zip(slots.keys, counts, strict=True))
         whole = slots.key_set == self._present or slots.key_set >= (
@@ -209,7 +210,7 @@ class Anchors:
 
     @torch.no_grad()
     def warm(self, slots: Iterable[Slot]) -> None:
-        """Average the squares of the gradients that lie on the parameters into F."""
+        """Average the squares of the gradients on the parameters into F."""
         slots = list(slots)
         self.hold(SlotList(s for s in slots if s.param.grad is not None), by_hand=True)
         for slot in slots:
@@ -224,8 +225,11 @@ class Anchors:
     # -- checkpoints ------------------------------------------------------------------------------
 
     def state(self, slots: SlotList) -> dict[Key, dict[str, Tensor]]:
-        """What a checkpoint holds. A tensor that is not made yet stands as what it would be made
-        of now, so that a tool which only fills the keys it finds fills ours."""
+        """Return what a checkpoint holds.
+
+        A tensor that does not exist yet is included with the value that it would have now. So a
+        tool that fills only the keys it finds also fills ours.
+        """
         own: dict[Key, dict[str, Tensor]] = {}
         self._look(slots)
         for key, _, p, _, _ in slots:
@@ -246,12 +250,19 @@ class Anchors:
         return own
 
     def reference(self, keys: Iterable[Key]) -> dict[str, Any]:
-        """For the checkpoint: where theta0 comes from, and its hash over `keys` in that order once
-        it is known."""
+        """Return where theta0 comes from and its hash, for the checkpoint.
+
+        The hash is over `keys` in that order. It is None as long as theta0 is not taken.
+        """
         return self._reference.of(self.anchor, keys)
 
     def check_reference(self, counters: Mapping[str, Any], keys: Iterable[Key]) -> None:
-        """Raise unless theta0 is here where a checkpoint only names it; `keys` in its order."""
+        """Raise ValueError if a checkpoint only names theta0 and it is not here.
+
+        Args:
+            counters: the counters of the checkpoint.
+            keys: the keys in the order of the checkpoint.
+        """
         self._reference.check(counters, self.anchor if self.anchor_given else {}, keys)
 
     def load(
@@ -263,7 +274,7 @@ class Anchors:
         frozen: bool,
         mean: float | None,
     ) -> None:
-        """Take a checkpoint's tensors; one from before the first phase undoes what was taken."""
+        """Load a checkpoint's tensors; one from before the first phase drops what was taken."""
         if self.mode != "fixed":
             self.fisher, self.count = {}, {}
         if self.mode in ("online", "warm"):
@@ -294,5 +305,5 @@ def _empty_fisher(p: Tensor) -> Tensor:
 
 
 def _own(loaded: Tensor, p: Tensor) -> Tensor:
-    """A copy of a checkpoint's tensor, laid out as its parameter is."""
+    """Return a copy of a checkpoint's tensor, sharded like its parameter."""
     return spread(loaded.to(p.device, copy=True), p)

@@ -1,4 +1,4 @@
-"""Checks of what a user hands over: every message names the argument, the value and the remedy."""
+"""Checks of what users pass in: every message names the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ..kernels.contract import has_float64
 from ._shards import is_sharded, local, spread
 
-TERMS = ("forget", "remember", "modulated")  # of the update, in the order that kernels take
+TERMS = ("forget", "remember", "modulated")  # terms of the update, in the order of the kernels
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
@@ -27,7 +27,7 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def number(name: str, value: Any) -> float:
-    """A number, or a tensor that holds one, as a float."""
+    """Return a number, or a tensor that holds one, as a float."""
     scalar = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
         raise ValueError(f"{name} must be a number; got {value!r}")
@@ -35,7 +35,7 @@ def number(name: str, value: Any) -> float:
 
 
 def group(values: Mapping[str, Any]) -> None:
-    """ebu_alpha, ebu_delta, ebu_gamma, as far as they are there."""
+    """Check those of ebu_alpha, ebu_delta and ebu_gamma that `values` has."""
     if "ebu_alpha" in values:
         alpha = number("alpha", values["ebu_alpha"])
         if not 0 <= alpha <= 1:
@@ -55,12 +55,12 @@ def group(values: Mapping[str, Any]) -> None:
 
 
 def direction(groups: Sequence[Mapping[str, Any]], penalised: bool) -> None:
-    """Refuse a base that ascends: it would push the weights away from theta0."""
+    """Raise ValueError if the base maximizes: it would push the weights away from theta0."""
     if penalised and any(g.get("maximize") for g in groups):
         raise ValueError(
-            "the base has maximize=True, which turns the penalty round: it would push the weights "
-            "away from theta0. Build the base without it and give both losses the other sign, or "
-            "take fisher=None"
+            "the base has maximize=True, which reverses the penalty: it would push the weights "
+            "away from theta0; build the base without it and change the sign of both losses, or "
+            "use fisher=None"
         )
 
 
@@ -70,7 +70,7 @@ def terms(given: Sequence[str], update: str) -> tuple[str, ...]:
         raise ValueError(f"terms must name at least one of {TERMS}, each once; got {value!r}")
     if update == "routed" and len(value) != 3:
         raise ValueError(
-            f'terms={value!r} with update="routed": the routed update is no sum of three terms; '
+            f'terms={value!r} with update="routed": the routed update is not a sum of three terms; '
             'use update="added" or "replaced" for the ablations'
         )
     return value
@@ -92,13 +92,13 @@ def base(optimizer: Any) -> None:
         )
     name = type(optimizer).__name__
     if hasattr(optimizer, "forget") and hasattr(optimizer, "remember"):
-        raise TypeError(f"base is a {name} already; wrap the plain optimizer, {name}.base")
+        raise TypeError(f"base is already a {name}; wrap the plain optimizer, {name}.base")
     if not (hasattr(optimizer, "defaults") and hasattr(optimizer, "state")):
         raise TypeError(
-            f"base {name} is an Optimizer in name only (Optimizer.__init__ was never called). One "
-            "that takes the gradients away during backward(), as torchao's CPUOffloadOptimizer "
-            "does, would step on one of the two gradients and never see the combined one: keep "
-            "master copies on the CPU instead (docs/loops.md)"
+            f"base {name} never called Optimizer.__init__. An optimizer that removes the gradients "
+            "during backward(), such as torchao's CPUOffloadOptimizer, would step on one of the "
+            "two gradients and never see the combined one; keep master copies on the CPU instead "
+            "(docs/loops.md)"
         )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (
@@ -108,7 +108,7 @@ def base(optimizer: Any) -> None:
     ):
         raise TypeError(
             f"base {name} needs a closure, which would overwrite the combined gradient; "
-            "use an optimizer whose step() takes none"
+            "use an optimizer whose step() needs none"
         )
     for g, param_group in enumerate(optimizer.param_groups):
         for i, p in enumerate(param_group["params"]):
@@ -118,9 +118,9 @@ def base(optimizer: Any) -> None:
 def real(p: Tensor, name: str) -> None:
     if p.is_meta:
         raise TypeError(
-            f"{name} is on the meta device and has no values: load the weights first "
+            f"{name} is on the meta device and has no values; load the weights first "
             "(model.to_empty(device=...) and load_state_dict, or load_state_dict(..., "
-            "assign=True)), then build the optimizer over the parameters that are there then"
+            "assign=True)), then build the optimizer over the new parameters"
         )
     if p.is_complex() or not p.is_floating_point():
         raise TypeError(f"{name} has dtype {p.dtype}; parameters must be real floating tensors")
@@ -131,31 +131,31 @@ def real(p: Tensor, name: str) -> None:
 
 
 def wide_device(p: Tensor, name: str) -> None:
-    """Refuse a device on which nothing can be added up."""
+    """Raise TypeError for a device without float64, which the sums need."""
     if not has_float64(p.device):
         raise TypeError(
-            f"{name} is on {p.device}, which has no float64 for the sums over all parameters: "
+            f"{name} is on {p.device}, which has no float64 for the sums over all parameters; "
             "unlearn on the CPU, model.cpu(), or on a CUDA device"
         )
 
 
 def sharded(p: Tensor, name: str) -> None:
-    """Refuse by name what holds a part of a parameter and is no DTensor."""
+    """Raise TypeError for a DTensor on an old torch, and for a parameter of FSDP1."""
     if is_sharded(p) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise TypeError(
-            f"{name} is a DTensor: those of fully_shard and of tensor parallelism need torch 2.6 "
+            f"{name} is a DTensor: fully_shard and tensor parallelism need torch 2.6 "
             f"or newer; this is {torch.__version__}"
         )
     if hasattr(p, "_fsdp_flattened"):
         raise TypeError(
-            f"{name} belongs to FullyShardedDataParallel (FSDP1), which is not supported: its "
-            "parameters are pieces of flat buffers. Use fully_shard (FSDP2, torch >= 2.6) or "
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), which is not supported, because "
+            "its parameters are pieces of flat buffers; use fully_shard (FSDP2, torch >= 2.6) or "
             "DistributedDataParallel"
         )
 
 
 def all_sharded(slots: Sequence[Any]) -> None:
-    """`sharded` of every slot; their device by the first."""
+    """Check `sharded` for every slot, and the device of the first slot."""
     if slots:
         wide_device(slots[0].param, slots[0].name)
     params = [s.param for s in slots]
@@ -166,7 +166,7 @@ def all_sharded(slots: Sequence[Any]) -> None:
 
 
 def gradients(slots: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
-    """Of the slots, by slot."""
+    """Raise TypeError for a sparse or complex gradient; `grads` are by slot."""
     there = [g for g in grads if g is not None]
     layouts, dtypes = (set(map(attrgetter(n), there)) for n in ("layout", "dtype"))
     if layouts <= {torch.strided} and not any(dtype.is_complex for dtype in dtypes):
@@ -184,16 +184,16 @@ def gradients(slots: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
 
 
 def kept_back(slots: Sequence[Any], grads: Sequence[Tensor | None], phase: str) -> None:
-    """Refuse fully_shard's own accumulation: it would add the gradients of both phases together.
+    """Refuse fully_shard's own accumulation, which would add up the gradients of both phases.
 
     Raises:
         RuntimeError: no sharded parameter has a gradient after the phase.
     """
     if all(g is None for g in grads) and any(is_sharded(s.param) for s in slots):
         raise RuntimeError(
-            f"the {phase} phase made no gradient. Where set_requires_gradient_sync(False) was set, "
-            "fully_shard keeps the gradients of that micro-batch to itself and adds them to the "
-            "next loss, whichever phase it belongs to: leave it True (accelerate: "
+            f"the {phase} phase made no gradient. With set_requires_gradient_sync(False), "
+            "fully_shard keeps the gradients of that micro-batch and adds them to the next loss, "
+            "whichever phase it belongs to; leave it True (accelerate: "
             "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True))"
         )
 
@@ -203,23 +203,23 @@ def capturing() -> bool:
 
 
 def capture(nonfinite: str, fisher: str) -> None:
-    """What a CUDA graph would replay wrongly, or what waits for the device."""
+    """Raise RuntimeError in a CUDA graph for what it would replay wrongly or what needs a sync."""
     if capturing() and (nonfinite != "propagate" or fisher == "online"):
         raise RuntimeError(
-            'a step inside a CUDA graph needs nonfinite="propagate", as the other policies wait '
-            "for the device, and a Fisher that counts no steps: a fixed one, None, or the online "
-            "one after warmup_fisher(..., freeze=True); "
+            'a step inside a CUDA graph needs nonfinite="propagate", because the other policies '
+            "wait for the device, and a Fisher that does not count steps: a fixed one, None, or "
+            "the online one after warmup_fisher(..., freeze=True); "
             f"got nonfinite={nonfinite!r}, Fisher: {fisher}"
         )
 
 
 def foreign_gradient(slot: Any, phase: str) -> None:
-    """A gradient at a first phase that belongs to none; zeros left by zero_grad are no harm."""
+    """Raise RuntimeError for a gradient from before the first phase; zeros are accepted."""
     grad = slot.param.grad
     if grad.layout is torch.strided and not local(grad).count_nonzero():
         return
     raise RuntimeError(
-        f"{slot.name} has a gradient from before {phase}(), which belongs to no phase: call "
+        f"{slot.name} has a gradient from before {phase}(), which belongs to no phase; call "
         "zero_grad() first, and run every backward pass inside forget() or remember()"
     )
 
@@ -227,7 +227,14 @@ def foreign_gradient(slot: Any, phase: str) -> None:
 def tensor_map(
     argument: str, mapping: Any, slots: Sequence[Any], nonnegative: bool = False
 ) -> dict[Any, Tensor]:
-    """The mapping's tensors by slot, checked; float32 at least where they must be non-negative."""
+    """Return the mapping's tensors by slot key, checked.
+
+    Non-negative tensors are returned in float32 or float64.
+
+    Raises:
+        TypeError: `mapping` is not a mapping, or a value is not a tensor.
+        ValueError: a tensor is missing, has another shape, or has values that are not allowed.
+    """
     if not isinstance(mapping, Mapping):
         raise TypeError(
             f"{argument} must be a mapping from parameter or name to tensor; got {type(mapping)!r}"
@@ -235,9 +242,9 @@ def tensor_map(
     named = any(isinstance(k, str) for k in mapping)
     if named and any("param_names" not in s.group for s in slots):
         raise ValueError(
-            f"{argument} is keyed by name, but the base optimizer does not know its parameters' "
-            "names: build it with model.named_parameters() (torch >= 2.6), or key the mapping by "
-            "parameter: {p: tensors[name] for name, p in model.named_parameters()}"
+            f"{argument} has names as keys, but the base optimizer does not know its parameters' "
+            "names; build it with model.named_parameters() (torch >= 2.6), or use parameters as "
+            "keys: {p: tensors[name] for name, p in model.named_parameters()}"
         )
     found = {}
     missing = []
@@ -253,7 +260,7 @@ def tensor_map(
         if value.shape != slot.param.shape:
             raise ValueError(
                 f"{argument}[{slot.name}] has shape {tuple(value.shape)} but the parameter has "
-                f"{tuple(slot.param.shape)}: it was made for another model"
+                f"{tuple(slot.param.shape)}: the tensor was made for another model"
             )
         value = spread(value.detach().to(slot.param.device), slot.param)
         if not local(value).isfinite().all():
@@ -262,7 +269,7 @@ def tensor_map(
             if (local(value) < 0).any():
                 raise ValueError(
                     f"{argument}[{slot.name}] holds negative values; a diagonal of squared "
-                    "gradients is >= 0 (an estimate by cross products needs .clamp(min=0))"
+                    "gradients is >= 0 (clamp an estimate by cross products: .clamp(min=0))"
                 )
             wide = torch.float64 if slot.param.dtype == torch.float64 else torch.float32
             value = value.to(wide)

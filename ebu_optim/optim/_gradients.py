@@ -1,7 +1,7 @@
-"""The gradients of one phase, in the order of the slots, and whether somebody else wrote them.
+"""The gradients of one phase, in the order of the slots, and whether other code has written them.
 
-What every step asks of every tensor is asked here in passes that call no function of ours for each
-tensor: those would cost more than the step of a model of many small tensors.
+Every step runs these checks on every tensor. They make passes over lists that call no Python
+function per tensor: such calls would cost more than the step of a model of many small tensors.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from torch import Tensor
 from ._shards import is_sharded
 from ._slots import Key, SlotList
 
-Grads = list[Tensor | None]  # by slot, None where there is none
+Grads = list[Tensor | None]  # by slot; None where there is no gradient
 
 _GRAD, _NBYTES = attrgetter("grad"), attrgetter("nbytes")
-_PLACED = (0).__lt__  # of `addresses`: a tensor lies there
+_PLACED = (0).__lt__  # of an address: whether it is that of a non-empty plain tensor
 
 
 def on(params: Sequence[Tensor]) -> Grads:
-    """What lies on the parameters."""
+    """Return the gradients that are on the parameters."""
     return list(map(_GRAD, params))
 
 
 def any_of(grads: Sequence[Tensor | None]) -> bool:
-    """There is a gradient."""
+    """Whether there is a gradient."""
     return any(map(is_not, grads, repeat(None)))
 
 
 def put(
     params: Sequence[Tensor], now: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> None:
-    """Onto the parameters, where `now` lies."""
+    """Set `grads` as the gradients of the parameters; `now` are the present ones."""
     for p, old, grad in zip(params, now, grads, strict=True):
         if grad is not old:
             p.grad = grad
 
 
 def with_gradients(slots: SlotList, g_f: Grads, g_r: Grads) -> tuple[SlotList, Grads, Grads]:
-    """The slots that have at least one of two gradients, and these."""
+    """Return the slots that have at least one of the two gradients, and their gradients."""
     if all(map(is_not, g_f, repeat(None))) or all(map(is_not, g_r, repeat(None))):
         return slots, g_f, g_r
     rows = [i for i, pair in enumerate(zip(g_f, g_r, strict=True)) if any_of(pair)]
@@ -56,24 +56,25 @@ class Gradients:
     """The gradients of one phase.
 
     Args:
-        slots: whose they are.
-        tensors: by slot.
+        slots: the parameters that they belong to.
+        tensors: the gradients by slot.
 
     Attributes:
-        tensors: by slot.
+        tensors: the gradients by slot.
     """
 
     def __init__(self, slots: SlotList | None = None, tensors: Grads | None = None) -> None:
         self._slots = SlotList(()) if slots is None else slots
-        self._left: dict[Key, tuple[Tensor | None, int | None]] = {}  # of what is in no group now
+        # gradients of parameters that are in no group now
+        self._left: dict[Key, tuple[Tensor | None, int | None]] = {}
         self.hold(tensors or [])
 
     def hold(self, tensors: Grads, at: list[int] | None = None) -> None:
-        """These from now on, as they are now, `at` these `addresses` where they are known."""
+        """Hold these gradients with their versions; `at` are their `addresses` if known."""
         self.tensors, self._versions, self._at = tensors, _versions(tensors), at
 
     def follow(self, slots: SlotList) -> None:
-        """By these slots from now on; each gradient stays with its parameter."""
+        """Reorder the gradients by these slots; each gradient stays with its parameter."""
         if slots is self._slots:
             return
         marked = zip(self.tensors, self._versions, strict=True)
@@ -87,7 +88,7 @@ class Gradients:
             self.hold([None] * len(slots))
 
     def others(self, now: Grads) -> list[int]:
-        """The slots where a gradient of `now` is another tensor or was written since."""
+        """Return the slots where a gradient of `now` is another tensor or was written since."""
         versions = _versions(now)
         if versions == self._versions and all(map(is_, now, self.tensors)):
             return []
@@ -99,8 +100,11 @@ class Gradients:
         ]
 
     def touched(self, now: Grads) -> int | None:
-        """The first slot where `now`, what lies on the parameters, is another tensor or was
-        written; None where none is."""
+        """Return the first slot whose gradient is another tensor or was written; None if none is.
+
+        Args:
+            now: the gradients that are on the parameters.
+        """
         versions = _versions(now)
         if all(map(is_, now, self.tensors)) and versions == self._versions:
             return None
@@ -108,8 +112,14 @@ class Gradients:
         return next(i for i, (new, kept, v, was) in enumerate(rows) if new is not kept or v != was)
 
     def written(self, new_at: list[int]) -> int | None:
-        """The first slot where the gradient was written, or lies in the memory of a new one, of
-        which these are the `addresses`; None where none does."""
+        """Return the first slot whose gradient was written or shares memory with a new gradient.
+
+        Args:
+            new_at: the `addresses` of the new gradients.
+
+        Returns:
+            None if there is no such slot.
+        """
         if not any_of(self.tensors):
             return None
         versions = _versions(self.tensors)
@@ -121,15 +131,18 @@ class Gradients:
         return next((i for i, (a, v, was) in enumerate(rows) if v != was or a in taken), None)
 
     def own(self) -> None:
-        """Copy what the next backward pass would write again."""
+        """Copy the gradients that the next backward pass would overwrite."""
         owned = owning(self.tensors)
         if owned is not self.tensors:
             self.hold(owned)
 
 
 def writable(grads: Grads) -> Grads:
-    """The gradients, copied where several elements are one place in memory (an expanded tensor), as
-    a step writes into them; the same list where none is."""
+    """Copy gradients in which several elements share memory (expanded tensors).
+
+    A step writes into its gradients, so each element needs its own memory. Returns the same list
+    if there is no such gradient.
+    """
     there = [g for g in grads if g is not None]
     if all(map(Tensor.is_contiguous, there)) or not any(map(_overlaps, there)):
         return grads
@@ -141,11 +154,13 @@ def _overlaps(grad: Tensor) -> bool:
 
 
 def separate(grads: Grads, at: list[int]) -> Grads:
-    """The gradients, copied where they begin where an earlier one does, as those of terms of a sum
-    by `torch.autograd.grad` do: a step writes into each; the same list where none does.
+    """Copy gradients that begin at the address of an earlier one.
+
+    `torch.autograd.grad` returns such gradients for the terms of a sum. A step writes into each
+    gradient, so they must not share memory. Returns the same list if there is no such gradient.
 
     Args:
-        at: their `addresses`.
+        at: the `addresses` of the gradients.
     """
     if len(set(at)) == len(at):
         return grads
@@ -161,12 +176,14 @@ def separate(grads: Grads, at: list[int]) -> Grads:
 
 
 def owning(grads: Grads) -> Grads:
-    """The gradients, copied where they are part of a larger buffer, such as DDP's bucket, which
-    will be overwritten; the same list where none is."""
+    """Copy gradients that are part of a larger buffer that will be overwritten (DDP's bucket).
+
+    Returns the same list if there is no such gradient.
+    """
     # FSDP2 reduces into a new buffer at every backward pass
     there = [g for g in grads if g is not None and not hasattr(g, "placements")]
     storages = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, there))
-    # a view may fill its buffer exactly: a bucket of one parameter
+    # a view may fill its buffer exactly: then the bucket has one parameter
     if not any(map(Tensor._is_view, there)) and list(storages) == list(map(_NBYTES, there)):
         return grads
     return [g.clone() if g is not None and _shares_storage(g) else g for g in grads]
@@ -183,7 +200,7 @@ def _versions(grads: Grads) -> list[int | None]:
 
 
 def addresses(slots: SlotList, grads: Grads) -> list[int]:
-    """Where plain tensors begin; 0 for empty ones, -1 where there is none, or a sharded one."""
+    """Return the addresses of plain tensors; 0 for empty ones, -1 for sharded or missing ones."""
     if slots.sharded:
         return [-1 if g is None or is_sharded(g) else g.data_ptr() for g in grads]
     return [-1 if g is None else g.data_ptr() for g in grads]

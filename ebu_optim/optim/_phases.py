@@ -1,24 +1,24 @@
 """Which gradient belongs to which loss: the phases of a step, and who owns a buffer when.
 
-A phase puts its gradients onto the parameters when it is entered and takes them off when it is
-left. Between the phases one of them lies on the parameters all the same, where GradScaler and
-gradient hooks expect one: that of the phase which is *shown*, the last that the rule needs. Nothing
-is copied: buffers change owner.
+Entering a phase puts its gradients onto the parameters; leaving it takes them off. Between the
+phases, GradScaler and gradient hooks expect a gradient on the parameters. So the gradients of the
+*shown* phase, the last one that the rule needs, stay there. Buffers change owner and are not
+copied.
 
 ================== ============================== ======================= =========================
-when               ``param.grad`` holds           kept here               whoever writes param.grad
+when               ``param.grad`` holds           kept here               a write to ``param.grad``
 ================== ============================== ======================= =========================
-before a phase     nothing, or G of the last step nothing                 raises, but for zeros
-in ``forget()``    g_f of the micro-batches       g_r, where it ran       is the forget loss
-in ``remember()``  g_r of the micro-batches       g_f, where it ran       is the remember loss
-between them       the shown gradient (g_r; g_f   the other one           raises; the scaler's probe
-                   where the rule needs it alone)                         alone is added
-in ``step()``      G in the buffer of a spent     nothing                 is the rule
+before a phase     nothing, or G of the last step nothing                 raises, except for zeros
+in ``forget()``    g_f of the micro-batches       g_r, if it was made     is the forget loss's
+in ``remember()``  g_r of the micro-batches       g_f, if it was made     is the remember loss's
+between them       the shown gradient (g_r; g_f   the other one           raises, except for the
+                   if the rule needs only g_f)                            scaler's probe
+in ``step()``      G in the buffer of a spent     nothing                 is the rule's
                    gradient
-after ``step()``   G, until the next phase        nothing                 may: G is spent
+after ``step()``   G, until the next phase        nothing                 is allowed: G is spent
 ================== ============================== ======================= =========================
 
-A phase that the rule does not need runs all the same, and what it makes is dropped.
+A phase that the rule does not need runs too, and its gradients are dropped.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from ._slots import SlotList
 
 
 class Phases:
-    """The gradients of the step under way.
+    """The gradients of the step that is being made.
 
     Args:
         slots: returns the optimizer's parameters as they are now.
-        anchors: what takes theta0 and F of them, at a step's first phase and where another phase
-            trains more.
+        anchors: takes theta0 and F of the parameters at a step's first phase, and of further
+            parameters that a later phase trains.
         needs: which phases must have run before a step: "forget", "remember" or both.
     """
 
@@ -68,25 +68,25 @@ class Phases:
         self._anchors = anchors
         self.needs = tuple(needs)
         self.shown = self.needs[-1]
-        # Before the first step, and where the last one came through GradScaler: look for it
+        # before the first step, and if the last step came through GradScaler: add the probe
         self.probes = True
-        # G of the last step, still on the parameters: the next phase discards it
+        # G of the last step is still on the parameters; the next phase discards it
         self.update = Gradients()
         self.reset()
 
     def reset(self) -> None:
         self.active: str | None = None
         self.done: frozenset[str] = frozenset()
-        #: By phase. Those of the shown phase lie on the parameters too.
+        #: By phase. Those of the shown phase are also on the parameters.
         self._grads = {name: Gradients() for name in ("forget", "remember")}
         self._poison: tuple[Tensor, Tensor] | None = None
 
     def of(self, name: str) -> Grads:
-        """The gradients of a phase, by slot as at the last `look`."""
+        """Return the gradients of a phase, in the order of the slots at the last `look`."""
         return self._grads[name].tensors
 
     def look(self) -> SlotList:
-        """The slots as they are now, and the gradients in their order."""
+        """Return the current slots, and reorder the gradients by them."""
         slots = self._slots()
         for kept in self._grads.values():
             kept.follow(slots)
@@ -94,17 +94,17 @@ class Phases:
 
     @property
     def complete(self) -> bool:
-        """Every phase that a step needs has run."""
+        """Whether every phase that a step needs has run."""
         return self.done.issuperset(self.needs)
 
     def close(self) -> None:
-        """After a step: what lies on the parameters now is spent."""
+        """End a step: the gradients that are now on the parameters are spent."""
         slots = self._slots()
         self.update = Gradients(slots, on(slots.params))
         self.reset()
 
     def discard(self) -> None:
-        """Drop the step under way, gradients included."""
+        """Drop the step that is being made, and its gradients."""
         for param in self._slots().params:
             param.grad = None
         self.reset()
@@ -112,7 +112,7 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         if self.active is not None:
-            raise RuntimeError(f"{name}() inside {self.active}(): phases do not nest")
+            raise RuntimeError(f"{name}() inside {self.active}(): phases cannot be nested")
         if name not in self.needs:
             aside = self._set_aside(name)
             try:
@@ -128,7 +128,7 @@ class Phases:
 
     @_disable_dynamo
     def _set_aside(self, name: str) -> tuple[list[Tensor], Grads]:
-        """Before a phase that the step does not need: the parameters and their gradients."""
+        """Begin a phase that the step does not need; return the parameters and their gradients."""
         slots = self._begin(name)
         shown = self._grads[self.shown]
         now = shown.tensors
@@ -144,14 +144,17 @@ class Phases:
         put(params, on(params), grads)
 
     def _begin(self, name: str) -> SlotList:
-        """Before any phase. At a step's first nothing but the G of the last step may lie on the
-        parameters, at a later one nothing but the shown gradient."""
+        """Begin any phase.
+
+        At a step's first phase, only G of the last step may be on the parameters. At a later
+        phase, only the shown gradient may be there.
+        """
         slots = self.look()
         if self.done:
             self._anchors.hold(slots)
             self.check_untouched(slots)
             return slots
-        _checks.all_sharded(slots)  # replaced since the optimizer was built?
+        _checks.all_sharded(slots)  # fully_shard may have replaced parameters since the last step
         now = on(slots.params)
         if any_of(now):
             self.update.follow(slots)
@@ -170,7 +173,7 @@ class Phases:
             own, shown = self._grads[name], self._grads[self.shown]
             put(slots.params, shown.tensors, own.tensors)
             own.hold([None] * len(slots))
-            # before another backward pass fills the buckets that gradients lie in
+            # before another backward pass overwrites the buckets that these gradients lie in
             shown.own()
         self.active = name
 
@@ -198,10 +201,10 @@ class Phases:
     def _carry_nonfinite(self) -> None:
         """Let GradScaler see a non-finite gradient that is not shown.
 
-        Before `step` it looks into param.grad alone. A probe that is NaN where the other gradient
-        is not finite is added to one element of param.grad on the device, and taken back before
-        that gradient is used. Where the last step came without a scaler there is no probe; should
-        one come after all, `step` looks itself.
+        Before `step`, GradScaler looks at param.grad only. So a probe, which is NaN if the other
+        gradient is not finite, is added to one element of param.grad on the device. It is removed
+        before that gradient is used. If the last step came without a scaler, no probe is added; if
+        a scaler is used after all, `step` checks both gradients itself.
         """
         if not self.probes:
             return
@@ -230,34 +233,36 @@ class Phases:
             shown.hold(shown.tensors)
 
     def _check_kept(self, slots: SlotList, at: list[int], name: str) -> None:
-        """At the end of a phase: it has not written the other's gradients, as a user does who gives
-        ``param.grad`` one tensor of his own in both."""
+        """Raise RuntimeError if a phase wrote the gradients of the other phase.
+
+        This happens if a user sets ``param.grad`` to the same tensor in both phases.
+        """
         for other in self.needs:
             i = None if other == name else self._grads[other].written(at)
             if i is not None:
                 raise RuntimeError(
-                    f"the {other} gradient of {slots[i].name} was written inside {name}(), or is "
-                    "the tensor that this phase gave too: one tensor cannot hold both. Give "
-                    "each phase its own, such as param.grad = buffer.clone()"
+                    f"the {other} gradient of {slots[i].name} was written inside {name}(), or both "
+                    "phases use the same tensor, which cannot hold both gradients; give "
+                    "each phase its own tensor, such as param.grad = buffer.clone()"
                 )
 
     def check_untouched(self, slots: SlotList) -> None:
-        """Between the phases and step nobody may clip, unscale, clear or add to the gradients."""
+        """Raise RuntimeError if a gradient was changed between the phases and the step."""
         i = self._grads[self.shown].touched(on(slots.params))
         if i is None:
             return
         self.discard()
         raise RuntimeError(
-            f"the gradient of {slots[i].name} was changed outside the phases: clipping, unscaling, "
-            "zero_grad or a backward pass there touches one of the two gradients only. Clip "
+            f"the gradient of {slots[i].name} was changed outside the phases. Clipping, unscaling, "
+            "zero_grad or a backward pass there changes only one of the two gradients; clip "
             "with EBUOptimizer(max_grad_norm=...), leave unscaling to scaler.step(), and run "
             "every backward pass inside forget() or remember()"
         )
 
     def require_all(self) -> None:
-        """Raise unless every phase that is needed ran and made a gradient."""
+        """Raise RuntimeError unless every needed phase has run and made a gradient."""
         if self.active is not None:
-            raise RuntimeError(f"step inside {self.active}(): leave the phase first")
+            raise RuntimeError(f"step inside {self.active}(); leave the phase first")
         for name in self.needs:
             if name in self.done and any_of(self.of(name)):
                 continue
@@ -267,6 +272,6 @@ class Phases:
                 self.discard()
             where = " and one inside ".join(f"{n}()" for n in self.needs)
             raise RuntimeError(
-                f"the {name} phase {what} (phases run: {ran}): a step needs a backward pass inside "
+                f"the {name} phase {what} (phases run: {ran}); a step needs a backward pass inside "
                 f"{where}, or closures that call backward() on a loss of these parameters"
             )

@@ -1,7 +1,7 @@
-"""What is asked over the ranks of a process group: whether they take the same step.
+"""Comparison over the ranks of a process group: do they take the same step?
 
-DistributedDataParallel reduces the gradient of a loss only where its backward pass follows its own
-forward pass, and says nothing where it does not. So the first steps compare what they are made of.
+DistributedDataParallel reduces the gradient of a loss only if its backward pass follows its own
+forward pass, and gives no warning otherwise. So the first steps compare checksums over the ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..kernels import reference
 
-# What has to be equal, in the order of the checksums, and what to do where it is not. The first
-# that differs is named with its remedy: what comes later may differ because of it.
+# What has to be equal, in the order of the checksums, and the remedy if it differs. The message
+# gives the remedy of the first difference, because later ones may follow from it.
 _REMEDIES = {
     "weights": (
         "load the same checkpoint on every rank and wrap the model in DistributedDataParallel, "
@@ -31,22 +31,22 @@ _REMEDIES = {
     "options": "give every rank the same alpha, delta, gamma and other options and schedules",
 }
 _ONE_GRADIENT = (
-    "DistributedDataParallel reduced one of the two gradients only. Probably the losses were "
-    "computed outside their phases: with both forward passes before the first backward pass one "
-    "goes unreduced. Compute each loss, forward and backward, inside forget() or remember(); leave "
-    "no_sync() for the last micro-batch of either; a loss that uses some parameters only needs "
-    "find_unused_parameters=True, and no static_graph"
+    "DistributedDataParallel reduced only one of the two gradients. Probably the losses were "
+    "computed outside their phases: if both forward passes run before the first backward pass, one "
+    "gradient is not reduced. Compute each loss, forward and backward, inside forget() or "
+    "remember(). Leave no_sync() for the last micro-batch of each loss. A loss that uses only some "
+    "parameters needs find_unused_parameters=True and no static_graph"
 )
 _BOTH_GRADIENTS = (
     "neither gradient was reduced. Probably the model is not wrapped in DistributedDataParallel "
-    "while the ranks see different batches, its .module was called instead of the wrapper, or "
+    "while the ranks see different batches, or its .module was called instead of the wrapper, or "
     "no_sync() covered the last micro-batch. Compute each loss through the wrapper inside forget() "
     "or remember(), or all-reduce param.grad there yourself"
 )
 
 
 def alone() -> bool:
-    """Whether there is no other rank to compare to."""
+    """Whether there is no other rank to compare with."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
@@ -62,13 +62,13 @@ def same_on_all_ranks(
 ) -> None:
     """Compare checksums over the default process group.
 
-    The bits of everything that decides a step are compared, before anything is decided: where they
-    are equal, so is all that follows on the same hardware (a skip or an error because of NaN or
-    Inf, GradScaler's found_inf, thresholds, masks, G). A rank that would skip or raise on its own
-    takes part first, and no rank waits for it. One all_gather of a few integers.
+    The checksums cover the bits of everything that decides a step. If they are equal, everything
+    that follows is equal on the same hardware: a skip or an error because of NaN or Inf,
+    GradScaler's found_inf, thresholds, masks and G. The comparison comes before any rank may skip
+    or raise, so no rank waits for another one. It takes one all_gather of a few integers.
 
     Raises:
-        RuntimeError: on every rank, where the ranks differ in anything.
+        RuntimeError: on every rank, if the ranks differ in anything.
     """
     if "cpu:" in dist.get_backend_config():
         device = torch.device("cpu")
@@ -94,8 +94,8 @@ def _message(differs: Mapping[str, bool], ranks: Sequence[bool]) -> str:
     return (
         f"the ranks are about to take different steps: of {len(ranks)}, rank {', '.join(others)} "
         f"and rank 0 differ in {', '.join(named)}. No weight was changed. Remedy: {remedy}. "
-        "Processes that share a process group and train independently on purpose set "
-        "opt.rank_checks = 0, every one of them"
+        "If the processes share a process group but train independently on purpose, set "
+        "opt.rank_checks = 0 in every one of them"
     )
 
 
@@ -104,7 +104,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def _checksum(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """0-d int64: a hash of the bits, of their places and of which tensors are None."""
+    """Return a hash of the bits, their places, and which tensors are None, as 0-d int64."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for i, t in enumerate(tensors):
         if t is None:
@@ -113,7 +113,7 @@ def _checksum(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
         start = (i + 1) << 40
         for (piece,) in reference.pieces([t.detach()]):
             bits = piece.reshape(-1).view(_BITS[t.element_size()]).to(torch.int64, copy=True)
-            # sums of bits alone are equal for [1, -1] and [-1, 1], so mix in the place
+            # the sums of the bits of [1, -1] and [-1, 1] are equal, so the place is mixed in
             bits += torch.arange(start, start + len(bits), device=t.device).mul_(0x9E3779B97F4A7C1)
             for _ in range(2):
                 bits.mul_(0x2545F4914F6CDD1D)

@@ -1,7 +1,7 @@
 """From two lists of gradients to one: steps 1 to 5 of docs/method.md over a whole optimizer.
 
-Chooses what is ranked together and what goes through one call of the kernels; the arithmetic is
-theirs (`kernels.reference`).
+This module chooses which gradients are ranked together and which go through one call of the
+kernels. The kernels do the arithmetic (`kernels.reference`).
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from ._slots import Group, Slot, SlotList
 
 
 class Selection(NamedTuple):
-    """What is ranked together, and the thresholds of it."""
+    """What is ranked together, and the thresholds."""
 
     grads: tuple[Column, Column]  # g_f and g_r per slot, missing ones as zeros
-    taus: Tensor  # keys, one for every pool
-    pools: tuple[list[int], list[int]]  # per slot, of g_f and of g_r
-    nonfinite: Tensor  # of g_f and of g_r, int64 [2]; zeros where no selection was made
-    total: int  # scalars
+    taus: Tensor  # the thresholds as keys, one for every pool
+    pools: tuple[list[int], list[int]]  # per slot, the pool of g_f and the pool of g_r
+    nonfinite: Tensor  # counts for g_f and g_r, int64 [2]; zeros where no selection was made
+    total: int  # number of scalars
     dtype: torch.dtype
     backend: Any
 
     def thresholds(self, inv_scale: Tensor | None) -> Tensor:
-        """As magnitudes, loss scale undone."""
+        """Return the thresholds as magnitudes, with the loss scale undone."""
         values = reference.key_to_value(self.taus, self.dtype)
         return values if inv_scale is None else values * inv_scale.to(values)
 
 
 class Combined(NamedTuple):
-    """What a rule made of a step's gradients.
+    """The combined gradient that a rule made from a step's gradients.
 
     Attributes:
-        grads: G per slot, in the parameter's dtype; may lie in the buffer of a spent gradient.
-        held: per slot what the base step may not move, NaN elsewhere, or None for nothing.
-        nonfinite: elements of G that are NaN or Inf, or any number > 0 for some; 0-d float64.
+        grads: G per slot, in the parameter's dtype; may use the buffer of a spent gradient.
+        held: per slot, the values that the base step may not change and NaN elsewhere; None if it
+            may change all.
+        nonfinite: how many elements of G are NaN or Inf, or any number > 0; 0-d float64.
         update_sq: |G|^2 over the whole model, 0-d float64.
-        last: what `Rule.read` makes `stats` of; on the device.
+        last: what `Rule.read` makes `stats` from; on the device.
     """
 
     grads: list[Tensor]
@@ -67,13 +68,15 @@ def select(
     fused: bool | None,
     shards: Shards,
 ) -> Selection:
-    """Step 1: the threshold of every set of gradients that is ranked together. Changes nothing.
+    """Step 1: find the threshold of every set of gradients that is ranked together.
+
+    The gradients are not changed.
 
     Args:
         slots: parameters that have at least one of the two gradients.
-        g_f, g_r: per slot; None counts as zero.
-        granularity: "model" or "tensor"; None selects nothing, and looks at no gradient.
-        shards: where the parameters are parts of larger ones, how the parts count together.
+        g_f, g_r: gradients per slot; None counts as zero.
+        granularity: "model" or "tensor"; None selects nothing and reads no gradient.
+        shards: which local parts count, if parameters are sharded.
     """
     slots = slots if isinstance(slots, SlotList) else SlotList(slots)
     full_f, full_r = (Column(_filled(grads, slots.params)) for grads in (g_f, g_r))
@@ -102,7 +105,7 @@ def select(
     else:
         taus, nonfinite = backend.select(pools, dtype)
     both = nonfinite
-    if len(pools) != 2:  # not one for each gradient
+    if len(pools) != 2:  # not exactly one pool per gradient
         both = torch.stack([part.sum() for part in nonfinite.split([*map(len, ranked.pools)])])
     return Selection((full_f, full_r), taus, ranked.of_slot, both, total, dtype, backend)
 
@@ -121,16 +124,16 @@ def combine(
     average: bool = True,
     counted: bool = True,
 ) -> Combined:
-    """Steps 2 to 5: G in place of g_r (or of g_f where g_r is None).
+    """Steps 2 to 5: write G in place of g_r (or of g_f where g_r is None).
 
     Args:
-        weigh: the weights and the strength of the penalty in a parameter group.
-        freeze: hold what ``unrelated="freeze"`` has to put back.
-        average: update an online F; False leaves it, and what it is made of: G is in place of g_f.
-        counted: add up what is no figure of G too, see `Update`.
+        weigh: returns the weights and the strength of the penalty in a parameter group.
+        freeze: keep the values that ``unrelated="freeze"`` has to restore.
+        average: update an online F. If False, F and g_r are kept, and G replaces g_f.
+        counted: also compute the statistics that do not describe G, see `Update`.
 
     Returns:
-        `last` is the `STATS` over all processes and the number of scalars.
+        The combined gradient; `last` is the `STATS` over all processes and the number of scalars.
     """
     (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
     online = anchors.mode == "online" and anchors.active
@@ -145,7 +148,7 @@ def combine(
         )
     held: list[Tensor] | None = None
     if freeze:
-        # the spent forget gradient holds the old values
+        # the buffer of the spent forget gradient holds the old values
         held = [
             f
             if f is not None and f is not o and f.dtype == s.param.dtype
@@ -175,7 +178,7 @@ def combine(
         weights, gamma = weigh(slot.group)
         share = anchors.online_weight(slot.key) if average else None
         how = Update(weights, scale * gamma, share, inv_scale, dtype, counted)
-        # into the void what another process counts
+        # the statistics of a part that another process counts are discarded
         backend.combine(columns, taus, how, stats if ours else torch.zeros_like(stats))
     shards.add(stats)
     if online and average:
@@ -196,8 +199,12 @@ def _filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Te
 
 
 class _Ranked(NamedTuple):
-    """The slots that are ranked together with the rank of their threshold, for g_f and for g_r; and
-    which of all these pools a slot is in."""
+    """Which slots are ranked together, for g_f and for g_r.
+
+    Attributes:
+        pools: for g_f and for g_r, the members of each pool and the rank of its threshold.
+        of_slot: for g_f and for g_r, the pool of each slot; numbers continue from g_f to g_r.
+    """
 
     pools: tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]
     of_slot: tuple[list[int], list[int]]
@@ -242,14 +249,17 @@ def _buckets(
     anchors: Anchors,
     shards: Shards,
 ) -> list[tuple[list[int], bool]]:
-    """Slots that share their group and count of squares go through one call; and whether this
-    process is the one that counts them."""
+    """Group the slots that go through one call of the kernels.
+
+    They share their parameter group and their count of squares. The bool says whether this
+    process counts the statistics of these slots.
+    """
     counts = anchors.counts(slots)
-    # they go up together in every step: what tells the slots apart stays
+    # Equal counts rise together and stay equal; only differing counts split the slots.
     apart = counts if len(set(counts)) > 1 else None
     owned = [shards.counts(key) for key in slots.keys] if shards else [True] * len(slots)
     sizes = list(map(Tensor.numel, slots.params))
-    kinds = [list(map(type, column)) for column in (theta0, fishers)]  # NoneType where missing
+    kinds = [list(map(type, column)) for column in (theta0, fishers)]  # NoneType if missing
 
     def make() -> list[tuple[list[int], bool]]:
         buckets: dict[Any, list[int]] = {}

@@ -1,8 +1,8 @@
-"""Parameters that are parts of larger ones: DTensors of `fully_shard` or of tensor parallelism.
+"""Sharded parameters: DTensors of `fully_shard` or of tensor parallelism.
 
-The kernels see the local parts alone. What they count adds up over the processes: thresholds by a
-radix selection whose histograms are summed, statistics as one vector. Integers and a dozen floats
-travel, never a gradient; their number and size do not depend on the number of parameters.
+The kernels see only the local parts. Counts are summed over the processes: the histograms of a
+radix selection for the thresholds, and one vector for the statistics. Processes exchange integers
+and a dozen floats but no gradients, and the volume does not depend on the number of parameters.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="Tensor | None")
 
-# The first digit of a float32 key is the exponent and three bits of the mantissa, that of a float64
-# key the exponent: the keys of Inf and NaN begin with a digit of their own in both.
+# The first digit of a float32 key is the exponent and three bits of the mantissa; that of a float64
+# key is the exponent. So in both, no finite value shares its first digit with Inf and NaN.
 _DIGITS = {torch.float32: (11, 10, 10), torch.float64: (11, 13, 13, 13, 13)}
 
 
 def is_sharded(t: Any) -> bool:
-    """A DTensor."""
+    """Whether a tensor is a DTensor."""
     return hasattr(t, "placements")
 
 
@@ -37,12 +37,12 @@ def any_sharded(tensors: Iterable[Any]) -> bool:
 
 
 def local(t: T) -> T:
-    """This process's part of a DTensor, sharing its memory; any other tensor as it is."""
+    """Return this process's part of a DTensor, sharing its memory, or any other tensor as it is."""
     return t._local_tensor if is_sharded(t) else t  # type: ignore[union-attr]
 
 
 def like(part: Tensor, whole: Tensor) -> Tensor:
-    """The local `part` as a DTensor laid out as `whole` is; `part` itself for a plain tensor."""
+    """Return the local `part` as a DTensor sharded like `whole`, or as it is for a plain tensor."""
     if not is_sharded(whole):
         return part
     kind: Any = type(whole) if type(whole).__name__ == "DTensor" else _dtensor()
@@ -58,15 +58,15 @@ def like(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def local_gradient(grad: Tensor | None, p: Tensor) -> Tensor | None:
-    """The part of a gradient that belongs to this process's part of the parameter."""
+    """Return the part of a gradient that belongs to this process's part of the parameter."""
     if grad is None or not is_sharded(p):
         return grad
     part = spread(grad, p)._local_tensor  # type: ignore[attr-defined]
-    return part.wait() if hasattr(part, "wait") else part  # a functional collective's promise
+    return part.wait() if hasattr(part, "wait") else part  # the collective may be asynchronous
 
 
 def spread(value: Tensor, whole: Tensor) -> Tensor:
-    """`value`, a tensor of the full shape that every process has, laid out as `whole` is."""
+    """Return `value`, a full tensor that every process has, sharded like `whole`."""
     if not is_sharded(whole):
         return value
     mesh, placements = whole.device_mesh, whole.placements  # type: ignore[attr-defined]
@@ -84,13 +84,13 @@ def _dtensor() -> Any:
 
 
 class Shards:
-    """How the parts that the processes hold count together. False where nothing is sharded.
+    """Which process counts which part of the parameters. False if nothing is sharded.
 
     Args:
         slots: the optimizer's parameters.
 
     Raises:
-        TypeError: DTensors over different meshes.
+        TypeError: the DTensors use different meshes.
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
@@ -107,7 +107,7 @@ class Shards:
             if self._mesh is not None and mesh != self._mesh:
                 raise TypeError(
                     f"{s.name} is a DTensor over {mesh}, others are over {self._mesh}: one step "
-                    "needs one mesh. Shard all of them over the same (n-dimensional) mesh"
+                    "needs one mesh; shard all of them over the same (n-dimensional) mesh"
                 )
             self._mesh = mesh
         for s in slots:
@@ -118,8 +118,10 @@ class Shards:
         return self._mesh is not None
 
     def _first_holder(self, p: Tensor) -> bool:
-        """Whether this process counts the part that it holds of `p`. Of several processes that hold
-        the same part, only the first counts it."""
+        """Whether this process counts the part that it holds of `p`.
+
+        If several processes hold the same part, only the first one counts it.
+        """
         if self._mesh is None:
             return True
         coordinate = self._mesh.get_coordinate()
@@ -134,11 +136,11 @@ class Shards:
         return self._counts.get(key, True)
 
     def numel(self, slot: Slot) -> int:
-        """Scalars of the whole parameter."""
+        """Return the number of scalars in the whole parameter."""
         return self._numel.get(slot.key, slot.param.numel())
 
     def add(self, t: Tensor) -> None:
-        """Sum in place over the processes; one collective for every dimension of the mesh."""
+        """Sum in place over the processes, with one collective per dimension of the mesh."""
         if self._mesh is None:
             return
         for dim in range(self._mesh.ndim):
@@ -151,19 +153,20 @@ class Shards:
         owned: Sequence[Sequence[bool]],
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """What `kernels.reference.select` returns, over the parts of all processes: the same keys
-        as it finds for the whole tensors, bit for bit, on every process.
+        """Return what `kernels.reference.select` returns, over the parts of all processes.
+
+        Every process gets the keys of the whole tensors, bit for bit.
 
         Args:
-            pools: the local parts that are ranked together, and their rank among all.
-            owned: which of them this process counts.
+            pools: the local parts that are ranked together, and their rank in the whole pool.
+            owned: which of these parts this process counts.
         """
         device = pools[0][0][0].device
         parts = [
             [g for g, mine in zip(grads, counted, strict=True) if mine]
             for (grads, _), counted in zip(pools, owned, strict=True)
         ]
-        left = torch.tensor([k for _, k in pools], device=device)  # rank among those with prefix
+        left = torch.tensor([k for _, k in pools], device=device)  # rank among keys with `prefix`
         prefix = torch.zeros_like(left)
         shift, nonfinite = reference.key_bits(dtype), torch.zeros_like(left)
         for i, bits in enumerate(_DIGITS[dtype]):

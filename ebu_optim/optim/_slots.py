@@ -1,4 +1,4 @@
-"""The parameters of an optimizer, their places in it, and which of them were there before."""
+"""The parameters of an optimizer with their places, and their identity when groups change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._shards import any_sharded, local
 
-Key = int  # of one tensor, wherever it stands in the groups
+Key = int  # identifies one tensor, wherever it is in the groups
 Group = dict[str, Any]
 T = TypeVar("T")
 
@@ -20,12 +20,12 @@ class Slot(NamedTuple):
     """A parameter and its place in the optimizer.
 
     Attributes:
-        key: what a state of its own is kept by. It belongs to the tensor and moves with it when
+        key: the key of the parameter's own state. It belongs to the tensor and moves with it when
             groups are deleted, filtered or reordered.
         group: the parameter group, which holds a rule's numbers as ``ebu_<name>``.
-        param: the parameter; inside a step this process's part of a sharded one.
-        name: for messages.
-        place: (group, position in the group) as they are now.
+        param: the parameter; inside a step, this process's part of a sharded one.
+        name: the name in messages.
+        place: the present (group, position in the group).
     """
 
     key: Key
@@ -36,12 +36,12 @@ class Slot(NamedTuple):
 
 
 class SlotList(list[Slot]):
-    """Slots, and what belongs to all of them as long as they are the same (do not write).
+    """A list of slots, and values that depend on all of them (read-only).
 
     Attributes:
         keys, params: by slot.
-        groups: those that the slots are in.
-        group_of: by slot, the place of its group in `groups`.
+        groups: the groups that contain the slots.
+        group_of: by slot, the index of its group in `groups`.
     """
 
     def __init__(self, slots: Iterable[Slot]) -> None:
@@ -62,18 +62,17 @@ class SlotList(list[Slot]):
 
     @cached_property
     def sharded(self) -> bool:
-        """Some parameter is a part of a larger one."""
+        """Whether a parameter is sharded."""
         return any_sharded(self.params)
 
     def local(self) -> SlotList:
-        """With this process's parts of the parameters."""
+        """Return the slots with this process's parts of the parameters."""
         if not self.sharded:
             return self
         return SlotList(s._replace(param=local(s.param)) for s in self)
 
     def made(self, name: str, of: Any, make: Callable[[], T]) -> T:
-        """What `make` makes of these slots and `of`, made anew where `of` is another: anything
-        that is compared by its value."""
+        """Return the cached result of `make`; call it again if `of` changed (compared by value)."""
         held = self._made.get(name)
         if held is None or held[0] != of:
             held = self._made[name] = of, make()
@@ -81,29 +80,29 @@ class SlotList(list[Slot]):
 
 
 class Slots:
-    """Every parameter of the groups, a tied one once.
+    """Every parameter of the groups; a tied parameter occurs once.
 
-    They are kept until a group or a parameter is another: making them anew at every look costs more
-    than the step of a model of many small tensors.
+    The slots are cached until a group or a parameter is replaced, because making them again at
+    every call costs more than the step of a model of many small tensors.
 
-    A tensor that left the groups is remembered: where it comes back, its state is its own. One
-    that was never seen takes over the key of the tensor that stood in its place and is gone
-    (`fully_shard` replaces parameters so), if it has the same name as far as both have names.
+    A tensor that has left the groups is remembered: if it comes back, it gets its former state.
+    A new tensor takes over the key of the tensor that stood in its place and is gone, because
+    `fully_shard` replaces parameters in this way. If both have names, the names must be equal.
 
     Args:
-        base: whose ``param_groups`` are looked at.
+        base: the optimizer that has the ``param_groups``.
     """
 
     def __init__(self, base: Any) -> None:
         self._base = base
         self._seen: list[Any] = []  # groups and parameters when `_known` was made
         self._known = SlotList(())
-        self._tensors: dict[Key, Tensor] = {}  # strong, as the base's own state holds them
+        self._tensors: dict[Key, Tensor] = {}  # strong references, like those of the base's state
         self._layout: list[tuple[Group, list[tuple[Key, str | None]]]] = []  # at the last look
         self._next: Key = 0
 
     def __call__(self) -> SlotList:
-        """As they are now (do not write)."""
+        """Return the present slots (read-only)."""
         groups = self._base.param_groups
         now = [x for group in groups for x in (group, *group["params"])]
         if len(now) != len(self._seen) or any(map(operator.is_not, now, self._seen)):
@@ -137,7 +136,7 @@ class Slots:
         return SlotList(slots.values())
 
     def _former(self, g: int, groups: list[Group]) -> list[tuple[Key, str | None]]:
-        """What stood in the g-th group at the last look; [] where its places are others now."""
+        """Return the g-th group as at the last call; [] if its places have changed."""
         found = next((held for old, held in self._layout if old is groups[g]), None)
         if found is None and g < len(self._layout):
             old, held = self._layout[g]

@@ -1,8 +1,8 @@
 """The optimizer's state in the standard layout: the base's keys and ours (`ebu_*`) together.
 
-Tools drop any other top-level key, so ours sit beside the base's: theta0 and F in "state", the
-counters in every group. States are matched by position, as torch does; saved ids may be names.
-Where both sides know the names of their parameters, a name is the same parameter in any place.
+Tools drop other top-level keys. So theta0 and F are in "state" with the base's tensors, and the
+counters are in every group. States are matched by position, as in torch; saved ids may be names.
+If both sides have parameter names, a parameter is matched by its name, wherever it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def _places(groups: Groups) -> dict[str, tuple[int, int]]:
-    """Name -> place; {} where not every parameter has a name of its own."""
+    """Return name -> place; {} if not every parameter has a unique name."""
     found = {
         name: (g, i)
         for g, group in enumerate(groups)
@@ -40,14 +40,14 @@ def _places(groups: Groups) -> dict[str, tuple[int, int]]:
 
 
 def _by_name(groups: Groups, saved: Groups) -> Groups:
-    """The saved groups with every name where ours is; as they are where none has another place.
+    """Return the saved groups in the order of our names, or unchanged if no name has moved.
 
     Raises:
-        ValueError: names have other places, and their groups are not ours in another order.
+        ValueError: names have moved, and the saved groups are not ours in another order.
     """
     ours, theirs = _places(groups), _places(saved)
-    # torch.distributed.checkpoint orders them itself, by ids that are names, and leaves the list of
-    # names as it was
+    # torch.distributed.checkpoint orders the parameters itself by ids that are names, and leaves
+    # the list of names unchanged
     by_id = any(isinstance(saved_id, str) for group in saved for saved_id in group["params"])
     moved = [n for n in ours if n in theirs and theirs[n] != ours[n]]
     if by_id or not moved:
@@ -59,7 +59,7 @@ def _by_name(groups: Groups, saved: Groups) -> Groups:
         if match is None or len(found) != len(saved):
             n = moved[0]
             raise ValueError(
-                f"{n} is parameter {ours[n][1]} of group {ours[n][0]} but the checkpoint has it as "
+                f"{n} is parameter {ours[n][1]} of group {ours[n][0]}, but in the checkpoint it is "
                 f"parameter {theirs[n][1]} of group {theirs[n][0]}, among other names: this is a "
                 "checkpoint of another model or of other groups; build the optimizer with the "
                 "groups that it was saved with"
@@ -70,17 +70,17 @@ def _by_name(groups: Groups, saved: Groups) -> Groups:
 
 
 def _in_our_order(groups: Groups, saved: Groups) -> list[dict[str, Any]]:
-    """The saved groups with the parameters where ours are, under our names.
+    """Return the saved groups with the parameters in our order and under our names.
 
     Raises:
-        ValueError: they are those of another model or of other groups.
+        ValueError: the groups belong to another model or have other parameters.
     """
     saved = _by_name(groups, saved)
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved))
     if sizes != saved_sizes:
         raise ValueError(
             f"the checkpoint has groups of {saved_sizes} parameters, this optimizer has {sizes}: "
-            "this is a checkpoint of another model"
+            "this is a checkpoint of another model; load one of this model"
         )
     return [
         {**theirs, **{k: ours[k] for k in ("param_names",) if k in ours}}
@@ -89,7 +89,7 @@ def _in_our_order(groups: Groups, saved: Groups) -> list[dict[str, Any]]:
 
 
 def _slot_of_id(groups: Groups, saved: Groups, slots: Sequence[Slot]) -> dict[Any, Slot]:
-    """Saved parameter id -> slot, of groups in our order."""
+    """Map saved parameter ids to slots; the groups are in our order."""
     slot_of = {id(s.param): s for s in slots}
     return {
         saved_id: slot_of[id(p)]
@@ -105,7 +105,7 @@ def join(
     own: Mapping[Key, Mapping[str, Tensor]],
     counters: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The base's state_dict with our tensors by parameter and our counters in every group."""
+    """Return the base's state dict with our tensors by parameter and our counters per group."""
     state = dict(base["state"])
     for saved_id, slot in _slot_of_id(groups, base["param_groups"], slots).items():
         if own.get(slot.key):
@@ -118,7 +118,7 @@ def join(
 
 
 def _plain(number: Any) -> Any:
-    """A rule's number without numpy, whose scalars no file without pickle holds."""
+    """Convert a rule's numbers from numpy types, which no file without pickle can hold."""
     if isinstance(number, (tuple, list)):
         return type(number)(map(_plain, number))
     real = isinstance(number, Real) and not isinstance(number, bool)
@@ -128,15 +128,18 @@ def _plain(number: Any) -> Any:
 def split(
     saved: Mapping[str, Any], groups: Groups, slots: Sequence[Slot], shaped: bool
 ) -> tuple[dict[str, Any], dict[Key, dict[str, Tensor]], dict[str, Any]]:
-    """Undo `join`: the base's state_dict in our order, our tensors by key in the checkpoint's
-    order, our counters ({} in a state of the base alone).
+    """Undo `join`.
 
     Args:
-        shaped: the base's own tensors have their parameter's shape (or are 0-d), as those of
-            torch.optim have; they are checked too then.
+        shaped: the base's own tensors have the shape of their parameter (or are 0-d), as in
+            torch.optim. Then their shapes are checked too.
+
+    Returns:
+        The base's state dict in our order; our tensors by key, in the checkpoint's order; our
+        counters ({} for a state of the base alone).
 
     Raises:
-        ValueError: groups or shapes are those of another model; nothing has been changed then.
+        ValueError: groups or shapes belong to another model. Nothing has been changed.
     """
     ordered = _in_our_order(groups, saved["param_groups"])
     slot_of = _slot_of_id(groups, ordered, slots)
@@ -154,11 +157,12 @@ def split(
             if isinstance(value, Tensor) and value.dim() and value.shape != slot.param.shape:
                 raise ValueError(
                     f"{slot.name} has shape {tuple(slot.param.shape)} but the checkpoint's {name} "
-                    f"has {tuple(value.shape)}: this is a checkpoint of another model"
+                    f"has {tuple(value.shape)}: this is a checkpoint of another model; load one of "
+                    "this model"
                 )
         own[slot.key] = ours
         rest = {k: v for k, v in entry.items() if k not in ours}
-        if rest:  # an empty entry would stop Adam from initialising
+        if rest:  # an empty entry would stop Adam from initializing its state
             state[saved_id] = rest
     first = ordered[0] if ordered else {}
     counters = {name: first[name] for name in COUNTERS if name in first}

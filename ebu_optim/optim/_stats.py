@@ -11,18 +11,20 @@ from ..kernels.reference import STATS
 
 
 def read_stats(last: tuple[Tensor, Tensor, int] | None, counted: bool = True) -> dict[str, Any]:
-    """Figures of the last accepted step, {} before the first; where the two gradients and the masks
-    were not `counted`, total, update_norm and thresholds alone.
+    """Return the statistics of the last accepted step; {} before the first.
+
+    If the statistics of the two gradients and the masks were not `counted`, the result has only
+    total, update_norm and thresholds.
 
     ======================== ==================================================================
-    total                    N, scalars that had a gradient
+    total                    N, number of scalars that had a gradient
     forget_selected          size of M_f; remember_selected: of M_r; overlap: of both
-    overlap_lift             overlap / (|M_f| |M_r| / N): 1 is chance
+    overlap_lift             overlap / (|M_f| |M_r| / N); 1 is chance
     overlap_opposed          share of the overlap where g_f and g_r have opposite signs
-    cosine                   between g_f and g_r, over all scalars
-    forget_norm, ...         2-norms of g_f, g_r and of G before clipping
+    cosine                   cosine of g_f and g_r over all scalars
+    forget_norm, ...         2-norms of g_f, g_r, and of G before clipping
     thresholds               tau_f then tau_r, one of each for every set ranked together
-    moved_<region>           ||theta - theta0|| before the step by region (where theta0 is held)
+    moved_<region>           ||theta - theta0|| before the step by region (if theta0 is held)
     ======================== ==================================================================
     """
     if last is None:

@@ -1,4 +1,4 @@
-"""What a rule is given of a step: the gradients, and what is asked of all of them."""
+"""What a rule gets in a step: the gradients, and functions over all of them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Figures = dict[str, Any]
 
 
 class Step:
-    """A step's gradients as they came, and what is asked over all scalars of the model.
+    """A step's two gradients, and functions over all scalars of the model.
 
     Attributes:
-        slots: with local parameters; those that have at least one of the two gradients.
-        g_f, g_r: per slot, None where missing, loss scale not undone.
-        inv_scale: what undoes the loss scale, a 0-d float64 tensor; None without GradScaler.
-        shards: how parts of parameters count together.
+        slots: parameters that have at least one of the two gradients, as local parts.
+        g_f, g_r: gradients per slot, None if missing; the loss scale is not undone.
+        inv_scale: the factor that undoes the loss scale, 0-d float64; None without GradScaler.
+        shards: which local parts this process counts.
         anchors: theta0 and F.
-        number: steps taken before this one.
+        number: number of steps taken before this one.
     """
 
     def __init__(
@@ -45,8 +45,10 @@ class Step:
         self._selections: dict[Any, Selection] = {}
 
     def select(self, granularity: str | None = "model", fused: bool | None = None) -> Selection:
-        """The exact top-delta selection of both gradients (method.md, step 1), made once; a
-        granularity of None selects nothing."""
+        """Return the exact top-delta selection of both gradients (method.md, step 1), cached.
+
+        A granularity of None selects nothing.
+        """
         key = (granularity, fused)
         if key not in self._selections:
             self._selections[key] = select(
@@ -62,7 +64,7 @@ class Step:
     def combine(
         self, selection: Selection, weigh: Callable[[Group], tuple[Weights, float]], **how: bool
     ) -> Combined:
-        """G by the kernels, in the buffer of a spent gradient; see `_selection.combine`."""
+        """Return G, made by the kernels in the buffer of a spent gradient; see `_selection`."""
         inv_scale = None if self.inv_scale is None else self.inv_scale.float()
         return combine(
             self.slots,
@@ -77,7 +79,7 @@ class Step:
         )
 
     def average(self, fused: bool | None) -> None:
-        """The squares of g_r go into an online F; g_r is spent."""
+        """Add the squares of g_r to an online F; g_r is spent."""
         alone = Step(
             self.slots,
             [None] * len(self.slots),
@@ -91,7 +93,7 @@ class Step:
         alone.combine(alone.select(None, fused), lambda group: nothing, counted=False)
 
     def nonfinite(self) -> Tensor:
-        """How many elements of g_f and of g_r are NaN or Inf, int64 [2]; waits for the device."""
+        """Count NaN and Inf in g_f and in g_r, int64 [2]; this waits for the device."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.slots[0].param.device)
         for i, grads in enumerate((self.g_f, self.g_r)):
             for slot, g in zip(self.slots, grads, strict=True):
@@ -101,8 +103,10 @@ class Step:
         return counts
 
     def gradients(self, i: int) -> tuple[Tensor, Tensor]:
-        """g_f and g_r of the i-th slot as new tensors of float32 at least, loss scale undone; a
-        missing one as zeros."""
+        """Return g_f and g_r of the i-th slot as new tensors with the loss scale undone.
+
+        They have float32 at least. A missing gradient is all zeros.
+        """
         return self._wide(self.g_f, i), self._wide(self.g_r, i)
 
     def _wide(self, grads: Sequence[Tensor | None], i: int) -> Tensor:
@@ -112,7 +116,7 @@ class Step:
         return wide(g, self.inv_scale)
 
     def add_up(self, parts: Iterable[Tensor]) -> Tensor:
-        """The sum of 0-d tensors of this process, 0-d float64 on the first parameter's device."""
+        """Sum 0-d tensors of this process, as 0-d float64 on the first parameter's device."""
         total = torch.zeros((), dtype=torch.float64, device=self.slots[0].param.device)
         for part in parts:
             total += part.to(total.device)
@@ -123,11 +127,11 @@ class Step:
         parts: Sequence[Sequence[int]],
         of: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Inner products over parts of the model: [[f.f, f.r], [f.r, r.r]], float64 [parts, 2, 2].
+        """Return [[f.f, f.r], [f.r, r.r]] for each part of the model, float64 [parts, 2, 2].
 
         Args:
-            parts: the places of the slots that make up each, the same on every process.
-            of: f and r of a slot, loss scale undone, by its place; None takes the two gradients.
+            parts: the indices of the slots in each part, the same on every process.
+            of: returns f and r of a slot index, with the loss scale undone; None takes g_f and g_r.
         """
         totals = torch.stack([self._inner(part, of) for part in parts])
         self.shards.add(totals)
@@ -138,7 +142,7 @@ class Step:
     def _inner(
         self, part: Iterable[int], of: Callable[[int], tuple[Tensor, Tensor]] | None
     ) -> Tensor:
-        """f.r, f.f and r.r of this process."""
+        """Return f.r, f.f and r.r of this process."""
         counted = [i for i in part if self.shards.counts(self.slots[i].key)]
         pairs = [(self.g_f[i], self.g_r[i]) if of is None else of(i) for i in counted]
         return torch.stack(
@@ -157,7 +161,7 @@ class Step:
 
     @property
     def dot(self) -> Tensor:
-        """Inner product of g_f and g_r over the whole model, loss scale undone, 0-d float64."""
+        """Inner product of g_f and g_r over the whole model, loss scale undone; 0-d float64."""
         return self._products[0]
 
     @property
@@ -172,11 +176,11 @@ class Step:
 
 
 def square(t: Tensor) -> Tensor:
-    """|t|^2, 0-d float64: finite exactly where every element of a float32 or smaller t is."""
+    """|t|^2, 0-d float64. If t is float32 or smaller, it is finite exactly if all of t is."""
     return t.double().square().sum()
 
 
 def wide(g: Tensor, inv_scale: Tensor | None) -> Tensor:
-    """In float32 at least, the loss scale undone; always a new tensor."""
+    """Return a new tensor in float32 at least, with the loss scale undone."""
     made = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
     return made if inv_scale is None else made.mul_(inv_scale.to(g.device))

@@ -1,6 +1,6 @@
-"""A torch optimizer that shares the groups and the state of another, and what it adds to them.
+"""A torch optimizer that shares the groups and the state of another one and adds to them.
 
-What torch sees of `PhasedOptimizer`: groups, hooks, copies, ``repr``, ``state_dict``.
+This is what torch sees of `PhasedOptimizer`: groups, hooks, copies, ``repr``, ``state_dict``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .rule import Rule
 
 
 class _Number:
-    """A rule's number of that name as an attribute over the parameter groups."""
+    """A rule's number of the same name, as an attribute over the parameter groups."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
-        self.__doc__ = f"ebu_{name} of the groups: one value, or a tuple where they differ."
+        self.__doc__ = f"ebu_{name} of the groups: one value, or a tuple if they differ."
 
     def __get__(self, opt: Any, owner: type | None = None) -> Any:
         if opt is None:
@@ -45,8 +45,10 @@ class _Number:
 
 
 class WrappedOptimizer(Optimizer):
-    """The base optimizer's groups and state, the rule's numbers in the groups, theta0 and F beside
-    them. See `PhasedOptimizer` for the arguments."""
+    """The base optimizer's groups and state, with the rule's numbers in the groups.
+
+    It also holds theta0 and F. See `PhasedOptimizer` for the arguments.
+    """
 
     base: Optimizer
     rule: Rule
@@ -95,8 +97,8 @@ class WrappedOptimizer(Optimizer):
         for group in base.param_groups:
             for name, value in self._defaults.items():
                 group.setdefault(name, value)
-        # What torch.optim itself does for an unpickled optimizer: hooks and the patched step. Its
-        # __init__ would give us groups of our own.
+        # torch.optim does the same for an unpickled optimizer: it sets up hooks and patches step.
+        # Optimizer.__init__ would create separate groups.
         self.__setstate__({})
 
     # -- the face of torch.optim.Optimizer ------------------------------------------------------
@@ -111,7 +113,7 @@ class WrappedOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        # The base's own: Adam and torch.distributed.checkpoint look at whether it is empty.
+        # The base's own state: Adam and torch.distributed.checkpoint check whether it is empty.
         return self.base.state
 
     @property
@@ -119,7 +121,7 @@ class WrappedOptimizer(Optimizer):
         return self.base.defaults
 
     def __getattr__(self, name: str) -> Any:
-        # train() and eval() exist where the base has them (schedule-free optimizers)
+        # train() and eval() exist if the base has them (schedule-free optimizers)
         if name in ("train", "eval") and "base" in self.__dict__:
             return getattr(self.base, name)
         if "rule" in self.__dict__ and name in (*self.rule.options, "fused"):
@@ -133,7 +135,7 @@ class WrappedOptimizer(Optimizer):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # like torch.optim without hooks and patched methods; an unfinished phase is not copied
+        # like torch.optim: hooks and patched methods are left out, and so is an unfinished phase
         return {
             k: v for k, v in self.__dict__.items() if k != "_phases" and not _is_hook_or_patch(k)
         }
@@ -152,7 +154,12 @@ class WrappedOptimizer(Optimizer):
         return f"{type(self).__name__}({listed})\nbase: {self.base!r}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base. Its anchor is taken at the next first phase."""
+        """Add a group to the base. Its theta0 is taken at the next first phase.
+
+        Raises:
+            TypeError: a parameter is not a dense real floating tensor.
+            ValueError: a number is out of range, or ``fisher`` is a fixed mapping.
+        """
         values = {n: param_group.get(n, default) for n, default in self._defaults.items()}
         _checks.group(values)
         if self._anchors.mode == "fixed":
@@ -161,7 +168,7 @@ class WrappedOptimizer(Optimizer):
                 "parameters; build a new EBUOptimizer with a Fisher that covers them"
             )
         params = param_group["params"]
-        if not isinstance(params, (Tensor, set)):  # a set is refused by the base
+        if not isinstance(params, (Tensor, set)):  # the base refuses a set
             params = list(params)
         for i, p in enumerate([params] if isinstance(params, Tensor) else params):
             _checks.real(p[1] if isinstance(p, tuple) else p, f"parameter {i} of the new group")
@@ -169,7 +176,7 @@ class WrappedOptimizer(Optimizer):
         self.base.param_groups[-1].update(values)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Inside a phase clear that phase's gradients, outside the gradients of both."""
+        """Clear the gradients of the active phase, or of both phases outside a phase."""
         self.base.zero_grad(set_to_none)
         if self._phases.active is None:
             self._phases.reset()
@@ -177,10 +184,10 @@ class WrappedOptimizer(Optimizer):
     # -- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The standard layout: the base's keys and ours (``ebu_*``) together.
+        """Return the state in the standard layout: the base's keys and ours (``ebu_*``) together.
 
-        Tensors of ours that are not made yet stand as what they would be made of now, so that a
-        tool which only fills the keys it finds fills ours; ``ebu_started`` is False then.
+        A tensor of ours that does not exist yet is included with the value that it would have now,
+        so a tool that fills only the keys it finds also fills ours; ``ebu_started`` is then False.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -205,12 +212,12 @@ class WrappedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or a state of the base alone.
 
-        States are matched by position, as torch does; by name, in whatever order, where both sides
-        know the names of their parameters. The dtypes of theta0 and F are kept.
+        States are matched by position, as in torch. If both sides have parameter names, states are
+        matched by name in any order. theta0 and F keep their dtypes.
 
         Raises:
-            ValueError: the state is one of another model or of other groups, or holds theta0 by
-                reference and ``anchor`` is missing or another; nothing has been changed then.
+            ValueError: the state belongs to another model or other groups, or it holds theta0 by
+                reference and ``anchor`` is missing or different. Nothing has been changed.
         """
         state_dict = dict(state_dict)
         for before_load in self._optimizer_load_state_dict_pre_hooks.values():
@@ -222,7 +229,7 @@ class WrappedOptimizer(Optimizer):
             self.param_groups,
             slots,
             shaped=type(self.base).__module__.startswith("torch.optim")
-            # its factors have the shapes of rows and columns
+            # Adafactor's factors have the shapes of rows and columns
             and not isinstance(self.base, getattr(torch.optim, "Adafactor", ())),
         )
         self._anchors.check_reference(counters, own)
@@ -233,7 +240,7 @@ class WrappedOptimizer(Optimizer):
             if isinstance(group.get("ebu_delta"), list):  # some formats have no tuples
                 group["ebu_delta"] = tuple(group["ebu_delta"])
         self._phases.reset()
-        if counters:  # else it is a state of the base alone
+        if counters:  # a state of the base alone has none
             self._step_count = int(counters["ebu_step"])
             self.skipped_steps = int(counters["ebu_skipped"])
             self._anchors.load(
@@ -248,21 +255,29 @@ class WrappedOptimizer(Optimizer):
             after_load(self)
 
     def anchors(self) -> dict[Tensor, Tensor]:
-        """theta0 of every parameter that has one, by parameter (do not write)."""
+        """Return theta0 of every parameter that has one, by parameter (read-only)."""
         return self._by_parameter(self._anchors.anchor)
 
     def anchor_of(self, param: Tensor) -> Tensor:
-        """theta0 of a parameter: the frozen model's weight, same shape and dtype (do not write)."""
+        """Return theta0 of a parameter: the frozen model's weight, same shape (read-only).
+
+        Raises:
+            KeyError: no theta0 is held for this parameter.
+        """
         held = self.anchors()
         if param not in held:
             raise KeyError(
                 "anchor_of: no anchor is held for this parameter; anchors are taken at the first "
-                "phase, of the optimizer's trainable parameters, where a penalty uses them"
+                "phase for the optimizer's trainable parameters, if a penalty uses them"
             )
         return held[param]
 
     def fisher_of(self, param: Tensor) -> Tensor:
-        """F of a parameter as it is now, before `fisher_scale` (do not write)."""
+        """Return the present F of a parameter, before `fisher_scale` is applied (read-only).
+
+        Raises:
+            KeyError: no F is held for this parameter.
+        """
         held = self._by_parameter(self._anchors.fisher)
         if param not in held:
             raise KeyError(

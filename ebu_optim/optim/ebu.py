@@ -21,7 +21,7 @@ from .rule import Combined, Rule, Step
 
 
 class EBURule(Rule):
-    """Steps 1 to 5 of docs/method.md; takes all slots at once. The options are EBUOptimizer's."""
+    """Steps 1 to 5 of docs/method.md for all slots at once. The options are EBUOptimizer's."""
 
     def __init__(
         self,
@@ -69,20 +69,20 @@ class EBURule(Rule):
         return Weights.reading(alpha=alpha, penalty=penalty, update=update, terms=summed), gamma
 
     def accepted(self, step: Step) -> None:
-        """The kernels have updated an online F."""
+        """Do nothing: the kernels have already updated an online F."""
 
     def read(self, last: Any) -> dict[str, Any]:
         return read_stats(last, self.stats)
 
 
 class EBUOptimizer(PhasedOptimizer):
-    r"""Unlearning as a wrapper round any torch optimizer (EBU; docs/method.md has the equations).
+    r"""Unlearning as a wrapper around any torch optimizer (EBU; docs/method.md has the equations).
 
-    Each step takes two gradients at the same weights, :math:`g_f` of the forget loss and
-    :math:`g_r` of the remember loss. The top ``delta`` share of each by magnitude is selected over
-    all parameters together; where the two selections overlap the gradients are blended with weight
-    ``alpha``; a Fisher penalty holds what only the remember loss selects near the pretrained
-    values; the base optimizer steps on the result.
+    Each step takes two gradients at the same weights: :math:`g_f` of the forget loss and
+    :math:`g_r` of the remember loss. Of each, the top ``delta`` share by magnitude is selected over
+    all parameters together. Where the two selections overlap, the gradients are blended with weight
+    ``alpha``. Where only the remember loss selects, a Fisher penalty holds the weights near the
+    pretrained values. The base optimizer steps on the result.
 
     .. code-block:: python
 
@@ -97,17 +97,17 @@ class EBUOptimizer(PhasedOptimizer):
         opt.zero_grad()
 
     Args:
-        base: a built optimizer over dense real floating parameters. One whose ``step`` needs a
-            closure (LBFGS) is refused: a closure would overwrite the combined gradient.
+        base: an optimizer over dense real floating parameters. One whose ``step`` needs a closure
+            (LBFGS) is refused, because a closure would overwrite the combined gradient.
         alpha: weight of :math:`g_f` on the overlap, in [0, 1] (eq. 11 as in Algorithm 1, line 7).
-        delta: share of the scalars selected for each task, in (0, 1]; or a pair (forget, remember).
-            Groups with the same delta are ranked together, a group with another one by itself.
-        gamma: strength of the Fisher penalty, >= 0 (eq. 9); the paper gives no value, the default
+        delta: share of the scalars selected for each task, in (0, 1], or a pair (forget, remember).
+            Groups with the same delta are ranked together, groups with another delta separately.
+        gamma: strength of the Fisher penalty, >= 0 (eq. 9). The paper gives no value; the default
             is from experiments (docs/evidence.md).
         fisher: ``"online"`` (a cumulative mean of :math:`g_r^2`, no extra pass), None (no penalty),
-            or a mapping from parameter, or from name where the base was given named parameters, to
-            a non-negative tensor of the parameter's shape; a :class:`~ebu_optim.DiagonalFisher` is
-            one.
+            or a mapping to non-negative tensors of the parameters' shapes, such as a
+            :class:`~ebu_optim.DiagonalFisher`. Its keys are parameters, or names if the base was
+            built with named parameters.
         fisher_scale: ``"unit"`` uses F / sqrt(mean F), which makes gamma independent of the
             scale of the loss; ``"raw"`` uses F as it is.
         anchor: theta0, a mapping like ``fisher``; None takes the values before a parameter's first
@@ -116,40 +116,41 @@ class EBUOptimizer(PhasedOptimizer):
             Selective Amnesia) or ``"none"``.
         update: ``"added"``, ``"replaced"`` or ``"routed"``, three readings of the paper's update.
         unrelated: ``"update"`` lets the base move scalars that neither task selects; ``"freeze"``
-            keeps them bit-identical through its step, momentum and weight decay included.
-        terms: which of the three summed terms take part (Table 4): of ``"forget"``, ``"remember"``,
-            ``"modulated"``; all three for ``update="routed"``.
-        granularity: rank over the whole ``"model"`` or inside each ``"tensor"``.
+            keeps them bit-identical through the base's step, including momentum and weight decay.
+        terms: which of the three summed terms are used (Table 4): ``"forget"``, ``"remember"``,
+            ``"modulated"``. ``update="routed"`` needs all three.
+        granularity: rank over the whole ``"model"`` or within each ``"tensor"``.
         max_grad_norm: clip the combined gradient to this 2-norm; None does not clip.
-        nonfinite: what happens when a gradient holds NaN or Inf. ``"raise"`` raises RuntimeError;
-            ``"skip"`` leaves the step out and counts it in ``skipped_steps``; ``"propagate"`` lets
-            the values through and needs no host synchronisation. If both gradients are finite
-            but their combination is not, an online F has already counted the remember gradient.
-        fused: as in torch.optim: None takes the best kernels there are, True insists on fused
-            ones, False takes plain torch.
+        nonfinite: what happens if a gradient holds NaN or Inf. ``"raise"`` raises NonFiniteError,
+            a RuntimeError. ``"skip"`` leaves the step out and counts it in ``skipped_steps``.
+            ``"propagate"`` lets the values through and needs no host synchronization. If both
+            gradients are finite but G is not, an online F already includes the remember gradient.
+        fused: as in torch.optim: None uses the best available kernels, True requires fused
+            kernels, False uses plain torch.
         anchor_dtype: hold theta0 in ``torch.float16`` or ``torch.bfloat16`` instead of the
             parameter's dtype; the penalty then pulls towards the rounded theta0.
         fisher_dtype: hold F in ``torch.bfloat16`` instead of float32 (float16 would turn small
-            values into 0). An online F, a running mean, no longer changes after about 250 steps in
-            bfloat16, because each update is rounded away: warm it up, or give a mapping.
-        held_on: ``"cpu"`` holds theta0 and F in the main memory (pinned where there is a GPU) and
-            streams them through the step; None holds them beside their parameters.
-        stats: False leaves out of ``opt.stats`` what is added up over the two gradients and the
-            masks, which costs some time where one thread computes more slowly than memory answers.
-        anchor_source: where theta0 comes from (a hub id, a path): checkpoints then name it, with a
-            hash, instead of holding theta0. Loading one needs ``anchor``.
+            values into 0). In bfloat16, an online F no longer changes after about 250 steps,
+            because each update of the mean is rounded away; warm it up, or give a mapping.
+        held_on: ``"cpu"`` holds theta0 and F in main memory (pinned if there is a GPU) and streams
+            them through the step; None holds them on the devices of their parameters.
+        stats: False leaves out of ``opt.stats`` the sums over the two gradients and the masks.
+            These sums take time where a single thread computes more slowly than memory delivers.
+        anchor_source: where theta0 comes from (a hub id or a path). Checkpoints then hold this and
+            a hash instead of theta0, and loading one needs ``anchor``.
 
     Raises:
-        TypeError: ``base`` is not a torch optimizer or needs a closure; sparse or complex tensors.
-        ValueError: an option out of range; a mapping with missing names, wrong shapes, negative
-            or non-finite values; a theta0 that ``anchor_dtype`` does not hold.
+        TypeError: ``base`` is not a torch optimizer or needs a closure; a tensor is sparse or
+            complex.
+        ValueError: an option is out of range; a mapping has missing names, wrong shapes, negative
+            or non-finite values; ``anchor_dtype`` cannot represent theta0.
 
-    ``param_groups``, ``state`` and ``defaults`` are the base's own at all times. ``ebu_alpha``,
-    ``ebu_delta`` and ``ebu_gamma`` live in the groups, where they can be scheduled.
+    ``param_groups``, ``state`` and ``defaults`` are always the base's own. ``ebu_alpha``,
+    ``ebu_delta`` and ``ebu_gamma`` are in the groups, where they can be scheduled.
 
-    Under torch.distributed the first ``rank_checks`` (3) accepted steps compare a checksum over
-    the ranks, and all raise a RuntimeError where one differs. Processes that share a process group
-    and train independently set ``opt.rank_checks = 0``. No checkpoint holds it.
+    Under torch.distributed, the first ``rank_checks`` (3) accepted steps compare checksums over
+    the ranks, and all ranks raise RuntimeError if one differs. Processes that share a process group
+    but train independently set ``opt.rank_checks = 0``. Checkpoints do not hold this number.
     """
 
     def __init__(
@@ -206,10 +207,11 @@ class EBUOptimizer(PhasedOptimizer):
 
         Args:
             closures: each runs forward and backward of the remember loss on one batch.
-            freeze: keep F fixed from then on; False goes on averaging at every step.
+            freeze: keep F fixed afterwards; False continues to average at every step.
 
         Raises:
-            RuntimeError: a phase is under way, steps were taken, or ``fisher`` is not "online".
+            RuntimeError: a phase has begun, steps were taken, ``fisher`` is not "online", or a
+                gradient holds NaN or Inf.
         """
         started = self._phases.done or self._phases.active or self._step_count
         if started or self._anchors.mode != "online":
@@ -226,8 +228,8 @@ class EBUOptimizer(PhasedOptimizer):
             if probe is not None and probe.isnan():
                 self._phases.discard()
                 raise RuntimeError(
-                    "warmup_fisher: a remember gradient holds NaN or Inf; F would too. Leave that "
-                    "batch out, or scale the loss down"
+                    "warmup_fisher: a remember gradient holds NaN or Inf, so F would too; leave "
+                    "that batch out, or scale the loss down"
                 )
             self._anchors.warm(self._slots())
             self._phases.discard()

@@ -1,4 +1,4 @@
-"""PhasedOptimizer: two gradients, one step of any torch optimizer. It knows no method."""
+"""PhasedOptimizer: two gradients, one step of any torch optimizer, independent of the method."""
 
 from __future__ import annotations
 
@@ -23,48 +23,51 @@ Closure = Callable[[], Any]
 
 
 class PhasedOptimizer(WrappedOptimizer):
-    """Any torch optimizer on what a rule makes of two gradients.
+    """Any torch optimizer, stepping on the gradient G that a rule makes from two gradients.
 
-    It owns the phases, GradScaler, ranks and shards, clipping, the policy for NaN and Inf, theta0
-    and F, statistics and the state; the :class:`~ebu_optim.optim.Rule` says what G is.
-    :class:`~ebu_optim.EBUOptimizer` and every baseline are one of these.
+    This class handles the phases, GradScaler, ranks and shards, clipping, the policy for NaN and
+    Inf, theta0 and F, statistics and the state. The :class:`~ebu_optim.optim.Rule` defines G.
+    :class:`~ebu_optim.EBUOptimizer` and every baseline are subclasses.
 
     Args:
-        base: a built optimizer over dense real floating parameters; see EBUOptimizer.
-        rule: what G is.
+        base: an optimizer over dense real floating parameters; see EBUOptimizer.
+        rule: how G is made.
         fisher, fisher_scale, anchor: F and theta0 for a rule with a penalty; see EBUOptimizer.
         max_grad_norm: clip G to this 2-norm; None does not clip.
-        nonfinite: on NaN or Inf in a gradient or in G ``"raise"``, ``"skip"`` the step (counted in
+        nonfinite: on NaN or Inf in a gradient or in G, ``"raise"``, ``"skip"`` the step (counted in
             ``skipped_steps``) or ``"propagate"``.
         holding: how theta0 and F are held; see EBUOptimizer.
 
     Raises:
-        TypeError: ``base`` is not a torch optimizer or needs a closure; sparse or complex tensors.
-        ValueError: an option out of range; a mapping that does not fit the parameters.
+        TypeError: ``base`` is not a torch optimizer or needs a closure; a tensor is sparse or
+            complex.
+        ValueError: an option is out of range; a mapping does not fit the parameters.
     """
 
-    #: The phases that a step needs; a loop may leave out the other (see `ebu_optim.baselines`).
+    #: The phases that a step needs; a loop may omit the other one (see `ebu_optim.baselines`).
     needs: tuple[str, ...] = ("forget", "remember")
-    rank_checks: int = 3  # accepted steps still to be compared; the same on all ranks
-    # GradScaler then calls step with the scale and its findings instead of unscaling param.grad
-    # itself, which is one of the two gradients only.
+    rank_checks: int = 3  # how many more accepted steps to compare; the same on all ranks
+    # With this, GradScaler passes its scale and its findings to step. Otherwise it would unscale
+    # param.grad itself, which holds only one of the two gradients.
     _step_supports_amp_scaling = True
 
     # -- phases ---------------------------------------------------------------------------------
 
     def forget(self) -> AbstractContextManager[None]:
-        """Run the forward and backward passes of the forget loss in here, once per micro-batch.
+        """Run the forward and backward passes of the forget loss inside this context.
 
-        Leaving takes the gradients off the parameters, entering again puts them back first.
+        It may be entered once per micro-batch: leaving it takes the gradients off the parameters,
+        and entering it again puts them back first.
 
         Raises:
-            RuntimeError: phases nest; a gradient lies there that belongs to no phase.
-            TypeError: a sparse or complex gradient; a parameter that has become a shard.
+            RuntimeError: phases are nested, or a parameter has a gradient from outside the phases.
+            TypeError: a gradient is sparse or complex, or a parameter has become sharded in a way
+                that is not supported.
         """
         return self._phases.phase("forget")
 
     def remember(self) -> AbstractContextManager[None]:
-        """Run the forward and backward passes of the remember loss in here; see `forget`."""
+        """Run the forward and backward passes of the remember loss inside; see `forget`."""
         return self._phases.phase("remember")
 
     # -- step -----------------------------------------------------------------------------------
@@ -76,28 +79,28 @@ class PhasedOptimizer(WrappedOptimizer):
         *,
         closure: Closure | None = None,
     ) -> tuple[Any, Any] | None:
-        """One step, from two closures or from the phases that ran before.
+        """Take one step, from two closures or from the phases that ran before.
 
         Args:
-            forget, remember: run forward and backward of their loss and return it. One that calls
-                zero_grad itself is harmless.
-            closure: None, or after the phases one that makes no gradient: Lightning's manual
-                optimization passes such a closure by name, and torch's checkpoint tools pass None.
+            forget, remember: run forward and backward of their loss and return the loss. A closure
+                may call zero_grad itself.
+            closure: None, or after the phases a closure that makes no gradient. Lightning's manual
+                optimization passes such a closure by name; torch's checkpoint tools pass None.
 
         Returns:
-            The values that the two closures returned (None for one that `needs` leaves out, which
-            is not called); None after phases.
+            The values that the two closures returned, None for a phase that `needs` leaves out (its
+            closure is not called). After phases: None.
 
         Raises:
-            TypeError: a single closure.
-            RuntimeError: a phase is missing or made no gradient; gradients were touched between
+            TypeError: only one closure was given where two are needed.
+            RuntimeError: a phase is missing or made no gradient; gradients were changed between
                 the phases and the step; NaN or Inf with ``nonfinite="raise"``; the ranks of
                 torch.distributed differ.
         """
         losses = None
         if closure is not None and forget is remember is None and self._phases.complete:
             with torch.enable_grad():
-                closure()  # what it does to the gradients is an error below
+                closure()  # if it changes the gradients, an error is raised below
             closure = None
         given = {"forget": forget, "remember": remember}
         wanted = {name: call for name in self.needs if (call := given[name]) is not None}
@@ -111,7 +114,7 @@ class PhasedOptimizer(WrappedOptimizer):
             raise TypeError(
                 f"{type(self).__name__}.step takes {count}, step({takes}), or none after the "
                 f"{names}; it got {'another' if len(self.needs) == 1 else 'one'}. In Lightning use "
-                "manual optimization; through a prepared accelerate optimizer use the phases"
+                "manual optimization; with a prepared accelerate optimizer use the phases"
             )
         if some:
             found = {}
@@ -125,23 +128,23 @@ class PhasedOptimizer(WrappedOptimizer):
                 raise
             losses = (found.get("forget"), found.get("remember"))
         elif not self._phases.done and all(_is_zero(g.get("lr", 1)) for g in self.param_groups):
-            # torch.distributed.checkpoint initialises the base's state by such a call
+            # torch.distributed.checkpoint makes such a call to initialize the base's state
             self.base.step()
             return None
         try:
             self._apply()
         except BaseException:
-            # GradScaler takes them away after a step only; the next one would use them again
+            # GradScaler removes them only after a step that ends; the next one would use them
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
         return losses
 
-    @_disable_dynamo  # as torch.optim has it: in compiled code a step is one graph break
+    @_disable_dynamo  # like torch.optim: in compiled code a step is one graph break
     @torch.no_grad()
     def _apply(self) -> None:
         phases = self._phases
-        # of GradScaler, for the time of a step
+        # GradScaler sets these for the time of a step
         scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
         scaler = found_inf is not None
         slots = phases.look()
@@ -149,7 +152,7 @@ class PhasedOptimizer(WrappedOptimizer):
             phases.discard()
             raise RuntimeError(
                 "scaler.unscale_() was called between the phases and step (accelerate's "
-                "clip_grad_norm_ does so): it reaches one of the two gradients only. Clip with "
+                "clip_grad_norm_ does so), but it changes only one of the two gradients; clip with "
                 "EBUOptimizer(max_grad_norm=...) and leave unscaling to scaler.step()"
             )
         if phases.complete and phases.active is None:
@@ -168,7 +171,7 @@ class PhasedOptimizer(WrappedOptimizer):
             g_f, g_r = (list(map(local_gradient, g, slots.params)) for g in (g_f, g_r))
         compared = self.rank_checks > 0 and self._compare_ranks(g_f, g_r)
         combined = None
-        # the scaler has seen both gradients where the hidden one was probed
+        # if a probe was added, the scaler has seen both gradients
         seen, phases.probes = scaler and phases.probes, scaler
         if found_inf is None or not found_inf.item():
             combined = self._combine(slots, g_f, g_r, scaler, seen)
@@ -194,14 +197,15 @@ class PhasedOptimizer(WrappedOptimizer):
         phases.close()
 
     def _compare_ranks(self, g_f: Grads, g_r: Grads) -> bool:
-        """True where there are ranks and they agree. It comes before any may skip or raise.
+        """Return True if there are other ranks and they agree.
 
-        Of sharded parameters, which differ from rank to rank, the layout is compared.
+        This comes before any rank may skip or raise. Sharded parameters differ from rank to rank,
+        so only their layout is compared.
         """
         if _ranks.alone():
             return False
         slots = [s for s in self._slots() if s.param.requires_grad]
-        # by place: the keys of a process that was resumed may be others
+        # by place, because a resumed process may have other keys
         own = ("fisher_scale", "nonfinite", "max_grad_norm")
         options: list[Any] = [*self.rule.options.items(), *(getattr(self, n) for n in own)]
         options += [(s.place, *(s.group[name] for name in self._defaults)) for s in slots]
@@ -241,7 +245,7 @@ class PhasedOptimizer(WrappedOptimizer):
         scaler: bool,
         seen: bool,
     ) -> Combined | None:
-        """G and what belongs to it; None where the step is to be skipped."""
+        """Return G and its statistics; None if the step is to be skipped."""
         step = Step(
             slots.local(),
             g_f,
@@ -265,9 +269,9 @@ class PhasedOptimizer(WrappedOptimizer):
             nonfinite, norm_sq = torch.stack([combined.nonfinite, square]).tolist()
             exceeded = nonfinite or (self.max_grad_norm and not math.isfinite(norm_sq))
             if exceeded and self._skips(
-                "non-finite combined gradient: the two gradients are finite, but what "
-                f"{type(self).__name__} makes of them exceeds what its dtype holds (65504 in "
-                "float16), or the norm to clip it by does; no weight was changed. Scale the losses "
+                "non-finite combined gradient: the two gradients are finite, but the gradient that "
+                f"{type(self).__name__} makes from them, or the norm to clip it by, exceeds the "
+                "range of its dtype (65504 in float16); no weight was changed. Scale the losses "
                 "or strengths down, or use float32 or bfloat16 weights"
             ):
                 return None
@@ -278,7 +282,7 @@ class PhasedOptimizer(WrappedOptimizer):
         return combined
 
     def _skips(self, message: str) -> bool:
-        """True where the step is to be skipped; raises where `nonfinite` says so."""
+        """Return True if the step is to be skipped; raise if `nonfinite` says so."""
         if self.nonfinite == "skip" or getattr(self, "found_inf", None) is not None:
             return True
         self._phases.discard()
@@ -288,12 +292,12 @@ class PhasedOptimizer(WrappedOptimizer):
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Figures of the last accepted step, {} before the first; reading waits for the device.
+        """Statistics of the last accepted step, {} before the first. Reading waits for the device.
 
-        total (scalars that had a gradient); forget_norm, remember_norm (where the method needs that
-        gradient) and cosine (where it needs both); update_norm, that of G before clipping; moved,
-        the distance from theta0 before the step (where it is held); and the method's own: those of
-        EBU are in docs/method.md.
+        The keys are total (scalars that had a gradient); forget_norm and remember_norm (if the
+        method needs that gradient); cosine (if it needs both); update_norm (of G before clipping);
+        moved, the distance from theta0 before the step (if theta0 is held); and the method's own.
+        Those of EBU are in docs/method.md.
         """
         return {} if self._last is None else self.rule.read(self._last)
 

@@ -1,8 +1,7 @@
-"""A rule: how the combined gradient G is made from the two gradients. `PhasedOptimizer` does the
-rest.
+"""A rule: how the combined gradient G is made from the two gradients.
 
-A rule of your own takes one tensor at a time. It need not know about phases, GradScaler, processes,
-shards, clipping or checkpoints:
+`PhasedOptimizer` does the rest. A rule takes one tensor at a time. It does not need to handle
+phases, GradScaler, processes, shards, clipping or checkpoints:
 
 .. code-block:: python
 
@@ -54,20 +53,21 @@ choice = _checks.choice
 
 
 class Rule:
-    """The update of a method. A subclass defines `update`, and `begin` if it needs figures of the
-    whole model first.
+    """The update of a method.
+
+    A subclass defines `update`, and `begin` if it needs figures of the whole model first.
 
     Args:
-        numbers: the method's numbers by name. They live in the parameter groups as
-            ``ebu_<name>``, where they can be scheduled and differ between groups; they are saved,
-            and compared over the ranks.
+        numbers: the method's numbers by name. They are in the parameter groups as ``ebu_<name>``,
+            where they can be scheduled and may differ between groups. They are saved, and compared
+            over the ranks.
 
     Attributes:
         needs: which phases must have run before a step: "forget", "remember" or both.
         penalised: whether the rule uses theta0 and F, which are then held.
-        anchored: whether it uses theta0 even where there is no F.
-        options: what is chosen once, by name: shown by ``repr`` and compared over the ranks.
-        fused: which kernels serve it, as in torch.optim.
+        anchored: whether the rule uses theta0 even if there is no F.
+        options: choices that do not change, by name; shown by ``repr`` and compared over the ranks.
+        fused: which kernels it uses, as in torch.optim.
     """
 
     needs: tuple[str, ...] = ("forget", "remember")
@@ -82,55 +82,59 @@ class Rule:
     # -- what a method is -----------------------------------------------------------------------
 
     def begin(self, step: Step) -> Figures:
-        """Before the first parameter of a step: figures for `update`. `stats` shows those whose
-        name has no leading underscore: numbers or 0-d tensors."""
+        """Return the figures that `update` needs, before the first parameter of a step.
+
+        `stats` shows those whose name has no leading underscore: numbers or 0-d tensors.
+        """
         return {}
 
     def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        """G of one parameter.
+        """Return G of one parameter.
 
         Args:
-            slot: ``slot.param`` is theta, ``slot.group["ebu_<name>"]`` the rule's numbers.
-            g_f, g_r: new tensors of the parameter's shape, in float32 or float64, zeros where the
-                loss made no gradient; may be written.
-            figures: of `begin`.
+            slot: ``slot.param`` is theta, ``slot.group["ebu_<name>"]`` are the rule's numbers.
+            g_f, g_r: new tensors of the parameter's shape, in float32 or float64; zeros where the
+                loss made no gradient. They may be overwritten.
+            figures: what `begin` returned.
         """
         raise NotImplementedError(f"{type(self).__name__}.update")
 
     def moves(self, slot: Slot) -> Tensor | None:
-        """Which scalars of a parameter the step may move, bool; the rest is kept bit-identical
-        through the base step. None: all."""
+        """Return which scalars of a parameter the step may move, bool; None means all.
+
+        The others are kept bit-identical through the base step.
+        """
         return None
 
-    # -- its own state, by key ------------------------------------------------------------------
+    # -- the rule's own state, by key -----------------------------------------------------------
 
     def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
-        """Tensors for the checkpoint, named ``ebu_...``."""
+        """Return tensors for the checkpoint, named ``ebu_...``."""
         return {}
 
     def load(self, saved: Mapping[Key, Mapping[str, Tensor]], slots: Iterable[Slot]) -> None:
-        """Take what `state` gave."""
+        """Load what `state` returned."""
 
     # -- all slots at once ----------------------------------------------------------------------
 
     def nonfinite(self, step: Step) -> Tensor:
-        """How many elements of g_f and of g_r are NaN or Inf, int64 [2]. Changes nothing."""
+        """Count the elements of g_f and g_r that are NaN or Inf, int64 [2]. Changes nothing."""
         return torch.zeros(2, dtype=torch.int64) if self.finite(step) else step.nonfinite()
 
     def finite(self, step: Step) -> bool:
-        """Whether both gradients are, on all processes."""
+        """Whether both gradients are finite on all processes."""
         return bool(torch.stack([step.forget_sq, step.remember_sq]).isfinite().all())
 
     def combine(self, step: Step) -> Combined:
-        """G of every slot, one by one; nothing but spent gradients is written."""
+        """Return G of every slot, one by one. Only spent gradients are overwritten."""
         figures = self.begin(step)
-        products = step.dot, step.forget_sq, step.remember_sq  # before G takes the buffers
+        products = step.dot, step.forget_sq, step.remember_sq  # before G overwrites the buffers
         averaged = step.anchors.mode == "online" and step.anchors.active
         out, update_sq, moved_sq = [], [], []
         held: list[Tensor] = []
         for i, slot in enumerate(step.slots):
             G = self.update(slot, *step.gradients(i), figures)
-            # G takes the place of a spent gradient; g_r is used once more by an online F
+            # G takes the buffer of a spent gradient; an online F still needs g_r
             spent = (step.g_f[i], None if averaged else step.g_r[i])
             buffer = next((t for t in spent if t is not None), None)
             buffer = torch.empty_like(slot.param) if buffer is None else buffer
@@ -152,12 +156,12 @@ class Rule:
         return Combined(out, held or None, nonfinite, totals[0], last)
 
     def accepted(self, step: Step) -> None:
-        """After the check of G: the squares of g_r go into an online F."""
+        """After G was checked, add the squares of g_r to an online F."""
         if step.anchors.mode == "online" and step.anchors.active:
             step.average(self.fused)
 
     def read(self, last: Any) -> dict[str, Any]:
-        """`stats` of the last accepted step: see `PhasedOptimizer.stats`."""
+        """Return the `stats` of the last accepted step; see `PhasedOptimizer.stats`."""
         vector, total, anchored, figures = last
         dot, f, r, update, moved = vector.tolist()
         norms = math.sqrt(f) * math.sqrt(r)
@@ -175,15 +179,15 @@ class Rule:
 
 
 def shown(figures: Figures) -> Figures:
-    """Those that `stats` shows."""
+    """Return the figures that `stats` shows."""
     return {name: value for name, value in figures.items() if not name.startswith("_")}
 
 
 def weight(name: str, value: Any) -> float:
-    """A finite number >= 0.
+    """Return a finite number >= 0.
 
     Raises:
-        ValueError: it is none; the message has the name and the value.
+        ValueError: the number is negative or not finite; the message has its name and value.
     """
     number = _checks.number(name, value)
     if not (number >= 0 and math.isfinite(number)):

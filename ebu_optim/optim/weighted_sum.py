@@ -1,4 +1,4 @@
-"""The rules that are one weighted sum: they run on the kernels that EBU's rule runs on."""
+"""Rules that are one weighted sum. They run on the same kernels as EBU's rule."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _DOT, _MOVED = STATS.index("dot"), STATS.index("moved_forget_only_sq")
 class WeightedSum(Rule):
     """G = w_f g_f + w_r g_r + c F (theta - theta0), in one pass over all parameters.
 
-    Of its own it is the sum with the numbers ``forget_weight`` and ``remember_weight``, as far as
-    they are given; a weight that is not is 1 where the gradient is needed, else 0. Another sum of
+    The weights are the numbers ``forget_weight`` and ``remember_weight``. A weight that is not
+    given is 1 if `needs` has its gradient and 0 otherwise; c is 0. A subclass for another sum of
     this form overrides `weigh`.
 
     Args:
-        needs: as of :class:`Rule`.
-        numbers: as of :class:`Rule`; finite and >= 0.
+        needs: as for :class:`Rule`.
+        numbers: as for :class:`Rule`; finite and >= 0.
     """
 
     fused = None
@@ -34,7 +34,7 @@ class WeightedSum(Rule):
         self.needs = needs
 
     def weigh(self, group: Group, figures: Figures) -> tuple[float, float, float]:
-        """w_f, w_r and c for the parameters of a group; figures are those of `begin`."""
+        """Return w_f, w_r and c for the parameters of a group; `figures` are those of `begin`."""
         w_f, w_r = (
             group[f"ebu_{name}_weight"] if f"{name}_weight" in self.numbers else name in self.needs
             for name in ("forget", "remember")
@@ -61,7 +61,7 @@ class WeightedSum(Rule):
             w_f, w_r, pull = map(float, self.weigh(group, figures))
             return Weights(w_f, w_r, penalty="full"), pull
 
-        # an online F is of accepted steps: G is looked at first
+        # an online F includes only accepted steps, so G is checked before F is updated
         made = step.combine(step.select(None, self.fused), weigh, average=False)
         return made._replace(last=(*made.last, bool(step.anchors.anchor), shown(figures)))
 

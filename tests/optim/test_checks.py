@@ -279,7 +279,7 @@ def test_a_mapping_with_other_names(argument):
     mapping = {f"model.{n}": p.detach().abs() for n, p in m.named_parameters()}
     match = rf"{argument} has no tensor for 0\.weight.*1 more.*4 entries: model\.0\.weight"
     refused(m, ValueError, match, named=True, **{argument: mapping})
-    match = rf"{argument} is keyed by name.*named_parameters\(\).*key the mapping by parameter"
+    match = rf"{argument} has names as keys.*named_parameters\(\).*use parameters as keys"
     refused(m, ValueError, match, **{argument: mapping})
     refused(m, ValueError, rf"{argument} has no tensor for parameter 0", **{argument: {}})
 
