@@ -1,7 +1,7 @@
-"""The methods that EBU is compared with, each an object that the same training loop runs.
+"""The methods that EBU is compared with. The same training loop runs all of them.
 
-One method a file; docs/baselines.md has their equations, and what is fixed against the published
-code. A loop runs any of them:
+Each method has one file. docs/baselines.md has the equations, and the corrections to the published
+code. This loop runs any method:
 
 .. code-block:: python
 

@@ -1,4 +1,4 @@
-"""The rules that are a weighted sum of the two gradients, with weights of their inner products."""
+"""Rules that are a weighted sum of the two gradients, with weights from their inner products."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.optim import Optimizer
 from ..optim import PhasedOptimizer, Rule, Slot, Step, WeightedSum
 from ..optim.rule import Combined, Figures, choice
 
-#: From Gramians, float64 [parts, 2, 2], to two weights each, [parts, 2].
+#: Maps Gramians, float64 [parts, 2, 2], to two weights each, [parts, 2].
 Weighting = Callable[[Tensor], Tensor]
 
 
 class OfGramian(WeightedSum):
     """G = a g_f + b g_r, where (a, b) are a function of the Gramian [[f.f, f.r], [f.r, r.r]].
 
-    A subclass gives `weights`.
+    A subclass defines `weights`.
 
     Args:
-        scope: what has a Gramian, and weights, of its own: the "model", each "tensor", or each
-            "module", whose parameters are known by their names.
-        numbers: ``forget_weight`` and ``remember_weight``, w_f and w_r, as far as there are; >= 0.
+        scope: what has its own Gramian and weights: the "model", each "tensor", or each "module"
+            (the modules are found by the parameters' names).
+        numbers: ``forget_weight`` and ``remember_weight``, w_f and w_r, >= 0; both are optional.
     """
 
     def __init__(self, scope: str, **numbers: Any) -> None:
@@ -32,11 +32,11 @@ class OfGramian(WeightedSum):
         self.options = {"scope": choice("scope", scope, tuple(_PARTS))}
 
     def weights(self, gramians: Tensor, w: Tensor) -> Tensor:
-        """a and b of each part, [parts, 2]; w has w_f and w_r, gramians are of g_f and g_r."""
+        """Return a and b of each part, [parts, 2]; w holds w_f and w_r."""
         raise NotImplementedError(f"{type(self).__name__}.weights")
 
     def gramians(self, step: Step, parts: Sequence[Sequence[int]]) -> Tensor:
-        """What `weights` is given; another metric overrides it."""
+        """Return the Gramians that `weights` gets; a subclass may use another metric."""
         return step.gramians(parts)
 
     def begin(self, step: Step) -> Figures:
@@ -64,7 +64,7 @@ class OfGramian(WeightedSum):
         a, b = figures["_weights"][slot.key].to(g_f)
         return g_f.mul_(a).add_(g_r.mul_(b))
 
-    # the kernels know one pair of weights a group: parts go tensor by tensor
+    # the kernels use one pair of weights per group, so parts are combined tensor by tensor
 
     def combine(self, step: Step) -> Combined:
         return self._way.combine(self, step)
@@ -78,11 +78,11 @@ class OfGramian(WeightedSum):
 
 
 class Weighed(OfGramian):
-    """Such a sum by a weighting.
+    """A weighted sum whose weights come from a weighting function.
 
     Args:
-        weighting: from the Gramians of (w_f g_f, w_r g_r) to the weights of these two.
-        scope, numbers: as of `OfGramian`.
+        weighting: maps the Gramians of (w_f g_f, w_r g_r) to the weights of these two.
+        scope, numbers: as for `OfGramian`.
     """
 
     def __init__(self, weighting: Weighting, scope: str, **numbers: Any) -> None:
@@ -94,20 +94,21 @@ class Weighed(OfGramian):
 
 
 class GramianOptimizer(PhasedOptimizer):
-    """An optimizer over such a rule, whose numbers are the same in all groups."""
+    """An optimizer with a rule over Gramians, whose numbers are the same in all groups."""
 
     def __init__(self, base: Optimizer, rule: Rule, **engine: Any) -> None:
         super().__init__(base, rule, **engine)
         for name in ("forget_weight", "remember_weight"):
             if len({group.get(f"ebu_{name}") for group in self.param_groups}) > 1:
                 raise ValueError(
-                    f"{type(self).__name__} needs one {name}: it weighs the parameters together"
+                    f"{type(self).__name__} needs one {name} for all groups, because it weighs the "
+                    "parameters together; give every group the same value"
                 )
-        parts_of(self._slots(), rule.options["scope"])  # where there are no names
+        parts_of(self._slots(), rule.options["scope"])  # raises if names are needed and missing
 
 
 def parts_of(slots: Sequence[Slot], scope: str) -> list[list[int]]:
-    """The places of the slots that count together, in the order of the first of each.
+    """Return the indices of the slots in each part, in the order of the first slot of each.
 
     Raises:
         ValueError: scope is "module" and the optimizer does not know its parameters' names.
@@ -122,7 +123,7 @@ def _module(slot: Slot) -> str:
     names = slot.group.get("param_names")
     if not names:
         raise ValueError(
-            'scope="module" needs the names of the parameters: build the base optimizer with '
+            'scope="module" needs the names of the parameters; build the base optimizer with '
             'model.named_parameters() (torch 2.6 or later), or use scope="tensor"'
         )
     return str(names[slot.place[1]]).rpartition(".")[0]
@@ -136,13 +137,13 @@ _PARTS: dict[str, Callable[[Slot], Any]] = {
 
 
 def cosines(gramians: Tensor) -> Tensor:
-    """Of the two gradients, [parts]; 0 where one of them is zero."""
+    """Return the cosines of the two gradients, [parts]; 0 where one of them is zero."""
     norms = gramians.diagonal(dim1=-2, dim2=-1).sqrt().prod(-1)
     return torch.where(norms > 0, gramians[..., 0, 1] / norms, 0.0)
 
 
 def surgery(gramians: Tensor) -> Tensor:
-    """PCGrad's two weights from [[f.f, f.r], [f.r, r.r]], [..., 2, 2] to [..., 2]."""
+    """Return PCGrad's two weights from [[f.f, f.r], [f.r, r.r]], [..., 2, 2] to [..., 2]."""
     dot = gramians[..., 0, 1, None]
-    # an opposing gradient is not zero, so neither square is where dot < 0
+    # where dot < 0, neither gradient is zero, so neither square is
     return torch.where(dot < 0, 1 - dot / gramians.diagonal(dim1=-2, dim2=-1), 1.0)

@@ -1,4 +1,4 @@
-"""Every method of the comparison by its name: data for examples and reports."""
+"""Every method of the comparison by its name, as data for examples and reports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _ebu(title: str, **options: Any) -> Recipe:
     return Recipe(title, partial(EBUOptimizer, **options), "gamma", fisher="online")
 
 
-#: By ablation of Table 4: the terms of the update that remain.
+#: For each ablation of Table 4, the terms of the update that remain.
 _REMAINING = {
     "forget": ("remember", "modulated"),
     "remember": ("forget", "modulated"),
@@ -66,13 +66,13 @@ methods: dict[str, Recipe] = {
     "ebu_added": _ebu("EBU added", update="added"),
     "ebu_replaced": _ebu("EBU replaced", update="replaced"),
     "ebu_routed": _ebu("EBU routed", update="routed"),
-    # Table 4, the term left out of the sum of eq. 13
+    # Table 4: one term is left out of the sum of eq. 13
     "ebu_without_alignment": _ebu("EBU w/o PA", penalty="none"),
     "ebu_without_forget": _ebu("EBU w/o L_f", terms=_REMAINING["forget"]),
     "ebu_without_remember": _ebu("EBU w/o L_r^c", terms=_REMAINING["remember"]),
     "ebu_without_mitigation": _ebu("EBU w/o Mitigation", terms=_REMAINING["mitigation"]),
-    # Table 4, the other reading: full instead of partial alignment; one gradient left out of the
-    # blend; a blend that prefers neither
+    # Table 4 in its other reading: full instead of partial alignment; one gradient left out of the
+    # blend; a blend that prefers neither gradient
     "ebu_full_alignment": _ebu("EBU w/o PA (full alignment)", penalty="full"),
     "ebu_blend_remember": _ebu("EBU w/o L_f (in the blend)", alpha=0.0),
     "ebu_blend_forget": _ebu("EBU w/o L_r^c (in the blend)", alpha=1.0),

@@ -1,4 +1,4 @@
-"""A recipe: what a method learns from, declared once, beside its rule."""
+"""A recipe: what a method learns from, declared once, next to its rule."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from ..optim import PhasedOptimizer
 class Recipe:
     """How a method is built, and what it learns from.
 
-    Sets, memory count, warnings, protocols and reports read it: adding a method is adding one.
+    Sets, memory counts, warnings, protocols and reports read the recipe, so a new method needs only
+    a new recipe.
 
     Attributes:
-        title: for tables.
+        title: the name in tables.
         build: ``build(base, **options)`` makes the optimizer; ``build.keywords`` are the options
-            that make the method what it is, ``build.func.needs`` the phases that it needs.
-        strength: the option that is tuned, as far as there is one.
-        forgets: what the forget loss is: "surrogate" (denoising of the mandatory distribution under
+            that define the method, ``build.func.needs`` the phases that it needs.
+        strength: the option that is tuned, or None.
+        forgets: the forget loss: "surrogate" (denoising of the mandatory distribution under
             the condition to forget), "own" (denoising of the class's own images), "relabel"
-            (``relabel_loss`` on them), "guidance" (``esd_loss``), "adapter" (the same at
-            points sampled with the adapter) or None.
-        remembers: what the remember loss is: "replay" (denoising of replayed images), "distill"
-            (the frozen model's prediction on them), "crossed" (the same under other kept
+            (``relabel_loss`` on these images), "guidance" (``esd_loss``), "adapter" (``esd_loss``
+            at points sampled with the adapter) or None.
+        remembers: the remember loss: "replay" (denoising of replayed images), "distill"
+            (the frozen model's prediction on these images), "crossed" (the same under other kept
             conditions), "anchors" (``anchor_loss`` on random embeddings) or None.
-        fisher: where F comes from by default: "online", "estimated" (beforehand, over the replayed
-            images) or None for a method without one.
-        masked: a mask is made of the forget loss over the forget set before the first step.
-        adapter: it trains adapters of its own, for the transformer blocks of text-to-image models.
-        embedding: it trains the class embedding alone.
-        fresh: it starts from random weights, on real images.
-        noise: the noise of the "own" forget loss: "gaussian", or "uniform", which no model made.
-        adversary: what its adversarial embeddings are by default ("steps", "restart", "weight",
+        fisher: the default source of F: "online", "estimated" (beforehand, over the replayed
+            images), or None for a method without F.
+        masked: a mask is made from the forget loss over the forget set before the first step.
+        adapter: the method trains its own adapters in the transformer blocks of text-to-image
+            models.
+        embedding: the method trains only the class embedding.
+        fresh: the method starts from random weights, on real images.
+        noise: the noise of the "own" forget loss: "gaussian" or "uniform".
+        adversary: the defaults for its adversarial embeddings ("steps", "restart", "weight",
             "loss"); empty for a method without any.
-        held: what the rule holds between steps, in numbers for each weight.
-        learning_rate: of the published text-to-image run, where it is not 1e-5.
-        stalls: its step is zero where the remember gradient is; that of distillation is zero at the
-            start, so that it never begins.
+        held: how many numbers per weight the rule keeps between steps.
+        learning_rate: of the published text-to-image run, 1e-5 unless stated.
+        stalls: the step is zero if the remember gradient is zero. Distillation has a zero gradient
+            at the start, so such a method would never begin.
         clips: whether the published text-to-image run clips gradients, at 1.
         published: the method's options in the published text-to-image runs.
     """
@@ -66,26 +68,26 @@ class Recipe:
     clips: bool = True
     published: Mapping[str, Any] = field(default_factory=dict)
 
-    # -- what follows from that -------------------------------------------------------------------
+    # -- what follows from these ------------------------------------------------------------------
 
     @property
     def own_images(self) -> bool:
-        """The forget loss is on images of what is forgotten."""
+        """Whether the forget loss uses images of what is forgotten."""
         return self.forgets in ("own", "relabel")
 
     @property
     def guided(self) -> bool:
-        """The forget loss is at points on the way from noise, sampled at every step."""
+        """Whether the forget loss is at points on the way from noise, sampled at every step."""
         return self.forgets in ("guidance", "adapter")
 
     @property
     def teacher(self) -> bool:
-        """The losses compare with the frozen model."""
+        """Whether the losses compare with the frozen model."""
         return self.remembers in ("distill", "crossed", "anchors") or self.forgets == "guidance"
 
     @property
     def replayed(self) -> bool:
-        """The remember loss is on images sampled beforehand from what is kept."""
+        """Whether the remember loss uses images of what is kept, sampled beforehand."""
         return self.remembers in ("replay", "distill", "crossed")
 
     @property
@@ -95,39 +97,43 @@ class Recipe:
         return tuple(n for n in known if n not in {"base", *self.build.keywords})
 
     def needs(self, **options: Any) -> tuple[str, ...]:
-        """The phases that the method needs with these options of it.
+        """Return the phases that the method needs with these options.
 
         Raises:
-            TypeError, ValueError: the method refuses the options.
+            TypeError, ValueError: the method does not accept the options.
         """
         base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
         given = {"fisher": "online", **options} if self.fisher else options
         return self.build(base, **given).needs
 
     def with_losses(self, *, forget: str | None = None, remember: str | None = None) -> Recipe:
-        """The same rule on other losses; None keeps its own.
+        """Return the same rule with other losses; None keeps the recipe's own loss.
 
         Args:
-            forget: "surrogate" or "relabel", for a method whose own is one of them.
-            remember: "replay", "distill" or "crossed", for a method that remembers by one of them.
+            forget: "surrogate" or "relabel", for a method whose own forget loss is one of them.
+            remember: "replay", "distill" or "crossed", for a method whose own remember loss is one
+                of them.
 
         Raises:
-            ValueError: the method has a loss of its own.
+            ValueError: the method requires its own loss.
         """
         recipe = self
         if forget is not None and forget != self.forgets:
             if not {forget, self.forgets} <= {"surrogate", "relabel"}:
-                raise ValueError(f"forget={forget!r}: {self.title} has a forget loss of its own")
+                raise ValueError(
+                    f"forget={forget!r}: {self.title} has its own forget loss; leave forget out"
+                )
             recipe = replace(recipe, forgets=forget)
         if remember is not None and remember != self.remembers:
             if not self.replayed or remember not in ("replay", "distill", "crossed"):
                 raise ValueError(
-                    f"remember={remember!r}: {self.title} has a remember loss of its own"
+                    f"remember={remember!r}: {self.title} has its own remember loss; "
+                    "leave remember out"
                 )
             recipe = replace(recipe, remembers=remember)
         return recipe
 
 
 def recipe(title: str, cls: Callable[..., PhasedOptimizer], **about: Any) -> Recipe:
-    """The recipe of a class with its default options."""
+    """Return the recipe of a class with its default options."""
     return Recipe(title, partial(cls), **about)

@@ -1,4 +1,4 @@
-"""AEGIS's projection: the forget gradient against the way back to the pretrained weights."""
+"""AEGIS's projection: removes from the forget gradient what moves away from theta0."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..optim import PhasedOptimizer, Rule, Slot, Step, TensorMap
 from ..optim.rule import Figures, Key, like, local, spread, weight
 from ._recipe import recipe
 
-#: Of w, in the published code.
+#: The upper bound of w in the published code.
 LARGEST = 1e6
 
 
 class Homeward(Rule):
-    """Tensor by tensor G = f - w proj_r(f) where <f, r> < 0, else f; r = theta - theta0.
+    """For each tensor, G = f - w proj_r(f) where <f, r> < 0, else f; r = theta - theta0.
 
-    w grows by ``mu`` where f opposes the last step's projection, else it shrinks by it. Both are
-    saved.
+    w grows by ``mu`` where f opposes the last step's projection, else it shrinks by ``mu``. w and
+    the projection are saved.
     """
 
     needs = ("forget",)
@@ -30,7 +30,8 @@ class Homeward(Rule):
         super().__init__(mu=weight("mu", mu))
         self.w: dict[Key, Tensor] = {}
         self.last: dict[Key, Tensor] = {}
-        self._next: dict[Key, tuple[Tensor, Tensor]] = {}  # w and share of the step under way
+        # w and the share of the step that is being made
+        self._next: dict[Key, tuple[Tensor, Tensor]] = {}
 
     def begin(self, step: Step) -> Figures:
         each = [[i] for i in range(len(step.slots))]
@@ -83,7 +84,7 @@ class Homeward(Rule):
 
 
 def way(step: Step, slot: Slot) -> Tensor:
-    """theta - theta0 of a slot, a new tensor in float32 at least."""
+    """Return theta - theta0 of a slot, a new tensor in float32 at least."""
     anchor = local(step.anchors.anchor[slot.key]).to(slot.param.device)
     return slot.param.to(_wide(slot.param), copy=True).sub_(anchor)
 
@@ -93,26 +94,28 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 class AEGIS(PhasedOptimizer):
-    r"""AEGIS's projection (arXiv 2602.06771): nothing is replayed, what is kept is being near
-    :math:`\theta_0`. With :math:`r = \theta - \theta_0`, the direction of the gradient of
-    :math:`|\theta - \theta_0|^2`, each tensor by itself has
+    r"""AEGIS's projection (arXiv 2602.06771): it replays nothing but stays near :math:`\theta_0`.
+
+    With :math:`r = \theta - \theta_0`, the direction of the gradient of
+    :math:`|\theta - \theta_0|^2`, each tensor separately has
 
     .. math:: G = g_f - w \frac{\min(\langle g_f, r\rangle, 0)}{|r|^2} r, \qquad
               w \leftarrow \min(\max(w - \mu\, \mathrm{sign} \langle g_f, p \rangle, 0), 10^6)
 
-    where w is moved first, from 0 on, and p is the projection of the last step's forget gradient on
-    its r. With w >= 1 a step does not lead further from :math:`\theta_0`, to first order; with w
-    below it leads there more slowly. `stats` has the tensors in conflict and the mean of w.
+    where w is changed first and begins at 0, and p is the projection of the last step's forget
+    gradient on its r. With w >= 1, to first order, a step does not lead further from
+    :math:`\theta_0`. With a smaller w it leads away more slowly. `stats` has the number of tensors
+    in conflict and the mean of w.
 
     At :math:`\theta_0` itself, where the published code divides by zero, there is no projection.
-    Its forget loss is :func:`~ebu_optim.diffusion.esd_loss` under an embedding that an adversary
-    trains; the projection takes any.
+    The published forget loss is :func:`~ebu_optim.diffusion.esd_loss` under an embedding that an
+    adversary trains; the projection works with any forget loss.
 
     Args:
-        base: a built torch optimizer; Adam 1e-5 in the published runs.
-        mu: what w is moved by, >= 0.
+        base: a torch optimizer; Adam 1e-5 in the published runs.
+        mu: the change of w in each step, >= 0.
         anchor: theta0; None takes the weights at the first phase.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     needs = ("forget",)
@@ -131,5 +134,5 @@ class AEGIS(PhasedOptimizer):
         )
 
 
-#: What it learns from.
+#: What AEGIS learns from.
 RECIPE = recipe("AEGIS", AEGIS, strength="mu", remembers=None, held=2)

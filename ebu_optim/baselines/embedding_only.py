@@ -1,4 +1,4 @@
-"""A control: the class embedding alone is trained."""
+"""A control that trains only the class embedding."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .joint import Joint
 
 
 class EmbeddingOnly(Joint):
-    """The plain sum over the class embedding alone: G = w_f g_f + g_r.
+    """The plain sum over the class embedding only: G = w_f g_f + g_r.
 
-    It wins on entropy, accuracy and P_f, leaves every other class as it was, and forgets nothing in
-    depth: a new embedding, learned against the frozen weights, brings the class back. A measure of
-    forgetting on which it does well measures the label.
+    This control does well on entropy, accuracy and P_f and leaves every other class unchanged. But
+    it forgets nothing in depth: a new embedding, learned with frozen weights, brings the class
+    back. So a measure of forgetting on which it does well only measures the label.
 
     Args:
-        base: an optimizer over the embedding and nothing else, such as
-            ``Adam(model.class_embedding.parameters(), lr=1e-2)``. Give the rest of the model
-            ``requires_grad_(False)``, or its gradients are computed for nobody.
+        base: an optimizer over only the embedding, such as
+            ``Adam(model.class_embedding.parameters(), lr=1e-2)``. Call ``requires_grad_(False)``
+            on the rest of the model, or its gradients are computed for nothing.
         embedding: the module (or parameters) that may be trained; None does not check.
-        forget_weight, max_grad_norm, nonfinite: as of :class:`Joint`.
+        forget_weight, max_grad_norm, nonfinite: as for :class:`Joint`.
 
     Raises:
         ValueError: ``base`` holds another parameter.
@@ -48,11 +48,11 @@ class EmbeddingOnly(Joint):
         for slot in self._slots():
             if id(slot.param) not in allowed:
                 raise ValueError(
-                    f"{slot.name} of shape {tuple(slot.param.shape)} is no part of the embedding: "
-                    "build the base over the embedding alone, "
+                    f"{slot.name} of shape {tuple(slot.param.shape)} is not a part of the "
+                    "embedding; build the base over the embedding alone, "
                     "Adam(model.class_embedding.parameters(), lr=1e-2)"
                 )
 
 
-#: What it learns from.
+#: What the control learns from.
 RECIPE = recipe("class embedding alone", EmbeddingOnly, strength="forget_weight", embedding=True)

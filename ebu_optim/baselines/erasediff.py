@@ -1,4 +1,4 @@
-"""EraseDiff: descend the remember loss, and the forget loss with a multiplier."""
+"""EraseDiff: descends the remember loss, and the forget loss with a multiplier."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ._recipe import recipe
 
 
 class Multiplied(WeightedSum):
-    """G = g_r + lambda g_f, lambda constant or max(0, eta - cos(g_r, g_f)).
+    """G = g_r + lambda g_f, where lambda is constant or max(0, eta - cos(g_r, g_f)).
 
     Args:
         lam: the constant, >= 0.
-        eta: where not None, >= 0: lambda follows the cosine.
+        eta: None for the constant; a number >= 0 makes lambda follow the cosine.
     """
 
     def __init__(self, lam: float, eta: float | None) -> None:
@@ -42,26 +42,26 @@ class EraseDiff(PhasedOptimizer):
     r"""EraseDiff (Wu et al., 2024): a bi-level problem in its first-order form.
 
     The paper constrains the remember loss by :math:`q(\theta) = L_f(\theta) - L_f(\theta^K)`, where
-    :math:`\theta^K` is K inner steps on the forget loss away. In its code the second term is a
-    constant, so the update is
+    :math:`\theta^K` is reached by K inner steps on the forget loss. In its code the second term is
+    a constant, so the update is
 
     .. math:: G = g_r + \lambda g_f, \qquad
               \lambda = \max(0, \eta - \cos(g_r, g_f)) \text{ or a constant}
 
-    and the inner steps, undone before the outer one, are a waste: but for one trap. They are taken
-    with the *same* Adam, whose moments stay, so the outer step goes in a direction in which many
-    forget gradients have been averaged. ``compat="paper"`` keeps that; see `inner_steps`.
+    The inner steps are undone before the outer step, so they seem to be wasted. But the published
+    code takes them with the *same* Adam and keeps its moments. So the outer step goes in a
+    direction that averages many forget gradients. ``compat="paper"`` keeps this; see `inner_steps`.
 
-    Its forget loss for DDPM is denoising of the class's own images where the noise is *uniform* in
-    [0, 1): ``denoising_loss(model, x, c, scheduler, noise=torch.rand_like(x))``; for Stable
-    Diffusion it is ``relabel_loss``.
+    The published forget loss for DDPM is denoising of the class's own images with noise that is
+    *uniform* in [0, 1): ``denoising_loss(model, x, c, scheduler, noise=torch.rand_like(x))``. For
+    Stable Diffusion it is ``relabel_loss``.
 
     Args:
-        base: a built torch optimizer.
+        base: a torch optimizer.
         lam: the constant multiplier (0.1 is the published default), >= 0.
-        eta: where given, lambda follows the cosine instead, over all parameters as one vector.
+        eta: if given, lambda follows the cosine instead, over all parameters as one vector.
         compat: "paper" allows `inner_steps`.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -81,27 +81,29 @@ class EraseDiff(PhasedOptimizer):
 
     @torch.no_grad()
     def inner_steps(self, closures: Sequence[Callable[[], Any]]) -> list[Any]:
-        """The published code's inner steps: each steps the base on a forget gradient, unclipped;
-        then the weights are put back and the base's moments are not.
+        """Take the published code's inner steps; afterwards restore the weights.
+
+        Each step runs the base on an unclipped forget gradient. The base's moments are not
+        restored.
 
         Args:
-            closures: each runs forward and backward of the forget loss on one batch; the code takes
-                K = 2 passes over the forget set before every outer pass.
+            closures: each runs forward and backward of the forget loss on one batch. The published
+                code makes K = 2 passes over the forget set before every outer pass.
 
         Returns:
             What the closures returned.
 
         Raises:
-            RuntimeError: without ``compat="paper"``, where they would change nothing; or inside a
-                step that is under way.
+            RuntimeError: ``compat="paper"`` is not set, so the steps would change nothing; or a
+                step has begun.
         """
         if not self._paper:
             raise RuntimeError(
-                'inner_steps: without the base\'s moments, which only compat="paper" keeps, '
-                "undone steps change nothing; leave them out"
+                'inner_steps: only compat="paper" keeps the base\'s moments, and without them '
+                'undone steps change nothing; leave them out, or use compat="paper"'
             )
         if self._phases.done or self._phases.active:
-            raise RuntimeError("inner_steps: call it between steps, outside the phases")
+            raise RuntimeError("inner_steps: a step has begun; call it between steps")
         slots = self._slots()
         before = [local(s.param).clone() for s in slots]
         losses = []
@@ -118,7 +120,7 @@ class EraseDiff(PhasedOptimizer):
         return losses
 
 
-#: What it learns from.
+#: What EraseDiff learns from.
 RECIPE = recipe("EraseDiff", EraseDiff, strength="lam", forgets="own", noise="uniform")
 
 

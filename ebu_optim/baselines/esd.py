@@ -9,14 +9,14 @@ from ._recipe import recipe
 
 
 class ESD(PhasedOptimizer):
-    """ESD (Gandikota et al., 2023): G = g_f of ``esd_loss``; nothing is remembered.
+    """ESD (Gandikota et al., 2023): G = g_f of ``esd_loss``; there is no remember loss.
 
-    The published runs have Adam 1e-5 for 1000 steps (the paper's code) or 5e-5 for 200 (the newer
+    The published runs use Adam 1e-5 for 1000 steps (the paper's code) or 5e-5 for 200 (the newer
     code), batch size 1, without clipping.
 
     Args:
-        base: a built torch optimizer over the weights that ESD trains.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        base: a torch optimizer over the weights that ESD trains.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     needs = ("forget",)
@@ -28,5 +28,5 @@ class ESD(PhasedOptimizer):
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
-#: What it learns from.
+#: What ESD learns from.
 RECIPE = recipe("ESD", ESD, forgets="guidance", remembers=None, clips=False)

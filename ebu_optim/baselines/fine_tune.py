@@ -1,4 +1,4 @@
-"""FT: descend the remember loss alone."""
+"""FT: descends only the remember loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ._recipe import recipe
 class FineTune(PhasedOptimizer):
     """FT (Warnecke et al., 2021, as used for generative models): G = g_r, from theta0.
 
-    What it forgets it forgets because it is no longer trained on. A loop that runs the forget phase
-    all the same wastes its passes and changes nothing: what that phase makes is dropped, a forget
-    closure is not called.
+    The model forgets only because the forgotten images are no longer trained on. A loop may still
+    run the forget phase: it costs time but changes nothing, because the gradients of that phase
+    are dropped. A forget closure is not called.
 
     Args:
-        base: a built torch optimizer.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        base: a torch optimizer.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     needs = ("remember",)
@@ -29,5 +29,5 @@ class FineTune(PhasedOptimizer):
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
-#: What it learns from.
+#: What FT learns from.
 RECIPE = recipe("FT", FineTune, forgets=None)

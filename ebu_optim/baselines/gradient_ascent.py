@@ -1,4 +1,4 @@
-"""GA: ascend the loss on what is to be forgotten."""
+"""GA: ascends the loss on what is to be forgotten."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Ascent(WeightedSum):
 class GradientAscent(PhasedOptimizer):
     """GA (Thudi et al., 2022): G = -g_f, and with ``remember_weight`` G = -g_f + w_r g_r.
 
-    The forget loss is the ordinary loss on the forgotten class's *own* images, not on a surrogate:
-    the sign is turned here. Without a remember loss (the default, as the EBU paper has it) the
-    model diverges sooner or later, every class with it; SalUn's code adds a remember loss.
+    The forget loss is the ordinary loss on the forgotten class's *own* images, not on a surrogate;
+    this optimizer changes its sign. Without a remember loss (the default, as in the EBU paper)
+    the model diverges sooner or later, and loses every class. SalUn's code adds a remember loss.
 
     Args:
-        base: a built torch optimizer.
-        remember_weight: w_r, >= 0; with 0 the remember phase is not needed, and dropped.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        base: a torch optimizer.
+        remember_weight: w_r, >= 0; with 0 the remember phase is not needed and is dropped.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     needs = ("forget",)
@@ -55,5 +55,5 @@ class GradientAscent(PhasedOptimizer):
         )
 
 
-#: What it learns from.
+#: What GA learns from.
 RECIPE = recipe("GA", GradientAscent, forgets="own")

@@ -1,4 +1,4 @@
-"""GRU: the forget gradient without what opposes a running mean of the kept one."""
+"""GRU: the forget gradient without what opposes a running mean of the remember gradient."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from ._recipe import recipe
 
 
 def rectified(gramians: Tensor) -> Tensor:
-    """From [[f.f, f.m], [f.m, m.m]] the weights of f and m: m's is above 0 where they oppose."""
+    """Return the weights of f and m from [[f.f, f.m], [f.m, m.m]]: m's is > 0 if they oppose."""
     dot = gramians[..., 0, 1]
     weights = torch.where(dot < 0, -dot / gramians[..., 1, 1], 0.0)
     return torch.stack([torch.ones_like(weights), weights], -1)
 
 
 class Rectified(OfGramian):
-    """G = f - min(<f, m>, 0) / <m, m> m + w_r g_r, m the running mean of g_r, which is saved.
+    """G = f - min(<f, m>, 0) / <m, m> m + w_r g_r, where m is the running mean of g_r.
+
+    m is saved.
 
     Args:
         smoothing: the share of the new g_r in m, in (0, 1].
         remember_weight: w_r, >= 0.
-        scope: as of `OfGramian`.
+        scope: as for `OfGramian`.
     """
 
     def __init__(self, smoothing: float, remember_weight: float, scope: str) -> None:
@@ -37,7 +39,7 @@ class Rectified(OfGramian):
             raise ValueError(f"smoothing must be in (0, 1]; got {smoothing!r}")
         self.options["smoothing"] = float(smoothing)
         self.mean: dict[Key, Tensor] = {}
-        self._next: dict[Key, Tensor] = {}  # of the step under way
+        self._next: dict[Key, Tensor] = {}  # m of the step that is being made
 
     def begin(self, step: Step) -> Figures:
         s = self.options["smoothing"]
@@ -94,23 +96,24 @@ def _zeros(p: Tensor) -> Tensor:
 
 
 class GRU(GramianOptimizer):
-    r"""GRU (Wang et al., 2025): gradient rectified unlearning, as its code has it.
+    r"""GRU (Wang et al., 2025): gradient rectified unlearning, as in its code.
 
     .. math:: m \leftarrow s\, g_r + (1 - s)\, m, \qquad
               G = g_f - \frac{\min(\langle g_f, m\rangle, 0)}{|m|^2}\, m + w_r g_r
 
-    over all parameters as one vector, m = 0 before the first step. What is left of the forget
-    gradient does not raise the loss that is kept; by itself it does not lower it either:
-    w_r = 0 is theirs, 1 their variants "+ce" and "+KL". `stats` has the weight of m, "rectified".
+    over all parameters as one vector, with m = 0 before the first step. To first order, the
+    rectified forget gradient does not raise the remember loss, but it does not lower it either. The
+    published method has w_r = 0; its variants "+ce" and "+KL" have 1. `stats` has the weight of m,
+    "rectified".
 
-    m is one number more for each weight. Steps that are skipped leave it.
+    m takes one more number per weight. Skipped steps do not change it.
 
     Args:
-        base: a built torch optimizer.
+        base: a torch optimizer.
         smoothing: s in (0, 1], the share of the new gradient; 0.8 in the published runs.
         remember_weight: w_r, >= 0.
-        scope: "model", or each "tensor" or "module" by itself, as of :class:`PCGrad`.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        scope: "model", or each "tensor" or "module" separately, as for :class:`PCGrad`.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -127,5 +130,5 @@ class GRU(GramianOptimizer):
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
-#: What it learns from.
+#: What GRU learns from.
 RECIPE = recipe("GRU", GRU, strength="remember_weight", held=1)

@@ -1,4 +1,4 @@
-"""GU: the forget gradient without its part along the kept one, in the metric of Adam's step."""
+"""GU: the forget gradient without its part along the remember gradient, in Adam's metric."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Orthogonal(OfGramian):
     """G = w_f (g_f - k g_r) + w_r g_r with k = <f, r / h> / <r, r / h>.
 
     Args:
-        base: the optimizer whose second moments make h, where it has some.
+        base: the optimizer whose second moments define h, if it has any.
         conflicts_only: k = 0 where <f, r / h> >= 0.
-        scope, numbers: as of `OfGramian`.
+        scope, numbers: as for `OfGramian`.
     """
 
     def __init__(self, base: Optimizer, conflicts_only: bool, scope: str, **numbers: Any) -> None:
@@ -40,7 +40,7 @@ class Orthogonal(OfGramian):
         return step.gramians(parts, of)
 
     def _metric(self, slot: Slot) -> Tensor | None:
-        """sqrt(v_hat) + eps as it is before the step; None for 1."""
+        """Return h = sqrt(v_hat) + eps before the step; None if h = 1."""
         group, place = slot.place
         state = self.base.state.get(self.base.param_groups[group]["params"][place], {})
         if "exp_avg_sq" not in state or not float(state.get("step", 0)):
@@ -64,20 +64,20 @@ class GU(GramianOptimizer):
               k = \frac{\langle g_f, g_r / h\rangle}{\langle g_r, g_r / h\rangle}, \qquad
               h = \sqrt{\hat v} + \epsilon
 
-    where :math:`\hat v` is Adam's second moment before the step. So to first order a step of Adam
-    along :math:`g_f - k g_r` does not change the loss that is kept, in either direction. h = 1 in
-    the first step, and for a base that has no such moments. Adam's own momentum (betas[0] = 0 in
-    the published runs) and decoupled weight decay add what the projection does not see.
+    where :math:`\hat v` is Adam's second moment before the step. So to first order, a step of Adam
+    along :math:`g_f - k g_r` does not change the remember loss, in either direction. h = 1 in
+    the first step, and for a base without such moments. The projection does not cover what Adam's
+    momentum (betas[0] = 0 in the published runs) and decoupled weight decay add.
 
-    The published code has max(<r, r/h>, 1e-12) below k, which does no projection for small
-    gradients; here k = 0 where g_r is zero, and nothing else is cut.
+    The published code has max(<r, r/h>, 1e-12) in the denominator of k, which disables the
+    projection for small gradients. Here k = 0 only where g_r is zero.
 
     Args:
-        base: a built torch optimizer; AMSGrad is refused.
+        base: a torch optimizer; AMSGrad is refused.
         forget_weight, remember_weight: w_f and w_r, >= 0.
-        conflicts_only: their mode "pcgrad": k = 0 unless the two oppose each other.
-        scope: "model", or each "tensor" or "module" by itself, as of :class:`PCGrad`.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        conflicts_only: the published mode "pcgrad": k = 0 unless the two gradients oppose.
+        scope: "model", or each "tensor" or "module" separately, as for :class:`PCGrad`.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class GU(GramianOptimizer):
         if any(group.get("amsgrad") for group in getattr(base, "param_groups", ())):
             raise ValueError(
                 "GU: amsgrad=True divides by the largest second moment, which is not the metric "
-                "here; build the base with amsgrad=False"
+                "of GU; build the base with amsgrad=False"
             )
         rule = Orthogonal(
             base,
@@ -106,5 +106,5 @@ class GU(GramianOptimizer):
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
-#: What it learns from.
+#: What GU learns from.
 RECIPE = recipe("GU", GU, strength="forget_weight")

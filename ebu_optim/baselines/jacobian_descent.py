@@ -1,4 +1,4 @@
-"""Jacobian descent: the weights of the two gradients by any of TorchJD's weightings."""
+"""Jacobian descent: weights of the two gradients by any of TorchJD's weightings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ._recipe import Recipe
 
 
 class Guarded:
-    """A weighting of TorchJD's, or another of its form, for the Gramians of many parts.
+    """A weighting of TorchJD, or one of the same form, applied to the Gramians of many parts.
 
     Args:
-        weighting: from a 2x2 Gramian, float64 on the CPU, to two weights.
-        normalise: Gramians are divided by their trace first.
+        weighting: maps a 2x2 Gramian, float64 on the CPU, to two weights.
+        normalise: divide each Gramian by its trace first.
     """
 
     def __init__(self, weighting: Callable[[Tensor], Tensor], normalise: bool) -> None:
@@ -31,39 +31,40 @@ class Guarded:
 
     def _one(self, gramian: Tensor) -> Tensor:
         trace = gramian.trace()
-        if not trace > 0:  # both are zero, or not finite, and so will G be
+        if not trace > 0:  # both gradients are zero or not finite, so the weights do not matter
             return torch.ones(2, dtype=gramian.dtype)
         return self.weighting(gramian / trace if self.normalise else gramian).to(gramian)
 
 
 class JacobianDescent(GramianOptimizer):
-    r"""Two weights by a weighting of `TorchJD <https://torchjd.org>`_ (Quinton & Rey, 2024), which
-    is given nothing but the Gramian of the two gradients:
+    r"""Two weights by a weighting of `TorchJD <https://torchjd.org>`_ (Quinton & Rey, 2024).
+
+    The weighting sees only the Gramian of the two gradients:
 
     .. math:: G = w_1\, g_f + w_2\, g_r, \qquad w = \mathrm{weighting}\left(\begin{bmatrix}
               \langle g_f, g_f\rangle & \langle g_f, g_r\rangle \\
               \langle g_f, g_r\rangle & \langle g_r, g_r\rangle \end{bmatrix}\right)
 
-    The sums of their weights differ (1 for MGDA and IMTL-G, 1 or more for UPGrad, 2 or more for
-    PCGrad): a learning rate does not transfer from one to another, but for Adam. `stats` has the
-    two weights.
+    The sums of the weights differ (1 for MGDA and IMTL-G, 1 or more for UPGrad, 2 or more for
+    PCGrad). So a learning rate does not transfer from one weighting to another, except with Adam.
+    `stats` has the two weights.
 
     Args:
-        base: a built torch optimizer.
-        weighting: the name of one of their classes without "Weighting" ("UPGrad", "MGDA", "IMTLG",
-            "AlignedMTL", "FairGrad", "DualProj", ...), or a weighting that was built, or any
-            callable from such a Gramian, float64 on the CPU, to two weights. UPGrad and DualProj by
-            name are told to add nothing to the Gramian, FairGrad has alpha = 1.
-        forget_weight: w_f >= 0: the loss is scaled by it before anything else.
-        normalise: the Gramian is divided by its trace, as their tolerances are absolute numbers.
-            Weights that do not depend on the scale stay what they are; FairGrad's update is then
+        base: a torch optimizer.
+        weighting: the name of a TorchJD class without "Weighting" ("UPGrad", "MGDA", "IMTLG",
+            "AlignedMTL", "FairGrad", "DualProj", ...), or an instance, or any callable that maps
+            such a Gramian, float64 on the CPU, to two weights. By name, UPGrad and DualProj add
+            nothing to the Gramian, and FairGrad has alpha = 1.
+        forget_weight: w_f >= 0; the forget loss is scaled by it first.
+        normalise: divide the Gramian by its trace, because TorchJD's tolerances are absolute.
+            Weights that do not depend on the scale are unchanged. FairGrad's update is then
             :class:`MUNBa`'s times the norm of both gradients together.
-        scope: "model", or each "tensor" or "module" by itself, as of :class:`PCGrad`; a weighting
-            takes 0.2 to 5 ms a part, on the CPU.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        scope: "model", or each "tensor" or "module" separately, as for :class:`PCGrad`; a weighting
+            takes 0.2 to 5 ms per part, on the CPU.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
 
     Raises:
-        ImportError: a name is given and torchjd, or what the class needs, is missing.
+        ImportError: a name is given, but torchjd or a package that the class needs is missing.
         ValueError: torchjd has no weighting of that name.
     """
 
@@ -86,7 +87,7 @@ class JacobianDescent(GramianOptimizer):
 
 
 def _named(name: str) -> Any:
-    """One of TorchJD's weightings by its name, with options that leave the Gramian as it is."""
+    """Return a TorchJD weighting by its name, with options that do not change the Gramian."""
     aggregation = require("torchjd.aggregation", "torchjd")
     kind = getattr(aggregation, f"{name}Weighting", None)
     if kind is None:
@@ -95,22 +96,22 @@ def _named(name: str) -> Any:
             for n in dir(aggregation)
             if n.endswith("Weighting") and n != "Weighting"
         )
-        raise ValueError(f"weighting={name!r}: torchjd.aggregation has {', '.join(known)}")
+        raise ValueError(f"weighting={name!r} is not in torchjd; use {', '.join(known)}")
     if name in ("UPGrad", "DualProj"):
         require("quadprog", "torchjd")
         require("qpsolvers", "torchjd")
-        # the usual 1e-4 joins the Gramian, and does no surgery on a small one
+        # the usual 1e-4 is added to the Gramian and disables the projection of a small one
         projector = require("torchjd.linalg", "torchjd").QuadprogProjector
         return kind(projector=projector(norm_eps=0.0, reg_eps=1e-13))
     try:
         return kind(alpha=1.0) if name == "FairGrad" else kind()
     except TypeError as error:
         raise ValueError(
-            f"weighting={name!r} has options without a default ({error}): give the weighting itself"
+            f"weighting={name!r} has options without a default ({error}); pass an instance instead"
         ) from error
 
 
-#: What each learns from: method, title and TorchJD's name.
+#: What each method learns from: method, title and TorchJD's name.
 RECIPES = {
     method: Recipe(
         title, partial(JacobianDescent, weighting=name), "forget_weight", stalls=method == "mgda"

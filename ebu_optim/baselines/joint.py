@@ -9,12 +9,12 @@ from ._recipe import recipe
 
 
 class Joint(PhasedOptimizer):
-    """The plain sum: G = w_f g_f + g_r. What every other rule has to beat; it has one strength.
+    """The plain sum: G = w_f g_f + g_r. Every other rule has to beat it; it has one strength.
 
     Args:
-        base: a built torch optimizer.
+        base: a torch optimizer.
         forget_weight: w_f, >= 0.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -33,5 +33,5 @@ class Joint(PhasedOptimizer):
         )
 
 
-#: What it learns from.
+#: What the plain sum learns from.
 RECIPE = recipe("plain sum", Joint, strength="forget_weight")

@@ -1,4 +1,4 @@
-"""MUNBa: the two gradients bargain; each loses and gains in the same proportion."""
+"""MUNBa: the two losses bargain; each loses and gains in the same proportion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from ._gramian import GramianOptimizer, Weighed, cosines
 from ._recipe import recipe
 
-#: The least 1 + cos: nearer to opposite the update shrinks to zero instead of being rounding.
+#: The least 1 + cos. If the gradients are nearer to opposite, the update shrinks to zero.
 LEAST = 1e-6
 
 
@@ -22,15 +22,15 @@ class MUNBa(GramianOptimizer):
               \left(\frac{g_f}{|g_f|} + \frac{g_r}{|g_r|}\right)
 
     over all parameters as one vector. G has the norm :math:`\sqrt 2` and the direction of the
-    bisector, whatever the scale of either loss: so there is no strength but the learning rate.
-    Below 1 + cos = 1e-6 that number is used, and G tends to zero where the two are opposite. A
-    gradient of zeros has no say: the other one has norm 1 then.
+    bisector, whatever the scale of either loss. So the learning rate is the only strength.
+    1 + cos is at least 1e-6, so G tends to zero where the two gradients are opposite. If one
+    gradient is zero, the other one has norm 1.
 
     Args:
-        base: a built torch optimizer.
-        scope: "model", or each "tensor" or "module" by itself, as of :class:`PCGrad`; each part of
-            G has the norm sqrt 2 then.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        base: a torch optimizer.
+        scope: "model", or each "tensor" or "module" separately, as for :class:`PCGrad`; then each
+            part of G has the norm sqrt 2.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class MUNBa(GramianOptimizer):
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
 
-#: What it learns from.
+#: What MUNBa learns from.
 RECIPE = recipe("MUNBa", MUNBa)
 
 
 def bargain(gramians: Tensor) -> Tensor:
-    """Nash's two weights from [[f.f, f.r], [f.r, r.r]], [..., 2, 2] to [..., 2]."""
+    """Return Nash's two weights from [[f.f, f.r], [f.r, r.r]], [..., 2, 2] to [..., 2]."""
     norms = gramians.diagonal(dim1=-2, dim2=-1).sqrt()
     shared = (1 + cosines(gramians)).clamp(min=LEAST).sqrt()
     return torch.where(norms > 0, 1 / (norms * shared[..., None]), 0.0)

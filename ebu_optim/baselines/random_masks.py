@@ -1,4 +1,4 @@
-"""A control: EBU's update with masks that mean nothing."""
+"""A control: EBU's update with random masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._recipe import recipe
 
 
 class RandomlyMasked(Rule):
-    """The update of EBU, tensor by tensor, over masks that are drawn; see `RandomMasks`."""
+    """EBU's update with random masks, tensor by tensor; see `RandomMasks`."""
 
     def __init__(self, penalty: str, update: str, independent: bool, **numbers: Any) -> None:
         super().__init__(**numbers)
@@ -34,8 +34,8 @@ class RandomlyMasked(Rule):
     def begin(self, step: Step) -> Figures:
         if step.shards:
             raise TypeError(
-                "RandomMasks draws whole masks and the parameters are sharded: run this control on "
-                "one process or under DistributedDataParallel"
+                "RandomMasks draws whole masks, but the parameters are sharded; run this control "
+                "on one process or under DistributedDataParallel"
             )
         masks = dict(
             self._independent(step) if self.options["independent"] else self._counted(step)
@@ -57,7 +57,7 @@ class RandomlyMasked(Rule):
         }
 
     def _streams(self, step: Step, slot: Slot) -> tuple[np.random.Generator, torch.Generator]:
-        # by place, not by key: those of a resumed run may be others
+        # by place and not by key, because a resumed run may have other keys
         words = (int(slot.group["ebu_seed"]), step.number, *slot.place)
         counts = np.random.default_rng(words)
         seed = int(counts.integers(2**63))
@@ -76,7 +76,7 @@ class RandomlyMasked(Rule):
             yield slot.key, (f, r)
 
     def _counted(self, step: Step) -> Iterator[tuple[Key, tuple[Tensor, Tensor]]]:
-        """Masks with the sizes of EBU's, exactly, in each group."""
+        """Yield masks that have exactly the sizes of EBU's masks in each group."""
         found = step.select()
         left: dict[int, np.ndarray] = {}  # by group: overlap, forget only, remember only, neither
         for i, slot in enumerate(step.slots):
@@ -122,22 +122,23 @@ class RandomlyMasked(Rule):
 class RandomMasks(PhasedOptimizer):
     """EBU with random masks of the same density and the same overlap.
 
-    At every step EBU's selection is made, and counted: M_f, M_r and their overlap have as many
-    scalars here, group by group, at places drawn at random. What EBU does better than this it owes
-    to *which* weights it selects; the rest to how it weighs the two gradients.
+    Every step makes EBU's selection and counts the scalars of M_f, M_r and their overlap. The masks
+    have the same counts in each group, at random places. So the gain of EBU over this control comes
+    from *which* weights it selects; the rest comes from how it weighs the two gradients.
 
-    The draws come from generators of its own, which a seed (``ebu_seed``, in the groups) and the
-    number of steps taken determine: both are saved, so a resumed run is the same run, the user's
-    stream is untouched, and processes that share a process group draw alike.
+    The masks are drawn from separate generators, which depend on a seed (``ebu_seed``, in the
+    groups) and the number of steps taken. Both are saved. So a resumed run is the same run, the
+    user's random stream is not changed, and processes that share a process group draw the same
+    masks.
 
     Args:
-        base: a built torch optimizer over parameters that are not sharded.
-        alpha, delta, gamma, fisher, fisher_scale, anchor, penalty, update: as of
+        base: a torch optimizer over parameters that are not sharded.
+        alpha, delta, gamma, fisher, fisher_scale, anchor, penalty, update: as for
             :class:`~ebu_optim.EBUOptimizer`.
-        seed: of the draws.
-        independent: True draws M_f and M_r independently of each other, scalar by scalar, with
-            probability delta: the overlap is chance's.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        seed: the seed of the masks.
+        independent: True draws M_f and M_r independently, scalar by scalar, with probability
+            delta; then their overlap is that of chance.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -171,5 +172,5 @@ class RandomMasks(PhasedOptimizer):
         )
 
 
-#: What it learns from.
+#: What the control learns from.
 RECIPE = recipe("random masks", RandomMasks, strength="gamma", fisher="online")

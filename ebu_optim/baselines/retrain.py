@@ -1,4 +1,4 @@
-"""Retrain: the gold standard. Random weights, the real data without the forgotten class."""
+"""Retrain, the gold standard: training from random weights without the forgotten class."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .fine_tune import FineTune
 class Retrain(FineTune):
     """Retraining: G = g_r, from random weights, on real data without the forgotten class.
 
-    The rule is FT's; what differs is where it starts. Call :func:`reset_weights` once, before the
+    The rule is FT's; only the start differs. Call :func:`reset_weights` once, before the
     first run; a resumed run loads its weights instead.
     """
 
 
-#: What it learns from.
+#: What Retrain learns from.
 RECIPE = recipe("Retrain", Retrain, forgets=None, fresh=True)
 
 
 def reset_weights(model: nn.Module, seed: int, *, compat: str | None = None) -> None:
-    """Draw the weights of a model anew, in place: optimizers keep their parameters.
+    """Set the weights of a model to new random values, in place: optimizers keep their parameters.
 
-    A model with ``config`` and ``from_config`` (those of diffusers) is built again; the modules of
-    any other draw anew by their own ``reset_parameters``. The user's random stream is untouched.
+    A model with ``config`` and ``from_config`` (as in diffusers) is built again. For any other
+    model, each module calls its own ``reset_parameters``. The user's random stream is not changed.
 
     Args:
-        model: whose weights, buffers included, are overwritten.
-        seed: of the draws.
-        compat: "paper" leaves the pretrained weights: the EBU paper's appendix calls that
+        model: the model whose weights and buffers are overwritten.
+        seed: the seed of the random values.
+        compat: "paper" keeps the pretrained weights: the EBU paper's appendix calls that
             "Retraining" (it is FT).
 
     Raises:
-        TypeError: some parameters belong to modules that cannot draw anew.
+        TypeError: some parameters belong to modules without ``reset_parameters``.
     """
     if _paper(compat):
         return
@@ -53,7 +53,7 @@ def reset_weights(model: nn.Module, seed: int, *, compat: str | None = None) -> 
         if left:
             raise TypeError(
                 f"reset_weights: {', '.join(left[:3])} belong to modules without reset_parameters; "
-                "build the model anew yourself"
+                "build the model again yourself"
             )
         for module in able:
             module.reset_parameters()  # type: ignore[operator]

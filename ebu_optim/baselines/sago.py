@@ -1,4 +1,4 @@
-"""SAGO: scalar by scalar the kept gradient where the two disagree, else the forget gradient."""
+"""SAGO: for each scalar, the remember gradient where the two disagree, else the forget gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SignGated(Rule):
 
     Args:
         forget_weight, remember_weight: w_f and w_r, >= 0.
-        both: where the signs agree G is w_f g_f + w_r g_r.
+        both: G is w_f g_f + w_r g_r where the signs agree.
     """
 
     def __init__(self, forget_weight: float, remember_weight: float, both: bool) -> None:
@@ -27,7 +27,7 @@ class SignGated(Rule):
         self.options = {"both": bool(both)}
 
     def update(self, slot: Slot, g_f: Tensor, g_r: Tensor, figures: Figures) -> Tensor:
-        # signs, as a product of small gradients is zero in float32
+        # signs are compared because the product of small gradients is zero in float32
         opposed = g_f.sign() * g_r.sign() < 0
         w_f, w_r = (slot.group[f"ebu_{n}_weight"] for n in ("forget", "remember"))
         kept = g_r.mul_(w_r)
@@ -36,19 +36,20 @@ class SignGated(Rule):
 
 
 class SAGO(PhasedOptimizer):
-    r"""SAGO (arXiv 2604.14808), as its code has it, scalar by scalar
+    r"""SAGO (arXiv 2604.14808), as in its code, for each scalar
 
     .. math:: G_i = \begin{cases} w_r\, g_{r,i} & g_{f,i}\, g_{r,i} < 0 \\
               w_f\, g_{f,i} & \text{else} \end{cases}
 
-    So a scalar that the forget loss does not feel is not trained: a product of zero counts as
+    So a scalar without a forget gradient is not trained, because a product of zero counts as
     agreement.
 
     Args:
-        base: a built torch optimizer.
+        base: a torch optimizer.
         forget_weight, remember_weight: w_f and w_r, >= 0; 1 and 1 in the published runs.
-        both: their variant that prefers what is kept: where the two agree G is their weighted sum.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        both: the published variant that prefers what is kept: G is the weighted sum of both
+            gradients where they agree.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -69,5 +70,5 @@ class SAGO(PhasedOptimizer):
         )
 
 
-#: What it learns from.
+#: What SAGO learns from.
 RECIPE = recipe("SAGO", SAGO, strength="remember_weight")

@@ -1,4 +1,4 @@
-"""SalUn: only the weights that the forget loss is most sensitive to are trained."""
+"""SalUn: trains only the weights to which the forget loss is most sensitive."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from ._recipe import recipe
 
 
 class Masked(Rule):
-    """G = M (w_f g_f + w_r g_r); M is made once, follows its parameters, and is saved.
+    """G = M (w_f g_f + w_r g_r); M is made once, moves with its parameters, and is saved.
 
     Args:
         delta: the share of scalars in M, in (0, 1].
         forget_weight, remember_weight: w_f and w_r, >= 0.
-        clipped_before: G is clipped to this norm *before* it is masked; None does not. The mask
-            then acts on the gradient alone, as in the released code.
-        paper: the released code's variant.
+        clipped_before: with `paper`, clip G to this norm *before* it is masked; None does not clip.
+        paper: use the released code's variant, in which the mask acts only on the gradient.
     """
 
     def __init__(
@@ -59,9 +58,12 @@ class Masked(Rule):
         self.mask: dict[Key, Tensor] = {}
 
     def make(self, slots: Sequence[Slot], found: Selection) -> None:
-        """The mask from the selection of a forget gradient."""
+        """Make the mask from the selection of a forget gradient."""
         if int(found.nonfinite[0]):
-            raise NonFiniteError("SalUn: the forget gradient holds NaN or Inf; so would the mask")
+            raise NonFiniteError(
+                "SalUn: the forget gradient holds NaN or Inf, so no mask can be made; scale the "
+                "loss down, or use float32"
+            )
         for slot, g, pool in zip(slots, found.grads[0], found.pools[0], strict=True):
             at_least = reference.keys(g, found.dtype) >= found.taus[pool].to(g.device)
             self.mask[slot.key] = at_least & (g != 0)
@@ -91,7 +93,7 @@ class Masked(Rule):
 
     def _mask(self, slot: Slot) -> Tensor:
         mask = self.mask.get(slot.key)
-        # a parameter that made no gradient when the mask was made: the forget loss does not feel it
+        # a parameter without a gradient when the mask was made: the forget loss does not use it
         return torch.zeros_like(slot.param, dtype=torch.bool) if mask is None else mask
 
     def _selected(self, step: Step) -> Tensor:
@@ -101,7 +103,7 @@ class Masked(Rule):
         return total
 
     def state(self, slots: Iterable[Slot]) -> dict[Key, dict[str, Tensor]]:
-        # an empty mask stands for none: tools fill only the keys that they find
+        # an empty mask stands for no mask, because tools fill only the keys that they find
         return {
             s.key: {
                 "ebu_mask": like(self.mask[s.key], s.param)
@@ -128,23 +130,24 @@ class SalUn(PhasedOptimizer):
               G = M \odot (w_f g_f + w_r g_r)
 
     with one exact threshold over all tensors together. Scalars outside M stay bit-identical through
-    the base step, weight decay and momentum included; clipping sees the masked G.
+    the base step, including weight decay and momentum. Clipping uses the masked G.
 
-    The mask is made by `make_mask` before the first step, from the sum of the gradients over the
-    forget set (batches may cancel: the magnitude is taken of the sum); without it, from the first
-    step's forget gradient. It is saved.
+    `make_mask` makes the mask before the first step, from the sum of the gradients over the
+    forget set (the magnitude is that of the sum, so batches may cancel). Without `make_mask`, the
+    mask is made from the first step's forget gradient. The mask is saved.
 
-    Its forget loss is ``relabel_loss``, a mean over pixels, its remember loss a sum over them:
-    the published alpha = 1e-3 is w_r for that pair, about 3 for two means at 32x32x3.
+    The published forget loss is ``relabel_loss``, a mean over pixels; the remember loss is a sum
+    over pixels. The published alpha = 1e-3 is w_r for that pair; for two means at 32x32x3 it
+    corresponds to about 3.
 
     Args:
-        base: a built torch optimizer.
+        base: a torch optimizer.
         delta: the share of scalars in M, in (0, 1].
         forget_weight, remember_weight: w_f and w_r.
-        compat: "paper" is the released code: the gradient is clipped *before* it is masked, the
-            batches of `make_mask` are clipped to norm 1 one by one, and the mask acts on the
-            gradient alone, so that weight decay moves what it excludes.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        compat: "paper" is the released code: the gradient is clipped *before* it is masked, each
+            batch of `make_mask` is clipped to norm 1, and the mask acts only on the gradient, so
+            weight decay moves the scalars outside the mask.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     rule: Masked
@@ -170,14 +173,15 @@ class SalUn(PhasedOptimizer):
         super().__init__(base, rule, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
 
     def make_mask(self, closures: Iterable[Callable[[], Any]]) -> None:
-        """The mask from the forget loss on batches of the forget set, before the first step.
+        """Make the mask from the forget loss on batches of the forget set, before the first step.
 
         Args:
             closures: each runs forward and backward of the loss on one batch, in eval mode (the
                 released code predicts with classifier-free guidance, 3 eps_c - 2 eps_null).
 
         Raises:
-            RuntimeError: a phase is under way, steps were taken, or a gradient is not finite.
+            RuntimeError: a phase has begun, steps were taken, or a gradient is missing or not
+                finite.
         """
         if self._phases.done or self._phases.active or self._step_count:
             raise RuntimeError("make_mask: call it before the first phase of a new SalUn")
@@ -194,7 +198,9 @@ class SalUn(PhasedOptimizer):
                 total[key] = total[key] + g if key in total else wide(g, None)
             self._phases.discard()
         if not total:
-            raise NonFiniteError("SalUn: the forget loss made no gradient to take a mask from")
+            raise NonFiniteError(
+                "make_mask: the forget loss made no gradient; call backward() in each closure"
+            )
         slots = [s._replace(param=local(s.param)) for s in self._slots() if s.key in total]
         sums = [total[s.key] for s in slots]
         shards = Shards(self._slots())
@@ -202,20 +208,26 @@ class SalUn(PhasedOptimizer):
         self.rule.make(slots, found)
 
     def mask_of(self, param: Tensor) -> Tensor:
-        """The mask of a parameter, bool (this process's part of a sharded one); do not write."""
+        """Return the mask of a parameter, bool, this process's part if sharded (read-only).
+
+        Raises:
+            KeyError: there is no mask for this parameter.
+        """
         for slot in self._slots():
             if slot.param is param and slot.key in self.rule.mask:
                 return self.rule.mask[slot.key]
-        raise KeyError("mask_of: there is no mask for this parameter (yet)")
+        raise KeyError(
+            "mask_of: there is no mask for this parameter; call make_mask or take a step first"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once there is a mask, which does not cover the new parameters."""
+        """Raise ValueError once there is a mask, because it does not cover new parameters."""
         if self.rule.mask:
-            raise ValueError("add_param_group: the mask is made; build a new SalUn")
+            raise ValueError("add_param_group: the mask is already made; build a new SalUn")
         super().add_param_group(param_group)
 
 
-#: What it learns from.
+#: What SalUn learns from.
 RECIPE = recipe(
     "SalUn",
     SalUn,

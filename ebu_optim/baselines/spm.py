@@ -1,4 +1,4 @@
-"""SPM: rank-1 adapters that erase, anchored elsewhere, and scaled for each prompt."""
+"""SPM: rank-1 adapters that erase a concept, keep other embeddings, and are scaled per prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._recipe import recipe
 
 
 class Anchored(WeightedSum):
-    """G = g_f + lambda g_r, lambda being the number ``anchor_weight``."""
+    """G = g_f + lambda g_r, where lambda is the number ``anchor_weight``."""
 
     def weigh(self, group: dict[str, Any], figures: Figures) -> tuple[float, float, float]:
         return 1.0, group["ebu_anchor_weight"], 0.0
@@ -21,15 +21,15 @@ class Anchored(WeightedSum):
 class SPM(PhasedOptimizer):
     r"""SPM (Lyu et al., 2024): :math:`G = g_{\text{erase}} + \lambda\, g_{\text{anchor}}`.
 
-    The erase loss is ``esd_loss`` with eta = 1 at a point sampled with the adapter; the anchor
-    loss, ``anchor_loss``, is what is remembered. What is trained is a LoRA of rank 1 and alpha
-    1 (up 0, down Kaiming-uniform) on every Linear and Conv2d of the transformer blocks, and nothing
-    else. The published run has AdamW 1e-4, 3000 steps, batch size 1, without clipping.
+    The erase loss is ``esd_loss`` with eta = 1 at a point sampled with the adapter. The remember
+    loss is ``anchor_loss``. Only a LoRA of rank 1 and alpha 1 (up 0, down Kaiming-uniform) on every
+    Linear and Conv2d of the transformer blocks is trained. The published run uses AdamW 1e-4, 3000
+    steps, batch size 1, without clipping.
 
     Args:
-        base: a built torch optimizer over the adapter's weights.
+        base: a torch optimizer over the adapter's weights.
         anchor_weight: lambda, >= 0.
-        max_grad_norm, nonfinite: as of :class:`~ebu_optim.EBUOptimizer`.
+        max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SPM(PhasedOptimizer):
         )
 
 
-#: What it learns from.
+#: What SPM learns from.
 RECIPE = recipe(
     "SPM",
     SPM,
