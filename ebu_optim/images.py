@@ -56,7 +56,7 @@ def warn_of_left_out(files: list[Path], folder: Path) -> None:
         named = ", ".join(str(f.relative_to(folder)) for f in files[:NAMED])
         more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
         warnings.warn(
-            f"{folder}: left out, as its place or ending is not an image's: {named}{more}",
+            f"{folder}: files without an image's place and ending are left out: {named}{more}",
             stacklevel=3,
         )
 

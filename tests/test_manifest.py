@@ -100,7 +100,7 @@ def test_a_state_that_is_no_tensor_counts_by_its_contents():
     a, b = (dict.fromkeys(order, 1) for order in ("xy", "yx"))
     assert model_hash(Counting(a)) == model_hash(Counting(b))
     assert model_hash(Counting((1, 2))) == model_hash(Counting([1, 2]))
-    with pytest.raises(TypeError, match=r"extra state _extra_state.'a'. holds a object, whose"):
+    with pytest.raises(TypeError, match=r"extra state _extra_state.'a'. holds a object, which"):
         model_hash(Counting({"a": object()}))
     assert parameter_bytes(nn.Sequential(Counting({"a": 1}))) == 4 * (4 + 2)
 
