@@ -502,7 +502,7 @@ def test_a_weighting_that_is_not_there():
         with pytest.raises(ImportError, match=r'pip install "ebu_optim\[torchjd\]"'):
             JacobianDescent(base, weighting="MGDA")
         pytest.skip(f"not installed: {lacks('mgda')}")
-    with pytest.raises(ValueError, match=r"weighting='MGD': torchjd.aggregation has .*MGDA"):
+    with pytest.raises(ValueError, match=r"weighting='MGD' is not in torchjd; use .*MGDA"):
         JacobianDescent(base, weighting="MGD")
     with pytest.raises(ValueError, match="has options without a default"):
         JacobianDescent(base, weighting="CAGrad")

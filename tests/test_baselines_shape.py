@@ -311,7 +311,7 @@ def test_an_update_that_its_dtype_does_not_hold(nonfinite):
     )
     calls = (lambda: (w * 100).sum().backward(),) * 2
     if nonfinite == "raise":
-        with pytest.raises(RuntimeError, match="what SelectiveAmnesia makes of them exceeds"):
+        with pytest.raises(RuntimeError, match="SelectiveAmnesia makes from them, .* exceeds"):
             opt.step(*calls)
     else:
         opt.step(*calls)
@@ -428,7 +428,7 @@ def test_a_mask_made_before_the_first_step_is_saved():
     other.load_state_dict(opt.state_dict())
     for p, q in zip(m.parameters(), n.parameters(), strict=True):
         assert torch.equal(opt.mask_of(p), other.mask_of(q))
-    with pytest.raises(ValueError, match="the mask is made"):
+    with pytest.raises(ValueError, match="the mask is already made"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     run(opt, m, range(1))
     with pytest.raises(RuntimeError, match="before the first phase"):
@@ -533,5 +533,5 @@ def test_embedding_only_refuses_a_base_over_more():
 
 
 def test_ebu_refuses_a_baseline_as_its_base():
-    with pytest.raises(TypeError, match="is a Joint already"):
+    with pytest.raises(TypeError, match="is already a Joint"):
         EBUOptimizer(Joint(SGD(net().parameters(), lr=0.1)))

@@ -191,7 +191,7 @@ def test_a_damaged_one_is_named_and_the_older_one_is_usable(saved, name, damage)
     assert load_checkpoint(older, fresh) == 4
     assert values(fresh) == held[4]
 
-    with pytest.warns(UserWarning, match=f"{name}.*Going on from .*step_00000004"):
+    with pytest.warns(UserWarning, match=f"{name}.*Continuing from .*step_00000004"):
         assert load_checkpoint(folder, run, fallback=True) == 4
     assert values(run) == held[4]
     save_checkpoint(folder, 6, run)
@@ -224,7 +224,7 @@ def test_damage_everywhere_is_an_error_not_a_fresh_start(saved):
     for step in (4, 8):
         truncate(folder / f"step_{step:08d}" / "model.pt")
     for fallback in (False, True):
-        refuses(folder, run, "no whole checkpoint", "another folder", fallback=fallback)
+        refuses(folder, run, "no complete checkpoint", "another folder", fallback=fallback)
     refuses(folder, run, "step_00000004", "step_00000008", fallback=True)
 
 
@@ -285,7 +285,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(
 
 
 def test_bad_steps_are_named(tmp_path):
-    with pytest.raises(ValueError, match="step must be >= 0"):
+    with pytest.raises(ValueError, match="step must be the number of steps done"):
         save_checkpoint(tmp_path, -1, {})
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, 1.5, {})
@@ -370,7 +370,7 @@ def test_a_disk_that_may_only_be_read(tmp_path):
         with pytest.raises(OSError, match=r"disk.f.*may write to"):
             save_tensors(folder / "f", {"t": torch.ones(1)}, {})
         found = {"a": {}}
-        with pytest.warns(UserWarning, match="Going on from"):
+        with pytest.warns(UserWarning, match="Continuing from"):
             assert load_checkpoint(folder, found, fallback=True) == 1
         assert found == state
 
@@ -390,7 +390,9 @@ def test_a_folder_that_may_only_be_read(tmp_path):
 def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=r"cannot write .*step_00000001.*remove the file that is where"):
+        with pytest.raises(
+            OSError, match=r"cannot write .*step_00000001.*remove the file that is where"
+        ):
             save_checkpoint(folder, 1, {})
     with pytest.raises(NotADirectoryError, match="file"):
         load_checkpoint(tmp_path / "file", {})

@@ -1,8 +1,8 @@
-"""Checkpoints of a whole run, made so that a kill at any moment loses nothing that was complete.
+"""Checkpoints of a whole run. A kill at any moment loses nothing that was complete.
 
 A checkpoint is a folder ``step_00000120`` with one file per object, written by torch.save and read
 with ``weights_only=True``, and ``manifest.json``: format, versions, step, SHA-256 and size of every
-file. It is written under another name, synced and renamed, so what bears the name is whole.
+file. It is written under another name, synced and renamed. So a folder with that name is complete.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ def save_checkpoint(
 ) -> Path:
     """Save `objects` and the random states of torch, CUDA, NumPy and Python as ``folder/step_...``.
 
-    Call it between two steps, outside the phases. What is older than the last `keep` is deleted
-    when the new one is complete, so the disk needs room for one more. What a killed call left is
-    removed by the next one, or by :func:`load_checkpoint`. Under torch.distributed every rank calls
-    it; rank 0 writes the objects, and every rank's random states.
+    Call it between two steps, outside the phases. Checkpoints older than the last `keep` are
+    deleted when the new one is complete, so the disk needs room for one more. Leftovers of a killed
+    call are removed by the next call, or by :func:`load_checkpoint`. Under torch.distributed every
+    rank calls it; rank 0 writes the objects and every rank's random states.
 
     Args:
-        folder: of this run; made if need be.
-        step: steps done so far.
-        objects: by a name for each, what has ``state_dict`` and ``load_state_dict`` (model,
-            optimizer, scheduler, GradScaler), torch.Generators, and dicts of tensors and plain
-            values.
-        keep: number of checkpoints that stay; None for all.
+        folder: the folder of this run; created if it does not exist.
+        step: number of steps done so far.
+        objects: by name: objects with ``state_dict`` and ``load_state_dict`` (model, optimizer,
+            scheduler, GradScaler), torch.Generators, and dicts of tensors and plain values.
+        keep: number of checkpoints to keep; None keeps all.
 
     Returns:
         The path of the new checkpoint.
 
     Raises:
-        OSError: no space, no permission, ...; the older checkpoints are as they were.
+        OSError: no space, no permission, ...; the older checkpoints are unchanged.
         RuntimeError: another process is saving to `folder`; on other ranks, rank 0's error.
-        TypeError: an object has no state, holds shards, or what needs pickle to be read back.
-        ValueError: a bad name, step or `keep`; `folder` holds a later step. Nothing was written.
+        TypeError: an object has no state, holds shards, or needs pickle to be read back.
+        ValueError: a name, step or `keep` is not valid, or `folder` holds a later step. Nothing was
+            written.
     """
     step = operator.index(step)
     if step < 0:
-        raise ValueError(f"step must be >= 0, the number of steps done; got {step}")
+        raise ValueError(f"step must be the number of steps done, >= 0; got {step}")
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be >= 1, or None to keep all; got {keep}")
     states = {}
@@ -81,24 +81,25 @@ def load_checkpoint(
 ) -> int:
     """Load the newest checkpoint of a folder, or the one at `path`, into `objects`.
 
-    Every file is read and compared with the manifest before the first object is changed, and where
-    one refuses its state, those before it get their own back. Tensors are read to the CPU; what
-    loads them moves them. Under torch.distributed every rank calls it, on a shared file system.
+    Every file is read and compared with the manifest before the first object is changed. If an
+    object refuses its state, the objects before it get their own state back. Tensors are read to
+    the CPU; the objects move them. Under torch.distributed every rank calls it, on a shared file
+    system.
 
     Args:
         path: the folder given to :func:`save_checkpoint`, or one checkpoint in it.
         objects: as saved, or some of them; dicts are filled in place.
-        fallback: where the newest is damaged, warn, load the newest whole one, and rename the
-            damaged to ``step_....damaged``.
-        random: set the random states too.
+        fallback: if the newest checkpoint is damaged, warn, load the newest complete one, and
+            rename the damaged one to ``step_....damaged``.
+        random: restore the random states too.
 
     Returns:
-        The step it was saved at; 0 where the folder holds no checkpoint, and nothing was changed.
+        The step of the checkpoint; 0 if the folder holds no checkpoint. Then nothing was changed.
 
     Raises:
         FileNotFoundError: `path` names one checkpoint, which does not exist.
-        ValueError: damaged, of a newer format, without one of `objects`, or of others than these.
-            The message says which older checkpoint is whole. Nothing was changed.
+        ValueError: the checkpoint is damaged, has a newer format, lacks one of `objects`, or does
+            not fit them. The message names the newest complete checkpoint. Nothing was changed.
         RuntimeError: another rank failed, or found another checkpoint. Nothing was changed.
     """
     live = run.named(objects)
@@ -115,8 +116,8 @@ def load_checkpoint(
     steps = _gather(found[1] if found else None)
     if any(step != steps[0] for step in steps):
         raise RuntimeError(
-            f"the ranks found checkpoints of different steps in {path} (by rank: {steps}): it must "
-            "be on a file system that all of them share"
+            f"the ranks found checkpoints of different steps in {path} (by rank: {steps}); put it "
+            "on a file system that all ranks share"
         )
     if _rank() == 0:
         files.clean(Path(path))
@@ -141,17 +142,17 @@ def load_checkpoint(
             run.put(item, before[name])
         raise
     for bad in damaged:
-        warnings.warn(f"{bad}. Going on from {checkpoint}", stacklevel=2)
+        warnings.warn(f"{bad}. Continuing from {checkpoint}", stacklevel=2)
         if _rank() == 0:
             aside = bad.path.with_name(bad.path.name + ".damaged")
-            with suppress(OSError):  # a folder that may only be read
+            with suppress(OSError):  # the folder may be read-only
                 shutil.rmtree(aside, ignore_errors=True)
                 bad.path.rename(aside)
     return step
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint in `folder` by its name, or None; its files are not read."""
+    """Return the newest checkpoint in `folder` by its name, or None; its files are not read."""
     found = files.checkpoints(Path(folder))
     return found[-1] if found else None
 
@@ -165,7 +166,7 @@ def _rank() -> int:
 
 
 def _gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
+    """Return every rank's value, on every rank."""
     if not _grouped():
         return [value]
     values = [None] * dist.get_world_size()
@@ -174,7 +175,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _together(error: Exception | None) -> None:
-    """Raise where any rank has an error, and wait for all."""
+    """Wait for all ranks; raise if any rank has an error."""
     errors = _gather(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written whole, read with every byte compared."""
+"""The files of a checkpoint: written completely or not at all, and verified when read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from .. import __version__
 from ..files import locked, replacing_folder, writable
 
-FORMAT = 1  # a reader refuses what is newer than itself
+FORMAT = 1  # a reader refuses newer formats
 MANIFEST = "manifest.json"
 
 
 class Unusable(ValueError):
-    """A checkpoint that cannot be loaded; `damaged`, or written by a newer version."""
+    """A checkpoint that cannot be loaded: it is `damaged`, or a newer version wrote it."""
 
     def __init__(self, path: Path, text: str, damaged: bool = True) -> None:
         super().__init__(text)
@@ -30,7 +30,7 @@ class Unusable(ValueError):
 
 
 class _Hashing:
-    """A file that hashes what it is given, and keeps the error that torch's writer covers up."""
+    """A file that hashes what is written, and keeps the OSError that torch's writer hides."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha, self.size = file, hashlib.sha256(), 0
@@ -57,8 +57,8 @@ def write(path: Path, step: int, states: Mapping[str, Any], keep: int | None) ->
             later = [p for p in checkpoints(folder) if _step(p) > step]
             if later:
                 raise ValueError(
-                    f"{folder} holds {later[-1].name}, a later step than {step}: load it first, or "
-                    "delete it or give another folder to go on without it"
+                    f"{folder} holds {later[-1].name}, a later step than {step}; load it first, "
+                    "delete it, or give another folder"
                 )
             _tidy(folder)
             with replacing_folder(path) as work:
@@ -73,7 +73,7 @@ def write(path: Path, step: int, states: Mapping[str, Any], keep: int | None) ->
                 manifest["sha256"] = _digest(manifest)
                 (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
             older = checkpoints(folder)[: -keep if keep else 0]
-            for p in older:  # a rename first, so that none is seen half deleted
+            for p in older:  # renamed first, so that no reader sees a half-deleted checkpoint
                 gone = p.with_name(f".{p.name}.partial")
                 with suppress(OSError):
                     p.rename(gone)
@@ -93,16 +93,16 @@ def _write_file(work: Path, name: str, state: Any) -> dict[str, Any]:
 
 
 def clean(path: Path) -> None:
-    """Remove what killed saves left, where that can be done and nobody is saving."""
+    """Remove leftovers of killed saves, unless another process is saving."""
     folder = path.parent if _step(path) >= 0 else path
-    # without locks there is no telling whether somebody is
+    # without locks it is unknown whether another process is saving
     if os.name != "nt" and any(folder.glob(".step_*.*")):
         with suppress(OSError, RuntimeError), locked(folder / ".lock", folder):
             _tidy(folder)
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed saves left; what one was about to replace gets its name back."""
+    """Remove leftovers of killed saves; a checkpoint that was being replaced gets its name back."""
     for p in folder.glob(".step_*.*"):
         name, end = p.name[1:].rsplit(".", 1)
         if end == "old" and not (folder / name).exists():
@@ -114,14 +114,17 @@ def _tidy(folder: Path) -> None:
 
 
 def _step(path: Path) -> int:
-    """Of a checkpoint by its name, -1 of anything else."""
+    """Return the step of a checkpoint from its name, -1 for any other path."""
     match = re.fullmatch(r"\.step_(\d+)\.old|step_(\d+)", path.name)
     return int(match[1] or match[2]) if match else -1
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, ordered by step. One that was being replaced when the process
-    was killed lies under its other name, and is returned by that."""
+    """Return the checkpoints in a folder, ordered by step.
+
+    If a process was killed while it replaced a checkpoint, the old one is returned under its
+    temporary name.
+    """
     if not folder.exists():
         return []
     by_step: dict[int, Path] = {}
@@ -155,9 +158,9 @@ def read_newest(
     raise ValueError(
         f"{'; '.join(map(str, damaged))}. "
         + (
-            f"The newest whole checkpoint before it is {whole}: load that path"
+            f"The newest complete checkpoint before it is {whole}; load that path"
             if whole
-            else "There is no whole checkpoint before it: start anew in another folder"
+            else "There is no complete checkpoint before it; start again in another folder"
         )
         + (", or give fallback=True" if whole and last.damaged and not one else "")
         + ". Nothing was changed"
@@ -170,7 +173,9 @@ def _read(checkpoint: Path, names: Sequence[str]) -> tuple[Path, int, dict[str, 
     for name in names:
         if f"{name}.pt" not in manifest["files"]:
             there = ", ".join(f.removesuffix(".pt") for f in manifest["files"])
-            raise ValueError(f"{checkpoint} holds no {name!r}, it has {there}; nothing was changed")
+            raise ValueError(
+                f"{checkpoint} holds no {name!r}; it holds {there}. Nothing was changed"
+            )
         _verify(checkpoint, f"{name}.pt", manifest)
         try:
             states[name] = torch.load(
@@ -179,7 +184,7 @@ def _read(checkpoint: Path, names: Sequence[str]) -> tuple[Path, int, dict[str, 
         except Exception as error:
             raise Unusable(
                 checkpoint,
-                f"{checkpoint / name}.pt is as it was written, by torch {manifest['torch']}, but "
+                f"{checkpoint / name}.pt is as torch {manifest['torch']} wrote it, but "
                 f"torch {torch.__version__} cannot read it ({error})",
                 damaged=False,
             ) from error
@@ -198,12 +203,12 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise Unusable(
             checkpoint,
             f"{checkpoint} has format {manifest['format']}, written by ebu_optim "
-            f"{manifest.get('ebu_optim')}; this version, {__version__}, reads up to {FORMAT}: "
-            "install a newer one",
+            f"{manifest.get('ebu_optim')}; this version, {__version__}, reads up to {FORMAT}; "
+            "install a newer version",
             damaged=False,
         )
     if not whole:
-        raise Unusable(checkpoint, f"{file} is damaged: it is not what was written")
+        raise Unusable(checkpoint, f"{file} is damaged: its content has changed")
     return manifest
 
 
@@ -222,7 +227,7 @@ def _verify(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> None:
             checkpoint, f"{file} is damaged: {size} bytes, {expected['bytes']} were written"
         )
     if sha.hexdigest() != expected["sha256"]:
-        raise Unusable(checkpoint, f"{file} is damaged: its SHA-256 is not that of what was saved")
+        raise Unusable(checkpoint, f"{file} is damaged: its SHA-256 differs from the saved one")
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -20,7 +20,7 @@ RANDOM = "random"
 
 
 class RandomStates:
-    """The random states of `rank`, held as those of every rank."""
+    """The random states of `rank`, in a list like that of all ranks."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -31,7 +31,7 @@ class RandomStates:
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         if self.rank >= len(states):
             warnings.warn(
-                f"the checkpoint has random states of {len(states)} processes, rank {self.rank} "
+                f"the checkpoint has random states of {len(states)} processes; rank {self.rank} "
                 "keeps its own",
                 stacklevel=4,
             )
@@ -60,18 +60,18 @@ def random_state() -> dict[str, Any]:
 
 
 def named(objects: Mapping[str, Any]) -> dict[str, Any]:
-    """The objects, when their names can be those of files and all have a state."""
+    """Return the objects after a check that their names can be file names and all have a state."""
     for name, item in objects.items():
         if not re.fullmatch(r"\w[\w.-]*", str(name), re.ASCII) or name == RANDOM:
             raise ValueError(
-                f"objects has the name {name!r}: letters, digits, '_', '.' and '-' make a file "
-                f"name, and {RANDOM!r} is taken by the random states"
+                f"objects has the name {name!r}; use letters, digits, '_', '.' and '-', and not "
+                f"{RANDOM!r}, which is used for the random states"
             )
         stateful = hasattr(item, "state_dict") and hasattr(item, "load_state_dict")
         if not stateful and not isinstance(item, (torch.Generator, MutableMapping)):
             raise TypeError(
                 f"{name!r} is a {type(item).__name__}, which has no state_dict and "
-                "load_state_dict; give what has both, a torch.Generator or a dict"
+                "load_state_dict; give an object with both, a torch.Generator or a dict"
             )
     return dict(objects)
 
@@ -93,7 +93,7 @@ def put(item: Any, state: Any) -> None:
 
 
 def on_cpu(state: Any) -> Any:
-    """A deep copy with its tensors on the CPU, where there is room."""
+    """Return a deep copy with its tensors on the CPU, which has room for them."""
     return copy.deepcopy(state, {id(t): t.detach().to("cpu", copy=True) for t in tensors_in(state)})
 
 
@@ -102,11 +102,11 @@ def check_plain(name: str, state: Any) -> None:
         sharded = hasattr(t, "placements") or hasattr(t, "_fsdp_flattened")
         if sharded or type(t).__name__ == "ShardedTensor":
             raise TypeError(
-                f"{name!r} holds shards ({type(t).__name__}), and one rank writes here: use "
+                f"{name!r} holds shards ({type(t).__name__}), but only one rank writes; use "
                 "torch.distributed.checkpoint, which saves and loads them in parallel"
             )
     plain = (Tensor, torch.nn.Parameter)
-    try:  # everything but plain tensors, there and back
+    try:  # save and load everything except plain tensors
         rest = copy.deepcopy(state, {id(t): 0 for t in tensors_in(state) if type(t) in plain})
         file = io.BytesIO()
         torch.save(rest, file)
@@ -114,6 +114,6 @@ def check_plain(name: str, state: Any) -> None:
         torch.load(file, weights_only=True)
     except Exception as error:
         raise TypeError(
-            f"the state of {name!r} cannot be read back without pickle; leave out what is no "
-            f"tensor, number, text or container of those ({error})"
+            f"the state of {name!r} cannot be read back without pickle; leave out everything but "
+            f"tensors, numbers, text and containers of these ({error})"
         ) from error

@@ -1,18 +1,18 @@
-"""Edits in closed form: what a cross-attention reads in a text embedding is another one's.
+"""Edits in closed form: cross-attention layers read one text embedding like another one.
 
-Keys and values of a text embedding c are W c. All of these edits change W on its right alone,
+Keys and values of a text embedding c are W c. All of these edits change W only from the right,
 
     W' = W R,
 
-with one R of d_in x d_in numbers for every W that reads the same embeddings. So R is what `uce`,
-`rece` and `speed` return, in float64, and `apply` is what multiplies a model's weights by it:
+with one matrix R, d_in x d_in, for every W that reads the same embeddings. `uce`, `rece` and
+`speed` return R in float64, and `apply` multiplies a model's weights by it:
 
 .. code-block:: python
 
     R = uce(embedded("a cat"), embedded("an animal"), preserve=embedded("a dog"))
     apply(pipeline.unet, R)
 
-A bias is not touched: W' c + b is the target's W g + b.
+A bias is not changed: W' c + b is the target's W g + b.
 """
 
 from ._embeddings import apply, gram

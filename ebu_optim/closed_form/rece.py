@@ -1,4 +1,4 @@
-"""RECE: what an edited model still reads as the concept is found, and edited too."""
+"""RECE: finds what an edited model still reads as the concept, and edits that too."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .uce import uce
 
 
 def adversarial(weights: Tensor, edit: Tensor, concept: Tensor, *, ridge: float = 0.1) -> Tensor:
-    r"""Embeddings that the edited weights W_i R read as the original ones read the concept's:
+    r"""Return embeddings that the edited W_i R read as the original W_i read the concept:
 
     .. math:: c' = \Big(\lambda I + \sum_i W_i'^T W_i'\Big)^{-1} \sum_i W_i'^T W_i\, c
 
     Args:
-        weights: the sum of W_i^T W_i of the original weights, of `gram`, [d, d].
+        weights: the sum of W_i^T W_i of the original weights, from `gram`, [d, d].
         edit: R, [d, d].
         concept: the embeddings c, [n, d].
         ridge: lambda > 0.
@@ -45,23 +45,23 @@ def rece(
     """RECE (Gong et al., 2024): rounds of `adversarial` and `uce` after an edit.
 
     Every round finds the embeddings that the edited weights read as the concept, and edits these
-    to the targets too. One R serves all weights: a round multiplies it by the next edit.
+    to the targets too. One R serves all weights: each round multiplies it by the next edit.
 
     Args:
-        weights: the sum of W^T W over all keys and values, of `gram`, [d, d].
-        erase: the concept's embeddings, [n, d]; the published code has all 77 tokens.
-        targets: [n, d] or [1, d]; that of " " in the published code.
+        weights: the sum of W^T W over all keys and values, from `gram`, [d, d].
+        erase: the concept's embeddings, [n, d]; the published code uses all 77 tokens.
+        targets: [n, d] or [1, d]; the embedding of " " in the published code.
         preserve: [m, d] or None.
-        start: the edit that comes first, [d, d]; None makes it by `uce` with its own numbers.
+        start: the first edit, [d, d]; None makes it by `uce` with the defaults of `uce`.
         rounds: >= 1; published: 3 for nudity, 2 for unsafe images, 1 for styles and objects.
-        ridge: of `adversarial`, > 0; published: 0.1, 1e-3 for styles and objects.
-        edit_ridge, erase_scale, preserve_scale: of the rounds' edits.
+        ridge: for `adversarial`, > 0; published: 0.1, and 1e-3 for styles and objects.
+        edit_ridge, erase_scale, preserve_scale: for the edits in the rounds.
 
     Returns:
         R, float64 [d, d].
 
     Raises:
-        ValueError: embeddings or matrices that do not fit, numbers out of range.
+        ValueError: embeddings or matrices do not fit, or a number is out of range.
     """
     c, g = pairs(erase, targets)
     if rounds < 1:

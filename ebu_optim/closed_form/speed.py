@@ -1,4 +1,4 @@
-"""SPEED: an edit in the null space of what is kept."""
+"""SPEED: an edit in the null space of the embeddings that are kept."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ._embeddings import number, pairs, rows
 
 
 def null_space(retain: Tensor, threshold: float = 0.1) -> Tensor:
-    """The projection P = U U^T on the directions in which the kept embeddings hardly reach.
+    """Return the projection P = U U^T on the directions that the kept embeddings hardly reach.
 
     Args:
         retain: the kept embeddings, [m, d].
-        threshold: U are the eigenvectors of their mean c c^T with an eigenvalue below it, > 0.
+        threshold: U are the eigenvectors of the mean of c c^T with eigenvalues below it, > 0.
 
     Returns:
         P, float64 [d, d].
@@ -26,8 +26,8 @@ def null_space(retain: Tensor, threshold: float = 0.1) -> Tensor:
     free = vectors[:, values < number("threshold", threshold, strictly=True)]
     if free.shape[1] == 0:
         raise ValueError(
-            f"threshold={threshold!r}: the kept embeddings reach further than that in all "
-            f"{c.shape[1]} directions, the least eigenvalue is {values[0].item():.3g}; give a "
+            f"threshold={threshold!r}: in all {c.shape[1]} directions, the kept embeddings reach "
+            f"further than this; the least eigenvalue is {values[0].item():.3g}. Give a "
             "larger threshold, or fewer embeddings (see influential)"
         )
     return free @ free.T
@@ -48,25 +48,25 @@ def speed(
     .. math:: R = I + (A - T)\, P\, \big[I - M K (K^T P M K + \lambda I)^{-1} K^T P\big]\, M, \qquad
               M = (T P + s I)^{-1}
 
-    with T the mean of t t^T over what is erased, A the mean of a t^T with its targets a, P of
-    `null_space` and K what is read as before exactly (:math:`\lambda = 0`). What lies in the
-    complement of P is read as before exactly, too.
+    where T is the mean of t t^T over the erased embeddings, A is the mean of a t^T with their
+    targets a, P comes from `null_space`, and K are embeddings that are read exactly as before
+    (:math:`\lambda = 0`). Embeddings in the complement of P are read exactly as before, too.
 
     Args:
         erase: t, [n, d].
         targets: a, [n, d] or [1, d].
         retain: the kept embeddings, [m, d]; all of them, or those of `influential`.
-        invariant: K, [k, d], in the published code that of the first token and three centres of
-            the empty prompt's; or None.
-        threshold: of `null_space`: 0.1, 1e-4 for celebrities.
-        ridge: s > 0: 1, 0.05 for celebrities, 0.7 for nudity.
-        damping: lambda >= 0: 0, 0.5 for nudity.
+        invariant: K, [k, d], or None; in the published code the embeddings of the first token and
+            of three centres of the empty prompt's tokens.
+        threshold: for `null_space`: 0.1, and 1e-4 for celebrities.
+        ridge: s > 0: 1; 0.05 for celebrities, 0.7 for nudity.
+        damping: lambda >= 0: 0; 0.5 for nudity.
 
     Returns:
-        R, float64 [d, d], for the values alone in the published code.
+        R, float64 [d, d]. The published code applies it only to the values.
 
     Raises:
-        ValueError: embeddings that do not fit, numbers out of range, an empty null space.
+        ValueError: embeddings do not fit, a number is out of range, or the null space is empty.
     """
     t, a = pairs(erase, targets)
     d = t.shape[1]
@@ -79,23 +79,25 @@ def speed(
     if invariant is not None:
         k = rows("invariant", invariant, d).to(t).T
         inner = k.T @ projection @ inverse @ k
-        # symmetric; singular where K lies partly in what is kept, which is held already
+        # symmetric; singular if K lies partly in the complement of P, which P already protects
         inner = (inner + inner.T) / 2 + damping * torch.eye(k.shape[1]).to(inner)
         left = eye - inverse @ k @ torch.linalg.pinv(inner, hermitian=True) @ k.T @ projection
-    # the last P changes nothing but rounding, which a small s would magnify in what is kept
+    # the last P only removes rounding errors, which a small s would amplify in what is kept
     return eye + (cross - second) @ projection @ left @ inverse @ projection
 
 
 def influential(weight: Tensor, erase: Tensor, targets: Tensor, retain: Tensor) -> Tensor:
-    r"""The kept embeddings that an edit of this layer without constraint moves more than the mean:
-    :math:`|W (A - T) (I + T)^{-1} c|`. Fewer are kept exactly, so more of the null space is left.
+    r"""Return the kept embeddings that an unconstrained edit of this layer moves most.
+
+    These are the embeddings with :math:`|W (A - T) (I + T)^{-1} c|` above the mean. If fewer
+    embeddings are kept exactly, more of the null space is left.
 
     Args:
         weight: W, [d_out, d].
-        erase, targets, retain: as of `speed`.
+        erase, targets, retain: as for `speed`.
 
     Returns:
-        Those rows of `retain`, float64 [m', d].
+        The chosen rows of `retain`, float64 [m', d].
     """
     t, a = pairs(erase, targets)
     c = rows("retain", retain, t.shape[1]).to(t)

@@ -1,4 +1,4 @@
-"""UCE: a ridge regression from what is read now to what is to be read."""
+"""UCE: a ridge regression from the present to the wanted keys and values."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def uce(
               \Big(\lambda I + e \sum_i c_i c_i^T + p \sum_j c_j c_j^T\Big)^{-1}
 
     Args:
-        erase: the embeddings c_i, [n, d]; the published code takes the concept's last token alone.
-        targets: what they are read as, g_i, [n, d] or [1, d].
+        erase: the embeddings c_i, [n, d]; the published code uses only the concept's last token.
+        targets: g_i, how c_i are to be read, [n, d] or [1, d].
         preserve: the embeddings c_j, [m, d], or None.
         ridge: lambda > 0.
         erase_scale, preserve_scale: e and p, >= 0.
@@ -36,7 +36,7 @@ def uce(
         R, float64 [d, d], on the device of `erase`.
 
     Raises:
-        ValueError: embeddings that do not fit, numbers out of range.
+        ValueError: embeddings do not fit, or a number is out of range.
     """
     c, g = pairs(erase, targets)
     e, p = number("erase_scale", erase_scale), number("preserve_scale", preserve_scale)
@@ -45,5 +45,5 @@ def uce(
     if preserve is not None:
         held = rows("preserve", preserve, c.shape[1]).to(c)
         reached = reached + p * held.T @ held
-    # R - I alone is solved for: what no embedding reaches stays as it is to rounding
+    # only R - I is solved for, so directions that no embedding reaches have no rounding errors
     return eye + torch.linalg.solve(reached, e * (g.to(c) - c).T @ c, left=False)

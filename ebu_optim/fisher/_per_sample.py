@@ -1,7 +1,7 @@
-"""Per-sample gradients in three ways; same result, different speed and memory.
+"""Per-sample gradients in three ways with the same result but different speed and memory.
 
-Each takes a model, a loss ``loss(model, batch) -> (n,)`` and a batch (a mapping of tensors with n
-rows) and yields per-sample gradients by name, shape (m, *parameter) for m samples at a time.
+Each function takes a model, a loss ``loss(model, batch) -> (n,)`` and a batch (a mapping of tensors
+with n rows). It yields per-sample gradients by name, shape (m, *parameter) for m samples at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def loop(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
-    """One backward pass per sample: any model, least memory."""
+    """One backward pass per sample: works for any model, with the least memory."""
     params = _trainable(model)
     for i in range(size(batch)):
         one = {k: v[i : i + 1] for k, v in batch.items()}
@@ -50,7 +50,7 @@ def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     params = {name: p.detach() for name, p in _trainable(model).items()}
 
     class Functional:
-        """The model with parameters that vmap gives; its other attributes are the model's."""
+        """The model with the parameters that vmap passes; other attributes are the model's."""
 
         def __init__(self, p: dict[str, Tensor]) -> None:
             self._p = p
@@ -70,8 +70,8 @@ def vmap(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
 def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
     """One ordinary backward pass; per-sample gradients from inputs and output gradients.
 
-    Knows Linear, Conv2d (groups=1, zero padding), GroupNorm, LayerNorm and Embedding. Where a loss
-    gives a module several rows a sample, those of one sample lie behind one another
+    Supports Linear, Conv2d (groups=1, zero padding), GroupNorm, LayerNorm and Embedding. If a loss
+    gives a module several rows per sample, the rows of one sample must be adjacent
     (``repeat_interleave``).
 
     Raises:
@@ -90,10 +90,12 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
         for module in model.modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 if not _known(module):
-                    raise TypeError(f'method="hooks" does not know {module}; use "vmap" or "loop"')
+                    raise TypeError(
+                        f'method="hooks" does not support {module}; use "vmap" or "loop"'
+                    )
                 handles.callback(module.register_forward_hook(forward).remove)
         total = loss(model, batch).sum()
-    # the gradients of the outputs alone: those of the parameters are not computed
+    # only the gradients of the outputs are computed, not those of the parameters
     edges = [edge for _, _, edge in calls]
     grads = torch.autograd.grad(total, edges, allow_unused=True) if edges else ()
     parts: dict[int, list[Callable[[], Tensor]]] = {id(p): [] for p in params.values()}
@@ -105,8 +107,11 @@ def hooks(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Grads]:
 
 
 class _OnDemand(Grads):
-    """Per-sample gradients, each computed when it is read: what is used at once stays in the cache,
-    and n times the parameters are never held together."""
+    """Per-sample gradients, each computed when it is read.
+
+    So a gradient that is used at once stays in the cache, and the n-fold parameters are never
+    held all together.
+    """
 
     def __init__(
         self, params: dict[str, nn.Parameter], parts: dict[int, list[Callable[[], Tensor]]], n: int
@@ -118,7 +123,7 @@ class _OnDemand(Grads):
         if not (parts := self._parts[id(p)]):
             return torch.zeros((), dtype=p.dtype, device=p.device).expand(self._n, *p.shape)
         grad = parts[0]()
-        for part in parts[1:]:  # a module called several times
+        for part in parts[1:]:  # the module was called several times
             grad = grad + part()
         return grad.reshape(self._n, *p.shape)
 
@@ -132,10 +137,14 @@ class _OnDemand(Grads):
 def _of_module(
     module: nn.Module, x: Tensor, g: Tensor, n: int
 ) -> list[tuple[Tensor | None, Callable[[], Tensor]]]:
-    """One module's parameters and how to compute their per-sample gradients, from its input and its
-    output's gradient."""
+    """Return one module's parameters with functions that compute their per-sample gradients.
+
+    Args:
+        x: the module's input.
+        g: the gradient of its output.
+    """
     if x.is_floating_point():
-        x = x.to(g.dtype)  # under autocast
+        x = x.to(g.dtype)  # they differ under autocast
     if isinstance(module, nn.Linear):
         rows, out = x.reshape(n, -1, x.shape[-1]), g.reshape(n, -1, g.shape[-1])
         return [
@@ -168,7 +177,7 @@ def _of_module(
 
 
 def _known(module: nn.Module) -> bool:
-    # a subclass with a forward of its own may use its weight in another way
+    # a subclass that overrides forward may use its weight in another way
     for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
         if isinstance(module, kind) and type(module).forward is kind.forward:
             if isinstance(module, nn.Conv2d):
@@ -179,21 +188,21 @@ def _known(module: nn.Module) -> bool:
 
 
 def differ(a: Grads, b: Grads) -> float:
-    """The relative difference of two sets of per-sample gradients, by their global norm."""
+    """Return the relative difference of two sets of per-sample gradients, by their global norm."""
     wrong = sum(float((a[n].float() - b[n].float()).square().sum()) for n in b)
     size_b = sum(float(b[n].float().square().sum()) for n in b)
     return (wrong / size_b) ** 0.5 if size_b else float(wrong > 0)
 
 
 def _conv_weight(module: nn.Conv2d, x: Tensor, g: Tensor, n: int) -> Tensor:
-    """(n, out, in * kh * kw); the rows of one sample (its timesteps) are further positions."""
+    """Return (n, out, in * kh * kw); the rows of one sample (its timesteps) are more positions."""
     top, left = module.padding  # type: ignore[str-unpack]  # `_known` lets no string pass
     (down, right), (dy, dx) = module.stride, module.dilation
     x = F.pad(x, (left, left, top, top))  # type: ignore[arg-type]
     sample, channel, line, column = x.stride()
     out, *kernel = module.weight.shape
     rows = len(x) // n
-    # what F.unfold gives, in less time: each entry of the kernel sees the image from another place
+    # equals F.unfold but is faster: each entry of the kernel sees the image from another place
     seen = x.as_strided(
         (n, *kernel, rows, *g.shape[2:]),
         (rows * sample, channel, dy * line, dx * column, sample, down * line, right * column),
@@ -203,7 +212,7 @@ def _conv_weight(module: nn.Conv2d, x: Tensor, g: Tensor, n: int) -> Tensor:
 
 
 def _channels(t: Tensor, n: int) -> Tensor:
-    """(rows, C, ...) -> (n, C): summed over a sample's rows and all positions."""
+    """Map (rows, C, ...) to (n, C): the sum over a sample's rows and all positions."""
     return t.reshape(n, len(t) // n, t.shape[1], -1).sum((1, 3))
 
 
@@ -211,10 +220,10 @@ METHODS = {"hooks": hooks, "vmap": vmap, "loop": loop}
 
 
 def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> str:
-    """`method` if it agrees with "loop" on the first batch; for "auto" the fastest that does.
+    """Return `method` if it agrees with "loop" on the first batch; for "auto" the fastest one.
 
     Raises:
-        ValueError: a loss that is not one value per sample; a `method` that is wrong here.
+        ValueError: the loss is not one value per sample, or `method` is wrong for this model.
     """
     one = batch[0] if isinstance(batch, (tuple, list)) else batch
     with without_gradients():
@@ -223,7 +232,7 @@ def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> st
         raise ValueError(
             f"loss must return one value per sample, shape ({size(one)},); got {shape}"
         )
-    if method == "loop":  # nothing to compare it with
+    if method == "loop":  # the others are compared with it
         return method
     ends = {k: v[[0, -1]] for k, v in one.items()}
     truth = list(METHODS["loop"](model, loss, ends))
@@ -242,11 +251,11 @@ def choose(model: nn.Module, loss: Loss, batch: Any, method: str = "auto") -> st
             if (error := differ(got, expected)) > 3 * coarse**0.5:  # 1e-3 in float32
                 raise ValueError(
                     f'method="{name}" differs from "loop" by {error:.0e} on this model and loss: a '
-                    "parameter is used outside its module, or a sample's rows do not lie together; "
-                    'use "loop"'
+                    "parameter is used outside its module, or the rows of a sample are not "
+                    'adjacent; use "loop"'
                 )
             times[name] = seconds
-        except Exception as error:  # hooks and vmap cannot do every model
+        except Exception as error:  # hooks and vmap do not support every model
             if method != "auto" or name == "loop":
                 raise
             reasons[name] = error

@@ -1,4 +1,4 @@
-"""A Fisher estimate under way: the running mean, what has been seen, and its spread."""
+"""A Fisher estimate in progress: the running mean, the samples seen, and the spread."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def same_run(
         if found.get(key) != value:
             raise ValueError(
                 f"{path} was made with another {key} ({found.get(key)!r}, this call has "
-                f"{value!r}): give another path, or delete it to start anew"
+                f"{value!r}); give another path, or delete the file to start again"
             )
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C takes effect when the block is over: a mean that is half updated is worth nothing."""
+    """Delay Ctrl-C until the block ends, because a mean that is half updated is useless."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
@@ -56,15 +56,15 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Run:
-    """An estimate under way: the running mean, what has been seen, and its spread."""
+    """An estimate in progress: the running mean, the samples seen, and the spread."""
 
     def __init__(self, mean: dict[str, Tensor], method: str, identity: dict[str, Any]) -> None:
         self.mean, self.method, self.identity = mean, method, identity
         self.samples = 0
         self.next = 0
         self.whole = True
-        # sums and sums of squares over batches, each counted by its samples: entry 0 the trace,
-        # then single entries of F
+        # sums and sums of squares over batches, weighted by their samples; entry 0 is the trace,
+        # the others are single entries of F
         self.spread = torch.zeros(2, 1 + _PROBES, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         self.sizes = [m.numel() for m in mean.values()]
@@ -86,7 +86,7 @@ class Run:
                 factors = [g[name].float() for g in grads]
                 product = (factors[0] * factors[-1]).sum(0)
                 total[name] = total[name] + product if name in total else product
-        # one vector: a model has hundreds of tensors, and each call on one takes its time
+        # one vector, because a model has hundreds of tensors and each call takes time
         device = next(iter(total.values())).device
         batch_mean = torch.cat([t.flatten().to(device) for t in total.values()]) / n
         trace = batch_mean.sum(dtype=torch.float64).reshape(1)
@@ -106,7 +106,7 @@ class Run:
     def _bad(self, total: Mapping[str, Tensor], n: int) -> str:
         return (
             f"the Fisher of batch {self.next} (samples {self.samples} to {self.samples + n - 1}): "
-            f"{not_finite(total)}; the batches before it are kept. Look at these samples, the "
+            f"{not_finite(total)}; the batches before it are kept. Check these samples, the "
             "model's weights, and whether its precision is too small for them"
         )
 
@@ -114,7 +114,8 @@ class Run:
         mean, square = self.spread / self.samples
         if not any(bool(t.count_nonzero()) for t in self.mean.values()):
             raise ValueError(
-                "every gradient is 0: the loss does not depend on the model it is given"
+                "every gradient is 0: the loss does not depend on the model; compute it with the "
+                "model that is passed to it"
             )
         variance = (square - mean.square()).clamp(min=0) / max(self.next - 1, 1)
         error = variance.sqrt() / mean.abs().clamp(min=1e-30)

@@ -1,8 +1,9 @@
 r"""DiagonalFisher: the mean over samples of squared per-sample gradients at theta0.
 
-:math:`F_i = \frac1n \sum_x (\partial \ell(x) / \partial \theta_i)^2`, per sample, never the square
-of a batch mean. For a diffusion model :math:`\ell(x)` is the mean over timesteps; with T' sampled
-timesteps its square is too large by var / T', the cross product of two halves is not.
+:math:`F_i = \frac1n \sum_x (\partial \ell(x) / \partial \theta_i)^2` is computed per sample, never
+as the square of a batch mean. For a diffusion model, :math:`\ell(x)` is the mean over timesteps.
+With T' sampled timesteps, its square is too large by var / T'; the cross product of two halves is
+unbiased.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from ._run import Run, same_run
 class DiagonalFisher(Mapping[str, Tensor]):
     """A mapping from parameter name to F (float32, the parameter's shape), with its protocol.
 
-    Made by :meth:`estimate`, kept by :meth:`save`, read by :meth:`load`; handed to
-    ``EBUOptimizer(Adam(model.named_parameters()), fisher=...)``, or, where the optimizer has no
-    names, as ``fisher=fisher.for_model(model)``.
+    :meth:`estimate` computes it, :meth:`save` and :meth:`load` keep it. Pass it as
+    ``EBUOptimizer(Adam(model.named_parameters()), fisher=...)``. If the optimizer has no names,
+    pass ``fisher=fisher.for_model(model)``.
 
     Attributes:
-        tensors: the values by name, as without torch.compile.
+        tensors: the values by name, without the names that torch.compile adds.
         protocol: how it was made, and ``convergence``: the relative standard error of the trace,
-            and the median of it over 4096 single entries (nan with less than two batches).
+            and its median over 4096 single entries (nan with fewer than two batches).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], protocol: Mapping[str, Any]) -> None:
@@ -55,10 +56,10 @@ class DiagonalFisher(Mapping[str, Tensor]):
         return f"DiagonalFisher({len(self)} tensors, {n} values, protocol={self.protocol})"
 
     def for_model(self, model: nn.Module) -> dict[Tensor, Tensor]:
-        """The values keyed by the trainable parameters of `model`.
+        """Return the values with the trainable parameters of `model` as keys.
 
         Raises:
-            ValueError: names or shapes are those of another model.
+            ValueError: names or shapes belong to another model.
         """
         found: dict[Tensor, Tensor] = {}
         for name, p in model.named_parameters():
@@ -67,12 +68,13 @@ class DiagonalFisher(Mapping[str, Tensor]):
             if name not in self:
                 raise ValueError(
                     f"the Fisher has no entry {name!r} (it has {', '.join(list(self)[:3])}, ...): "
-                    "it was made for another model, or with this parameter frozen"
+                    "it was made for another model, or with this parameter frozen; estimate it "
+                    "again"
                 )
             if self[name].shape != p.shape:
                 raise ValueError(
                     f"the Fisher's {name!r} has shape {tuple(self[name].shape)}, the "
-                    f"model's {tuple(p.shape)}: it was made for another model"
+                    f"model's {tuple(p.shape)}: it was made for another model; estimate it again"
                 )
             found[p] = self[name]
         return found
@@ -81,7 +83,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
         """Write a safetensors file: the tensors by name, the protocol in the metadata.
 
         Raises:
-            ValueError: NaN or Inf in it; nothing is written.
+            ValueError: a tensor holds NaN or Inf. Nothing is written.
         """
         save_tensors(path, self.tensors, {"kind": "ebu_optim fisher", **self.protocol})
 
@@ -90,11 +92,11 @@ class DiagonalFisher(Mapping[str, Tensor]):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is damaged, holds NaN or Inf, or is no Fisher.
+            ValueError: the file is damaged, holds NaN or Inf, or is not a Fisher.
         """
         tensors, meta = load_tensors(path)
         if meta.pop("kind", None) != "ebu_optim fisher":
-            raise ValueError(f"{path} is a safetensors file, but no Fisher of ebu_optim")
+            raise ValueError(f"{path} is a safetensors file, but not a Fisher of ebu_optim")
         return cls(tensors, meta)
 
     @classmethod
@@ -110,37 +112,38 @@ class DiagonalFisher(Mapping[str, Tensor]):
         protocol: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> DiagonalFisher:
-        """Estimate F over batches of samples; the model is put in eval mode meanwhile.
+        """Estimate F over batches of samples. The model is in eval mode meanwhile.
 
         Args:
-            model: its trainable parameters are covered; their ``.grad`` is not touched.
-            loss: ``loss(model, batch) -> (n,)``, one value per sample, deterministic (draws such
-                as timesteps and noise belong into the batch); the model may be any callable.
-            batches: indexable and the same at every call, so that a run can be resumed; their
-                ``protocol`` and that of `loss`, mappings, are kept where they have one. A batch is
-                a mapping of tensors with n rows. Where an item is a pair of batches over the same
+            model: F covers its trainable parameters; their ``.grad`` is not changed.
+            loss: ``loss(model, batch) -> (n,)``, one value per sample, deterministic: random draws
+                such as timesteps and noise belong in the batch. The model may be any callable.
+            batches: an indexable that is the same at every call, so that a run can be resumed. Its
+                ``protocol`` and that of `loss`, mappings, are saved if they exist. A batch is
+                a mapping of tensors with n rows. If an item is a pair of batches over the same
                 samples with independent draws, F is the mean of the product of the two gradients,
                 which has no bias from the number of draws (negative values are set to 0 at the
                 end; their share is in the protocol).
-            method: "hooks", "vmap", "loop", or "auto": the fastest of them on the first batch. What
-                "hooks" and "vmap" say of its first and last sample is compared with "loop".
-            path: where to save. A finished file of the same protocol is loaded; an interrupted
+            method: "hooks", "vmap", "loop", or "auto" for the fastest of them on the first batch.
+                The results of "hooks" and "vmap" on its first and last sample are compared with
+                "loop".
+            path: where to save F. A finished file with the same protocol is loaded. An interrupted
                 call is resumed from ``<path>.partial`` with the same result, bit for bit.
-            save_every: batches between two savings of the partial result.
+            save_every: number of batches between two saves of the partial result.
             protocol: whatever else identifies the data and the loss (JSON); compared on resuming.
-            progress: show a tqdm bar, where tqdm is installed.
+            progress: show a tqdm bar, if tqdm is installed.
 
         Raises:
-            ValueError: unknown method; a model under diffusers' group offloading; a file of another
-                protocol, model or damaged; a loss that is not one value per sample or does not
-                depend on the model; a `method` that differs from "loop" on this model; NaN or
-                Inf, with the batch it is from.
-            TypeError: ``method="hooks"`` on a module that it does not know.
+            ValueError: the method is unknown or differs from "loop" on this model; the model uses
+                diffusers' group offloading; a file is damaged or belongs to another protocol or
+                model; the loss is not one value per sample or does not depend on the model; a
+                gradient is NaN or Inf (the message names the batch).
+            TypeError: ``method="hooks"`` with a module that it does not support.
         """
         if method not in ("auto", *METHODS):
             raise ValueError(f"method must be auto, hooks, vmap or loop; got {method!r}")
         if not len(batches):
-            raise ValueError("batches is empty: give at least one batch of samples")
+            raise ValueError("batches is empty; give at least one batch of samples")
         if save_every < 1:
             raise ValueError(f"save_every must be >= 1; got {save_every}")
         params = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -164,7 +167,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
         if path is not None and partial is not None:
             try:
                 result.save(path)
-            except BaseException:  # an interrupt: where the disk is full this fails as well
+            except BaseException:  # an interrupt; if the disk is full, the next line fails too
                 run.save(partial)
                 raise
             partial.unlink(missing_ok=True)
@@ -174,14 +177,14 @@ class DiagonalFisher(Mapping[str, Tensor]):
 def _resumed(
     partial: Path | None, identity: dict[str, Any], params: Mapping[str, Tensor], method: str
 ) -> Run | None:
-    """The interrupted run of the same protocol, None where there is none."""
+    """Return the interrupted run of the same protocol, or None."""
     if partial is None or not partial.exists():
         return None
     run = Run.load(partial, identity, params)
     if method not in ("auto", run.method):
         raise ValueError(
-            f'{partial} was begun with method="{run.method}", this call has "{method}": give '
-            'method="auto" to go on, or delete it'
+            f'{partial} was begun with method="{run.method}", this call has "{method}"; give '
+            'method="auto" to continue, or delete it'
         )
     return run
 
@@ -195,21 +198,21 @@ def _go_on(
     save_every: int,
     progress: bool,
 ) -> None:
-    """Add the batches that are missing; what an interrupt leaves is saved."""
+    """Add the missing batches; save the partial result on an interrupt."""
     try:
         for i in _bar(range(run.next, len(batches)), run.next, len(batches), progress):
             run.add(model, loss, batches[i])
             if partial is not None and run.next % save_every == 0:
                 run.save(partial)
     except BaseException:
-        # in the middle of an update the last saved part stands
+        # if an update was interrupted, the last saved part stays
         if partial is not None and run.next and run.whole:
             run.save(partial)
         raise
 
 
 def _bar(steps: Iterable[int], begin: int, total: int, progress: bool) -> Iterable[int]:
-    """With a tqdm bar where there is tqdm: the bare install has none."""
+    """Add a tqdm bar if tqdm is installed; the bare install does not have it."""
     if not progress or find_spec("tqdm") is None:
         return steps
     return import_module("tqdm.auto").tqdm(steps, desc="Fisher", initial=begin, total=total)
@@ -229,7 +232,7 @@ def _identity(
     }
     taken = {"method", "samples", "trace", "negative_share", "convergence", "kind"} & found.keys()
     if taken:
-        raise ValueError(f"protocol must not hold {sorted(taken)}, which the result has itself")
+        raise ValueError(f"protocol must not hold {sorted(taken)}; the result sets these itself")
     try:
         return json.loads(json.dumps(found))
     except (TypeError, ValueError) as error:

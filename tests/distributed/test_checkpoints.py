@@ -11,7 +11,7 @@ def test_two_ranks_save_load_and_fail_together(tmp_path):
     wanted = {
         "rank 0 cannot write": ("remove the file that is where a folder goes", "rank 0: "),
         "shards": ("torch.distributed.checkpoint", "torch.distributed.checkpoint"),
-        "another folder": ("file system that all of them share", "file system that all"),
+        "another folder": ("file system that all ranks share", "file system that all"),
         "rank 1 has another model": ("rank 1: ValueError", "does not fit the 'm'"),
         "damaged": ("m.pt is damaged", "m.pt is damaged"),
     }
