@@ -1,7 +1,7 @@
-"""The single dispatch over the implementations of one contract (see `reference`).
+"""Chooses one of the implementations of the kernels' contract (see `reference`).
 
-``fused`` has the meaning that torch.optim gives it: None takes the best implementation for the
-tensors at hand, True insists on a fused one, False takes the plain one.
+``fused`` has the meaning of torch.optim: None takes the best implementation for the tensors, True
+requires a fused one, False takes the plain one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from . import chunked, reference
 
 __all__ = ["active", "backend", "reference"]
 
-# A fused backend has, besides the contract, `available()`: None where it can run here, else why
-# not; and `takes(tensors)`: the same for these tensors.
+# In addition to the contract, a fused backend has `available()`: None if it can run here, else the
+# reason; and `takes(tensors)`: the same for these tensors.
 _FUSED = {"cpu": "cpu", "cuda": "triton"}
 
 
 @cache
 def _fused(device: str) -> tuple[ModuleType | None, str]:
-    """The fused backend for a type of device, or None and why there is none."""
+    """Return the fused backend for a device type, or None and the reason why there is none."""
     name = _FUSED.get(device)
     if name is None:
         return None, f"this version has no fused kernels for {device}"
@@ -45,24 +45,26 @@ def _choose(tensors: Sequence[Tensor]) -> tuple[ModuleType | None, str]:
 
 
 def backend(tensors: Sequence[Tensor], fused: bool | None) -> ModuleType:
-    """The module that serves these tensors: `select`, `histogram`, `combine`, `scale`, `restore`
-    and `finite_probe` as in `reference`.
+    """Return the module whose functions serve these tensors.
+
+    It has `select`, `histogram`, `combine`, `scale`, `restore` and `finite_probe` as in
+    `reference`.
 
     Raises:
-        RuntimeError: `fused=True` and there is no fused implementation for them.
+        RuntimeError: `fused=True`, but no fused implementation serves these tensors.
     """
     if fused is False:
         return chunked
     module, reason = _choose(tensors)
     if module is None and fused:
         raise RuntimeError(
-            f"fused=True, but {reason}; leave fused=None to take the best implementation there is"
+            f"fused=True, but {reason}; use fused=None for the best available implementation"
         )
     return module or chunked
 
 
 def active(device: str = "cpu") -> str:
-    """Which kernels serve a type of device ("cpu", "cuda"), and why.
+    """Return which kernels serve a device type ("cpu", "cuda"), and why.
 
     >>> active("meta")
     'reference (plain torch): this version has no fused kernels for meta'

@@ -1,4 +1,4 @@
-"""Exact selection in plain torch and chunks of fixed size (see `chunked`)."""
+"""Exact selection in plain torch, in chunks of fixed size (see `chunked`)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from ._pieces import Rows, flat, joined, on_device
 from .contract import INF, INT, MAGNITUDE, keys
 
-# Candidates kept of one bracket, at the most (16 MiB of float32 keys).
+# The most candidates that are kept of one bracket (16 MiB of float32 keys).
 CAPACITY = 1 << 22
 SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 20
 
 
 @lru_cache(maxsize=8)
 def _sample_plan(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, Tensor], ...]:
-    """`count` positions drawn iid over the concatenated index space, split by tensor.
+    """Return `count` positions drawn iid over the concatenated index space, split by tensor.
 
-    The generator is seeded anew: the draw only guesses a bracket, the result is exact whatever
-    it is, so there is no random state to save and the user's stream is untouched.
+    The generator has a fixed seed. The draw only guesses a bracket, and the result is exact for
+    any draw. So there is no random state to save, and the user's stream is not changed.
     """
     offsets = torch.tensor((0, *sizes)).cumsum(0)
     draw = torch.randint(
@@ -37,7 +37,7 @@ def _sample_plan(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, Tensor]
 
 
 def _sample(grads: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
-    """Sorted keys of about `count` elements."""
+    """Return the sorted keys of about `count` elements."""
     parts = []
     for i, index in _sample_plan(tuple(g.numel() for g in grads), count):
         g = grads[i]
@@ -50,15 +50,17 @@ def _sample(grads: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
 def _scan(
     grads: Sequence[Tensor], lo: int, hi: int, dtype: torch.dtype, collect: bool
 ) -> tuple[int, int, int, Tensor | None]:
-    """Count keys > hi, keys in [lo, hi] and those that are not finite; collect the keys in
-    [lo, hi] unless they are too many."""
+    """Count keys > hi, keys in [lo, hi], and keys that are not finite.
+
+    Also collect the keys in [lo, hi], unless there are too many.
+    """
     above, inside, nonfinite = 0, 0, 0
     kept: list[Tensor] = []
     rows = Rows()
     for g in joined(grads, rows):
         bits = g.to(dtype).view(INT[dtype])
         u = torch.bitwise_and(bits, MAGNITUDE[dtype], out=rows("keys", bits))
-        # on a CPU NumPy compares and picks several times faster than torch
+        # on a CPU, NumPy compares and picks several times faster than torch
         v: Any = u.numpy() if u.device.type == "cpu" else u
         if v.max() >= INF[dtype]:
             nonfinite += _count(v >= INF[dtype])
@@ -87,7 +89,7 @@ def _pick(values: Any, mask: Any) -> Tensor:
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of 1-d keys, 0-d int64."""
+    """Return the k-th largest of 1-d keys, 0-d int64."""
     i = values.numel() - k
     if values.device.type == "cpu":
         return torch.tensor(int(np.partition(values.numpy(), i)[i]))
@@ -95,7 +97,7 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
 
 
 def _guess(grads: Sequence[Tensor], k: int, n: int, dtype: torch.dtype) -> tuple[int, int]:
-    """A bracket around the k-th largest key: its rank in a sample, 6 standard deviations wide."""
+    """Guess a bracket of the k-th largest key, 6 standard deviations around its sample rank."""
     size = min(max(SAMPLE_MIN, math.ceil((12 * n / CAPACITY) ** 2)), SAMPLE_MAX)
     drawn = _sample(grads, size, dtype)
     share = k / n
@@ -112,9 +114,9 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.select`.
 
-    A sample guesses a bracket that holds about 6/sqrt(sample) of the elements; one pass counts
-    what lies above it and keeps what lies inside, which proves the guess or refutes it. A refuted
-    or overfull bracket is narrowed by bisection over the keys: at most 63 further passes.
+    A sample guesses a bracket that holds about 6/sqrt(sample) of the elements. One pass counts the
+    keys above it and keeps the keys inside, which proves or refutes the guess. If the bracket is
+    refuted or too full, bisection over the keys narrows it in at most 63 more passes.
     """
     device = pools[0][0][0].device
     found = [_exact(grads, k, dtype) for grads, k in pools]
@@ -126,11 +128,11 @@ def _exact(grads: Sequence[Tensor], k: int, dtype: torch.dtype) -> tuple[Tensor,
     grads = [g for g in grads if g.numel()]
     n = sum(g.numel() for g in grads)
     if not 1 <= k <= n:
-        raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
+        raise ValueError(f"k must be in 1..{n}, the number of elements; got {k}")
     if n <= CAPACITY and len(grads) > 1:
         device = grads[0].device
         grads = [torch.cat([g.reshape(-1).to(device, dtype) for g in grads])]
-    # The answer lies in [low, high]; `over` keys lie above that range, `count` inside it.
+    # The answer is in [low, high]; `over` keys are above that range and `count` keys inside it.
     low, high, over, count = 0, MAGNITUDE[dtype], 0, n
     lo, hi = _guess(grads, k, n, dtype) if n > SAMPLE_MIN * 4 else (low, high)
     nonfinite = 0

@@ -1,7 +1,7 @@
-"""Tensors as tables of addresses: what the C extension `_cpu` is given.
+"""Tensors as tables of addresses, for the C extension `_cpu`.
 
-Every step asks the same of every tensor. It is asked in passes that call no function of ours for
-each, and of a `Column` once.
+Every step checks every tensor. The checks are passes over lists that call no Python function per
+tensor, and run only once for a `Column`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 def address(table: array[int]) -> int:
-    """Of its first entry."""
+    """Return the address of the table's first entry."""
     return table.buffer_info()[0]
 
 
@@ -38,8 +38,7 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def flat_row(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
-    """The columns (of one shape) in one memory order, or None where the extension cannot walk
-    them."""
+    """Return the columns (of one shape) in one memory order, or None if that is not possible."""
     if _plain(columns):
         return columns
     if not all(t.is_cpu and t.dtype in KINDS for t in columns):
@@ -48,7 +47,7 @@ def flat_row(columns: Sequence[Tensor]) -> Sequence[Tensor] | None:
 
 
 def walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What the extension walks, as dense tensors or one value expanded, and the rest."""
+    """Split tensors into those that the extension can walk (dense or expanded) and the rest."""
     if table_of(tensors) is not None:
         return tensors, ()
     taken, rest = [], []
@@ -62,15 +61,17 @@ def walkable(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tens
 
 
 class Table(NamedTuple):
-    """The addresses and kinds of tensors that are contiguous or one value expanded; 0 and 0 where
-    one is missing."""
+    """The addresses and kinds of tensors that are contiguous or one expanded value.
+
+    Both are 0 for a missing tensor.
+    """
 
     at: array[int]
     kind: array[int]
 
     @property
     def expands(self) -> bool:
-        """One is one value expanded."""
+        """Whether a tensor is one expanded value."""
         return max(self.kind, default=0) >= _EXPANDED
 
     def picked(self, rows: Sequence[int]) -> Table:
@@ -79,7 +80,7 @@ class Table(NamedTuple):
 
 
 def table_of(tensors: Sequence[Tensor | None]) -> Table | None:
-    """Their table, made once of a `Column`; None where the extension cannot walk one of them."""
+    """Return the table of the tensors, cached for a `Column`; None if one cannot be walked."""
     if not isinstance(tensors, Column):
         return _tabulated(tensors)
     if "cpu" not in tensors.notes:
@@ -116,7 +117,7 @@ def ends(tensors: Iterable[Tensor]) -> array[int]:
 
 
 class List:
-    """The addresses, kinds and ends of dense tensors, or of one value expanded to one dimension."""
+    """The addresses, kinds and ends of tensors that are dense or one expanded value."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.at, self.kind = table_of(tensors)  # type: ignore[misc]
@@ -130,8 +131,11 @@ class List:
 def tables_of(
     columns: Sequence[Sequence[Tensor | None]],
 ) -> tuple[list[Table], Sequence[int], Sequence[int]]:
-    """The tables of the columns over the rows that the extension walks, each row in one memory
-    order; the numbers of these rows and of the others."""
+    """Return the columns' tables over the rows that the extension can walk.
+
+    Each of these rows has one memory order. The other results are the numbers of these rows and of
+    the remaining rows.
+    """
     tables = [table for column in columns if (table := table_of(column)) is not None]
     if len(tables) == len(columns) and not tables[0].expands:
         return tables, range(len(columns[0])), ()

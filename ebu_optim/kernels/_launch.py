@@ -1,4 +1,4 @@
-"""Where Triton's kernels run, and how they are compiled."""
+"""Where Triton's kernels run, and the options of their compilation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ._tables import KINDS
 
 TILE = 1024
-#: No contraction to fused multiply-add, whatever Triton's default is: as in `reference`.
+#: No contraction to fused multiply-add, whatever Triton's default is, to agree with `reference`.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -26,7 +26,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def one_device(tensors: Sequence[Tensor]) -> bool:
-    """Whether one launch serves all of them."""
+    """Whether one launch serves all of these tensors."""
     return (
         bool(tensors)
         and runs_on(tensors[0].device)
@@ -41,5 +41,5 @@ def kernels() -> Any:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device, whatever the tensors' is."""
+    """Make `device` current, because launches go to the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

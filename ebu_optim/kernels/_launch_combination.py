@@ -1,4 +1,4 @@
-"""The combination: which rows one launch takes, and what is launched; its inverse, `restore`."""
+"""The combination: which rows one launch takes, and its launches; also `restore`, its inverse."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _Table(NamedTuple):
 
 
 def _columns(row: Row, device: torch.device) -> tuple[int, ...] | None:
-    """KIND and stride of every column of a row; None where the kernel cannot take it.
+    """Return KIND and stride of every column of a row; None if the kernel cannot take the row.
 
-    theta comes first; its layout is the row's, but for columns that are one expanded value.
+    theta comes first. The other columns must have theta's layout or be one expanded value.
     """
     theta = row[0]
     if flat_stride(theta) != 1:
@@ -71,7 +71,7 @@ def _table(
 def _rows_table(
     rows: list[Row], device: torch.device, pairs: list[tuple[int, int]]
 ) -> tuple[_Table | None, list[int]]:
-    """The table of the rows that a kernel takes, and the indices of the others."""
+    """Return the table of the rows that a kernel takes, and the indices of the other rows."""
     taken: list[int] = []
     columns: list[tuple[int, ...]] = []
     others: list[int] = []
@@ -99,7 +99,7 @@ def _rows_table(
 @torch.compiler.disable
 @torch.no_grad()
 def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
-    """As `reference.combine`; `online` may be a 0-d tensor too. Tensors are read on the device."""
+    """As `reference.combine`, but `online` may be a 0-d tensor. Tensors are read on the device."""
     device = stats.device
     rows: list[Row] = list(zip(*columns.tensors, strict=True))
     table, others = None, list(range(len(rows)))
@@ -116,7 +116,7 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
 
 
 def _packed(kinds: Sequence[int]) -> int:
-    """KINDS of `_triton_combination`: a digit to base 4 for each column, 3 where it is missing."""
+    """Return KINDS of `_triton_combination`: a base-4 digit per column, 3 if it is missing."""
     return sum(kind % 4 * 4**j for j, kind in enumerate(kinds))
 
 
@@ -152,7 +152,7 @@ def _combine(table: _Table, taus: Tensor, how: Update, stats: Tensor) -> None:
 @torch.compiler.disable
 @torch.no_grad()
 def restore(params: Sequence[Tensor], held: Sequence[Tensor | None]) -> None:
-    """As `reference.restore`, in one launch for each dtype."""
+    """As `reference.restore`, with one launch per dtype."""
     if not params:
         return
     device = params[0].device

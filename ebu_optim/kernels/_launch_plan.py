@@ -1,4 +1,4 @@
-"""What a selection goes over: the chunks of all gradients, their pools, and the launches."""
+"""The plan of a selection: the chunks of all gradients, their pools, and the launches."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from . import _tables
 from ._pieces import flat_stride
 from ._tables import KINDS, Launch
 
-#: Elements from which a pool has a window: its 4 MiB of exact counts (a few KiB where all its
-#: gradients have 16 bits) and the sample have to be worth it.
+#: A pool with at least this many elements gets a window. A window costs a sample and 4 MiB of exact
+#: counts (a few KiB if all gradients of the pool have 16 bits).
 WINDOW_MIN, WINDOW_MIN_16 = 1 << 23, 1 << 20
 SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 20
-#: Bins of a window. 16 hold 9 standard deviations of the sample even where magnitudes are spread
-#: over many decades.
+#: Number of bins in a window. 16 bins hold 9 standard deviations of the sample even if magnitudes
+#: are spread over many decades.
 WIDTH = 16
 _LOW_ZEROS = {0: 0, 1: 13, 2: 16}
 
-Pools = Sequence[tuple[Sequence[Tensor], int]]  # gradients that are ranked together, and the rank
+Pools = Sequence[tuple[Sequence[Tensor], int]]  # gradients ranked together, and the rank k
 
 
 class Plan(NamedTuple):
@@ -33,9 +33,9 @@ class Plan(NamedTuple):
     members: Tensor  # the pools that have a window
     windowed: list[Launch]
     all: list[Launch]
-    bins: int  # of all windows
-    folds: int  # programs that add up one window's bins
-    wide: bool  # some pool has more elements than 32 bits count
+    bins: int  # number of bins of all windows
+    folds: int  # number of programs that add up one window's bins
+    wide: bool  # whether a pool has more elements than 32 bits can count
     host: Tensor
 
 
@@ -58,7 +58,7 @@ def _plan(pools: Pools, strides: list[int], device: torch.device) -> Plan:
     ranks = np.array([k for _, k in pools])
     pool_table = np.stack([total, ranks, window, shift, np.cumsum(bins) - bins, samples])
 
-    # the chunks of one launch lie together
+    # the chunks of one launch are adjacent
     order = np.lexsort((kinds, ~has_window[pool_of]))
     pool_of, sizes, kinds, addresses = (a[order] for a in (pool_of, sizes, kinds, addresses))
     steps = np.array(strides)[order]
@@ -84,8 +84,10 @@ def _plan(pools: Pools, strides: list[int], device: torch.device) -> Plan:
 
 
 def read_plan(pools: Pools, device: torch.device) -> tuple[Plan, object]:
-    """The plan for these gradients, and what has to live until the kernels are launched: a layout
-    that is not one stretch of memory is copied."""
+    """Return the plan for these gradients, and objects that must live until the launches.
+
+    A gradient whose layout is not one stretch of memory is copied.
+    """
     dense, strides, key = [], [], []
     for members, k in pools:
         row: list[Tensor] = []
@@ -96,7 +98,7 @@ def read_plan(pools: Pools, device: torch.device) -> tuple[Plan, object]:
                 strides.append(1 if stride is None else stride)
         n = sum(g.numel() for g in row)
         if not 1 <= k <= n:
-            raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
+            raise ValueError(f"k must be in 1..{n}, the number of elements; got {k}")
         dense.append((row, k))
         key.append((k, *((g.data_ptr(), g.numel(), g.dtype) for g in row)))
     settings = (WINDOW_MIN, WINDOW_MIN_16, SAMPLE_MIN, SAMPLE_MAX, WIDTH, _tables.CHUNK)

@@ -1,4 +1,4 @@
-"""Exact selection: what is launched for it, for all pools at once, and in which memory."""
+"""Exact selection: its launches, for all pools at once, and their memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from . import _launch, _launch_plan, _tables, chunked
 from ._launch import OPTIONS, on, one_device
 from ._launch_plan import Plan, Pools, read_plan
 
-#: The radix passes, whose counts fill many registers, run with twice the threads: with fewer some
-#: versions of Triton spill a register or two.
+#: The counts of the radix passes fill many registers, so these passes use twice the threads. With
+#: fewer threads some versions of Triton spill a register or two.
 RADIX_TILE = 2048
-#: Programs of one radix launch at the most: they have to leave fast.
+#: The most programs of one radix launch, because they must end quickly.
 RADIX_PROGRAMS = 2048
 _RADIX = OPTIONS | {"num_warps": 8}
-_BINS = {0: 32, 1: 128, 2: 32}  # different keys in a window, at least a warp
+_BINS = {0: 32, 1: 128, 2: 32}  # different keys in a window, and at least a warp
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def select(pools: Pools, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `reference.select`; the host waits for nothing, so the plan is all it knows."""
+    """As `reference.select`. The host does not wait for the device: it uses only the plan."""
     grads = [g for members, _ in pools for g in members]
     if not one_device(grads) or dtype != torch.float32:
         return chunked.select(pools, dtype)
@@ -36,15 +36,15 @@ def select(pools: Pools, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Space(NamedTuple):
-    """Memory of one selection, in one piece; it starts as zero."""
+    """The memory of one selection, in one piece and initially zero."""
 
     counters: Tensor  # int64 [3 * windows]: keys above, keys inside, NaN and Inf
     partial: Tensor  # int64 [256 * windows]
-    digits: Tensor  # [4 * 256 * pools], int64 where 32 bits do not count all elements
+    digits: Tensor  # [4 * 256 * pools], int64 if 32 bits cannot count all elements
     samples: Tensor  # int32 [windows << 15]
     bins: Tensor  # int32, of all windows
-    done: Tensor  # int32 [pools]: 1 where a window settled it
-    settled: Tensor  # int32 [1]: how many are done
+    done: Tensor  # int32 [pools]: 1 if a window settled the pool
+    settled: Tensor  # int32 [1]: how many pools are done
 
 
 def _space(plan: Plan) -> _Space:
@@ -62,7 +62,7 @@ def _space(plan: Plan) -> _Space:
 
 
 def _select(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, counts of NaN and Inf, and 1 for each pool that its window settled."""
+    """Return keys, counts of NaN and Inf, and 1 for each pool that its window settled."""
     n_pools, device = plan.pools.shape[1], plan.chunks.device
     space = _space(plan)
     keys, nonfinite = torch.empty(2, n_pools, dtype=torch.int64, device=device)
@@ -76,7 +76,7 @@ def _select(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_window(plan: Plan, space: _Space, keys: Tensor) -> None:
-    """Sample, window and one pass over the pools that have one."""
+    """Launch sample, window and one pass over the pools that have a window."""
     kernels, n_windows = _launch.kernels(), len(plan.members)
     table, pools = (plan.chunks, plan.chunks.shape[1]), (plan.pools, plan.pools.shape[1])
     bracket = torch.empty(n_windows * 2, dtype=torch.int64, device=plan.chunks.device)
@@ -176,7 +176,7 @@ def histogram(
 @torch.compiler.disable
 @torch.no_grad()
 def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
-    """As `reference.finite_probe`, in two launches for each dtype."""
+    """As `reference.finite_probe`, with two launches per dtype."""
     tensors = [t for t in tensors if t.numel()]
     if not one_device(tensors):
         return chunked.finite_probe(tensors)

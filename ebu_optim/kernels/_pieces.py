@@ -1,7 +1,7 @@
-"""Walking over tensors in bounded pieces: what `chunked` reads at a time.
+"""Walks over tensors in bounded pieces, which `chunked` processes one at a time.
 
-On a CPU what counts is that a chunk's buffers stay in the cache and that no operation makes or
-reads a bool tensor: torch does not vectorise those, and they cost four times what a float costs.
+On a CPU, speed needs two things: a chunk's buffers stay in the cache, and no operation makes or
+reads a bool tensor. torch does not vectorise bool tensors; they cost four times as much as floats.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# One chunk's buffers stay in the caches of a CPU core; an accelerator wants few launches.
+# One chunk's buffers fit the caches of a CPU core; an accelerator needs few launches.
 CHUNK_CPU = 1 << 19
 CHUNK_DEVICE = 1 << 22
 
 
 def flat_stride(t: Tensor) -> int | None:
-    """1 where the elements fill one stretch of memory in some order, 0 where all are one; else
-    None."""
+    """Return 1 if the elements fill one stretch of memory in some order, 0 if all are one element.
+
+    Otherwise return None.
+    """
     if t.is_contiguous():
         return 1
     pairs = sorted((st, s) for st, s in zip(t.stride(), t.shape) if s > 1)
@@ -34,9 +36,9 @@ def flat_stride(t: Tensor) -> int | None:
 
 
 def flat(columns: Sequence[Tensor]) -> list[Tensor] | None:
-    """The columns as 1-d views in memory order, or None where their layouts differ.
+    """Return the columns as 1-d views in memory order, or None if their layouts differ.
 
-    A column whose strides are all 0 (one value, expanded) goes with any layout.
+    A column whose strides are all 0 (one expanded value) fits any layout.
     """
     lead = columns[0]
     contiguous = lead.is_contiguous()
@@ -56,9 +58,9 @@ def flat(columns: Sequence[Tensor]) -> list[Tensor] | None:
 
 
 def pieces(columns: Sequence[Tensor], chunk: int | None = None) -> Iterator[Sequence[Tensor]]:
-    """Views of the same elements of every column, at most `chunk` of them at a time.
+    """Yield views of the same elements of every column, at most `chunk` elements at a time.
 
-    Columns share one shape; the pieces cover each element once, in an order of no importance.
+    Columns have the same shape. The pieces cover each element once, in any order.
     """
     lead = columns[0]
     n = lead.numel()
@@ -80,9 +82,9 @@ def pieces(columns: Sequence[Tensor], chunk: int | None = None) -> Iterator[Sequ
 def packs(
     rows: Sequence[Sequence[Tensor]], tags: Sequence[Any] | None = None
 ) -> Iterator[tuple[Any, list[Sequence[Tensor]]]]:
-    """Pieces gathered into packs of at most one chunk, so that tiny tensors share their calls.
+    """Gather pieces into packs of at most one chunk, so that tiny tensors share calls.
 
-    Yields (tag, pack); the rows of a pack have the same dtypes, devices and tag.
+    Yields (tag, pack). The rows of a pack have the same dtypes, devices and tag.
     """
     pack: list[Sequence[Tensor]] = []
     room: int = 0
@@ -104,20 +106,22 @@ def packs(
 
 
 def parts(like: Sequence[Tensor], row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each piece with its part, of the piece's shape, of a 1-d row."""
+    """Yield each piece with its part of a 1-d row, in the piece's shape."""
     for piece, part in zip(like, row.split([piece.numel() for piece in like]), strict=True):
         yield piece, part.view(piece.shape)
 
 
 class Rows:
-    """Buffers by name, made once and used again for every chunk: fresh memory costs page faults."""
+    """Named buffers that are reused for every chunk, because new memory costs page faults."""
 
     def __init__(self) -> None:
         self._rows: dict[Any, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, n: int | None = None) -> Tensor:
-        """A 1-d buffer of n elements (as many as `like`) of the device and dtype of `like`; what it
-        held before is lost."""
+        """Return a 1-d buffer of n elements (default: as many as `like`).
+
+        It has the device and dtype of `like`. Its former content is lost.
+        """
         n = like.numel() if n is None else n
         key = (name, like.device, like.dtype)
         row = self._rows.get(key)
@@ -127,7 +131,7 @@ class Rows:
 
 
 def column(found: Sequence[Tensor], name: str, rows: Rows) -> Tensor:
-    """Pieces as one 1-d tensor, in the buffer of that name: a view where it is one piece."""
+    """Return pieces as one 1-d tensor in the named buffer; a view if there is only one piece."""
     flattened = [piece.reshape(-1) for piece in found]
     if len(flattened) == 1:
         return flattened[0]
@@ -136,13 +140,13 @@ def column(found: Sequence[Tensor], name: str, rows: Rows) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor], rows: Rows) -> Iterator[Tensor]:
-    """Chunks of many tensors, 1-d; each is lost when the next is made."""
+    """Yield 1-d chunks of many tensors; each is overwritten when the next is made."""
     for _, pack in packs([(t,) for t in tensors]):
         yield column([piece for (piece,) in pack], "joined", rows)
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """On the CPU a number (reading it waits for nothing), elsewhere a 0-d tensor there."""
+    """Return a number on the CPU (reading it does not wait), elsewhere a 0-d tensor on `device`."""
     if not isinstance(value, Tensor):
         return value
     return value.item() if device.type == value.device.type == "cpu" else value.to(device)

@@ -1,7 +1,7 @@
-"""Tables of chunks for the kernels in `_triton_*.py`: what lies where, as int64 arrays.
+"""Tables of chunks for the kernels in `_triton_*.py`: where their data is, as int64 arrays.
 
-A table is made and uploaded once for a set of tensors and used again while their addresses stay
-(they do where gradients are kept or the allocator gives the same memory back).
+A table is made and uploaded once for a set of tensors. It is reused as long as their addresses stay
+the same (gradients are kept, or the allocator returns the same memory).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Elements in a chunk; one program of a kernel takes one. Larger ones leave an idle tail at 1e8
-#: elements (two or three rounds of programs), smaller ones cost longer tables. A power of 2, and no
-#: smaller than a tile.
+#: Elements in a chunk; one program of a kernel processes one chunk. Larger chunks leave processors
+#: idle at the end of 1e8 elements (two or three rounds of programs); smaller chunks need longer
+#: tables. A power of 2, and not smaller than a tile.
 CHUNK = 1 << 15
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ITEMSIZE = np.array([4, 2, 2])
@@ -28,7 +28,7 @@ _captured: list[Any] = []
 
 
 class Launch(NamedTuple):
-    """Chunks of one table that go through one launch: those from `first` on."""
+    """Chunks of one table that share a launch; `first` is the index of the first one."""
 
     kinds: tuple[int, ...]
     first: int
@@ -38,11 +38,11 @@ class Launch(NamedTuple):
 def split(
     addresses: np.ndarray, kinds: np.ndarray, strides: np.ndarray, sizes: np.ndarray, chunk: int
 ) -> tuple[np.ndarray, ...]:
-    """Chunks of rows: the row of each, its addresses, length, and whether it is FULL.
+    """Split rows into chunks: the row of each, its addresses, length, and whether it is FULL.
 
     Args:
-        addresses, kinds, strides: [columns, rows]; kind -1: the column is missing there.
-        sizes: elements of each row.
+        addresses, kinds, strides: [columns, rows]; kind -1 means that the column is missing.
+        sizes: number of elements of each row.
     """
     counts = -(-sizes // chunk)
     row = np.repeat(np.arange(len(sizes)), counts)
@@ -57,7 +57,7 @@ def split(
 
 
 def launches(columns: np.ndarray, first: int = 0) -> list[Launch]:
-    """Runs of equal columns of a [k, chunks] array, which must lie together."""
+    """Return runs of equal columns of a [k, chunks] array; equal columns must be adjacent."""
     if columns.shape[1] == 0:
         return []
     cuts = np.flatnonzero((columns[:, 1:] != columns[:, :-1]).any(0)) + 1
@@ -66,8 +66,10 @@ def launches(columns: np.ndarray, first: int = 0) -> list[Launch]:
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """int64 arrays as tensors on the device, by one copy that the host does not wait for; and the
-    host's copy, to be kept while the device may read it."""
+    """Upload int64 arrays to the device in one copy, without waiting for it.
+
+    Also returns the host's copy, which must be kept while the device may read it.
+    """
     host = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int64))
     if device.type == "cuda":
         host = host.pin_memory()
@@ -77,9 +79,10 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[list[Ten
 
 
 def cached(key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
-    """What `make` made for this key on the current stream; the oldest are forgotten.
+    """Return the cached result of `make` for this key and the current stream.
 
-    What a CUDA graph has captured is kept for good: its replays read the same memory.
+    The oldest results are dropped. Results that a CUDA graph has captured are kept for good,
+    because its replays read the same memory.
     """
     capturing = False
     if device.type == "cuda":

@@ -1,7 +1,7 @@
 """Steps 2 to 5 of method.md on the device, in one pass over all columns, in place.
 
-The steps follow `reference.combine` on one tile each; sums are kept by thread (`by_thread`) and
-added up when the chunk is done.
+The steps follow `reference.combine` on one tile each. Sums are kept per thread (`by_thread`) and
+added up at the end of the chunk.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def mixed(g_f, g_r, m_f, both, only_r, on_f, on_r, on_m, on_only_r, blend):
 
 @triton.jit
 def online_fisher(fisher, g_r, online):
-    """F + online (g_r^2 - F), as torch.lerp has it."""
+    """F + online (g_r^2 - F), as in torch.lerp."""
     step = g_r * g_r - fisher
     if online < 0.5:
         new = fisher + online * step
@@ -73,7 +73,7 @@ def put(
     moved_rest,
     fisher_sum,
 ):
-    """Store the chunk's sums, in the order of `contract.STATS`."""
+    """Store the chunk's sums in the order of `contract.STATS`."""
     tl.store(row, tl.sum(counts & 0xFFFF, 0).to(tl.float64))
     tl.store(row + 1 * n_chunks, tl.sum(counts >> 16, 0).to(tl.float64))
     tl.store(row + 2 * n_chunks, tl.sum(more & 0xFFFF, 0).to(tl.float64))
@@ -100,7 +100,7 @@ def read(
     COLUMN: tl.constexpr,
     IS_FULL: tl.constexpr,
 ):
-    """One tile of a column."""
+    """Load one tile of a column."""
     if not IS_FULL:
         offs = offs * ((strides >> COLUMN) & 1)
     return load_float(address, offs, mask, KINDS // 4**COLUMN % 4, IS_FULL)
@@ -108,7 +108,7 @@ def read(
 
 @triton.jit
 def no_sums(SIZE: tl.constexpr):
-    """The sums over no element: three of integers, nine of floats."""
+    """The sums over no elements: three of integers, nine of floats."""
     none = tl.zeros((SIZE,), tl.int32)
     zero = tl.zeros((SIZE,), tl.float32)
     return none, none, none, zero, zero, zero, zero, zero, zero, zero, zero, zero
@@ -136,8 +136,8 @@ def combine_chunk(
     LANE: tl.constexpr,
     IS_FULL: tl.constexpr,
 ):
-    """`reference.combine` on one chunk, in its order of operations: the sums."""
-    # KINDs, 3 where the column is missing
+    """`reference.combine` on one chunk, in the same order of operations; returns the sums."""
+    # each is a KIND, or 3 if the column is missing
     ANCHOR_KIND: tl.constexpr = KINDS // 4**ANCHOR % 4
     FISHER_KIND: tl.constexpr = KINDS // 4**FISHER % 4
     OUT_KIND: tl.constexpr = KINDS // 4**OUT % 4
@@ -252,9 +252,9 @@ def combine_kernel(
 ):
     """Steps 2 to 5 of method.md on one chunk, in place; its sums go to `partial`, [14, chunks].
 
-    Digit j of KINDS, to base 4, is the KIND of column j, or 3 where it is missing. gamma and online
-    are numbers, or with GAMMA_AT and ONLINE_AT pointers to one, as inv_scale is; online and
-    inv_scale may be None.
+    Digit j of KINDS, to base 4, is the KIND of column j, or 3 if the column is missing. gamma and
+    online are numbers, or with GAMMA_AT and ONLINE_AT pointers to a number, like inv_scale. online
+    and inv_scale may be None.
     """
     c = (first + tl.program_id(0)).to(tl.int64)
     column = table + c
@@ -269,8 +269,8 @@ def combine_kernel(
         online = tl.load(online).to(tl.float32)
     if inv_scale is not None:
         inv_scale = tl.load(inv_scale).to(tl.float32)
-    # What the branches alone make, Triton puts in an order of its own; in that some cards need more
-    # registers.
+    # Triton would choose its own order for values that are made only in the branches, and with that
+    # order some cards need more registers.
     (
         counts,
         more,
@@ -375,7 +375,7 @@ def combine_kernel(
 
 @kernel
 def reduce_kernel(partial, n_chunks, stats, BLOCK: tl.constexpr):
-    """stats[i] += the sum of row i of `partial`, in one order always."""
+    """stats[i] += the sum of row i of `partial`, always in the same order."""
     i = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n_chunks, BLOCK):
@@ -398,7 +398,7 @@ def restore_tile(
 def restore_kernel(
     table, n_chunks, first, KINDS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Put back what `combine_kernel` held: theta = held where held is not NaN."""
+    """Restore what `combine_kernel` held: theta = held where held is not NaN."""
     column = table + (first + tl.program_id(0)).to(tl.int64)
     theta_at = tl.load(column + THETA * n_chunks)
     held_at = tl.load(column + HELD * n_chunks)

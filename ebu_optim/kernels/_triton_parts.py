@@ -1,20 +1,20 @@
-"""What all Triton kernels share: how they are compiled, loads and stores; `_tables.py` makes their
+"""Functions that all Triton kernels share: compilation, loads and stores. `_tables.py` makes the
 tables.
 
-Every kernel walks over chunks of many tensors at once: a table holds the address, the length and
-the pool of each, so that the number of launches does not depend on the number of tensors. Addresses
-are 64-bit integers made on the host; offsets inside a chunk fit 32 bits.
+Every kernel processes chunks of many tensors at once. A table holds the address, the length and
+the pool of each chunk, so the number of launches does not depend on the number of tensors.
+Addresses are 64-bit integers made on the host; offsets inside a chunk fit 32 bits.
 
-A chunk is read in tiles. A full chunk whose columns are dense and lie on 16-byte boundaries is read
-without masks, which is what makes the loads and stores 16 bytes wide; any other chunk is masked.
-TRITON_DEBUG=1 has every launch check that boundary, and that no integer overflows; without it
-nothing of that is compiled.
+A chunk is read in tiles. A full chunk with dense columns on 16-byte boundaries is read without
+masks, so its loads and stores are 16 bytes wide. Any other chunk is masked. With TRITON_DEBUG=1,
+every launch checks these boundaries, and that no integer overflows; without it, these checks are
+not compiled.
 
-Floats are told apart by KIND: 0 float32, 1 float16, 2 bfloat16. bfloat16 is taken apart by integer
-operations: the oldest cards have no instructions for it.
+KIND is the type of floats: 0 float32, 1 float16, 2 bfloat16. bfloat16 is converted by integer
+operations, because the oldest cards have no instructions for it.
 
-Keys are magnitude bits in float32, int32, as in `contract`. All counts are integers and all float
-sums are made in a fixed order, so that nothing depends on the order in which blocks run.
+Keys are magnitude bits in float32, int32, as in `contract`. All counts are integers, and all float
+sums are made in a fixed order, so nothing depends on the order in which blocks run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One binary for each set of constants: Triton would compile others for numbers that are 1 or
-# multiples of 16, and for pointers on 16-byte boundaries. Where alignment counts, it is in the
-# tables. (Functions that are not launched need none of this.)
+# One binary for each set of constants. Otherwise Triton would compile more binaries for numbers
+# that are 1 or multiples of 16 and for pointers on 16-byte boundaries. The tables say where
+# alignment can be used. (Functions that are not launched need none of this.)
 kernel = triton.jit(
     do_not_specialize=[
         "table",
@@ -60,7 +60,7 @@ INF = tl.constexpr(0x7F800000)
 
 @triton.jit
 def load_float(address, offs, mask, KIND: tl.constexpr, IS_FULL: tl.constexpr):
-    """float32 values at `address`, whose elements are of KIND."""
+    """Load float32 values from `address`, whose elements have the type KIND."""
     if KIND == 0:
         p = address.to(tl.pointer_type(tl.float32))
     elif KIND == 1:
@@ -79,13 +79,13 @@ def load_float(address, offs, mask, KIND: tl.constexpr, IS_FULL: tl.constexpr):
 
 @triton.jit
 def round_to(x, KIND: tl.constexpr):
-    """x as stored: float32, float16, or the bits of bfloat16 (to the nearest even) as int16."""
+    """Round x to what is stored: float32, float16, or bfloat16 bits (nearest even) as int16."""
     if KIND == 0:
         y = x
     elif KIND == 1:
         y = x.to(tl.float16)
     else:
-        # one NaN for all, to which can be added without an overflow
+        # every NaN becomes the same one, to which an addition cannot overflow
         bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
         y = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     return y
@@ -93,7 +93,7 @@ def round_to(x, KIND: tl.constexpr):
 
 @triton.jit
 def stored_value(y, KIND: tl.constexpr):
-    """The float32 value of what `round_to` made."""
+    """Return the float32 value of the result of `round_to`."""
     if KIND == 2:
         x = (y.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -123,7 +123,7 @@ def magnitude(x):
 
 @triton.jit
 def by_thread(x, LANE: tl.constexpr):
-    """Sums of LANE neighbours, which lie in one thread: sums over tiles take few registers then."""
+    """Sum LANE neighbours, which are in one thread; so sums over tiles need few registers."""
     if LANE == 1:
         y = x
     else:

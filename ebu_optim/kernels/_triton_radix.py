@@ -1,5 +1,5 @@
-"""Selection on the device, for what no window settled: a radix selection; and the probe for NaN and
-Inf. On tl.histogram see `_triton_window.py`.
+"""Selection on the device for pools that no window settled: a radix selection. Also the probe for
+NaN and Inf. `_triton_window.py` describes the use of tl.histogram.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def digit_chunk(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """How many keys of chunk c that begin with `prefix` have each digit."""
+    """Count, for each digit, the keys of chunk c that begin with `prefix`."""
     address = tl.load(table + ADDRESS * n_chunks + c)
     counts = tl.zeros((1 << BITS,), tl.int32)
     unwanted = tl.zeros((TILE,), tl.int32)
@@ -83,7 +83,7 @@ def digit_chunk(
 
 @triton.jit
 def prefix_of(hist, pool, rank, LEVEL: tl.constexpr):
-    """The key's first LEVEL digits, found in the counts of the levels before, and the rank left."""
+    """Return the key's first LEVEL digits, from the counts of former levels, and the rank left."""
     bins = tl.arange(0, DIGIT_BINS)
     prefix = tl.zeros((), tl.int64)
     for level in tl.static_range(LEVEL):
@@ -109,9 +109,10 @@ def digit_kernel(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One level of the radix selection, for the pools that no window settled.
+    """Run one level of the radix selection for the pools that no window settled.
 
-    It is launched always, and leaves at once where there are none: the host need not know.
+    It is always launched, because the host does not know whether there are such pools. Without
+    them it ends at once.
     """
     LOW: tl.constexpr = (23, 15, 7, 0)[LEVEL]
     BITS: tl.constexpr = (8, 8, 8, 7)[LEVEL]
@@ -133,7 +134,7 @@ def digit_kernel(
 
 @kernel
 def finish_kernel(pools, n_pools, hist, done, counters, keys, nonfinite):
-    """Write every pool's key, at most that of Inf plus 1, and its number of NaN and Inf."""
+    """Write every pool's key, at most the key of Inf plus 1, and its number of NaN and Inf."""
     pool = tl.program_id(0).to(tl.int64)
     if tl.load(done + pool) != 0:
         key = tl.load(keys + pool)
@@ -172,7 +173,7 @@ def histogram_kernel(
 def probe_kernel(
     table, n_chunks, first, bits, KIND: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Set `bits` to those of a float32 NaN where one element of the chunk is NaN or Inf."""
+    """Set `bits` to those of a float32 NaN if an element of the chunk is NaN or Inf."""
     c = (first + tl.program_id(0)).to(tl.int64)
     address = tl.load(table + ADDRESS * n_chunks + c)
     length = tl.load(table + LENGTH * n_chunks + c).to(tl.int32)

@@ -1,8 +1,8 @@
-"""Selection on the device, the usual way: a sample guesses a window of keys, one pass counts them.
+"""Selection on the device by a window: a sample guesses a window of keys, one pass counts them.
 
-tl.histogram had wrong counts on inputs laid out by tl.dot or a reduction (triton#6987); here its
-input comes from loads, a tile has at least as many elements as the block has threads, and none of
-its bins is left out of range: what is not to be counted goes to bin 0 and is subtracted again.
+tl.histogram gave wrong counts for inputs laid out by tl.dot or a reduction (triton#6987). Here its
+input comes from loads, a tile has at least as many elements as the block has threads, and no input
+is out of the range of the bins: values that must not be counted go to bin 0 and are subtracted.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ._triton_parts import INF, by_thread, kernel, load_float, magnitude
 ADDRESS = tl.constexpr(0)
 LENGTH = tl.constexpr(1)
 POOL = tl.constexpr(2)
-STRIDE = tl.constexpr(3)  # 1, or 0: one value expanded
-FULL = tl.constexpr(4)  # the unmasked branch may be taken
+STRIDE = tl.constexpr(3)  # 1, or 0 for one expanded value
+FULL = tl.constexpr(4)  # whether the unmasked branch may be used
 
 # rows of the pools' table, [6, pools] int64
 SIZE = tl.constexpr(0)
 RANK = tl.constexpr(1)
-WINDOW = tl.constexpr(2)  # its index among the pools that have a window, or -1
-SHIFT = tl.constexpr(3)  # low bits that are zero in all its keys
-OFFSET = tl.constexpr(4)  # of its bins among all windows' bins
+WINDOW = tl.constexpr(2)  # the pool's index among the pools that have a window, or -1
+SHIFT = tl.constexpr(3)  # number of low bits that are zero in all keys of the pool
+OFFSET = tl.constexpr(4)  # of the pool's bins among all windows' bins
 SAMPLES = tl.constexpr(5)
 
 TOP = tl.constexpr(16)  # a window is made of whole bins of the keys' upper 15 bits
@@ -34,9 +34,9 @@ FOLDS = tl.constexpr(256)
 
 @triton.jit
 def find(counts, bins, rank):
-    """The bin of the element of that rank from the top, and its rank inside that bin.
+    """Return the bin of the element with this rank from the top, and its rank inside that bin.
 
-    counts: of bins 0, 1, ... `bins`; 1 <= rank <= their sum.
+    counts: the counts of the bins 0, 1, ... `bins`; 1 <= rank <= their sum.
     """
     from_top = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
     found = tl.maximum(tl.sum((from_top >= rank).to(tl.int32), 0) - 1, 0)
@@ -51,9 +51,9 @@ def find(counts, bins, rank):
 def sample_kernel(
     table, n_chunks, first, pools, n_pools, samples, KIND: tl.constexpr, TILE: tl.constexpr
 ):
-    """Count the upper 15 bits of some keys of every chunk, drawn by a hash of fixed seed.
+    """Count the upper 15 bits of some keys of every chunk, drawn by a hash with a fixed seed.
 
-    A chunk gives its share of the pool's SAMPLES, rounded at random.
+    A chunk contributes its share of the pool's SAMPLES, rounded at random.
     """
     c = (first + tl.program_id(0)).to(tl.int64)
     address = tl.load(table + ADDRESS * n_chunks + c)
@@ -79,7 +79,7 @@ def sample_kernel(
 
 @triton.jit
 def sampled_bin(start, sums, rows, rank):
-    """The bin of the sample's element of that rank from the top; `sums` are of 128 bins each."""
+    """Return the bin of the sample's element of this rank; `sums` are over 128 bins each."""
     row, left = find(sums, rows, rank)
     cells = tl.arange(0, 128)
     cell, _ = find(tl.load(start + row * 128 + cells), cells, left)
@@ -88,10 +88,10 @@ def sampled_bin(start, sums, rows, rank):
 
 @kernel
 def bracket_kernel(pools, n_pools, members, samples, bracket, WIDTH: tl.constexpr):
-    """From a sample to the window: the first and last of at most WIDTH bins that hold the rank.
+    """Find the window from a sample: the first and last of at most WIDTH bins that hold the rank.
 
-    It is 4.5 standard deviations wide to either side, or WIDTH bins round the guess where that is
-    less. A window that would hold a quarter of all elements is refused (last = -1): then the
+    It extends 4.5 standard deviations to either side, or WIDTH bins around the guess if that is
+    less. A window that would hold a quarter of all elements is refused (last = -1), because the
     increments of `window_kernel` would queue at a few addresses.
     """
     w = tl.program_id(0).to(tl.int64)
@@ -119,7 +119,7 @@ def bracket_kernel(pools, n_pools, members, samples, bracket, WIDTH: tl.constexp
     if highest - lowest >= WIDTH:
         lowest = tl.maximum(middle - WIDTH // 2, 0)
         highest = tl.minimum(lowest + WIDTH - 1, 32767)
-    # zeros, in bin 0, are not incremented for
+    # zeros, in bin 0, cause no increments
     bins = lowest + tl.arange(0, WIDTH)
     inside = tl.sum(tl.load(start + bins, mask=(bins <= highest) & (bins > 0), other=0), 0)
     if (shift == 0) & (inside * 4 > total):
@@ -158,7 +158,7 @@ def window_tile(
     if KIND == 0:
         one = tl.full((TILE,), 1, tl.int32)
         tl.atomic_add(hist + ((u - base) >> shift), one, mask=within, sem="relaxed")
-    else:  # few different keys: count here, or the increments would queue
+    else:  # there are few different keys: counting here avoids a queue of increments
         local += tl.histogram(tl.where(within, (u - base) >> (16 if KIND == 2 else 13), 0), BINS)
     return above, inside, bad, local
 
@@ -253,7 +253,7 @@ def window_kernel(
 
 @kernel
 def fold_kernel(pools, n_pools, members, hist, partial, WIDTH: tl.constexpr):
-    """Sums over FOLD bins of a window each."""
+    """Sum the counts of each FOLD bins of a window."""
     w = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     pool = tl.load(members + w)
@@ -278,7 +278,7 @@ def settle_kernel(
     settled,
     WIDTH: tl.constexpr,
 ):
-    """Verify the window; where it held the rank, find the key in it."""
+    """Verify the window; if it holds the rank, find the key in it."""
     w = tl.program_id(0).to(tl.int64)
     pool = tl.load(members + w)
     k = tl.load(pools + RANK * n_pools + pool)
@@ -289,7 +289,7 @@ def settle_kernel(
     last = tl.load(bracket + 2 * w + 1)
     parts = tl.arange(0, FOLDS)
     sums = tl.load(partial + w * FOLDS + parts)
-    # a 32-bit bin that overflowed shows in the sum
+    # the sum shows if a 32-bit bin overflowed
     if (last >= 0) & (tl.sum(sums, 0) == inside) & (above < k):
         if k <= above + inside:
             part, rank = find(sums, parts, k - above)
@@ -303,7 +303,7 @@ def settle_kernel(
             tl.store(keys + pool, key)
             tl.store(done + pool, 1)
             tl.atomic_add(settled, 1, sem="relaxed")
-        elif lowest == 0:  # all that is left are zeros
+        elif lowest == 0:  # only zeros are left
             tl.store(keys + pool, lowest)
             tl.store(done + pool, 1)
             tl.atomic_add(settled, 1, sem="relaxed")

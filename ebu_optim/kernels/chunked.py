@@ -1,6 +1,6 @@
-"""The plain-torch kernels, in chunks of fixed size: what `fused=False` and every fallback use.
+"""The plain-torch kernels in chunks of fixed size, used by `fused=False` and as every fallback.
 
-They run on any device and any floating dtype. Temporaries are bounded by a constant, never by the
+They run on any device and any floating dtype. Temporaries are bounded by a constant, whatever the
 number of parameters. On an accelerator they wait for the device.
 """
 
@@ -21,12 +21,12 @@ from .contract import INF, INT, MAGNITUDE, Columns, Update, Weights, key_of_noth
 
 __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 
-#: Pieces of some parameters, by the names of `Columns`; those that are None are missing.
+#: Pieces of some parameters, by the names of `Columns`; columns that are None are left out.
 Pack = Mapping[str, Sequence[Tensor]]
 
 
 class _Regions(NamedTuple):
-    """M_f, M_r, their overlap and what is selected to be remembered alone, as 0.0 and 1.0."""
+    """M_f, M_r, their overlap, and the scalars selected only by M_r, as 0.0 and 1.0."""
 
     f: Tensor
     r: Tensor
@@ -35,7 +35,7 @@ class _Regions(NamedTuple):
 
 
 def _mask(g: Tensor, tau: Tensor | int, rows: Rows, name: str) -> tuple[Tensor, Tensor]:
-    """The bits of g, and its mask as 0.0 and 1.0."""
+    """Return the bits of g, and its mask as 0.0 and 1.0."""
     bits = g.view(INT[g.dtype])
     u = torch.bitwise_and(bits, MAGNITUDE[g.dtype], out=rows("keys", bits))
     return bits, torch.ge(u, tau, out=rows(name, g))
@@ -44,8 +44,10 @@ def _mask(g: Tensor, tau: Tensor | int, rows: Rows, name: str) -> tuple[Tensor, 
 def _regions(
     g_f: Tensor, g_r: Tensor, taus: Sequence[Tensor | int], rows: Rows
 ) -> tuple[_Regions | None, list[Tensor]]:
-    """The regions, None where nothing is selected, and the first four of the `STATS`: how many
-    scalars they hold."""
+    """Return the regions and their sizes, which are the first four of the `STATS`.
+
+    The regions are None if nothing is selected.
+    """
     if not taus:
         return None, [g_f.new_zeros(())] * 4
     (bits_f, m_f), (bits_r, m_r) = (
@@ -53,16 +55,16 @@ def _regions(
     )
     both = torch.mul(m_f, m_r, out=rows("both", g_f))
     only_r = torch.sub(m_r, both, out=rows("only_r", g_f))
-    signs = torch.bitwise_xor(bits_f, bits_r, out=rows("keys", bits_f))  # negative: they differ
+    signs = torch.bitwise_xor(bits_f, bits_r, out=rows("keys", bits_f))  # negative if they differ
     opposed = torch.lt(signs, 0, out=rows("spare", g_f))
     counts = [m_f.sum(), m_r.sum(), both.sum(), torch.dot(both, opposed)]
     return _Regions(m_f, m_r, both, only_r), counts
 
 
 def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions | None, weights: Weights, rows: Rows) -> Tensor:
-    """G without the penalty.
+    """Return G without the penalty.
 
-    Masks are multiplied, not used to choose: where a gradient is not finite, neither is G.
+    Masks are multiplied and not used to choose, so G is not finite where a gradient is not finite.
     """
     out = rows("out", g_f)
     if weights.on_f == 1:
@@ -75,7 +77,7 @@ def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions | None, weights: Weights, rows
         out.addcmul_(at.f, g_f, value=weights.on_m)
     if weights.only_r:
         out.addcmul_(at.only_r, g_r, value=weights.only_r)
-    if weights.blend:  # in this order alpha = 0 leaves exactly g_r of a blend
+    if weights.blend:  # in this order, alpha = 0 gives exactly g_r
         out.addcmul_(at.both, g_f, value=-weights.blend)
         out.addcmul_(at.both, g_r, value=weights.blend)
     return out
@@ -84,7 +86,7 @@ def _mixed(g_f: Tensor, g_r: Tensor, at: _Regions | None, weights: Weights, rows
 def _add_penalty(
     out: Tensor, pack: Pack, at: _Regions | None, how: Update, rows: Rows
 ) -> list[Tensor]:
-    """Add p (eqs. 8, 9) to `out`; the squares of theta - theta0, summed over each region."""
+    """Add p (eqs. 8, 9) to `out`; return the sums of (theta - theta0)^2 over each region."""
     if "anchors" not in pack:
         return [out.new_zeros(())] * 4
     moved = rows("spare", out)
@@ -96,7 +98,7 @@ def _add_penalty(
     if "fishers" in pack and how.weights.penalty != "none":
         for fisher, part in parts(pack["fishers"], moved):
             part.mul_(fisher.to(part.device, how.dtype, non_blocking=True))
-        # p is `strength` times what is in `moved` now
+        # p is `strength` times the present value of `moved`
         strength = 1.0 if isinstance(how.gamma, Tensor) else how.gamma
         if isinstance(how.gamma, Tensor):
             moved.mul_(how.gamma)
@@ -112,7 +114,7 @@ def _add_penalty(
 
 
 def _online(pack: Pack, g_r: Tensor, how: Update, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The new F, and its sum."""
+    """Return the new F and its sum."""
     fisher = column(pack["fishers"], "fishers", rows)
     dtype = torch.float64 if fisher.dtype == torch.float64 else how.dtype
     square = torch.mul(g_r, g_r, out=rows("spare", g_r)).to(dtype)
@@ -123,7 +125,7 @@ def _online(pack: Pack, g_r: Tensor, how: Update, rows: Rows) -> tuple[Tensor, T
 def _combine_pack(
     pack: Pack, taus: Sequence[Tensor | int], how: Update, rows: Rows
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What goes into the columns out, fishers and held, as 1-d tensors; and the `STATS`."""
+    """Return the new values of the columns out, fishers and held, 1-d; and the `STATS`."""
     g_f, g_r = (column(pack[name], name, rows).to(how.dtype) for name in ("g_f", "g_r"))
     at, counts = _regions(g_f, g_r, taus, rows)
     if how.inv_scale is not None:
@@ -140,19 +142,19 @@ def _combine_pack(
     if "held" in pack:
         theta = column(pack["params"], "params", rows)
         new["held"] = theta if at is None else theta.masked_fill(at.f + at.r > 0, math.nan)
-    # where the sum of the squares is finite, so is each of them
+    # if the sum of the squares is finite, every element is
     finite = result is out and out.device.type == "cpu" and bool(products[3].isfinite())
     wrong = out.new_zeros(()) if finite else (keys(result, how.dtype) >= INF[how.dtype]).sum()
     return new, [*counts, *products, *moved, fisher_sum, wrong]
 
 
 def _flat_on(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """1-d, of `dtype` and where `like` is: theta0 and F may lie on the CPU."""
+    """Return t as 1-d, in `dtype` on the device of `like`: theta0 and F may be on the CPU."""
     return t.to(like.device, dtype, non_blocking=True).reshape(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product, in float64 where float32 does not hold it."""
+    """Return the inner product, in float64 if float32 overflows."""
     product = torch.dot(a, b)
     if a.device.type == "cpu" and not product.isfinite():
         product = torch.dot(a.double(), b.double())
@@ -185,10 +187,10 @@ def combine(columns: Columns, taus: Tensor, how: Update, stats: Tensor) -> None:
 
 
 def finite_probe(tensors: Sequence[Tensor]) -> Tensor | None:
-    """0 where every element of every tensor is finite, else NaN: 0-d float32 on the device of the
-    first; None where there is no element. Waits for no device.
+    """Return 0 if every element of every tensor is finite, else NaN, without waiting for a device.
 
-    It is sum(0 * x): 0 * sum(x) would overflow in float16.
+    The result is 0-d float32 on the device of the first tensor; None if there are no elements. It
+    is sum(0 * x), because 0 * sum(x) would overflow in float16.
     """
     tensors = [t for t in tensors if t.numel()]
     if not tensors:

@@ -1,9 +1,9 @@
-"""The contract of the kernels: what every implementation takes, and the keys they compare.
+"""The contract of the kernels: what every implementation takes, and the keys that they compare.
 
 Magnitudes are compared as integer *keys*: the bits of abs(x) in the working dtype (float32, or
-float64 where one of the tensors is float64; the conversion is exact). Keys order like abs(x), rank
-NaN above Inf, so that "propagate" does propagate, and are immune to flush-to-zero (but for float32
-denormals beside float64 tensors, whose conversion flushes).
+float64 if one of the tensors is float64; the conversion is exact). Keys have the order of abs(x)
+and rank NaN above Inf, so that "propagate" does propagate. Flush-to-zero does not change them,
+except for float32 denormals together with float64 tensors, whose conversion flushes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INT = {torch.float32: torch.int32, torch.float64: torch.int64}
 MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
 INF = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 
-#: What `combine` adds up, in this order, as one float64 vector.
+#: The sums that `combine` makes, in this order, as one float64 vector.
 STATS = (
     "forget_selected",
     "remember_selected",
@@ -41,7 +41,7 @@ STATS = (
 
 @cache
 def has_float64(device: torch.device) -> bool:
-    """Whether `STATS` can be added up there: Apple's MPS and some Intel GPUs have no float64."""
+    """Whether a device can add up `STATS`: Apple's MPS and some Intel GPUs have no float64."""
     if device.type in ("cpu", "cuda"):
         return True
     try:
@@ -55,33 +55,33 @@ def has_float64(device: torch.device) -> bool:
 
 
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: holds every value of `tensors` exactly."""
+    """float64 if any tensor is float64, else float32: it holds every value of `tensors` exactly."""
     wide = torch.float64 in set(map(attrgetter("dtype"), tensors))
     return torch.float64 if wide else torch.float32
 
 
 def keys(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitude keys of `x` in the working dtype: int32 or int64, same shape."""
+    """Return the magnitude keys of `x` in the working dtype: int32 or int64, same shape."""
     return x.to(dtype).view(INT[dtype]).bitwise_and(MAGNITUDE[dtype])
 
 
 def key_to_value(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitude that a 0-d int64 key stands for, as a 0-d tensor of `dtype`."""
+    """Return the magnitude of a 0-d int64 key, as a 0-d tensor of `dtype`."""
     return key.to(INT[dtype]).view(dtype)
 
 
 def key_bits(dtype: torch.dtype) -> int:
-    """How many bits a key has."""
+    """Return the number of bits in a key."""
     return 31 if dtype == torch.float32 else 63
 
 
 def key_of_inf(dtype: torch.dtype) -> int:
-    """The key of Inf: those of NaN are greater, those of numbers smaller."""
+    """Return the key of Inf: keys of NaN are greater, keys of numbers are smaller."""
     return INF[dtype]
 
 
 def key_of_nothing(dtype: torch.dtype) -> int:
-    """A threshold that no number reaches."""
+    """Return a threshold that no number reaches."""
     return MAGNITUDE[dtype]
 
 
@@ -89,14 +89,14 @@ def key_of_nothing(dtype: torch.dtype) -> int:
 
 
 class Column(list[Any]):
-    """Tensors that stay where they are in memory as long as this list lives.
+    """Tensors whose memory stays in place as long as this list lives.
 
     Args:
-        tensors: or None where one is missing.
-        of: the column and the rows that these are of.
+        tensors: the tensors, None where one is missing.
+        of: the column and its rows from which these tensors were picked.
 
     Attributes:
-        notes: what an implementation has found out about them, under its name.
+        notes: what each implementation has found out about the tensors, under its name.
     """
 
     def __init__(
@@ -106,24 +106,24 @@ class Column(list[Any]):
         self.of, self.notes = of, {}  # type: ignore[var-annotated]
 
     def __reduce__(self) -> Any:
-        return Column, (list(self),)  # a copy lies elsewhere
+        return Column, (list(self),)  # a copy has other memory
 
     def picked(self, rows: Sequence[int]) -> Column:
-        """These rows alone, in this order."""
+        """Return only these rows, in this order."""
         return Column([self[i] for i in rows], (self, rows))
 
 
 class Columns(NamedTuple):
-    """What a combination reads and writes: in every column one entry for each parameter.
+    """What a combination reads and writes: every column has one entry for each parameter.
 
     Attributes:
-        params, g_f, g_r: theta and the two gradients, shapes equal tensor by tensor.
-        anchors, fishers: theta0 and F, or None in all places (then no penalty); of any floating
-            dtype each, and on the parameter's device or the CPU.
+        params, g_f, g_r: theta and the two gradients, with equal shapes tensor by tensor.
+        anchors, fishers: theta0 and F, or None for all parameters (then there is no penalty). Each
+            has any floating dtype and is on the parameter's device or the CPU.
         out: receives G; may be g_r[i] or g_f[i] itself.
-        held: where not None, receives theta on the unrelated scalars and NaN elsewhere
-            (`unrelated="freeze"`); may be g_f[i] itself where out[i] is not.
-        pool_f, pool_r: which of the thresholds is tau_f of a tensor, and which its tau_r.
+        held: if not None, receives theta on the unrelated scalars and NaN elsewhere
+            (`unrelated="freeze"`); may be g_f[i] itself if out[i] is not.
+        pool_f, pool_r: for each tensor, the indices of tau_f and of tau_r in the thresholds.
     """
 
     params: Sequence[Tensor]
@@ -137,7 +137,7 @@ class Columns(NamedTuple):
     pool_r: Sequence[int]
 
     def rows(self, indices: Iterable[int]) -> Columns:
-        """The columns of these parameters alone."""
+        """Return the columns of only these parameters."""
         indices = list(indices)
         if indices == list(range(len(self.params))):
             return self
@@ -149,14 +149,17 @@ class Columns(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Sequence[Tensor | None], ...]:
-        """The seven columns that are tensors, in this order: params to held."""
+        """The seven columns that hold tensors, in this order: params to held."""
         return self[:7]
 
 
 class Weights(NamedTuple):
-    """G = on_f g_f + on_r g_r + on_m M_f g_f + only_r R g_r + blend O (g_r - g_f) + p, where O is
-    the overlap, R what is selected to be remembered alone, and p the penalty that `penalty` names:
-    "partial" (on R), "full" (on every scalar) or "none".
+    """The weights of a combination:
+
+    G = on_f g_f + on_r g_r + on_m M_f g_f + only_r R g_r + blend O (g_r - g_f) + p.
+
+    O is the overlap, R holds the scalars selected only by M_r, and p is the penalty that `penalty`
+    names: "partial" (on R), "full" (on every scalar) or "none".
     """
 
     on_f: float
@@ -170,14 +173,14 @@ class Weights(NamedTuple):
     def reading(
         cls, *, alpha: float, penalty: str, update: str, terms: tuple[bool, bool, bool]
     ) -> Weights:
-        """The weights that every reading of eqs. 11 to 13 comes down to.
+        """Return the weights for a reading of eqs. 11 to 13.
 
-        The blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so that each is a sum of the same
-        products with other weights.
+        The blend is b = g_f + (1 - alpha) (g_r - g_f) (eq. 11), so every reading is a sum of the
+        same products with other weights.
 
         Args:
             alpha: weight of g_f on the overlap.
-            penalty: as above.
+            penalty: as for the class.
             update: "added", "replaced" or "routed".
             terms: which of g_f, g_r + p and m are summed (not for "routed").
         """
@@ -192,16 +195,16 @@ class Update(NamedTuple):
     """How gradients become G: the options of a combination.
 
     Attributes:
-        weights: the sum that G is.
+        weights: the weights of the sum G.
         gamma: penalty strength times the scale of F; a float or a 0-d tensor on the device.
-        online: where not None, F += online * (g_r^2 - F) in place, after F was used; with
-            online = 1 / (n + 1) after n updates F is the mean of the squares. A number, for the
-            Triton kernels also a 0-d tensor.
-        inv_scale: where not None, a 0-d float32 tensor: both gradients are multiplied by it before
-            all but the comparison with the keys, which are those of the gradients as they come.
-        dtype: working dtype of the selection; the arithmetic runs in it too.
-        counted: False lets an implementation leave out all `STATS` but update_sq, fisher_sum and
-            update_nonfinite.
+        online: if not None, F += online * (g_r^2 - F) in place, after F was used. With
+            online = 1 / (n + 1) after n updates, F is the mean of the squares. A number; for the
+            Triton kernels it may be a 0-d tensor.
+        inv_scale: if not None, a 0-d float32 tensor that both gradients are multiplied by. Only the
+            comparison of keys uses the gradients without this factor.
+        dtype: working dtype of the selection and the arithmetic.
+        counted: if False, an implementation may leave out all `STATS` except update_sq,
+            fisher_sum and update_nonfinite.
     """
 
     weights: Weights

@@ -1,8 +1,8 @@
 """The fused kernels for a CPU: the contract of `reference` over the C extension `_cpu`.
 
-The work is in _cpu.c, over the tables of _cpu_tables.py. What that does not take (float64,
-layouts that are not dense, theta0 or F on another device) goes to `chunked`, tensor by tensor
-where it can. The results are the same: keys, masks and counts bit for bit.
+_cpu.c does the work over the tables of _cpu_tables.py. What it does not support (float64, layouts
+that are not dense, theta0 or F on another device) goes to `chunked`, tensor by tensor where
+possible. The results are the same: keys, masks and counts bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-import torch  # first: the extension uses the OpenMP library that torch has loaded
+import torch  # first, because the extension uses the OpenMP library that torch has loaded
 from torch import Tensor
 
 from . import chunked
@@ -29,27 +29,27 @@ except ImportError as error:
 __all__ = ["combine", "finite_probe", "histogram", "restore", "scale", "select"]
 
 _TASK = 1 << 16  # as in _cpu.c
-#: Scalars from which several threads share the work: on fewer they wait for each other longer than
-#: they save where anything else runs on the machine (docs/benchmarks.md).
+#: From this many scalars on, several threads share the work. With fewer scalars they wait for each
+#: other longer than they save if anything else runs on the machine (docs/benchmarks.md).
 _TEAM = 1 << 24
 PATHS = ("direct", "bracket", "second bracket", "radix")
 
 
 def available() -> str | None:
-    """None where the extension is there, else why it is not."""
+    """Return None if the extension was built, else the reason why it is missing."""
     if _cpu is not None:
         return None
     return f"the C extension ebu_optim.kernels._cpu was not built for this Python ({_missing})"
 
 
 def takes(tensors: Sequence[Tensor]) -> str | None:
-    """None where these tensors gain from this module, else why they do not."""
+    """Return None if these tensors gain from this module, else the reason why they do not."""
     other = {str(t).removeprefix("torch.") for t in set(map(DTYPE, tensors)) - KINDS.keys()}
-    return f"the fused CPU kernels take no {', '.join(sorted(other))}" if other else None
+    return f"the fused CPU kernels do not support {', '.join(sorted(other))}" if other else None
 
 
 def _threads(n: int) -> int:
-    """No team below `_TEAM`, and no more threads than there are tasks."""
+    """Return 1 below `_TEAM` scalars, else at most the number of tasks."""
     return min(torch.get_num_threads(), -(-n // _TASK)) if n >= _TEAM else 1
 
 
@@ -67,7 +67,7 @@ def select(
 def _select(
     pools: Sequence[tuple[Sequence[Tensor], int]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Also the path that each pool took: one of `PATHS`, or "reference"."""
+    """Like `select`, and return the path that each pool took: one of `PATHS`, or "reference"."""
     found = torch.zeros(3, len(pools), dtype=torch.int64)
     keys, nonfinite = found[0], found[1]
     at, kind, end = array("Q"), array("q"), array("q")
@@ -77,13 +77,13 @@ def _select(
         dense = List(flat)
         n = dense.n + sum(map(Tensor.numel, rest))
         if not 1 <= k <= n:
-            raise ValueError(f"k must be in 1..{n}, the number of elements, got {k}")
+            raise ValueError(f"k must be in 1..{n}, the number of elements; got {k}")
         if rest or dtype != torch.float32:
             keys[p : p + 1], nonfinite[p : p + 1] = chunked.select([(grads, k)], dtype)
             continue
         at += dense.at
         kind += dense.kind
-        end += dense.end  # counted from the pool's start
+        end += dense.end  # relative to the pool's start
         first.append(len(at))
         taken.append(p)
         total += n
@@ -119,7 +119,7 @@ def histogram(
     listed = List(taken)
     counts = torch.zeros(1 << bits, dtype=torch.int64)
     prefix = int(prefix)
-    if prefix >> max(0, 31 - shift - bits) == 0:  # else no key begins so
+    if prefix >> max(0, 31 - shift - bits) == 0:  # otherwise no key has this prefix
         _cpu.histogram(
             *listed.arguments(), prefix, shift, bits, counts.data_ptr(), _threads(listed.n)
         )

@@ -1,19 +1,20 @@
-"""The fused kernels for CUDA: the contract of `reference`, launches that do not grow with the
-number of tensors or pools, and no wait for the device.
+"""The fused kernels for CUDA: the contract of `reference` without waiting for the device.
+
+The number of launches does not grow with the number of tensors or pools.
 
 Selection, for both gradients and every pool at once:
 
 1. A sample of each large pool, drawn on the device, guesses a window of at most WIDTH bins of the
-   keys' upper 15 bits. Pools under WINDOW_MIN elements have none.
-2. One pass counts the keys above the window, and those inside by their exact value. That proves the
-   guess, in which case the key is known, or refutes it.
-3. A radix selection (8 + 8 + 8 + 7 bits) serves what is left. It is launched always and leaves at
-   once where nothing is.
+   keys' upper 15 bits. Pools with fewer than WINDOW_MIN elements have none.
+2. One pass counts the keys above the window, and the keys inside by their exact value. This proves
+   the guess, and then the key is known; or it refutes the guess.
+3. A radix selection (8 + 8 + 8 + 7 bits) serves the remaining pools. It is always launched, and
+   ends at once if there are none.
 
-The combination is one pass over all columns, in place; its sums go through one small second kernel.
+The combination is one pass over all columns, in place. A small second kernel adds up its sums.
 
-What these kernels do not take (float64, layouts that differ between columns, theta0 or F on another
-device) goes to `chunked`: the rows of a combination one by one, a selection as a whole. With
+What these kernels do not support (float64, layouts that differ between columns, theta0 or F on
+another device) goes to `chunked`: single rows of a combination, or a whole selection. With
 TRITON_INTERPRET=1, set before Triton is imported, all of this runs on CPU tensors, slowly.
 """
 
@@ -30,7 +31,7 @@ from ._launch import interpreted, runs_on
 from ._launch_combination import combine, restore
 from ._launch_selection import finite_probe, histogram, select
 from ._tables import KINDS
-from .chunked import scale  # its torch._foreach_mul_ takes many tensors a launch
+from .chunked import scale  # its torch._foreach_mul_ takes many tensors per launch
 
 __all__ = [
     "available",
@@ -46,30 +47,33 @@ __all__ = [
 
 @cache
 def available() -> str | None:
-    """None where these kernels can run, else the reason in words."""
+    """Return None if these kernels can run, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (it comes with torch's CUDA builds for Linux)"
     try:
         from . import _triton_kernels  # noqa: F401
-    except Exception as error:  # a Triton that does not fit this torch, Python or driver
+    except Exception as error:  # this Triton does not fit the torch, Python or driver
         return f"Triton cannot be imported: {error}"
     if interpreted():
         import triton.language as tl
 
-        if type(tl.sum).__name__ != "InterpretedFunction":  # made when Triton was imported
+        if type(tl.sum).__name__ != "InterpretedFunction":  # set when Triton is imported
             return "TRITON_INTERPRET=1 was set after Triton had been imported"
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.cuda is None:
-        return "these kernels are compiled for CUDA alone"
+        return "these kernels are compiled only for CUDA"
     return None
 
 
 @cache
 def _refuses(device: torch.device) -> str | None:
-    """Why a card is not taken: it is too old for these kernels, or Triton cannot serve it here (no
-    C compiler, a Triton without that card). One small launch tells, once for each device."""
+    """Return why a card is not supported, or None.
+
+    It may be too old for these kernels, or Triton cannot serve it here (no C compiler, a Triton
+    without that card). One small launch per device finds out.
+    """
     major, minor = torch.cuda.get_device_capability(device)
     if major < 7:
         return f"the kernels need compute capability 7.0, {device} has {major}.{minor}"
@@ -81,10 +85,10 @@ def _refuses(device: torch.device) -> str | None:
 
 
 def takes(tensors: Sequence[Tensor]) -> str | None:
-    """None where these kernels serve such parameters, else the reason."""
+    """Return None if these kernels serve such parameters, else the reason."""
     devices = {t.device for t in tensors}
     if len(devices) != 1:
-        return f"parameters lie on {len(devices)} devices"
+        return f"parameters are on {len(devices)} devices"
     (device,) = devices
     if not runs_on(device):
         return f"Triton's kernels do not run on {device}"
