@@ -24,7 +24,7 @@ def test_next_class_skips_what_is_forgotten():
     assert next_class(labels, 5, forgotten=(0, 1, 4)).tolist() == [2, 2, 2]
     assert next_class(labels, 5, forgotten=(1, 4)).tolist() == [2, 2, 0]
     assert next_class(labels, 5, forgotten=(0, 1, 4), compat="paper").tolist() == [1, 2, 0]
-    with pytest.raises(ValueError, match="none is left"):
+    with pytest.raises(ValueError, match="leave at least one class"):
         next_class(labels, 2, forgotten=(0, 1))
 
 

@@ -115,10 +115,13 @@ def test_nested_conditions_are_moved_to_the_device(shape, guidance):
             lambda c: c["added"].update(ids=c["added"]["ids"][:, :1]),
             r"shape \(2, 1\).*\(2, 5\)",
         ),
-        (lambda c: c["added"].update(flag=False), r"\['flag'\] is False and the condition's True"),
-        (lambda c: c["added"].update(other=1), r"has \['other'\], which the condition has not"),
+        (
+            lambda c: c["added"].update(flag=False),
+            r"\['flag'\] is False, but the condition's is True",
+        ),
+        (lambda c: c["added"].update(other=1), r"has \['other'\], which the condition lacks"),
         (lambda c: c.update(added=3), r"null_condition\['added'\] must be a mapping"),
-        (lambda c: c.update(more=(c["more"][0],)), r"null_condition\['more'\] must be 2 values"),
+        (lambda c: c.update(more=(c["more"][0],)), r"null_condition\['more'\] must have 2 values"),
     ],
 )
 def test_a_null_condition_that_is_not_like_the_condition_is_told_where(change, message):

@@ -78,7 +78,7 @@ def test_a_variance_with_no_scheduler_to_tell_it_is_refused():
         lambda: D.esd_loss(model, model, x, t, y, y),
         lambda: D.anchor_loss(model, model, x[:1], t[:1], y),
     ):
-        with pytest.raises(ValueError, match=r'twice the channels.*"learned"'):
+        with pytest.raises(ValueError, match=r'Twice the channels.*"learned"'):
             loss()
 
 

@@ -409,7 +409,7 @@ def test_a_cached_set(tmp_path):
 
 def test_steps_that_depend_on_the_pictures_size_are_asked_for():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match=r"use_dynamic_shifting: its .* give one for this size"):
+    with pytest.raises(ValueError, match=r"use_dynamic_shifting, so its .* give one for this size"):
         D.sample(lambda x, t, class_labels: x, scheduler, torch.tensor([0]), (1, 2, 2))
     static = FlowMatchEulerDiscreteScheduler.from_config(
         scheduler.config, use_dynamic_shifting=False, shift=math.exp(0.7)

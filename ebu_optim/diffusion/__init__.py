@@ -1,4 +1,4 @@
-"""All that knows what a diffusion model is: losses, sampling, replay and surrogate sets."""
+"""Everything specific to diffusion models: losses, sampling, replay and surrogate sets."""
 
 from ..modules import evaluating, model_hash
 from .adversary import Adversary

@@ -1,4 +1,4 @@
-"""What SPM learns from: random anchors beside the erasure, and the strength of its adapters."""
+"""SPM's anchor loss with its random anchors, and the strength of its adapters."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .losses import Model, predict, randn, reduce_loss
 def random_anchors(
     embedding: Tensor, n: int, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Random text embeddings whose norm is the target's times U(0.8, 1.2).
+    """Return random text embeddings with the norm of the target times U(0.8, 1.2).
 
-    A Gaussian direction of all scalars together is accepted with probability 1 - cos(., target).
-    With 77 x 768 scalars it is almost orthogonal to any target: almost all are accepted, and the
-    anchors are noise.
+    A random Gaussian direction over all scalars is accepted with probability 1 - cos(., target).
+    With 77 x 768 scalars it is almost orthogonal to any target, so almost all directions are
+    accepted, and the anchors are noise.
 
     Args:
         embedding: (L, D) of the prompt to erase, or one of its conditions of any shape.
 
     Returns:
-        (n, L, D) like `embedding`.
+        (n, L, D) in the dtype and on the device of `embedding`.
     """
     target = embedding.flatten().float()
     norm = target.norm()
@@ -54,14 +54,14 @@ def anchor_loss(
     scheduler: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Squared distance of the model from the frozen one under the anchors' conditions.
+    """Return the squared distance of the model from the frozen one under the anchors' conditions.
 
     Args:
         model, teacher: called as ``model(x_t, t, encoder_hidden_states=anchors)``.
         x_t, t: (1, C, H, W) and (1,), the same for all anchors, or n rows.
-        anchors: (n, L, D) of :func:`random_anchors`; or, of a model with several conditions such
-            as SDXL, a mapping of its keyword arguments, n rows each.
-        scheduler: needed for a model that predicts a variance too, alone.
+        anchors: (n, L, D) from :func:`random_anchors`. For a model with several conditions, such
+            as SDXL, a mapping of its keyword arguments with n rows each.
+        scheduler: only needed for a model that also predicts a variance.
 
     Returns:
         0-d float32 loss.
@@ -77,27 +77,32 @@ def anchor_loss(
 def transport(
     embedding: Tensor, tokens: Collection[int], erased: Sequence[tuple[Tensor, Collection[int]]]
 ) -> list[float]:
-    r"""Facilitated transport: how strongly each adapter is to act on a prompt.
+    r"""Facilitated transport: return how strongly each adapter acts on a prompt.
 
     .. math:: m_i = \max\bigl(\cos(e, e_i),\; |P \cap E_i| / |E_i|\bigr), \qquad
               W = W_0 + \sum_i m_i\, (\mathrm{up}_i\, \mathrm{down}_i)
 
-    The released code scales up *and* down by m and adds them up before it multiplies: it acts with
-    m^2, and with cross terms between the concepts. diffusers' ``set_adapters(names, m)`` is the
-    formula.
+    The released code scales both up and down by m and adds them over the concepts before it
+    multiplies, so it acts with m^2 and with cross terms between the concepts. diffusers'
+    ``set_adapters(names, m)`` follows the formula.
 
     Args:
-        embedding: (L, D) of the prompt, e.
-        tokens: of the prompt, without begin, end and padding: P.
-        erased: the same of what each adapter erases: e_i and E_i.
+        embedding: e, (L, D), of the prompt.
+        tokens: P, the tokens of the prompt without begin, end and padding.
+        erased: e_i and E_i, the same for the prompt that each adapter erases.
 
     Returns:
-        m_i for each, in [0, 1].
+        m_i for each adapter, in [0, 1].
+
+    Raises:
+        ValueError: an erased prompt has no tokens.
     """
     found = []
     for other, words in erased:
         if not set(words):
-            raise ValueError("transport: an erased prompt without tokens; its overlap is 0 / 0")
+            raise ValueError(
+                "transport: an erased prompt has no tokens, so its overlap is 0 / 0; leave it out"
+            )
         cos = torch.cosine_similarity(embedding.flatten().float(), other.flatten().float(), dim=0)
         share = len(set(tokens) & set(words)) / len(set(words))
         found.append(min(1.0, max(float(cos), share)))

@@ -1,5 +1,8 @@
-"""Conditions: labels, or a model's keyword arguments, in which tensors with a row for each image
-may lie in mappings, lists and tuples, such as SDXL's ``added_cond_kwargs``."""
+"""Conditions: labels, or a model's keyword arguments.
+
+The keyword arguments may hold tensors with one row per image in mappings, lists and tuples, such
+as SDXL's ``added_cond_kwargs``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _MISSING = object()
 
 
 def rows(condition: Any) -> int | None:
-    """Of the first tensor that has any; None without one."""
+    """Return the number of rows of the first tensor that has rows; None if there is none."""
     if isinstance(condition, Tensor):
         return len(condition) if condition.dim() else None
     parts = condition.values() if isinstance(condition, Mapping) else condition
@@ -25,7 +28,7 @@ def rows(condition: Any) -> int | None:
 
 
 def moved(condition: Any, device: Any) -> Any:
-    """With every tensor on `device`."""
+    """Return the condition with every tensor on `device`."""
     if isinstance(condition, Tensor):
         return condition.to(device)
     if isinstance(condition, Mapping):
@@ -36,17 +39,20 @@ def moved(condition: Any, device: Any) -> Any:
 
 
 def behind(null: Any, condition: Any, n: int, at: str = "null_condition") -> Any:
-    """The two conditions behind one another, for one pass of guidance over 2 n images.
+    """Concatenate null and condition, for one pass of guidance over 2 n images.
 
-    What holds no tensor with rows is the same for all images: the condition's is taken, and null
-    may leave it out.
+    A value without rows is the same for all images: it is taken from the condition, and null may
+    leave it out.
 
     Raises:
-        ValueError: naming the place, where null is not like the condition.
+        ValueError: null does not have the structure of the condition; the message names the place.
     """
     if isinstance(condition, Tensor) and condition.dim():
         if len(condition) != n:
-            raise ValueError(f"the condition at {at} has {len(condition)} rows for {n} images")
+            raise ValueError(
+                f"the condition at {at} has {len(condition)} rows for {n} images; give one row per "
+                "image"
+            )
         if not isinstance(null, Tensor) or null.shape != condition.shape:
             one = "one label or " if at == "null_condition" else ""
             raise ValueError(f"{at} must be {one}{n} rows; got {_rows_of(null, condition)}")
@@ -54,19 +60,19 @@ def behind(null: Any, condition: Any, n: int, at: str = "null_condition") -> Any
     if rows(condition) is None:
         if isinstance(condition, (bool, int, float, str)) and null not in (_MISSING, condition):
             raise ValueError(
-                f"{at} is {null!r} and the condition's {condition!r}: one pass has one"
+                f"{at} is {null!r}, but the condition's is {condition!r}; one pass needs one value"
             )
         return condition
     if isinstance(condition, Mapping):
         if not isinstance(null, Mapping):
-            raise ValueError(f"{at} must be a mapping like the condition")
+            raise ValueError(f"{at} must be a mapping like the condition; give the same keys")
         if unknown := null.keys() - condition.keys():
-            raise ValueError(f"{at} has {sorted(unknown)}, which the condition has not")
+            raise ValueError(f"{at} has {sorted(unknown)}, which the condition lacks; remove them")
         return {
             k: behind(null.get(k, _MISSING), v, n, f"{at}[{k!r}]") for k, v in condition.items()
         }
     if not isinstance(null, (list, tuple)) or len(null) != len(condition):
-        raise ValueError(f"{at} must be {len(condition)} values like the condition's")
+        raise ValueError(f"{at} must have {len(condition)} values, like the condition")
     both = (behind(a, b, n, f"{at}[{i}]") for i, (a, b) in enumerate(zip(null, condition)))
     return _like(condition, list(both))
 

@@ -1,4 +1,4 @@
-"""What a DiagonalFisher needs to know of a diffusion model: its loss and its draws."""
+"""The loss and the random draws that a DiagonalFisher needs for a diffusion model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from .schedules import check_family, independent, noised, weights
 
 
 class FisherBatches(Sequence[Any]):
-    """Samples with their timesteps and noises, drawn anew and alike at every call.
+    """Samples with their timesteps and noises; every call draws the same values again.
 
     Args:
         images: (n, C, H, W), e.g. a replay set.
         labels: (n,) their classes.
         scheduler: a diffusers scheduler, as for :func:`~ebu_optim.diffusion.denoising_loss`.
-        timesteps: T' draws a sample, independent: uniform over 0..T-1, or as
-            :mod:`~ebu_optim.diffusion.flow` has it.
-        cross: give pairs of batches with T' / 2 independent draws each, for the estimate whose
-            expectation does not depend on T'; `timesteps` must be even then.
-        batch_size: samples a batch; memory grows with batch_size x parameters.
-        seed: of the draws; batch i has a stream of its own.
+        timesteps: T' independent draws per sample: uniform over 0..T-1, or for flow matching as in
+            :mod:`~ebu_optim.diffusion.flow`.
+        cross: yield pairs of batches with T' / 2 independent draws each, for the estimate whose
+            expectation does not depend on T'; `timesteps` must then be even.
+        batch_size: samples per batch; memory grows with batch_size x parameters.
+        seed: the seed of the draws; each batch has its own random stream.
 
     Items: mappings of x (m, C, H, W), labels (m,), t (m, T'), noise (m, T', C, H, W); or pairs.
+
+    Raises:
+        ValueError: `timesteps` or the number of labels is wrong; the scheduler is not supported.
     """
 
     def __init__(
@@ -49,7 +52,10 @@ class FisherBatches(Sequence[Any]):
                 f"timesteps must be >= 1, and even with cross=True (two halves); got {timesteps}"
             )
         if len(images) != len(labels) or not len(images):
-            raise ValueError(f"{len(images)} images and {len(labels)} labels: need as many, > 0")
+            raise ValueError(
+                f"there are {len(images)} images and {len(labels)} labels; give one label for each "
+                "image, and at least one image"
+            )
         check_family(scheduler)
         self.images, self.labels, self.scheduler = images, labels, scheduler
         self.timesteps, self.cross, self.batch_size = timesteps, cross, batch_size
@@ -57,7 +63,7 @@ class FisherBatches(Sequence[Any]):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What identifies the samples and the draws; DiagonalFisher.estimate keeps it."""
+        """Return what identifies the samples and the draws; DiagonalFisher.estimate saves it."""
         return {
             "images": len(self.images),
             "data": tensor_hash(self.images, self.labels),
@@ -90,8 +96,11 @@ class FisherBatches(Sequence[Any]):
 def fisher_loss(
     scheduler: Any, *, reduction: str = "sum"
 ) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
-    """The loss for ``DiagonalFisher.estimate`` over `FisherBatches`: (m,) values, each the mean
-    over the sample's timesteps of the "sum" or "mean" over C, H, W of the squared error."""
+    """Return the loss for ``DiagonalFisher.estimate`` over `FisherBatches`.
+
+    It returns (m,) values. Each is the mean over the sample's timesteps of the squared error,
+    reduced over C, H, W by "sum" or "mean".
+    """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean" over C, H, W; got {reduction!r}')
 

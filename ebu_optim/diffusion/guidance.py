@@ -1,4 +1,4 @@
-"""ESD's loss: guidance away from a condition, at points on the way from noise."""
+"""ESD's loss: guidance away from a condition, at points of a sampling run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from .losses import Model, predict, reduce_loss
 from .sampling import sample
 from .schedules import check_family
 
-#: eta of the two published targets, which are the same for c_from = c.
+#: eta of the two published targets. The targets are equal if c_from = c.
 ETA = {"paper": 1.0, "released": 2.0}
 
 
 def esd_target(
     eps_c: Tensor, eps_null: Tensor, *, eta: float, eps_from: Tensor | None = None
 ) -> Tensor:
-    r"""What the condition is to predict, of the frozen model's predictions (one shape).
+    r"""Return the target of the condition, from the frozen model's predictions (of one shape).
 
     .. math:: \epsilon_{\text{from}} - \eta\, (\epsilon_c - \epsilon_\varnothing)
 
-    The paper starts from the unconditional prediction (``eps_from=None``), eta = 1; the newer code
-    from that of a condition c_from, by default c itself, eta = 2, which is then the paper's with
-    eta - 1. Being affine in the prediction with weights that add up to 1, it is the same target
-    whether the model predicts epsilon, v or the velocity of flow matching.
+    The paper starts from the unconditional prediction (``eps_from=None``) with eta = 1. The newer
+    code starts from the prediction of a condition c_from, by default c itself, with eta = 2; for
+    c_from = c this equals the paper's target with eta - 1. The target is affine in the predictions
+    with weights that add up to 1, so it is the same whether the model predicts epsilon, v or the
+    velocity of flow matching.
     """
     start = eps_null if eps_from is None else eps_from
     return start - eta * (eps_c - eps_null)
@@ -48,27 +49,33 @@ def esd_loss(
     scheduler: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Squared distance of the model's prediction from :func:`esd_target`.
+    """Return the squared distance of the model's prediction from :func:`esd_target`.
 
     Args:
         model, teacher: the trained and the frozen model, as for
             :func:`~ebu_optim.diffusion.distillation_loss`.
-        x_t, t: (n, C, H, W) and (n,), e.g. of :func:`partly_denoised`.
-        condition, null: what is to be forgotten, and the empty condition; n rows each.
+        x_t, t: (n, C, H, W) and (n,), e.g. from :func:`partly_denoised`.
+        condition, null: the condition to forget, and the empty condition; n rows each.
         variant: "paper" or "released": where the target starts.
         eta: None is 1 for "paper", 2 for "released".
-        erase_from: c_from of "released": what is trained, and where its target starts; None is
-            `condition`.
-        scheduler: needed for a model that predicts a variance too, alone.
+        erase_from: c_from of "released", the condition that is trained and at which the target
+            starts; None is `condition`.
+        scheduler: only needed for a model that also predicts a variance.
         reduction: over C, H, W: "mean" (ESD) or "sum".
 
     Returns:
         0-d float32 loss.
+
+    Raises:
+        ValueError: `variant` is unknown, or `erase_from` is given with "paper".
     """
     if variant not in ETA:
         raise ValueError(f'variant must be "paper" or "released"; got {variant!r}')
     if erase_from is not None and variant == "paper":
-        raise ValueError('erase_from belongs to variant="released"; the paper starts from null')
+        raise ValueError(
+            'erase_from is given with variant="paper", which starts from null; use '
+            'variant="released", or leave erase_from out'
+        )
     eta = ETA[variant] if eta is None else eta
     trained = condition if erase_from is None else erase_from
     with without_gradients():
@@ -96,30 +103,30 @@ def partly_denoised(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """x_t after k steps of sampling with guidance, k uniform, the same for the whole batch.
+    """Return x_t after k steps of guided sampling; k is uniform and the same for the whole batch.
 
-    It is as the model sees it, whatever scale the sampler's own state has (Euler, Heun, LMS): of
-    variance 1 at the start, as the losses make it.
+    x_t is scaled as the model sees it, with variance 1 at the start, as in the losses. The
+    sampler's own state may have another scale (Euler, Heun, LMS).
 
-    ESD's paper samples from the model that is trained and draws t in the bin; its newer code
-    samples from the frozen one and takes t itself. SPM samples with its adapter from the first
-    step on (``earliest=1``), 30 steps.
+    ESD's paper samples from the trained model and draws t within the bin. Its newer code samples
+    from the frozen model and uses the timestep itself. SPM samples with its adapter from the first
+    step on (``earliest=1``), with 30 steps.
 
     Args:
-        model, scheduler, condition, null, shape: as for :func:`~ebu_optim.diffusion.sample`; a
-            DDIMScheduler takes one step a timestep; others of its family may take more, and each
-            of them counts for k.
-        earliest: least k; the greatest is ``len(scheduler.timesteps) - 1``.
-        within_bin: t is uniform among the ``T / num_inference_steps`` timesteps of the step's bin
-            instead of ``scheduler.timesteps[k]``; of flow matching, any between this one and the
-            next.
+        model, scheduler, condition, null, shape: as for :func:`~ebu_optim.diffusion.sample`. A
+            DDIMScheduler takes one step per timestep; others of its family may take more, and k
+            counts each of them.
+        earliest: the least k; the greatest is ``len(scheduler.timesteps) - 1``.
+        within_bin: draw t uniformly from the ``T / num_inference_steps`` timesteps of the step's
+            bin instead of using ``scheduler.timesteps[k]``; for flow matching, t lies anywhere
+            between this timestep and the next.
 
     Returns:
-        x_t (n, C, H, W) and t (n,) int64, or float32 where the sampler is between two timesteps or
-        of flow matching.
+        x_t (n, C, H, W) and t (n,) int64. t is float32 for flow matching, and if the sampler is
+        between two timesteps.
 
     Raises:
-        ValueError: as of :func:`~ebu_optim.diffusion.sample`; `earliest` out of range.
+        ValueError: as for :func:`~ebu_optim.diffusion.sample`; `earliest` is out of range.
     """
     check_family(scheduler)
     scheduler.set_timesteps(num_inference_steps)
@@ -156,7 +163,7 @@ def partly_denoised(
             t -= (t - end) * share  # less than 1: t is not 0
         return x_t, torch.full((len(x_t),), t, device=device)
     if within_bin:
-        steps = scheduler.timesteps.unique()  # Heun's come twice
+        steps = scheduler.timesteps.unique()  # Heun has most timesteps twice
         total, left = scheduler.config.num_train_timesteps, int((steps < t).sum())
         edges = [round(total * i / len(steps)) for i in (left, left + 1)]
         t = draw(*edges)

@@ -4,11 +4,11 @@ Notation: images x of shape (n, C, H, W), timesteps t of shape (n,), the schedul
 :math:`\bar\alpha_t`, and
 :math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon`.
 A condition is a tensor of class labels (n,), passed on as ``class_labels``, or a mapping of keyword
-arguments of the model. On a FlowMatchEulerDiscreteScheduler x_t and the target are those of flow
+arguments of the model. With a FlowMatchEulerDiscreteScheduler, x_t and the target are those of flow
 matching, and timesteps are floats (:mod:`~ebu_optim.diffusion.flow`). A model is a diffusers
-UNet2DModel or any callable with its signature; it predicts a tensor of the shape of x_t. Where the
-scheduler's ``variance_type`` is "learned" or "learned_range" it may predict as many channels again,
-which the losses leave out.
+UNet2DModel or any callable with its signature; it predicts a tensor of the shape of x_t. If the
+scheduler's ``variance_type`` is "learned" or "learned_range", the model may predict twice as many
+channels; the losses ignore the second half.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def randn(shape: Any, generator: torch.Generator | None, like: Tensor) -> Tensor
 
 
 def as_taken(model: Any, x_t: Any) -> Any:
-    """x_t in the dtype of a model that has one (diffusers' have), outside autocast; what is no
-    tensor of floats stays as it is."""
+    """Return x_t in the dtype of a model that has one (as diffusers' models do), outside autocast.
+
+    Anything but a floating-point tensor is returned unchanged.
+    """
     dtype = getattr(model, "dtype", None)
     if not isinstance(dtype, torch.dtype) or not isinstance(x_t, Tensor):
         return x_t
@@ -47,11 +49,13 @@ def as_taken(model: Any, x_t: Any) -> Any:
 def output(
     model: Model, x_t: Tensor, t: Tensor, condition: Condition, scheduler: Any = None
 ) -> Tensor:
-    """All that the model predicts for a condition: a tensor of the shape of `x_t`, or with as many
-    channels again where the scheduler's variance is learned.
+    """Return all that the model predicts for a condition.
+
+    This is a tensor of the shape of `x_t`, or with twice as many channels if the scheduler's
+    variance is learned.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the prediction has another shape.
     """
     kwargs = condition if isinstance(condition, Mapping) else {"class_labels": condition}
     out = model(as_taken(model, x_t), t, **kwargs)
@@ -62,8 +66,8 @@ def output(
     if predicts_variance(scheduler) and out.shape == (n, 2 * channels, *rest):
         return out
     raise ValueError(
-        f"the model predicts shape {tuple(out.shape)} for x_t of shape {tuple(x_t.shape)}: needed "
-        "is the same one; twice the channels, the second half for the variance, are known by a "
+        f"the model predicts shape {tuple(out.shape)} for x_t of shape {tuple(x_t.shape)}; it must "
+        "predict the same shape. Twice the channels, with a variance in the second half, need a "
         'scheduler whose variance_type is "learned" or "learned_range"'
     )
 
@@ -71,13 +75,13 @@ def output(
 def predict(
     model: Model, x_t: Tensor, t: Tensor, condition: Condition, scheduler: Any = None
 ) -> Tensor:
-    """The model's epsilon, v or velocity, of the shape of `x_t`; without a predicted variance."""
+    """Return the model's epsilon, v or velocity, of the shape of `x_t`, without a variance."""
     out = output(model, x_t, t, condition, scheduler)
     return out if out.shape == x_t.shape else out[:, : x_t.shape[1]]
 
 
 def each_loss(error: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """Squared error of each sample (n,): the "sum" or the "mean" over C, H, W, times its weight."""
+    """Return the weighted squared error of each sample (n,), its "sum" or "mean" over C, H, W."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean" over C, H, W; got {reduction!r}')
     square = error.float().square().flatten(1)
@@ -86,7 +90,7 @@ def each_loss(error: Tensor, reduction: str, weight: Tensor | None = None) -> Te
 
 
 def reduce_loss(error: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """The mean of `each_loss` over the batch."""
+    """Return the mean of `each_loss` over the batch."""
     return each_loss(error, reduction, weight).mean()
 
 
@@ -103,7 +107,7 @@ def denoising_loss(
 ) -> Tensor:
     r"""L(x, c): the mean of :math:`\|\epsilon - \epsilon_\theta(x_t, t, c)\|^2` (or of v).
 
-    With replayed pairs this is the remember loss, with images of the mandatory distribution q and
+    With replayed pairs this is the remember loss. With images of the mandatory distribution q and
     the condition to forget it is the forget loss (eqs. 6 and 7; denoising on x ~ q minimises
     KL(q || p), the reverse of eq. 6 as printed).
 
@@ -112,19 +116,19 @@ def denoising_loss(
         x: (n, C, H, W) images, in the range that the model was trained on.
         condition: labels (n,) or keyword arguments of the model.
         scheduler: a diffusers scheduler with ``alphas_cumprod`` and a ``prediction_type`` of
-            epsilon or v_prediction, or a FlowMatchEulerDiscreteScheduler; its own ``add_noise`` is
-            not used. x_t is computed in float32 and given in the dtype of x.
+            epsilon or v_prediction, or a FlowMatchEulerDiscreteScheduler. Its own ``add_noise`` is
+            not used. x_t is computed in float32 and passed in the dtype of x.
         reduction: "sum" over C, H, W (the DDPM code base) or "mean" (diffusers); mean over n.
-        timesteps, noise: given values instead of antithetic draws (of flow matching: see
+        timesteps, noise: values to use instead of antithetic draws (for flow matching: see
             :mod:`~ebu_optim.diffusion.flow`) and Gaussian noise.
-        generator: of the draws; None uses torch's global stream.
+        generator: the generator of the draws; None uses torch's global stream.
 
     Returns:
         0-d float32 loss.
 
     Raises:
-        ValueError: a scheduler of another family (EDM) or prediction; a prediction of another
-            shape than x_t.
+        ValueError: the scheduler has another family (EDM) or prediction type; the prediction has
+            another shape than x_t.
     """
     timesteps = drawn(scheduler, len(x), timesteps, generator, x.device)
     if noise is None:
@@ -141,11 +145,11 @@ def surrogate_noise(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Images of a mandatory distribution q, float32 of `shape` (n, C, H, W).
+    """Return images of a mandatory distribution q, float32 of `shape` (n, C, H, W).
 
     "uniform": independent pixels, uniform in [-1, 1] (Selective Amnesia's code); "gaussian":
-    standard Gaussian pixels (the paper's text). Images of a surrogate prompt or class come from
-    :func:`sample_set`.
+    standard Gaussian pixels (the paper's text). :func:`sample_set` makes images of a surrogate
+    prompt or class.
     """
     source = generator.device if generator is not None else device
     if kind == "uniform":
@@ -166,11 +170,11 @@ def gaussian_forget_loss(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    r"""The forget loss for q = N(0, I) with its target in closed form.
+    r"""Return the forget loss for q = N(0, I) with its target in closed form.
 
     Then :math:`x_t \sim N(0, I)` and :math:`E[\epsilon | x_t] = \sqrt{1 - \bar\alpha_t}\, x_t`
-    (and :math:`E[v | x_t] = 0`): the gradient is that of :func:`denoising_loss` on Gaussian images
-    without the noise of a sampled :math:`\epsilon`. Of flow matching: see
+    (and :math:`E[v | x_t] = 0`). The gradient is that of :func:`denoising_loss` on Gaussian images
+    but without the noise of a sampled :math:`\epsilon`. For flow matching see
     :func:`~ebu_optim.diffusion.flow.of_gaussian`.
 
     Args:
@@ -199,14 +203,14 @@ def distillation_loss(
     timesteps: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The remember loss closer to eq. 7: match the frozen model's own prediction on noised x.
+    """Return the remember loss closer to eq. 7: match the frozen model's prediction on noised x.
 
     Args:
         teacher: the frozen model; :func:`anchored` makes one from the optimizer's theta0.
         x, condition: replayed pairs, as for :func:`denoising_loss`.
-        crossed: 1-d labels of all kept classes. Where given, each sample's condition is drawn anew
-            from them, whatever its image shows ("crossed"): the function is held also where there
-            is nothing to replay. `condition` is then not used.
+        crossed: 1-d labels of all kept classes. If given, each sample's condition is drawn from
+            them, whatever its image shows ("crossed"), and `condition` is not used. So the model is
+            also held where there is nothing to replay.
 
     Returns:
         0-d float32 loss.
@@ -227,22 +231,22 @@ def distillation_loss(
 def anchored(
     model: nn.Module, optimizer: Any, *, masters: Mapping[Tensor, Tensor] | None = None
 ) -> Model:
-    """The pretrained model in eval mode as a callable, from the theta0 that an EBUOptimizer holds.
+    """Return the pretrained model in eval mode as a callable, from the optimizer's theta0.
 
     No second copy of the weights is made: frozen parameters are the model's own. Floating buffers,
-    such as BatchNorm's statistics, are those of this call: make the teacher before the first phase,
-    and before a checkpoint is loaded. theta0 exists from the first phase on, where a penalty uses
-    it or ``anchor=`` gave it; however it is held, the teacher computes in the model's dtype and on
-    its device.
+    such as BatchNorm's statistics, are copied in this call, so make the teacher before the first
+    phase and before a checkpoint is loaded. theta0 exists from the first phase on if a penalty uses
+    it, or if ``anchor=`` gave it. However theta0 is held, the teacher computes in the model's dtype
+    and on its device.
 
     Args:
-        masters: from the model's parameter to the optimizer's, where that holds float32 copies:
-            ``dict(zip(model.parameters(), masters))``.
+        masters: maps the model's parameters to the optimizer's, if the optimizer holds float32
+            copies: ``dict(zip(model.parameters(), masters))``.
 
     Raises:
         RuntimeError: when the teacher is called and a parameter that requires a gradient has no
-            theta0: it would be the student.
-        TypeError, ValueError: `masters` is no mapping, or one has another shape.
+            theta0: the teacher would be the trained model.
+        TypeError, ValueError: `masters` is not a mapping, or a master has another shape.
     """
     pretrained = Pretrained(model, optimizer, masters)
 
@@ -265,21 +269,23 @@ def noisy_condition(
 ) -> Iterator[None]:
     """Add noise to the output of a condition's embedding inside the block.
 
-    Each sample gets Gaussian noise whose standard deviation is uniform in [0, scale * s], s being
-    the standard deviation of the embedding's weights. Round the forget loss it makes the
-    neighbourhood of the forgotten condition forgotten too.
+    Each sample gets Gaussian noise whose standard deviation is uniform in [0, scale * s], where s
+    is the standard deviation of the embedding's weights. With it, the forget loss also forgets the
+    neighbourhood of the forgotten condition.
 
     Args:
         embedding: e.g. ``unet.class_embedding``; its output has shape (n, ...).
         scale: >= 0; 1 goes up to the spread of the embedding itself.
-        only: 1-d labels: the others stay as they are. For losses that run other conditions too,
-            such as :func:`~ebu_optim.baselines.relabel_loss`; None is all.
+        only: 1-d labels that get noise; None is all. Use it for losses that also run other
+            conditions, such as :func:`~ebu_optim.baselines.relabel_loss`.
     """
     if not scale >= 0:
         raise ValueError(f"scale must be >= 0; got {scale}")
     weight = next(embedding.parameters(), None)
     if weight is None:
-        raise ValueError(f"embedding has no parameters to take its spread from; got {embedding!r}")
+        raise ValueError(
+            f"embedding has no parameters, so its spread is unknown; got {embedding!r}"
+        )
     spread = float(weight.detach().std())
 
     def add(_module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The forget and the remember loss of unlearn.py, by the method's needs and the options."""
+"""The forget and the remember loss of unlearn.py, chosen by the method and the options."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ REMEMBER_LOSS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """Which losses a method learns from, where it is not its own."""
+    """Which losses a method learns from, if the method leaves this open."""
 
     group: ClassVar[str] = "losses"
 
     condition_noise: float = option(
         0.0,
         help="Gaussian noise on the forgotten condition's embedding in the forget loss; 1 is "
-        "as much as its own spread.",
+        "as much as the embedding's own spread.",
     )
     forget_loss: Literal["surrogate", "relabel"] | None = option(
         None,
@@ -56,44 +56,46 @@ class LossOptions:
     reduction: Literal["sum", "mean"] = option("sum", help="Reduction of the losses over C, H, W.")
 
     def check_losses(self: Any) -> None:
-        """Raises:
-        InputError: noise on a condition that is compared; a forget loss for a method that has one.
+        """Raise InputError for losses that the method cannot use.
+
+        These are noise on a condition that the target compares, and a forget loss for a method
+        that requires its own.
         """
         if not 0 <= self.condition_noise < math.inf:
             raise InputError(f"--condition_noise must be finite, >= 0; got {self.condition_noise}")
         if self.condition_noise and kind(self) in ("guidance", "adapter"):
             raise InputError(
-                f"--condition_noise: not with --method {self.method}, whose target compares "
-                "conditions and would get the noise too, the empty one as well"
+                f"--condition_noise: not possible with --method {self.method}, because its target "
+                "compares conditions, and all of them would get the noise; leave it out"
             )
         try:
             recipe_of(self)
         except ValueError as error:
             raise InputError(
-                f"--forget_loss: {self.method} has a forget loss of its own"
+                f"--forget_loss: {self.method} has its own forget loss; leave --forget_loss out"
             ) from error
 
 
 def recipe_of(args: Any) -> Recipe:
-    """The method's recipe on the losses that the options choose.
+    """Return the method's recipe with the losses that the options choose.
 
     Raises:
-        ValueError: --forget_loss for a method that has a forget loss of its own.
+        ValueError: --forget_loss for a method that has its own forget loss.
     """
     own = methods[args.method]
-    # a method with a remember loss of its own keeps it; --remember is told to be without effect
+    # a method with its own remember loss keeps it; the run warns that --remember has no effect
     return own.with_losses(
         forget=args.forget_loss, remember=args.remember if own.replayed else None
     )
 
 
 def kind(args: Any) -> str | None:
-    """What the forget loss is: --forget_loss, or the method's, see `Recipe.forgets`."""
+    """Return the kind of the forget loss: --forget_loss, or the method's; see `Recipe.forgets`."""
     return args.forget_loss or methods[args.method].forgets
 
 
 def needs_own_images(args: Any) -> str | None:
-    """The option because of which the losses need real images of the class to forget."""
+    """Return the option that makes the losses need real images of the class to forget, or None."""
     if attacked(args):
         return "--adversary_steps"
     if args.relearner_steps:
@@ -108,7 +110,7 @@ def needs_teacher(args: Any) -> bool:
     return recipe_of(args).teacher or bool(attacked(args) and args.adversary_loss == "teacher")
 
 
-NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are drawn anew for each step
+NOISE = ("uniform", "gaussian", "analytic")  # surrogates that are sampled in each step
 
 
 class Objectives:
@@ -116,7 +118,7 @@ class Objectives:
 
     Args:
         made: what prepare.py made.
-        model: as accelerate prepared it; `raw` is the module inside.
+        model: the model as accelerate prepared it; `raw` is the module inside.
         teacher: the frozen base model for distillation, or None.
         shape: (C, H, W) of an image.
         kept: images and labels to remember instead of the replayed ones.
@@ -161,11 +163,11 @@ class Objectives:
             )
 
     def new_sampler(self) -> Any:
-        """What draws on the way to `guidance`."""
+        """Return the scheduler that samples the points for `guidance`."""
         return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
 
     def starts(self) -> Tensor | None:
-        """Conditions (m, ...) at which adversaries begin, before they begin at random."""
+        """Return conditions (m, ...) at which the first adversaries begin, before random ones."""
         return None
 
     def at(self, i: int) -> None:
@@ -191,7 +193,7 @@ class Objectives:
             self.model = whole
 
     def forget_once(self) -> Tensor:
-        """The method's forget loss on the chosen batch."""
+        """Return the method's forget loss on the chosen batch."""
         args, options = self.args, {"reduction": self.args.reduction}
         noisy = noisy_condition(
             self.raw.class_embedding, args.condition_noise, only=torch.tensor(self.forgotten)
@@ -203,7 +205,7 @@ class Objectives:
                 return relabel_loss(self.model, x, labels, other, self.scheduler, **options)
             if self.kind == "own":
                 x, labels = self.own[self.i]
-                # EraseDiff descends what GA ascends: only with the wrong noise is that forgetting
+                # EraseDiff descends what GA ascends; this forgets only because the noise is wrong
                 noise = torch.rand_like(x) if methods[args.method].noise == "uniform" else None
                 return denoising_loss(self.model, x, labels, self.scheduler, noise=noise, **options)
             labels = self.pick(self.forgotten)
@@ -221,25 +223,25 @@ class Objectives:
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
 
     def pick(self, among: list[int]) -> Tensor:
-        """Labels (batch,), drawn from `among`."""
+        """Return labels (batch,), drawn from `among`."""
         drawn = torch.randint(len(among), (self.args.train_batch_size,))
         return torch.tensor(among)[drawn].to(self.device)
 
     def asked(self, shown: Tensor, labels: Tensor) -> Tensor:
-        """The forgotten labels under which the surrogate's images are learned.
+        """Return the forgotten labels under which the surrogate's images are learned.
 
         Args:
             shown: what each image shows.
-            labels: forgotten labels that were drawn for them at random.
+            labels: forgotten labels that were drawn for the images at random.
         """
         return labels
 
     def other(self, labels: Tensor) -> Tensor:
-        """What SalUn is to answer with instead."""
+        """Return the labels that SalUn's forget loss uses instead."""
         return next_class(labels, self.classes, forgotten=self.forgotten)
 
     def guidance(self, labels: Tensor) -> Tensor:
-        """ESD's loss, at a point on the way from noise."""
+        """Return ESD's loss at a point of a sampling run."""
         args, paper = self.args, self.args.esd_variant == "paper"
         with evaluating(self.raw):
             x_t, t = partly_denoised(
@@ -277,7 +279,7 @@ class Objectives:
         )
 
     def for_mask(self) -> Iterator[Callable[[], None]]:
-        """SalUn's mask: the denoising loss on every batch of the forget set, in eval mode."""
+        """Yield the backward passes for SalUn's mask, one per batch of the forget set."""
 
         def one(i: int) -> None:
             x, labels = self.own[i]

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class Pretrained:
-    """What a model was before unlearning, for `torch.func.functional_call`.
+    """The tensors of a model before unlearning, for `torch.func.functional_call`.
 
     Args:
-        model: as it is now; its floating buffers (BatchNorm's statistics move with every forward
-            pass in train mode) are copied here, so make this before the first pass.
-        optimizer: ``anchors()`` has theta0 by parameter.
-        masters: the optimizer's parameter of each of the model's, where it has others.
+        model: the present model. Its floating buffers are copied here (in train mode, BatchNorm's
+            statistics change with every forward pass), so make this before the first pass.
+        optimizer: its ``anchors()`` returns theta0 by parameter.
+        masters: maps the model's parameters to the optimizer's, if these differ.
 
     Raises:
-        TypeError, ValueError: `masters` is no mapping, or one has another shape.
+        TypeError, ValueError: `masters` is not a mapping, or a master has another shape.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Pretrained:
             if p in self.masters and self.masters[p].shape != p.shape:
                 raise ValueError(
                     f"masters: {name} has shape {tuple(p.shape)} but its master has "
-                    f"{tuple(self.masters[p].shape)}: another parameter's"
+                    f"{tuple(self.masters[p].shape)}; give each parameter its own master"
                 )
         self._buffers = {
             name: b.detach().clone() for name, b in model.named_buffers() if b.is_floating_point()
@@ -44,7 +44,7 @@ class Pretrained:
         self._warn_if_late()
 
     def tensors(self) -> dict[str, Tensor]:
-        """theta0 and the buffers by name; a call may write what it gets.
+        """Return theta0 and the buffers by name; the caller may write into the buffers.
 
         Raises:
             RuntimeError: a trained parameter has no theta0.
@@ -52,12 +52,12 @@ class Pretrained:
         held = self._held()
         if not held:
             raise RuntimeError(
-                "anchored: the optimizer holds no theta0. It is taken at the first phase where a "
-                "penalty uses it; with fisher=None or penalty='none' give the values to "
+                "anchored: the optimizer holds no theta0. It is taken at the first phase if a "
+                "penalty uses it; with fisher=None or penalty='none', give the values to "
                 "EBUOptimizer(anchor={p: p.detach() for p in model.parameters()})"
             )
         theta0 = {
-            name: held[p].to(p.device, p.dtype)  # a master may be another's device and dtype
+            name: held[p].to(p.device, p.dtype)  # a master may have another device and dtype
             for name, p in self.model.named_parameters()
             if p in held
         }
@@ -65,7 +65,7 @@ class Pretrained:
         return {**theta0, **{name: self._buffer(name, b) for name, b in self.model.named_buffers()}}
 
     def _held(self) -> dict[Tensor, Tensor]:
-        """theta0 by the model's parameter."""
+        """Return theta0 by the model's parameters."""
         anchors = self.optimizer.anchors()
         mapped = {p: anchors[m] for p, m in self.masters.items() if m in anchors}
         return {**anchors, **mapped}
@@ -74,7 +74,7 @@ class Pretrained:
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         if all(name in theta0 for name, _ in trained):
             return
-        # theta0 of what no step has moved yet is the model's own
+        # theta0 of a parameter that no step has moved yet is the model's own value
         groups = getattr(self.optimizer, "param_groups", ())
         known = {id(p) for group in groups for p in group["params"]}
         missing = [
@@ -84,7 +84,7 @@ class Pretrained:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise RuntimeError(
                 f"anchored: the optimizer does not hold {missing[0]}{more} of the model, so the "
-                "teacher would be the model as it is now. Where it holds float32 masters give "
+                "teacher would be the present model. If the optimizer holds float32 masters, use "
                 "anchored(model, opt, masters=dict(zip(model.parameters(), masters))); call "
                 "requires_grad_(False) on what is not trained"
             )
@@ -101,8 +101,8 @@ class Pretrained:
         held = self._held()
         if not all(torch.equal(p, held[p].to(p)) for p in self.model.parameters() if p in held):
             warnings.warn(
-                "anchored: the model has been trained already, and its BatchNorm statistics with "
-                "it; the teacher has those of now beside the pretrained weights. Make it before "
-                "the first phase, and before a checkpoint is loaded",
+                "anchored: the model has already been trained, so its BatchNorm statistics have "
+                "changed, and the teacher combines these with the pretrained weights; make the "
+                "teacher before the first phase, and before a checkpoint is loaded",
                 stacklevel=4,
             )

@@ -17,18 +17,24 @@ from .schedules import drawn, noised, weights
 def next_class(
     labels: Tensor, num_classes: int, *, forgotten: Collection[int], compat: str | None = None
 ) -> Tensor:
-    """The class after each label, cyclically, that is not forgotten; (n,) int64.
+    """Return, for each label, the next class in cyclic order that is not forgotten; (n,) int64.
 
-    With "paper" (c + 1) mod num_classes, be it forgotten or not: SalUn's "random label".
+    With "paper" it is (c + 1) mod num_classes, forgotten or not: SalUn's "random label".
+
+    Raises:
+        TypeError: the labels are not whole numbers.
+        ValueError: all classes are forgotten.
     """
     if labels.is_floating_point():
         raise TypeError(f"labels must be whole numbers; got {labels.dtype}")
-    labels = labels.long()  # uint8 would be taken for a mask
+    labels = labels.long()  # torch would use uint8 labels as a mask
     if _paper(compat):
         return (labels + 1) % num_classes
     kept = [c for c in range(num_classes) if c not in set(forgotten)]
     if not kept:
-        raise ValueError(f"all of the {num_classes} classes are forgotten: none is left to name")
+        raise ValueError(
+            f"forgotten holds all {num_classes} classes; leave at least one class to relabel to"
+        )
     table = [next((k for k in kept if k > c), kept[0]) for c in range(num_classes)]
     return torch.tensor(table, device=labels.device)[labels]
 
@@ -56,17 +62,19 @@ def relabel_loss(
         x: (n, C, H, W) images of the classes to forget.
         labels, relabelled: (n,) their classes c_f and the others c' (:func:`next_class`).
         scheduler: as for :func:`~ebu_optim.diffusion.denoising_loss`.
-        teacher: theta', a frozen model; None is the model as it is now, as in SalUn's code. Either
+        teacher: theta', a frozen model; None is the present model, as in SalUn's code. Either one
             predicts in eval mode.
-        compat: "paper": the model as it is now in the mode that it is in (each pass has a dropout
-            mask of its own), and both passes drop each condition to ``null_class`` with
-            probability 0.1, independently, so that one in five or so pairs compares other things.
-        null_class: the label of the unconditional model; needed by "paper" alone.
+        compat: "paper" uses the present model in its present mode (each pass has its own dropout
+            mask). Both passes replace each condition by ``null_class`` with probability 0.1,
+            independently, so about one in five pairs compares other conditions.
+        null_class: the label of the unconditional model; only "paper" needs it.
         reduction: over C, H, W: "mean" (SalUn) or "sum".
         timesteps, noise, generator: as for :func:`~ebu_optim.diffusion.denoising_loss`.
 
     Returns:
         0-d float32 loss.
+    Raises:
+        ValueError: "paper" without `null_class` or with a teacher.
     """
     paper = _paper(compat)
     if paper and (null_class is None or teacher is not None):

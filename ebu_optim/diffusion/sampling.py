@@ -1,4 +1,4 @@
-"""Sampling by a diffusers scheduler with classifier-free guidance, and sets cached on disk."""
+"""Sampling with a diffusers scheduler and classifier-free guidance, and sets cached on disk."""
 
 from __future__ import annotations
 
@@ -42,34 +42,36 @@ def sample(
     """Draw one image per condition.
 
     Args:
-        model: as in :func:`denoising_loss`; put it in eval mode first.
+        model: as for :func:`denoising_loss`; put it in eval mode first.
         scheduler: a diffusers scheduler that samples (DDIMScheduler, DDPMScheduler, ...,
-            FlowMatchEulerDiscreteScheduler without dynamic shifting); it is given its timesteps
-            here.
-        condition: labels (n,) or keyword arguments, whose tensors have n rows; they may lie in
-            mappings, lists and tuples.
+            FlowMatchEulerDiscreteScheduler without dynamic shifting). Its timesteps are set here.
+        condition: labels (n,), or keyword arguments whose tensors have n rows; the tensors may be
+            in mappings, lists and tuples.
         shape: (C, H, W) of one image.
         guidance_scale: w of eps_null + w (eps_c - eps_null), diffusers' convention, or of the
-            model's own ``guide(eps_null, eps_c, w)`` where it has one; 1 runs the
-            conditional model alone.
-        null_condition: what the null branch is given: a label, or the like of `condition`. What
-            holds no tensor is taken from the condition.
-        clip: clamp the result to [-1, 1]. Latents are not to be clamped.
-        stop_after: steps to take; None takes all. What is returned is x_t at
-            ``scheduler.timesteps[stop_after]`` then, as the model sees it.
-        generator: of the starting noise and of the sampler's own.
+            model's own ``guide(eps_null, eps_c, w)`` if it has one; 1 runs only the conditional
+            model.
+        null_condition: the condition of the null branch: a label, or a condition like `condition`.
+            Values without tensors are taken from the condition.
+        clip: clamp the result to [-1, 1]. Do not clamp latents.
+        stop_after: number of steps to take; None takes all. Then the result is x_t at
+            ``scheduler.timesteps[stop_after]``, scaled as the model sees it.
+        generator: for the starting noise and the sampler's own noise.
 
     Returns:
         (n, C, H, W) float32 images on `device`.
 
     Raises:
-        ValueError: a scheduler of another family; a null condition that is not like the condition;
-            a prediction of another shape.
+        ValueError: the scheduler has another family; the null condition does not have the
+            structure of the condition; the prediction has another shape.
     """
     check_family(scheduler)
     n = rows(condition)
     if n is None:
-        raise ValueError("the condition holds no tensor, whose rows would be the images to draw")
+        raise ValueError(
+            "the condition holds no tensor with rows, so the number of images is unknown; give "
+            "one row per image"
+        )
     condition = moved(condition, device)
     guided, led = guidance_scale != 1.0, getattr(model, "guide", guide)
     if guided:
@@ -88,12 +90,12 @@ def sample(
     else:
         scheduler.set_timesteps(num_inference_steps)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-    # flow matching has none: the model sees the sampler's own x
+    # flow matching has no such method: the model sees the sampler's own x
     scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)
     steps = scheduler.timesteps[:stop_after]
     if progress:
         steps = require("tqdm.auto", "diffusion").tqdm(steps, desc="sampling", leave=False)
-    # PNDM and others have no draws of their own
+    # PNDM and others make no random draws
     draws = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if draws else {}
     for t in steps:
@@ -106,7 +108,7 @@ def sample(
         else:
             out = output(model, x_in, t_in.expand(n), condition, scheduler).float()
             found = _first(out, x)
-        if out.shape != x.shape and "variance_type" in vars(scheduler):  # DDPM draws with it
+        if out.shape != x.shape and "variance_type" in vars(scheduler):  # DDPM uses the variance
             found = torch.cat([found, out[:, x.shape[1] :]], 1)
         x = scheduler.step(found, t, x, **options).prev_sample
     if len(steps) < len(scheduler.timesteps):
@@ -115,18 +117,17 @@ def sample(
 
 
 def guide(null: Tensor, text: Tensor, scale: float) -> Tensor:
-    """What guidance makes of the predictions without and with a condition, in diffusers'
-    convention."""
+    """Combine the predictions without and with a condition, in diffusers' convention."""
     return null + scale * (text - null)
 
 
 def _first(out: Tensor, x: Tensor) -> Tensor:
-    """As many channels as x has; the rest is a variance."""
+    """Return as many channels as x has; the others are a variance."""
     return out if out.shape == x.shape else out[:, : x.shape[1]]
 
 
 def scheduler_protocol(scheduler: Any) -> dict[str, Any]:
-    """The settings that identify a scheduler, as JSON holds them."""
+    """Return the settings that identify a scheduler, as JSON values."""
     config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     return json.loads(json.dumps(config, default=str, sort_keys=True))
 
@@ -146,23 +147,23 @@ def sample_set(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """A replay set (the kept labels) or a surrogate set (the null label), cached on disk.
+    """Return a replay set (the kept labels) or a surrogate set (the null label), cached on disk.
 
-    The file is a safetensors with "images" and "labels" and the protocol in its metadata: a hash
-    of the weights, the sampler and its settings, the seed. Finished batches are kept beside it, so
-    that an interrupted call goes on where it was; every batch has a seed of its own, so that the
-    result is the same. A file that fits the call is loaded and not made again.
+    The file is a safetensors file with "images" and "labels". Its metadata holds the protocol: a
+    hash of the weights, the sampler and its settings, and the seed. Finished batches are saved next
+    to it, so an interrupted call can be continued. Every batch has its own seed, so the result is
+    the same. An existing file that fits the call is loaded.
 
     Args:
-        path: of the .safetensors file.
-        labels: (n,) class label of every image to draw.
-        clip: as of :func:`sample`.
+        path: the path of the .safetensors file.
+        labels: (n,) class label of every image to sample.
+        clip: as for :func:`sample`.
 
     Returns:
         images (n, C, H, W) float32 and labels (n,) int64, on the CPU.
 
     Raises:
-        ValueError: `path` holds a set of another model or protocol, or is no whole file.
+        ValueError: `path` holds a set of another model or protocol, or is incomplete.
     """
     path = Path(path)
     labels = labels.cpu().long()
@@ -188,8 +189,8 @@ def sample_set(
         if different:
             k = different[0]
             raise ValueError(
-                f"{file} is a set of another {k} ({found.get(k)!r}, this call has {meta[k]!r}): "
-                "give another path, or delete it to sample anew"
+                f"{file} is a set of another {k} ({found.get(k)!r}, this call has {meta[k]!r}); "
+                "give another path, or delete the file to sample again"
             )
         return tensors
 

@@ -1,4 +1,4 @@
-"""What a noise schedule says: its family, the timesteps, x_t and the model's target there."""
+"""Noise schedules: their family, the timesteps, x_t, and the model's target at x_t."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from . import flow
 
 
 def check_family(scheduler: Any) -> None:
-    """Refuse a scheduler that is neither of DDPM's family nor of flow matching.
+    """Raise ValueError for a scheduler that is neither of DDPM's family nor of flow matching.
 
-    Raises:
-        ValueError: naming its class and what is missing, or what there is instead.
+    The message names its class and what is missing or wrong.
     """
     if flow.is_flow(scheduler):
         flow.check(scheduler)
@@ -24,11 +23,10 @@ def check_family(scheduler: Any) -> None:
 
 
 def check_variance_preserving(scheduler: Any) -> None:
-    """Refuse a scheduler, or its saved configuration, that is not of DDPM's family: betas over
-    whole timesteps. Such a configuration read as a DDPMScheduler's gives its default betas.
+    """Raise ValueError for a scheduler, or its saved configuration, that is not of DDPM's family.
 
-    Raises:
-        ValueError: as of `check_family`.
+    DDPM's family has betas over whole timesteps. Other configurations must be refused, because a
+    DDPMScheduler would read them with its default betas.
     """
     saved = isinstance(scheduler, Mapping)
     config = scheduler if saved else scheduler.config
@@ -44,30 +42,31 @@ def check_variance_preserving(scheduler: Any) -> None:
     else:
         return
     raise ValueError(
-        f"the scheduler {name} {why}: known is a variance-preserving noise schedule over whole "
-        "timesteps, such as DDPMScheduler's; flow matching (known as FlowMatchEulerDiscrete, for "
-        "models made for it) and EDM are other models"
+        f"the scheduler {name} {why}; give one with a variance-preserving noise schedule over "
+        "whole timesteps, such as DDPMScheduler. Flow matching is supported with "
+        "FlowMatchEulerDiscreteScheduler, for models made for it; EDM is not supported"
     )
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What a model of this scheduler, or of its saved configuration, predicts.
+    """Return what a model of this scheduler, or of its saved configuration, predicts.
 
     Raises:
-        ValueError: neither epsilon nor v_prediction, or another family.
+        ValueError: it is neither epsilon nor v_prediction, or the scheduler has another family.
     """
     check_variance_preserving(scheduler)
     config = scheduler if isinstance(scheduler, Mapping) else scheduler.config
-    kind = _said(config, "prediction_type") or "epsilon"  # all there was before there was the entry
+    kind = _said(config, "prediction_type") or "epsilon"  # old configurations have no entry
     if kind not in ("epsilon", "v_prediction"):
         raise ValueError(
-            f"the scheduler's prediction_type is {kind!r}; the losses know epsilon and v_prediction"
+            f"the scheduler's prediction_type is {kind!r}; the losses support epsilon and "
+            "v_prediction"
         )
     return kind
 
 
 def predicts_variance(scheduler: Any) -> bool:
-    """Whether a model of this scheduler predicts as many channels again, for the variance."""
+    """Whether a model of this scheduler predicts twice as many channels, for the variance."""
     config = getattr(scheduler, "config", None)
     return _said(config, "variance_type") in ("learned", "learned_range")
 
@@ -83,10 +82,11 @@ def antithetic_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """n timesteps in 0..T-1: n // 2 + 1 uniform draws, then their mirror images T-1-t, cut to n.
+    """Return n timesteps in 0..T-1: n // 2 + 1 uniform draws, then their mirrors T-1-t, cut to n.
 
     Returns:
-        (n,) int64 on `device`. The draw is made on the generator's device (CPU without one).
+        (n,) int64 on `device`. The draws are made on the generator's device (on the CPU without a
+        generator).
     """
     source = generator.device if generator is not None else "cpu"
     t = torch.randint(num_timesteps, (n // 2 + 1,), generator=generator, device=source)
@@ -96,7 +96,7 @@ def antithetic_timesteps(
 def drawn(
     scheduler: Any, n: int, given: Tensor | None, generator: torch.Generator | None, device: Any
 ) -> Tensor:
-    """The timesteps of a loss: those given, or antithetic ones, or those of flow matching."""
+    """Return the timesteps of a loss: the given ones, or antithetic or flow-matching draws."""
     check_family(scheduler)
     if given is not None:
         return given
@@ -109,25 +109,27 @@ def drawn(
 def independent(
     scheduler: Any, shape: tuple[int, ...], generator: torch.Generator | None
 ) -> Tensor:
-    """Timesteps of a training step, each drawn by itself; on the CPU."""
+    """Return timesteps of a training step, drawn independently of each other; on the CPU."""
     if flow.is_flow(scheduler):
         return flow.drawn(scheduler, shape, generator, "cpu")
     return torch.randint(scheduler.config.num_train_timesteps, shape, generator=generator)
 
 
 def noised(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    r"""x_t and the model's target there: the velocity of flow matching, see `flow`; epsilon or v:
+    r"""Return x_t and the model's target at x_t.
+
+    For flow matching the target is the velocity, see `flow`. Otherwise it is epsilon or v:
     :math:`x_t = \sqrt{\bar\alpha_t}\, x + \sqrt{1 - \bar\alpha_t}\, \epsilon` and
     :math:`v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x`.
 
-    Not by ``scheduler.add_noise``: schedulers such as EulerDiscrete scale x_t in another way for
-    their own sampling, while the model and its target are the same.
+    ``scheduler.add_noise`` is not used, because schedulers such as EulerDiscrete scale x_t
+    differently for their own sampling, while the model and its target are the same.
 
     The coefficients, the sum and v are float32 at least: in bfloat16 the first six
     :math:`1 - \bar\alpha_t` of DDPM are 0.
 
     Returns:
-        x_t in the dtype of x; the target as epsilon was given, or v in float32 or float64.
+        x_t in the dtype of x; the target as the given epsilon, or as v in float32 or float64.
     """
     if flow.is_flow(scheduler):
         return flow.noised(scheduler, x, noise, t)
@@ -140,7 +142,7 @@ def noised(scheduler: Any, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor,
 
 
 def of_gaussian(scheduler: Any, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and the expected target there for images that are standard Gaussian.
+    """Return x_t and the expected target at x_t for images that are standard Gaussian.
 
     Args:
         noise: standard Gaussian (n, C, H, W), float32.
@@ -154,5 +156,5 @@ def of_gaussian(scheduler: Any, noise: Tensor, t: Tensor) -> tuple[Tensor, Tenso
 
 
 def weights(scheduler: Any, t: Tensor) -> Tensor | None:
-    """Of each sample's squared error; None: all are 1, as on every schedule but flow matching's."""
+    """Return the weights of the samples' squared errors; None if all are 1 (not flow matching)."""
     return flow.weights(scheduler, t) if flow.is_flow(scheduler) else None
