@@ -271,9 +271,9 @@ def test_a_used_optimizer_gets_its_own_state_back(saved):
         ({"a": 3}, TypeError, "'a' is a int, which has no state_dict"),
         ({"a": {"f": lambda: 0}}, TypeError, "the state of 'a'"),
         ({"a": {"x": np.ones(2)}}, TypeError, "the state of 'a' cannot be read back without"),
-        ({"random": {}}, ValueError, "taken"),
-        ({"../a": {}}, ValueError, "file name"),
-        ({"": {}}, ValueError, "file name"),
+        ({"random": {}}, ValueError, "random states"),
+        ({"../a": {}}, ValueError, "letters, digits"),
+        ({"": {}}, ValueError, "letters, digits"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(
@@ -292,7 +292,7 @@ def test_bad_steps_are_named(tmp_path):
     with pytest.raises(ValueError, match="keep must be >= 1"):
         save_checkpoint(tmp_path, 1, {}, keep=0)
     save_checkpoint(tmp_path, 5, {})
-    with pytest.raises(ValueError, match="step_00000005, a later step than 4: load it first"):
+    with pytest.raises(ValueError, match="step_00000005, a later step than 4; load it first"):
         save_checkpoint(tmp_path, 4, {})
 
 

@@ -141,7 +141,9 @@ def test_influential_are_those_that_a_free_edit_moves_most():
 
 def test_a_null_space_that_is_empty_says_so():
     assert torch.linalg.matrix_rank(null_space(KEPT)) == D - 6
-    with pytest.raises(ValueError, match="threshold=1e-09: the kept embeddings reach further"):
+    with pytest.raises(
+        ValueError, match="threshold=1e-09: in all 24 directions, the kept embeddings reach"
+    ):
         null_space(rows(100, 5), 1e-9)
 
 
@@ -177,15 +179,15 @@ def test_apply_edits_keys_and_values_and_leaves_the_bias():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: uce(C, G[:, :4]), "targets has embeddings of width 4, the others 24"),
-        (lambda: uce(C, G[:2]), "targets has 2 rows: give one, or one for each of 3"),
+        (lambda: uce(C, G[:, :4]), "targets has embeddings of width 4, the others have 24"),
+        (lambda: uce(C, G[:2]), "targets has 2 rows; give one, or one for each of 3"),
         (lambda: uce(C * torch.nan, G), "erase must be finite embeddings"),
         (lambda: uce(C, G, ridge=0.0), "ridge must be finite and > 0; got 0.0"),
         (lambda: uce(C, G, preserve_scale=-1.0), "preserve_scale must be finite and >= 0"),
         (lambda: rece(torch.eye(3), C, G), r"weights must be a matrix of 24 x 24.*\(3, 3\)"),
         (lambda: rece(torch.eye(D), C, G, rounds=0), "rounds must be >= 1; got 0"),
         (lambda: speed(C, G, KEPT, damping=-1.0), "damping must be finite"),
-        (lambda: gram([]), "there are no weights"),
+        (lambda: gram([]), "weights is empty"),
         (lambda: apply(model(5), torch.eye(D)), "a.attn2.to_k reads embeddings of width 5"),
         (lambda: apply(model(), torch.eye(D), ("x",)), "no linear layer whose name ends in x"),
         (lambda: apply(model(), torch.ones(2, 3)), "edit must be a finite square matrix"),

@@ -213,7 +213,7 @@ def test_names_in_other_places_among_others_are_refused(order, groups, names):
     run(other, n, range(1))
     before = snapshot(other, n)
     with pytest.raises(
-        ValueError, match=r"is parameter \d of group \d but in the checkpoint it is"
+        ValueError, match=r"is parameter \d of group \d, but in the checkpoint it is"
     ):
         other.load_state_dict(saved(opt)[0])
     assert_same(snapshot(other, n), before)
