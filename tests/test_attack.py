@@ -590,7 +590,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
         (["--instance_data_dir", "{tmp}"], "no picture of the target"),
         (["--initializer_token", "cat"], "--initializer_token 'cat' is 3 tokens (c a t</w>)"),
         (["--initializer_token", ""], "--initializer_token '' is 0 tokens"),
-        (["--pretrained_model_name_or_path", "{tmp}"], "is no diffusion pipeline"),
+        (["--pretrained_model_name_or_path", "{tmp}"], "is not a diffusers pipeline"),
         (["--num_inference_steps", "1001"], "--num_inference_steps must be <= 999, the model's"),
         (["--paraphrases", "a seven " * 20], "tokens, begin and end included"),
         (["--forget_templates", "a {} " + "red " * 20], "tokens, begin and end included"),

@@ -322,7 +322,7 @@ def test_lpips_is_against_the_base(tiny, tmp_path, alexnet):
     )
     with refused("was drawn with --seed 0, not 1"):
         evaluate(tiny, tmp_path / "other", *CAT_AND_DOG, "--seed", 1, *more)
-    with refused("is of other prompts"):
+    with refused("has other prompts"):
         evaluate(tiny, tmp_path / "other", *CAT_AND_DOG, "--images_per_prompt", 2, *more)
     assert not (tmp_path / "other").exists()
     invert(tmp_path / "base" / "images" / "0000_0000.png")
@@ -459,17 +459,20 @@ CAT = ("--prompts", "a cat")
     [
         ((), "give either --prompts or --imagenette"),
         ((*CAT, "--imagenette"), "give either"),
-        ((*CAT, "--forget", "a dog"), "'a dog' is to be one of the prompts"),
-        (("--imagenette", "--forget", "cat"), "there is tench"),
-        ((*CAT, "--metrics", "imagenette"), "pictures of --imagenette"),
+        ((*CAT, "--forget", "a dog"), "'a dog' must be one of the prompts"),
+        (("--imagenette", "--forget", "cat"), "must be one of the prompts of tench"),
+        ((*CAT, "--metrics", "imagenette"), "needs --imagenette and --forget"),
         ((*CAT, "--metrics", "lpips"), "needs a folder as --reference_dir"),
         ((*CAT, "--metrics", "fid"), "needs a folder as --real_images"),
-        ((*CAT, "--reference_dir", "x"), "holds no evaluation.json"),
+        ((*CAT, "--reference_dir", "x"), "has no evaluation.json"),
         (("--imagenette", "--template", "x"), 'needs one "{}"'),
         ((*CAT, "--images_per_prompt", 0), "must be >= 1; got 0"),
         ((*CAT, "--num_inference_steps", 1000), "--num_inference_steps must be <= 999"),
         ((*CAT, "--inception_weights", "x.pth"), "--inception_weights x.pth: there is no such"),
-        ((*CAT, "--nudity_labels", "BELLY"), "--nudity_labels BELLY: there is exposed, intimate"),
+        (
+            (*CAT, "--nudity_labels", "BELLY"),
+            "--nudity_labels BELLY: no such label; give one of exposed, intimate",
+        ),
         ((*CAT, "--nudity_threshold", 0.2), "--nudity_threshold must be in"),
         ((*CAT, "--resnet_weights", "x.pth"), "--resnet_weights x.pth: there is no such"),
     ],

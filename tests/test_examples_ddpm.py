@@ -262,7 +262,7 @@ def test_a_resumed_training_is_the_unbroken_one(made, tmp_path):
         ["train_classifier.py", *SMALL, "--output_dir", tmp_path / "parts"],
     )
     assert (first, again, changed, resumed, classifier) == (0, 2, 2, 0, 2), said
-    assert "holds a run: go on with --resume_from_checkpoint" in held
+    assert "holds a run: resume it with --resume_from_checkpoint" in held
     assert "seed 0, this one 1" in seed
     for part in ("unet", "unet_ema"):
         assert same(tmp_path / "parts" / part, made / "base" / part)
@@ -692,13 +692,15 @@ def test_a_hub_that_is_not_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", fails)
     data, args = source(monkeypatch, "--dataset_name", "nobody/nothing")
-    with refused(monkeypatch, "cannot be had .*ConnectionError.* the same command goes on"):
+    with refused(
+        monkeypatch, "cannot be downloaded .*ConnectionError.* the same command continues"
+    ):
         data.load(args)
 
 
 def test_classes_that_are_not_there_or_on_both_sides(monkeypatch):
     prepare = module(monkeypatch, "prepare")
-    with refused(monkeypatch, r"--forget 5: there is no such class; there are 0..2 \(a, b, c\)"):
+    with refused(monkeypatch, r"--forget 5: there is no such class; give one of 0..2 \(a, b, c\)"):
         prepare.split_classes(["5"], None, ["a", "b", "c"])
     with refused(monkeypatch, "overlap: b in both"):
         prepare.split_classes(["b"], ["0", "1"], ["a", "b", "c"])
@@ -707,7 +709,7 @@ def test_classes_that_are_not_there_or_on_both_sides(monkeypatch):
     assert prepare.split_classes(["b"], None, ["a", "b", "c"]) == ([1], [0, 2])
     # folders named by numbers, in the order of their names: the first is number 0 and called 1
     assert prepare.split_classes(["1"], ["10"], ["1", "10", "2"]) == ([0], [1])
-    with refused(monkeypatch, "--forget 0: there is no such class; there are 1, 10, 2"):
+    with refused(monkeypatch, "--forget 0: there is no such class; give one of 1, 10, 2"):
         prepare.split_classes(["0"], None, ["1", "10", "2"])
 
 

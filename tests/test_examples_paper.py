@@ -548,12 +548,12 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, said
-    assert "interrupted; the same command goes on" in said
+    assert "interrupted; the same command continues" in said
     assert not base.done
     runs.execute([base], 1)
     assert made == [base.name]
     assert base.done
-    assert "going on after step" in base.folder.with_name(f"{base.folder.name}.log").read_text()
+    assert "resuming after step" in base.folder.with_name(f"{base.folder.name}.log").read_text()
     rows = (base.folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(10, 161, 10))
 

@@ -306,7 +306,7 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
     succeed(*first)
     code, said = run(*unlearn(made, parts, *both, pictures=True))
     assert code == 2
-    assert "holds a run: go on with --resume_from_checkpoint" in said
+    assert "holds a run: resume it with --resume_from_checkpoint" in said
     parts = parts.rename(tmp_path / "moved")  # with its sets, which are found there
     sets = {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()}
     there = json.loads((parts / "run.json").read_text())
@@ -326,7 +326,7 @@ def test_a_resumed_run_is_the_unbroken_one(made, tmp_path):
             pictures=True,
         )
     )
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
     assert {p.name: p.stat().st_mtime_ns for p in (parts / "sets").iterdir()} == sets
     a, b = weights(whole / "pipeline"), weights(parts / "pipeline")
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -784,13 +784,13 @@ def loaded(card: Path, base: Path | None = None) -> np.ndarray:
         (
             [],
             {"create_repo": OSError("403 Forbidden")},
-            "--hub_model_id o cannot be made on the hub (OSError: 403 Forbidden)",
+            "--hub_model_id o cannot be created on the hub (OSError: 403 Forbidden)",
         ),
         (["--hub_model_id", "a/b/c"], {}, "--hub_model_id a/b/c: Repo id must be in the form"),
         (
             ["--hub_private_repo", "--hub_model_id", "me/public"],
             {},
-            "--hub_private_repo: me/public is on the hub already, and public",
+            "--hub_private_repo: me/public already exists on the hub and is public",
         ),
     ],
 )
@@ -812,7 +812,7 @@ def test_without_a_token_nothing_begins(hub, made, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     code, said = run(*unlearn(made, tmp_path / "o", "--push_to_hub"))
     assert code == 2
-    assert "--push_to_hub: there is no token here: log in with `hf auth login`" in said
+    assert "--push_to_hub: this machine has no token: log in with `hf auth login`" in said
     assert hub.asked == []
     assert not (tmp_path / "o").exists()
 
@@ -827,7 +827,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_go_on(hub, made, tmp_path
     StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "pipeline")
     hub.fails.clear()
     said = succeed(*command, "--resume_from_checkpoint", "latest")
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
     assert "uploaded https://huggingface.co/me/x" in said
 
 
@@ -841,7 +841,7 @@ def test_a_finished_run_is_uploaded_with_the_card_as_it_was_edited(hub, made, tm
     card, file = folder / "README.md", folder / "unet_changed.safetensors"
     first = file.stat().st_mtime_ns
     # nobody edited it: its lines load from the hub, and name no folder of this machine
-    assert f"saved {folder} before, with its README.md\nuploaded" in succeed(*upload)
+    assert f"{folder} was already saved, with its README.md\nuploaded" in succeed(*upload)
     assert 'hf_hub_download("me/x"' in card.read_text()
     assert str(made) not in card.read_text()
     card.write_text(card.read_text() + "\nMeasured: CLIP score 0.31.\n")
@@ -894,7 +894,7 @@ def test_a_card_has_the_licence_of_the_base_and_names_it(tmp_path):
         "license": "other",
         "license_name": "its-own",
     }
-    assert "licence (`other`) holds for this one too" in (tmp_path / "card.md").read_text()
+    assert "licence (`other`) holds for this model too" in (tmp_path / "card.md").read_text()
     for broken in ("no header", "---\nlicense: [\n---\n", "---\nlicense: [a, b]\n---\n"):
         (tmp_path / "README.md").write_text(broken)
         assert card.licence(tmp_path) == {}
@@ -1354,7 +1354,7 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
         (folder / "safety_checker" / "pytorch_model.bin").touch()
 
     cases = {
-        "is no diffusion pipeline: model_index.json is missing": tmp_path,
+        "is not a diffusers pipeline: model_index.json is missing": tmp_path,
         "is no whole safetensors file": Path(__file__),
         "the subfolder vae is missing": broken("a", lambda f: shutil.rmtree(f / "vae")),
         "with one text encoder and a UNet": broken(
@@ -1372,7 +1372,7 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
         "prediction_type is 'sample'": broken(
             "f", lambda f: config(f, "scheduler/scheduler_config.json", prediction_type="sample")
         ),
-        "holds no weights as safetensors; it holds config.json": broken(
+        "has no safetensors weights; it has config.json": broken(
             "g", lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink()
         ),
         "tokens and the text encoder": broken(
@@ -1388,7 +1388,7 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
         "the subfolder safety_checker is missing": broken(
             "k", lambda f: config(f, "model_index.json", safety_checker=CHECKER)
         ),
-        "safety_checker holds no weights as safetensors": broken("l", unsafe),
+        "safety_checker has no safetensors weights": broken("l", unsafe),
     }
     for message, folder in cases.items():
         command = unlearn(made, tmp_path / "o")
@@ -1410,10 +1410,10 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "--remember",
             " ".join(["cat"] * (LENGTH - 1)),
         ],
-        "--remember 'cat' is also to be forgotten": ["--remember", "a dog", "cat"],
-        "--remember 'CAT' is also to be forgotten": ["--remember", "CAT"],  # CLIP lowers it
-        "--surrogate_prompt 'cat' is also to be forgotten": ["--surrogate_prompt", "cat"],
-        "--surrogate_concept 'cat' is also to be forgotten": ["--surrogate_concept", "cat"],
+        "--remember 'cat' is also a prompt to forget": ["--remember", "a dog", "cat"],
+        "--remember 'CAT' is also a prompt to forget": ["--remember", "CAT"],  # CLIP lowers it
+        "--surrogate_prompt 'cat' is also a prompt to forget": ["--surrogate_prompt", "cat"],
+        "--surrogate_concept 'cat' is also a prompt to forget": ["--surrogate_concept", "cat"],
         "--surrogate_concept and --surrogate_prompt: give one": [
             "--surrogate_concept",
             "dog",
@@ -1422,7 +1422,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         ],
         "the empty prompt is the unconditional model": ["--forget", ""],
         "needs one": ["--forget_templates", "a photo"],
-        "empty.txt holds no prompt": ["--remember", tmp_path / "empty.txt"],
+        "empty.txt has no prompt": ["--remember", tmp_path / "empty.txt"],
         "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
         "attn9: the denoiser has no such Linear or Conv2d layer; their names end in": [
             "--train_modules",
@@ -1435,7 +1435,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "is in use by something else": ["--output_dir", tmp_path / "mine"],
         "--resolution must be a multiple of 4": ["--resolution", 18],
         "--variant fp16; it holds": ["--variant", "fp16"],
-        "SPM trains adapters of its own": ["--method", "spm", "--train_modules", "full"],
+        "SPM trains its own adapters": ["--method", "spm", "--train_modules", "full"],
         "--save_as lora: --train_modules xattn": ["--save_as", "lora"],
         "--surrogate folder and --surrogate_dir go together": ["--surrogate", "folder"],
         "no image (": ["--surrogate", "folder", "--surrogate_dir", tmp_path / "mine"],
@@ -1522,7 +1522,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "--relearner_steps",
             1,
         ],
-        "--hub_model_id is for --push_to_hub": ["--hub_model_id", "me/model"],
+        "--hub_model_id needs --push_to_hub": ["--hub_model_id", "me/model"],
         "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
     }
     for message, wrong in cases.items():
@@ -1652,8 +1652,8 @@ def test_a_full_gpu_is_told_with_what_takes_less(capsys, monkeypatch):
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("unlearn.py: error: CUDA out of memory. Tried to allocate 2 GiB.\nA ")
-    assert "smaller batch takes less" in said
-    assert "--resume_from_checkpoint latest goes on" in said
+    assert "smaller batch needs less" in said
+    assert "--resume_from_checkpoint latest continues" in said
     assert "Frames" not in said
 
 
@@ -1662,7 +1662,7 @@ def test_prompts_that_mention_what_is_forgotten_are_told(made, tmp_path):
     said = succeed(
         *unlearn(made, tmp_path / "o", "--remember", tmp_path / "some.txt", "--max_train_steps", 1)
     )
-    assert "1 of the prompts to remember mention what is to be forgotten" in said
+    assert "1 of the prompts to remember mention a concept to forget" in said
     report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
     assert report["remember"] == ["a photo of a CAT, in a car", ""]
 
@@ -1692,7 +1692,7 @@ def test_options_without_effect_and_prompts_without_images_are_told(made, tmp_pa
     )
     assert "remembers nothing" in said
     said = succeed(*unlearn(made, tmp_path / "b", "--replay_images", 2, "--max_train_steps", 1))
-    assert "--replay_images 2 are of the first as many of 3 prompts" in said
+    assert "--replay_images 2: only as many of the 3 prompts are replayed" in said
     assert "without effect" not in said
 
 
@@ -1721,7 +1721,7 @@ def hub_error(name: str):
         ),
         ("RepositoryNotFoundError", "neither a folder here nor a public model on the hub"),
         ("RevisionNotFoundError", "has no --revision main2"),
-        (None, "the hub did not deliver it .*Without a network give a folder"),
+        (None, "the download from the hub failed .*Without a network give a folder"),
     ],
 )
 def test_the_hubs_errors_say_what_to_do(error, match, monkeypatch):

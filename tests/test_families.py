@@ -586,7 +586,7 @@ WRONG = {
         "sdxl",
         lambda f: edited(f, "unet/config.json", in_channels=9),
     ),
-    "other vocabularies or lengths": (
+    "different vocabularies or lengths": (
         "sdxl",
         lambda f: edited(f, "tokenizer_2/tokenizer_config.json", model_max_length=7),
     ),
@@ -604,6 +604,8 @@ def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
 
 @pytest.mark.parametrize("kind", ["xlayer", "selflayer"])
 def test_single_layers_of_sd_1_are_refused_for_sdxl(kind, made, tmp_path):
-    with pytest.raises(InputError, match=f"--train_modules {kind}: not with Stable Diffusion XL"):
+    with pytest.raises(
+        InputError, match=f"--train_modules {kind} is not supported for Stable Diffusion XL"
+    ):
         unlearn(made, "sdxl", tmp_path / "o", "--train_modules", kind)
     assert not (tmp_path / "o").exists()

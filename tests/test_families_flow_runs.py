@@ -253,14 +253,19 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
     file = tmp_path / "a.safetensors"
     save_file(original("z_image", load_file(made / "z_image" / "transformer" / FILE)), file)
     wrong = {
-        r"give config= \(--architecture\), the diffusers folder": (),
+        r"give config= \(--architecture\), a diffusers folder": (),
         r"is Z-Image \(ZImagePipeline\), and .* is a FluxPipeline": (
             "--architecture",
             made / "flux_dev",
         ),
         "predicts velocities": ("--architecture", made / "z_image", "--prediction_type", "epsilon"),
-        "vae .*: of Z-Image it is config='s": ("--architecture", made / "z_image", "--vae", file),
-        "lora .*: not with a Z-Image in one file": (
+        "vae .*: the VAE of Z-Image comes from config=": (
+            "--architecture",
+            made / "z_image",
+            "--vae",
+            file,
+        ),
+        "lora .*: is not supported for Z-Image in one file": (
             "--architecture",
             made / "z_image",
             "--lora",
@@ -355,7 +360,7 @@ def request(model: Path, out: Path, **more):
 def test_a_request_is_answered_by_a_lora_with_its_report(made, tmp_path, capsys):
     more = {"train_modules": "lora", "save_as": "kohya"}
     assert request(made / "flux_dev", tmp_path / "o", plan=True, **more) is None
-    assert "distilled from guidance" in capsys.readouterr().out
+    assert "guidance-distilled" in capsys.readouterr().out
     found = request(made / "flux_dev", tmp_path / "o", **more)
     assert found.figures["change, target"]["value"] > 0
 
@@ -404,11 +409,15 @@ LONG = " ".join(["cat"] * 500)
 @pytest.mark.parametrize(
     ("name", "given", "why"),
     [
-        ("sd3", ("--method", "spm"), "spm: not with Stable Diffusion 3 and 3.5: its adapters"),
+        (
+            "sd3",
+            ("--method", "spm"),
+            "spm is not supported for Stable Diffusion 3 and 3.5: SPM's adapters",
+        ),
         (
             "sd3",
             ("--save_as", "single"),
-            "--save_as single: .*is none: give the transformer's file",
+            "--save_as single: .*is not a file: give the transformer's file",
         ),
         ("sd3", ("--train_modules", "esd-u"), "esd-u: .* there is xattn, attention, context, full"),
         ("flux_dev", ("--train_modules", "selfattn"), "there is xattn, attention, single, context"),
@@ -424,9 +433,13 @@ LONG = " ".join(["cat"] * 500)
         (
             "flux_dev",
             ("--guidance_scale", 3, "--validation_guidance_scale", 4),
-            "told one guidance",
+            "takes one guidance",
         ),
-        ("z_image", ("--mixed_precision", "fp16"), "fp16: not with Z-Image: its activations"),
+        (
+            "z_image",
+            ("--mixed_precision", "fp16"),
+            "fp16 is not supported for Z-Image: its activations",
+        ),
         ("sd3", ("--forget", LONG), "begin and end included, and the tokenizer takes 12"),
         ("flux_schnell", ("--forget", LONG), "begin and end included, and the tokenizer takes 256"),
         ("flux_dev", ("--forget", LONG), "begin and end included, and the tokenizer takes 512"),
@@ -435,23 +448,27 @@ LONG = " ".join(["cat"] * 500)
         (
             "pixart",
             ("--train_modules", "lora"),
-            "lora: not with PixArt-Sigma: diffusers has neither",
+            "lora is not supported for PixArt-Sigma: diffusers supports neither",
         ),
         ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
         (
             "pixart",
             ("--save_as", "single"),
-            "--save_as single: not with .* diffusers reads no file",
+            "--save_as single is not supported .* diffusers cannot load it",
         ),
-        ("qwen_image", ("--mixed_precision", "fp16"), "fp16: not with Qwen-Image: its activations"),
+        (
+            "qwen_image",
+            ("--mixed_precision", "fp16"),
+            "fp16 is not supported for Qwen-Image: its activations",
+        ),
         ("sana", ("--forget", LONG), "begin and end included, and the tokenizer takes 299"),
         (
             "sana",
             ("--train_modules", "lora", "--save_as", "kohya"),
-            "kohya: not with Sana: ComfyUI",
+            "kohya is not supported for Sana: ComfyUI",
         ),
         ("sana", ("--resolution", 16), "must be a multiple of 32"),
-        ("pixart", ("--method", "spm"), "spm: not with PixArt-Sigma: its adapters"),
+        ("pixart", ("--method", "spm"), "spm is not supported for PixArt-Sigma: SPM's adapters"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(name, given, why, made, tmp_path):
@@ -473,7 +490,7 @@ WRONG = {
     "takes 32 channels": ("sd3", TRANSFORMER, {"in_channels": 32}),
     "pooled ones of 32": ("sd3", TRANSFORMER, {"pooled_projection_dim": 32}),
     "make 32 and 64": ("sd3", "text_encoder_3/config.json", {"d_model": 32}),
-    "other vocabularies or lengths": (
+    "different vocabularies or lengths": (
         "sd3",
         "tokenizer_2/tokenizer_config.json",
         {"model_max_length": 7},
@@ -492,12 +509,12 @@ WRONG = {
         "text_encoder/config.json",
         {"hidden_size": 8},
     ),
-    "has 9 layers; klein is told the 9th": (
+    "has 9 layers; klein needs the outputs of the 9th": (
         "klein",
         "text_encoder/config.json",
         {"num_hidden_layers": 9},
     ),
-    "is told a guidance, as FLUX.2 dev": ("klein", TRANSFORMER, {"guidance_embeds": True}),
+    "takes a guidance scale, as FLUX.2 dev": ("klein", TRANSFORMER, {"guidance_embeds": True}),
     "(ZImagePipeline) has no text_encoder": (
         "z_image",
         "model_index.json",
@@ -508,7 +525,7 @@ WRONG = {
         "text_encoder/config.json",
         {"hidden_size": 8},
     ),
-    "is told sizes (use_additional_conditions)": (
+    "takes sizes (use_additional_conditions)": (
         "pixart",
         TRANSFORMER,
         {"use_additional_conditions": True},

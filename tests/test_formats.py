@@ -330,7 +330,7 @@ def test_the_file_of_another_vae(made, tmp_path, layout_):
     assert same_bytes(tensors(merged), tensors(other), tensors(other))
     with pytest.raises(InputError, match="holds no vae; it has unet, text_encoder"):
         write_single(Single(without, config=base, vae=vae), {"vae": new}, tmp_path / "d")
-    with pytest.raises(InputError, match="holds no VAE"):
+    with pytest.raises(InputError, match="has no VAE"):
         open_single(file, config=base, vae=resaved(file, tmp_path / "c", drop=lambda n: start in n))
 
 
@@ -392,7 +392,7 @@ def test_clips_vocabulary(made, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "find_spec", lambda name: None)
     assert (len(tokenizer()), tokenizer(pad_token="!").pad_token_id) == (49408, 0)  # noqa: S106
     monkeypatch.setattr(tokens, "HUB", str(tmp_path / "none"))
-    with pytest.raises(InputError, match="no vocabulary of CLIP is here: pip install open_clip"):
+    with pytest.raises(InputError, match="CLIP's vocabulary is missing: pip install open_clip"):
         tokenizer()
     monkeypatch.undo()
     without = tmp_path / "bare"

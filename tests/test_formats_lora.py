@@ -135,13 +135,13 @@ def test_what_is_no_lora_for_this_model(bases, tmp_path):
     for part in ("unet", "text_encoder_2"):
         for layout in ("diffusers", "kohya"):
             file = write_lora({part: layers[part]}, tmp_path / f"{part}{layout}", 2, layout)
-            with pytest.raises(InputError, match="is no LoRA for this StableDiffusionPipeline"):
+            with pytest.raises(InputError, match="is not a LoRA for this StableDiffusionPipeline"):
                 fuse(pipe, file)
     file = write_lora({"unet": layers["unet"]}, tmp_path / "a", 2, "kohya")
     loha = resaved(file, tmp_path / "b", rename=lambda n: n.replace("lora_up.weight", "hada_w1_a"))
     with pytest.raises(InputError, match="LoRA"):
         fuse(pipe, loha)
-    with pytest.raises(InputError, match="is no LoRA"):
+    with pytest.raises(InputError, match="is not a LoRA"):
         fuse(pipe, write_folder(bases["sd1"], {}, tmp_path / "model.safetensors"))
     assert all(torch.equal(t, before[n]) for n, t in pipe.unet.state_dict().items())
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_written(bases, tmp_path):
     for given, layout, said in (
         ({}, "kohya", "layers must be of unet"),
         ({"vae": layers["unet"]}, "kohya", "layers must be of unet"),
-        ({"unet": {"conv_in.weight": torch.ones(1)}}, "kohya", "no half of a LoRA"),
+        ({"unet": {"conv_in.weight": torch.ones(1)}}, "kohya", "not a half of a LoRA"),
         (layers, "peft", 'layout must be "diffusers" or "kohya"; got \'peft\''),
     ):
         with pytest.raises(InputError, match=re.escape(said)):

@@ -59,8 +59,8 @@ def test_no_whole_file(made, tmp_path):
         (
             (b"", "is empty"),
             (b"abc", "is no whole safetensors file"),
-            (whole[:-1], "and its header tells of"),
-            (whole + b"x", "and its header tells of"),
+            (whole[:-1], "and its header describes"),
+            (whole + b"x", "and its header describes"),
             (whole[: length // 2], "its header would end at byte"),
             (b"\xff" * 64, "its header would end at byte"),
             (whole[:8] + b"{" * length + whole[8 + length :], "its header is damaged"),
@@ -68,7 +68,7 @@ def test_no_whole_file(made, tmp_path):
             (with_header(lambda h: h[name].update(shape=[7])), "its header is damaged"),
             (with_header(lambda h: h[name].pop("dtype")), "its header is damaged"),
             (with_header(lambda h: h.pop(name)), "leave a hole"),
-            (with_header(lambda h: h[name].update(dtype="F4")), "is F4, which is not read"),
+            (with_header(lambda h: h[name].update(dtype="F4")), "is F4, which is not supported"),
             (struct.pack("<Q", 2) + b"{}", "it holds no tensors"),
             (struct.pack("<Q", 2) + b"[]", "its header is damaged"),
             (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
@@ -192,7 +192,7 @@ def test_tensors_missing_too_many_or_of_another_size(made, tmp_path):
         ),
         (
             resaved(file, tmp_path / "f", add={key: torch.ones(32, 8, dtype=torch.int8)}),
-            f"{key} is I8, which is no weight",
+            f"{key} is I8, which is not a dtype of weights",
         ),
     ):
         with pytest.raises(InputError) as caught:
@@ -221,7 +221,7 @@ def test_folders_that_are_no_configuration(made, tmp_path):
     inpainting = resaved(file, tmp_path / "a", add={nine: torch.zeros(8, 9, 3, 3)})
     with pytest.raises(InputError, match=r"its UNet takes 9 channels, that of .* 4"):
         open_single(inpainting, config=made["sd1"][0])
-    with pytest.raises(InputError, match="part must be one of unet, vae, text_encoder: 'clip'"):
+    with pytest.raises(InputError, match="part must be one of unet, vae, text_encoder; got 'clip'"):
         Single(file, config=made["sd1"][0]).part("clip")
 
 
@@ -255,7 +255,7 @@ def test_what_is_not_written(made, tmp_path):
         InputError, match=r"its unet has time_embedding.cond_proj.weight, which the"
     ):
         write_folder(strange, {}, out)
-    with pytest.raises(InputError, match="holds no weights as safetensors of the variant fp16"):
+    with pytest.raises(InputError, match="has no safetensors weights of the variant fp16"):
         write_folder(base, {}, out, variant="fp16")
     with pytest.raises(InputError, match=r"dtype must be one .* got torch\.complex64"):
         write_folder(base, {}, out, dtype=torch.complex64)

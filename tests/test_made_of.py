@@ -179,7 +179,7 @@ def test_steps_that_are_left_early_write_no_result(model, tmp_path):
                 if step == 2:
                     break
 
-    with pytest.raises(RuntimeError, match="were left after 1 of 3, and no result was written"):
+    with pytest.raises(RuntimeError, match="ended after 1 of 3 steps, and no result was written"):
         leave_early()
     assert not (tmp_path / "o" / "pipeline").exists()
 

@@ -136,10 +136,10 @@ def test_a_file_of_options_that_cannot_be_is_one_line(tmp_path, capsys):
     for text, said in (
         ("sizes: 1", "run.yaml: there is no option sizes: did you mean size?"),
         ("size: many", "argument --size: Expected int. Got value: many"),
-        ("kind: [a", "run.yaml is no YAML: while parsing"),
-        ("fast: perhaps", "run.yaml: fast is true or false; got 'perhaps'"),
+        ("kind: [a", "run.yaml is not YAML: while parsing"),
+        ("fast: perhaps", "run.yaml: fast must be true or false; got 'perhaps'"),
         ("rates: 3", "run.yaml: rates is a list, such as [rates]; got 3"),
-        ("- size", "run.yaml has no options by name"),
+        ("- size", "run.yaml must map options to values"),
     ):
         file.write_text(text)
         with pytest.raises(SystemExit) as end:

@@ -80,8 +80,11 @@ def test_a_list_is_read_however_it_was_saved(tiny, tmp_path, calls, kind):
     ("text", "said"),
     [
         ("text,seed\na cat,1\n", "has no column 'prompt': it has text, seed"),
-        ("prompt,seed,sd_seed\na cat,1,2\n", "has the columns sd_seed and seed: leave one"),
-        ("prompt,seed\na cat,one\n", "row 1: the seed 'one' is no number"),
+        (
+            "prompt,seed,sd_seed\na cat,1,2\n",
+            "has the columns sd_seed and seed: remove all but one",
+        ),
+        ("prompt,seed\na cat,one\n", "row 1: the seed must be a number; got 'one'"),
         ("prompt,seed\na cat,1\n", "the column class must name one of tench, .* one has ''"),
         ("", "has no column 'prompt'"),
         ("prompt,class\n", "--protocol imagenette-uce: its list has no prompt that may be drawn"),

@@ -137,7 +137,7 @@ def test_killed_and_interrupted_the_same_command_goes_on_to_the_same_result(resu
         code, said = signalled(how, work / moment, SCRIPT, *OPTIONS, "--output_dir", out)
         assert code == (130 if how == signal.SIGINT else -how), said
         assert not out.exists()
-        assert ("the same command goes on" in said) == (how == signal.SIGINT)
+        assert ("the same command continues" in said) == (how == signal.SIGINT)
         begun.append((work / "replay.safetensors").stat().st_ino)
     assert (work / "run" / "step_00000026").exists()
     done = run(*OPTIONS, "--output_dir", str(out))

@@ -49,7 +49,7 @@ def test_a_class_that_the_test_split_lacks_keeps_the_numbers_of_the_others(tmp_p
     joined = [of_folder(tmp_path, "all", join_splits=True).labels.sort().values.tolist()]
     assert joined == [[0, 1, 1]]
     put(tmp_path, "test/eel/3.png")
-    with refused("the test split has the class eel, which the train split has not: cat, dog"):
+    with refused("the test split has the class eel, which is not in the train split: cat, dog"):
         of_folder(tmp_path, "test")
 
 
@@ -57,7 +57,7 @@ def test_a_class_without_images_is_refused_unless_others_are_named(tmp_path):
     put(tmp_path, "cat/0.png", "cat/1.png", "dog/0.png", "eel/0.txt")
     (tmp_path / "ant").mkdir()
     with (
-        refused("no image of class ant, eel: nothing would be learned of it.*delete its folder"),
+        refused("no image of class ant, eel: the model could not learn it.*delete its folder"),
         pytest.warns(UserWarning, match=r"eel: .*left out: 0\.txt"),
     ):
         of_folder(tmp_path)
@@ -78,7 +78,7 @@ def test_images_of_every_ending_are_taken_and_those_of_no_class_named(tmp_path):
     with pytest.warns(UserWarning, match=r"left out: loose\.png"):
         assert len(of_folder(tmp_path).labels) == 4
     put(tmp_path / "flat", "a.png", "b.png")
-    with refused("in folders named by class; the 2 in .*flat itself are of no class"):
+    with refused("in folders named by class; the 2 images in .*flat itself have no class"):
         of_folder(tmp_path / "flat")
 
 
@@ -103,7 +103,7 @@ def table(folder: Path, labels: list, **more) -> data.Data:
         ([0, None], "row 1: the label in column label is None, not a whole number"),
         ([0.0, 1.0], "row 0: the label in column label is 0.0, not a whole number"),
         ([[0], [1]], r"row 0: the label in column label is \[0\], not a whole number"),
-        ([0, 10**12], "row 1: label 1000000000000 is no class: give --label_column"),
+        ([0, 10**12], "row 1: label 1000000000000 is too large for a class: give --label_column"),
         ([0, -1], "row 1 has label -1"),
         ([0, 2], "no image of class 1"),
     ],

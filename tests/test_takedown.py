@@ -247,7 +247,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert run("forget", *argv[:-2], *more) == 0
     said = capsys.readouterr().out
     assert "warning: FT with --remember_loss crossed learns nothing" in said
-    assert "warning: --replay_images 1 are of the first as many of 2 prompts" in said
+    assert "warning: --replay_images 1: only as many of the 2 prompts are replayed" in said
 
 
 def test_what_was_changed_since_is_told(tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_what_was_changed_since_is_told(tmp_path, capsys):
         "pipeline/README.md: is missing",
         "report/results.md: was changed",
         "pipeline/new.txt: was added",
-        f"base: scheduler of {base} is another",
+        f"base: the scheduler of {base} is a different one",
     ]
     (out / "evidence.json").write_text("{}")
     assert run("verify", out) == 2
@@ -305,7 +305,7 @@ def test_the_report_has_the_attacks_of_a_judge(tmp_path, capsys):
     assert evidence.verify(out) == []
     kohya = ["--train_modules", "lora", "--save_as", "kohya"]
     assert run("forget", *argv[: -len(judge)], *judge, *kohya) == 2
-    assert "--save_as lora has the same weights" in capsys.readouterr().err
+    assert "use --save_as lora, which saves the same weights" in capsys.readouterr().err
 
 
 def test_signed_evidence_says_whose_it_is(tmp_path, capsys):
@@ -488,7 +488,7 @@ def test_presets_are_what_they_say():
         (["forget", "m", "cat", "-o", "o", "--vae", "v.safetensors"], "--vae v.safetensors"),
         (["forget", "m", "cat", "-o", "o", "--save_as", "kohya"], "--save_as kohya"),
         (["forget", "m", "cat", "-o", "o", "--sign_key", "k.pem"], "--sign_key k.pem"),
-        (["verify", "o"], "o holds no whole evidence.json"),
+        (["verify", "o"], "o has no complete evidence.json"),
         (["show", "o"], "o holds no report"),
     ],
 )

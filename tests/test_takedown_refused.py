@@ -76,7 +76,7 @@ def test_what_is_no_model(made, refused, tmp_path):
     refused(str(cut), "is no whole safetensors file", "get it again", model=cut)
     refused(str(made["lora"]), "is a LoRA, not a model", model=made["lora"])
     other = resaved(file, tmp_path / "other.safetensors", rename=lambda n: f"joint_blocks.{n}")
-    refused(str(other), "is no model that is taken", "are taken", model=other)
+    refused(str(other), "is not a supported model", "are taken", model=other)
     last = max(n for n in tensors(file) if n.startswith("model.diffusion_model."))
     less = resaved(file, tmp_path / "less.safetensors", drop=lambda n: n == last)
     refused(str(less), last.rpartition(".")[2], model=less)
@@ -86,12 +86,12 @@ def test_what_is_no_model(made, refused, tmp_path):
         add={"model.diffusion_model.extra.weight": torch.ones(1)},
     )
     refused(str(more), "extra.weight", model=more)
-    refused(str(tmp_path), "is no diffusion pipeline", "model_index.json", model=tmp_path)
+    refused(str(tmp_path), "is not a diffusers pipeline", "model_index.json", model=tmp_path)
 
 
 def test_a_lora_of_another_base(made, refused, tmp_path):
-    refused(str(made["lora"]), "is no LoRA for this", more=["--lora", made["lora"]])
-    refused(str(made["sd1"][0]), "is no LoRA", more=["--lora", made["sd1"][0]])
+    refused(str(made["lora"]), "is not a LoRA for this", more=["--lora", made["lora"]])
+    refused(str(made["sd1"][0]), "is not a LoRA", more=["--lora", made["sd1"][0]])
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,10 @@ def test_a_lora_of_another_base(made, refused, tmp_path):
         (["cat", "--keep", "a dog " * 20], ["--keep", "tokens", "shorten it"]),
         (
             ["cat", "--keep", "a dog", "--as", "cat"],
-            ["--as", "is also to be forgotten", "take it"],
+            ["--as", "is also a prompt to forget", "take it"],
         ),
-        (["cat", "--keep", "a dog", "--as", "CAT"], ["--as", "CAT", "is also to be forgotten"]),
-        (["cat", "--keep", "a dog", "a photo of Cat"], ["--keep 'a photo of Cat'", "take it out"]),
+        (["cat", "--keep", "a dog", "--as", "CAT"], ["--as", "CAT", "is also a prompt to forget"]),
+        (["cat", "--keep", "a dog", "a photo of Cat"], ["--keep 'a photo of Cat'", "remove it"]),
         ([""], ["CONCEPT", "the empty prompt"]),
         (["cat", "--keep", "none.txt"], ["--keep none.txt cannot be read"]),
         (["cat", "--gamma", "much"], ["--gamma", "much"]),
@@ -130,7 +130,7 @@ def test_an_output_folder_that_is_in_use(refused, monkeypatch):
         refused("theirs holds a run", "--resume_from_checkpoint latest", out="theirs", more=more)
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, how: False)
-        refused("--output_dir new/out", "may not write to", "another folder", out="new/out")
+        refused("--output_dir new/out", "cannot write to", "another folder", out="new/out")
 
 
 def test_another_process_writes_there(refused):
@@ -149,7 +149,7 @@ def test_a_card_that_is_too_small(made, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * GIB))
     small = [w for w in SMALL if w != "--cpu"]
     monkeypatch.setattr("tests.test_takedown_refused.SMALL", small)
-    refused("needs", "cuda:0", "0.0 GiB free", "no other way fits", "--cpu")
+    refused("needs", "cuda:0", "0.0 GiB free", "no other options fit", "--cpu")
     from ebu_optim.text_to_image import memory
 
     count = memory.count
@@ -220,7 +220,7 @@ def test_a_key_that_cannot_sign(refused, tmp_path):
         path.write_bytes(content)
         refused(
             f"--sign_key {path}",
-            "no private key of an elliptic",
+            "must be an elliptic-curve private key",
             "openssl",
             more=["--sign_key", path],
         )
@@ -237,7 +237,7 @@ def test_a_key_that_cannot_sign(refused, tmp_path):
     [
         ("max_train_steps: many", ["--max_train_steps", "many"]),
         ("save_as: zip", ["--save_as", "zip"]),
-        ("cpu: perhaps", ["run.yaml: cpu is true or false", "perhaps"]),
+        ("cpu: perhaps", ["run.yaml: cpu must be true or false", "perhaps"]),
         ("max_train_step: 3", ["run.yaml: there is no option", "did you mean max_train_steps?"]),
         ("forget: {a: 1}", ["run.yaml: forget is a list", "{'a': 1}"]),
         ("forget: cat", ["run.yaml: forget is a list", "'cat'"]),
@@ -336,7 +336,7 @@ def test_interrupted_at_any_time_it_goes_on_to_the_same_bytes(
         capsys.readouterr()
         assert run(*argv) == 130
     said = capsys.readouterr().err
-    assert "the same command with --resume_from_checkpoint latest goes on" in said
+    assert "the same command with --resume_from_checkpoint latest continues" in said
     assert run("verify", out) == 2
     assert run(*argv, "--resume_from_checkpoint", "latest") == 0
     for name in ("single/one.safetensors", "report/pictures/0_target_after.png", "run.yaml"):
@@ -376,7 +376,7 @@ def test_a_real_signal(made, tmp_path):
     )
     assert code == 130
     assert said.splitlines()[-1] == (
-        "interrupted; the same command with --resume_from_checkpoint latest goes on"
+        "interrupted; the same command with --resume_from_checkpoint latest continues"
     )
 
 
@@ -415,7 +415,7 @@ def test_what_cannot_be_written(name, number, remedy, made, capsys, monkeypatch)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error: " in x]
     assert name in line
     assert remedy in line
-    assert "--resume_from_checkpoint latest goes on" in line
+    assert "--resume_from_checkpoint latest continues" in line
     monkeypatch.setattr(Path, "mkdir", mkdir)
     assert run(*argv, "--resume_from_checkpoint", "latest") == 0
     assert run("verify", "out") == 0

@@ -366,7 +366,7 @@ def test_a_run_that_is_killed_in_each_part_resumes_to_the_same_bits(made, tmp_pa
         assert (again / "text_encoder").exists() == (name != "autoencoder")
         assert (again / "diffusion").exists() == (name == "diffusion")
     said = succeed("train.py", *FEW, *TEXT, *resume, "--output_dir", again)
-    assert "going on after step 1" in said
+    assert "resuming after step 1" in said
     a, b = weights(made / "base"), weights(again)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -594,7 +594,7 @@ def test_what_cannot_be_measured(made, tmp_path):
     base = ["--pretrained_model_name_or_path", made / "base" / "pipeline", "--judges"]
     assert "--images_per_pair must be >= 1" in told(*base, made / "judges", "--images_per_pair", 0)
     assert "content.safetensors is missing: judges.py makes it" in told(*base, tmp_path)
-    assert "is no diffusion pipeline" in told(
+    assert "is not a diffusers pipeline" in told(
         "--pretrained_model_name_or_path", tmp_path, "--judges", made / "judges"
     )
     assert "draws 64 pixels, the judges know 32" in told(*base, made / "judges", "--resolution", 64)

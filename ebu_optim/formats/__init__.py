@@ -1,5 +1,6 @@
-"""Which file does a person have, and which do they get back? Checkpoints in one file, as ComfyUI,
-A1111 and kohya's scripts have them: looked at, opened as a pipeline, written again. LoRAs too."""
+"""Checkpoints in one file, in the layout of ComfyUI, A1111 and kohya's scripts, and LoRAs.
+
+They are inspected, opened as a diffusers pipeline, and written again."""
 
 from .._extras import require
 

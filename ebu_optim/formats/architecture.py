@@ -1,4 +1,4 @@
-"""How a checkpoint's parts are built: from the shipped configurations, or from a folder."""
+"""The architecture of a checkpoint's parts, from the shipped configurations or from a folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from .looking import FIRST, TRANSFORMERS, Checkpoint
 PREDICTIONS = ("epsilon", "v_prediction")
 MODELS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 
-#: Of this tensor the standard deviation is above 0.09 in SD 2.x of v-prediction, below in the
-#: others: how ComfyUI tells them apart (comfy/supported_models.py, SD20).
+#: The standard deviation of this tensor is above 0.09 in SD 2.x with v-prediction, and below with
+#: epsilon-prediction. ComfyUI distinguishes them by it, too (comfy/supported_models.py, SD20).
 TELLING = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 class Architecture(NamedTuple):
-    """Attributes:
-    configs: name of a part, or "model_index" -> its configuration.
-    folder: of diffusers, where the configurations come from; None: those that are shipped.
-    prediction: what the UNet predicts, "epsilon" or "v_prediction".
-    told_by: how that was found out.
+    """The configurations of a checkpoint's parts.
+
+    Attributes:
+        configs: name of a part, or "model_index" -> its configuration.
+        folder: the diffusers folder with the configurations; None: the shipped ones.
+        prediction: what the UNet predicts, "epsilon" or "v_prediction".
+        told_by: how the prediction was determined.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -41,7 +43,7 @@ class Architecture(NamedTuple):
         return tuple(part for part in MODELS if part in self.configs)
 
     def kind(self, part: str) -> Any:
-        """The class of a part, or with "model_index" of the pipeline."""
+        """The class of a part; for "model_index" that of the pipeline."""
         import diffusers
         import transformers
 
@@ -62,7 +64,7 @@ class Architecture(NamedTuple):
             return kind.from_config(config).eval()
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        """The part's tensors, by diffusers' names."""
+        """The shapes of the part's tensors, by diffusers' names."""
         return {n: tuple(t.shape) for n, t in self.empty(part).state_dict().items()}
 
 
@@ -71,15 +73,19 @@ def architecture(
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
 ) -> Architecture:
-    """Args:
+    """Determine the architecture of a checkpoint.
+
+    Args:
         config: a diffusers folder, with or without weights, for sizes that no release has.
-        prediction_type: "epsilon" or "v_prediction". Without it, in this order: `config`'s
-            scheduler; what the file says of itself (``v_pred``, ``modelspec.prediction_type``);
-            for SD 2.x the training step that diffusers looks at (875000: epsilon), then a
-            statistic of a weight, as ComfyUI; else epsilon, for SD 2.x v_prediction.
+        prediction_type: "epsilon" or "v_prediction". None uses the first of these that exists:
+            the scheduler of `config`; the file's own mark (``v_pred``,
+            ``modelspec.prediction_type``); for SD 2.x the training step that diffusers checks
+            (875000: epsilon), then a statistic of a weight, as ComfyUI does, then v_prediction;
+            for all others epsilon.
 
     Raises:
-        InputError: a folder that is none, or of another family; a prediction that is none.
+        InputError: `config` is not a diffusers folder of the same family, or `prediction_type` has
+            another value.
     """
     if prediction_type not in (None, *PREDICTIONS):
         raise InputError(
@@ -111,20 +117,20 @@ def architecture(
 def of_transformer(
     checkpoint: Checkpoint, folder: Path | None, prediction_type: str | None
 ) -> Architecture:
-    """Of the transformer alone: the other parts stay in the folder.
+    """The architecture of a transformer; the other parts stay in the folder.
 
     Raises:
-        InputError: no folder, or one of another pipeline; a prediction, of which there is one.
+        InputError: there is no folder, or it is of another pipeline; a prediction type is given.
     """
     title, pipeline = TRANSFORMERS[checkpoint.family][1:]
     if folder is None:
         raise InputError(
             f"{checkpoint.path} holds the transformer of {title}: give config= (--architecture), "
-            f"the diffusers folder of the same model ({pipeline}), whose other parts are taken"
+            f"a diffusers folder of the same model ({pipeline}) with the other parts"
         )
     if prediction_type is not None:
         raise InputError(
-            f"prediction_type {prediction_type}: {title} predicts velocities: leave it"
+            f"prediction_type {prediction_type}: {title} predicts velocities: leave it out"
         )
     index = _json(folder, "model_index.json")
     if (found := index.get("_class_name")) != pipeline:
@@ -134,7 +140,9 @@ def of_transformer(
 
 
 def shipped(family: str) -> dict[str, dict[str, Any]]:
-    """The public configurations of a family; "inpainting" and "epsilon" are what differs there."""
+    """The public configurations of a family.
+
+    The entries "inpainting" and "epsilon" hold what differs for these models."""
     text = (
         files(__package__)
         .joinpath("configs")
@@ -170,7 +178,7 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder} has no {name}: give a diffusers folder, which needs no weights here"
+            f"{folder} has no {name}: give a diffusers folder; it needs no weights"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / name} cannot be read ({error})") from error

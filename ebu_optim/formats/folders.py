@@ -1,7 +1,7 @@
-"""A diffusers folder as one file: LDM's names, found by asking diffusers' converters.
+"""Write a diffusers folder as one file with LDM's names, which diffusers' converters provide.
 
-A converter knows the way from LDM's names to its own. Every name that the LDM layout could have is
-put in; those that come out as tensors of the model are the model's.
+A converter maps LDM's names to diffusers' names. It is given every name that the LDM layout could
+have; the names that it maps to tensors of the model are the names to write.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .names import Rows, Shape, rows, some
 from .opening import PathLike
 from .writing import Changed, cast, fitting, header_bytes, known, to_bytes
 
-#: diffusers' words in a residual block -> LDM's, of a UNet and of a VAE.
+#: Names within a residual block: diffusers' -> LDM's.
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -57,31 +57,35 @@ def write_folder(
     variant: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A diffusers folder as one file in the LDM layout, as ComfyUI, A1111 and kohya have it.
+    """Write a diffusers folder as one file in the LDM layout, which ComfyUI, A1111 and kohya use.
 
-    What the scheduler says of the prediction is in the file's metadata, for SDXL in tensors without
-    content too, which ComfyUI looks for (``v_pred``, ``ztsnr``).
+    The scheduler's prediction type is written into the metadata. For SDXL it is also marked by
+    empty tensors (``v_pred``, ``ztsnr``), which ComfyUI looks for.
 
     Args:
-        folder: of Stable Diffusion 1.x, 2.x or SDXL, its weights as safetensors.
-        changed: part -> diffusers' names -> values in place of the folder's.
-        dtype: of every weight; None: as the folder has it.
-        variant: of the folder's files, such as "fp16".
+        folder: a folder of Stable Diffusion 1.x, 2.x or SDXL with safetensors weights.
+        changed: part -> diffusers' names -> values that replace those of the folder.
+        dtype: the dtype of every weight; None keeps the folder's.
+        variant: the variant of the folder's files, such as "fp16".
+        metadata: further metadata of the file.
+
+    Returns:
+        The path `out`.
 
     Raises:
-        InputError: no such folder; weights missing; a part that the LDM layout has no name for;
-            `out` exists; names or shapes that the folder has not; no space on the disk.
+        InputError: the folder or its weights are missing; the LDM layout has no name for a tensor;
+            `out` exists; `changed` has names or shapes that the folder lacks; the disk is full.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise InputError(f"{out} exists: delete it, or give another path")
     if dtype is not None and dtype not in NAMES:
-        raise InputError(f"dtype must be one that safetensors has; got {dtype}")
+        raise InputError(f"dtype must be one that safetensors supports; got {dtype}")
     made = Architecture(from_folder(folder), folder, "", "")
     family = family_of(made)
     sources = {part: _sources(folder, part, variant) for part in made.parts}
     if unknown := changed.keys() - sources.keys():
-        raise InputError(f"changed: {folder} holds no {min(unknown)}; it has {', '.join(sources)}")
+        raise InputError(f"changed: {folder} has no {min(unknown)}; it has {', '.join(sources)}")
     kinds, gathered, new = {}, {}, {}
     for part in made.parts:
         new[part] = fitting(changed.get(part, {}), made.shapes(part), f"the {part} of {folder}")
@@ -109,7 +113,7 @@ def write_folder(
 
 
 def _marks(family: str, scheduler: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """What a single file says of the scheduler that it has not: metadata, and empty tensors."""
+    """The metadata and the names of the empty tensors that describe the scheduler in one file."""
     is_v = scheduler.get("prediction_type", "epsilon") == "v_prediction"
     said = {"format": "pt", "modelspec.prediction_type": "v" if is_v else "epsilon"}
     if family != "sdxl" or not is_v:
@@ -124,10 +128,10 @@ def family_of(made: Architecture) -> str:
 
 
 def layout(family: str, part: str, made: Architecture) -> dict[str, tuple[Shape, dict[str, Rows]]]:
-    """LDM's name of each tensor -> its shape, and which rows of it are which of diffusers'.
+    """LDM's name of each tensor -> its shape, and the diffusers tensors that its rows hold.
 
     Raises:
-        InputError: a tensor of diffusers' that no name of LDM's becomes.
+        InputError: a diffusers tensor has no name in LDM's layout.
     """
     shapes, config = made.shapes(part), made.configs[part]
     prefix = PREFIXES[family][part][0]
@@ -135,8 +139,8 @@ def layout(family: str, part: str, made: Architecture) -> dict[str, tuple[Shape,
     found = rows(part, candidates, config, shapes)
     if missing := sorted(shapes.keys() - found.keys()):
         raise InputError(
-            f"{made.folder}: its {part} has {some(missing)}, which the layout of a single file has "
-            "no name for: keep it as a diffusers folder"
+            f"{made.folder}: its {part} has {some(missing)}, which has no name in the layout of a "
+            "single file: keep it as a diffusers folder"
         )
     grouped: dict[str, dict[str, Rows]] = defaultdict(dict)
     for name in shapes:
@@ -154,7 +158,7 @@ def layout(family: str, part: str, made: Architecture) -> dict[str, tuple[Shape,
 
 
 def _sources(folder: Path, part: str, variant: str | None) -> dict[str, Header]:
-    """The part's tensors, by diffusers' names -> the header of the file that each is in."""
+    """diffusers' name of each tensor of a part -> the header of the file with the tensor."""
     files = sorted((folder / part).glob("*.safetensors"))
     if variant:
         files = [file for file in files if f".{variant}." in file.name]
@@ -162,7 +166,7 @@ def _sources(folder: Path, part: str, variant: str | None) -> dict[str, Header]:
         files = [file for file in files if not re.search(r"\.(fp16|bf16)\b", file.name)]
     if not files:
         of = f" of the variant {variant}" if variant else ""
-        raise InputError(f"{folder / part} holds no weights as safetensors{of}")
+        raise InputError(f"{folder / part} has no safetensors weights{of}")
     headers = [read_header(file) for file in files]
     return {name: header for header in headers for name in header.tensors}
 
@@ -187,7 +191,7 @@ def _value(
 def _candidates(
     part: str, prefix: str, shapes: Mapping[str, Shape], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Shape]]:
-    """Names that the layout could have, and shapes with as many rows as the converters need."""
+    """Names that the layout could have, and shapes with the rows that the converters need."""
     if part == "unet":
         return _of_unet(shapes, config)
     if part == "vae":

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, without reading one."""
+"""The header of a safetensors file, which lists the tensors, and single tensors of the file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-LONGEST = 100_000_000  # bytes of a header, as safetensors' own reader has it
+LONGEST = 100_000_000  # bytes of a header, the limit of safetensors' own reader
 
 
 class Entry(NamedTuple):
-    """Attributes:
-    dtype: as safetensors calls it.
-    first, last: where its bytes begin and end in the file.
+    """A tensor in the file.
+
+    Attributes:
+        dtype: safetensors' name of the dtype.
+        shape: the tensor's shape.
+        first, last: offsets in the file at which its bytes begin and end.
     """
 
     dtype: str
@@ -53,8 +56,11 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Raises:
-    InputError: no file, no safetensors (a pickle, GGUF, a pointer of Git LFS), not whole.
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, incomplete or not safetensors (a pickle, GGUF, a pointer
+            of Git LFS).
     """
     path = Path(path)
     if path.is_dir():
@@ -69,7 +75,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                 raise _damaged(path, f"its header would end at byte {length + 8} of {size}")
             text = file.read(length)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file: look at the path") from error
+        raise InputError(f"{path}: no such file: check the path") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     try:
@@ -79,7 +85,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def read(file: BinaryIO, entry: Entry, rows: tuple[int, int] | None = None) -> Tensor:
-    """A tensor of the opened file, as it is stored; of `rows` alone where they are given."""
+    """Read a tensor of the opened file in its stored dtype.
+
+    Args:
+        rows: reads only the rows from the first to before the second number.
+    """
     length, shape, first = entry.last - entry.first, entry.shape, entry.first
     if rows is not None and shape:
         each = length // shape[0] if shape[0] else 0
@@ -99,7 +109,7 @@ def _check_kind(path: Path, begin: bytes, size: int) -> None:
         raise InputError(f"{path} is empty: get it again")
     if path.suffix in PICKLES or begin[:4] == b"PK\3\4" or begin[:2] in (b"\x80\2", b"\x80\4"):
         raise InputError(
-            f"{path} is a pickle, which can run a stranger's code when it is opened: get the "
+            f"{path} is a pickle, which can run foreign code when it is opened: get the "
             "model's .safetensors, or make one with state = torch.load(path, weights_only=True); "
             'safetensors.torch.save_file(state.get("state_dict", state), "model.safetensors")'
         )
@@ -112,7 +122,7 @@ def _check_kind(path: Path, begin: bytes, size: int) -> None:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} is no whole safetensors file: {what}; get it again")
+    return InputError(f"{path} is not a complete safetensors file: {what}; get it again")
 
 
 def _parsed(path: Path, found: dict, start: int, size: int) -> Header:
@@ -123,7 +133,7 @@ def _parsed(path: Path, found: dict, start: int, size: int) -> Header:
         entry = Entry(said["dtype"], shape, start + first, start + last)
         if entry.dtype not in DTYPES:
             raise InputError(
-                f"{path}: {name} is {entry.dtype}, which is not read: give a file in float32, "
+                f"{path}: {name} is {entry.dtype}, which is not supported: give a file in float32, "
                 "float16, bfloat16 or float8"
             )
         if last - first != math.prod(shape) * DTYPES[entry.dtype].itemsize:
@@ -135,7 +145,7 @@ def _parsed(path: Path, found: dict, start: int, size: int) -> Header:
             raise ValueError(f"tensors overlap or leave a hole at byte {end}")
         end = entry.last
     if end != size:
-        raise _damaged(path, f"it has {size} bytes, and its header tells of {end}")
+        raise _damaged(path, f"it has {size} bytes, and its header describes {end}")
     if not tensors:
         raise _damaged(path, "it holds no tensors")
     return Header(path, tensors, metadata)

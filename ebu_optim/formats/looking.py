@@ -1,4 +1,4 @@
-"""What a safetensors file is, seen from the names and shapes of its tensors."""
+"""Identify the model in a safetensors file by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..errors import InputError
 from .header import Header, read_header
 
-#: Family -> part of the pipeline -> where its tensors may be in the file.
+#: Family -> part of the pipeline -> prefixes that its tensors may have in the file.
 PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
     "sd1": {
         "unet": ("model.diffusion_model.", "diffusion_model.", ""),
@@ -20,7 +20,7 @@ PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
     "sd2": {
         "unet": ("model.diffusion_model.", "diffusion_model.", ""),
         "vae": ("first_stage_model.",),
-        # the second one is what sgm writes
+        # sgm writes the second prefix
         "text_encoder": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
     },
     "sdxl": {
@@ -33,13 +33,18 @@ PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
 TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 TAKEN = (
     "Stable Diffusion 1.x, 2.x and SDXL, their inpainting models, and transformers of Stable "
-    "Diffusion 3, FLUX.1, FLUX.2 klein, Z-Image, Qwen-Image and Sana are taken"
+    "Diffusion 3, FLUX.1, FLUX.2 klein, Z-Image, Qwen-Image and Sana are supported"
 )
 
 
 class Transformer(NamedTuple):
-    """What is taken of a family of flow matching: its transformer alone, whatever the file has
-    beside; `mark` is a tensor that only it has."""
+    """A flow matching family, of which only the transformer is read from the file.
+
+    Attributes:
+        mark: the name of a tensor that only this transformer has.
+        title: the name in messages.
+        pipeline: the name of the pipeline's class in diffusers.
+    """
 
     mark: str
     title: str
@@ -67,10 +72,10 @@ PREFIXES |= {
     for family in TRANSFORMERS
 }
 
-FIRST = "input_blocks.0.0.weight"  # of an LDM UNet: (width, channels, 3, 3)
+FIRST = "input_blocks.0.0.weight"  # in an LDM UNet, of shape (width, channels, 3, 3)
 EMA = "model_ema."
 
-#: In the names of tensors that scale others: their weights alone mean nothing.
+#: Ends of names of tensors that scale others, whose weights mean nothing without the scales.
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".comfy_quant")
 ADAPTERS = (
     ".lora_down.",
@@ -86,12 +91,15 @@ ADAPTERS = (
 
 
 class Checkpoint(NamedTuple):
-    """Attributes:
-    family: "sd1", "sd2" or "sdxl", or of `TRANSFORMERS`.
-    inpainting: whether the UNet takes 9 channels: latents, a mask, latents of the masked image.
-    parts: which parts of a pipeline the file holds, and the prefix of each one's tensors.
-    dtypes: of the parts' weights, as safetensors calls them, the one with the most bytes first.
-    ema: how many tensors of ``model_ema.`` it holds, a second UNet that is not used.
+    """What a single file holds.
+
+    Attributes:
+        header: the file's header.
+        family: "sd1", "sd2" or "sdxl", or a key of `TRANSFORMERS`.
+        inpainting: whether the UNet takes 9 channels: latents, a mask, latents of the masked image.
+        parts: part of the pipeline in the file -> the prefix of its tensors.
+        dtypes: safetensors' names of the dtypes of the weights, the one with the most bytes first.
+        ema: the number of tensors of ``model_ema.``, a second UNet that is not used.
     """
 
     header: Header
@@ -112,7 +120,7 @@ class Checkpoint(NamedTuple):
         return TITLES[self.family] + (" inpainting" if self.inpainting else "")
 
     def keys(self, part: str) -> list[str]:
-        """The part's tensors, by their names in the file."""
+        """The names of the part's tensors in the file."""
         others = [p for name, p in self.parts.items() if name != part] + [EMA]
         prefix = self.parts[part]
         return [
@@ -123,11 +131,11 @@ class Checkpoint(NamedTuple):
 
 
 def look(path: str | os.PathLike[str]) -> Checkpoint:
-    """Which model a file holds, from its header alone.
+    """Identify the model in a file from its header.
 
     Raises:
-        InputError: no file, no safetensors, no whole one; a LoRA, a VAE or another part alone; a
-            family that is not taken, which it names; float8 with scales.
+        InputError: the file is missing, incomplete or not safetensors; it holds only a LoRA, a VAE
+            or another part; its family is not supported; it holds quantized weights with scales.
     """
     header = read_header(path)
     tensors = header.tensors
@@ -189,7 +197,10 @@ def _refuse_scales(header: Header) -> None:
 
 
 def _family(header: Header, prefix: str) -> str:
-    """By the text encoders and the structure of the UNet, not by sizes: small models too."""
+    """The family, by the text encoders and the structure of the UNet.
+
+    Apart from the width of the text embeddings it does not depend on sizes, so that small models
+    are identified, too."""
     tensors = header.tensors
     inside = [k for k in tensors if k.startswith(prefix)]
     context = next((tensors[k].shape[-1] for k in inside if k.endswith("attn2.to_k.weight")), None)
@@ -207,9 +218,9 @@ def _family(header: Header, prefix: str) -> str:
 
 
 def _other(tensors: Mapping[str, object]) -> str:
-    """What a file without an LDM UNet is."""
+    """A description of a file without an LDM UNet."""
     if is_lora(tensors):
-        return "is a LoRA, not a model: give the model, and the LoRA as one"
+        return "is a LoRA, not a model: give the model, and this file as its LoRA"
     if any(k in tensors for k in ("emb_params", "clip_l", "clip_g")):
         return "is an embedding of a prompt (textual inversion), not a model"
     if any(k.startswith(("down_blocks.", "encoder.down_blocks.")) for k in tensors):
@@ -222,16 +233,16 @@ def _other(tensors: Mapping[str, object]) -> str:
         return "is a VAE without a UNet: give the model, and this file as its VAE"
     if _any(tensors, "text_model.") or _any(tensors, "transformer.resblocks."):
         return "is a text encoder without a UNet"
-    return f"is no model that is taken{_inferred(tensors)}"
+    return f"is not a supported model{_inferred(tensors)}"
 
 
 def _inferred(tensors: Mapping[str, object]) -> str:
-    """Which one it looks like to diffusers, which calls what it does not know "v1"."""
+    """The type that diffusers infers; it infers "v1" for unknown models."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     try:
         kind = infer_diffusers_model_type(dict(tensors))
-    except Exception:  # of shapes that no release has; the error to come says the rest
+    except Exception:  # shapes that no release has; the caller's error says the rest
         kind = "v1"
     first = ", ".join(sorted(tensors)[:2])
     return f" (it begins with {first})" if kind == "v1" else f" (it looks like {kind})"

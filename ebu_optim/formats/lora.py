@@ -1,4 +1,4 @@
-"""LoRAs: added to a pipeline's weights, and written in diffusers' layout or kohya's."""
+"""Add LoRAs to a pipeline's weights, and write them in diffusers' or kohya's layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .header import read_header
 from .looking import is_lora
 
 PathLike = str | os.PathLike[str]
-#: Layers of an adapter: part of the pipeline -> peft's names without the adapter's -> tensors.
+#: An adapter: part of the pipeline -> peft's names, without the adapter's name -> tensors.
 Layers = Mapping[str, Mapping[str, Tensor]]
 
 KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
@@ -26,14 +26,14 @@ KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 def fuse(pipe: Any, path: PathLike, scale: float = 1.0) -> None:
     """Add a LoRA to the weights, with its own alpha.
 
-    diffusers reads the file and names its layers; the sum is done here, since its loaders drop
-    attention of text encoders in kohya's layout without an error (0.42 with transformers 5).
+    diffusers reads the file and names its layers. The sum is computed here, as diffusers' loaders
+    silently drop the attention of text encoders in kohya's layout (0.42 with transformers 5).
 
     Args:
         path: a safetensors file in diffusers', peft's or kohya's layout.
 
     Raises:
-        InputError: no LoRA, or one of another model; nothing was changed.
+        InputError: the file is not a LoRA, or it belongs to another model. Nothing was changed.
     """
     pairs = _pairs(pipe, Path(path))
     with torch.no_grad():
@@ -44,8 +44,10 @@ def fuse(pipe: Any, path: PathLike, scale: float = 1.0) -> None:
 
 
 def check(pipe: Any, path: PathLike) -> None:
-    """Args:
-        pipe: whose layers are compared; its weights may be on the meta device.
+    """Check that a LoRA fits a pipeline.
+
+    Args:
+        pipe: the pipeline; its weights may be on the meta device.
 
     Raises:
         InputError: see `fuse`.
@@ -57,8 +59,8 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
     """Layer -> A, B and alpha / rank."""
     header = read_header(path)
     if not is_lora(header.tensors):
-        raise InputError(f"{path} is no LoRA (it begins with {sorted(header.tensors)[0]})")
-    what = f"{path} is no LoRA for this {type(pipe).__name__}"
+        raise InputError(f"{path} is not a LoRA (it begins with {sorted(header.tensors)[0]})")
+    what = f"{path} is not a LoRA for this {type(pipe).__name__}"
     try:
         is_xl = hasattr(pipe, "text_encoder_2") and hasattr(pipe, "unet")
         asked = {"unet_config": pipe.unet.config} if is_xl else {}
@@ -69,15 +71,18 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
             return_lora_metadata=True,
             **asked,
         )
-    except Exception as error:  # of the converters: many kinds
+    except Exception as error:  # the converters raise many types
         raise InputError(f"{what}: {str(error).strip().splitlines()[0]}") from error
-    said = next(iter(alphas_of), None) or {}  # of a transformer diffusers has them in the halves
+    # for a transformer diffusers multiplies alpha into the tensors and returns none
+    said = next(iter(alphas_of), None) or {}
     alphas = {_split(name)[0]: float(alpha) for name, alpha in said.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for name, t in state.items():
         layer, kind = _split(name)
         if kind is None:
-            raise InputError(f"{path} holds {name}: LoRAs alone are taken, not LoHa, LoKr or DoRA")
+            raise InputError(
+                f"{path} holds {name}: only LoRAs are supported, not LoHa, LoKr or DoRA"
+            )
         found.setdefault(layer, {})[kind] = t
     pairs = {}
     for name, both in found.items():
@@ -97,9 +102,9 @@ def _pairs(pipe: Any, path: Path) -> dict[Any, tuple[Tensor, Tensor, float]]:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """The layer, and whether the tensor is its "down" or its "up" half; None: neither.
+    """The layer's name, and "down" or "up" for the half that the tensor is; None for neither.
 
-    diffusers' converters leave peft's names, its own and its old ones with ``processor``.
+    diffusers' converters return peft's names, diffusers' own, and its old ones with ``processor``.
     """
     name = name.replace(".processor.", ".").removesuffix(".alpha")
     halves = r"(lora_A|lora_B|lora_down|lora_up|down|up)"
@@ -127,7 +132,7 @@ def _layer(pipe: Any, name: str) -> Any:
 
 
 def _said(metadata: Mapping[str, Any] | None, name: str, rank: int) -> float:
-    """alpha of a layer by the metadata that diffusers writes, else the rank."""
+    """The alpha of a layer from the metadata that diffusers writes, else the rank."""
     part, _, inner = name.partition(".")
     said = {
         k.removeprefix(f"{part}."): v
@@ -146,19 +151,22 @@ def write_lora(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write an adapter as one safetensors file, with the alpha that it was trained with.
+    """Write an adapter as one safetensors file, with the alpha of its training.
 
     Args:
-        layers: part ("unet", "text_encoder", "text_encoder_2", "transformer") -> what
-            ``peft.get_peft_model_state_dict`` gives.
-        alpha: of every layer; what is added to a weight is alpha / rank * B @ A.
-        layout: "diffusers" for ``load_lora_weights``; "kohya" for A1111, ComfyUI and diffusers. Of
-            a transformer it is always peft's names after ``transformer.``, which ComfyUI and
-            diffusers read, its alpha multiplied into B.
-        metadata: what else the file says of itself.
+        layers: part ("unet", "text_encoder", "text_encoder_2", "transformer") -> the result of
+            ``peft.get_peft_model_state_dict``.
+        alpha: alpha of every layer; a loader adds alpha / rank * B @ A to a weight.
+        layout: "diffusers" for ``load_lora_weights``; "kohya" for A1111, ComfyUI and diffusers. The
+            layout of a transformer is always peft's names after ``transformer.``, which ComfyUI
+            and diffusers read, with alpha multiplied into B.
+        metadata: further metadata of the file.
+
+    Returns:
+        The path `out`.
 
     Raises:
-        InputError: `out` exists; a part or a layout that is none; no LoRA.
+        InputError: `out` exists; a part or the layout is unknown; `layers` is not a LoRA.
     """
     out = Path(out)
     if out.exists():
@@ -179,8 +187,8 @@ def write_lora(
 def kohya(layers: Layers, alpha: float) -> dict[str, Tensor]:
     """The adapter by kohya's names.
 
-    A1111 and ComfyUI read UNets' layers by diffusers' names too. A text encoder is ``lora_te``
-    where it is the only one, and has its ``text_model``, which transformers has flattened away.
+    A1111 and ComfyUI also read the layers of UNets by diffusers' names. The only text encoder is
+    called ``lora_te``. Its names have ``text_model``, which newer versions of transformers omit.
     """
     single = "text_encoder_2" not in layers
     starts = {
@@ -217,7 +225,10 @@ def _check(layers: Layers) -> None:
                 else name.replace("lora_B", "lora_A")
             )
             if not re.search(r"\.lora_[AB]\.weight$", name) or other not in state:
-                raise InputError(f"layers: {part} has {name}, which is no half of a LoRA")
+                raise InputError(
+                    f"layers: {part} has {name}, which is not a half of a LoRA: give the result of "
+                    "peft.get_peft_model_state_dict"
+                )
 
 
 def _ranks(layers: Layers) -> set[int]:
@@ -250,12 +261,12 @@ def _write_diffusers(layers: Layers, out: Path, alpha: float, metadata: Any) -> 
 
 
 def _config(state: Mapping[str, Tensor], alpha: float) -> dict[str, Any]:
-    """What diffusers keeps of peft's configuration: JSON of plain values."""
+    """The part of peft's configuration that diffusers saves, as plain values for JSON."""
     from peft import LoraConfig
 
     ranks = {n.partition(".lora_A.")[0]: len(t) for n, t in state.items() if ".lora_A." in n}
     rank = next(iter(ranks.values()))
-    options: Any = {"lora_alpha": alpha}  # a whole number by its type alone
+    options: Any = {"lora_alpha": alpha}  # peft's annotation says int, but a float works
     return LoraConfig(
         r=rank,
         **options,

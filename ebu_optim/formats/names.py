@@ -1,9 +1,8 @@
-"""Which rows of which tensor in the file are a tensor of diffusers'.
+"""Find the rows of a tensor in the file that are a given tensor of diffusers.
 
-diffusers' own converters say so: they are run once on tensors that hold numbers of rows instead of
-weights, and what comes out tells where each row came from. All they do is to rename, to split along
-the first dimension, to swap the halves of scale and shift, to drop dimensions of one and to
-transpose text_projection.
+diffusers' own converters run once on tensors that hold row numbers instead of weights. Their output
+shows where each row comes from. The converters only rename, split along the first dimension, swap
+the halves of scale and shift, drop dimensions of size one, and transpose text_projection.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .looking import PREFIXES, Checkpoint
 
 Shape = tuple[int, ...]
 
-#: Class of a transformer -> diffusers' function from one file's names to its own.
+#: Class of a transformer -> diffusers' function that converts the names in one file to its own.
 CONVERTERS = {
     "SD3Transformer2DModel": "convert_sd3_transformer_checkpoint_to_diffusers",
     "FluxTransformer2DModel": "convert_flux_transformer_checkpoint_to_diffusers",
@@ -30,18 +29,22 @@ CONVERTERS = {
     "ZImageTransformer2DModel": "convert_z_image_transformer_checkpoint_to_diffusers",
     "SanaTransformer2DModel": "convert_sana_transformer_to_diffusers",
 }
-#: Whose names in one file are diffusers' own.
+#: Classes whose names in one file are diffusers' own.
 UNCHANGED = ("QwenImageTransformer2DModel",)
-#: Ends of names in a part that no model of diffusers has, and that decide nothing of a picture.
+#: Ends of names of tensors that no diffusers model has, and that do not affect pictures.
 UNUSED = (".position_ids", ".logit_scale", "text_projection")
 
-#: Of a transformer: Z-Image's, and Sana's places and empty prompt.
+#: Such names in a transformer: one of Z-Image, and Sana's positions and empty prompt.
 NEVER_READ = ("norm_final.weight", "pos_embed", "y_embedder.y_embedding")
 
 
 class Rows(NamedTuple):
-    """A tensor of diffusers', as rows ``first:last`` of the tensor `key` in the file, which are
-    columns there, or whose halves have changed places."""
+    """A tensor of diffusers as the rows ``first:last`` of the tensor `key` in the file.
+
+    Attributes:
+        transposed: the tensor is transposed in the file.
+        swapped: its two halves are swapped in the file.
+    """
 
     key: str
     first: int
@@ -50,21 +53,22 @@ class Rows(NamedTuple):
     swapped: bool = False
 
     def turned(self, t: Tensor) -> Tensor:
-        """From the file's to diffusers', and back."""
+        """Convert the tensor from the file to diffusers, or back."""
         if self.swapped:
             return torch.cat(t.chunk(2)[::-1])
         return t.T if self.transposed else t
 
 
 def table(checkpoint: Checkpoint, part: str, made: Architecture) -> dict[str, Rows]:
-    """diffusers' names of a part -> where its tensors are in the file.
+    """diffusers' names of a part's tensors -> their places in the file.
 
     Raises:
-        InputError: the file lacks the part or tensors of it, has others, or other shapes.
+        InputError: the file lacks the part or some of its tensors, or has further tensors, other
+            shapes or dtypes.
     """
     path = checkpoint.path
     if part not in checkpoint.parts:
-        raise InputError(f"{path} holds no {part}: give a file of the whole model{_remedy(part)}")
+        raise InputError(f"{path} has no {part}: give a file of the whole model{_remedy(part)}")
     entries = checkpoint.header.tensors
     keys = {canonical(checkpoint, part, k): k for k in checkpoint.keys(part)}
     targets = made.shapes(part)
@@ -76,36 +80,38 @@ def table(checkpoint: Checkpoint, part: str, made: Architecture) -> dict[str, Ro
     for what, names in (("lacks", missing), ("also holds", extra)):
         if names:
             raise InputError(
-                f"{path}: its {part} {what} {some(names)} (taken for "
+                f"{path}: its {part} {what} {some(names)} (identified as "
                 f"{checkpoint.title}): give config=, a diffusers folder of the same model, or "
                 "another file"
             )
     for name, at in found.items():
         if (dtype := entries[keys[at.key]].dtype)[0] not in "FB" or dtype == "BOOL":
             raise InputError(
-                f"{path}: {keys[at.key]} is {dtype}, which is no weight: give the model in "
-                "float32, float16, bfloat16 or float8"
+                f"{path}: {keys[at.key]} is {dtype}, which is not a dtype of weights: give the "
+                "model in float32, float16, bfloat16 or float8"
             )
         if not fits(shapes[at.key], at, targets[name]):
             raise InputError(
-                f"{path}: {keys[at.key]} is {list(shapes[at.key])}, which is no {name} of "
+                f"{path}: {keys[at.key]} has the shape {list(shapes[at.key])}, and {name} needs "
                 f"{list(targets[name])}: give config=, a diffusers folder of the same model"
             )
     return {name: at._replace(key=keys[at.key]) for name, at in found.items()}
 
 
 def some(names: Sequence[str]) -> str:
-    """The first two, and how many more."""
+    """The first two names, and the number of the others."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if names[2:] else "")
 
 
 def rows(
     part: str, shapes: Mapping[str, Shape], config: Mapping[str, Any], targets: Iterable[str]
 ) -> dict[str, Rows]:
-    """Args:
-    shapes: of the part's tensors, by their names in a file, as `canonical` has them.
-    config: of the part.
-    targets: diffusers' names; what the converter makes beside them is left out.
+    """diffusers' names -> rows of tensors in the file.
+
+    Args:
+        shapes: the shapes of the part's tensors by their names in a file, see `canonical`.
+        config: the part's configuration.
+        targets: diffusers' names; other tensors that the converter makes are ignored.
     """
     marked, starts, names, count = {}, [], [], 0
     for key, shape in shapes.items():
@@ -116,7 +122,7 @@ def rows(
         count += n
     wanted, found = set(targets), {}
     for name, ids in _converted(part, marked, config).items():
-        # transformers has flattened CLIPTextModel, the converters have not
+        # newer versions of transformers omit CLIP's `text_model.`, the converters do not
         name = name if name in wanted else name.removeprefix("text_model.")
         if name not in wanted or ids is None or not ids.numel():
             continue
@@ -126,7 +132,7 @@ def rows(
         at = bisect_right(starts, int(flat[0])) - 1
         first = int(flat[0]) - starts[at]
         if not torch.equal(flat, torch.arange(len(flat)) + flat[0]):
-            raise RuntimeError(f"diffusers made {name} of rows that do not follow each other")
+            raise RuntimeError(f"diffusers made {name} of rows that are not consecutive")
         transposed = ids.dim() == 2 and len(ids) == 1 and len(flat) > 1
         found[name] = Rows(names[at], first, first + len(flat), transposed, swapped)
     return found
@@ -143,13 +149,13 @@ def _converted(part: str, state: dict[str, Tensor], config: Mapping[str, Any]) -
             return getattr(theirs, CONVERTERS[kind])(state)
         except (KeyError, IndexError, RuntimeError) as error:
             raise InputError(
-                f"diffusers cannot read this {kind} from one file ({error}): it knows the sizes of "
-                "the releases; give the model as a diffusers folder"
+                f"diffusers cannot read this {kind} from one file ({error}): it supports only the "
+                "sizes of the releases; give the model as a diffusers folder"
             ) from error
     if part == "unet":
         return theirs.convert_ldm_unet_checkpoint(state, config)
     if part == "vae":
-        if any(".down_blocks." in name for name in state):  # a VAE's file may be diffusers' own
+        if any(".down_blocks." in name for name in state):  # a VAE's file with diffusers' names
             return {name.removeprefix(PREFIXES["sd1"]["vae"][0]): t for name, t in state.items()}
         return theirs.convert_ldm_vae_checkpoint(state, config)
     prefix = openclip_prefix(state)
@@ -168,21 +174,21 @@ def openclip_prefix(names: Iterable[str]) -> str | None:
 
 
 def canonical(checkpoint: Checkpoint, part: str, key: str) -> str:
-    """A tensor's name as diffusers' converters know it."""
+    """The name of a tensor that diffusers' converters expect."""
     bare = key.removeprefix(checkpoint.parts[part])
     prefix = PREFIXES[checkpoint.family][part][0]
     if prefix.endswith(".transformer.") and bare.startswith(("embed", "encoder.", "final_layer")):
-        bare = f"text_model.{bare}"  # as early merges were saved
+        bare = f"text_model.{bare}"  # early merges were saved without it
     return prefix + bare
 
 
 def stored_shape(target: Shape, at: Rows) -> Shape:
-    """Of these rows in the file, without dimensions of one at the end."""
+    """The shape of these rows in the file, without trailing dimensions of size one."""
     return target[::-1] if at.transposed else target
 
 
 def fits(shape: Shape, at: Rows, target: Shape) -> bool:
-    """Whether the rows `at` of a tensor of this shape are one of the shape `target`."""
+    """Whether the rows `at` of a tensor of shape `shape` have the shape `target`."""
     taken = (at.last - at.first, *shape[1:]) if shape else ()
     want = stored_shape(target, at)
     return taken[: len(want)] == want and all(n == 1 for n in taken[len(want) :])
@@ -191,12 +197,12 @@ def fits(shape: Shape, at: Rows, target: Shape) -> bool:
 def _unused(part: str, key: str, made: Architecture) -> bool:
     if part in ("unet", "transformer"):
         return key in NEVER_READ
-    if part == "vae":  # what its training left
+    if part == "vae":  # remains of its training
         return key.startswith(("first_stage_model.loss.", "first_stage_model.model_ema."))
-    # SD 2.x takes the layer before the last, which is not built
+    # SD 2.x uses the output of the last layer but one, so diffusers does not build the last one
     last = f"resblocks.{made.configs[part]['num_hidden_layers']}."
     return key.endswith(UNUSED) or last in key
 
 
 def _remedy(part: str) -> str:
-    return ", or vae=, the file of one" if part == "vae" else ""
+    return ", or vae=, the file of a VAE" if part == "vae" else ""

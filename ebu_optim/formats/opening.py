@@ -1,4 +1,4 @@
-"""A single file as a pipeline of diffusers, or part by part."""
+"""Open a single file as a diffusers pipeline, or part by part."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PathLike = str | os.PathLike[str]
 
 
 class Single:
-    """A checkpoint in one file, its parts built when they are asked for.
+    """A checkpoint in one file, whose parts are built on request.
 
-    Nothing is asked of a network.
+    It needs no network.
 
     Attributes:
-        checkpoint: what the file is.
-        architecture: of its parts, with the prediction and how it was told.
-        alone: the transformer is taken without the other parts, which are config='s.
+        checkpoint: what the file holds.
+        architecture: the architecture of its parts, with the prediction type.
+        alone: whether only the transformer comes from the file, and the other parts from `config`.
 
     Raises:
-        InputError: what `look` and `architecture` refuse; a part that the file lacks, lacks tensors
-            of, or has too many or other ones of: all seen from headers, before a weight is read.
+        InputError: see `look` and `architecture`; `vae` is given for a transformer, or is not a
+            VAE.
     """
 
     def __init__(
@@ -47,26 +47,30 @@ class Single:
         self.sources = dict.fromkeys(self.architecture.parts, self.checkpoint)
         self.alone = self.checkpoint.family in TRANSFORMERS
         if vae is not None and self.alone:
-            raise InputError(f"vae {vae}: of {self.checkpoint.title} it is config='s")
+            raise InputError(
+                f"vae {vae}: the VAE of {self.checkpoint.title} comes from config=; leave it out"
+            )
         if vae is not None:
             self.sources["vae"] = _vae_file(vae, self.checkpoint.family)
         self._tables: dict[str, dict[str, Rows]] = {}
 
     def check(self, lora: PathLike | None = None) -> None:
-        """Args:
-            lora: which is to be added.
+        """Check the file from its header, before a weight is read.
+
+        Args:
+            lora: a LoRA to add, which is checked too.
 
         Raises:
-            InputError: a part of the pipeline is not in the file as it must be; a LoRA of another
-                model.
+            InputError: the file lacks a part or some of its tensors, or has others; the LoRA
+                belongs to another model.
         """
         made = self.architecture
         for part in made.parts:
             self.table(part)
         if lora is not None and self.alone:
             raise InputError(
-                f"lora {lora}: not with a {self.checkpoint.title} in one file: give the "
-                "folder of a pipeline that it is merged into"
+                f"lora {lora} is not supported for {self.checkpoint.title} in one file: give the "
+                "folder of a pipeline into which the LoRA is merged"
             )
         if lora is not None:
             empty: dict[str, Any] = {part: made.empty(part) for part in made.parts}
@@ -75,27 +79,34 @@ class Single:
             loras.check(made.kind("model_index")(**empty), lora)
 
     def table(self, part: str) -> dict[str, Rows]:
-        """diffusers' names of the part's tensors -> where they are in the file."""
+        """diffusers' names of the part's tensors -> their places in the file."""
         if part not in self._tables:
             self._tables[part] = table(self.sources[part], part, self.architecture)
         return self._tables[part]
 
     def own_table(self, part: str) -> dict[str, Rows]:
-        """As `table`, of the checkpoint itself, also where the VAE comes from another file."""
+        """Like `table`, but always of the checkpoint, even if the VAE comes from another file."""
         if self.sources[part] is self.checkpoint:
             return self.table(part)
         return table(self.checkpoint, part, self.architecture)
 
     def part(self, part: str) -> Any:
-        """One of "unet", "vae", "text_encoder", "text_encoder_2": float32, CPU, eval mode."""
+        """The model of a part ("unet", "vae", "text_encoder", ...) in float32 on the CPU, in eval
+        mode.
+
+        Raises:
+            InputError: `part` is unknown.
+        """
         if part not in self.architecture.parts:
-            raise InputError(f"part must be one of {', '.join(self.architecture.parts)}: {part!r}")
+            raise InputError(
+                f"part must be one of {', '.join(self.architecture.parts)}; got {part!r}"
+            )
         model = self.architecture.empty(part)
         model.load_state_dict(self.tensors(part, model), strict=True, assign=True)
         return model
 
     def tensors(self, part: str, model: nn.Module) -> dict[str, Tensor]:
-        """In float32, with the shapes of the model's."""
+        """The part's tensors in float32 on the CPU, with the shapes of `model`."""
         header, shapes = self.sources[part].header, model.state_dict()
         found = {}
         with header.path.open("rb") as file:
@@ -123,7 +134,7 @@ class Single:
         )
 
     def pipeline(self, *, lora: PathLike | None = None, lora_scale: float = 1.0) -> Any:
-        """All of it."""
+        """The whole pipeline in float32 on the CPU; see `open_single`."""
         made = self.architecture
         self.check()
         parts = {part: self.part(part) for part in made.parts}
@@ -147,23 +158,23 @@ def open_single(
     lora: PathLike | None = None,
     lora_scale: float = 1.0,
 ) -> Any:
-    """A whole pipeline in float32 on the CPU, from a file as ComfyUI, A1111 and kohya have it.
+    """Open a file in the layout of ComfyUI, A1111 and kohya as a pipeline in float32 on the CPU.
 
     Args:
-        config: see `architecture`; its tokenizers are taken too.
+        config: see `architecture`; its tokenizers are used, too.
         prediction_type: see `architecture`.
         vae: the file of another VAE, in either layout.
-        lora: a LoRA that is added to the weights, `lora_scale` times.
+        lora: a LoRA to add to the weights, multiplied by `lora_scale`.
 
     Raises:
-        InputError: see `Single`; a LoRA of another model.
+        InputError: see `Single` and `Single.check`.
     """
     single = Single(path, config=config, prediction_type=prediction_type, vae=vae)
     return single.pipeline(lora=lora, lora_scale=lora_scale)
 
 
 def _rest(made: Architecture) -> dict[str, Any]:
-    """What pipelines take beside the parts that are here."""
+    """Further arguments of the pipeline's class."""
     if "text_encoder_2" in made.configs:
         empty = made.configs["model_index"].get("force_zeros_for_empty_prompt", True)
         return {"force_zeros_for_empty_prompt": empty, "add_watermarker": False}
@@ -176,5 +187,5 @@ def _vae_file(path: PathLike, family: str) -> Checkpoint:
     names = header.tensors
     prefix = inside if any(k.startswith(inside) for k in names) else ""
     if f"{prefix}decoder.conv_in.weight" not in names:
-        raise InputError(f"{Path(path)} holds no VAE of Stable Diffusion: give the file of one")
+        raise InputError(f"{Path(path)} has no VAE of Stable Diffusion: give the file of a VAE")
     return Checkpoint(header, family, False, {"vae": prefix}, (), 0)

@@ -1,4 +1,4 @@
-"""A checkpoint in one file as a diffusers folder, which everything else here takes."""
+"""Unpack a checkpoint in one file into a diffusers folder, which the other modules read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .architecture import shipped
 from .opening import PathLike, Single
 from .tokens import tokenizer
 
-#: What safetensors calls the dtypes in which a folder holds the same weights exactly.
+#: safetensors' names of the dtypes that a folder keeps; others become float32.
 EXACT = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def cache_folder() -> Path:
-    """Of what can be made again: EBU_OPTIM_CACHE, or ``ebu_optim`` in the user's cache."""
+    """The folder for what can be made again: EBU_OPTIM_CACHE, or ``ebu_optim`` in the user's
+    cache."""
     if given := os.environ.get("EBU_OPTIM_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebu_optim"
@@ -39,24 +40,26 @@ def unpacked(
     lora: PathLike | None = None,
     weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint, made once and kept in `cache_folder` under its content.
+    """The diffusers folder of a checkpoint, made once and kept in `cache_folder`.
+
+    The folder's name is a hash of the contents.
 
     Args:
         config, prediction_type, vae, lora: see :func:`open_single`.
-        weights: False makes the configurations and the tokenizers alone, from the file's header.
+        weights: False makes only the configurations and the tokenizers, from the file's header.
 
     Returns:
-        A folder with the weights in the file's dtype where all are float16 or bfloat16 and no LoRA
-        is added, else in float32.
+        The folder. Its weights are in the file's dtype if all are float16 or all are bfloat16 and
+        no LoRA is added, else in float32.
 
     Raises:
-        InputError: see :func:`open_single`; no room on the disk.
+        InputError: see :func:`open_single`; the disk is full.
     """
     single = Single(path, config=config, prediction_type=prediction_type, vae=vae)
     single.check(lora)
     made = single.architecture
     given = [Path(p) for p in (path, vae, lora) if p is not None]
-    # of 7 GB a hash takes seconds: the configurations depend on the header alone
+    # hashing 7 GB takes seconds, and the configurations depend only on the header
     of = contents(given) if weights else key([(p.name, p.stat().st_size) for p in given])
     of = key(of, str(made.folder.resolve())) if single.alone and made.folder else of
     name = key(of, made.configs, "weights" if weights else sorted(single.checkpoint.header.tensors))
@@ -72,8 +75,9 @@ def unpacked(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Whether the folder is there; inside no other process makes it: several of one run ask for the
-    same at once, and wait for the first."""
+    """Yields whether the folder exists, and locks it.
+
+    All processes of a run ask for the same folder at once: the others wait for the first."""
     mark = folder / "model_index.json"
     if mark.is_file():
         yield True
@@ -89,7 +93,7 @@ def shipped_folder(family: str) -> Path:
     """The configurations of a family at its real size, and its tokenizers, without weights.
 
     Args:
-        family: of `looking.TITLES`.
+        family: a key of `looking.TITLES`.
     """
     configs = shipped(family)
     folder = cache_folder() / "shipped" / key(family, configs)
@@ -112,13 +116,13 @@ def shipped_folder(family: str) -> Path:
 
 
 def _beside(single: Single, folder: Path) -> None:
-    """The parts that the file has not, where they are."""
+    """Link the parts that the file lacks from the given folder."""
     assert single.architecture.folder
     for source in single.architecture.folder.resolve().iterdir():
         if source.is_dir() and source.name != "transformer":
             try:
                 (folder / source.name).symlink_to(source, target_is_directory=True)
-            except OSError:  # Windows wants a right for it
+            except OSError:  # Windows needs a privilege for links
                 shutil.copytree(source, folder / source.name)
     index = single.architecture.configs["model_index"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -132,19 +136,19 @@ def _write(single: Single, folder: Path, lora: PathLike | None, weights: bool) -
     for part in made.parts:
         if not weights:
             model: Any = made.empty(part)
-            # of a transformers model the configuration is an object
+            # the configuration of a transformers model is an object
             config = model.config if part.startswith("text_encoder") else None
             config.save_pretrained(folder / part) if config else model.save_config(folder / part)
         else:
             model = getattr(pipe, part) if pipe else single.part(part)
-            # another file's VAE may be in another dtype
+            # a VAE from another file may have another dtype
             own = single.sources[part] is single.checkpoint
             torch.nn.Module.to(model, dtype if own else torch.float32)
             model.save_pretrained(folder / part)
         if single.alone:
             _beside(single, folder)
             return
-        del model  # the next one takes its place in memory
+        del model  # frees the memory for the next part
         if part.startswith("text_encoder"):
             words = part.replace("text_encoder", "tokenizer")
             single.tokenizer(words).save_pretrained(folder / words)

@@ -1,4 +1,4 @@
-"""A single file again: that which came in with other values, or one made of a diffusers folder."""
+"""Write a single file again with other values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK = 2**24
 #: Part of the pipeline -> diffusers' names -> new values.
 Changed = Mapping[str, Mapping[str, Tensor]]
 
-#: What a file says of its own bytes, and is wrong once they change.
+#: Metadata with hashes of the file's bytes, which are wrong once the bytes change.
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -33,21 +33,24 @@ def write_single(
     config: PathLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """The file `source` with the tensors of `changed` in place of its own.
+    """Write a copy of the file `source` with the tensors of `changed`.
 
-    Layout, names and dtypes are the source's; every tensor that is not changed is copied byte for
-    byte, the file's metadata too, without hashes of its bytes. ``model_ema.*`` is left out: it is
-    the UNet as it was. One tensor is in memory at a time.
+    Layout, names and dtypes are those of the source. All other tensors are copied byte for byte,
+    and so is the metadata, except for hashes. ``model_ema.*`` is left out, as it still has the
+    concept. One tensor is in memory at a time.
 
     Args:
         changed: part ("unet", "vae", "text_encoder", "text_encoder_2", "transformer") ->
             diffusers' names -> new values.
-        config: the folder that the file was opened with, where it was.
-        metadata: what else the file says of itself.
+        config: the folder that the file was opened with, if there was one.
+        metadata: further metadata of the file.
+
+    Returns:
+        The path `out`.
 
     Raises:
-        InputError: what `Single` refuses; `out` exists; names or shapes that the file has not; NaN,
-            Inf or a value beyond the file's dtype; no space on the disk.
+        InputError: see `Single`; `out` exists; `changed` has names or shapes that the file lacks,
+            NaN, Inf or values beyond the file's dtype; the disk is full.
     """
     single = source if isinstance(source, Single) else Single(source, config=config)
     out = Path(out)
@@ -77,7 +80,11 @@ def write_single(
 def header_bytes(
     shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Of tensors that follow each other in this order; name -> safetensors' dtype, shape."""
+    """The header for tensors that follow each other in this order.
+
+    Args:
+        shapes: name -> safetensors' dtype and the shape.
+    """
     found: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for key, (dtype, shape) in shapes.items():
@@ -94,25 +101,31 @@ def to_bytes(t: Tensor) -> Any:
 
 
 def cast(t: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """Raises:
-    InputError: a value is NaN or Inf, or becomes it.
+    """Cast a tensor on the CPU.
+
+    Raises:
+        InputError: a value is NaN or Inf, or becomes so.
     """
     found = t.detach().to("cpu", dtype)
     # float8 has no isfinite
     if dtype.is_floating_point and not bool(found.float().isfinite().all()):
         why = "holds NaN or Inf" if not bool(t.isfinite().all()) else f"has values beyond {dtype}"
-        raise InputError(f"{what} {why}: write it in another dtype, or look at the training")
+        raise InputError(f"{what} {why}: write it in another dtype, or check the training")
     return found
 
 
 def _edits(single: Single, changed: Changed) -> dict[str, list[tuple[Rows, Tensor]]]:
-    """Tensor in the file -> the rows of it that are new; refused where they do not fit."""
+    """Tensor in the file -> its rows with new values.
+
+    Raises:
+        InputError: they do not fit.
+    """
     made, path = single.architecture, single.checkpoint.path
     edits: dict[str, list[tuple[Rows, Tensor]]] = {}
     for part, tensors in changed.items():
         if part not in single.checkpoint.parts:
             ours = ", ".join(single.checkpoint.parts)
-            raise InputError(f"changed: {path} holds no {part}; it has {ours}")
+            raise InputError(f"changed: {path} has no {part}; it has {ours}")
         places = single.own_table(part)
         for name, t in fitting(tensors, made.shapes(part), f"the {part} of {path}").items():
             edits.setdefault(places[name].key, []).append((places[name], t))
@@ -122,23 +135,25 @@ def _edits(single: Single, changed: Changed) -> dict[str, list[tuple[Rows, Tenso
 def fitting(
     changed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str
 ) -> dict[str, Tensor]:
-    """`changed` by the names of `shapes`.
+    """The tensors of `changed` by the names in `shapes`.
 
     Raises:
-        InputError: a name or a shape that `what` has not.
+        InputError: `what` does not have a name or a shape.
     """
     found = {}
     for given, t in changed.items():
         name = known(given, shapes)
         if name is None or tuple(t.shape) != tuple(shapes[name]):
-            want = "has no such tensor" if name is None else f"has {list(shapes[name])} there"
-            raise InputError(f"changed: {what} {want}: {given}, {list(t.shape)}")
+            want = "has no such tensor" if name is None else f"has the shape {list(shapes[name])}"
+            raise InputError(f"changed: {given}, {list(t.shape)}: {what} {want}")
         found[name] = t
     return found
 
 
 def known(name: str, places: Iterable[str]) -> str | None:
-    """transformers 4 has ``text_model.`` before a text encoder's names, 5 has not."""
+    """The name in `places`, with or without ``text_model.``; None if there is none.
+
+    transformers 4 puts it before the names of a text encoder, transformers 5 does not."""
     both = (name, name.removeprefix("text_model."), f"text_model.{name}")
     return next((n for n in both if n in places), None)
 

@@ -1,4 +1,4 @@
-"""The same request for a class-conditional model: sets, unlearning, report and evidence in one."""
+"""A request for a class-conditional model: sets, unlearning, report and evidence in one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training.sources import DataOptions
 from . import evidence
 from .pictures import FOLDER
 
-MARK = "classes.json"  # what the folder of such a model has
+MARK = "classes.json"  # every folder of a class-conditional model contains this file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,11 @@ class ForgetClasses(Unlearn):
     """A request for a model whose conditions are classes.
 
     Raises:
-        InputError: numbers and options that cannot be, or not together.
+        InputError: a value is out of range, or two options exclude each other.
     """
 
     pretrained_model_name_or_path: str = option(
-        positional="MODEL", help=f"A folder with {MARK}, as examples/ddpm/train.py makes it."
+        positional="MODEL", help=f"A folder with {MARK}, as examples/ddpm/train.py writes it."
     )
     forget: list[str] = option(positional="CLASS", help="Classes to forget, by number or name.")
     replay_classes: list[str] | None = option(
@@ -41,16 +41,16 @@ class ForgetClasses(Unlearn):
     prepared_dir: Path | None = option(
         None, help="Folder for the sets. Default: sets in the output folder."
     )  # type: ignore[assignment]
-    replay_per_class: int = option(500, help="Images that are drawn of each class to keep.")
-    sampling_steps: int = option(50, help="DDIM steps of these images.")
-    guidance_scale: float = option(3.0, help="Guidance of these images.")
-    plan: bool = option(False, help="Print what would be done, and do nothing.")
+    replay_per_class: int = option(500, help="Images to draw of each class that is kept.")
+    sampling_steps: int = option(50, help="DDIM steps for these images.")
+    guidance_scale: float = option(3.0, help="Guidance scale for these images.")
+    plan: bool = option(False, help="Print what the run would do, and do nothing.")
     sign_key: Path | None = option(
         None, help="Sign the evidence with this private key (PEM, elliptic curve)."
     )
 
     def resolved(self) -> ForgetClasses:
-        """With the defaults that depend on other options; `self` where it has them all."""
+        """A copy with the defaults that depend on other options; `self` if none is missing."""
         whole = self
         if self.prepared_dir is None:
             whole = replace(
@@ -60,10 +60,10 @@ class ForgetClasses(Unlearn):
 
 
 def run(config: ForgetClasses) -> None:
-    """Prepare what is not there, unlearn, measure where a classifier is given, write evidence.
+    """Prepare the missing sets, unlearn, measure if a classifier is given, and write the evidence.
 
     Raises:
-        InputError: the forget loss or the classifier needs real images, and no data set is named.
+        InputError: the forget loss or the classifier needs real images, and no data set is given.
     """
     args: Any = config.resolved()
     why = needs_own_images(args) or ("--classifier" if args.classifier else None)
@@ -108,8 +108,10 @@ def run(config: ForgetClasses) -> None:
             )
         )
     else:
-        print("no --classifier: nothing was measured, the folder has the model and its curve alone")
-    print(f"evidence: {evidence.write(args)}, to be checked by `ebu verify`")
+        print(
+            "no --classifier: nothing was measured, the folder holds only the model and its curve"
+        )
+    print(f"evidence: {evidence.write(args)}; check it with `ebu verify`")
 
 
 def _plan(args: Any) -> str:
@@ -120,13 +122,15 @@ def _plan(args: Any) -> str:
     classes = info["classes"]
     known = {*classes, *map(str, range(len(classes)))}
     if unknown := [c for c in args.forget if c not in known]:
-        raise InputError(f"CLASS {unknown[0]}: there is {', '.join(classes)}")
+        raise InputError(
+            f"CLASS {unknown[0]}: the model has no such class; give one of {', '.join(classes)}"
+        )
     kept = len(args.replay_classes or classes) - len(args.forget) * (not args.replay_classes)
     passes = kept * args.replay_per_class * args.sampling_steps * 2
     return (
         f"model: {args.pretrained_model_name_or_path}, {len(classes)} classes, "
         f"{parameter_bytes(model) / 2**20:.1f} MiB\n"
-        f"sets in {args.prepared_dir}: {passes:,} passes through the model, unless they are there\n"
+        f"sets in {args.prepared_dir}: {passes:,} passes through the model, unless they exist\n"
         f"unlearning: {args.method}, {args.max_train_steps} steps of batch {args.train_batch_size}"
         f"\nwritten to {args.output_dir}: unet, README.md, unlearn.json, {evidence.FILE}, run.yaml"
     )

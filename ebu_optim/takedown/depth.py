@@ -1,4 +1,4 @@
-"""The attacks of a report: how much of the concept is drawn, and how easily it comes back."""
+"""The attacks in a report: how much of the concept is drawn, and how easily it comes back."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ FOLDER = "attacks"
 
 
 def check(args: Any) -> None:
-    """Raises:
-    InputError: a result that attacks do not open.
+    """Check that the attacks can open the result.
+
+    Raises:
+        InputError: they cannot open the layout that ``--save_as`` names.
     """
     if args.judge and args.save_as == "kohya":
         raise InputError(
-            "--judge with --save_as kohya: attacks do not open kohya's layout; --save_as lora has "
-            "the same weights"
+            "--judge with --save_as kohya: attacks cannot open kohya's layout; use --save_as lora, "
+            "which saves the same weights"
         )
 
 
 def attacked(args: Any, base: Model, result: Model) -> list[dict[str, Any]]:
-    """The values of the rows before and after, by --judge; without one, why there are none."""
+    """The values of the rows "before" and "after" by ``--judge``; without a judge, the reason."""
     if args.judge is None:
-        why = {"not_computed": "no --judge was named, who says what a picture shows"}
+        why = {"not_computed": "no --judge was given to classify the pictures"}
         return [{}, dict.fromkeys(("p_f", "inversion", "relearn_steps"), why)]
     own = {f.name: getattr(args, f.name) for f in fields(JudgeOptions)}
     attack(

@@ -1,4 +1,4 @@
-"""What is installed, which kernels run, and what fits on this card."""
+"""What is installed, which kernels run, and which runs fit on this card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ EXTRAS = {
 
 
 def doctor(fits: bool = True) -> str:
-    """A line for each thing; `fits`: what fits on this card too."""
+    """A report with one line per package group and device.
+
+    Args:
+        fits: also count the memory of a run of each family and say whether it fits on this card.
+    """
     lines = [
         f"ebu_optim {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
     ]
@@ -39,9 +43,9 @@ def doctor(fits: bool = True) -> str:
             )
         lines.append(f"kernels for CUDA: {kernels.active('cuda')}")
     else:
-        lines.append("no CUDA device: small models run on the CPU, real ones take minutes a step")
+        lines.append("no CUDA device: small models run on the CPU, large ones take minutes a step")
     if fits and util.find_spec("diffusers") and util.find_spec("transformers"):
-        lines += ["", "memory of a run at the model's own size, batch 1, by count:", *_fits()]
+        lines += ["", "counted memory of a run at the model's native size, batch 1:", *_fits()]
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
-"""What was handed over, by content: hashes of the base, of what was learned from and of the result,
-which anybody can compute again; signed on request."""
+"""The evidence of a run: hashes of the base model, of the training sets and of the result.
+
+Anybody can compute the hashes again. The file is signed on request."""
 
 from __future__ import annotations
 
@@ -20,17 +21,21 @@ from ..text_to_image import pipelines
 from ..text_to_image.pipelines import Model
 
 FILE, SIGNATURE, CONFIG = "evidence.json", "evidence.sig", "run.yaml"
-#: Of a folder: what a run leaves for going on, and this file itself.
+#: Not hashed: what a run needs to resume, and the evidence itself.
 LEFT_OUT = ("checkpoints", "logs", FILE, SIGNATURE, ".lock")
 PROVES = (
-    "that these files came from this base by this configuration is what the maker says; the hashes "
-    "show that nothing was changed since. They do not show that the concept is gone: see report/, "
-    "and attack the result."
+    "That these files came from this base by this configuration is the maker's statement. The "
+    "hashes show that nothing was changed since. They do not show that the concept is gone: see "
+    "report/, and attack the result."
 )
 
 
 def write(args: Any) -> Path:
-    """Hash everything in the folder, and write, and on request sign, what was found."""
+    """Hash everything in the output folder and write `evidence.json`; sign it on request.
+
+    Returns:
+        The path of `evidence.json`.
+    """
     folder = Path(args.output_dir)
     spoken = json.loads((folder / "unlearn.json").read_text(encoding="utf-8"))
     found = {
@@ -59,7 +64,7 @@ def write(args: Any) -> Path:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Path in the folder -> SHA-256."""
+    """Path relative to the folder -> SHA-256, without `LEFT_OUT` and hidden files."""
     there = sorted(p for p in folder.rglob("*") if p.is_file())
     return {
         name: _sha256(p)
@@ -78,7 +83,7 @@ def _sha256(path: Path) -> str:
 
 
 def sign(folder: Path, key: Path, certificates: Sequence[Path] = ()) -> None:
-    """By OpenSSF's model-signing: `evidence.json`, which names every file by its hash.
+    """Sign `evidence.json`, which names every file by its hash, with OpenSSF's model-signing.
 
     Raises:
         InputError: see `signer`.
@@ -87,20 +92,22 @@ def sign(folder: Path, key: Path, certificates: Sequence[Path] = ()) -> None:
 
 
 def signer(key: Path, certificates: Sequence[Path] = ()) -> Any:
-    """What signs, its keys read.
+    """The signing config, with the keys already read.
 
     Args:
-        certificates: that of the key, then those up to the root's; none signs by the key alone.
+        certificates: the key's certificate, then the chain up to the root; empty signs with the
+            key alone.
 
     Raises:
-        InputError: no private key of an elliptic curve, or no certificates.
+        InputError: `key` is not an elliptic-curve private key, or `certificates` do not belong
+            to it.
     """
     config = require("model_signing.signing", "sign").Config()
     try:
         config.use_elliptic_key_signer(private_key=key)
-    except Exception as error:  # of the library: many kinds
+    except Exception as error:  # the library raises many types
         raise InputError(
-            f"--sign_key {key} is no private key of an elliptic curve in PEM, without a password "
+            f"--sign_key {key} must be an elliptic-curve private key in PEM without a password "
             f"({error}): make one with `openssl ecparam -name prime256v1 -genkey -noout -out "
             "key.pem`"
         ) from error
@@ -113,8 +120,8 @@ def signer(key: Path, certificates: Sequence[Path] = ()) -> Any:
             )
         except Exception as error:
             raise InputError(
-                f"--sign_certificate {' '.join(map(str, certificates))}: these are no certificates "
-                f"in PEM of --sign_key {key} ({error})"
+                f"--sign_certificate {' '.join(map(str, certificates))}: must be PEM certificates "
+                f"that belong to --sign_key {key} ({error})"
             ) from error
     return config
 
@@ -126,26 +133,28 @@ def verify(
     certificates: Sequence[Path] = (),
     base: str | None = None,
 ) -> list[str]:
-    """Compute every hash again.
+    """Compute every hash again and compare it with the evidence.
 
     Args:
-        public_key: of the signature, which is checked then.
-        certificates: of the roots that are trusted, where it was signed by a certificate.
-        base: where the model before is, if not where it was; its parts are hashed too where it is
-            on this machine.
+        public_key: the key to check the signature with; None does not check it.
+        certificates: trusted root certificates, for a signature that was made with a certificate.
+        base: the model before unlearning, if it has moved. Its parts are hashed too if it is on
+            this machine.
 
     Returns:
-        What is not as `evidence.json` says, one line each; empty where all is.
+        One line for each difference from `evidence.json`; empty if there is none.
 
     Raises:
-        InputError: there is no evidence in the folder.
+        InputError: the folder has no complete `evidence.json`.
     """
     folder = Path(folder)
     try:
         said = json.loads((folder / FILE).read_text(encoding="utf-8"))
         before, model = said["files"], said["base"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no whole {FILE} of `ebu forget`") from error
+        raise InputError(
+            f"{folder} has no complete {FILE}; give the output folder of `ebu forget`"
+        ) from error
     now = files(folder)
     wrong = [f"{name}: is missing" for name in before if name not in now]
     wrong += [f"{n}: was changed" for n in before if n in now and now[n] != before[n]]
@@ -166,35 +175,35 @@ def _signature(folder: Path, key: Path | None, certificates: Sequence[Path]) -> 
         else:
             config.use_certificate_verifier(certificate_chain=list(certificates))
         config.verify(folder / FILE, folder / SIGNATURE)
-    except Exception as error:  # of the library: many kinds
+    except Exception as error:  # the library raises many types
         whose = key or certificates[0]
         return [f"{SIGNATURE}: {FILE} is not what the owner of {whose} signed ({error})"]
     return []
 
 
 def _given(args: Any) -> dict[str, str]:
-    """SHA-256 of the file or files that the base is in, where it is no folder."""
+    """Path -> SHA-256 of the files that the base model consists of; empty for a folder."""
     paths = [args.pretrained_model_name_or_path, *(getattr(args, n, None) for n in ("vae", "lora"))]
     return {str(p): _sha256(Path(p)) for p in paths if p is not None and Path(p).is_file()}
 
 
 def _base(model: dict[str, Any], given: str | None) -> list[str]:
-    """The base, where it is here: files by their bytes, a folder by its parts."""
+    """Differences of the base if it is on this machine: files by bytes, a folder by its parts."""
     name = given or model["name"]
     if not Path(name).exists():
-        return [] if given is None else [f"base: there is no {given}"]
+        return [] if given is None else [f"base: {given} does not exist"]
     if Path(name).is_file():
         known = {**model["files"], name: model["files"].get(model["name"])}
         now = {p: _sha256(Path(p)) for p in known if Path(p).is_file() and p != model["name"]}
         now |= {name: _sha256(Path(name))}
-        return [f"base: {p} is another" for p, of in now.items() if known[p] != of]
+        return [f"base: {p} is a different file" for p, of in now.items() if known[p] != of]
     if (Path(name) / "classes.json").is_file():
         same = model_hash(load_unet(name)[0]) == model["denoiser_hash"]
-        return [] if same else [f"base: unet of {name} is another"]
+        return [] if same else [f"base: the unet of {name} is a different one"]
     where = Model(pretrained_model_name_or_path=name, variant=model["variant"])
     now = pipelines.parts(pipelines.fetch(where), model["variant"])
     return [
-        f"base: {part} of {name} is another"
+        f"base: the {part} of {name} is a different one"
         for part, of in now.items()
         if model["made_of"].get(part, of) != of
     ]

@@ -1,5 +1,5 @@
-"""How much memory a run of each family takes, counted on the shipped configurations, and on those
-of released transformers."""
+"""The memory that a run of each family takes, counted from the shipped configurations and from
+those of released transformers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from ..text_to_image.room import GIB, WAYS, ways
 from . import released
 from .options import Forget
 
-LIBRARIES = GIB  # their workspace, which no count sees
+LIBRARIES = GIB  # workspace of the CUDA libraries, which the count does not include
 CARDS = (12, 16, 24, 48, 80)  # GB
-#: A released transformer's text encoders alone are larger than most cards: drawn one by one, and
-#: without the report's pictures, for which the whole pipeline is there.
+#: The text encoders of a released transformer alone are larger than most cards. The count draws
+#: images one by one and omits the report's pictures, which need the whole pipeline in memory.
 LEAST: dict[str, Any] = {"sample_batch_size": 1, "evidence_images": 0, "validation_steps": 0}
 
 
 def table(room: int | None) -> list[str]:
-    """A line for each family and way: the peak in GiB, and whether it fits into `room` bytes."""
+    """One line per family and way: the peak in GiB, and whether it fits into `room` bytes.
+
+    With `room` None each line names the smallest common card that has enough memory."""
     lines = []
     for family, title in TITLES.items():
         folder = shipped_folder(family)

@@ -1,4 +1,4 @@
-"""The options of `ebu forget`: those of unlearning, under the names that a request has."""
+"""The options of `ebu forget`: those of unlearning, under names that suit a request."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..text_to_image.options import ALIASES, Unlearn
 from ..text_to_image.prompts import PLACE, REMEMBER
 from ..training.fields import at_least, option
 
-#: --preset: what it gives to options that are not given. The recommended one is what
-#: docs/text_to_image_results.md recommends, the paper's is `Unlearn`'s own defaults.
+#: --preset: the values of options that are not given. "recommended" is what
+#: docs/text_to_image_results.md recommends, "paper" is the defaults of `Unlearn`.
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "train_modules": "full",
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """What a request says."""
+    """The options that describe a request."""
 
     group: ClassVar[str] = "request"
 
@@ -38,25 +38,25 @@ class RequestOptions:
         "recommended",
         help="recommended: --train_modules full --forget_loss relabel --remember_loss "
         "crossed --gamma 1000 and three templates; paper: --train_modules xattn and the "
-        "method's own losses. An option that you give yourself has precedence.",
+        "method's own losses. An option that you give overrides the preset.",
     )
     plan: bool = option(
         False,
-        help="Print what would be done, what it costs and what would be written, and do nothing.",
+        help="Print what the run would do, cost and write, and do nothing.",
     )
     evidence_images: int = option(
         4, help="Pictures of each prompt in the report, before and after; 0 leaves them out."
     )
     evidence_prompts: int = option(
-        8, help="The report shows at most so many of the prompts to keep, and as many others."
+        8, help="The report shows at most this many prompts to keep, and as many other prompts."
     )
     attacks: list[Literal["paraphrase", "inversion", "relearn"]] = option(
-        ["inversion", "relearn"], nargs="*", help="Attacks in the report, which need a --judge."
+        ["inversion", "relearn"], nargs="*", help="Attacks in the report. They need a --judge."
     )
     paraphrases: list[str] = option(
-        [], help="Prompts in other words, or files of them, for the attack of that name."
+        [], help="Paraphrased prompts, or files of them, for the paraphrase attack."
     )
-    attack_images: int = option(16, help="Pictures on which each attack is judged.")
+    attack_images: int = option(16, help="Pictures that are judged for each attack.")
     clip_weights: str = option(
         "openai",
         help='Weights of the CLIP score: a tag of open_clip, a file, or "none" for no score.',
@@ -65,19 +65,19 @@ class RequestOptions:
         None, help="Sign the evidence with this private key (PEM, elliptic curve)."
     )
     sign_certificate: list[Path] = option(
-        [], help="Certificate that belongs to --sign_key, then those up to the root."
+        [], help="Certificate that belongs to --sign_key, then the chain up to the root."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forget(RequestOptions, JudgeOptions, Unlearn):
-    """A request: which model, without what.
+    """A request: the model, and the concepts that it shall forget.
 
     Raises:
-        InputError: numbers and options that cannot be, or not together.
+        InputError: a value is out of range, or two options exclude each other.
     """
 
-    #: What the help has first: a request and the machine, before what a newcomer leaves alone.
+    #: Groups that the help shows first: what a newcomer needs, before the options of training.
     titles: ClassVar[dict[str, tuple[str, ...]]] = {
         "request": (
             "surrogate_concept",
@@ -120,21 +120,21 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
     forget: list[str] = option(
         positional="CONCEPT",
         nargs="*",
-        help="What the model shall forget, each in a word or a few; or .txt files with one a line.",
+        help="Concepts to forget, each in a word or a few; or .txt files with one per line.",
     )
     surrogate_concept: list[str] = option(
         [],
         flag="--as",
         metavar="OTHER",
-        help="What each concept becomes, in the words around it. Default: what the empty "
-        "prompt draws.",
+        help="What each concept becomes, within the same template. Default: what the model draws "
+        "for the empty prompt.",
     )
     remember_prompts: list[str] = option(
         [str(REMEMBER)],
         flag="--keep",
         metavar="PROMPT",
-        help="Prompts that must stay, above all those near the concept; or .txt files with "
-        f"one a line. Default: {REMEMBER.name}, which ships with the package.",
+        help="Prompts whose images must stay, above all prompts near the concept; or .txt files "
+        f"with one per line. Default: {REMEMBER.name}, which ships with the package.",
     )
     output_dir: Path = option(
         flag=("-o", "--output_dir"),
@@ -142,11 +142,11 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
         help="Folder for the result and its evidence.",
     )
     judge: Literal["clip", "world", "imagenette", "nudity"] | None = option(  # type: ignore[assignment]
-        None, help="Who says what a picture shows. Default: nobody, and the report has no attacks."
+        None, help="Judge that says what a picture shows. Default: none; the report has no attacks."
     )
     forget_templates: list[str] | None = option(  # type: ignore[assignment]
         None,
-        help=f'Sentences with "{PLACE}" for the concept, or files of them. Default: the preset\'s.',
+        help=f'Templates with "{PLACE}" for the concept, or files of them. Default: the preset\'s.',
     )
     remember: Literal["replay", "distill", "crossed"] | None = option(  # type: ignore[assignment]
         None,
@@ -155,13 +155,13 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
     )
 
     def resolved(self) -> Forget:
-        """With the preset's values, and the defaults that depend on other options."""
+        """A copy with the preset's values and the defaults that depend on other options."""
         given = {k: v for k, v in self._preset().items() if getattr(self, k) is None}
         whole = replace(self, **given) if given else self
         return super(Forget, whole).resolved()  # type: ignore[return-value]
 
     def _preset(self) -> dict[str, Any]:
-        """Without what the method has of its own."""
+        """The preset's values, without those that the method sets itself."""
         recipe = methods[ALIASES.get(self.method, self.method)]
         given = dict(PRESETS[self.preset])
         if recipe.forgets not in ("surrogate", "relabel"):
@@ -169,15 +169,16 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
         if "gamma" not in recipe.options:
             given.pop("gamma", None)
         if recipe.forgets is None or recipe.stalls or not recipe.replayed:
-            # distillation has a gradient of zero, which is all, or stalls; else it has no effect
+            # Without another forget gradient, distillation starts with a gradient of zero or
+            # stalls; where nothing is replayed, this option has no effect.
             given["remember"] = "replay"
         return given
 
     def __post_init__(self) -> None:
         if self.resolved() is not self:
-            return  # that one is checked
+            return  # the resolved copy runs these checks
         if not self.forget:
-            raise InputError("CONCEPT: name what is to be forgotten")
+            raise InputError("CONCEPT is missing: name what the model shall forget")
         super().__post_init__()
         at_least(self, 0, "evidence_images", "evidence_prompts")
         for name in ("sign_key", "sign_certificate"):
@@ -186,6 +187,6 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
                 if path is not None and not path.is_file():
                     raise InputError(f"--{name} {path}: there is no such file")
         if self.sign_certificate and self.sign_key is None:
-            raise InputError("--sign_certificate needs --sign_key, the key of the first of them")
+            raise InputError("--sign_certificate needs --sign_key, the first certificate's key")
         if "paraphrase" in self.attacks and not self.paraphrases:
-            raise InputError("--attacks paraphrase needs --paraphrases, the prompts in other words")
+            raise InputError("--attacks paraphrase needs --paraphrases, the paraphrased prompts")

@@ -1,5 +1,7 @@
-"""The report of a request: the same noise before and after, for the target, what lies near it and
-what does not, with the figures that the pictures give."""
+"""The report of a request: pictures from the same noise before and after unlearning.
+
+The prompts are of three kinds: the target, its neighbours and others. The report also gives the
+figures that are measured on the pictures."""
 
 from __future__ import annotations
 
@@ -25,19 +27,20 @@ from ..text_to_image.save import file_name
 from . import depth
 
 FOLDER = "report"
-#: Options of a model in one file, for one that is a folder.
+#: The options that only a model in one file has, reset for a model that is a folder.
 NOT_A_FILE = dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
 KINDS = ("target", "neighbours", "others")
 NOTES = (
-    "Each picture after starts from the noise of the one before. What is small under "
-    "'change' was left as it was; what is large was changed, which does not say into what: look.",
+    "Each picture after starts from the same noise as the one before. A small value under "
+    "'change' means that the picture stayed; a large one, that it changed. What it changed into "
+    "you must see for yourself.",
     "These figures do not prove that the concept is gone: a prompt that nobody tried, a new "
     "word, or some steps of training may bring it back. `ebu attack` measures that.",
 )
 
 
 def report(args: Any) -> dict[str, Any]:
-    """Draw, measure and write the page.
+    """Draw the pictures, measure them and write the page.
 
     Returns:
         The figures of the row "after".
@@ -46,7 +49,7 @@ def report(args: Any) -> dict[str, Any]:
     args = looked.family.guided(args, looked.unet)
     asked = questions(args, looked.tokenizer)
     then, now = {}, {}
-    if args.evidence_images:  # one pipeline after the other: memory has room for one
+    if args.evidence_images:  # one pipeline after the other, as memory may hold only one
         then = draw(args, results.load(before(args)), looked, asked)
         now = draw(args, after(args), looked, asked)
     rows = measure(args, asked, then, now)
@@ -68,8 +71,8 @@ def report(args: Any) -> dict[str, Any]:
 
 
 def questions(args: Any, tokenizer: Any) -> dict[str, list[str]]:
-    """Kind -> prompts: of the target in every template, of what was asked to be kept, of others
-    that the tokenizer takes."""
+    """Kind -> prompts, at most `evidence_prompts` each: the target in every template, the prompts
+    that the request keeps, and shipped prompts that are short enough for the tokenizer."""
     target = [
         prompts.fill(t, c)
         for c in prompt_files.read(args.forget, "CONCEPT")
@@ -85,18 +88,18 @@ def questions(args: Any, tokenizer: Any) -> dict[str, list[str]]:
 
 
 def before(args: Any) -> Model:
-    """The model that was given."""
+    """The model before unlearning."""
     return Model(**{f.name: getattr(args, f.name) for f in fields(Model)})
 
 
 def result(args: Any) -> Model:
-    """What the run left; in kohya's layout the base, which it is added to."""
+    """The model after unlearning; for kohya's layout the base, to which `after` adds the LoRA."""
     base, folder = before(args), args.output_dir / args.save_as
     if args.save_as == "kohya":
         return base
     if args.save_as == "single":
         given = Path(base.pretrained_model_name_or_path)
-        # of sizes that no release has, what came in says how it is built
+        # a model of no released size takes its architecture from the folder that was given
         built = given if given.is_dir() else args.architecture
         own: dict[str, Any] = {**NOT_A_FILE, "architecture": built}
         return replace(base, pretrained_model_name_or_path=str(folder / file_name(args)), **own)
@@ -105,7 +108,7 @@ def result(args: Any) -> Model:
 
 
 def after(args: Any) -> Any:
-    """The pipeline that the run left, opened as whoever gets it would."""
+    """The pipeline after unlearning, opened as a recipient would open it."""
     pipe = results.load(result(args), args.pretrained_model_name_or_path)
     if args.save_as == "kohya":
         fuse(pipe, args.output_dir / "kohya" / file_name(args))
@@ -113,7 +116,11 @@ def after(args: Any) -> Any:
 
 
 def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> dict[str, Tensor]:
-    """Kind -> pictures (prompts, n, 3, H, W) in [0, 1]; the k-th of a prompt from seed + k."""
+    """Kind -> pictures (prompts, n, 3, H, W) in [0, 1]; picture k of a prompt has seed + k.
+
+    Raises:
+        InputError: a picture has values that are not finite.
+    """
     beside = looked.family.drawing(pipe, looked.resolution)
     pipe = drawing.ready(pipe, _dtype(args, looked))
     n, found = args.evidence_images, {}
@@ -136,25 +143,28 @@ def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> d
         found[kind] = torch.stack(list(drawn)).unflatten(0, (len(texts), n))
     if bad := not_finite(found):
         raise InputError(
-            f"a picture of {pipe.name_or_path or 'the model'}, {bad}: its VAE or its denoiser has "
-            "values that no picture can have; give --vae with another one (SDXL's own overflows in "
-            "float16), or --evidence_images 0 for a report without pictures"
+            f"a picture of {pipe.name_or_path or 'the model'}, {bad}: the VAE or the denoiser gave "
+            "values that are not finite; give another --vae (SDXL's own overflows in float16), or "
+            "--evidence_images 0 for a report without pictures"
         )
     return found
 
 
 def _dtype(args: Any, looked: Looked) -> torch.dtype:
-    """Where the text encoders read in bfloat16, all of the pipeline draws in it: these families
-    are too large for float32, and were published in it."""
+    """The dtype to draw in: bfloat16 if the text encoders run in it, else float32.
+
+    The families of the first kind are too large for float32 and were published in bfloat16."""
     return torch.bfloat16 if sets.halved(args, looked.family) else torch.float32
 
 
 def measure(
     args: Any, asked: dict[str, list[str]], then: dict[str, Tensor], now: dict[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """The rows before and after: the CLIP score of every kind with its own prompts, where CLIP's
-    weights are to be had, and how far the pictures of one noise lie apart: the root of the mean
-    squared difference of pixels in [0, 1]."""
+    """The values of the rows "before" and "after", for every kind of prompt.
+
+    These are the CLIP score of the pictures with their own prompts, if CLIP's weights are
+    available, and the change: the root mean squared difference between two pictures from the
+    same noise, over pixels in [0, 1]."""
     rows: list[dict[str, Any]] = [{"name": n, "values": {}} for n in ("before", "after")]
     scores = _clip(args, asked, then, now)
     for kind in then:
@@ -168,8 +178,9 @@ def measure(
 def _clip(
     args: Any, asked: dict[str, list[str]], then: dict[str, Tensor], now: dict[str, Tensor]
 ) -> dict[tuple[str, str], Any]:
-    """(row, kind) -> the score, or why there is none; asked for once, as a network that is missing
-    is waited for."""
+    """(row, kind) -> the score, or the reason why there is none.
+
+    All scores come from one call, as a call without a network waits for a timeout."""
     sets = {
         (row, kind): t for row, m in (("before", then), ("after", now)) for kind, t in m.items()
     }

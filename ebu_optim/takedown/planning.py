@@ -1,4 +1,4 @@
-"""What a run will do, from configurations alone: no byte of weights is loaded."""
+"""What a run will do, from the configurations alone, without loading any weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import depth, evidence
 
 
 class Checked(NamedTuple):
-    """What configurations and prompts say."""
+    """What the configurations and the prompts determine."""
 
     looked: pipelines.Looked
     texts: prompts.Prompts
@@ -22,10 +22,10 @@ class Checked(NamedTuple):
 
 
 def check(args: Any) -> Checked:
-    """All that can be told before a weight is read or a minute is spent.
+    """Check everything that can be checked before weights are read or time is spent.
 
     Raises:
-        InputError: whatever would end the run at once.
+        InputError: anything that would end the run immediately.
     """
     depth.check(args)
     check_folder(args, SCRIPT)
@@ -40,7 +40,7 @@ def check(args: Any) -> Checked:
 
 
 def plan(args: Any) -> str:
-    """In words, a line each.
+    """The plan of a run as text, one line per item.
 
     Raises:
         InputError: see `check`.
@@ -59,8 +59,8 @@ def plan(args: Any) -> str:
         f"{cost.trained + cost.frozen:,} parameters",
         f"passes through the model: {sets.passes(args, looked, texts):,} for the sets, about "
         f"{args.max_train_steps * per_step:,} forward and backward in {args.max_train_steps:,} "
-        "steps; the time of one is known once the first is timed, then the bar says the rest",
-        f"memory by phase, without about 1 GiB of the libraries:\n{cost.table()}",
+        "steps; the progress bar estimates the time once the first step is done",
+        f"memory by phase, without about 1 GiB for the CUDA libraries:\n{cost.table()}",
         f"written to {args.output_dir}: {args.save_as}, report/, evidence.json, run.yaml, "
         "checkpoints",
     ]

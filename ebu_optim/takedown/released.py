@@ -1,5 +1,6 @@
-"""Released models with a transformer, by the numbers of their configurations that differ from
-diffusers' defaults: enough to count what they need, without a file of theirs."""
+"""Released models with a transformer, described by what differs from diffusers' default configs.
+
+This is enough to count the memory that they need without one of their files."""
 
 from __future__ import annotations
 
@@ -138,7 +139,7 @@ QWEN_VL: Config = {
 }
 OF_FLUX: Mapping[str, Config] = {"vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
 
-#: Name -> the pipeline's class, and the configurations of its parts.
+#: Name -> the pipeline's class and the configurations of its parts.
 RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
     "Stable Diffusion 3.5 medium": ("StableDiffusion3Pipeline", {"transformer": MEDIUM, **OF_SD3}),
     "Stable Diffusion 3.5 large": ("StableDiffusion3Pipeline", {"transformer": LARGE, **OF_SD3}),
@@ -162,7 +163,7 @@ RELEASED: dict[str, tuple[str, Mapping[str, Config]]] = {
 
 
 class Words:
-    """Stands for a tokenizer where prompts are only counted."""
+    """A stand-in for a tokenizer where prompts are only counted: one token per byte."""
 
     model_max_length = 512
 
@@ -171,7 +172,8 @@ class Words:
 
 
 def looked(name: str) -> Looked | None:
-    """As if its folder had been looked at; None: its pipeline is not in this diffusers."""
+    """What `pipelines.look` would return for the model's folder; None if this version of
+    diffusers lacks the pipeline."""
     kind, parts = RELEASED[name]
     if (family := FAMILIES.get(kind)) is None:
         return None

@@ -1,12 +1,12 @@
-"""Make a model forget: a model and a concept in, the model without it and its evidence out.
+"""Make a model forget: takes a model and a concept, writes the model without it and the evidence.
 
 ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
 
 By default 1000 steps of EBU train the whole denoiser in float32, on images that the model draws
-itself: 200 of what is kept and 100 of the concept. The result has the form in which the model came.
---plan prints what a request costs. The least memory is taken by
---train_modules lora --mixed_precision fp16 --gradient_checkpointing. The first group of options is
-the request; all others may stay as they are.
+itself: 200 for the prompts to keep and 100 for the concept. The result has the form in which the
+model came. --plan prints what a request costs. These options need the least memory:
+--train_modules lora --mixed_precision fp16 --gradient_checkpointing. The first group of options
+describes the request; all others can keep their defaults.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ from .options import Forget
 
 
 class Forgotten(NamedTuple):
-    """Attributes:
-    pipeline: without the concept, float32, on the CPU; None on processes that are not the first.
-    figures: of the report: name -> value, see `pictures.measure`.
-    folder: with the result and its evidence.
+    """What `forget` returns.
+
+    Attributes:
+        pipeline: the pipeline without the concept, in float32 on the CPU; None on all processes
+            but the first.
+        figures: the report's figures, name -> value, see `pictures.measure`.
+        folder: the folder with the result and its evidence.
     """
 
     pipeline: Any
@@ -55,19 +58,20 @@ def forget(
     """Make a text-to-image model forget a concept, or several.
 
     Args:
-        model: a file, a diffusers folder, a hub id, or a pipeline of diffusers.
-        concept: in a word or a few; or a file with one a line.
-        output_dir: gets the result and its evidence.
-        instead: what each concept becomes, in the words around it; default: what the empty prompt
-            draws.
-        keep: prompts, or a file of them, above all of what lies near; default: those that ship.
-        options: of :class:`Forget`, as on the command line.
+        model: a file, a diffusers folder, a hub id, or a diffusers pipeline.
+        concept: the concept in a word or a few; or a file with one concept per line.
+        output_dir: the folder for the result and its evidence.
+        instead: what each concept becomes, within the same template; default: what the model draws
+            for the empty prompt.
+        keep: prompts whose images must stay, above all prompts near the concept, or a file of
+            them; default: the prompts that ship with the package.
+        options: fields of :class:`Forget`, as on the command line.
 
     Returns:
-        The pipeline, the figures and the folder; None with ``plan=True``, which prints.
+        The pipeline, the figures and the folder; None with ``plan=True``, which prints the plan.
 
     Raises:
-        InputError: whatever can be told before time is spent.
+        InputError: an option is wrong, found before time is spent.
     """
     if not isinstance(model, (str, os.PathLike)):
         model = _saved(model, Path(output_dir))
@@ -84,7 +88,7 @@ def forget(
 
 
 def run(config: Forget) -> Forgotten | None:
-    """As the command does it."""
+    """Run a request as the command `ebu forget` does; see `forget`."""
     args: Any = config.resolved()
     if args.plan:
         print(planning.plan(args))
@@ -101,12 +105,12 @@ def run(config: Forget) -> Forgotten | None:
         work.write_text(as_yaml(again(config)), encoding="utf-8")
     figures = pictures.report(args)
     evidence.write(args)
-    print(f"evidence: {args.output_dir / evidence.FILE}, to be checked by `ebu verify`")
+    print(f"evidence: {args.output_dir / evidence.FILE}; check it with `ebu verify`")
     return Forgotten(pictures.after(args), figures, args.output_dir)
 
 
 def again(config: Forget) -> Forget:
-    """What makes the same result in another folder, and never in place of a finished one."""
+    """The config that makes the same result again, without resuming or overwriting a run."""
     return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
@@ -115,7 +119,7 @@ def _listed(words: str | Sequence[str]) -> list[str]:
 
 
 def _saved(pipe: Any, output_dir: Path) -> Path:
-    """A pipeline of the caller's as a folder beside the result."""
+    """The folder next to the result into which the caller's pipeline is saved."""
     if not hasattr(pipe, "save_pretrained"):
         raise InputError(
             f"model must be a file, a folder, a hub id or a pipeline; got {type(pipe).__name__}"

@@ -1,5 +1,5 @@
-"""What a text-to-image model is: pipelines and their families, prompts, what is trained, sets,
-memory counted, results saved and opened, and the evaluation of what is drawn. One part a file."""
+"""Text-to-image models: pipelines and their families, prompts, trained modules, sets, the memory
+count, saving and opening of results, and evaluation. Each part has its own file."""
 
 from .._extras import require
 

@@ -1,4 +1,4 @@
-"""The model card of what unlearn.py makes: README.md for the hub, with the lines that load it."""
+"""The model card (README.md) of a result, with the code that loads the result."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ INDEX, PLACE, BASE = "model_index.json", "<this repository or folder>", "<the ba
 
 
 def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> str:
-    """README.md.
+    """The text of README.md.
 
     Args:
-        base: the folder of the pretrained pipeline, whose own card says its licence.
+        base: the folder of the pretrained pipeline, whose own card names its licence.
         report: ``unlearn.json``.
-        hub: where it is uploaded to, if it is.
+        hub: the hub repository that the result is uploaded to; None without an upload.
     """
     name = str(args.pretrained_model_name_or_path)
     on_hub = not Path(name).exists()
@@ -92,7 +92,7 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
     of = name
     if kind == "single" and family.denoiser == "transformer":
         kind, of = "single transformer", str(args.architecture)
-    # a folder of this machine says nothing to whoever reads it on the hub
+    # a folder on this machine means nothing to a reader on the hub
     of = of if on_hub or not hub else BASE
     code = LOAD[kind].format(
         base=of,
@@ -111,24 +111,24 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
 # {name if on_hub else Path(name).name} without {gone}
 
 Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) with
-ebu_optim; trained: {report["train_modules"]}, {report["trained"]:,} numbers. `unlearn.json` has
-every option.
+ebu_optim; trained: {report["train_modules"]}, {report["trained"]:,} parameters. `unlearn.json`
+lists every option.
 
 ```python
 {code}```
 {spm * (args.method == "spm")}
-Asked for {gone}, the model is to draw {report["instead"]}. How well that is reached, what it costs
-elsewhere, and how easily the concept comes back is not in this card: look at a report, and attack
-the model. Weights that hide a concept do not prove that it is gone. The base
-model's licence{terms} holds for this one too.
+For a prompt with {gone} the model should draw {report["instead"]}. This card does not say how
+well that works, what it costs elsewhere, or how easily the concept comes back: read a report, and
+attack the model. Weights that hide a concept do not prove that it is gone. The base
+model's licence{terms} holds for this model too.
 """
 
 
 def licence(base: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the base's own card, where it has them."""
+    """`license`, `license_name` and `license_link` from the base's own card, if it has them."""
     try:
         found = metadata_load(base / "README.md") or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or one whose header is no YAML
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or its header is not YAML
         return {}
     names = ("license", "license_name", "license_link")
     return {n: str(found[n]) for n in names if isinstance(found.get(n), str)}

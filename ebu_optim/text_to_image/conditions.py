@@ -1,4 +1,4 @@
-"""What the denoiser is told of every prompt, made once and kept in --sets_dir."""
+"""The denoiser's conditions for all prompts, computed once and kept in --sets_dir."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .pipelines import Looked, load, parts
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """What is wrong with a set, NaN in it for one, in one line."""
+    """Turns a ValueError about a set, such as NaN in it, into an InputError of one line."""
     try:
         yield
     except ValueError as error:
@@ -30,8 +30,13 @@ def in_one_line() -> Iterator[None]:
 def conditions(
     args: Any, looked: Looked, folder: Path, texts: list[str], device: Any
 ) -> Conditions:
-    """Of all prompts; the text encoders are gone again afterwards, and so is the VAE, where one
-    made what the prompts share."""
+    """The conditions of all prompts.
+
+    The text encoders are freed afterwards, and so is the VAE where a shared condition needs it.
+
+    Raises:
+        InputError: NaN or Inf in the conditions.
+    """
     family, found = looked.family, parts(folder, args.variant)
     of = [found[part] for pair in family.encoders.items() for part in pair]
     of += [found["settings"]] if family.settings else []
@@ -49,12 +54,12 @@ def conditions(
 
 
 def halved(args: Any, family: Family) -> bool:
-    """Whether the text encoders read in bfloat16."""
+    """Whether the text encoders run in bfloat16."""
     return args.mixed_precision in ("fp16", "bf16") and not family.wide
 
 
 def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any) -> Any:
-    """The conditions of texts by their names in a file; the text encoders end with this call."""
+    """The conditions of `texts` by their names in a file; frees the text encoders afterwards."""
     family, parts_of = looked.family, dict(looked.tokenizers)
     for part in family.encoders:
         read = load(family.kind(part), folder / part, args.variant)
@@ -66,8 +71,8 @@ def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any
 
 
 def to_latents(args: Any, looked: Looked, folder: Path, pixels: Tensor, device: Any) -> Tensor:
-    """By the VAE, which is gone again afterwards."""
+    """Latents (n, C, h, w) of pictures (n, 3, H, W) in [-1, 1]; frees the VAE afterwards."""
     vae = load(looked.family.kind("vae"), folder / "vae", args.variant).to(device)
-    # in float32 whatever --mixed_precision is, as a file's name says nothing of it
+    # always in float32, as the name of the cache file does not include --mixed_precision
     with torch.autocast(torch.device(device).type, enabled=False):
         return looked.family.to_latents(vae, pixels)

@@ -1,4 +1,4 @@
-"""Pictures of a whole pipeline, each from its own starting noise."""
+"""Pictures from a whole pipeline, each from its own starting noise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from .families import named
 
 
 def ready(pipe: Any, dtype: torch.dtype = torch.float32, scheduler: Any = None) -> Any:
-    """The pipeline on the GPU, where there is one; None draws by DDIM, which clips nothing."""
+    """Move the pipeline to the GPU, if there is one, and set its scheduler.
+
+    Args:
+        scheduler: None takes the family's sampler, for Stable Diffusion DDIM without clipping.
+    """
     pipe.scheduler = scheduler or named(type(pipe).__name__).sampler(pipe.scheduler)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            nn.Module.to(part, device, dtype)  # diffusers' own `to` logs a warning for each
+            nn.Module.to(part, device, dtype)  # diffusers' own `to` logs a warning for each part
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -36,13 +40,13 @@ def draw(
     noise: Callable[[int], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """A picture (3, H, W) float32 in [0, 1] on the CPU for each prompt, one batch after the other.
+    """Yield a picture (3, H, W) float32 in [0, 1] on the CPU for each prompt, batch by batch.
 
     Args:
-        seeds: of each picture's noise: whatever else is drawn, it stays the same.
-        noise: number of a picture -> its noise (1, C, h, w); None: the pipeline's own, of a
-            generator on the CPU.
-        options: of the pipeline: num_inference_steps, guidance_scale, ...
+        seeds: one seed per picture for its noise, which does not depend on the other pictures.
+        noise: index of a picture -> its noise (1, C, h, w); None: the pipeline draws the noise from
+            a generator on the CPU.
+        options: arguments of the pipeline: num_inference_steps, guidance_scale, ...
     """
     for i in tqdm(range(0, len(texts), batch), "drawing"):
         if noise is not None:
@@ -53,8 +57,8 @@ def draw(
 
 @torch.no_grad()
 def together(pipe: Any, texts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
-    """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, of one call of the pipeline."""
-    if "negative_prompt" in options:  # some pipelines take as many as prompts
+    """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, from one call of the pipeline."""
+    if "negative_prompt" in options:  # some pipelines need one per prompt
         options["negative_prompt"] = [options["negative_prompt"]] * len(texts)
     sources = [torch.Generator().manual_seed(s) for s in seeds]
     x = pipe(prompt=list(texts), generator=sources, output_type="pt", **options).images
@@ -62,10 +66,15 @@ def together(pipe: Any, texts: Sequence[str], seeds: Sequence[int], **options: A
 
 
 def save(x: Tensor, file: Path, whose: str, remedy: str, said: Mapping[str, str] = {}) -> None:
-    """A picture (3, H, W) in [0, 1] as a PNG file of 8 bits, with texts in it by name.
+    """Save a picture (3, H, W) in [0, 1] as an 8-bit PNG file.
+
+    Args:
+        whose: the model that drew it, for the message.
+        remedy: the end of the message.
+        said: texts to store in the file, by name.
 
     Raises:
-        InputError: NaN or Inf: as 8 bits it would be black, and seem to be forgotten.
+        InputError: the picture has NaN or Inf. In 8 bits it would be black and look forgotten.
     """
     if not x.isfinite().all():
         raise InputError(f"{whose} draws NaN: its weights have diverged{remedy}")

@@ -1,15 +1,15 @@
-"""Draw what a text-to-image pipeline makes of prompts, from fixed noise, and measure it.
+"""Draw pictures of prompts with a text-to-image pipeline, from fixed noise, and measure them.
 
     python examples/stable_diffusion/evaluate.py \\
         --pretrained_model_name_or_path outputs/without_cassette_player/pipeline \\
         --imagenette --forget "cassette player" --reference_dir outputs/base_evaluated \\
         --metrics imagenette clip_score lpips --output_dir outputs/evaluated
 
---reference_dir is what the same command made of the base, without lpips.
-The i-th picture of a prompt starts from the noise of seed + i, before and after unlearning. What
-was drawn is in output_dir/images; the figures, in output_dir/evaluation.json. A metric whose
-weights are not to be had is "not computed", with its reason. Drawing goes on where it was
-interrupted.
+--reference_dir is the output of the same command for the base model, without lpips.
+Picture i of a prompt starts from the noise of seed + i, before and after unlearning. The pictures
+are in output_dir/images, the figures in output_dir/evaluation.json. A metric whose weights are not
+available is "not computed", with the reason. An interrupted run continues drawing where it
+stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .evaluation_options import RESULT, Evaluation
 from .prompt_files import Row
 from .prompts import check_lengths
 
-#: The figures of each metric, as a report calls them.
+#: The figures of each metric, by their names in a report.
 KNOWN = {
     "imagenette": METRICS,
     "nudity": ("nudity_score",),
@@ -49,7 +49,7 @@ KNOWN = {
     "lpips": ("lpips_f", "lpips_r"),
     "fid": ("fid", "kid_mean"),
 }
-#: What the metrics' functions call an option of this script: their messages say what to give.
+#: Argument of a metric's function -> the option of this script that messages name instead.
 ARGUMENTS = {
     "imagenette": {"weights_file": "--resnet_weights"},
     "nudity": {},
@@ -60,7 +60,7 @@ ARGUMENTS = {
 
 
 def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], folder: Path) -> None:
-    """PNG files into `folder`, those that are missing; one guidance after the other."""
+    """Draw the PNG files that `folder` lacks, one guidance scale after the other."""
     missing = [name for name in wanted if not (folder / name).exists()]
     if not missing:
         return
@@ -90,14 +90,14 @@ def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], fol
         )
     )
     for name, x in pictures:
-        remedy = ", or float16 is too small for it: leave --half out" if args.half else ""
+        remedy = ", or float16 overflows: leave --half out" if args.half else ""
         drawing.save(x, folder / name, args.pretrained_model_name_or_path, remedy)
 
 
 def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Values by their keys in a report, and every metric's own protocol."""
+    """The values by their keys in a report, and the protocol of every metric."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # of the metrics that need them
+    # only the metrics that need these read them
     reference, real = args.reference_dir or Path(), args.real_images or Path()
     gone = [n for n in drawn if drawn[n] in args.forgotten]
     kept = [n for n in drawn if drawn[n] not in args.forgotten]
@@ -172,7 +172,11 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 
 
 def evaluate(args: Evaluation) -> None:
-    """Draw and measure, and write the results to ``args.output_dir``."""
+    """Draw and measure, and write the results to ``args.output_dir``.
+
+    Raises:
+        InputError: the pipeline, the prompts, the metrics or the output folder do not fit.
+    """
     looked, out = pipelines.look(results.whole(args, args.base_model)), args.output_dir
     args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")

@@ -1,4 +1,4 @@
-"""What evaluate.py draws and measures, checked before anything is drawn."""
+"""The options of evaluate.py, checked before anything is drawn."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .prompts import fill
 
 RESULT = "evaluation.json"
 WEIGHTS = "File of {} weights, for machines without a network."
-#: Options in which pictures must agree to be compared one by one.
+#: Options that must agree for pictures to be compared one by one.
 SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(NudityOptions, Model):
-    """What is drawn, and how it is measured.
+    """What to draw and how to measure it.
 
     Raises:
-        InputError: a number that cannot be; prompts, folders or files that do not fit the metrics;
-            an output folder that holds a finished evaluation.
+        InputError: a value is out of range; prompts, folders or files do not fit the metrics; the
+            output folder holds a finished evaluation.
     """
 
     base_model: str | None = option(
@@ -40,43 +40,43 @@ class Evaluation(NudityOptions, Model):
     prompts: list[str] | None = option(
         None,
         help="Prompts or files of them: .txt, or .csv and .parquet with a column `prompt`, "
-        "whose rows may have a seed and a guidance of their own.",
+        "whose rows may have their own seed and guidance scale.",
     )
     ignore_row_settings: bool = option(
-        False, help="Draw every row with --seed and --guidance_scale, not with its own."
+        False, help="Draw every row with --seed and --guidance_scale, not with the row's values."
     )
     truncate: bool = option(
-        False, help="Cut prompts that are too long for the tokenizer, as published lists need it."
+        False, help="Cut prompts that are too long for the tokenizer. Published lists need this."
     )
     imagenette: bool = option(False, help="Draw a prompt for each of Imagenette's ten classes.")
-    template: str = option("an image of {}", help="The prompts of --imagenette.")
+    template: str = option("an image of {}", help="Template of the prompts of --imagenette.")
     forget: list[str] = option(
         [], help="The forgotten prompts or classes. All other pictures count as kept."
     )
     images_per_prompt: int = option(10, help="Pictures of each prompt.")
     num_inference_steps: int = option(50, help="DDIM steps of each picture.")
     guidance_scale: float | None = option(
-        None, help="Guidance of each picture. Default: that of the model's family."
+        None, help="Guidance scale of each picture. Default: that of the model's family."
     )
     sample_batch_size: int = option(4, help="Pictures that are drawn at once.")
-    seed: int = option(0, help="Seed of the first picture of each prompt; the k-th has seed + k.")
+    seed: int = option(0, help="Seed of picture 0 of each prompt; picture k has seed + k.")
     half: bool = option(False, help="Draw in float16; needs a GPU.")
     output_dir: Path = option(help="Folder for the pictures and figures.")
-    overwrite: bool = option(False, help="Draw and measure anew.")
+    overwrite: bool = option(False, help="Draw and measure again.")
     metrics: list[Literal["imagenette", "nudity", "clip_score", "lpips", "fid"]] = option(
         [], nargs="*", help="Metrics to compute; none: only draw."
     )
     reference_dir: Path | None = option(
-        None, help="What this script made of the base model; lpips compares with it."
+        None, help="Output folder of this script for the base model; lpips compares with it."
     )
     real_images: Path | None = option(
-        None, help="Folder of real images of what is kept; fid compares with it."
+        None, help="Folder of real images of the kept prompts; fid compares with it."
     )
     noise_images: int = option(
-        64, help="Pictures of noise that ResNet-50 judges beside the model's."
+        64, help="Pictures of noise that ResNet-50 classifies too, for comparison."
     )
     over: Literal["imagenet", "imagenette"] = option(
-        "imagenet", help="The classes over which CE and RA are taken: all 1000 or Imagenette's ten."
+        "imagenet", help="Classes over which CE and RA are computed: all 1000 or Imagenette's ten."
     )
     resnet_weights: Path | None = option(None, help=WEIGHTS.format("ResNet-50"))
     alexnet_weights: Path | None = option(None, help=WEIGHTS.format("--lpips_net's"))
@@ -97,7 +97,7 @@ class Evaluation(NudityOptions, Model):
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The prompts, with the settings of their own that are used."""
+        """The prompts, each with its own seed and guidance scale if these are used."""
         if self.imagenette:
             return [Row(fill(self.template, c)) for c in CLASSES]
         found = rows(self.prompts or [], "--prompts")
@@ -111,7 +111,7 @@ class Evaluation(NudityOptions, Model):
 
     @cached_property
     def forgotten(self) -> list[str]:
-        """Those that are not to be drawn any more."""
+        """The prompts that the model should have forgotten."""
         if self.imagenette:
             return [fill(self.template, c) for c in self.forget]
         return read(self.forget, "--forget")
@@ -135,7 +135,7 @@ class Evaluation(NudityOptions, Model):
         }
 
     def said(self) -> dict[str, str]:
-        """All options, and what they come to."""
+        """All options as text, with the prompts that they resolve to."""
         own = any(row != Row(row.prompt) for row in self.rows)
         texts = [tuple(row) for row in self.rows] if own else self.texts
         found = {**as_dict(self), "texts": texts, "forgotten": self.forgotten}
@@ -157,14 +157,16 @@ class Evaluation(NudityOptions, Model):
         _check_metrics(self)
         folder = self.reference_dir
         if folder and not (folder / RESULT).is_file():
-            raise InputError(f"--reference_dir {folder} holds no {RESULT} of this script")
+            raise InputError(
+                f"--reference_dir {folder} has no {RESULT}: give an output folder of this script"
+            )
         if "lpips" in self.metrics:
             _check_reference(self)
         if (self.output_dir / RESULT).exists() and not self.overwrite:
             raise InputError(
                 f"--output_dir {self.output_dir} holds a finished evaluation: delete its {RESULT} "
-                "to measure the same pictures anew, give --overwrite to draw anew too, or another "
-                "folder"
+                "to measure the same pictures again, give --overwrite to draw again too, or give "
+                "another folder"
             )
 
 
@@ -177,13 +179,13 @@ def _check_prompts(args: Evaluation) -> None:
     for i, text in enumerate(args.forgotten):
         if text not in texts:
             given = args.forget[i] if args.imagenette else text
-            what = f"there is {', '.join(CLASSES)}" if args.imagenette else "it is none of them"
-            raise InputError(f"--forget {given!r} is to be one of the prompts: {what}")
+            what = f" of {', '.join(CLASSES)}" if args.imagenette else ""
+            raise InputError(f"--forget {given!r} must be one of the prompts{what}")
 
 
 def _check_metrics(args: Evaluation) -> None:
     if "imagenette" in args.metrics and not (args.imagenette and args.forget):
-        raise InputError("--metrics imagenette judges pictures of --imagenette, with a --forget")
+        raise InputError("--metrics imagenette needs --imagenette and --forget: give both")
     for metric, name in (("lpips", "reference_dir"), ("fid", "real_images")):
         folder = getattr(args, name)
         if metric in args.metrics and not (folder and folder.is_dir()):
@@ -203,12 +205,12 @@ def _check_metrics(args: Evaluation) -> None:
 
 
 def _check_reference(args: Evaluation) -> None:
-    """That its pictures pair up with those which are to be drawn."""
+    """Check that the reference pictures pair up with the pictures to draw."""
     assert args.reference_dir
     reference = json.loads((args.reference_dir / RESULT).read_text())
     before = reference["protocol"]["options"]
-    for name in SAME:  # or the distance would be that of other noise
-        value = getattr(args, name)  # None: the family's, which is not known yet
+    for name in SAME:  # otherwise the distance would include that between different noise
+        value = getattr(args, name)  # None: the family's default, which is not known yet
         if value is not None and before[name] != str(value):
             raise InputError(
                 f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
@@ -216,6 +218,6 @@ def _check_reference(args: Evaluation) -> None:
             )
     if reference["images"] != args.files or before["texts"] != args.said()["texts"]:
         raise InputError(
-            f"--reference_dir {args.reference_dir} is of other prompts or of another number of "
+            f"--reference_dir {args.reference_dir} has other prompts or another number of "
             "pictures: measure the base with the same options"
         )

@@ -1,4 +1,4 @@
-"""Attention on tensors without data, as a fused kernel would have it."""
+"""Attention on meta tensors that saves what a fused kernel would save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Flash(torch.autograd.Function):
-    """Saves what a fused attention saves: inputs and output."""
+    """Saves what a fused attention kernel saves: the inputs and the output."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class _Flash(torch.autograd.Function):
 
 
 class Fused(TorchFunctionMode):
-    """Every attention is `_Flash`: the default one has no fused kernel for tensors without data."""
+    """Replaces every attention by `_Flash`, as torch has no fused kernel for meta tensors."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

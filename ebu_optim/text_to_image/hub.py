@@ -1,4 +1,4 @@
-"""Upload the result to the hub: what can go wrong is asked beforehand, and loses nothing."""
+"""Upload the result to the hub. Everything that can fail is checked first, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..training.fields import option
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """Whether and where to the result is uploaded."""
+    """Whether and where the result is uploaded."""
 
     group: ClassVar[str] = "hub"
 
@@ -31,20 +31,20 @@ class HubOptions:
 
     @property
     def hub(self) -> str | None:
-        """Where the result is uploaded to, if it is."""
+        """The repository that the result is uploaded to; None without an upload."""
         return self.hub_model_id if self.push_to_hub else None
 
     def check_hub(self) -> None:
-        """What can be said without a network.
+        """Check what can be checked without a network.
 
         Raises:
-            InputError: no name for the hub; no token here; options without --push_to_hub.
+            InputError: an invalid repository name, no token, or hub options without --push_to_hub.
         """
         if not self.push_to_hub:
             for name in ("hub_model_id", "hub_private_repo"):
                 if getattr(self, name):
                     raise InputError(
-                        f"--{name} is for --push_to_hub: give that too, or leave it out"
+                        f"--{name} needs --push_to_hub: give that too, or leave --{name} out"
                     )
             return
         try:
@@ -53,17 +53,20 @@ class HubOptions:
             raise InputError(f"--hub_model_id {self.hub_model_id}: {error}") from error
         if huggingface_hub.get_token() is None:
             raise InputError(
-                "--push_to_hub: there is no token here: log in with `hf auth login`, with a token "
-                "that may write"
+                "--push_to_hub: this machine has no token: log in with `hf auth login`, with a "
+                "token that can write"
             )
 
 
 def create(args: Any, accelerator: Any) -> str | None:
-    """Make the repository, where it is not there yet; its whole name, None without --push_to_hub.
+    """Create the repository if it does not exist.
+
+    Returns:
+        Its full name; None without --push_to_hub.
 
     Raises:
-        InputError: in all processes: no network, a token that may not write there, or the
-            repository is public and --hub_private_repo is asked for.
+        InputError: on all processes: no network, a token that cannot write there, or a public
+            repository with --hub_private_repo.
     """
     if not args.push_to_hub:
         return None
@@ -80,30 +83,30 @@ def create(args: Any, accelerator: Any) -> str | None:
 
 
 def _create(name: str, private: bool) -> str:
-    # a repository that is there keeps its visibility, whatever is asked
+    # the hub keeps the visibility of an existing repository, whatever `private` says
     try:
         visible = {"private": True} if private else {}
         name = huggingface_hub.create_repo(name, exist_ok=True, **visible).repo_id
         public = private and not huggingface_hub.model_info(name).private
-    except Exception as error:  # the client's own kinds, and those of what it is made of
+    except Exception as error:  # the client's own types, and those of the libraries under it
         raise InputError(
-            f"--hub_model_id {name} cannot be made on the hub ({_short(error)}). Is there a "
-            "network, is the owner you or an organization of yours, may your token write (`hf auth "
-            "login`)? Without --push_to_hub the result can be uploaded later"
+            f"--hub_model_id {name} cannot be created on the hub ({_short(error)}). Check the "
+            "network, that you or your organization own the name, and that your token can write "
+            "(`hf auth login`). Without --push_to_hub the result can be uploaded later"
         ) from error
     if public:
         raise InputError(
-            f"--hub_private_repo: {name} is on the hub already, and public: give another "
+            f"--hub_private_repo: {name} already exists on the hub and is public: give another "
             "--hub_model_id, or make it private in its settings"
         )
     return name
 
 
 def upload(args: Any, folder: Path, message: str) -> str:
-    """Upload the folder in one commit; the address.
+    """Upload the folder in one commit and return its address.
 
     Raises:
-        InputError: with the command that goes on.
+        InputError: the upload failed. The message has the command that continues it.
     """
     name = args.hub_model_id
     try:
@@ -111,7 +114,7 @@ def upload(args: Any, folder: Path, message: str) -> str:
     except Exception as error:
         raise InputError(
             f"the upload to {name} failed ({_short(error)}). Nothing is lost: the result is in "
-            f"{folder}, and this goes on:\n  hf upload {name} {shlex.quote(str(folder))}"
+            f"{folder}, and this command continues:\n  hf upload {name} {shlex.quote(str(folder))}"
         ) from error
     return f"https://huggingface.co/{name}"
 

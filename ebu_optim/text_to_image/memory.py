@@ -1,4 +1,4 @@
-"""What a run needs in GPU memory, by counting on models without weights."""
+"""The GPU memory that a run needs, counted on models without weights (meta tensors)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rows = dict[str, int]
 
 
 class Cost(NamedTuple):
-    """Bytes by phase and by what they are for, and numbers of parameters."""
+    """Bytes by phase and purpose, and the numbers of trained and frozen parameters."""
 
     phases: dict[str, Rows]
     trained: int
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
         return max(sum(rows.values()) for rows in self.phases.values())
 
     def report(self) -> dict[str, Any]:
-        """As unlearn.json has it; "peak" may be compared with what is measured."""
+        """The entry in unlearn.json; "peak" can be compared with the measured memory."""
         there = {k: {n: v for n, v in rows.items() if v} for k, rows in self.phases.items()}
         return {"peak": self.peak, **there}
 
@@ -59,12 +59,13 @@ class Cost(NamedTuple):
 def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
     """The cost of --method with --train_modules on this pipeline, phase by phase.
 
-    Weights, gradients and optimizer state are exact, of the text encoders nothing else is counted.
-    Activations are what autograd saves of a pass, or what is alive at once in a pass without it,
-    in float32, with an attention that keeps no matrix of scores. The libraries take 1 GiB more.
+    Weights, gradients and optimizer state are exact. Only the weights of the text encoders are
+    counted. Activations are what autograd saves in a pass, or what is alive at once in a pass
+    without autograd, in float32, with an attention that keeps no score matrix. The CUDA libraries
+    take 1 GiB more.
 
     Raises:
-        InputError: as of `choose`.
+        InputError: see `choose`.
     """
     args = looked.family.guided(args, looked.unet)
     half = args.mixed_precision in ("fp16", "bf16")
@@ -83,7 +84,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         "frozen weights": frozen * bits - small,
         "trained weights": trained * 4,
         "prompts": len(prompts.texts) * one.prompt,
-        "adversaries": 4 * attacked(args) * one.prompt,  # with a gradient and Adam's moments
+        "adversaries": 4 * attacked(args) * one.prompt,  # value, gradient and Adam's two moments
         **_between_steps(args, trained, source),
     }
     encoders = text_encoders(looked)
@@ -114,14 +115,14 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         guided = looked.family.passes(looked.unet, args.validation_guidance_scale)
         sampling = {**copies, "activations": guided * one.drawn}
         phases["validation"] = {**between, **_larger(sampling, one.decoded)}
-    if getattr(args, "evidence_images", 0):  # of `ebu forget`
+    if getattr(args, "evidence_images", 0):  # an option of `ebu forget`
         width = 2 if sets.halved(args, looked.family) else 4  # see `takedown.pictures`
         phases["report"] = {"frozen weights": whole * width, **_report(args, looked, one, read)}
     return Cost(phases, trained, frozen)
 
 
 def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
-    """What the optimizer holds from one step to the next."""
+    """Bytes that the optimizer holds from one step to the next."""
     penalty = methods[args.method].build.keywords.get("penalty") != "none"
     held = source is not None and penalty and args.fisher != "none"
     return {
@@ -135,7 +136,7 @@ def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
 
 
 def _sets(args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, unet: int) -> Rows:
-    """Making the sets, of which there are `kinds`, with a denoiser of so many bytes."""
+    """Bytes while `kinds` sets are made, with a denoiser of `unet` bytes."""
     sampled = sets.sampled(args, looked, prompts)
     images = max((min(c, args.sample_batch_size) * each for c, each in sampled), default=0)
     encoding = one.encoded if len(sampled) < kinds else {}
@@ -145,8 +146,9 @@ def _sets(args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, 
 
 
 def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
-    """Drawing a batch with the whole pipeline, beside the denoiser's weights; the VAE's and what is
-    alive are counted in float32."""
+    """Bytes to draw a batch with the whole pipeline, without the denoiser's weights.
+
+    The VAE's weights and the activations are counted in float32."""
     batch = min(args.sample_batch_size, args.evidence_images * max(args.evidence_prompts, 1))
     drawn = one.drawn * looked.family.passes(looked.unet, args.guidance_scale)
     most = batch * max(drawn, one.decoded["activations"])
@@ -154,7 +156,7 @@ def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
 
 
 def _kept(args: Any, one: Passes) -> int:
-    """What a batch keeps for its backward pass."""
+    """Bytes that a batch keeps for its backward pass."""
     anchors = ANCHORS if methods[args.method].adapter else 0
     # the forget losses of all adversaries are one sum
     kept = max(args.train_batch_size * (1 + attacked(args)), anchors)
@@ -162,8 +164,10 @@ def _kept(args: Any, one: Passes) -> int:
 
 
 def _step(args: Any, trained: int) -> int:
-    """Torch's Adam takes the square roots of all second moments at once, on a GPU; weights that are
-    to stay are put back afterwards."""
+    """Bytes that a step takes for a moment.
+
+    On a GPU torch's Adam computes the square roots of all second moments at once. A method that
+    freezes some weights also keeps a copy of the trained tensors, to put these back."""
     frozen = methods[args.method].masked or args.method_options.get("unrelated") == "freeze"
     return trained * 4 * (2 if frozen else 1)
 
@@ -173,12 +177,12 @@ def _numel(tensors: Iterable[Tensor]) -> int:
 
 
 def _larger(*rows: Rows) -> Rows:
-    """Of what is there at different times."""
+    """The largest of rows that exist at different times."""
     return max(rows, key=lambda found: sum(found.values()))
 
 
 class Passes(NamedTuple):
-    """Bytes of one image and one prompt, see `passes`."""
+    """Bytes for one image and one prompt, see `passes`."""
 
     kept: int
     kept_checkpointed: int
@@ -189,8 +193,10 @@ class Passes(NamedTuple):
 
 
 def passes(unet: Any, looked: Looked) -> Passes:
-    """What a forward pass keeps for its backward pass (with gradient checkpointing: the rest, the
-    units' inputs and the largest unit), and the most that a pass without one has at once."""
+    """Bytes that a forward pass keeps for its backward pass, and the peak without a backward pass.
+
+    With gradient checkpointing a pass keeps the inputs of the units, the largest unit, and what is
+    outside of all units."""
     family = looked.family
     shapes = family.shapes(unet.config, looked.tokenizer.model_max_length)
     with torch.device("meta"):
@@ -216,7 +222,7 @@ def passes(unet: Any, looked: Looked) -> Passes:
 
 
 def text_encoders(looked: Looked) -> int:
-    """Bytes of their weights."""
+    """Bytes of the text encoders' weights in float32."""
     with torch.device("meta"):
         kinds = ((looked.family.kind(p), looked.configs.get(p)) for p in looked.family.encoders)
         found = [kind(kind.config_class.from_dict(dict(c))) for kind, c in kinds if c]
@@ -225,14 +231,14 @@ def text_encoders(looked: Looked) -> int:
 
 @torch.no_grad()
 def alive(module: nn.Module, run: Callable[[], Any]) -> int:
-    """The most bytes of tensors that are there at once in a pass without gradients."""
+    """The most bytes of tensors that exist at once in a pass without gradients."""
     with _Alive(module) as found:
         run()
     return found.peak
 
 
 class _Alive(TorchDispatchMode):
-    """Follows each storage that an operation makes until it is gone."""
+    """Follows each storage that an operation creates until it is freed."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -262,12 +268,15 @@ class _Alive(TorchDispatchMode):
 def saved(
     unet: nn.Module, kinds: Collection[str]
 ) -> Iterator[tuple[dict[Any, int], dict[Any, int]]]:
-    """Bytes that autograd saves inside the block, by the unit of gradient checkpointing (of a class
-    in `kinds`; None: outside of all), each storage once and no parameter; and of units' inputs."""
+    """Counts the bytes that autograd saves inside the block, and those of the units' inputs.
+
+    Both are by the name of a unit of gradient checkpointing, a module whose class is in `kinds`;
+    the key None is what is outside of all units. Each storage counts once, parameters not at all.
+    """
     units: dict[Any, int] = {}
     inputs: dict[Any, int] = {}
     inside: list[str] = []
-    alive: dict[int, Tensor] = {}  # a storage that is gone could give its name to another
+    alive: dict[int, Tensor] = {}  # holds the storages: a new one could reuse a freed address
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
 
     def pack(t: Tensor) -> Tensor:
@@ -280,7 +289,7 @@ def saved(
 
     def enter(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         inside.append(name)
-        given = args or named.values()  # transformers call their blocks by name alone
+        given = args or named.values()  # transformers call their blocks with keyword arguments
         inputs[name] = sum(a.numel() * a.element_size() for a in given if isinstance(a, Tensor))
 
     handles = []

@@ -1,5 +1,4 @@
-"""Which weights of the denoiser are trained, and the denoiser as a model whose conditions are
-numbers."""
+"""Which weights of the denoiser are trained, and a denoiser whose conditions are prompt numbers."""
 
 from __future__ import annotations
 
@@ -39,20 +38,20 @@ Modules = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleOptions:
-    """What is trained."""
+    """Which weights are trained."""
 
     group: ClassVar[str] = "what is trained"
 
     train_modules: Modules | None = option(
         None,
-        help="Which parts of the denoiser are trained. Default: xattn; for `ebu forget` what "
-        "the preset says; SPM trains adapters of its own.",
+        help="Parts of the denoiser that are trained. Default: xattn; for `ebu forget` the "
+        "preset's. SPM trains its own adapters.",
     )
     rank: int = option(4, help="Rank of a LoRA.")
     lora_alpha: float | None = option(None, help="Alpha of a LoRA. Default: its rank.")
     lora_target_modules: list[str] | None = option(
         None,
-        help="Layers that get a LoRA: names, or their ends. Default: cross attention of a "
+        help="Layers that get a LoRA: names or ends of names. Default: the cross attention of a "
         "UNet, all attention of a transformer.",
     )
     quantize: Quantize | None = option(
@@ -62,13 +61,14 @@ class ModuleOptions:
     )
     gradient_checkpointing: bool = option(
         False,
-        help="Compute activations again in the backward pass: less memory, about a third "
-        "more time.",
+        help="Recompute activations in the backward pass: less memory, about a third more time.",
     )
 
     def check_modules(self) -> None:
-        """Raises:
-        InputError: a number that cannot be.
+        """Check the values.
+
+        Raises:
+            InputError: a value is out of range, or --quantize without a LoRA.
         """
         if self.rank < 1:
             raise InputError(f"--rank must be >= 1; got {self.rank}")
@@ -77,7 +77,8 @@ class ModuleOptions:
         if self.quantize is not None and self.train_modules != "lora":
             raise InputError(
                 f"--quantize {self.quantize}: --train_modules {self.train_modules} trains the "
-                "weights themselves, and only frozen ones are quantized: give --train_modules lora"
+                "weights themselves, and only frozen weights can be quantized: give "
+                "--train_modules lora"
             )
 
 
@@ -86,10 +87,10 @@ def is_adapter(args: Any) -> bool:
 
 
 def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
-    """Set requires_grad of the denoiser's parameters; put in an adapter where one is trained.
+    """Set requires_grad of the denoiser's parameters; add the adapter if one is trained.
 
     Raises:
-        InputError: nothing is selected, or a LoRA target does not exist; nothing was changed.
+        InputError: nothing is selected, or a LoRA target does not exist. Nothing was changed then.
     """
     unread = family.unread(unet.config)
     if not is_adapter(args):
@@ -154,7 +155,7 @@ def lora_layers(unet: nn.Module, ends: Sequence[str]) -> list[str]:
 
 
 def spm_layers(unet: nn.Module) -> list[str]:
-    """SPM's: every Linear and Conv2d under a Transformer2DModel."""
+    """The layers that SPM adapts: every Linear and Conv2d under a Transformer2DModel."""
     inside = [n for n, m in unet.named_modules() if type(m).__name__ == "Transformer2DModel"]
     found = [
         n
@@ -167,8 +168,9 @@ def spm_layers(unet: nn.Module) -> list[str]:
 
 
 def halve_frozen(unet: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen weights of Linear and Conv2d, almost all there are, in 16 bits; autocast computes in
-    these anyway."""
+    """Cast the frozen weights of Linear and Conv2d layers, which are almost all, to 16 bits.
+
+    Autocast computes these layers in 16 bits anyway."""
     for module in unet.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             for p in module.parameters(recurse=False):
@@ -177,13 +179,15 @@ def halve_frozen(unet: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Prompted(nn.Module):
-    """A denoiser whose condition is the number of a prompt, as ``class_labels``: the losses, sets
-    and Fisher of class-conditional models serve as they are. Conditions themselves may be given by
-    their names instead, such as ``encoder_hidden_states``, or beside numbers.
+    """A denoiser whose condition is the number of a prompt, passed as ``class_labels``.
+
+    The losses, sets and Fisher of class-conditional models therefore work unchanged. Conditions can
+    also be given by name, such as ``encoder_hidden_states``, instead of numbers or to override
+    single conditions of these.
 
     Args:
-        conditions: of all prompts; a tensor: text embeddings (n, L, D).
-        family: the denoiser's.
+        conditions: the conditions of all prompts; a tensor means text embeddings (n, L, D).
+        family: the denoiser's family.
     """
 
     def __init__(
@@ -206,7 +210,7 @@ class Prompted(nn.Module):
         return self.get_submodule(self.family.denoiser)
 
     def condition(self, class_labels: Tensor) -> dict[str, Tensor]:
-        """Of numbered prompts, by its names."""
+        """The conditions of numbered prompts (n,), by name, each with n rows."""
         of = {name: shape for name, shape in self.shapes.items() if name not in self.masks}
         masks = {name: self.get_buffer(name)[class_labels] for name in self.masks}
         return split(self.class_embedding(class_labels), of) | masks
@@ -232,7 +236,7 @@ class Prompted(nn.Module):
 
 
 class Trained:
-    """What a checkpoint holds of the model: the trained tensors."""
+    """The part of the model that a checkpoint holds: the trained tensors."""
 
     def __init__(self, model: Prompted) -> None:
         self.model = model
@@ -243,14 +247,16 @@ class Trained:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         ours = self.model.trained()
         if ours.keys() != state.keys():
-            raise ValueError(f"other tensors are trained: {sorted(ours.keys() ^ state.keys())[:3]}")
+            raise ValueError(
+                f"checkpoint with other trained tensors: {sorted(ours.keys() ^ state.keys())[:3]}"
+            )
         with torch.no_grad():
             for n, p in ours.items():
                 p.copy_(state[n])
 
 
 class Theta0:
-    """The pretrained weights for `ebu_optim.diffusion.anchored`, where the optimizer has none."""
+    """The pretrained weights for `ebu_optim.diffusion.anchored`, if the optimizer keeps none."""
 
     def __init__(self, model: Prompted) -> None:
         self.held = {p: p.detach().clone() for p in model.trained().values()}

@@ -1,4 +1,4 @@
-"""What counts as nudity: options of evaluate.py and of attack.py's judge."""
+"""What counts as nudity: options of evaluate.py and of the judge of attack.py."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ SETS = {"exposed": EXPOSED, "intimate": INTIMATE}
 
 @dataclass(frozen=True, kw_only=True)
 class NudityOptions:
-    """What counts."""
+    """Which detections count as nudity."""
 
     nudity_labels: list[str] = option(
         ["exposed"],
         metavar="LABEL",
-        help="Labels of NudeNet that count. exposed: all nine with that word; intimate: five "
-        "of them.",
+        help="Labels of NudeNet that count. exposed: all nine whose name contains that word; "
+        "intimate: five of them.",
     )
-    nudity_threshold: float = option(FLOOR, help="Score from which a detection counts.")
+    nudity_threshold: float = option(FLOOR, help="Smallest score of a detection that counts.")
     nudity_colours: Literal["rgb", "file"] = option(
         "rgb",
         help="Order of the colours that NudeNet sees. file: BGR, as NudeNet itself reads files.",
     )
 
     def check_nudity(self) -> None:
-        """Raises:
-        InputError: an unknown label, a threshold that cannot be.
+        """Check the values.
+
+        Raises:
+            InputError: an unknown label, or a threshold out of range.
         """
         known = (*SETS, *LABELS)
         if unknown := [name for name in self.nudity_labels if name not in known]:
-            raise InputError(f"--nudity_labels {unknown[0]}: there is {', '.join(known)}")
+            raise InputError(
+                f"--nudity_labels {unknown[0]}: no such label; give one of {', '.join(known)}"
+            )
         if not FLOOR <= self.nudity_threshold < 1:
             raise InputError(
-                f"--nudity_threshold must be in [{FLOOR}, 1), NudeNet drops what scores less; "
+                f"--nudity_threshold must be in [{FLOOR}, 1), as NudeNet drops lower scores; "
                 f"got {self.nudity_threshold}"
             )
 

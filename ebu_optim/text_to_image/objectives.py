@@ -1,5 +1,5 @@
-"""The forget and the remember loss of unlearn.py: those of class-conditional models on numbered
-prompts, and SPM's."""
+"""The forget and remember losses of unlearn.py: those of class-conditional models, on numbered
+prompts, and those of SPM."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ..diffusion import anchor_loss, esd_loss, evaluating, partly_denoised, rand
 from ..diffusion.objectives import Objectives
 from .prompts import Prompts
 
-ANCHORS = 4  # SPM's random embeddings a step
+ANCHORS = 4  # random embeddings of SPM in each step
 
 
 class TextObjectives(Objectives):
-    """As of class-conditional models. Beside what these take, `prompts` says which prompt has which
-    part, and `raw` is a `modules.Prompted`."""
+    """The objectives of class-conditional models, for text-to-image models.
+
+    In addition to their arguments, `prompts` says which prompt plays which part, and `raw` is a
+    `modules.Prompted`."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class TextObjectives(Objectives):
             return super().remember()
         erased = self.raw.condition(self.erased)
         anchors = {name: random_anchors(t[0], ANCHORS) for name, t in erased.items()}
-        # at the first of the points where the forget loss just was
+        # at the first of the points at which the forget loss was just computed
         return anchor_loss(
             self.model,
             self.teacher,

@@ -23,7 +23,7 @@ from .save import ADAPTERS, SaveOptions
 from .sets import SetOptions
 from .validation import ValidationOptions
 
-#: --method: short names, and those of the table that text-to-image models have.
+#: --method: short names, and the methods of the table that work for text-to-image models.
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
 METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_only")))
 
@@ -43,15 +43,15 @@ class Unlearn(
     PromptOptions,
     Model,
 ):
-    """All that a run depends on.
+    """All options of a run.
 
     Raises:
-        InputError: numbers and options that cannot be, or not together.
+        InputError: a value is out of range, or two options exclude each other.
     """
 
     method: Literal[METHODS] = option("ebu", help='Method of unlearning; "ebu" is ebu_added.')  # type: ignore[valid-type]
     fisher: Literal["online", "estimate", "none"] | None = option(
-        None, help="Where F comes from. Default: online; for SA it is estimated."
+        None, help="Source of F. Default: online; for SA: estimate."
     )
     remember: Literal["replay", "distill", "crossed"] = option(
         "replay", flag="--remember_loss", help=REMEMBER_LOSS
@@ -68,7 +68,7 @@ class Unlearn(
     )
 
     def resolved(self) -> Unlearn:
-        """With the defaults that depend on other options; `self` where it has them all."""
+        """A copy with the defaults that depend on other options; `self` if none is missing."""
         method = ALIASES.get(self.method, self.method)
         recipe = methods[method]
         adapter = recipe.adapter or self.train_modules == "lora"
@@ -94,26 +94,26 @@ class Unlearn(
     def __post_init__(self) -> None:
         check_choices(type(self), as_dict(self))
         if self.resolved() is not self:
-            return  # that one is checked
+            return  # the resolved copy runs these checks
         self.check_training()
         self.check_method()
         if methods[self.method].adapter and self.train_modules is not None:
             raise InputError(
-                f"--train_modules {self.train_modules}: SPM trains adapters of its own; leave it "
-                "out"
+                f"--train_modules {self.train_modules}: SPM trains its own adapters; leave the "
+                "option out"
             )
         self.check_modules()
         self.check_losses()
         self.check_adversary()
         self.check_relearner()
         if self.adversary_prompts and not adversary.attacked(self):
-            raise InputError("--adversary_prompts needs --adversary_steps, of which there are none")
+            raise InputError("--adversary_prompts needs --adversary_steps; give a number >= 1")
         self.check_sets()
         self.check_validation()
         if self.save_as in ADAPTERS and not is_adapter(self):
             raise InputError(
                 f"--save_as {self.save_as}: --train_modules {self.train_modules} changes the "
                 "weights themselves; train with --train_modules lora, or give --save_as "
-                "changed, which is as small"
+                "changed, which saves only the changed tensors"
             )
         self.check_hub()

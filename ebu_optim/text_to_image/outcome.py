@@ -1,4 +1,4 @@
-"""What unlearn.py says of a run: beforehand what it will do and cost, afterwards what it did."""
+"""What unlearn.py prints and reports about a run: its plan and cost, and afterwards its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .pipelines import Looked
 
 
 def instead(args: Any) -> str:
-    """What is drawn in place of the forgotten, in words."""
+    """What the model should draw instead of the concept, in words."""
     kind = objectives.kind(args)
     prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
     if args.surrogate_concept:
@@ -36,7 +36,7 @@ def instead(args: Any) -> str:
 
 
 def unused(args: Any) -> list[str]:
-    """Options that were given and do nothing with this method."""
+    """The given options that have no effect with this method."""
     kind, by = objectives.kind(args), methods[args.method].forgets
     images = kind == "surrogate"
     remembers = "remember" in method_options.needs(args) and by != "adapter"
@@ -61,21 +61,21 @@ def unused(args: Any) -> list[str]:
 
 
 def cautions(args: Any, looked: Looked, texts: prompts.Prompts) -> list[str]:
-    """What was asked for and does nothing, or less than it seems; a line each."""
+    """Warnings about options that do nothing, or less than they seem to do; one line each."""
     recipe, lines = objectives.recipe_of(args), []
     if idle := unused(args):
         lines.append(f"without effect on this run: {', '.join(idle)}")
     remembers = recipe.replayed and "remember" in method_options.needs(args)
     if remembers and args.replay_images < len(texts.remember):
         lines.append(
-            f"warning: --replay_images {args.replay_images} are of the first as many of "
-            f"{len(texts.remember)} prompts; the others are not replayed"
+            f"warning: --replay_images {args.replay_images}: only as many of the "
+            f"{len(texts.remember)} prompts are replayed, the first ones"
         )
     if recipe.teacher and (recipe.forgets is None or recipe.stalls):
         lines.append(
             f"warning: {recipe.title} with --remember_loss {args.remember} learns nothing: the "
-            "teacher is the model itself at the start, and the method does not lead away from it; "
-            "take replay"
+            "teacher equals the model at the start, and the method has no gradient that leads "
+            "away from it; give replay"
         )
     if why := looked.family.distilled(args.pretrained_model_name_or_path, looked.unet):
         lines.append(f"warning: {why}")
@@ -83,7 +83,7 @@ def cautions(args: Any, looked: Looked, texts: prompts.Prompts) -> list[str]:
 
 
 def say(accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cost: Any) -> None:
-    """What will be done, and what it costs."""
+    """Print what the run will do and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
     module = "adapters" if methods[args.method].adapter else args.train_modules
     remembered = f"{len(texts.remember)} prompts"
@@ -97,21 +97,21 @@ def say(accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cos
         f"remembers {remembered}; {accelerator.num_processes} process(es) on "
         f"{accelerator.device}\n"
         f"trained: {module}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
-        f"memory of each process, without about 1 GiB of the libraries:\n{cost.table()}"
+        f"memory of each process, without about 1 GiB for the CUDA libraries:\n{cost.table()}"
     )
     for line in cautions(args, looked, texts):
         accelerator.print(line)
     passes = sets.passes(args, looked, texts)
     if passes:
         accelerator.print(
-            f"sets in {args.sets_dir}: {passes} passes through the denoiser, unless they are there"
+            f"sets in {args.sets_dir}: {passes} passes through the denoiser, unless they exist"
         )
 
 
 def describe(
     args: Any, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict, family: Family
 ) -> dict[str, Any]:
-    """unlearn.json."""
+    """The content of unlearn.json."""
     named = {
         n: [texts.texts[i] for i in getattr(texts, n)] for n in ("forget", "surrogate", "remember")
     }

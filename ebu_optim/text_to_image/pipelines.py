@@ -1,6 +1,6 @@
-"""Find a text-to-image pipeline, on disk or on the hub, and see whether it can be unlearned.
+"""Find a text-to-image pipeline, on disk or on the hub, and check whether it is supported.
 
-`look` reads configurations and the tokenizer alone, a few megabytes; `fetch` gets the weights.
+`look` reads only configurations and tokenizers, a few megabytes; `fetch` gets the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .families import STABLE_DIFFUSION, Family, of_folder, of_index
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which pipeline."""
+    """The options that name a pipeline."""
 
     group: ClassVar[str] = "model"
 
@@ -35,24 +35,25 @@ class Model:
     revision: str | None = option(None, help="Branch, tag or commit on the hub.")
     variant: str | None = option(None, help="Variant of the files, e.g. fp16.")
     resolution: int | None = option(
-        None, help="Height and width of the pictures in pixels. Default: the model's own."
+        None, help="Height and width of the pictures in pixels. Default: the model's native size."
     )
     architecture: Path | None = option(
         None,
-        help="For a model in one file: a diffusers folder of the same model, for sizes that no "
-        "release has, or for a transformer (SD3, FLUX, Sana, ...), whose file lacks the rest.",
+        help="For a model in one file: a diffusers folder of the same architecture. It is needed "
+        "for sizes that no release has, and for a transformer (SD3, FLUX, Sana, ...), whose file "
+        "lacks the other parts.",
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
-        None, help="For a model in one file: what it predicts. Default: what is found in it."
+        None, help="For a model in one file: what it predicts. Default: detected from the file."
     )
     vae: Path | None = option(None, help="For a model in one file: the file of another VAE.")
-    lora: Path | None = option(
-        None, help="For a model in one file: a LoRA that is added to its weights."
-    )
+    lora: Path | None = option(None, help="For a model in one file: a LoRA to add to its weights.")
 
     def check_file(self) -> None:
-        """Raises:
-        InputError: options of a single file for what is none.
+        """Check that options for a model in one file are given only for one.
+
+        Raises:
+            InputError: such an option is given for a folder or a hub id.
         """
         if Path(self.pretrained_model_name_or_path).is_file():
             return
@@ -60,20 +61,24 @@ class Model:
             if (value := getattr(self, name)) is not None:
                 raise InputError(
                     f"--{name} {value} is for a model in one file; "
-                    f"{self.pretrained_model_name_or_path} is none"
+                    f"{self.pretrained_model_name_or_path} is not a file"
                 )
 
 
 class Looked(NamedTuple):
-    """Attributes:
-    folder: with the configurations; `fetch` gives the one with the weights.
-    unet, vae: configurations of the denoiser and of the VAE.
-    latents: (C, H, W) at --resolution.
-    scheduler: the noise schedule, as the losses take it.
-    tokenizer: by which prompts are measured: the first text encoder's, or `Family.reads`.
-    family: the adapter.
-    configs: all parts' configurations.
-    tokenizers: all of them, by part.
+    """What `look` finds.
+
+    Attributes:
+        folder: the folder with the configurations; `fetch` returns the one with the weights.
+        unet, vae: configurations of the denoiser and of the VAE.
+        resolution: height and width of the pictures in pixels.
+        latents: (C, H, W) of the latents at this resolution.
+        scheduler: the noise schedule that the losses use.
+        tokenizer: the one that limits the length of prompts: that of the first text encoder, or
+            `Family.reads`.
+        family: the adapter of the pipeline's family.
+        configs: the configurations of all parts.
+        tokenizers: all tokenizers, by part.
     """
 
     folder: Path
@@ -89,13 +94,15 @@ class Looked(NamedTuple):
 
 
 def look(model: Model, weights: bool = True) -> Looked:
-    """Args:
-        weights: False looks at configurations alone: of a file at its header, of a folder not for
-            weights.
+    """Read a pipeline's configurations and tokenizers, and check that it is supported.
+
+    Args:
+        weights: False reads no weights: of a file only the header, and in a folder weights may be
+            missing.
 
     Raises:
-        InputError: no network, gated, not found; no pipeline of a family that is known; parts
-            missing.
+        InputError: the model cannot be reached, is gated or does not exist; it is not a pipeline
+            of a supported family; parts are missing.
     """
     name = model.pretrained_model_name_or_path
     model.check_file()
@@ -115,7 +122,7 @@ def look(model: Model, weights: bool = True) -> Looked:
                 allow_patterns=patterns,
             )
         )
-    index = _json(folder / "model_index.json", f"{name} is no diffusion pipeline")
+    index = _json(folder / "model_index.json", f"{name} is not a diffusers pipeline")
     family = of_index(name, index)
     configs = {}
     for part, (_, file) in family.parts.items():
@@ -154,7 +161,7 @@ def look(model: Model, weights: bool = True) -> Looked:
 
 
 def fetch(model: Model) -> Path:
-    """The folder with the weights, downloaded or unpacked where it is not here yet."""
+    """The folder with the weights, which is downloaded or unpacked first if necessary."""
     if Path(model.pretrained_model_name_or_path).is_file():
         return of_file(model)
     if Path(model.pretrained_model_name_or_path).is_dir():
@@ -171,7 +178,7 @@ def fetch(model: Model) -> Path:
 
 
 def of_file(model: Model, weights: bool = True) -> Path:
-    """The folder of a model in one file, in the cache."""
+    """The folder in the cache into which a model in one file is unpacked."""
     return unpacked(
         model.pretrained_model_name_or_path,
         config=model.architecture,
@@ -183,21 +190,25 @@ def of_file(model: Model, weights: bool = True) -> Path:
 
 
 def weights_of(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors files of a part, of the variant or of none."""
+    """The safetensors files of a part, of the variant if one is given.
+
+    Raises:
+        InputError: there are none.
+    """
     found = sorted((folder / part).glob("*.safetensors"))
     ours = [f for f in found if (f".{variant}." in f"{f.name}.") == bool(variant)]
     ours = ours if variant else [f for f in found if ".fp16." not in f.name]
     if not ours:
         there = ", ".join(p.name for p in sorted((folder / part).iterdir()))
         raise InputError(
-            f"{folder / part} holds no weights as safetensors"
-            f"{f' of --variant {variant}' if variant else ''}; it holds {there}"
+            f"{folder / part} has no safetensors weights"
+            f"{f' of --variant {variant}' if variant else ''}; it has {there}"
         )
     return ours
 
 
 def parts(folder: Path, variant: str | None) -> dict[str, str]:
-    """Part of the pipeline -> a hash of its weights or files, and of its configuration."""
+    """Part of the pipeline -> a hash of its configuration and its weights or files."""
     family, found = of_folder(folder), {}
     for part, (_, file) in family.parts.items():
         if part in family.tokenizers():
@@ -207,13 +218,13 @@ def parts(folder: Path, variant: str | None) -> dict[str, str]:
         of_weights = contents(weights_of(folder, part, variant)) if part in family.weighty() else ""
         found[part] = key(config, of_weights)
     if family.settings:
-        index = _json(folder / "model_index.json", f"{folder} is no diffusion pipeline")
+        index = _json(folder / "model_index.json", f"{folder} is not a diffusers pipeline")
         found["settings"] = key({name: index.get(name) for name in family.settings})
     return found
 
 
 def tokenizer_hash(folder: Path, part: str = "tokenizer") -> str:
-    """Of the contents of the tokenizer's files: merges decide as much as the vocabulary."""
+    """A hash of the contents of all files of a tokenizer, as merges matter too."""
     return contents(p for p in (folder / part).iterdir() if p.is_file())
 
 
@@ -221,17 +232,18 @@ def load(kind: Any, folder: Path, variant: str | None) -> Any:
     """A part of the pipeline in float32 and eval mode, on the CPU.
 
     Raises:
-        InputError: the file lacks tensors of the model, or holds others.
+        InputError: the file lacks tensors of the model, or has others.
     """
     return whole_model(kind, folder, variant=variant, use_safetensors=True).float().eval()
 
 
 def assembled(folder: Path, variant: str | None, **options: Any) -> Any:
-    """The pipeline of a folder, its parts with weights in float32 on the CPU; each is read by
-    itself, as the pipeline would fill in what a file lacks, with noise.
+    """The pipeline of a folder, with all weights in float32 on the CPU.
+
+    Each part is loaded separately, as diffusers would fill missing tensors with noise.
 
     Args:
-        options: of the pipeline's ``from_pretrained``.
+        options: arguments of the pipeline's ``from_pretrained``.
 
     Raises:
         InputError: see `load`.
@@ -249,7 +261,7 @@ def assembled(folder: Path, variant: str | None, **options: Any) -> Any:
 
 
 def _hub(model: Model, get: Any, **options: Any) -> str:
-    """What `get` downloads. Each kind of its errors becomes an InputError with a remedy."""
+    """What `get` downloads. Each type of its errors becomes an InputError with a remedy."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
@@ -273,9 +285,9 @@ def _hub(model: Model, get: Any, **options: Any) -> str:
         raise InputError(f"{name} has no --revision {model.revision}") from error
     except Exception as error:
         raise InputError(
-            f"{name} is no folder here, and the hub did not deliver it ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}). Without a network give a folder; the same "
-            "command continues a download that broke off"
+            f"{name} is not a local folder, and the download from the hub failed "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Without a network "
+            "give a folder; the same command continues an interrupted download"
         ) from error
 
 
@@ -289,7 +301,7 @@ def _json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _check_rest(name: str, folder: Path, index: dict[str, Any], family: Family) -> None:
-    """The safety checker and the like, which are read when the result is saved: late to fail."""
+    """Check parts such as the safety checker now, as they are loaded only to save the result."""
     for part, entry in index.items():
         if part in family.parts or not isinstance(entry, list) or entry[-1] is None:
             continue
@@ -297,7 +309,7 @@ def _check_rest(name: str, folder: Path, index: dict[str, Any], family: Family) 
         if not (folder / part).is_dir():
             raise InputError(f"{name}: the subfolder {part} is missing: {remedy}")
         if entry[-1].endswith("SafetyChecker") and not any((folder / part).glob("*.safetensors")):
-            raise InputError(f"{name}: {part} holds no weights as safetensors: {remedy}")
+            raise InputError(f"{name}: {part} has no safetensors weights: {remedy}")
 
 
 def _tokenizer(
@@ -305,16 +317,16 @@ def _tokenizer(
 ) -> Any:
     try:
         tokenizer = family.kind(part).from_pretrained(folder / part)
-    except Exception as error:  # the tokenizers' library raises many kinds
+    except Exception as error:  # the tokenizers' library raises many types
         raise InputError(f"{name}: its {part} cannot be read: {error}") from error
     size = text_encoder.get("vocab_size")
-    # from a folder without its files some versions make a tokenizer of two tokens, in silence
+    # from a folder without its files some versions silently create a tokenizer of two tokens
     if size is not None and not size / 2 < len(tokenizer) <= size:
         raise InputError(
             f"{name}: the {part} has {len(tokenizer)} tokens and the text encoder {size}: files "
             f"are missing in the subfolder {part}, or it belongs to another model"
         )
-    # T5 has no table of positions, and CLIP's configuration may leave its 77 out
+    # T5 has no position table, and CLIP's configuration may omit its 77
     table = None if text_encoder.get("model_type") == "t5" else 77
     if positions := text_encoder.get("max_position_embeddings", table):
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)

@@ -1,4 +1,4 @@
-"""The one reader of prompts: as given, from text files, and from CSV and parquet tables."""
+"""Reads prompts: given as text, in text files, or in CSV and parquet tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 
 PROMPT = "prompt"
-#: What published tables (I2P, UnlearnDiffAtk, ESD, COCO-10k) call a row's seed and guidance.
+#: Names of the columns for seed and guidance in published tables (I2P, UnlearnDiffAtk, ESD,
+#: COCO-10k).
 SEED = ("evaluation_seed", "sd_seed", "seed")
 GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance")
 ENDINGS = (".txt", ".csv", ".parquet")
 
 
 class Row(NamedTuple):
-    """A prompt, and the seed and the guidance scale that it is to be drawn with, if it has any."""
+    """A prompt with the seed and the guidance scale to draw it with; None where a row has none."""
 
     prompt: str
     seed: int | None = None
@@ -27,23 +28,24 @@ class Row(NamedTuple):
 
 
 def read(values: Iterable[str], option: str) -> list[str]:
-    """The prompts of :func:`rows`, each once."""
+    """The prompts of :func:`rows`, without duplicates."""
     return list(dict.fromkeys(row.prompt for row in rows(values, option)))
 
 
 def rows(values: Iterable[str], option: str) -> list[Row]:
-    """Prompts as given, and those of files, each row once.
+    """Prompts given as text and read from files, without duplicate rows.
 
-    A ``.txt`` file has a prompt a line: blank lines and comments (#) are skipped, ``""`` is the
-    empty prompt. A ``.csv`` or ``.parquet`` table has a column `prompt` and may have one of `SEED`
-    and one of `GUIDANCE`. Text is UTF-8, with or without a byte order mark.
+    A ``.txt`` file has one prompt per line: blank lines and comments (#) are skipped, ``""`` is
+    the empty prompt. A ``.csv`` or ``.parquet`` table has a column `prompt` and may have one column
+    of `SEED` and one of `GUIDANCE`. Text is UTF-8, with or without a byte order mark.
 
     Args:
-        option: whose values they are, for messages.
+        option: the option whose values they are, for messages.
 
     Raises:
-        InputError: a file that cannot be read, holds no prompt or has another ending; a table
-            without the column, or with two of a kind; a seed that is no whole number >= 0.
+        InputError: a file cannot be read, has no prompt or has another ending; a table lacks the
+            column `prompt`, or has two columns for the seed or the guidance; a seed is not a whole
+            number >= 0, or a guidance is not a number >= 0.
     """
     found: list[Row] = []
     for value in values:
@@ -60,7 +62,7 @@ def rows(values: Iterable[str], option: str) -> list[Row]:
         text = ending == ".txt"
         own = _lines(told, value) if text else [row for row, _ in table(value, option, ())]
         if not own:
-            raise InputError(f"{told} holds no prompt")
+            raise InputError(f"{told} has no prompt: give a file with at least one")
         found += own
     return list(dict.fromkeys(found))
 
@@ -78,18 +80,19 @@ def _lines(told: str, path: str) -> list[Row]:
 def table(
     path: str, option: str, columns: Sequence[str] | None = None
 ) -> list[tuple[Row, Mapping[str, Any]]]:
-    """The rows of a ``.csv`` or ``.parquet`` table that have a prompt, as often as they are there,
-    each with its cells.
+    """The rows of a ``.csv`` or ``.parquet`` table that have a prompt, with their cells.
+
+    Duplicate rows are kept.
 
     Args:
-        columns: which cells are wanted, beside those of `Row`; None: all.
+        columns: the cells to read in addition to those of `Row`; None: all.
 
     Raises:
-        InputError: as of :func:`rows`.
+        InputError: see :func:`rows`.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in ENDINGS[1:]:
-        raise InputError(f"{option} {path} is no table: give a {' or '.join(ENDINGS[1:])} file")
+        raise InputError(f"{option} {path} is not a table: give a {' or '.join(ENDINGS[1:])} file")
     told = f"{option} {path}"
     read = _csv if ending == ".csv" else _parquet
     try:
@@ -136,7 +139,7 @@ def _parquet(
 def _column(told: str, names: Sequence[str], known: Sequence[str]) -> str:
     there = [n for n in known if n in names]
     if len(there) > 1:
-        raise InputError(f"{told} has the columns {' and '.join(there)}: leave one")
+        raise InputError(f"{told} has the columns {' and '.join(there)}: remove all but one")
     return there[0] if there else ""
 
 
@@ -145,25 +148,25 @@ def _seed(where: str, cell: Any) -> int | None:
     if number is None:
         return None
     if number != int(number) or number < 0:
-        raise InputError(f"{where}: the seed {cell!r} is no whole number >= 0")
+        raise InputError(f"{where}: the seed must be a whole number >= 0; got {cell!r}")
     return int(number)
 
 
 def _guidance(where: str, cell: Any) -> float | None:
     number = _number(where, "guidance", cell)
     if number is not None and number < 0:
-        raise InputError(f"{where}: the guidance {cell!r} is not >= 0")
+        raise InputError(f"{where}: the guidance must be >= 0; got {cell!r}")
     return number
 
 
 def _number(where: str, what: str, cell: Any) -> float | None:
-    """None of an empty cell."""
+    """The number in a cell; None for an empty cell."""
     if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
         return None
     try:
         number = float(cell)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: the {what} {cell!r} is no number") from error
+        raise InputError(f"{where}: the {what} must be a number; got {cell!r}") from error
     if not math.isfinite(number):
-        raise InputError(f"{where}: the {what} {cell!r} is no number")
+        raise InputError(f"{where}: the {what} must be a finite number; got {cell!r}")
     return number

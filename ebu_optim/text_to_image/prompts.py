@@ -1,4 +1,4 @@
-"""The prompts: which are forgotten, which answer instead, which are remembered."""
+"""The prompts of a run: to forget, to draw instead (surrogate) and to remember."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from ..errors import InputError
 from ..training.fields import named, option
 from .prompt_files import read
 
-PLACE = "{}"  # of the concept in a template
+PLACE = "{}"  # the place of the concept in a template
 REMEMBER = Path(__file__).with_name("remember_prompts.txt")
 
 
 class Prompts(NamedTuple):
-    """All prompts, and the numbers of those with a part to play; `shown` is for validation,
-    `instead` has what may take the place of each forgotten one, adversaries begin at `attacks`."""
+    """All prompts of a run; the other attributes are indices into `texts`.
+
+    Attributes:
+        texts: all prompts, each once.
+        forget, surrogate, remember: the prompts in these parts.
+        null: the empty prompt.
+        shown: the prompts of the validation pictures.
+        instead: prompt to forget -> the prompts that may replace it.
+        attacks: the prompts at which adversaries start.
+    """
 
     texts: list[str]
     forget: list[int]
@@ -36,7 +44,7 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Which prompts play which part."""
+    """The prompts to forget, to draw instead and to remember."""
 
     group: ClassVar[str] = "prompts"
 
@@ -45,17 +53,17 @@ class PromptOptions:
     )
     forget_templates: list[str] = option(
         [PLACE],
-        help='Sentences into which each concept is put, e.g. "an image of {}"; or files of them.',
+        help='Templates for each concept, e.g. "an image of {}"; or files of them.',
     )
     surrogate_prompt: list[str] = option(
         [""],
-        help="Prompts whose images (for SalUn: predictions) take the place of what is "
-        "forgotten. Default: the empty prompt.",
+        help="Prompts whose images (for SalUn: predictions) replace those of the prompts to "
+        "forget. Default: the empty prompt.",
     )
     surrogate_concept: list[str] = option(
         [],
         metavar="CONCEPT",
-        help="In place of --surrogate_prompt: what each concept becomes in its own template, "
+        help="Instead of --surrogate_prompt: what each concept becomes within the same template, "
         "so that the rest of the prompt keeps its meaning.",
     )
     remember_prompts: list[str] = option(
@@ -67,8 +75,8 @@ class PromptOptions:
     adversary_prompts: list[str] = option(
         [],
         metavar="PROMPT",
-        help="Prompts, or files of them, at which adversaries begin before they begin at random, "
-        "such as an attack found.",
+        help="Prompts, or files of them, at which adversaries start before they start at random; "
+        "for example prompts that an attack found.",
     )
 
 
@@ -76,8 +84,8 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
     """Read and check the prompts that the options name.
 
     Raises:
-        InputError: unreadable files; a prompt too long for the tokenizer; nothing to forget; a
-            prompt to forget that is also remembered or the surrogate.
+        InputError: a file cannot be read; a prompt is too long for the tokenizer; there is nothing
+            to forget; a prompt to forget is also remembered or a surrogate.
     """
     called = {n: named(args, n) for n in ("forget", "surrogate_concept", "remember_prompts")}
     concepts = read(args.forget, called["forget"])
@@ -85,15 +93,15 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
     check_templates(templates)
     if not all(concepts):
         raise InputError(
-            f'{called["forget"]} "": the empty prompt is the unconditional model, on which '
-            "guidance of every prompt rests; name what is to be forgotten"
+            f'{called["forget"]} "": the empty prompt is the unconditional model, which the '
+            "guidance of every prompt uses; name a concept to forget"
         )
     others = read(args.surrogate_concept, called["surrogate_concept"])
     if others and args.surrogate_prompt != [""]:
         raise InputError(f"{called['surrogate_concept']} and --surrogate_prompt: give one of them")
     option = called["surrogate_concept"] if others else "--surrogate_prompt"
     plain = read(args.surrogate_prompt, option)
-    # each forgotten prompt, and what may stand in its template instead
+    # each prompt to forget -> the prompts that may replace it
     instead: dict[str, list[str]] = {fill(t, c): [] for c, t in product(concepts, templates)}
     for t, c in product(templates, concepts):
         instead[fill(t, c)] += [fill(t, o) for o in others] or plain
@@ -131,18 +139,22 @@ def fill(template: str, word: str) -> str:
 
 
 def check_templates(templates: Iterable[str], option: str = "--forget_templates") -> None:
-    """Raises:
-    InputError: one without a place for the concept, or with several.
+    """Check that each template has one place for the concept.
+
+    Raises:
+        InputError: a template has none, or several.
     """
     for template in templates:
         if template.count(PLACE) != 1:
-            raise InputError(f'{option} needs one "{PLACE}" in each; got {template!r}')
+            raise InputError(f'{option} needs exactly one "{PLACE}" in each; got {template!r}')
 
 
 def check_lengths(texts: Iterable[str], tokenizer: Any, remedy: str = "", option: str = "") -> None:
-    """Args:
-        remedy: beside a shorter prompt.
-        option: whose prompts they are, for the message.
+    """Check that the tokenizer need not cut any prompt.
+
+    Args:
+        remedy: a remedy for the message, in addition to a shorter prompt.
+        option: the option whose prompts they are, for the message.
 
     Raises:
         InputError: a prompt has more tokens than the tokenizer takes.
@@ -162,8 +174,8 @@ def _check_apart(forget: list[str], others: Mapping[str, list[str]], tokenizer: 
         both = [t for t in texts if tuple(tokenizer(t).input_ids) in gone]
         if both:
             raise InputError(
-                f"{name} {both[0]!r} is also to be forgotten: the two losses would pull the same "
-                "prompt both ways; take it out of one"
+                f"{name} {both[0]!r} is also a prompt to forget: the two losses would pull the "
+                "same prompt both ways; remove it from one of the two"
             )
 
 
@@ -172,14 +184,14 @@ def _warn_of_mentions(concepts: list[str], remember: list[str], warn: Any) -> No
     mention = [t for t in remember if named.search(t)]
     if mention:
         warn(
-            f"warning: {len(mention)} of the prompts to remember mention what is to be forgotten, "
-            f"e.g. {mention[0]!r}: their images are held fast"
+            f"warning: {len(mention)} of the prompts to remember mention a concept to forget, "
+            f"e.g. {mention[0]!r}: training preserves their images, too"
         )
 
 
 @torch.no_grad()
 def encode(texts: Sequence[str], tokenizer: Any, text_encoder: Any, batch: int = 32) -> Tensor:
-    """Text embeddings (n, L, D), float32 on the CPU, as StableDiffusionPipeline makes them."""
+    """Text embeddings (n, L, D), float32 on the CPU, as StableDiffusionPipeline computes them."""
     found = []
     for i in range(0, len(texts), batch):
         given = tokenizer(
@@ -196,5 +208,5 @@ def encode(texts: Sequence[str], tokenizer: Any, text_encoder: Any, batch: int =
 
 
 def words(text: str, tokenizer: Any) -> set[int]:
-    """Its tokens without begin, end and padding."""
+    """The prompt's tokens without begin, end and padding."""
     return set(tokenizer(text).input_ids) - set(tokenizer.all_special_ids)

@@ -1,8 +1,8 @@
-"""A frozen denoiser in 8 or 4 bits under a LoRA.
+"""Quantize the frozen denoiser under a LoRA to 8 or 4 bits.
 
-int8 is torchao's weight-only quantization, a scale for each row. nf4 is bitsandbytes', a scale in
-8 bits for 64 weights (QLoRA, https://arxiv.org/abs/2305.14314). Quantized are the Linear layers of
-the denoiser's blocks; what is before, between and behind the blocks is small, and stays as it is.
+int8 is torchao's weight-only quantization, with a scale per row. nf4 is that of bitsandbytes, with
+an 8-bit scale per 64 weights (QLoRA, https://arxiv.org/abs/2305.14314). Only the Linear layers of
+the denoiser's blocks are quantized; the layers outside of the blocks are small.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..errors import InputError
 Quantize = Literal["int8", "nf4"]
 EXTRA = "quantized"
 PACKAGES = {"int8": "torchao.quantization", "nf4": "bitsandbytes"}
-#: Of a weight, with its part of a scale that 64 share.
+#: Bytes per weight; for nf4 with its share of the scale of 64 weights.
 BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
 
 
 def layers(denoiser: nn.Module, units: Collection[str]) -> dict[str, nn.Linear]:
-    """The frozen Linear layers inside modules whose class is named in `units`, by name."""
+    """The frozen Linear layers, by name, inside modules whose class name is in `units`."""
     inside = tuple(f"{n}." for n, m in denoiser.named_modules() if type(m).__name__ in units)
     return {
         n: m
@@ -35,8 +35,10 @@ def layers(denoiser: nn.Module, units: Collection[str]) -> dict[str, nn.Linear]:
 
 
 def check(how: Quantize | None) -> None:
-    """Raises:
-    InputError: the package is missing.
+    """Check that the package for this quantization is installed.
+
+    Raises:
+        InputError: the package is missing.
     """
     if how is None:
         return
@@ -47,14 +49,16 @@ def check(how: Quantize | None) -> None:
 
 
 def keep_apart(model: nn.Module) -> None:
-    """DistributedDataParallel broadcasts all weights as it begins, and cannot those of 8 bits; each
-    process has quantized the same ones."""
+    """Exclude the frozen weights from DistributedDataParallel.
+
+    It broadcasts all weights at its start, which fails for 8-bit weights. Every process has
+    quantized the same weights, so no broadcast is necessary."""
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def quantize(denoiser: nn.Module, how: Quantize, units: Collection[str], device: Any) -> None:
-    """Quantize these layers in place, each on `device`, where it stays."""
+    """Quantize these layers in place; each is moved to `device` and stays there."""
     package: Any = require(PACKAGES[how], EXTRA)
     for name, layer in layers(denoiser, units).items():
         owner, _, last = name.rpartition(".")
@@ -67,8 +71,9 @@ def quantize(denoiser: nn.Module, how: Quantize, units: Collection[str], device:
 
 
 class _Int8Linear(nn.Linear):
-    """Torchao's, with gradients that keep no dequantized weight, which is as large as the one that
-    was quantized; bitsandbytes' layer does so by itself."""
+    """Torchao's layer, whose backward pass saves no dequantized weight.
+
+    That weight would be as large as the original one. The layer of bitsandbytes does the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _Frozen.apply(x, self.weight, self.bias))
@@ -99,13 +104,13 @@ def _nf4(package: Any, layer: nn.Linear, device: Any) -> nn.Module:
     found.weight = package.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
     if bias is not None:
         found.bias = nn.Parameter(bias.data, requires_grad=False)
-    # its packed form for CPUs takes multiples of 32 alone, and packs at a look between two steps
+    # its packed CPU format supports only multiples of 32, and an evaluation between steps packs
     found.support_avx512bf16_for_cpu = False
     return found.to(device)
 
 
 def saved(denoiser: nn.Module, how: Quantize | None, units: Collection[str], whole: int) -> int:
-    """Bytes that quantizing spares, where a weight takes `whole` before."""
+    """Bytes that quantization saves if a weight takes `whole` bytes without it."""
     if how is None:
         return 0
     numel = sum(m.weight.numel() for m in layers(denoiser, units).values())

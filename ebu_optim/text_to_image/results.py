@@ -1,4 +1,4 @@
-"""Open what unlearn.py left, or any pipeline: a folder of changes is put into its base."""
+"""Open a result of unlearn.py, or any pipeline. A folder of changes is put into its base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .families import FAMILIES, of_folder
 from .pipelines import Model, assembled, fetch, parts
 from .save import changed_name
 
-#: Options that make another setting of a method, beside its optimizer's own.
+#: Options that distinguish settings of a method, in addition to those of its optimizer.
 _SETTINGS = (
     "learning_rate",
     "max_train_steps",
@@ -33,18 +33,18 @@ CHANGED = tuple(dict.fromkeys(map(changed_name, FAMILIES.values())))
 
 
 def whole(model: Model, base_model: str | None = None) -> Model:
-    """The pipeline `model` itself; where that is a folder of changes, the one they belong to.
+    """The pipeline `model` itself; for a folder of changes, the base that they belong to.
 
     Args:
-        base_model: its name, if not what ``unlearn.json`` says.
+        base_model: the base, if it is not the one that ``unlearn.json`` names.
 
     Raises:
-        InputError: nothing says which.
+        InputError: the base is not given and ``unlearn.json`` does not name it.
     """
     name = model.pretrained_model_name_or_path
     if part(Path(name)):
         name = base_model or named_base(name)
-    # the base may be a variant of the hub's or a file, and the result a folder
+    # these options may describe the base, a hub model or a file, while the result is a folder
     own = {f.name: getattr(model, f.name) for f in fields(Model)}
     own["pretrained_model_name_or_path"] = name
     if Path(name).is_dir():
@@ -55,11 +55,12 @@ def whole(model: Model, base_model: str | None = None) -> Model:
 
 
 def load(model: Model, base_model: str | None = None) -> Any:
-    """The pipeline of a hub id or a folder; or what unlearn.py changed, its
-    `changed` or `lora` folder, put into the base.
+    """The pipeline of a hub id, a folder or a file, in float32 on the CPU.
+
+    The changes in a `changed` or `lora` folder of unlearn.py are put into the base.
 
     Raises:
-        InputError: weights that are not whole; the changes do not fit the base.
+        InputError: weights are missing, or the changes do not fit the base.
     """
     folder, base = Path(model.pretrained_model_name_or_path), whole(model, base_model)
     where = fetch(base)
@@ -86,7 +87,7 @@ def load(model: Model, base_model: str | None = None) -> Any:
 
 
 def made_of(model: Model, base_model: str | None = None) -> dict[str, str]:
-    """What a pipeline is, by content: its parts, and the changes that are put into it."""
+    """Hashes of the content of a pipeline: its parts, and the changes that are put into it."""
     base, folder = whole(model, base_model), Path(model.pretrained_model_name_or_path)
     found = parts(fetch(base), base.variant)
     if changes := part(folder):
@@ -95,7 +96,7 @@ def made_of(model: Model, base_model: str | None = None) -> dict[str, str]:
 
 
 def part(folder: Path) -> str | None:
-    """The file of changes in a folder, where it holds no whole pipeline."""
+    """The name of the file of changes in a folder; None for a folder with a whole pipeline."""
     return next((f for f in (*CHANGED, LORA) if (folder / f).is_file()), None)
 
 
@@ -109,8 +110,9 @@ def erases_by_prompt(folder: Path) -> bool:
 
 
 def run_of(name: str) -> dict[str, Any]:
-    """What run left a model: its method, a key of the method's settings and the seed; of one that
-    no ``unlearn.json`` speaks of, {}."""
+    """The run that made a model: method, a key of the method's settings, and seed.
+
+    Without an ``unlearn.json`` it returns {}."""
     path = Path(name)
     folder = path if path.is_dir() else path.parent
     try:
@@ -124,7 +126,7 @@ def run_of(name: str) -> dict[str, Any]:
 
 
 def named_base(name: str) -> str:
-    """Of which model the folder `name` holds the changes, as its ``unlearn.json`` says."""
+    """The base model of the changes in the folder `name`, from its ``unlearn.json``."""
     try:
         return json.loads((Path(name) / "unlearn.json").read_text())["base"]
     except (OSError, ValueError, KeyError) as error:
@@ -136,10 +138,10 @@ def named_base(name: str) -> str:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """--output_dir, made, for this process alone.
+    """Create --output_dir and lock it for this process.
 
     Raises:
-        InputError: another process writes there.
+        InputError: another process writes into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Does a run fit on its card? By the memory count, before anything is downloaded."""
+"""Check that a run fits on its card, by the memory count, before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .prompts import Prompts
 
 GIB = 2**30
 SMALLER: dict[str, Any] = {"mixed_precision": "fp16", "gradient_checkpointing": True}
-#: From everything in float32 down to the least.
+#: Ways to train, from the most memory to the least.
 WAYS: dict[str, dict[str, Any]] = {
     "the whole denoiser, float32": {},
     "the whole denoiser, fp16": SMALLER,
@@ -26,7 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA, fp16": {"train_modules": "lora", **SMALLER},
     "LoRA, fp16, over 4 bits": {"train_modules": "lora", "quantize": "nf4", **SMALLER},
 }
-#: Of pictures at once; the report's, which draw with the whole pipeline, can be left out.
+#: Fewer pictures at once; those of the report need the whole pipeline and can be left out.
 FEWER: tuple[dict[str, Any], ...] = (
     {},
     {"sample_batch_size": 1},
@@ -35,7 +35,7 @@ FEWER: tuple[dict[str, Any], ...] = (
 
 
 def ways(family: Family) -> dict[str, dict[str, Any]]:
-    """`WAYS` that it has, in bfloat16 for what cannot do float16."""
+    """The `WAYS` that a family supports, in bfloat16 for a family without float16."""
     there = {
         n: o
         for n, o in WAYS.items()
@@ -50,9 +50,11 @@ def ways(family: Family) -> dict[str, dict[str, Any]]:
 
 
 def check(args: Any, looked: Looked, texts: Prompts, cost: Cost, device: torch.device) -> None:
-    """Raises:
-    InputError: even the least that the run can take is more than the card has free; what fits is
-        named.
+    """Check that the run fits into the free memory of a CUDA device.
+
+    Raises:
+        InputError: the run needs more memory than the card has free. The message names options
+            that fit.
     """
     if device.type != "cuda":
         return
@@ -66,11 +68,13 @@ def check(args: Any, looked: Looked, texts: Prompts, cost: Cost, device: torch.d
         if at_least(smaller, there := memory.count(smaller, looked, texts)) <= room:
             said = " ".join(f"--{k} {v}" if v is not True else f"--{k}" for k, v in options.items())
             raise InputError(f"{asked}: give {said}, which needs {there.peak / GIB:.1f} GiB")
-    raise InputError(f"{asked}, and no other way fits: take a larger card, or --cpu")
+    raise InputError(f"{asked}, and no other options fit: use a larger card, or --cpu")
 
 
 def at_least(args: Any, cost: Cost) -> int:
-    """Bytes. Under mixed precision the count of activations is too high, by less than a half."""
+    """The least bytes that the run takes.
+
+    Under mixed precision the count of activations is too high, at most by a factor of two."""
     half = 2 if args.mixed_precision in ("fp16", "bf16") else 1
     return max(
         sum(n // half if what == "activations" else n for what, n in rows.items())
@@ -79,6 +83,6 @@ def at_least(args: Any, cost: Cost) -> int:
 
 
 def _result(args: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's result has the form of one, and the weights' own has not."""
+    """The --save_as that fits when --train_modules changes between a LoRA and weights."""
     adapter = options.get("train_modules") == "lora"
     return {} if adapter == is_adapter(args) else {"save_as": "lora" if adapter else "changed"}

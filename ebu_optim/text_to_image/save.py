@@ -1,5 +1,5 @@
-"""What unlearn.py leaves: a whole pipeline, one file, the changed tensors alone, or a LoRA in one
-of two layouts; with its card."""
+"""Save the result of unlearn.py: a whole pipeline, one file, only the changed tensors, or a LoRA in
+one of two layouts; each with a model card."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ ADAPTERS = ("lora", "kohya")
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
-    """How the result is kept."""
+    """How the result is saved."""
 
     group: ClassVar[str] = "result"
 
     save_as: Literal["pipeline", "single", "changed", "lora", "kohya"] | None = option(
         None,
         help="Form of the result. pipeline: a diffusers folder; single: one file in the "
-        "layout of ComfyUI and A1111; changed: the changed tensors alone; lora: a LoRA "
-        "for diffusers; kohya: a LoRA for ComfyUI and A1111. Default: lora where "
-        "adapters are trained, else the form in which the model came.",
+        "layout of ComfyUI and A1111; changed: only the changed tensors; lora: a LoRA "
+        "for diffusers; kohya: a LoRA for ComfyUI and A1111. Default: lora if adapters are "
+        "trained, else the form in which the model came.",
     )
     save_precision: Literal["no", "fp16", "bf16"] = option(
         "no", help="Precision of the saved weights; no: float32."
@@ -46,12 +46,16 @@ class SaveOptions:
 
 
 def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> Path:
-    """Write the result into output_dir/<save_as>, whole or not at all.
+    """Write the result into output_dir/<save_as>, completely or not at all.
 
     Args:
-        model: the trained one.
-        base: the folder of the pretrained pipeline, from which all that was not trained comes.
-        report: of the run; it becomes ``unlearn.json``, here and beside the result.
+        model: the trained model.
+        base: the folder of the pretrained pipeline, from which all untrained parts come.
+        report: the report of the run; it becomes ``unlearn.json``, in output_dir and with the
+            result.
+
+    Returns:
+        The folder of the result.
     """
     kind, dtype = args.save_as, DTYPES[args.save_precision]
     folder = args.output_dir / kind
@@ -84,23 +88,24 @@ def save(args: Any, model: Prompted, base: Path, report: Mapping[str, Any]) -> P
 
 
 def changed_name(family: Family) -> str:
-    """Of a file of the changed tensors alone."""
+    """The name of the file with the changed tensors."""
     return f"{family.denoiser}_changed.safetensors"
 
 
 def file_name(args: Any) -> str:
-    """Of a result in one file."""
+    """The name of a result in one file."""
     return f"{args.output_dir.resolve().name}.safetensors"
 
 
 def single(args: Any, model: Prompted, base: Path, out: Path) -> None:
-    """One file: that which came in, with the changed tensors in it; or made of the folder."""
+    """Write a result in one file: the given file with the changed tensors, or a new file from
+    the given folder."""
     source, denoiser = args.pretrained_model_name_or_path, model.family.denoiser
     new: dict[str, Mapping[str, Tensor]] = {denoiser: changed(args, model, base)}
     if not Path(source).is_file():
         write_folder(base, new, out, dtype=DTYPES[args.save_precision], variant=args.variant)
         return
-    if args.lora or args.vae:  # then more than was trained is not as in the file
+    if args.lora or args.vae:  # then untrained tensors differ from the file, too
         pipe = merged(args, model, base)
         parts = [p for p in model.family.weighty() if args.lora or p in (denoiser, "vae")]
         new = {part: getattr(pipe, part).state_dict() for part in parts}
@@ -109,11 +114,10 @@ def single(args: Any, model: Prompted, base: Path, out: Path) -> None:
 
 
 def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
-    """The folder where the run with this report left its result; None: it is not there, or not
-    whole.
+    """The folder with the result that this run saved before; None if it is missing or incomplete.
 
-    Its card stays as it is, since it is there to be edited; one that was not is written anew for
-    where it goes now.
+    A model card that somebody edited is kept. One that nobody edited is written again, as the
+    options of the hub may have changed.
     """
     folder = args.output_dir / args.save_as
     where = folder / of_folder(base).denoiser if args.save_as == "pipeline" else folder
@@ -122,7 +126,7 @@ def kept(args: Any, base: Path, report: Mapping[str, Any]) -> Path | None:
     try:
         text = card_file.read_text(encoding="utf-8")
         before = json.loads((folder / "unlearn.json").read_text())
-        # they come with the checkpoint: what another one left has other seconds
+        # the seconds come with the checkpoint, so the result of another run has different ones
         if before["seconds"] != report["seconds"] or not any(weights):
             return None
         push, name = (before["options"][n] for n in ("push_to_hub", "hub_model_id"))
@@ -152,7 +156,7 @@ def merged(args: Any, model: Prompted, base: Path) -> Any:
 
 
 def changed(args: Any, model: Prompted, base: Path) -> dict[str, Tensor]:
-    """The tensors that differ from the base's, by the denoiser's names."""
+    """The tensors that differ from the base, by the denoiser's names."""
     if not is_adapter(args):
         return model.trained()
     state = getattr(merged(args, model, base), model.family.denoiser).state_dict()
@@ -161,11 +165,12 @@ def changed(args: Any, model: Prompted, base: Path) -> dict[str, Tensor]:
 
 
 def lora_layers(unet: Any) -> dict[str, Tensor]:
-    """The adapter by peft's names, which diffusers loads, its alpha multiplied into B: loaders take
-    alpha as the rank where nothing else is said.
+    """The adapter's tensors by peft's names, which diffusers loads.
 
-    diffusers' convert_state_dict_to_diffusers renames the layers of attention alone, and of such a
-    mixture load_lora_weights drops these without an error.
+    Alpha is multiplied into B, as loaders assume that alpha equals the rank.
+
+    diffusers' convert_state_dict_to_diffusers renames only the layers of attention, and
+    load_lora_weights silently drops these from such a mixture.
     """
     (config,) = unet.peft_config.values()
     scale = config.lora_alpha / config.r

@@ -1,9 +1,9 @@
-"""What a run learns from, made once and kept in --sets_dir: text embeddings, latents, the Fisher.
+"""The training sets of a run, made once and kept in --sets_dir: text embeddings, latents, Fisher.
 
-The name of each file ends in a hash of all that it depends on, so that runs with other prompts or
-methods can share a folder, and nothing is taken for something else. Sampling goes on where it was
-interrupted. Latents are those that the sampler ends with (not decoded and encoded again), and for
-images from a folder the mode of the VAE's posterior.
+The name of each file ends in a hash of everything that it depends on. Runs with other prompts or
+methods can therefore share a folder. An interrupted run continues sampling where it stopped.
+Latents are the sampler's last ones (not decoded and encoded again); for images from a folder they
+are the mode of the VAE's posterior.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ __all__ = [
 
 
 class Made(NamedTuple):
-    """Numbers of prompts; pairs of latents (n, C, H, W) and numbers of prompts (n,), or None."""
+    """The sets of a run.
+
+    Attributes:
+        forget, replayed: numbers of prompts.
+        replay, own, surrogate: latents (n, C, H, W) and the numbers of their prompts (n,); None if
+            the method does not need the set.
+    """
 
     forget: list[int]
     replayed: list[int]
@@ -70,7 +76,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SetOptions:
-    """What is learned from."""
+    """The options of the training sets."""
 
     group: ClassVar[str] = "sets"
 
@@ -79,34 +85,34 @@ class SetOptions:
     )
     surrogate: Literal["prompt", "folder", "pixels", "gaussian", "analytic"] = option(
         "prompt",
-        help="What the forgotten prompt shall draw: images of the surrogate prompt, images "
-        "of a folder, uniform noise through the VAE (pixels), Gaussian latents, or "
-        "these in closed form (analytic).",
+        help="What the prompt to forget shall draw: images of the surrogate prompt, images "
+        "of a folder, uniform noise through the VAE (pixels), Gaussian latents (gaussian), or "
+        "Gaussian latents in closed form (analytic).",
     )
     surrogate_dir: Path | None = option(None, help="Folder of images for --surrogate folder.")
-    surrogate_images: int = option(100, help="Images that are drawn of the surrogate.")
-    replay_images: int = option(
-        200, help="Images that are drawn of the prompts to remember, all together."
-    )
+    surrogate_images: int = option(100, help="Images to draw of the surrogate.")
+    replay_images: int = option(200, help="Images to draw of the prompts to remember, in total.")
     forget_images: int = option(
         100,
-        help="Images that are drawn of what is forgotten, for methods that learn from them "
+        help="Images to draw of the prompts to forget, for methods that learn from them "
         "(SalUn, GA, --forget_loss relabel).",
     )
     forget_dir: Path | None = option(
-        None, help="Folder of images of what is forgotten, in place of drawn ones."
+        None, help="Folder of images of the concept to forget, instead of drawn ones."
     )
     num_inference_steps: int = option(50, help="Steps of each image of the sets.")
     guidance_scale: float | None = option(
-        None, help="Guidance of each image of the sets. Default: that of the model's family."
+        None, help="Guidance scale of each image of the sets. Default: that of the model's family."
     )
     sample_batch_size: int = option(4, help="Images that are drawn at once.")
-    fisher_images: int = option(100, help="Images of the replay set that F is estimated on.")
-    fisher_timesteps: int = option(8, help="Timesteps of each image for F; an even number.")
+    fisher_images: int = option(100, help="Images of the replay set on which F is estimated.")
+    fisher_timesteps: int = option(8, help="Timesteps per image for F; an even number.")
 
     def check_sets(self) -> None:
-        """Raises:
-        InputError: a number that cannot be; a folder that is missing or holds no image.
+        """Check the values.
+
+        Raises:
+            InputError: a value is out of range, or a folder is missing or has no image.
         """
         for name in (
             "surrogate_images",
@@ -132,7 +138,7 @@ class SetOptions:
 
 
 def sampled(args: Any, looked: Looked, prompts: Prompts) -> list[tuple[int, int]]:
-    """For each set that is sampled: how many images, and passes of each a step (guidance: 2)."""
+    """For each set to sample: the number of images, and passes per image and step (guidance: 2)."""
     guided = looked.family.passes(looked.unet, args.guidance_scale)
     return [
         (n, guided if _guided(labels, prompts) else 1)
@@ -142,12 +148,12 @@ def sampled(args: Any, looked: Looked, prompts: Prompts) -> list[tuple[int, int]
 
 
 def passes(args: Any, looked: Looked, prompts: Prompts) -> int:
-    """How often the denoiser is run to sample the sets."""
+    """The number of passes through the denoiser to sample the sets."""
     return sum(n * each for n, each in sampled(args, looked, prompts)) * args.num_inference_steps
 
 
 def made_of(args: Any, folder: Path, prompts: Prompts) -> dict[str, str]:
-    """What a run learns from, by content: the pipeline's parts, the prompts and images given."""
+    """Hashes of what a run learns from: the pipeline's parts, the prompts and the given images."""
     given = [f for d in (args.surrogate_dir, args.forget_dir) if d for f in image_files(d)]
     said = prompts.texts, prompts.forget, prompts.surrogate, prompts.remember
     instead = [[i, others] for i, others in sorted(prompts.instead.items())]
@@ -169,12 +175,19 @@ def make(
     base: str,
     device: Any,
 ) -> Made:
-    """The sets that the method needs, sampled or read. `unet` holds the pretrained weights, `base`
-    is their hash, `table` the conditions of all prompts. Under mixed precision a copy in 16 bits
-    samples, with --quantize a quantized one, and `unet` stays where it is.
+    """The sets that the method needs, sampled or read.
+
+    Under mixed precision a 16-bit copy of the denoiser samples, with --quantize a quantized copy;
+    `unet` is not moved then.
+
+    Args:
+        prompts: the prompts of the run.
+        unet: the denoiser with the pretrained weights.
+        table: the conditions of all prompts.
+        base: the hash of the pretrained weights.
 
     Raises:
-        InputError: unreadable images; NaN or Inf in what was made of them.
+        InputError: images cannot be read, or a set has NaN or Inf.
     """
     table = Conditions.of(table)
     made: dict[str, tuple[Tensor, Tensor]] = {}
@@ -187,7 +200,7 @@ def make(
     if sampled(args, looked, prompts):
         if args.mixed_precision != "no" or args.quantize:
             unet = copy.deepcopy(unet).requires_grad_(False)
-        if args.mixed_precision != "no":  # as autocast rounds, which would keep a copy beside it
+        if args.mixed_precision != "no":  # autocast would keep such a copy next to the original
             halve_frozen(unet, DTYPES[args.mixed_precision])
         if args.quantize:
             quantize(unet, args.quantize, looked.family.units, device)
@@ -205,11 +218,11 @@ def make(
 @in_one_line()
 def fisher(args: Any, made: Made, looked: Looked, unet: Any, table: Conditions) -> Any:
     """F of the denoiser's trained weights over the replay set, by parameter."""
-    assert made.replay  # whatever has a Fisher remembers
+    assert made.replay  # every method with a Fisher has a replay set
     latents, labels = made.replay
     rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))
     rows = rows[: args.fisher_images]
-    # the replayed prompts alone: F is not another where another prompt is forgotten
+    # only the replayed prompts, so that F does not depend on the prompt to forget
     number = {c: i for i, c in enumerate(made.replayed)}
     model = Prompted(unet, table.rows(made.replayed), looked.family).to(unet.device)
     batches = FisherBatches(
@@ -233,7 +246,7 @@ def fisher(args: Any, made: Made, looked: Looked, unet: Any, table: Conditions) 
 
 
 def kinds(args: Any, prompts: Prompts) -> dict[str, tuple[int, list[int], Path | None]]:
-    """For each set: how many images, of which prompts (none: noise), or of which folder."""
+    """For each set: the number of images, the prompts (none: noise), and a folder of images."""
     forgets, found = kind(args), {}
     if forgets == "surrogate" and args.surrogate not in NOISE:
         labels = prompts.surrogate if args.surrogate == "prompt" else []
@@ -246,7 +259,7 @@ def kinds(args: Any, prompts: Prompts) -> dict[str, tuple[int, list[int], Path |
 
 
 def _guided(labels: list[int], prompts: Prompts) -> bool:
-    """Guidance of the empty prompt away from itself is nothing."""
+    """Whether guidance has an effect: it has none on the empty prompt."""
     return set(labels) != {prompts.null}
 
 
@@ -265,7 +278,7 @@ def _sampled(
     used = [*labels, prompts.null]
     told, scheduler = table.rows(used), looked.family.sampler(looked.scheduler)
     texts = [prompts.texts[i] for i in used]
-    # no set of any seed begins at the noise of another's
+    # a distinct seed for each set, so that no two sets start from the same noise
     seed = 3 * args.seed + ("replay", "surrogate", "own").index(name)
     bits = f"{args.mixed_precision}, {args.quantize}" if args.quantize else args.mixed_precision
     how = [
@@ -308,7 +321,7 @@ def _encoded(
     number: int,
     device: Any,
 ) -> Tensor:
-    """Latents of a folder's images, or of uniform noise; the VAE is gone again afterwards."""
+    """Latents of a folder's images, or of uniform noise; frees the VAE afterwards."""
     size = looked.resolution
     given = image_files(images) if images else []
     vae_hash = parts(folder, args.variant)["vae"]
@@ -325,7 +338,11 @@ def _encoded(
 
 
 def read_images(files: Sequence[Path], where: str, size: int) -> Tensor:
-    """(n, 3, size, size) in [-1, 1]; `where` they come from is for errors."""
+    """The images as (n, 3, size, size) float32 in [-1, 1].
+
+    Args:
+        where: the source of the images, for messages.
+    """
     items = [Image(p, 0, p.name) for p in files]
     stack, _, _ = decode(items, ["image"], where, resolution=size, skip=False)
     return stack.float().div_(127.5).sub_(1)

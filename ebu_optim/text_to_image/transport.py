@@ -1,7 +1,7 @@
-"""One or several SPM adapters in a pipeline, each scaled for each prompt (facilitated transport).
+"""One or several SPM adapters in a pipeline, scaled for each prompt (facilitated transport).
 
-The weights are W0 + sum m_i (up_i down_i), by diffusers' set_adapters; m_i depends on how near the
-prompt is to what adapter i erases (ebu_optim.baselines.transport).
+The weights are W0 + sum m_i (up_i down_i), set by diffusers' set_adapters. m_i depends on how near
+the prompt is to the concept that adapter i erases (ebu_optim.baselines.transport).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .prompts import words
 
 
 class Erased(NamedTuple):
-    """An adapter's name in the pipeline, and what it erases."""
+    """An adapter's name in the pipeline, and the prompt that it erases: embedding and tokens."""
 
     name: str
     embedding: Tensor
@@ -27,10 +27,10 @@ class Erased(NamedTuple):
 
 
 def load(pipe: Any, folders: list[Path]) -> list[Erased]:
-    """Put the adapters of unlearn.py's folders into the pipeline.
+    """Load the adapters in folders of unlearn.py into the pipeline.
 
     Raises:
-        InputError: a folder without an adapter, or one that erases several prompts.
+        InputError: a folder has no adapter, or its adapter erases several prompts.
     """
     found = []
     for i, folder in enumerate(folders):
@@ -41,17 +41,19 @@ def load(pipe: Any, folders: list[Path]) -> list[Erased]:
             )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"--adapters {folder} is no adapter of unlearn.py for this model: {error}"
+                f"--adapters {folder} has no adapter of unlearn.py for this model: {error}"
             ) from error
         if len(erased) != 1:
-            raise InputError(f"--adapters {folder} erases {len(erased)} prompts: transport is of 1")
+            raise InputError(
+                f"--adapters {folder} erases {len(erased)} prompts: transport needs exactly 1"
+            )
         embedding = _embedding(pipe, erased[0])
         found.append(Erased(f"erased_{i}", embedding, words(erased[0], pipe.tokenizer)))
     return found
 
 
 def strengths(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
-    """m of each adapter for a prompt."""
+    """The strength m of each adapter for a prompt."""
     return transport(
         _embedding(pipe, prompt),
         words(prompt, pipe.tokenizer),
@@ -60,7 +62,7 @@ def strengths(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
 
 
 def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
-    """Scale the pipeline's adapters for a prompt; m of each."""
+    """Scale the pipeline's adapters for a prompt and return the strength m of each."""
     m = strengths(pipe, erased, prompt)
     pipe.set_adapters([e.name for e in erased], m)
     return m

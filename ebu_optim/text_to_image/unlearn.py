@@ -1,7 +1,7 @@
-"""Make a text-to-image model forget concepts, by EBU or by what it is compared with.
+"""Make a text-to-image model forget concepts, by EBU or by a method that it is compared with.
 
-The paper's setting is the default: cross attention, 1000 steps, batch size 1, learning rate 1e-5,
-images of the empty prompt as what the concept becomes.
+The defaults are the paper's: cross attention, 1000 steps, batch size 1, learning rate 1e-5, and
+images of the empty prompt as the surrogate.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from . import (
 from .objectives import TextObjectives
 from .options import Unlearn
 
-SCRIPT = "unlearn_text_to_image"  # of a run's folder
+SCRIPT = "unlearn_text_to_image"  # identifies the kind of run in its folder
 
 
 def unlearn(config: Unlearn) -> None:
-    """Run, or go on with, what the options say; the result is in ``config.output_dir``.
+    """Run an unlearning or resume one; the result is in ``config.output_dir``.
 
     Raises:
-        InputError: options, prompts, images or models that do not fit; nothing is changed then.
+        InputError: options, prompts, images or the model do not fit. Nothing was changed then.
     """
     with unlearning(config) as run:
         run.finish()
@@ -52,9 +52,11 @@ def unlearn(config: Unlearn) -> None:
 
 @contextmanager
 def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
-    """The same, whose steps are the caller's: between entering and leaving, what is yielded is
-    ready for its steps; on leaving, the result is written."""
-    args: Any = config.resolved()  # whole: what has a default is not None
+    """Like `unlearn`, but the caller takes the steps.
+
+    The context yields an `Unlearning` that is ready for its steps, and writes the result at its
+    end."""
+    args: Any = config.resolved()  # all defaults are filled in
     looked = pipelines.look(args)
     looked.family.refuse(args)
     args = looked.family.guided(args, looked.unet)
@@ -65,8 +67,10 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     accelerator = training.new_accelerator(args)
     args = replace(args, mixed_precision=accelerator.mixed_precision)
     if args.mixed_precision not in save.DTYPES:
-        raise InputError(f"mixed precision {args.mixed_precision}: give no, fp16 or bf16")
-    looked.family.refuse(args)  # accelerate's own settings may have said the precision
+        raise InputError(
+            f"--mixed_precision {args.mixed_precision} is not supported: give no, fp16 or bf16"
+        )
+    looked.family.refuse(args)  # the precision may come from accelerate's own settings
     quantized.check(args.quantize)
     cost = memory.count(args, looked, texts)
     outcome.say(accelerator, args, looked, texts, cost)
@@ -95,7 +99,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
         losses = TextObjectives(
             args, texts, made, model, raw, teacher, looked.scheduler, accelerator, looked.latents
         )
-        # whatever making the sets drew, and whether they were there already
+        # independent of whether the sets were sampled now or existed
         set_seed(args.seed, device_specific=True)
         made_of = sets.made_of(args, folder, texts)
         done: dict[str, Any] = {"seconds": 0.0, "made_of": made_of}
@@ -147,7 +151,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
             report = outcome.describe(args, texts, cost, base, opt, done, looked.family)
             there = save.kept(args, folder, report) if begin == args.max_train_steps else None
             if there:
-                print(f"saved {there} before, with its README.md")
+                print(f"{there} was already saved, with its README.md")
             else:
                 print(f"saved {save.save(args, raw, folder, report)}")
         accelerator.wait_for_everyone()
@@ -159,12 +163,13 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
 def learn_from(
     args: Unlearn, accelerator: Any, looked: pipelines.Looked, texts: prompts.Prompts
 ) -> tuple[Path, str, sets.Made, modules.Prompted, Any]:
-    """The base's folder and hash, the sets, the model with what is trained chosen, and its F. The
-    main process makes what is not there yet, the others read it."""
+    """The base's folder and hash, the sets, the model with its trained weights chosen, and F.
+
+    The main process makes what does not exist yet, the other processes read it."""
     device, dtype = accelerator.device, save.DTYPES[accelerator.mixed_precision]
     with accelerator.main_process_first():
         folder = pipelines.fetch(args)
-    with accelerator.main_process_first():  # before there is a denoiser
+    with accelerator.main_process_first():  # before the denoiser takes memory
         table = sets.conditions(args, looked, folder, texts.texts, device)
     part = looked.family.denoiser
     unet = pipelines.load(looked.family.kind(part), folder / part, args.variant)
@@ -178,7 +183,7 @@ def learn_from(
         if fisher == "estimate":
             raw.to(device)
             fisher = sets.fisher(args, made, looked, unet, table)
-    if dtype != torch.float32:  # before the rest of it is on the device
+    if dtype != torch.float32:  # before the model is moved to the device
         modules.halve_frozen(unet, dtype)
     if args.quantize:
         quantized.quantize(unet, args.quantize, looked.family.units, device)

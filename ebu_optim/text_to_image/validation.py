@@ -1,4 +1,4 @@
-"""Pictures on the way: the same prompts and starting noise every --validation_steps."""
+"""Validation pictures: the same prompts and starting noise every --validation_steps steps."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ from .pipelines import load
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
-    """What is drawn on the way."""
+    """The options of the validation pictures."""
 
     group: ClassVar[str] = "validation"
 
     validation_prompts: list[str] | None = option(
         None,
-        help="Prompts of the validation pictures. Default: one that is forgotten and three "
-        "that are remembered.",
+        help="Prompts of the validation pictures. Default: one prompt to forget and three to "
+        "remember.",
     )
     validation_steps: int = option(
-        250, help="Draw validation pictures every so many steps; 0 draws none."
+        250, help="Draw validation pictures every this many steps; 0 draws none."
     )
     num_validation_images: int = option(2, help="Validation pictures of each prompt.")
     validation_inference_steps: int = option(25, help="Steps of each validation picture.")
     validation_guidance_scale: float | None = option(
-        None, help="Guidance of each validation picture. Default: that of the model's family."
+        None, help="Guidance scale of the validation pictures. Default: that of the model's family."
     )
 
     def check_validation(self) -> None:
-        """Raises:
-        InputError: a number that cannot be.
+        """Check the values.
+
+        Raises:
+            InputError: a value is out of range.
         """
         if self.validation_steps < 0:
             raise InputError(f"--validation_steps must be >= 0; got {self.validation_steps}")
@@ -62,8 +64,9 @@ def draw(
     shape: tuple[int, ...],
     folder: Path,
 ) -> Tensor:
-    """Images (n, 3, H, W) uint8 on the CPU, those of one prompt behind one another. The VAE is on
-    the model's device for the decoding alone, and the random streams are as they were."""
+    """Images (n, 3, H, W) uint8 on the CPU, ordered by prompt.
+
+    The VAE is on the model's device only while it decodes. Global random states do not change."""
     device = next(model.parameters()).device
     rows = torch.tensor(labels).repeat_interleave(args.num_validation_images)
     family, ddim = model.family, model.family.sampler(scheduler)
@@ -85,7 +88,7 @@ def draw(
 
 
 def write(args: Any, accelerator: Any, images: Tensor, step: int) -> None:
-    """A PNG with a row for each prompt, and the images to the trackers."""
+    """Save a PNG with one row per prompt, and log the images to the trackers."""
     path = args.output_dir / "validation" / f"step_{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = images.unflatten(0, (-1, args.num_validation_images)).permute(0, 3, 1, 4, 2)

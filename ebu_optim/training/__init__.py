@@ -1,4 +1,4 @@
-"""How a run goes: options, output folder, loop, resuming; images to learn from."""
+"""Training runs: options, output folder, loop, resuming, and images to learn from."""
 
 from .._extras import require
 

@@ -9,8 +9,8 @@
 
     config = parse(Sampling, description=__doc__)
 
-It is jsonargparse's: flags are the fields' names, ``--config run.yaml`` gives any of them by name;
-an error is one line, the status 2.
+It uses jsonargparse: flags are the fields' names, and ``--config run.yaml`` sets any of them by
+name. An error is one line, with exit status 2.
 """
 
 from __future__ import annotations
@@ -43,16 +43,20 @@ def parse(
     description: str | None = None,
     prog: str | None = None,
 ) -> Config:
-    """The config of a command line; None: the one of this process.
+    """Parse a command line into a config.
 
-    A ``list[T]`` takes several values, a ``Literal`` one of its own, a ``dict`` JSON, a ``bool`` is
-    a switch. ``--config`` takes a YAML file of fields; what follows it has the last word. A base
-    class with an attribute `group` has its flags under that title in ``--help``; an attribute
-    `titles` of the config, title -> names of fields, has the last word on which come first.
+    A ``list[T]`` takes several values, a ``Literal`` one of its values, a ``dict`` takes JSON, and
+    a ``bool`` is a switch. ``--config`` takes a YAML file of fields; later flags override it. In
+    ``--help`` the flags of a base class with an attribute `group` are under that title. An
+    attribute `titles` of the config, title -> names of fields, overrides this, and its groups come
+    first.
+
+    Args:
+        argv: the arguments; None takes those of this process.
 
     Raises:
-        SystemExit: with status 2, flags that are not understood.
-        InputError: values that the config itself refuses.
+        SystemExit: with status 2, for unknown flags or values of a wrong type.
+        InputError: the config itself rejects the values.
     """
     wanted: Any = config
     required = [f for f in fields(wanted) if f.default is f.default_factory is MISSING]
@@ -80,20 +84,20 @@ def parse(
         _refuse(
             parser,
             f"the following arguments are required: {', '.join(map(name_of, missing))}"
-            + "; what has no flag stands before the options" * first,
+            + "; arguments without a flag come before the options" * first,
         )
     return config(**{f.name: _typed(f, hints[f.name], found[key_of(f)]) for f in fields(wanted)})
 
 
 class _Wrapped(argparse.RawDescriptionHelpFormatter):
-    """Each line of a help text is wrapped by itself, so that what has several keeps them."""
+    """Wraps each line of a help text separately, which keeps line breaks."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return [short for line in text.splitlines() for short in textwrap.wrap(line, width) or [""]]
 
 
 def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
-    """What has no flag is a text, or texts, until here: see `add_flags`."""
+    """The value with its type; a positional argument is text until here, see `add_flags`."""
     if "positional" not in f.metadata:
         return value
     kind = argument_of(f, hint)["type"]
@@ -101,7 +105,7 @@ def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _said(config: Any, why: str) -> str:
-    """jsonargparse's words, by the option's name on the command line and without Python's types."""
+    """jsonargparse's message with the option's name on the command line, without Python's types."""
     names = {key_of(f): name_of(f) for f in fields(config)}
     why = re.sub(r'Parser key "(\w+)"', lambda m: f"argument {names.get(m[1], '--' + m[1])}", why)
     return re.sub(r"a <class '(\w+)'>", r"\1", why)
@@ -113,10 +117,10 @@ def _refuse(parser: Any, why: str) -> NoReturn:
 
 
 def add_flags(parser: Any, config: type) -> None:
-    """Add the flags of a config to a parser; a required one that is not given is None or absent."""
+    """Add the flags of a config to a parser. A missing required option is None or absent."""
     hints = get_type_hints(config)
     places: dict[str | None, Any] = {None: parser}
-    # a group stands where its first flag is added
+    # a group appears where its first flag is added
     first = [name for names in getattr(config, "titles", {}).values() for name in names]
     place_of = {name: i - len(first) for i, name in enumerate(first)}
     for f in sorted(fields(config), key=lambda f: place_of.get(f.name, 0)):
@@ -131,7 +135,8 @@ def add_flags(parser: Any, config: type) -> None:
             place = places[one]
         how = {**argument_of(f, hints[f.name]), **said}
         if name := f.metadata.get("positional"):
-            # a default would take the place of what --config says; jsonargparse checks one by type
+            # A default would override the value from --config. With a type jsonargparse would
+            # check the default.
             how |= {"nargs": "*" if "nargs" in how else "?", "default": argparse.SUPPRESS}
             how.pop("type")
             parser.add_argument(f.name, metavar=name, **how)
@@ -148,14 +153,15 @@ def _with_default(said: str | None, default: Any) -> str | None:
 
 
 def _asked(f: Field[Any]) -> str:
-    """A required field, as the usage has it."""
+    """A required field in the usage line."""
     if name := f.metadata.get("positional"):
         return f"{name} [{name} ...]" if str(f.type).startswith("list") else name
     return f"{names_of(f)[0]} {f.metadata.get('metavar') or flag_of(f).lstrip('-').upper()}"
 
 
 def _group(config: type, name: str) -> str | None:
-    """The title that the config gives it, else that of the class that brought the field."""
+    """The title of a field's group: from the config's `titles`, else from the class that defines
+    the field."""
     for title, names in getattr(config, "titles", {}).items():
         if name in names:
             return title
@@ -170,8 +176,13 @@ def command(
     argv: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> None:
-    """Run `function` with the `config` of the command line, as a script does; `argv`: not of this
-    process. What the user can put right is printed in one line, with exit status 2."""
+    """Run `function` with the config of the command line, as a script does.
+
+    See `exit_on_input_errors` for errors.
+
+    Args:
+        argv: the arguments; None takes those of this process.
+    """
     resumes = issubclass(config, TrainingOptions)
     exit_on_input_errors(
         lambda: function(parse(config, argv, description, prog)),
@@ -183,8 +194,13 @@ def command(
 def exit_on_input_errors(
     main: Callable[[], object], goes_on: str = "the same command", prog: str | None = None
 ) -> None:
-    """Run `main`; what the user can put right is printed in one line, with exit status 2. A
-    character that the console does not know is printed as another, and ends nothing."""
+    """Run `main`, and print errors that the user can fix in one line, with exit status 2.
+
+    Characters that the console cannot encode are printed as escapes.
+
+    Args:
+        goes_on: the command that continues the run, for messages.
+    """
     prog = prog or Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -197,17 +213,17 @@ def exit_on_input_errors(
     except torch.cuda.OutOfMemoryError as error:
         what = str(error).partition("\n")[0]
         print(
-            f"{prog}: error: {what}\nA smaller batch takes less, and so do "
-            "--gradient_checkpointing and --mixed_precision bf16, where the script has them. "
-            f"Where something else filled the memory, {goes_on} goes on",
+            f"{prog}: error: {what}\nA smaller batch needs less memory, and so do "
+            "--gradient_checkpointing and --mixed_precision bf16, if the script has them. "
+            f"If another program filled the memory, {goes_on} continues",
             file=sys.stderr,
         )
         sys.exit(2)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        print(f"{prog}: error: {error}. Then {goes_on} goes on", file=sys.stderr)
+        print(f"{prog}: error: {error}. Then {goes_on} continues", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {goes_on} goes on", file=sys.stderr)
+        print(f"\ninterrupted; {goes_on} continues", file=sys.stderr)
         sys.exit(130)

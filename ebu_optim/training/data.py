@@ -1,14 +1,14 @@
-"""Labelled images for the scripts of this folder, from any of four sources, in the main memory.
+"""Labelled images for training, from any of four sources, in main memory.
 
     --dataset_name uoft-cs/cifar10     the hub, through `datasets`
     --parquet data/cifar10             parquet files, or a folder of them
     --train_data_dir images            one folder of images for each class
     --digits                           the 1,797 8x8 digits of scikit-learn; no download
 
-Parquet files and folders whose names begin with "train" and "test" are the two splits. Where there
-is no test split, a tenth of the training images, drawn with a fixed seed, is held out as one.
-Names that begin with a dot are skipped, and a warning names what else is no image. Images are read
-as :func:`ebu_optim.images.read_rgb` says: turned as EXIF says, transparency over white.
+Parquet files and folders whose names begin with "train" and "test" are the two splits. Without a
+test split, a tenth of the training images, drawn with a fixed seed, is held out as one. Names that
+begin with a dot are skipped; a warning names other files that are not images. Images are read by
+:func:`ebu_optim.images.read_rgb`: turned by their EXIF orientation, transparency over white.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .sources import DataOptions, decode, folder_items, hub_items, parquet_items
 
 
 class Data(NamedTuple):
-    """Images (n, C, H, W) uint8, labels (n,) int64, the classes' names, where they came from."""
+    """Images (n, C, H, W) uint8, labels (n,) int64, the classes' names, the source, and the
+    unreadable images that were skipped."""
 
     images: Tensor
     labels: Tensor
@@ -35,7 +36,7 @@ class Data(NamedTuple):
     skipped: tuple[str, ...] = ()
 
     def made_of(self) -> dict[str, str]:
-        """Where they came from, and their contents."""
+        """The source, and a hash of the images and labels."""
         return {"data": self.source, "images": tensor_hash(self.images, self.labels)}
 
     def only(self, classes: Iterable[int]) -> Data:
@@ -44,12 +45,15 @@ class Data(NamedTuple):
 
 
 def load(args: DataOptions, split: str = "train") -> Data:
-    """The "train" or the "test" images of the source that the options name; or "all" that the base
-    model learns from: with --join_splits both, else those of "train".
+    """Load the images of the source that the options name.
+
+    Args:
+        split: "train", "test", or "all" for the images of the base model: with --join_splits both
+            splits, else "train".
 
     Raises:
-        InputError: no source, not reachable, without images or those of a class, of several sizes,
-            unreadable images, labels that are no whole numbers.
+        InputError: the source is not given or cannot be reached; it has no images, or none of a
+            class; images are unreadable or of several sizes; labels are not whole numbers.
     """
     asked, joined = "test" if split == "test" else "train", args.join_splits and not args.digits
     data, held_out = _read(args, "train" if joined else asked)
@@ -78,7 +82,11 @@ def load(args: DataOptions, split: str = "train") -> Data:
 
 
 def load_for(args: DataOptions, info: Mapping[str, Any]) -> Data:
-    """The "train" images, refused where their classes or shape are not the model's."""
+    """The "train" images for a model.
+
+    Raises:
+        InputError: their classes or shape are not the model's; see also `load`.
+    """
     real = load(args)
     if list(real.classes) != info["classes"]:
         raise InputError(
@@ -93,10 +101,10 @@ def load_for(args: DataOptions, info: Mapping[str, Any]) -> Data:
 
 
 def _read(args: DataOptions, split: str) -> tuple[Data, bool]:
-    """A split, and whether it is all that there is, so that the test part has to be held out."""
+    """A split, and whether the test split must be held out of it because the source has none."""
     if args.digits:
         if args.classes:
-            raise InputError("--classes: the digits are few enough, all ten are used")
+            raise InputError("--classes: --digits always uses all ten classes; leave it out")
         return _digits(split), False
     if not args.given:
         raise InputError(
@@ -122,20 +130,21 @@ def _check_classes(labels: Tensor, classes: Sequence[str], source: str) -> None:
     if empty := [name for i, name in enumerate(classes) if i not in there]:
         named = f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
         raise InputError(
-            f"{source}: no image of class {named}: nothing would be learned of it. Add images, "
+            f"{source}: no image of class {named}: the model could not learn it. Add images, "
             "delete its folder, or name the other classes with --classes"
         )
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], the range of the models; the same scale for every image."""
+    """uint8 -> float32 in [-1, 1], the range of the models, with the same scale for all images."""
     return images.float().div_(127.5).sub_(1)
 
 
 class Batches:
-    """Endless shuffled batches of images (n, C, H, W), uint8 or float32 in [-1, 1], that
-    are a function of their number, so that a run can be resumed at any; batch i of p processes is,
-    together, batch i of one process with p times the size."""
+    """Endless shuffled batches of images (n, C, H, W), uint8 or float32 in [-1, 1].
+
+    A batch depends only on its number, so that a run can be resumed at any batch. The batches i of
+    p processes together are batch i of one process with p times the batch size."""
 
     def __init__(
         self,
@@ -154,7 +163,7 @@ class Batches:
         self._orders: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        """Batches in which every image has been once."""
+        """The number of batches in which every image appears at least once."""
         return math.ceil(len(self.labels) / (self.size * self.processes))
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -179,8 +188,10 @@ class Batches:
 
 
 def noise_images(n: int, generator: torch.Generator, real: Tensor) -> Tensor:
-    """What a reject class means: uniform noise, Gaussian noise of several widths cut to [-1, 1],
-    and real images (m, C, H, W) whose pixels were shuffled; a third of each."""
+    """n images (n, C, H, W) of a reject class, in three equal parts.
+
+    The parts are uniform noise, Gaussian noise of several widths clamped to [-1, 1], and real
+    images (m, C, H, W) with shuffled pixels."""
     shape, a = real.shape[1:], n // 3
     uniform = torch.rand(a, *shape, generator=generator) * 2 - 1
     width = torch.rand(a, 1, 1, 1, generator=generator) * 0.8 + 0.2
@@ -192,8 +203,13 @@ def noise_images(n: int, generator: torch.Generator, real: Tensor) -> Tensor:
 
 
 def class_ids(given: Sequence[str], classes: Sequence[str], option: str) -> list[int]:
-    """Class numbers of numbers or names; where names are numbers, such as folders 1, 10, 2, a
-    number is a name."""
+    """The class numbers for given numbers or names.
+
+    If any name is a number, such as in folders 1, 10, 2, a given number is a name.
+
+    Raises:
+        InputError: there is no such class.
+    """
     ids = []
     by_number = not any(name.isdigit() for name in classes)
     for text in given:
@@ -203,13 +219,13 @@ def class_ids(given: Sequence[str], classes: Sequence[str], option: str) -> list
         if number is None:
             said = f"{', '.join(list(classes)[:10])}{', ...' if len(classes) > 10 else ''}"
             there = f"0..{len(classes) - 1} ({said})" if by_number else said
-            raise InputError(f"{option} {text}: there is no such class; there are {there}")
+            raise InputError(f"{option} {text}: there is no such class; give one of {there}")
         ids.append(number)
     return sorted(set(ids))
 
 
 def _digits(split: str) -> Data:
-    from ..worlds import digits  # of the extra "examples": scikit-learn holds them
+    from ..worlds import digits  # here, as it needs scikit-learn of the extra "examples"
 
     x, y, x_test, y_test = digits.images()
     x, y = (x, y) if split == "train" else (x_test, y_test)

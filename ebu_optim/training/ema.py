@@ -1,4 +1,5 @@
-"""The moving average of the weights: diffusers' EMAModel, and the share of its start in it."""
+"""The exponential moving average (EMA) of the weights: diffusers' EMAModel, and the share of the
+initial weights in it."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from diffusers.training_utils import EMAModel
 
 
 class Ema:
-    """diffusers' EMAModel, and the share of its start that is still in it."""
+    """diffusers' EMAModel, and the share that the initial weights still have in it."""
 
     def __init__(self, parameters: Any, decay: float, *, warm: bool) -> None:
         parameters = list(parameters)
-        # warm: from the first step on with the full decay, as if it had been running all the time;
-        # EMAModel takes 0 at its first step whatever min_decay says
+        # warm: the full decay from the first step on, as if the average had been running before.
+        # EMAModel uses a decay of 0 at its first step, regardless of min_decay.
         self.model = EMAModel(parameters, decay=decay, min_decay=decay if warm else 0.0)
         self.model.optimization_step = 1 if warm else 0
         self.share = 1.0
@@ -34,7 +35,7 @@ class Ema:
 
 @contextmanager
 def averaged(model: Any, ema: Ema | None) -> Iterator[Any]:
-    """The model with its EMA's weights inside the block; with its own where there is no EMA."""
+    """The model, with the EMA's weights inside the block; unchanged if `ema` is None."""
     if ema is None:
         yield model
         return

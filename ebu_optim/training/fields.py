@@ -1,4 +1,4 @@
-"""A field of a config: what its flag is called, takes and says."""
+"""Fields of a config: the name, the arguments and the help of a flag."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ..errors import InputError
 
 
 def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> Any:
-    """A field of a config, and what its flag says.
+    """Define a field of a config and its flag.
 
     Args:
-        default: without one the flag is required; a list or dict is copied for every config.
-        more: what ``add_argument`` takes, such as `choices` or `nargs`; `flag`, where it is not
-            the field's name, or its several names; `exclusive`, a name for flags of which one can
-            be given; `positional`, how the help calls a field that has no flag.
+        default: the default; without one the flag is required. A list or dict is copied for every
+            config.
+        more: arguments of ``add_argument``, such as `choices` or `nargs`; `flag`, the flag's name
+            or names if not the field's name; `exclusive`, the name of a group of flags of which
+            only one can be given; `positional`, the name in the help of a field without a flag.
     """
     said = {"help": help, **more}
     if isinstance(default, (list, dict)):
@@ -28,7 +29,7 @@ def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> A
 
 
 def named(config: Any, field: str) -> str:
-    """What a command calls a field of its config, for messages."""
+    """The name of a config's field on the command line, for messages."""
     return name_of(next(f for f in fields(config) if f.name == field))
 
 
@@ -42,29 +43,29 @@ def names_of(f: Field[Any]) -> tuple[str, ...]:
 
 
 def flag_of(f: Field[Any]) -> str:
-    """The long name."""
+    """The long name of a field's flag."""
     return names_of(f)[-1]
 
 
 def key_of(f: Field[Any]) -> str:
-    """Its name in a file of options: as on the command line."""
+    """The field's name in a file of options, which is its flag without dashes."""
     return f.name if "positional" in f.metadata else flag_of(f).lstrip("-")
 
 
 def default_of(f: Field[Any]) -> Any:
-    """What the field is where it is not given; MISSING where it must be."""
+    """The field's default; MISSING for a required field."""
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
 def kind_of(hint: Any) -> type:
-    """list, bool or something else."""
+    """The type that a type hint stands for: list, bool or another one."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(a for a in get_args(hint) if a is not types.NoneType)
     return get_origin(hint) or hint
 
 
 def argument_of(f: Field[Any], kind: Any) -> dict[str, Any]:
-    """What ``add_argument`` is told of a field's type and default."""
+    """The arguments of ``add_argument`` for a field's type and default."""
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not types.NoneType)
     default = default_of(f)
@@ -79,7 +80,7 @@ def argument_of(f: Field[Any], kind: Any) -> dict[str, Any]:
 
 
 def flags(config: Any) -> list[str]:
-    """The shortest command line of a config: what is not as by default."""
+    """The shortest command line of a config: the options that differ from their defaults."""
     first: list[str] = []
     found: list[str] = []
     for f in fields(config):
@@ -97,12 +98,12 @@ def flags(config: Any) -> list[str]:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The options by name, as they are."""
+    """Field name -> value."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
 def as_yaml(config: Any) -> str:
-    """What ``--config`` reads again: the options that are not None, as YAML."""
+    """The options that are not None as YAML, which ``--config`` reads."""
     import yaml
 
     def plain(value: Any) -> Any:
@@ -116,10 +117,10 @@ def as_yaml(config: Any) -> str:
 
 
 def check_choices(config: type, values: Mapping[str, Any]) -> None:
-    """As the command line does it, of a config's options that come from elsewhere.
+    """Check values against the choices of a config's options, as the command line does.
 
     Raises:
-        InputError: a value that is none of its option's choices.
+        InputError: a value is not among the choices of its option.
     """
     hints = get_type_hints(config)
     for f in fields(config):
@@ -127,12 +128,16 @@ def check_choices(config: type, values: Mapping[str, Any]) -> None:
         value = values.get(f.name)
         for one in value if isinstance(value, list) else [value]:
             if choices and one is not None and one not in choices:
-                raise InputError(f"{flag_of(f)} {one}: there is {', '.join(map(str, choices))}")
+                raise InputError(
+                    f"{flag_of(f)} must be one of {', '.join(map(str, choices))}; got {one}"
+                )
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Raises:
-    InputError: an option of these names is less; None passes.
+    """Check that options are not less than a value; None passes.
+
+    Raises:
+        InputError: an option of these names is less.
     """
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:

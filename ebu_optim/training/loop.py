@@ -1,4 +1,4 @@
-"""The accelerator, the schedule and one step: what a training loop is made of."""
+"""The parts of a training loop: the accelerator, the loop itself, and one step of unlearning."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from .run import Run
 
 
 def new_accelerator(args: Any) -> Accelerator:
-    """Accelerate as the options ask for it, with the seed set.
+    """Create the Accelerator for the options, and set the seed.
 
     Raises:
-        InputError: a tracker that is not installed, a precision or a device that cannot train, or
-            processes that accelerate did not connect.
+        InputError: the tracker is not installed; the device does not support the precision or
+            float64; accelerate did not connect the processes.
     """
     reports = None if args.report_to == "none" else args.report_to
     available = [str(t) for t in get_available_trackers()]
     if reports not in (None, "all") and reports not in available:
-        # accelerate itself would drop it without a word
+        # accelerate itself would silently ignore it
         raise InputError(
-            f"--report_to {reports}: not installed; there is {', '.join(available) or 'nothing'}"
+            f"--report_to {reports}: this tracker is not installed; installed are: "
+            f"{', '.join(available) or 'none'}"
         )
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -43,25 +44,25 @@ def new_accelerator(args: Any) -> Accelerator:
         project_config=ProjectConfiguration(
             str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
         ),
-        # the main process may make sets for hours while the others wait
+        # the other processes may wait for hours while the main process makes sets
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-        # without this, several processes without a GPU would each train alone, in silence
+        # without this, several processes without a GPU would silently train separate models
         cpu=args.cpu
         or not any(m.is_available() for m in (torch.cuda, torch.xpu, torch.backends.mps)),
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate takes it, scales nothing, and the first Linear layer fails
+        # accelerate accepts it without a scaler, and the first Linear layer fails
         raise InputError("--mixed_precision fp16 needs a GPU; on a CPU give bf16, or no")
     if isinstance(args, MethodOptions) and not has_float64(accelerator.device):
         raise InputError(
-            f"the methods need float64, which {accelerator.device} does not have: give --cpu"
+            f"the methods need float64, which {accelerator.device} does not support: give --cpu"
         )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise InputError(
             f"{asked} processes were started, but accelerate did not connect them: give --cpu"
         )
-    set_seed(args.seed)  # the same weights everywhere; Run seeds the draws of each process
+    set_seed(args.seed)  # the same weights on all processes; Run seeds each process differently
     return accelerator
 
 
@@ -78,17 +79,17 @@ def fit(
     ema_decay: float | None = None,
     parts: Sequence[str] = (),
 ) -> None:
-    """Train `model` for --max_train_steps, or go on where that was interrupted; then `finish`.
+    """Train `model` for --max_train_steps steps, or resume an interrupted run; then call `finish`.
 
     Args:
         args: a config with `TrainingOptions`.
-        script: what is trained, for the run's identity and its bar.
+        script: the kind of training, for the run's identity and its progress bar.
         optimizer: a torch optimizer over the model's parameters.
-        loss: of the i-th micro-batch, a 0-d tensor, by the model as accelerate prepared it.
-        finish: called by the main process with the average, while the output folder is held.
-        same: what a resumed run must agree in, beside the options.
-        ema_decay: of the average of the weights; None keeps none.
-        parts: folders of the result, removed where the run begins anew.
+        loss: (model prepared by accelerate, index i) -> the loss of micro-batch i, a 0-d tensor.
+        finish: called by the main process with the EMA, while the output folder is locked.
+        same: values in addition to the options that a resumed run must share.
+        ema_decay: the decay of the EMA; None keeps no EMA.
+        parts: folders of the result, which are removed when the run starts again.
     """
     size, micros = parameter_bytes(model), args.gradient_accumulation_steps
     with Run(args, accelerator, script, size=size, same=same, parts=parts) as run:
@@ -124,13 +125,16 @@ def fit(
 def unlearning_step(
     accelerator: Accelerator, model: Any, opt: Any, optimizer: Any, losses: Any, step: int
 ) -> dict[str, torch.Tensor]:
-    """One step of any method, with its micro-batches; the last micro-batch's losses.
+    """Take one step of any method, with its micro-batches.
 
     Args:
-        model, optimizer: as accelerate prepared them; `opt` is the optimizer inside.
-        losses: ``at(i)`` chooses the i-th micro-batches, ``forget()`` and ``remember()`` are
-            their losses.
-        step: from 1.
+        model, optimizer: prepared by accelerate; `opt` is the optimizer without its wrapper.
+        losses: ``at(i)`` selects the micro-batches i, ``forget()`` and ``remember()`` return their
+            losses.
+        step: the number of the step, from 1.
+
+    Returns:
+        The losses of the last micro-batch, by name.
     """
     said = {}
     micros = accelerator.gradient_accumulation_steps

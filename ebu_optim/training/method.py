@@ -25,33 +25,35 @@ class MethodOptions:
     method: str = option("ebu_added", help="Method of unlearning.")
     alpha: float | None = option(
         None,
-        help="EBU's weight of the forget gradient on the overlap. Default: EBUOptimizer's own.",
+        help="EBU's weight of the forget gradient on the overlap. Default: that of EBUOptimizer.",
     )
     delta: float | None = option(
-        None, help="EBU's share of scalars that each task selects. Default: EBUOptimizer's own."
+        None, help="EBU's share of scalars that each task selects. Default: that of EBUOptimizer."
     )
     gamma: float | None = option(
-        None, help="EBU's strength of the Fisher penalty. Default: EBUOptimizer's own."
+        None, help="EBU's strength of the Fisher penalty. Default: that of EBUOptimizer."
     )
     method_options: dict[str, Any] = option(
-        {}, help="More options of the method as JSON, e.g. '{\"lam\": 10}'."
+        {}, help="Further options of the method as JSON, e.g. '{\"lam\": 10}'."
     )
-    fisher: str | None = option(None, help="Where F comes from.")
+    fisher: str | None = option(None, help="Source of F.")
     esd_variant: Literal["paper", "released"] = option(
         "paper",
-        help="Whose sampling of x_t ESD uses: that of the paper's code or of the newer release.",
+        help="How ESD samples x_t: as the paper's code or as the newer release.",
     )
     esd_eta: float | None = option(
         None, help="Strength of ESD's guidance. Default: 1 for paper, 2 for released."
     )
     guided_steps: int | None = option(
-        None, help="DDIM steps on the way to x_t, for ESD and SPM. Default: 50; for SPM 30."
+        None, help="DDIM steps of the schedule for x_t, for ESD and SPM. Default: 50; for SPM 30."
     )
-    guided_scale: float = option(3.0, help="Guidance on the way to x_t, for ESD and SPM.")
+    guided_scale: float = option(3.0, help="Guidance scale while x_t is sampled, for ESD and SPM.")
 
     def check_method(self) -> None:
-        """Raises:
-        InputError: numbers that cannot be; options that the method does not have.
+        """Check the values.
+
+        Raises:
+            InputError: a value is out of range, or the method has no such option.
         """
         if self.guided_steps is not None and self.guided_steps < 2:
             raise InputError(f"--guided_steps must be >= 2; got {self.guided_steps}")
@@ -68,39 +70,38 @@ class MethodOptions:
         for name in _options(self):
             if name not in known:
                 raise InputError(f"--method {self.method} has no option {name} to set")
-        needs(self)  # numbers that the method itself refuses
+        needs(self)  # raises for values that the method itself rejects
 
 
 def guided_steps(method: str) -> int:
-    """What --guided_steps is by default."""
+    """The default of --guided_steps."""
     return 30 if methods[method].adapter else 50
 
 
 def needs(args: Any) -> tuple[str, ...]:
-    """The phases of the method with its options; `build` on one number says."""
+    """The phases that the method needs with its options, found by building it on one number."""
     number = torch.nn.Parameter(torch.zeros(1))
     return build(args, [number], None if args.fisher == "none" else "online").needs
 
 
 def fisher_source(args: Any, estimated: str) -> str | None:
-    """Where the method's F comes from; None where it has none.
+    """The source of the method's F; None for a method without F.
 
     Args:
-        estimated: what --fisher calls a Fisher that was estimated beforehand.
+        estimated: the value of --fisher for a Fisher that was estimated beforehand.
     """
     own = methods[args.method].fisher
     return own and (args.fisher or (estimated if own == "estimated" else own))
 
 
 def build(args: Any, parameters: Iterable[Any], fisher: Any, anchor: Any = None) -> Any:
-    """The method's optimizer over the parameters; `fisher` and `anchor` as the optimizer takes
-    them, where it does.
+    """Build the method's optimizer over the parameters.
 
     Args:
         args: a config with `MethodOptions` and `TrainingOptions`.
 
     Raises:
-        InputError: the method refuses its options.
+        InputError: the method rejects its options.
     """
     recipe = methods[args.method]
     given = {"fisher": fisher, **({} if anchor is None else {"anchor": anchor})}

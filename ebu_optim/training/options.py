@@ -1,4 +1,4 @@
-"""The options that every training command has."""
+"""The options of every training command."""
 
 from __future__ import annotations
 
@@ -14,50 +14,48 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from ..errors import InputError
 from .fields import at_least, option
 
-#: Of diffusers, but for the one that wants rules beside.
+#: The schedules of diffusers, except for the one that needs further rules.
 SCHEDULES = [s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What every training command has, named as in diffusers' scripts."""
+    """The options of every training command, named as in diffusers' scripts."""
 
     group: ClassVar[str] = "training"
 
     output_dir: Path = option(help="Folder for everything that the run writes.")
-    overwrite_output_dir: bool = option(
-        False, help="Replace what an earlier run left in the output folder."
-    )
-    seed: int = option(0, help="Seed of all that is drawn.")
+    overwrite_output_dir: bool = option(False, help="Replace the earlier run in the output folder.")
+    seed: int = option(0, help="Seed of all random numbers.")
     train_batch_size: int = option(128, help="Batch size of each process.")
     max_train_steps: int = option(1000, help="Steps of the optimizer.")
     learning_rate: float = option(1e-4, help="Learning rate.")
     lr_scheduler: str = option("constant", choices=SCHEDULES, help="Schedule of the learning rate.")
-    lr_warmup_steps: int = option(
-        0, help="Steps over which the learning rate rises at the beginning."
-    )
+    lr_warmup_steps: int = option(0, help="Steps at the start over which the learning rate rises.")
     max_grad_norm: float = option(1.0, help="Clip the gradient to this norm; 0 does not clip.")
     gradient_accumulation_steps: int = option(1, help="Micro-batches of one step.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None,
-        help="Precision of the forward and backward passes. Default: accelerate's own, which "
-        "is float32 unless it is configured.",
+        help="Precision of the forward and backward passes. Default: accelerate's setting, which "
+        "is float32 unless you configured it.",
     )
     cpu: bool = option(False, help="Use the CPU even where there is a GPU.")
-    checkpointing_steps: int = option(500, help="Save a checkpoint every so many steps.")
-    checkpoints_total_limit: int = option(2, help="Keep so many checkpoints.")
+    checkpointing_steps: int = option(500, help="Save a checkpoint every this many steps.")
+    checkpoints_total_limit: int = option(2, help="Keep this many checkpoints.")
     resume_from_checkpoint: str | None = option(
-        None, help='Go on from "latest", or from the folder of a checkpoint.'
+        None, help='Resume from "latest", or from the folder of a checkpoint.'
     )
     report_to: str = option(
         "none", help="Tracker for losses and figures: tensorboard, wandb, ..., all, or none."
     )
     logging_dir: str = option("logs", help="Folder of the tracker's logs, in the output folder.")
-    logging_steps: int = option(10, help="Log every so many steps.")
+    logging_steps: int = option(10, help="Log every this many steps.")
 
     def check_training(self) -> None:
-        """Raises:
-        InputError: numbers that cannot be.
+        """Check the values.
+
+        Raises:
+            InputError: a value is out of range.
         """
         at_least(
             self,
@@ -71,7 +69,7 @@ class TrainingOptions:
         )
         at_least(self, 0, "lr_warmup_steps", "seed")
         if self.seed >= 2**32:
-            raise InputError(f"--seed must be < {2**32}, which numpy takes; got {self.seed}")
+            raise InputError(f"--seed must be < {2**32}, numpy's limit; got {self.seed}")
         rate = self.learning_rate
         if rate is None:
             return
@@ -84,7 +82,9 @@ class TrainingOptions:
 
 
 def new_schedule(args: Any, optimizer: Any) -> Any:
-    """Stepped once an optimizer step, by hand: it is not given to accelerate."""
+    """The learning rate schedule.
+
+    The loop steps it once per optimizer step; accelerate does not prepare it."""
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -94,8 +94,10 @@ def new_schedule(args: Any, optimizer: Any) -> Any:
 
 
 def ddim_takes(config: Any, scheduler: Any, *names: str) -> None:
-    """Raises:
-    InputError: an option of these names is more steps than DDIM takes on the model's schedule.
+    """Check numbers of DDIM steps.
+
+    Raises:
+        InputError: an option of these names is more than DDIM supports on the model's schedule.
     """
     sampler = DDIMScheduler.from_config(scheduler.config)
     total = sampler.config.num_train_timesteps

@@ -1,7 +1,7 @@
-"""One run in its output folder: its options, its checkpoints, its log.
+"""A run in its output folder: options, checkpoints and log.
 
-An output folder belongs to one run: `run.json` holds its options, `checkpoints` where it can go on
-(made by ebu_optim.checkpoint: whole or not there), `log.jsonl` its figures.
+An output folder belongs to one run: `run.json` holds its options, `checkpoints` its checkpoints
+(written by ebu_optim.checkpoint, completely or not at all), and `log.jsonl` its figures.
 """
 
 from __future__ import annotations
@@ -40,20 +40,24 @@ FREE = {
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
-    "gradient_checkpointing",  # the same numbers in less memory
-    "sets_dir",  # its files' names say what they are
+    "gradient_checkpointing",  # gives the same numbers with less memory
+    "sets_dir",  # the names of its files identify their contents
 }
 
-# what a run has before its first checkpoint
+# the files of a run before its first checkpoint
 LEFT = {"run.json", ".lock", "logs", "log.jsonl", "sets", "validation"}
 
 
 def check_folder(args: Any, script: str) -> dict[str, Any] | None:
-    """What the run that --output_dir holds has in ``run.json``; None: the folder is free, or one
-    that ended before its first checkpoint, which is in nobody's way.
+    """Check that --output_dir can be used.
+
+    Returns:
+        The content of ``run.json`` of the run in the folder; None if the folder is free, or its
+        run ended before its first checkpoint.
 
     Raises:
-        InputError: it is in use by something else, or by a run that the options do not go on with.
+        InputError: the folder cannot be written, holds something else, or holds a run that the
+            options neither resume nor replace.
     """
     folder = Path(args.output_dir)
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -61,7 +65,7 @@ def check_folder(args: Any, script: str) -> dict[str, Any] | None:
         raise InputError(f"--output_dir {folder}: {there} is a file: give another folder")
     if not os.access(there, os.W_OK):
         raise InputError(
-            f"--output_dir {folder}: this user may not write to {there}: give another folder"
+            f"--output_dir {folder}: this user cannot write to {there}: give another folder"
         )
     try:
         before = json.loads((folder / "run.json").read_text())
@@ -75,20 +79,20 @@ def check_folder(args: Any, script: str) -> dict[str, Any] | None:
         raise InputError(f"--output_dir {folder} is in use by something else: give another folder")
     if used and not args.resume_from_checkpoint and not args.overwrite_output_dir:
         raise InputError(
-            f"--output_dir {folder} holds a run: go on with --resume_from_checkpoint latest, "
+            f"--output_dir {folder} holds a run: resume it with --resume_from_checkpoint latest, "
             "replace it with --overwrite_output_dir, or give another folder"
         )
     return before if used else None
 
 
 class Run:
-    """One run in its output folder; ``with Run(...) as run`` holds the folder.
+    """A run in its output folder; ``with Run(...) as run`` locks the folder.
 
     Args:
         args: a config with `TrainingOptions`.
-        same: what identifies the run beside the options, e.g. a hash of the base model.
-        size: bytes of what is trained, for the estimate of what goes onto the disk.
-        result: bytes of the result; None: the model and its average.
+        same: values in addition to the options that identify the run, e.g. a hash of the base.
+        size: bytes of the trained weights, for the estimate of the disk space.
+        result: bytes of the result; None: those of the model and its EMA.
         parts: folders of the result, which --overwrite_output_dir removes.
     """
 
@@ -129,12 +133,12 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:  # it waits for the other processes, which an error may have taken
+        if kind is None:  # this waits for the other processes, which may have failed
             self.accelerator.end_training()
         self._held.close()
 
     def _open(self) -> None:
-        """Make the folder, or check that the run in it is this one; then hold it until the end.
+        """Create the folder, or check that the run in it is this one; then lock the folder.
 
         Raises:
             InputError: the folder holds another run, or the disk has too little room.
@@ -145,8 +149,8 @@ class Run:
         if before is not None and args.resume_from_checkpoint:
             theirs = {**before["options"], **before["same"]}
             now = {**self.identity["options"], **self.identity["same"]}
-            # Not a difference: an option that the earlier version did not have, where it is not
-            # used, and an input that it did not write down
+            # These do not count as differences: an unused option that an earlier version lacked,
+            # and an input that an earlier version did not record.
             known = {k: v for k, v in now.items() if k in theirs or k not in self.identity["same"]}
             unused = {f.name: str(default_of(f)) for f in fields(args)}
             other = [k for k in known if theirs.get(k, unused.get(k, "None")) != now[k]]
@@ -154,15 +158,17 @@ class Run:
                 k = other[0]
                 raise InputError(
                     f"--resume_from_checkpoint: the run in {self.folder} has {k} "
-                    f"{theirs.get(k)}, this one {now[k]}"
+                    f"{theirs.get(k)}, this one {now[k]}; give the same value, or another "
+                    "--output_dir"
                 )
-        # weights, two moments, theta0, F and EMA in each checkpoint, one more while it is written
+        # Each checkpoint has weights, two moments, theta0, F and EMA. One more exists while a
+        # checkpoint is written.
         checkpoints = 6 * self.size * (args.checkpoints_total_limit + 1)
         need_disk(self.folder, checkpoints + self.result, "checkpoints and the model")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked(self.folder / ".lock", self.folder))
         if used and not args.resume_from_checkpoint:
-            for name in ("checkpoints", *self.parts):  # or an old part may stay beside new
+            for name in ("checkpoints", *self.parts):  # or old and new parts would mix
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in (
                 "log.jsonl",
@@ -175,7 +181,12 @@ class Run:
         mark.write_text(json.dumps(self.identity, indent=1))
 
     def resume(self, objects: Mapping[str, Any]) -> int:
-        """Load the checkpoint that the options ask for into `objects`; the steps done so far."""
+        """Load the checkpoint that the options name into `objects`; returns the steps done so far.
+
+        Raises:
+            InputError: there is no such checkpoint, it cannot be read, or it is beyond
+                --max_train_steps.
+        """
         self.objects = dict(objects)
         if self.accelerator.scaler is not None:
             self.objects["scaler"] = self.accelerator.scaler
@@ -186,28 +197,28 @@ class Run:
         if given != "latest" and not path.is_dir():
             raise InputError(f"--resume_from_checkpoint {given}: there is no such folder")
         if given == "latest" and latest_checkpoint(path) is None:
-            self.accelerator.print(f"no checkpoint in {path} yet: beginning anew")
+            self.accelerator.print(f"no checkpoint in {path} yet: starting from the beginning")
             return 0
         try:
             step = load_checkpoint(path, self.objects, fallback=given == "latest")
         except (OSError, ValueError) as error:
             raise InputError(f"--resume_from_checkpoint {given}: {error}") from error
-        if step > self.args.max_train_steps:  # its weights would pass for those of fewer steps
+        if step > self.args.max_train_steps:  # its weights would look like those of fewer steps
             raise InputError(
                 f"--max_train_steps {self.args.max_train_steps}: the checkpoint is of step {step}; "
                 "give as many or more, or an earlier one as --resume_from_checkpoint"
             )
         log = self.folder / "log.jsonl"
-        if self.main and log.exists():  # what follows the checkpoint is done, and logged, again
+        if self.main and log.exists():  # steps after the checkpoint are done and logged again
             rows = log.read_text().splitlines(keepends=True)
             log.write_text("".join(r for r in rows if json.loads(r)["step"] <= step))
         if not step and given != "latest":
             raise InputError(f"--resume_from_checkpoint {given}: there is no checkpoint in it")
-        self.accelerator.print(f"going on after step {step}")
+        self.accelerator.print(f"resuming after step {step}")
         return step
 
     def steps(self, begin: int, desc: str) -> Iterator[int]:
-        """Numbers of the steps to do, from 1, with a bar; saves checkpoints between them."""
+        """Yield the numbers of the steps to do, from 1, with a progress bar; save checkpoints."""
         total, every = self.args.max_train_steps, self.args.checkpointing_steps
         self.bar = tqdm(
             range(begin + 1, total + 1), desc, total, initial=begin, disable=not self.main
@@ -223,7 +234,7 @@ class Run:
                 )
 
     def log(self, step: int, **figures: float) -> None:
-        """To the bar, the trackers and log.jsonl."""
+        """Log figures to the progress bar, the trackers and log.jsonl."""
         if not self.main:
             return
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in list(figures.items())[:3]})

@@ -1,4 +1,4 @@
-"""Where data.py's images come from: parquet files, folders by class, the hub."""
+"""The sources of data.py: parquet files, folders by class, and the hub."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ..images import (
 from .fields import option
 
 TRAIN, TEST = ("train",), ("test", "val")
-MOST = 100_000  # classes; a greater label is the number of something else
-NAMED = 5  # unreadable images that a message names; it counts all
+MOST = 100_000  # classes; a column with a greater label does not hold classes
+NAMED = 5  # number of unreadable images that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where labelled images come from: one of four sources, and what is taken of it."""
+    """The source of labelled images, one of four, and which of them are used."""
 
     group: ClassVar[str] = "data"
 
@@ -44,7 +44,7 @@ class DataOptions:
         None, help="Parquet files, or a folder of them.", exclusive="source"
     )
     train_data_dir: Path | None = option(
-        None, help="Folder that has a folder of images for each class.", exclusive="source"
+        None, help="Folder with one folder of images per class.", exclusive="source"
     )
     digits: bool = option(False, help="Use scikit-learn's 8x8 digits.", exclusive="source")
     dataset_config_name: str | None = option(None, help="Configuration of the data set on the hub.")
@@ -53,40 +53,40 @@ class DataOptions:
         None, help="Column of the labels. Default: label, fine_label or labels."
     )
     resolution: int | None = option(
-        None, help="Height and width in pixels. Default: as the images are."
+        None, help="Height and width in pixels. Default: those of the images."
     )
     classes: list[str] | None = option(
         None, help="Use only these classes, by number or name. Default: all."
     )
     join_splits: bool = option(
         False,
-        help="Join train and test to one set, for small data sets such as STL-10; a tenth is "
+        help="Join train and test into one set, for small data sets such as STL-10; a tenth is "
         "held out for the classifier.",
     )
     max_train_samples: int | None = option(
-        None, help="Use only the first so many samples after a fixed shuffle."
+        None, help="Use only this many samples, the first ones after a fixed shuffle."
     )
     skip_unreadable: bool = option(
         False,
-        help="Leave out images that cannot be read. Without it the first of them ends the "
-        "run with its name.",
+        help="Leave out images that cannot be read. Without it such images end the run with "
+        "an error that names them.",
     )
 
     @property
     def given(self) -> bool:
-        """Whether a source is named."""
+        """Whether a source is given."""
         return bool(self.digits or self.parquet or self.train_data_dir or self.dataset_name)
 
 
 class Item(NamedTuple):
-    """An image that has not been decoded: bytes or a path; its name in messages."""
+    """An image before decoding (bytes or a path), its label, and its name in messages."""
 
     image: Any
     label: int
     name: str
 
 
-#: Items, the classes' names, where they came from, and whether the test split is to be held out.
+#: Items, the classes' names, the source, and whether the test split must be held out of them.
 Found = tuple[list[Item], list[str], str, bool]
 
 
@@ -146,8 +146,8 @@ def folder_items(args: DataOptions, split: str) -> Found:
         folders = _folders(beside) if splits else []
     if other := [p.name for p in folders if p.name not in classes]:
         raise InputError(
-            f"--train_data_dir {root}: the {split} split has the class {other[0]}, which the train "
-            f"split has not: {', '.join(classes)}"
+            f"--train_data_dir {root}: the {split} split has the class {other[0]}, which is not in "
+            f"the train split: {', '.join(classes)}"
         )
     loose = [f for f in visible(beside) if f.is_file() and is_image(f)]
     items = [
@@ -156,7 +156,7 @@ def folder_items(args: DataOptions, split: str) -> Found:
         for file in image_files(folder)
     ]
     if not items:
-        own = f"; the {len(loose)} in {beside} itself are of no class" if loose else ""
+        own = f"; the {len(loose)} images in {beside} itself have no class" if loose else ""
         raise InputError(
             f"--train_data_dir {root}: no image ({', '.join(ENDINGS)}) in folders named by "
             f"class{own}"
@@ -186,10 +186,10 @@ def hub_items(args: DataOptions, split: str) -> Found:
         )
     except InputError:
         raise
-    except Exception as error:  # the hub's client raises a dozen kinds
+    except Exception as error:  # the hub's client raises many types
         raise InputError(
-            f"--dataset_name {args.dataset_name} cannot be had ({type(error).__name__}: {error}). "
-            "Look at the name and the network; the same command goes on with what was downloaded. "
+            f"--dataset_name {args.dataset_name} cannot be downloaded ({type(error).__name__}: "
+            f"{error}). Check the name and the network; the same command continues the download. "
             "Without a network give --parquet or --train_data_dir"
         ) from error
     image = _column(rows.column_names, args.image_column, ("img", "image"), args.dataset_name)
@@ -208,27 +208,31 @@ def hub_items(args: DataOptions, split: str) -> Found:
 
 
 def _item(image: Any, label: Any, name: str, column: str) -> Item:
-    """Raises:
-    InputError: the label is no whole number.
+    """An item whose label is checked.
+
+    Raises:
+        InputError: the label is not a whole number.
     """
     if not isinstance(label, int):
         raise InputError(
             f"{name}: the label in column {column} is {label!r}, not a whole number: number the "
-            "classes from 0, or give the column that does as --label_column"
+            "classes from 0, or give --label_column, a column with such numbers"
         )
     return Item(image, int(label), name)
 
 
 def _numbers(items: list[Item]) -> list[str]:
-    """Names of classes that have none."""
+    """The numbers of the classes as names, for classes without names."""
     last = max(items, key=lambda item: item.label, default=None)
     if last is not None and last.label >= MOST:
-        raise InputError(f"{last.name}: label {last.label} is no class: give --label_column")
+        raise InputError(
+            f"{last.name}: label {last.label} is too large for a class: give --label_column"
+        )
     return [str(i) for i in range(last.label + 1)] if last else []
 
 
 def _of_split(paths: list[Path], split: str) -> tuple[list[Path], bool]:
-    """Those of a split by their names, and whether it has to be held out of the training split."""
+    """The paths of a split by their names, and whether the test split must be held out."""
     test = [p for p in paths if p.name.startswith(TEST)]
     train = [p for p in paths if p.name.startswith(TRAIN)] or [p for p in paths if p not in test]
     return (test, False) if split == "test" and test else (train, not test)
@@ -247,12 +251,17 @@ def _column(names: Sequence[str], given: str | None, usual: Sequence[str], where
 def decode(
     items: list[Item], classes: list[str], source: str, *, resolution: int | None, skip: bool
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images (n, C, H, W) uint8, labels (n,), and what was left out because it cannot be read."""
+    """Decode images: returns images (n, C, H, W) uint8, labels (n,), and the unreadable images.
+
+    Raises:
+        InputError: images cannot be read (unless `skip`) or have several sizes; a label is out of
+            range.
+    """
     images, labels, bad = [], [], []
     for item in tqdm(items, desc=f"reading {source}", disable=len(items) < 5000):
         try:
             images.append(_pixels(item.image, resolution))
-        except Exception as error:  # PIL raises many kinds on what is no image
+        except Exception as error:  # PIL raises many types for files that are not images
             bad.append(f"{item.name} ({error})")
             continue
         if not 0 <= item.label < len(classes):
@@ -267,7 +276,7 @@ def decode(
             f"{', '.join(bad[:NAMED])}{more}"
         )
         if not skip:
-            raise InputError(f"{text}; put them right, or leave them out with --skip_unreadable")
+            raise InputError(f"{text}; repair them, or leave them out with --skip_unreadable")
         print(f"warning: {text}; left out", file=sys.stderr)
     sizes = {tuple(x.shape) for x in images}
     if len(sizes) > 1:
@@ -275,7 +284,7 @@ def decode(
             f"{source}: images of several sizes {sorted(sizes)[:2]}: give --resolution"
         )
     if not images:
-        raise InputError(f"{source}: there is no image that can be read")
+        raise InputError(f"{source}: no image can be read")
     return torch.stack(images), torch.tensor(labels), tuple(bad)
 
 

@@ -1,4 +1,4 @@
-"""The loop of unlearning: what happens around each step, whatever the model is."""
+"""The loop of unlearning, for any model: what happens around each step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .run import Run
 
 @dataclass
 class Unlearning:
-    """A run that is ready for its steps, by hand or by `step`:
+    """A run that is ready for its steps, which you take yourself or with `step`:
 
         for step in run.steps():
             run.losses.at(step - 1)
@@ -30,13 +30,14 @@ class Unlearning:
             run.optimizer.zero_grad()
 
     Args:
-        model, optimizer: as accelerate prepared them; `opt` is the optimizer inside.
-        losses: ``at(i)`` chooses the i-th micro-batches; ``forget()`` and ``remember()`` are their
+        model, optimizer: prepared by accelerate; `opt` is the optimizer without its wrapper.
+        losses: ``at(i)`` selects the micro-batches i; ``forget()`` and ``remember()`` return their
             losses, 0-d tensors.
-        done: what checkpoints keep beside the tensors; ``done["seconds"]`` is counted here.
-        begin: the steps that were done before.
-        look: called with 0 and with each step of which `looks` is true.
-        ema: the average of the weights and what it is of.
+        done: what checkpoints keep in addition to tensors; ``done["seconds"]`` is counted here.
+        begin: the number of steps that were done before.
+        what: the concepts to forget, for the progress bar.
+        look: called with 0 and with each step for which `looks` is true.
+        ema: the EMA of the weights and its model.
     """
 
     args: Any
@@ -57,8 +58,10 @@ class Unlearning:
     reached: int = 0
 
     def steps(self) -> Iterator[int]:
-        """Numbers of the steps to do, from 1. Around each the schedule, the average, the clock, the
-        log, checkpoints, and what is looked at on the way."""
+        """Yield the numbers of the steps to do, from 1.
+
+        After each step this updates the schedule, the EMA, the time, the log and the checkpoints,
+        and calls `look`."""
         self.reached = self.begin
         if not self.begin:
             self.look(0)
@@ -77,23 +80,24 @@ class Unlearning:
             self.reached = step
 
     def check_whole(self) -> None:
-        """Before the result is written.
+        """Check that all steps were taken, before the result is written.
 
         Raises:
-            RuntimeError: steps are left, as after a `break`: it would pass for the whole run.
+            RuntimeError: steps are left, for example after a `break`. The result would look like
+                that of the whole run.
         """
         if self.reached < self.args.max_train_steps:
             raise RuntimeError(
-                f"the steps were left after {self.reached} of {self.args.max_train_steps}, and no "
-                "result was written: go through run.steps() to its end, or ask for fewer with "
-                "max_train_steps; resume_from_checkpoint='latest' goes on"
+                f"the loop ended after {self.reached} of {self.args.max_train_steps} steps, and no "
+                "result was written: iterate over run.steps() to its end, or ask for fewer steps "
+                "with max_train_steps; resume_from_checkpoint='latest' continues"
             )
 
     def step(self, step: int) -> None:
-        """One step of any method, with its micro-batches.
+        """Take one step of any method, with its micro-batches.
 
         Raises:
-            InputError: NaN or Inf in a gradient; no weight was changed.
+            InputError: a gradient has NaN or Inf. No weight was changed.
         """
         try:
             self.said = unlearning_step(
@@ -108,6 +112,6 @@ class Unlearning:
             ) from error
 
     def finish(self) -> None:
-        """All steps that are left."""
+        """Take all remaining steps."""
         for step in self.steps():
             self.step(step)

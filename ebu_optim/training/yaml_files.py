@@ -1,5 +1,4 @@
-"""The file of --config, looked at before it is taken: for a wrong type in it the parser has no
-words."""
+"""Check the file of --config before parsing, as the parser's messages for wrong types are poor."""
 
 from __future__ import annotations
 
@@ -14,12 +13,14 @@ from ..errors import InputError
 
 
 def check(path: str, kinds: Mapping[str, type]) -> None:
-    """Args:
-        kinds: name of an option -> list, bool or anything else, which is the parser's to check.
+    """Check a YAML file of options.
+
+    Args:
+        kinds: name of an option -> list, bool or another type, which the parser checks.
 
     Raises:
-        InputError: no file, no YAML of options by name; one that does not exist; no list, or no
-            true or false, where there is to be one.
+        InputError: the file cannot be read or is not a YAML mapping of options; an option does not
+            exist; a value must be a list, or true or false, and is not.
     """
     told = f"--config {path}"
     try:
@@ -27,9 +28,9 @@ def check(path: str, kinds: Mapping[str, type]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{told} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{told} is no YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{told} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(said, dict):
-        raise InputError(f"{told} has no options by name, such as max_train_steps: 1000")
+        raise InputError(f"{told} must map options to values, such as max_train_steps: 1000")
     for name, value in said.items():
         if name not in kinds:
             near = difflib.get_close_matches(str(name), kinds, 1)
@@ -38,9 +39,9 @@ def check(path: str, kinds: Mapping[str, type]) -> None:
         if value is None:
             continue
         if kinds[name] is list and not (isinstance(value, list) and all(map(_plain, value))):
-            raise InputError(f"{told}: {name} is a list, such as [{name}]; got {value!r}")
+            raise InputError(f"{told}: {name} must be a list, such as [{name}]; got {value!r}")
         if kinds[name] is bool and not isinstance(value, bool):
-            raise InputError(f"{told}: {name} is true or false; got {value!r}")
+            raise InputError(f"{told}: {name} must be true or false; got {value!r}")
 
 
 def _plain(value: Any) -> bool:

@@ -1,5 +1,6 @@
-"""Which families of text-to-image pipelines there are, one adapter a file. `of_index` finds a
-pipeline's; docs/families.md says how one is added."""
+"""The supported families of text-to-image pipelines, one adapter per file.
+
+`of_index` finds the adapter of a pipeline; docs/families.md says how to add one."""
 
 from __future__ import annotations
 
@@ -36,8 +37,7 @@ FAMILIES: dict[str, Family] = {
         PixArtSigma(),
     )
 }
-#: The same of pipelines that older versions of diffusers and transformers have not: their file and
-#: adapter.
+#: Pipelines that older versions of diffusers and transformers lack -> their file and adapter.
 NEWER = {
     "Flux2KleinPipeline": ("klein", "Klein"),
     "ZImagePipeline": ("z_image", "ZImage"),
@@ -47,7 +47,7 @@ NEWER = {
 for _pipeline, (_file, _adapter) in NEWER.items():
     with suppress(ImportError):
         FAMILIES[_pipeline] = getattr(import_module(f".{_file}", __name__), _adapter)()
-#: What begins the class's name of a pipeline without an adapter -> what it is.
+#: Start of the class name of a pipeline without an adapter -> a description of it.
 OTHERS = {
     "StableDiffusionXLImg2Img": "Stable Diffusion XL's refiner, or its image to image",
     "StableDiffusionXL": "a variant of Stable Diffusion XL for more than text to image",
@@ -73,10 +73,10 @@ OTHERS = {
 
 
 def named(pipeline: str) -> Family:
-    """By the name of the pipeline's class.
+    """The adapter for the name of a pipeline's class.
 
     Raises:
-        InputError: there is no adapter for it.
+        InputError: there is none.
     """
     if pipeline not in FAMILIES:
         raise InputError(f"no adapter for a {pipeline}; {known()}")
@@ -89,23 +89,23 @@ def known() -> str:
 
 
 def of_folder(folder: Path) -> Family:
-    """Of a pipeline that was looked at."""
+    """The adapter of a pipeline's folder, which `pipelines.look` has checked."""
     index = json.loads((folder / "model_index.json").read_text())
     return named(index["_class_name"]).of(index)
 
 
 def of_index(name: str, index: Mapping[str, Any]) -> Family:
-    """The family of the pipeline `name`, whose model_index.json says `index`.
+    """The adapter of the pipeline `name` with this content of model_index.json.
 
     Raises:
-        InputError: another family, which is named; parts that are missing, or of another class.
+        InputError: the family is not supported; parts are missing, or have another class.
     """
     found = str(index.get("_class_name", "no class"))
     family = FAMILIES.get(found)
     if family is None and found in NEWER:
         raise InputError(
-            f"{name} is a {found}, which the diffusers or the transformers that is installed has "
-            "not: pip install -U diffusers transformers"
+            f"{name} is a {found}, which the installed diffusers or transformers lacks: pip "
+            "install -U diffusers transformers"
         )
     if family is None:
         like = next((what for begin, what in OTHERS.items() if found.startswith(begin)), None)

@@ -1,4 +1,4 @@
-"""What a denoiser is told beside x_t and t, for all prompts of a run."""
+"""The conditions of a denoiser, its inputs other than x_t and t, for all prompts of a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...modules import tensor_hash
 
 
 class Conditions(NamedTuple):
-    """What the denoiser is told beside x_t and t, by the names that `Family.predict` knows.
+    """The inputs of the denoiser other than x_t and t, by the names that `Family.predict` uses.
 
     Attributes:
-        each: tensors with a row for each prompt.
-        shared: tensors with one row, for all prompts.
+        each: tensors with one row per prompt.
+        shared: tensors with one row for all prompts.
     """
 
     each: dict[str, Tensor]
@@ -24,7 +24,7 @@ class Conditions(NamedTuple):
 
     @classmethod
     def of(cls, given: Tensor | Conditions) -> Conditions:
-        """Text embeddings (n, L, D) alone are such conditions too."""
+        """Conditions from text embeddings (n, L, D), or unchanged if given as conditions."""
         return cls({"encoder_hidden_states": given}, {}) if isinstance(given, Tensor) else given
 
     def rows(self, numbers: Any) -> Conditions:
@@ -35,14 +35,14 @@ class Conditions(NamedTuple):
 
 
 def join(each: Mapping[str, Tensor]) -> Tensor:
-    """One tensor for them: (n, ...) of a single one, as it is, or all numbers of a row, (n, F)."""
+    """Join conditions into one tensor: a single one (n, ...) unchanged, several as rows (n, F)."""
     if len(each) == 1:
         return next(iter(each.values()))
     return torch.cat([t.flatten(1) for t in each.values()], 1)
 
 
 def split(joined: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The tensors of `join`, whose rows have these shapes."""
+    """Split the tensor of `join` into tensors whose rows have these shapes."""
     sizes = [int(torch.Size(shape).numel()) for shape in shapes.values()]
     parts = joined.flatten(1).split(sizes, 1)
     return {n: t.view(-1, *shape) for (n, shape), t in zip(shapes.items(), parts, strict=True)}

@@ -1,5 +1,6 @@
-"""What differs from one family of text-to-image pipelines to another: the questions that an adapter
-answers. Here are the answers that most of them share."""
+"""The interface of an adapter: what differs between families of text-to-image pipelines.
+
+The defaults here suit most families."""
 
 from __future__ import annotations
 
@@ -21,32 +22,33 @@ Config = Mapping[str, Any]
 
 
 class Family:
-    """A subclass for each family; it keeps nothing.
+    """The adapter of a family, without state. Each family has a subclass.
 
     Attributes:
-        name: in messages.
-        made: of which parts, in messages.
-        pipeline: its class in diffusers, whose name model_index.json has.
-        parts: name of a part -> its class (None: any) and its file of settings.
+        name: the name in messages.
+        made: the parts of the pipeline, in messages.
+        pipeline: the class in diffusers whose name is in model_index.json.
+        parts: name of a part -> its class (None: any) and its configuration file.
         denoiser: the part that is trained.
-        encoders: part that reads text -> its tokenizer.
-        foreign: parts that make it a pipeline of another family.
+        encoders: name of a text encoder -> name of its tokenizer.
+        foreign: parts that show that a pipeline belongs to another family.
         settings: entries of model_index.json on which the conditions depend.
-        absent: parts that the pipeline may do without, and here does: it wants to be told so.
-        opened: what `pipeline.from_pretrained` is told beside.
-        tags: of the model card.
-        modules: of --train_modules, beside lora -> which weights of the denoiser these are.
-        no_modules: why there are no others of them.
-        lora_targets: names of layers, or their ends, where --train_modules lora puts its adapters.
-        units: classes that diffusers' gradient checkpointing recomputes one by one.
-        lacks: an option with its value, e.g. "--method spm" -> why the family cannot do that.
-        readers: the text encoders that a new word is learned in; none: all.
-        no_new_word: why textual inversion cannot be tried, where it cannot.
-        masks: conditions that say which tokens there are; no noise is added to them.
-        reads: the tokenizer by which prompts' lengths are looked at; None: the first.
-        usual: value of --guidance_scale, where it is not given.
-        framed: the VAE is for films: pictures (n, 3, 1, H, W).
-        wide: the text encoders read in float32 under mixed precision too; else in bfloat16.
+        absent: optional parts that this family lacks; the pipeline is loaded with None for them.
+        opened: further arguments of `pipeline.from_pretrained`.
+        tags: tags of the model card.
+        modules: value of --train_modules, except lora -> the choice of the denoiser's weights.
+        no_modules: why the other values of --train_modules are not supported.
+        lora_targets: names of layers, or ends of names, to which --train_modules lora adds
+            adapters.
+        units: names of the classes that diffusers' gradient checkpointing recomputes one by one.
+        lacks: an option with its value, e.g. "--method spm" -> why the family does not support it.
+        readers: the text encoders in which textual inversion learns a new word; empty: all.
+        no_new_word: why the family does not support textual inversion; None if it does.
+        masks: conditions that mark the used tokens; no noise is added to them.
+        reads: the tokenizer that limits the length of prompts; None: the first.
+        usual: default of --guidance_scale.
+        framed: the VAE is for videos and takes pictures as (n, 3, 1, H, W).
+        wide: the text encoders run in float32 under mixed precision too; else in bfloat16.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Family:
     wide: bool = True
 
     def of(self, index: Mapping[str, Any]) -> Family:
-        """This one, or its variant for pipelines whose model_index.json leaves parts out."""
+        """This adapter, or its variant for a pipeline with this content of model_index.json."""
         return self
 
     def kind(self, part: str) -> Any:
@@ -89,104 +91,118 @@ class Family:
         return [self.denoiser, "vae", *self.encoders]
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
-        """Raises:
-        InputError: parts that do not fit together, or that the losses do not know.
+        """Check the configurations of the parts.
+
+        Raises:
+            InputError: parts do not fit together, or the losses do not support them.
         """
         raise NotImplementedError
 
     def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
-        """Prompts' lengths are looked at by the first of them.
+        """Check that the tokenizers agree, where the length of prompts is checked by only one.
 
         Raises:
-            InputError: others read prompts otherwise.
+            InputError: they tokenize prompts differently.
         """
 
     def longest(self, tokenizer: Any, config: Config) -> int:
-        """Tokens that a prompt may have, begin and end included; `config` is the denoiser's."""
+        """The maximal number of tokens of a prompt, begin and end included.
+
+        Args:
+            config: the denoiser's configuration.
+        """
         return tokenizer.model_max_length
 
     def distilled(self, name: str, config: Config) -> str | None:
-        """What a model of this name is distilled to, and what that means for its training."""
+        """A warning about the training of a distilled model; None for any other model."""
         return None
 
     def refuse(self, args: Any) -> None:
-        """Raises:
-        InputError: options whose value the family cannot do.
+        """Check that the family supports the options.
+
+        Raises:
+            InputError: an option has a value that the family does not support.
         """
         for said, why in self.lacks.items():
             option, _, value = said.removeprefix("--").partition(" ")
             if getattr(args, option, None) == value:
-                raise InputError(f"{said}: not with {self.name}: {why}")
+                raise InputError(f"{said} is not supported for {self.name}: {why}")
         chosen = args.train_modules
         if chosen not in (None, "lora", *self.modules):
             raise InputError(
-                f"--train_modules {chosen}: not with {self.name}: {self.no_modules}; there is "
-                f"{', '.join((*self.modules, 'lora'))}"
+                f"--train_modules {chosen} is not supported for {self.name}: {self.no_modules}; "
+                f"give one of {', '.join((*self.modules, 'lora'))}"
             )
 
     # -- latents ---------------------------------------------------------------------------------
 
     def factor(self, configs: Mapping[str, Config]) -> int:
-        """Pixels of a latent's side."""
+        """The number of pixels per latent along a side."""
         return 2 ** (len(configs["vae"].get("block_out_channels", [0] * 4)) - 1)
 
     def step(self, configs: Mapping[str, Config]) -> int:
-        """Of which a picture's side must be a multiple."""
+        """The number of pixels of which a picture's side must be a multiple."""
         raise NotImplementedError
 
     def size(self, configs: Mapping[str, Config]) -> int:
-        """A picture's side that the model was made for."""
+        """The side in pixels of the pictures that the model was made for."""
         return configs[self.denoiser].get("sample_size", 64) * self.factor(configs)
 
     def latents(self, configs: Mapping[str, Config], size: int) -> tuple[int, int, int]:
-        """Shape of what is noised, for pictures with sides of `size`."""
+        """The shape (C, H, W) of the latents of pictures with sides of `size` pixels."""
         side = size // self.factor(configs)
         return configs["vae"].get("latent_channels", 4), side, side
 
     @torch.no_grad()
     def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
-        """What is noised (n, C, H, W), on the CPU, of pictures (n, 3, H, W) in [-1, 1]: the mode of
-        the posterior, scaled; one picture at a time."""
+        """Latents (n, C, h, w) on the CPU of pictures (n, 3, H, W) in [-1, 1].
+
+        They are the scaled mode of the posterior, encoded one picture at a time."""
         latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
         return torch.cat(latents) * vae.config.scaling_factor
 
     @torch.no_grad()
     def to_pixels(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pictures, about in [-1, 1], of what is noised; both on the VAE's device."""
+        """Pictures (n, 3, H, W), about in [-1, 1], of latents; both are on the VAE's device."""
         return vae.decode(latents / vae.config.scaling_factor).sample
 
     # -- the noise schedule ----------------------------------------------------------------------
 
     def schedule(self, folder: Path, latents: Sequence[int]) -> Any:
-        """The scheduler that the losses noise by.
+        """The noise schedule of the losses.
 
         Args:
-            latents: (C, H, W) of what is noised.
+            latents: (C, H, W) of the latents.
         """
         return DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
 
     def sampler(self, schedule: Any) -> Any:
-        """The scheduler that draws."""
+        """The scheduler that draws pictures, for a noise schedule."""
         return DDIMScheduler.from_config(schedule.config, clip_sample=False)
 
     def check_steps(self, args: Any, schedule: Any, *names: str) -> None:
-        """Raises:
-        InputError: an option of these names is more steps than `sampler` takes.
+        """Check numbers of sampling steps.
+
+        Raises:
+            InputError: an option of these names asks for more steps than `sampler` supports.
         """
         ddim_takes(args, schedule, *names)
 
     # -- guidance --------------------------------------------------------------------------------
 
     def guides(self, config: Config) -> str:
-        """What --guidance_scale is to a denoiser of this configuration: "away" from the empty
-        prompt, which takes a second pass; "told", a number beside the prompt; "" nothing."""
+        """What --guidance_scale means for a denoiser of this configuration.
+
+        "away": classifier-free guidance away from the empty prompt, which takes a second pass.
+        "told": a number that is an input of the denoiser. "": nothing."""
         return "away"
 
     def guided(self, args: Any, config: Config) -> Any:
-        """The options, each guidance with its value.
+        """The options with a value for each guidance scale.
 
         Raises:
-            InputError: one for a model that takes none; two for a model that is told one.
+            InputError: a guidance scale for a model without guidance; or two different ones for a
+                model that takes the guidance scale as an input.
         """
         kind, own = self.guides(config), {}
         for name in ("guidance_scale", "validation_guidance_scale"):
@@ -196,42 +212,43 @@ class Family:
             elif value not in (None, 1) and not kind:
                 raise InputError(
                     f"--{name} {value}: this {self.name} is distilled and takes no guidance: leave "
-                    "it out"
+                    "the option out"
                 )
         if kind == "told" and hasattr(args, "validation_guidance_scale"):
             said = args.validation_guidance_scale, args.guidance_scale
             given = {v for v in said if v is not None} or {own["guidance_scale"]}
             if len(given) > 1:
                 raise InputError(
-                    f"--validation_guidance_scale {said[0]}: this {self.name} is told one guidance "
-                    f"in training and pictures, and --guidance_scale is {said[1]}: give one of them"
+                    f"--validation_guidance_scale {said[0]}: this {self.name} takes one guidance "
+                    f"scale for training and pictures, and --guidance_scale is {said[1]}: give one "
+                    "of them"
                 )
             own = dict.fromkeys(("guidance_scale", "validation_guidance_scale"), given.pop())
         if kind != "away" and hasattr(args, "guided_scale"):
-            own["guided_scale"] = 1.0  # of the points of ESD, drawn as any picture
+            own["guided_scale"] = 1.0  # the points of ESD are drawn like other pictures
         own = {name: value for name, value in own.items() if getattr(args, name) != value}
         return replace(args, **own) if own else args
 
     def usual_of(self, name: str) -> float:
-        """`usual`, of a model of this name."""
+        """The default guidance scale of a model of this name."""
         return self.usual
 
     def away(self, config: Config, scale: float) -> float:
-        """How far guidance leads away from the empty prompt; 1: not at all."""
+        """The scale of classifier-free guidance; 1: none."""
         return scale if self.guides(config) == "away" else 1.0
 
     def passes(self, config: Config, scale: float) -> int:
-        """Of the denoiser for a step of a picture."""
+        """The number of passes through the denoiser per picture and step."""
         return 2 if self.away(config, scale) != 1 else 1
 
     def told(self, config: Config, scale: float) -> dict[str, Tensor]:
-        """The condition, of one row, that says the guidance."""
+        """The condition with one row that holds the guidance scale, if the denoiser takes one."""
         return {"guidance": torch.tensor([scale])} if self.guides(config) == "told" else {}
 
     # -- conditions ------------------------------------------------------------------------------
 
     def reader(self, folder: Path, variant: str | None, parts: Mapping[str, Any]) -> Any:
-        """The pipeline of these text encoders and tokenizers, without denoiser and VAE."""
+        """A pipeline of these text encoders and tokenizers, without denoiser and VAE."""
         return self.pipeline.from_pretrained(
             folder,
             variant=variant,
@@ -240,43 +257,61 @@ class Family:
         )
 
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
-        """The conditions of prompts, float32 on the CPU, of a pipeline whose text encoders are
-        there; those of "" are what the pipeline's guidance leads away from."""
+        """The conditions of prompts, float32 on the CPU, with one row per prompt.
+
+        Guidance leads away from the conditions of "".
+
+        Args:
+            pipe: a pipeline with text encoders, see `reader`.
+        """
         raise NotImplementedError
 
     def of_tokens(
         self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """The same of tokens (n, L), for each encoder in turn, with gradients; `used` is 0 at
-        padding. For textual inversion, see `no_new_word`."""
+        """The conditions of token ids, with gradients. For textual inversion, see `no_new_word`.
+
+        Args:
+            ids: the token ids (n, L) for each text encoder.
+            used: for each text encoder (n, L), 0 at padding.
+        """
         raise NotImplementedError
 
     def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
-        """Shape of a row of each condition, by the denoiser's configuration and the number of
-        tokens."""
+        """The shape of a row of each condition.
+
+        Args:
+            config: the denoiser's configuration.
+            length: the number of tokens.
+        """
         raise NotImplementedError
 
     def shared(self, size: int, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Conditions that are the same for all prompts, one row each.
 
         Args:
-            size: side of a picture.
-            encode: `to_latents` with the VAE, which is loaded for it.
+            size: the side of a picture in pixels.
+            encode: `to_latents` with the VAE, which it loads.
         """
         return {}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
-        """The denoiser's prediction, like x_t (n, C, H, W); `told` has n rows, or the one of
-        `shared`."""
+        """The denoiser's prediction, of the shape of x_t (n, C, H, W).
+
+        Args:
+            told: conditions with n rows, and those of `shared` with one.
+        """
         raise NotImplementedError
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
-        """What a call of the pipeline needs beside a prompt, to draw from text alone."""
+        """Further arguments that a call of the pipeline needs to draw from text alone."""
         return {}
 
     def fits(self, name: str, takes: int | None, width: int, times: int = 1) -> None:
-        """Raises:
-        InputError: the transformer takes another width than the text encoder makes.
+        """Check that the text encoder's width fits the transformer.
+
+        Raises:
+            InputError: `takes` is not `times` * `width`.
         """
         if takes != times * width:
             raise InputError(
@@ -285,13 +320,13 @@ class Family:
             )
 
     def guide(self, null: Tensor, text: Tensor, scale: float) -> Tensor:
-        """Of what is predicted without and with a prompt, what guidance makes."""
+        """The guided prediction, from those without (`null`) and with (`text`) a prompt."""
         return guide(null, text, scale)
 
     def unread(self, config: Config) -> tuple[str, ...]:
-        """How the names begin of weights that decide nothing, and have no gradient."""
+        """Prefixes of the names of weights that have no effect, and therefore no gradient."""
         return ()
 
     def guiding(self, scale: float) -> dict[str, Any]:
-        """What a call of the pipeline is told of --guidance_scale."""
+        """The arguments of a call of the pipeline for --guidance_scale."""
         return {"guidance_scale": scale}

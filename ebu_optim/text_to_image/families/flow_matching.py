@@ -1,4 +1,4 @@
-"""What the families of flow matching share: the schedule, the sampler, and latents with a shift."""
+"""What the flow matching families share: the schedule, the sampler, and latents with a shift."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from ...diffusion.flow import NAME, is_flow
 from ...errors import InputError
 from .family import Config, Family
 
-#: Entries of the scheduler's configuration that are ours.
+#: Entries that this package adds to the scheduler's configuration.
 OURS = ("weighting_scheme", "image_seq_len")
 STEPWISE = (
-    "{} is distilled to a few steps, without guidance: what is trained here is the velocity at "
-    "every time, so that its pictures of few steps may suffer; train {}, or look at the pictures "
-    "of more steps"
+    "{} is distilled to a few steps, without guidance. Training here uses the velocity at every "
+    "time, so pictures with few steps may get worse; train {}, or draw pictures with more steps"
 )
 
 
 class Sampler(FlowMatchEulerDiscreteScheduler):
-    """Takes the steps that its family's pipeline would give it, unless it is given some."""
+    """Uses the steps that the family's pipeline would set, unless other steps are given."""
 
     usual: Callable[[int], dict[str, Any]] | None = None
 
@@ -43,7 +42,7 @@ class Sampler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, **given)
 
 
-#: Of attention that joins picture and text, each with a stream of its own: all projections.
+#: All projections of joint attention, in which picture and text have separate streams.
 TARGETS = tuple(
     f"attn.{n}"
     for n in (
@@ -60,19 +59,20 @@ TARGETS = tuple(
 
 
 class FlowMatching(Family):
-    """
+    """An adapter for flow matching.
+
     Attributes:
-        density: which sigmas are learned at, see `ebu_optim.diffusion.flow`.
-        packed: latents' channels become so many times as many where the transformer takes them.
-        patch: side of what becomes one token, in latents.
+        density: the distribution of the sigmas in training, see `ebu_optim.diffusion.flow`.
+        packed: factor between the VAE's channels and those that the transformer takes.
+        patch: the side of a token, in latents.
     """
 
     density = "none"
     packed = 1
-    wide = False  # T5-XXL and Qwen3 are larger than the card, and published for bfloat16
+    wide = False  # T5-XXL and Qwen3 are large, and were published for bfloat16
     patch = 2
-    no_modules = "the others choose by a UNet's layers, and its attention is joint"
-    lacks: Mapping[str, str] = {"--method spm": "its adapters go into the attention of a UNet"}
+    no_modules = "the others select layers of a UNet, and this attention is joint"
+    lacks: Mapping[str, str] = {"--method spm": "SPM's adapters need the attention of a UNet"}
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         schedule, latent = configs["scheduler"], configs["vae"].get("latent_channels", 4)
@@ -88,7 +88,7 @@ class FlowMatching(Family):
         if not taken == out == self.packed * latent:
             raise InputError(
                 f"{name}: the {self.denoiser} takes {taken} channels and predicts {out}, and the "
-                f"VAE makes {latent}: these losses need {self.packed} times as many"
+                f"VAE makes {latent}: these losses need {self.packed} times the VAE's channels"
             )
 
     def refuse(self, args: Any) -> None:
@@ -96,8 +96,8 @@ class FlowMatching(Family):
         source = args.pretrained_model_name_or_path
         if getattr(args, "save_as", None) == "single" and not Path(source).is_file():
             raise InputError(
-                f"--save_as single: {self.name} is written into a file like the one that came, and "
-                f"{source} is none: give the transformer's file with --architecture {source}, or "
+                f"--save_as single: {self.name} needs a given file to write into, and {source} is "
+                f"not a file: give the transformer's file with --architecture {source}, or "
                 "--save_as pipeline or changed"
             )
 
@@ -118,16 +118,20 @@ class FlowMatching(Family):
         config = {k: v for k, v in schedule.config.items() if k not in OURS}
         found = Sampler.from_config(config)
         tokens = schedule.config.get("image_seq_len")
-        if tokens:  # not of a pipeline, which gives its steps itself
+        if tokens:  # absent in a pipeline's own scheduler, whose steps the pipeline sets
             found.usual = lambda n: self.steps(schedule.config, tokens, n)
         return found
 
     def steps(self, config: Config, tokens: int, n: int) -> dict[str, Any]:
-        """How the pipeline asks for n steps, of pictures of so many tokens."""
+        """The arguments of `set_timesteps` with which the pipeline asks for n steps.
+
+        Args:
+            tokens: the number of tokens of a picture.
+        """
         return {}
 
     def check_steps(self, args: Any, schedule: Any, *names: str) -> None:
-        """Its sigmas are no whole numbers: there may be any number of them."""
+        """Accepts any number of steps, as sigmas are continuous."""
 
     @torch.no_grad()
     def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
@@ -141,5 +145,5 @@ class FlowMatching(Family):
 
 
 def inside(*parts: str) -> Callable[[str, Any], bool]:
-    """Chooses the weights whose name has one of `parts` in it."""
+    """A choice of the weights whose names contain one of `parts`."""
     return lambda name, _: any(part in f".{name}" for part in parts)

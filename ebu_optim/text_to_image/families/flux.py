@@ -1,5 +1,7 @@
-"""FLUX.1, dev and schnell: a transformer that is told CLIP's pooled embedding and T5's text, takes
-latents in packs of four, and in dev a number in guidance's place."""
+"""FLUX.1, dev and schnell.
+
+The transformer takes CLIP's pooled embedding, T5's text embeddings, and latents packed by four; in
+dev also the guidance scale as a number."""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ from .family import Config
 from .flow_matching import STEPWISE, TARGETS, FlowMatching, inside
 from .unets import Choice
 
-#: Of FLUX.1 and FLUX.2, whose blocks are first of two streams and then of one.
+#: For FLUX.1 and FLUX.2, whose first blocks have two streams and whose later blocks have one.
 MODULES: Mapping[str, Choice] = {
-    # what the picture reads of the text, while the two have streams of their own
+    # the picture's reading of the text, in the blocks with two streams
     "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
     "attention": inside(".attn."),
     "single": inside(".single_transformer_blocks."),
@@ -35,7 +37,7 @@ MODULES: Mapping[str, Choice] = {
 
 
 def shifted(config: Config, tokens: int, n: int) -> dict[str, Any]:
-    """n sigmas from 1 to 1 / n, and the shift by the number of tokens."""
+    """n sigmas from 1 to 1 / n, and the shift `mu` that depends on the number of tokens."""
     usual = {
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
@@ -67,7 +69,7 @@ class Flux(FlowMatching):
     modules = MODULES
     lora_targets: Sequence[str] = TARGETS
     units: Sequence[str] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    no_new_word = "T5 reads a prompt as other tokens than CLIP, in which the word has no one place"
+    no_new_word = "T5 splits a prompt into other tokens than CLIP, without one token for the word"
     reads = "tokenizer_2"
     usual = 3.5
 
@@ -92,8 +94,8 @@ class Flux(FlowMatching):
         if not self.guides(config):
             return STEPWISE.format(f"{name} (as FLUX.1 schnell)", "FLUX.1 dev")
         return (
-            f"{name} (as FLUX.1 dev) is distilled from guidance: it learns and draws at the "
-            "--guidance_scale that it is told, here one for all"
+            f"{name} (as FLUX.1 dev) is guidance-distilled: it is trained and draws with the one "
+            "--guidance_scale that is given"
         )
 
     def longest(self, tokenizer: Any, config: Config) -> int:
@@ -134,7 +136,7 @@ class Flux(FlowMatching):
             txt_ids=text.new_zeros(text.shape[1], 3),
             img_ids=places.to(x_t),
         ).sample
-        # the pipeline's own inverse counts in pixels, in each version otherwise
+        # the pipeline's own inverse works in pixels and differs between versions
         out = out.unflatten(1, (h // 2, w // 2)).unflatten(-1, (-1, 2, 2))
         return out.permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
 

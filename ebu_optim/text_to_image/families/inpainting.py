@@ -1,9 +1,9 @@
-"""Inpainting models of Stable Diffusion and of SDXL: their UNet is shown the mask and the latents
-of what the mask leaves, beside x_t.
+"""Inpainting models of Stable Diffusion and SDXL. Their UNet also takes the mask and the latents of
+the masked picture.
 
-Here everything is masked: the mask is ones, and what it leaves is gray. So asked they draw from
-text alone, which is where a concept is to be forgotten; how the concept is drawn into the hole of a
-given picture is not trained.
+Here everything is masked: the mask is ones and the masked picture is gray. With these inputs the
+model draws from text alone, and this is where it is trained to forget. Drawing the concept into a
+hole in a given picture is not trained.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""FLUX.2 klein, base and distilled: a transformer that is told three of Qwen3's layers, on latents
-in packs of four that are normalised channel by channel."""
+"""FLUX.2 klein, base and distilled.
+
+The transformer takes the outputs of three of Qwen3's layers, and latents packed by four that are
+normalised channel by channel."""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from .flow_matching import STEPWISE, TARGETS
 from .flux import MODULES
 from .qwen3 import TOKENS, Qwen3
 
-LAYERS = 3  # of Qwen3, whose outputs it is told
+LAYERS = 3  # layers of Qwen3 whose outputs the transformer takes
 DEEPEST = 27
 
 
@@ -55,12 +57,13 @@ class Klein(Qwen3):
         self.fits(name, config.get("joint_attention_dim", 0), text.get("hidden_size", 0), LAYERS)
         if (layers := text.get("num_hidden_layers", 0)) < DEEPEST:
             raise InputError(
-                f"{name}: its text encoder has {layers} layers; klein is told the 9th, 18th and "
-                f"{DEEPEST}th"
+                f"{name}: its text encoder has {layers} layers; klein needs the outputs of the "
+                f"9th, 18th and {DEEPEST}th"
             )
         if config.get("guidance_embeds"):
             raise InputError(
-                f"{name}: its transformer is told a guidance, as FLUX.2 dev's; {self.name} has none"
+                f"{name}: its transformer takes a guidance scale, as FLUX.2 dev does; {self.name} "
+                "has none"
             )
 
     def latents(self, configs: Mapping[str, Config], size: int) -> tuple[int, int, int]:
@@ -70,7 +73,7 @@ class Klein(Qwen3):
     def step(self, configs: Mapping[str, Config]) -> int:
         return 2 * self.factor(configs)
 
-    patch = 1  # of such latents
+    patch = 1  # the latents are packed already
 
     @torch.no_grad()
     def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
@@ -127,6 +130,6 @@ class KleinDistilled(Klein):
 
 
 def _normal(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the patches' channels, which klein's latents are without."""
+    """Mean and standard deviation of the channels, by which klein's latents are normalised."""
     variance = vae.bn.running_var + vae.config.batch_norm_eps
     return vae.bn.running_mean.view(1, -1, 1, 1), variance.sqrt().view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: a transformer that predicts noise, and reads T5's text by cross attention."""
+"""PixArt-Sigma: a transformer that predicts noise and reads T5's text by cross attention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .family import Config, Family
 from .flow_matching import inside
 from .unets import Choice, layers
 
-TOKENS = 300  # what a call of the pipeline takes by default
-#: Of transformers whose blocks have cross attention, as a UNet's.
+TOKENS = 300  # the default of the pipeline's call
+#: For transformers whose blocks have cross attention, like those of a UNet.
 MODULES: Mapping[str, Choice] = {
     "xattn": inside(".attn2."),
     "selfattn": inside(".attn1."),
@@ -27,7 +27,7 @@ MODULES: Mapping[str, Choice] = {
     "esd-x": layers(lambda name: ".attn2." in name),
     "esd-x-strict": layers(lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name),
 }
-NO_LORA = "diffusers has neither adapters in its transformer nor LoRAs in its pipeline"
+NO_LORA = "diffusers supports neither adapters in its transformer nor LoRAs in its pipeline"
 
 
 class PixArtSigma(Family):
@@ -46,18 +46,19 @@ class PixArtSigma(Family):
     foreign = frozenset({"unet", "controlnet", "text_encoder_2"})
     tags = ("pixart-sigma",)
     modules = MODULES
-    no_modules = "the others choose by a UNet's layers"
+    no_modules = "the others select layers of a UNet"
     lora_targets = ()
     units = ("BasicTransformerBlock",)
     lacks: Mapping[str, str] = {
-        "--method spm": "its adapters go into the attention of a UNet",
+        "--method spm": "SPM's adapters need the attention of a UNet",
         **dict.fromkeys(
             ("--train_modules lora", "--save_as lora", "--save_as kohya"),
-            f"{NO_LORA}; take --train_modules xattn and --save_as changed",
+            f"{NO_LORA}; give --train_modules xattn and --save_as changed",
         ),
-        "--save_as single": "diffusers reads no file of it; take --save_as pipeline or changed",
+        "--save_as single": "diffusers cannot load it from one file; give --save_as pipeline or "
+        "changed",
     }
-    no_new_word = "its pipeline would load no new word into T5"
+    no_new_word = "its pipeline cannot load a new word into T5"
     masks = ("mask",)
     usual = 4.5
     wide = False
@@ -68,16 +69,16 @@ class PixArtSigma(Family):
         if taken != latent or out not in (latent, 2 * latent):
             raise InputError(
                 f"{name}: the transformer takes {taken} channels and predicts {out}, and the VAE "
-                f"makes {latent}: known are as many, and in what is predicted as many again for "
-                "the variance"
+                f"makes {latent}: it must take the VAE's number, and predict that number, or twice "
+                "that number with the variance"
             )
         width = configs["text_encoder"].get("d_model", 512)
         self.fits(name, config.get("caption_channels"), width)
         told = config.get("use_additional_conditions")
         if config.get("sample_size", 128) == 128 if told is None else told:
             raise InputError(
-                f"{name}: its transformer is told sizes (use_additional_conditions), as "
-                f"PixArt-Alpha's; {self.name}'s is not"
+                f"{name}: its transformer takes sizes (use_additional_conditions), as "
+                f"PixArt-Alpha's does; {self.name}'s does not"
             )
         try:
             prediction_type(configs["scheduler"])
@@ -121,5 +122,5 @@ class PixArtSigma(Family):
         return out[:, : x_t.shape[1]]  # without the variance
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
-        # the prompt as it was trained, in no size but the one that is asked for
+        # the prompt as in training, and exactly the requested size
         return {"clean_caption": False, "use_resolution_binning": False}

@@ -1,4 +1,4 @@
-"""What the families share that read a prompt by Qwen3, in its template of a chat."""
+"""What the families share that encode a prompt with Qwen3 and its chat template."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 from .family import Config
 from .flow_matching import FlowMatching
 
-TOKENS = 512  # what a call of the pipelines takes by default, the template's included
+TOKENS = 512  # the default of the pipelines' call, with the template's tokens
 
 
 class Qwen3(FlowMatching):
-    """
+    """An adapter for flow matching with Qwen3.
+
     Attributes:
-        thinking: how the pipeline asks for the template.
+        thinking: `enable_thinking` with which the pipeline applies the template.
     """
 
     denoiser = "transformer"
     encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
     foreign = frozenset({"unet", "controlnet", "text_encoder_2"})
     thinking: bool
-    no_new_word = "Qwen3 has no room for a new word that its pipelines would load"
+    no_new_word = "its pipeline cannot load a new word into Qwen3"
 
     def longest(self, tokenizer: Any, config: Config) -> int:
         template = tokenizer.apply_chat_template(

@@ -1,5 +1,6 @@
-"""Qwen-Image: a transformer with a stream for the picture and one for the text, which is told the
-last layer of Qwen2.5-VL, on latents in packs of four."""
+"""Qwen-Image: a transformer with separate streams for picture and text.
+
+It takes the last layer of Qwen2.5-VL, and latents packed by four."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from .flow_matching import TARGETS, FlowMatching, inside
 from .flux import shifted
 from .unets import Choice
 
-TOKENS = 512  # what a call of the pipeline takes by default
-#: In the transformers of its variants.
+TOKENS = 512  # the default of the pipeline's call
+#: Settings of the transformers of its variants.
 OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
@@ -38,7 +39,7 @@ class QwenImage(FlowMatching):
     foreign = frozenset({"unet", "controlnet", "processor"})
     tags = ("qwen-image",)
     modules: Mapping[str, Choice] = {
-        # what the picture reads of the text, while the two have streams of their own
+        # the picture's reading of the text
         "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
         "attention": inside(".attn."),
         "context": inside(".txt_in."),
@@ -50,10 +51,10 @@ class QwenImage(FlowMatching):
         **FlowMatching.lacks,
         **dict.fromkeys(
             ("--mixed_precision fp16", "--half True"),
-            "its activations go beyond float16; take bfloat16 or float32",
+            "its activations overflow float16; use bfloat16 or float32",
         ),
     }
-    no_new_word = "its pipeline would load no new word into Qwen2.5-VL"
+    no_new_word = "its pipeline cannot load a new word into Qwen2.5-VL"
     masks: Sequence[str] = ("mask",)
     packed = 4
     framed = True
@@ -69,8 +70,8 @@ class QwenImage(FlowMatching):
         super().check(name, {**configs, **unpacked})
         if found := [n for n in OTHERS if config.get(n)]:
             raise InputError(
-                f"{name}: its transformer has {found[0]}, as variants of {self.name} that are told "
-                "more than text"
+                f"{name}: its transformer has {found[0]}, as variants of {self.name} with inputs "
+                "other than text do"
             )
         text = configs["text_encoder"].get("text_config") or configs["text_encoder"]
         self.fits(name, config.get("joint_attention_dim", 3584), text.get("hidden_size", 0))
@@ -87,7 +88,7 @@ class QwenImage(FlowMatching):
         return configs["vae"].get("z_dim", 16), side, side
 
     def longest(self, tokenizer: Any, config: Config) -> int:
-        pipe = QwenImagePipeline(*[None] * 5)  # which has its template
+        pipe = QwenImagePipeline(*[None] * 5)  # only for its prompt template
         begun = pipe.prompt_template_encode_start_idx
         template = tokenizer(pipe.prompt_template_encode.format("")).input_ids
         return TOKENS + begun - len(template)
@@ -127,7 +128,7 @@ class QwenImage(FlowMatching):
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         (n, _, h, w), mask = x_t.shape, told["mask"]
-        # tensors without data are counted at their longest
+        # for meta tensors, the memory count assumes the longest prompt
         used = TOKENS if mask.is_meta else int(mask.sum(1).max())
         out = denoiser(
             hidden_states=_packed(x_t),
@@ -139,7 +140,7 @@ class QwenImage(FlowMatching):
         return _unpacked(out, h, w)
 
     def guide(self, null: Tensor, text: Tensor, scale: float) -> Tensor:
-        # as long in each pack as what the prompt says
+        # rescaled in each pack to the norm of the prediction with the prompt
         found, said = _packed(super().guide(null, text, scale)), _packed(text)
         length = said.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True)
         return _unpacked(found * length, *null.shape[2:])
@@ -157,7 +158,7 @@ def _unpacked(x: Tensor, h: int, w: int) -> Tensor:
 
 
 def _normal(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the latents' channels."""
+    """Mean and standard deviation of the latents' channels."""
     of = vae.config.latents_mean, vae.config.latents_std
     mean, spread = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in of)
     return mean, spread

@@ -1,5 +1,6 @@
-"""Sana: a transformer of linear attention on latents a 32nd of the picture's side, which reads
-Gemma's text by cross attention."""
+"""Sana: a transformer with linear attention that reads Gemma's text by cross attention.
+
+The side of its latents is a 32nd of the picture's."""
 
 from __future__ import annotations
 
@@ -26,14 +27,15 @@ from .flow_matching import OURS, FlowMatching, Sampler
 from .pixart import MODULES
 from .unets import Choice
 
-TOKENS = 300  # what a call of the pipeline takes by default
-#: What the pipeline says to Gemma before a prompt, and not before what guidance leads away from.
+TOKENS = 300  # the default of the pipeline's call
+#: The instruction that the pipeline puts before a prompt, but not before the empty prompt.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
 
 
 def euler(schedule: Config) -> dict[str, Any]:
-    """The configuration of a flow for DPM-Solver as one for Euler, which calls the shift otherwise
-    and would drop it."""
+    """The configuration of a flow for DPM-Solver, converted to one for Euler.
+
+    Euler has another name for the shift and would drop it."""
     if not schedule.get("use_flow_sigmas") or schedule["prediction_type"] != "flow_prediction":
         return dict(schedule)
     of = {"num_train_timesteps": 1000, **schedule}
@@ -60,17 +62,17 @@ class Sana(FlowMatching):
     foreign = frozenset({"unet", "controlnet", "text_encoder_2"})
     tags = ("sana",)
     modules: Mapping[str, Choice] = MODULES
-    no_modules = "the others choose by a UNet's layers"
+    no_modules = "the others select layers of a UNet"
     lora_targets: Sequence[str] = tuple(
         f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")
     )
     units: Sequence[str] = ("SanaTransformerBlock",)
     lacks: Mapping[str, str] = {
         **FlowMatching.lacks,
-        "--half True": "its text encoder and VAE go beyond float16; leave it out",
-        "--save_as kohya": "ComfyUI reads no LoRA of it; take --save_as lora, as diffusers does",
+        "--half True": "its text encoder and VAE overflow float16; leave it out",
+        "--save_as kohya": "ComfyUI cannot load a LoRA for it; give --save_as lora, for diffusers",
     }
-    no_new_word = "its pipeline would load no new word into Gemma"
+    no_new_word = "its pipeline cannot load a new word into Gemma"
     masks: Sequence[str] = ("mask",)
     patch = 1
     usual = 4.5
@@ -90,10 +92,11 @@ class Sana(FlowMatching):
 
     def step(self, configs: Mapping[str, Config]) -> int:
         own = self.factor(configs) * configs["transformer"].get("patch_size", 1)
-        return math.lcm(own, 32)  # by which the pipeline asks, whatever its VAE is
+        return math.lcm(own, 32)  # the pipeline requires multiples of 32 with any VAE
 
     def longest(self, tokenizer: Any, config: Config) -> int:
-        return TOKENS - 1  # behind the instruction, by two of whose tokens the pipeline cuts
+        # The pipeline cuts at TOKENS - 2 plus the instruction, which includes the begin token.
+        return TOKENS - 1
 
     @torch.no_grad()
     def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class Sana(FlowMatching):
         config = euler(schedule.config)
         found = Sampler.from_config({k: v for k, v in config.items() if k not in OURS})
         last = 1 / found.config.num_train_timesteps
-        # the steps that DPM-Solver takes
+        # the steps of DPM-Solver
         found.usual = lambda n: {"sigmas": np.linspace(1 - last, 0, n + 1)[:-1]}
         return found
 

@@ -1,5 +1,6 @@
-"""Stable Diffusion 3 and 3.5: a transformer whose attention joins picture and text, told by two
-CLIP text encoders and T5, which a pipeline may leave out."""
+"""Stable Diffusion 3 and 3.5: a transformer with joint attention of picture and text.
+
+The text comes from two CLIP text encoders and from T5, which a pipeline may leave out."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from .flow_matching import STEPWISE, TARGETS, FlowMatching, inside
 from .sdxl import check_alike
 from .unets import Choice
 
-TOKENS = 256  # of T5, or zeros in their place, as a call of the pipeline takes by default; at most
+TOKENS = 256  # at most, of T5 or zeros in their place: the default of the pipeline's call
 
 
 class SD3WithoutT5(FlowMatching):
@@ -46,7 +47,7 @@ class SD3WithoutT5(FlowMatching):
     tags = ("stable-diffusion-3",)
     density = "logit_normal"
     modules: Mapping[str, Choice] = {
-        # what the picture reads of the text, as a UNet does by attn2
+        # the picture's reading of the text, like attn2 of a UNet
         "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
         "attention": inside(".attn.", ".attn2."),
         "context": inside(".context_embedder."),
@@ -54,7 +55,7 @@ class SD3WithoutT5(FlowMatching):
     }
     lora_targets = TARGETS
     units = ("JointTransformerBlock",)
-    readers: Sequence[str] = ("text_encoder", "text_encoder_2")  # T5 has no one token for a word
+    readers: Sequence[str] = ("text_encoder", "text_encoder_2")  # T5 may split a word
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         super().check(name, configs)
@@ -90,7 +91,7 @@ class SD3WithoutT5(FlowMatching):
         return super().latents(configs, size)
 
     def reader(self, folder: Path, variant: str | None, parts: Mapping[str, Any]) -> Any:
-        with torch.device("meta"):  # its configuration says how wide T5's zeros are
+        with torch.device("meta"):  # the pipeline takes the width of T5's zeros from its config
             config = SD3Transformer2DModel.load_config(folder, subfolder="transformer")
             wide = SD3Transformer2DModel.from_config(config)
         return super().reader(folder, variant, {**parts, "transformer": wide})

@@ -1,5 +1,7 @@
-"""Stable Diffusion XL, base: two text encoders, the second's pooled embedding, and the picture's
-size. Its VAE overflows in float16; here every VAE computes in float32."""
+"""Stable Diffusion XL, base.
+
+The conditions come from two text encoders, the second's pooled embedding, and the picture's size.
+Its VAE overflows in float16; in this package every VAE computes in float32."""
 
 from __future__ import annotations
 
@@ -15,18 +17,20 @@ from ...errors import InputError
 from .family import Config
 from .stable_diffusion import StableDiffusion
 
-SIZES = 6  # numbers of original size, top left corner and size
+SIZES = 6  # original size, top left corner and target size, two numbers each
 
 
 def check_alike(name: str, first: Any, second: Any) -> None:
-    """Raises:
-    InputError: two of CLIP's tokenizers read a prompt otherwise.
+    """Check that two of CLIP's tokenizers agree.
+
+    Raises:
+        InputError: they tokenize a prompt differently.
     """
     same = second.get_vocab() == first.get_vocab()
     if not same or second.model_max_length != first.model_max_length:
         raise InputError(
-            f"{name}: its tokenizers have other vocabularies or lengths: known are such that "
-            "read a prompt alike"
+            f"{name}: its tokenizers have different vocabularies or lengths; only tokenizers that "
+            "agree are supported"
         )
 
 
@@ -46,7 +50,7 @@ class SDXL(StableDiffusion):
     tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     lacks: Mapping[str, str] = dict.fromkeys(
         ("--train_modules xlayer", "--train_modules selflayer"),
-        "these are single layers of Stable Diffusion 1.x, by their numbers",
+        "these are single layers of Stable Diffusion 1.x",
     )
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
@@ -61,13 +65,14 @@ class SDXL(StableDiffusion):
         sizes = SIZES * (unet.get("addition_time_embed_dim") or 0)
         if takes != pooled + sizes:
             raise InputError(
-                f"{name}: its UNet takes {takes} numbers beside the text, the base model's takes "
-                f"{pooled} + {sizes}: the refiner is not supported, it only goes on with pictures"
+                f"{name}: its UNet takes {takes} numbers in addition to the text, the base "
+                f"model's takes {pooled} + {sizes}: the refiner is not supported, as it only "
+                "refines pictures"
             )
         if configs["vae"].get("latents_mean") is not None:
             raise InputError(
-                f"{name}: its VAE has a latents_mean; known is Stable Diffusion XL's, which has a "
-                "scaling_factor alone"
+                f"{name}: its VAE has a latents_mean; only VAEs with a scaling_factor alone, like "
+                "Stable Diffusion XL's, are supported"
             )
 
     def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
@@ -79,7 +84,7 @@ class SDXL(StableDiffusion):
             found = pipe.encode_prompt(list(some), do_classifier_free_guidance=True)
             return [t.float().cpu() for t in found]
 
-        # guidance leads away from zeros where the pipeline says so, not from the encoded ""
+        # the pipeline may replace the encoded "" by zeros for guidance
         _, null, _, pooled_null = read([""])
         found = []
         for i in range(0, len(texts), batch):
@@ -104,7 +109,7 @@ class SDXL(StableDiffusion):
         return {**super().shapes(config, length), "text_embeds": (pooled,)}
 
     def shared(self, size: int, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        # of a whole picture of this size, as the pipeline's `_get_add_time_ids`
+        # for an uncropped picture of this size, as the pipeline's `_get_add_time_ids`
         return {"time_ids": torch.tensor([[size, size, 0, 0, size, size]]).float()}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ class StableDiffusion(Family):
     opened: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     tags: tuple[str, ...] = ("stable-diffusion", "stable-diffusion-diffusers")
     modules = MODULES
-    no_modules = "its UNet is given the text embeddings as they are"
+    no_modules = "its UNet takes the text embeddings without an embedder"
     lora_targets = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     units = ("BasicTransformerBlock", "ResnetBlock2D")
 
@@ -52,20 +52,22 @@ class StableDiffusion(Family):
             raise InputError(f"{name}: {error}") from error
 
     def check_channels(self, name: str, unet: Config, latent: int) -> None:
-        """Raises:
-        InputError: the UNet takes other than latents, or predicts other.
+        """Check the UNet's channels.
+
+        Raises:
+            InputError: the UNet does not take and predict latents.
         """
         taken, out = unet.get("in_channels", 4), unet.get("out_channels", 4)
         if taken != latent:
             raise InputError(
-                f"{name}: the UNet takes {taken} channels and the VAE makes {latent}: it is for "
-                "inpainting or the like, but its model_index.json says text to image "
+                f"{name}: the UNet takes {taken} channels and the VAE makes {latent}: it may be "
+                "for inpainting, but its model_index.json says text to image "
                 f"({self.pipeline.__name__})"
             )
         if out != taken:
             raise InputError(
                 f"{name}: the UNet takes {taken} channels and predicts {out}: these losses need "
-                "as many"
+                "the same number"
             )
 
     def step(self, configs: Mapping[str, Config]) -> int:

@@ -1,4 +1,4 @@
-"""Which weights of a UNet are trained, by the names of --train_modules."""
+"""Which weights of a UNet are trained for each value of --train_modules."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-#: (A parameter's name, its module) -> whether it is trained.
+#: (name of a parameter, its module) -> whether the parameter is trained.
 Choice = Callable[[str, nn.Module], bool]
 
 
 def layers(inside: Callable[[str], bool]) -> Choice:
-    """Linear and Conv2d alone, as ESD's newer code chooses: norms never train."""
+    """Only Linear and Conv2d layers, as in ESD's newer code, which never trains norms."""
     return lambda name, module: isinstance(module, (nn.Linear, nn.Conv2d)) and inside(name)
 
 
@@ -20,11 +20,12 @@ def _cross(name: str) -> bool:
 
 
 def _notime(name: str) -> bool:
-    """Not the output layers, not the embedding of time: Selective Amnesia and ESD's first code."""
+    """All but the output layers and the time embedding: Selective Amnesia and ESD's first code."""
     return not (name.startswith(("conv_norm_out.", "conv_out.")) or "time_embedding" in name)
 
 
-#: Of ESD's first code: LDM's output_blocks 6 and 8, input_blocks 4 and 7, by diffusers' names.
+#: Layers of ESD's first code: LDM's output_blocks 6 and 8, input_blocks 4 and 7, by diffusers'
+#: names.
 XLAYER = ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")
 SELFLAYER = ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")
 

@@ -1,5 +1,6 @@
-"""Z-Image: a transformer in which text and picture are one stream, and whose time and velocity run
-from noise to picture."""
+"""Z-Image: a transformer with one stream for text and picture.
+
+Its time and its velocity run from noise to picture."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class ZImage(Qwen3):
     tags = ("z-image",)
     thinking = True
     modules: Mapping[str, Choice] = {
-        # the text is refined and then in one stream with the picture
+        # the text is refined first, and then shares one stream with the picture
         "xattn": lambda name, _: (
             name.startswith(("layers.", "context_refiner."))
             and (".attention.to_k." in name or ".attention.to_v." in name)
@@ -49,11 +50,11 @@ class ZImage(Qwen3):
         **FlowMatching.lacks,
         **dict.fromkeys(
             ("--mixed_precision fp16", "--half True"),
-            "its activations go beyond float16; take bfloat16 or float32",
+            "its activations overflow float16; use bfloat16 or float32",
         ),
     }
     masks: Sequence[str] = ("mask",)
-    usual = 6.0  # the pipeline's 5, which it adds to the one that the prompt has
+    usual = 6.0  # the pipeline's default 5 plus 1, as its scale counts from the prompt on
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         super().check(name, configs)
@@ -90,7 +91,7 @@ class ZImage(Qwen3):
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         text, mask = told["encoder_hidden_states"], told["mask"]
-        # tensors without data are counted at their longest
+        # for meta tensors, the memory count assumes the longest prompt
         used = [TOKENS] * len(text) if mask.is_meta else mask.sum(1).long().tolist()
         pictures = list(x_t.unsqueeze(2).unbind())
         words = [row[:n] for row, n in zip(text, used)]
