@@ -539,7 +539,7 @@ def test_a_killed_run_goes_on_with_the_next_attack_to_the_same_result(world, tmp
         patched.setitem(attacks.ATTACKS, "inversion", None)
         code, said = run(*options(world, tmp_path / "killed"), "--seed", 1)
         assert code == 2
-        assert "is of another model or of other options: --overwrite begins anew" in said
+        assert "belongs to another model or other options" in said
         code, said = run(*options(world, tmp_path / "killed"))
     assert code == 0, said
     again = json.loads((tmp_path / "killed" / "attacks.json").read_text())
@@ -549,7 +549,7 @@ def test_a_killed_run_goes_on_with_the_next_attack_to_the_same_result(world, tmp
 
     code, said = run(*options(world, tmp_path / "whole"))
     assert code == 2
-    assert "holds finished attacks: --overwrite replaces them" in said
+    assert "holds finished attacks: replace them with --overwrite" in said
     few = ["--attacks", "paraphrase", "--overwrite"]
     code, said = run(*options(world, tmp_path / "whole"), *few)
     assert code == 0, said
@@ -641,10 +641,10 @@ def test_a_base_must_be_named_and_draw_the_target(tiny, world, tmp_path, monkeyp
     code, said = run(*options(world, tmp_path / "out"), "--base_model", tiny)
     assert code == 2
     assert "draws 16 pixels from latents (4, 8, 8)" in said
-    assert "it is not its base" in said
+    assert "give the base of this model" in said
     j = module("judges")
     nothing = j.Judge(lambda x: torch.zeros(len(x), dtype=torch.bool), {"judge": "blind"})
     monkeypatch.setattr(j, "load", lambda *_: nothing)
     code, said = run(*options(world, tmp_path / "out"))
     assert code == 2
-    assert "the judge sees no picture of the target in what the base draws" in said
+    assert "the judge finds the target in no picture that the base draws" in said

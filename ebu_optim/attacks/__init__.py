@@ -1,5 +1,5 @@
-"""How deep forgetting goes: a text-to-image model is asked in other words, by a learned word, and
-after it was trained again."""
+"""How deep forgetting goes: attacks on a text-to-image model by paraphrases, learned words and
+further training."""
 
 from .._extras import require
 

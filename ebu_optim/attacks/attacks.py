@@ -1,7 +1,7 @@
-"""The attacks of attack.py, each by the functions that attack class-conditional models too.
+"""The attacks of attack.py, which use the same functions as those on class-conditional models.
 
-P_f is the mean over pictures of what the judge gives the forgotten concept. The pictures to learn
-from, and the P_f of which half is to be reached, come from the base.
+P_f is the mean over pictures of the judge's score for the forgotten concept. The pictures to learn
+from come from the base model, and so does the P_f of which relearning must reach half.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ WORD = "<attack>"
 
 
 class Attack:
-    """All attacks on one model. `make` one after the other, "target" first; `known` where it was
-    made before."""
+    """All attacks on one model.
+
+    Call `make` for one after the other, "target" first, and `known` with each result."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Attack:
         self.args, self.model, self.base = args, model, base
         self.questions, self.judge, self.files = questions, judge, files
         forget = questions.forget
-        #: of every look at the forgotten prompts, and of the pictures to learn from
+        #: the prompts of every evaluation, and those of the pictures to learn from
         self.asked = chosen(forget, args.attack_images, args.seed)
         self.drawn = chosen(forget, args.target_images, args.seed + 1)
         self.looks: dict[str, Found] = {}
@@ -60,29 +61,36 @@ class Attack:
         return {"target": Attack.target, "p_f": Attack.unattacked, **ATTACKS}[name](self)
 
     def known(self, name: str, found: Found) -> None:
-        """Raises:
-        InputError: the base does not draw the target.
+        """Record a result, made now or read from a file.
+
+        Raises:
+            InputError: the base does not draw the target.
         """
         self.looks[name] = found
         if name == "target" and not found.values["p_f"]["value"] > 0:
             raise InputError(
-                f"the judge sees no picture of the target in what the base draws for "
-                f"{self.asked[0].text!r} and the like (P_f 0): is it the right --base_model, "
-                "--forget and judge?"
+                f"the judge finds the target in no picture that the base draws for "
+                f"{self.asked[0].text!r} and similar prompts (P_f 0): check --base_model, "
+                "--forget and the judge"
             )
 
     # -- what is drawn and what is learned from --------------------------------------------------
 
     def look(self, model: Attacked, embeddings: Tensor, unet: Any = None) -> tuple[dict, Tensor]:
-        """P_f with its interval, and some of the pictures; the same noise every time. The
-        embeddings are of `asked`, in that order."""
+        """P_f with its interval, and some of the pictures (n, 3, H, W) uint8.
+
+        The noise is always the same.
+
+        Args:
+            embeddings: the embeddings of `asked`, in that order.
+        """
         latents = model.latents(embeddings, self.args.seed, unet, self.asked)
         pictures = model.pictures(latents)
         score = estimate(self.judge.score(pictures), seed=self.args.seed)
         return score, to_uint8(pictures[:SHOWN])
 
     def target_protocol(self) -> dict[str, Any]:
-        """All that the target depends on."""
+        """Everything that the target depends on."""
         a = self.args
         return {
             "base": self.base.made_of(),
@@ -96,7 +104,7 @@ class Attack:
         }
 
     def target(self) -> Found:
-        """Latents of the target, and the base's own P_f."""
+        """Latents of the target, and the P_f of the base."""
         base = self.base
         score, _ = self.look(base, base.encode([x.text for x in self.asked]))
         if self.files:
@@ -104,7 +112,7 @@ class Attack:
             prompts = torch.arange(len(latents)) % len(self.drawn)
             said = {"pictures": f"{len(latents)} of a folder"}
         else:
-            # the sampler's own latents, not decoded and encoded again
+            # the sampler's latents, without decoding and encoding
             texts = [x.text for x in self.drawn]
             latents = base.latents(base.encode(texts), self.args.seed + 1, asked=self.drawn)
             prompts = torch.arange(len(latents))
@@ -114,8 +122,12 @@ class Attack:
         return Found({"p_f": score}, said, tensors)
 
     def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents, and the numbers of their prompts among `drawn`, of the target's rows; rows come
-        as `images` (n, 1, 1, 1), so that the attacks pick pictures with their prompts."""
+        """The latents of rows of the target, and the indices of their prompts in `drawn`.
+
+        Args:
+            rows: row numbers (n, 1, 1, 1). The attacks pass them as images, so that they select
+                pictures together with their prompts.
+        """
         found = self.looks["target"].tensors
         rows = rows.flatten().cpu()
         return found["latents"][rows].to(self.model.device), found["prompts"][rows]
@@ -129,12 +141,12 @@ class Attack:
         return Found({"p_f": score}, {}, {"pictures unlearned": shown})
 
     def seen(self) -> tuple[dict, Tensor]:
-        """The look at the model as it is."""
+        """P_f and pictures of the model without an attack."""
         found = self.looks["p_f"]
         return found.values["p_f"], found.tensors["pictures unlearned"]
 
     def denoise(self, unet: Any, latents: Tensor, condition: Any, g: torch.Generator) -> Tensor:
-        # of the unlearned model's own kind of prediction
+        # uses the prediction type of the unlearned model
         return denoising_loss(
             self.model.denoiser(unet),
             latents,
@@ -145,7 +157,7 @@ class Attack:
         )
 
 
-#: --attacks: what each measures.
+#: Value of --attacks -> its function.
 ATTACKS: dict[str, Callable[[Attack], Found]] = {
     "paraphrase": paraphrase,
     "inversion": inversion,
@@ -155,12 +167,16 @@ ATTACKS: dict[str, Callable[[Attack], Found]] = {
     "tina": tina,
     "lora_relearn": lora_relearn,
 }
-#: Those that are made where none is named; the others take longer.
+#: The default attacks; the others take longer.
 USUAL = ("paraphrase", "inversion", "relearn")
 
 
 def target_files(folder: Path | None) -> list[Path]:
-    """Pictures of --instance_data_dir; none where the base is to draw them."""
+    """The pictures in --instance_data_dir; empty if the base draws them.
+
+    Raises:
+        InputError: the folder has no picture.
+    """
     if folder is None:
         return []
     found = image_files(folder)
@@ -172,6 +188,6 @@ def target_files(folder: Path | None) -> list[Path]:
 
 
 def encoded(model: Attacked, files: list[Path]) -> Tensor:
-    """Latents (n, C, H, W) of image files."""
+    """Latents (n, C, h, w) of image files."""
     pixels = read_images(files, "--instance_data_dir", model.size)
     return model.family.to_latents(model.vae, pixels)

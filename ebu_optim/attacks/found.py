@@ -1,4 +1,4 @@
-"""What an attack finds, and what is drawn at random for it."""
+"""The result of an attack, and the random choice of its prompts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 from ..modules import stream
 
-SHOWN = 8  # pictures of each look that are kept
+SHOWN = 8  # pictures that are kept of each evaluation
 
 
 class Found(NamedTuple):
-    """Attributes:
-    values: of attacks.json.
-    said: how they came about.
-    tensors: "pictures ..." (n, 3, H, W) uint8, and what others go on with.
+    """The result of an attack.
+
+    Attributes:
+        values: the figures for attacks.json.
+        said: details of how they were measured.
+        tensors: "pictures ..." (n, 3, H, W) uint8, and tensors that other attacks use.
     """
 
     values: dict[str, Any]
@@ -25,7 +27,7 @@ class Found(NamedTuple):
 
 
 def chosen(values: list, number: int, seed: int) -> list:
-    """So many of them in a random order, each again only when all have had their turn."""
+    """`number` of the values in random order. A value repeats only after all have been used."""
     order = torch.randperm(len(values), generator=stream(seed, 0)).tolist()
     return [values[order[i % len(order)]] for i in range(number)]
 

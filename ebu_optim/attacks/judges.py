@@ -1,5 +1,5 @@
-"""Who says how much of the forgotten concept is in a picture: --judge clip, world, imagenette,
-nudity."""
+"""Judges that score how much of the forgotten concept is in a picture: --judge clip, world,
+imagenette, nudity."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ from .prompts import concept_of
 
 
 class Judge(NamedTuple):
-    """`score`: pictures (n, 3, H, W) in [-1, 1] -> (n,), a probability or bool; `said` identifies
-    the judge."""
+    """A judge.
+
+    Attributes:
+        score: pictures (n, 3, H, W) in [-1, 1] -> (n,), probabilities or bool.
+        said: identifies the judge.
+    """
 
     score: Callable[[Tensor], Tensor]
     said: dict[str, Any]
@@ -32,25 +36,25 @@ class Judge(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions(NudityOptions):
-    """Who judges."""
+    """The options of the judge."""
 
     group: ClassVar[str] = "judge"
 
     judge: Literal["clip", "world", "imagenette", "nudity"] = option(
-        help="Who says what a picture shows. clip: any concept, compared with "
+        help="Judge that says what a picture shows. clip: CLIP, for any concept, compared with "
         "--clip_against; world: the classifiers of the world of digits in styles; "
         "imagenette: a ResNet-50; nudity: NudeNet."
     )
     clip_against: list[str] = option(
         ["something else"],
         metavar="WORDS",
-        help="What a picture may show instead, in words: what the concept becomes, and its "
-        "neighbours.",
+        help="What a picture may show instead of the concept, in words: what the concept becomes, "
+        "and its neighbours.",
     )
     clip_model: str = option("ViT-B-32-quickgelu", help="The open_clip model that judges.")
     clip_weights: str = option("openai", help="Its weights: a tag of open_clip, or a file.")
     judges: Path | None = option(
-        None, help="With --judge world: the folder that world/judges.py made."
+        None, help="With --judge world: the folder that world/judges.py wrote."
     )
     imagenette_class: str | None = option(
         None,
@@ -59,16 +63,19 @@ class JudgeOptions(NudityOptions):
     )
     imagenette_over: Literal["imagenet", "imagenette"] = option(
         "imagenet",
-        help="The classes among which its probability is taken: all 1000 or Imagenette's ten.",
+        help="With --judge imagenette: the classes over which the probability is normalised, all "
+        "1000 or Imagenette's ten.",
     )
     imagenette_weights: Path | None = option(
-        None, help="File of torchvision's ResNet-50 weights. Default: they are downloaded."
+        None, help="File of torchvision's ResNet-50 weights. Default: download them."
     )
 
 
 def load(args: Any, looked: Looked, device: Any) -> Judge:
-    """Raises:
-    InputError: the judge, or what it needs, is not there.
+    """Load the judge that the options name.
+
+    Raises:
+        InputError: the judge or its weights are missing, or it does not fit the model.
     """
     kinds = {"clip": _clip, "world": _world, "imagenette": _imagenette, "nudity": _nudity}
     return kinds[args.judge](args, looked, device)
@@ -91,7 +98,7 @@ def _clip(args: Any, _: Looked, device: Any) -> Judge:
 
 def _world(args: Any, looked: Looked, device: Any) -> Judge:
     if args.judges is None:
-        raise InputError("--judge world needs --judges, the folder made by world/judges.py")
+        raise InputError("--judge world needs --judges, the folder that world/judges.py wrote")
     from ..worlds.styled_digits.captions import tokenizer
     from ..worlds.styled_digits.images import SIZE
     from ..worlds.styled_digits.judges import CLASSES, load_judges
@@ -99,9 +106,14 @@ def _world(args: Any, looked: Looked, device: Any) -> Judge:
     kind, name = concept_of(read(args.forget, "--forget"))
     pipeline = args.pretrained_model_name_or_path
     if looked.resolution != SIZE:
-        raise InputError(f"{pipeline} draws {looked.resolution} pixels, the judges know {SIZE}")
+        raise InputError(
+            f"{pipeline} draws {looked.resolution} pixels, and --judge world supports only {SIZE}"
+        )
     if looked.tokenizer.get_vocab() != tokenizer().get_vocab():
-        raise InputError(f"{pipeline} has another vocabulary than captions.py: it is not of there")
+        raise InputError(
+            f"{pipeline} has another vocabulary than captions.py: --judge world needs a model of "
+            "the world of digits in styles"
+        )
     model = getattr(load_judges(args.judges), kind).to(device)
     column = CLASSES[kind].index(name)
     return Judge(

@@ -1,5 +1,5 @@
-"""Relearning by a LoRA from ten images: what a person does with a downloaded model and a few
-pictures of what it forgot."""
+"""Relearning with a LoRA from ten images, as anybody can do with a downloaded model and a few
+pictures of the forgotten concept."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from .attacks import Attack
 
 IMAGES, RANK = 10, 4
-LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as diffusers' own script has it
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as in diffusers' own script
 
 
 def lora_relearn(attack: Attack) -> Found:
-    """A LoRA of rank 4 in the attention of a copy of the UNet learns from the first ten pictures of
-    the target."""
+    """Train a LoRA of rank 4 in the attention of a copy of the denoiser, on the first ten pictures
+    of the target."""
 
     def adapters(unet: nn.Module) -> list[nn.Parameter]:
         unet.requires_grad_(False)

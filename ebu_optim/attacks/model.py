@@ -1,7 +1,7 @@
-"""The attacked pipeline in parts, and the new word that textual inversion learns in it.
+"""The attacked pipeline, split into its parts, and the new word that textual inversion learns.
 
-What a prompt is to the model, its condition, is one row of a tensor here: text embeddings (L, D),
-or all numbers of a row where the family has several conditions; `Attacked.told` takes it apart."""
+The conditions of a prompt are one row of a tensor here: text embeddings (L, D), or, for a family
+with several conditions, all their numbers (F,). `Attacked.told` splits the row."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .prompts import Asked, one_token, tokens_around
 
 
 class Attacked:
-    """A pipeline in float32 and eval mode, nothing of it trained.
+    """A pipeline in float32 and eval mode, with all weights frozen.
 
     Args:
-        pipe: its parts are moved to `device`.
-        looked: of the same pipeline, for the schedule and the latents' shape.
-        args: how pictures are drawn.
+        pipe: the pipeline; its parts are moved to `device`.
+        looked: the result of `pipelines.look` for it, with the schedule and the latents' shape.
+        args: the options for drawing pictures.
     """
 
     def __init__(self, pipe: Any, looked: pipelines.Looked, args: Any, device: Any) -> None:
@@ -56,7 +56,7 @@ class Attacked:
         self.shared = {n: t.to(device) for n, t in shared.items()}
 
     def made_of(self) -> dict[str, str]:
-        """What draws: hashes of its parts' contents."""
+        """Hashes of the contents of the pipeline's parts."""
         return {
             **{n: of_model(part) for n, part in self.parts.items()},
             **{n: pipelines.tokenizer_hash(self.folder, n) for n in self.family.tokenizers()},
@@ -64,22 +64,33 @@ class Attacked:
         }
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """The condition of each, a row, on the device."""
+        """The conditions of prompts, one row each, on the device."""
         return join(self.family.encode(self.pipe, texts)).to(self.device)
 
     def of_tokens(self, ids: Sequence[Tensor], used: Sequence[Tensor]) -> Tensor:
-        """The condition of tokens (n, L) of each text encoder that reads new words, a row; what
-        the others would say is zeros."""
+        """The conditions of token ids, one row each.
+
+        The parts of text encoders that do not learn new words are zeros.
+
+        Args:
+            ids, used: token ids (n, L) and 0 at padding (n, L), for each text encoder that learns
+                new words.
+        """
         found = self.family.of_tokens(self.text_encoders, ids, used)
         return join({n: _filled(t, self.shapes[n]) for n, t in found.items()})
 
     def told(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """The conditions of such rows, by their names."""
+        """The conditions in such rows, by name."""
         return split(embeddings, self.shapes)
 
     def denoiser(self, unet: Any = None, guidance: float | None = None) -> Callable[..., Tensor]:
-        """The denoiser, or another with its configuration, as the losses and `sample` call it; with
-        another guidance than the options', where it is told one."""
+        """The denoiser as a function that the losses and `sample` call.
+
+        Args:
+            unet: another denoiser with the same configuration.
+            guidance: another guidance scale than that of the options, for a denoiser that takes
+                one as an input.
+        """
         part = self.unet if unet is None else unet
         scale = self.args.guidance_scale if guidance is None else guidance
         shared = {**self.shared, **self.family.told(part.config, scale)}
@@ -94,13 +105,14 @@ class Attacked:
     def latents(
         self, embeddings: Tensor, seed: int, unet: Any = None, asked: Sequence[Asked] = ()
     ) -> Tensor:
-        """(n, C, H, W) on the CPU, drawn for the rows `embeddings` of `encode`; the same starting
-        noise for the same seed, whatever the model.
+        """Latents (n, C, H, W) on the CPU, drawn for the rows `embeddings` of `encode`.
+
+        The same seed gives the same starting noise for every model.
 
         Args:
-            unet: another than the pipeline's.
-            asked: what the embeddings are of: one with a seed of its own is drawn from that, one
-                by one; where it comes again, from the next seed.
+            unet: another denoiser than the pipeline's.
+            asked: the prompts of the embeddings. If one has its own seed or guidance, pictures are
+                drawn one by one. A repeated prompt takes the following seeds.
         """
         found = []
         for a, b, g, guidance in tqdm(
@@ -126,7 +138,7 @@ class Attacked:
     def _batches(
         self, n: int, seed: int, asked: Sequence[Asked]
     ) -> Iterator[tuple[int, int, torch.Generator, float]]:
-        """First and last row of each batch, its starting noise and its guidance."""
+        """First row, end row, generator of the noise and guidance scale of each batch."""
         size, usual = self.args.sample_batch_size, self.args.guidance_scale
         if all(one.seed is None and one.guidance is None for one in asked):
             for i in range(0, n, size):
@@ -142,7 +154,7 @@ class Attacked:
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] on the CPU."""
+        """Pictures (n, 3, H, W) in [-1, 1] on the CPU."""
         parts = latents.split(self.args.sample_batch_size)
         return finite(
             torch.cat([self.family.to_pixels(self.vae, x.to(self.device)).cpu() for x in parts])
@@ -150,8 +162,10 @@ class Attacked:
 
 
 def finite(drawn: Tensor) -> Tensor:
-    """Raises:
-    InputError: NaN or Inf, which a judge would take for a forgotten concept.
+    """Return a tensor unchanged if it is finite.
+
+    Raises:
+        InputError: it has NaN or Inf, which a judge would take for a forgotten concept.
     """
     if not drawn.isfinite().all():
         raise InputError(
@@ -162,13 +176,14 @@ def finite(drawn: Tensor) -> Tensor:
 
 
 class NewWord(nn.Module):
-    """Prompts in which one word's input embedding is `self.word`, the only row of a table; the
-    tokenizers and the text encoders' vocabularies stay as they are. Of several text encoders each
-    has its part of the row.
+    """Prompts in which the input embedding of one word is the only row of `self.word`.
+
+    Tokenizers and vocabularies do not change. With several text encoders the row holds the
+    embeddings for all of them, one after the other.
 
     Args:
-        templates: with a place where the word goes.
-        initial: (D,) its first value.
+        templates: prompts with a place for the word.
+        initial: the first value of the row (D,).
     """
 
     def __init__(self, model: Attacked, templates: Sequence[str], initial: Tensor) -> None:
@@ -179,11 +194,11 @@ class NewWord(nn.Module):
         self.read = [_read(words, templates, model.device) for words in model.tokenizers]
 
     def embeddings(self, rows: Tensor) -> Tensor:
-        """Rows as of `Attacked.encode`, of the templates `rows` (n,)."""
+        """The conditions of the templates `rows` (n,), as rows of `Attacked.encode`."""
         ids, at, used = zip(*((ids[rows], at[rows], used[rows]) for ids, at, used in self.read))
         encoders: list[Any] = list(self.text_encoders)
         tables = [e.get_input_embeddings() for e in encoders]
-        # by its module, so that whoever learns the word can put another there
+        # called as a module, so that the code that learns the word can replace its output
         vectors = self.word(torch.zeros_like(rows)).split([t.embedding_dim for t in tables], -1)
         with ExitStack() as stack:
             for table, vector, place in zip(tables, vectors, at, strict=True):
@@ -192,17 +207,17 @@ class NewWord(nn.Module):
 
 
 def _filled(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows of this shape, with zeros behind what there is."""
+    """Rows padded with zeros to this shape."""
     sides = [(0, want - there) for there, want in zip(t.shape[1:], shape, strict=True)]
     return nn.functional.pad(t, [n for side in reversed(sides) for n in side])
 
 
 def _read(tokenizer: Any, templates: Sequence[str], device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (n, L), the word's place (n,), and 0 where a token is padding (n, L)."""
+    """Token ids (n, L), the word's place (n,), and 1 for used tokens, 0 for padding (n, L)."""
     rows = [tokens_around(tokenizer, t) for t in templates]
     ids = torch.tensor([ids for ids, _ in rows], device=device)
     at = torch.tensor([at for _, at in rows], device=device)
-    # the end, after the place of the word; then padding
+    # the first end token after the word; padding follows it
     number = torch.arange(ids.shape[1], device=device)
     ends = (ids == tokenizer.eos_token_id) & (number > at[:, None])
     return ids, at, (number <= ends.int().argmax(1, keepdim=True)).long()
@@ -210,7 +225,7 @@ def _read(tokenizer: Any, templates: Sequence[str], device: Any) -> tuple[Tensor
 
 @contextmanager
 def _put_in(table: nn.Module, vector: Tensor, at: Tensor, length: int) -> Iterator[None]:
-    """Inside the block the table gives `vector` (n, D) at the places `at` (n,)."""
+    """Inside the block, the table returns `vector` (n, D) at the places `at` (n,)."""
     mask = (torch.arange(length, device=at.device) == at[:, None])[..., None]
     handle = table.register_forward_hook(
         lambda _module, _args, out: torch.where(mask, vector[:, None], out)
@@ -222,8 +237,9 @@ def _put_in(table: nn.Module, vector: Tensor, at: Tensor, length: int) -> Iterat
 
 
 def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """Where inversion begins, (D,) each: a random draw with the mean and the spread of the whole
-    vocabulary, and the embeddings of tokens."""
+    """The vectors (D,) at which inversion starts: a random draw and the embeddings of tokens.
+
+    The draw has the mean and the standard deviation of the whole vocabulary."""
     tables = [e.get_input_embeddings().weight.detach() for e in model.text_encoders]
     mean, spread = (torch.cat([f(t, 0).cpu() for t in tables]) for f in (torch.mean, torch.std))
     draw = torch.randn(mean.shape, generator=stream(seed, 0))
@@ -233,8 +249,10 @@ def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str
 
 
 def by_encoder(model: Attacked, word: Tensor, name: str) -> dict[str, Tensor]:
-    """The word as it is saved: under its name, by which pipe.load_textual_inversion knows the
-    token; of several text encoders, under theirs."""
+    """The word as it is saved.
+
+    With one text encoder the key is the word's name, which pipe.load_textual_inversion uses as the
+    token. With several the keys are the text encoders' names."""
     if len(model.text_encoders) == 1:
         return {name: word}
     sizes = [e.get_input_embeddings().embedding_dim for e in model.text_encoders]

@@ -1,4 +1,4 @@
-"""The prompts in other words."""
+"""The attack by paraphrases of the prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def paraphrase(attack: Attack) -> Found:
-    """Every wording by as many pictures; the intervals are those of the pictures."""
+    """P_f of every wording, each over the same number of pictures, with intervals over pictures."""
     model, scores, found, rows = attack.model, [], {}, {}
     for wording in tqdm(attack.questions.paraphrases, "paraphrases"):
         texts = chosen(wording.texts, attack.args.attack_images, attack.args.seed)

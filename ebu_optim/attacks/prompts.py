@@ -1,5 +1,5 @@
-"""What attack.py asks a model for: the forgotten prompts, each with the place of the concept's
-word, and the same in other words."""
+"""The prompts of attack.py: the forgotten prompts, with the place of the concept's word, and their
+paraphrases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from ..training.fields import option
 
 
 class Asked(NamedTuple):
-    """A prompt, and the same with `PLACE` where the concept's word was: there inversion puts its
-    new word; the seed and the guidance of its own, where its row in a file has them."""
+    """A prompt.
+
+    Attributes:
+        text: the prompt.
+        template: the prompt with `PLACE` instead of the concept's word. Inversion puts its new
+            word there.
+        seed, guidance: the values of its row in a file; None if there are none.
+    """
 
     text: str
     template: str
@@ -24,7 +30,7 @@ class Asked(NamedTuple):
 
 
 class Wording(NamedTuple):
-    """Prompts that name the concept in one other way."""
+    """Prompts with one paraphrase of the concept."""
 
     name: str
     texts: list[str]
@@ -37,13 +43,13 @@ class Questions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions:
-    """What is asked for."""
+    """The options of the prompts."""
 
     group: ClassVar[str] = "prompts"
 
     forget: list[str] = option(
-        help="What was forgotten, as it was given to unlearn.py. With --judge world: words "
-        "of one concept."
+        help="The forgotten prompts or concepts, as given to unlearn.py. With --judge world: "
+        "words of one concept."
     )
     ignore_row_settings: bool = option(
         False,
@@ -52,27 +58,29 @@ class QuestionOptions:
     )
     forget_templates: list[str] | None = option(
         None,
-        help='Sentences with "{}" for the concept. Default: "{}"; with --judge world its '
-        "trained templates, in all styles or digits.",
+        help='Templates with "{}" for the concept. Default: "{}"; with --judge world the '
+        "world's trained templates, in all styles or digits.",
     )
     paraphrases: list[str] = option(
         [],
-        help="The same in other words: prompts, or .txt files of them. With --judge world "
-        "the concept's other words and the held-out templates are added.",
+        help="Paraphrased prompts, or .txt files of them. With --judge world the concept's "
+        "other words and the held-out templates are added.",
     )
 
 
 def collect(args: Any, tokenizer: Any) -> Questions:
-    """Raises:
-    InputError: a word of no concept, no paraphrase, a template without a place, too long a prompt,
-        an --initializer_token that is not one token.
+    """Collect and check the prompts that the options name.
+
+    Raises:
+        InputError: a word names no concept of the world; there is no paraphrase; a template has no
+            place for the concept; a prompt is too long; an --initializer_token is not one token.
     """
     given = rows(args.forget, "--forget")
     if args.ignore_row_settings:
         given = [Row(row.prompt) for row in given]
     words = list(dict.fromkeys(row.prompt for row in given))
     if not all(words):
-        raise InputError('--forget "": the empty prompt names nothing that could be forgotten')
+        raise InputError('--forget "": the empty prompt names no concept; give a concept')
     check_templates(args.forget_templates or [])
     world = args.judge == "world"
     templates = args.forget_templates or ([] if world else [PLACE])
@@ -84,7 +92,7 @@ def collect(args: Any, tokenizer: Any) -> Questions:
     paraphrases += [Wording(t, [t]) for t in read(args.paraphrases, "--paraphrases")]
     if "paraphrase" in args.attacks and not paraphrases:
         raise InputError(
-            "--paraphrases: give what was forgotten in other words, or leave the attack out "
+            "--paraphrases: give paraphrases of the forgotten prompts, or leave the attack out "
             "(--attacks inversion relearn)"
         )
     texts = [one.text for one in forget] + [t for p in paraphrases for t in p.texts]
@@ -98,14 +106,18 @@ def collect(args: Any, tokenizer: Any) -> Questions:
 
 
 def concept_of(words: list[str]) -> tuple[str, str]:
-    """The world's one concept that all words name: ("content" or "style", its name)."""
+    """The concept of the world that all words name: ("content" or "style", its name).
+
+    Raises:
+        InputError: a word names no concept, or the words name several.
+    """
     from ..worlds.styled_digits.captions import CONTENTS, concept
 
     try:
         names = {concept(word) for word in words}
     except ValueError as error:
         raise InputError(
-            f"--forget: {error}. Give words, not prompts; these are for --forget_templates"
+            f"--forget: {error}. Give words, not prompts; prompts belong to --forget_templates"
         ) from error
     if len(names) > 1:
         raise InputError(
@@ -116,7 +128,7 @@ def concept_of(words: list[str]) -> tuple[str, str]:
 
 
 def of_world(words: list[str]) -> list[Asked]:
-    """The trained captions that name the concept by one of these words."""
+    """The captions of training that name the concept with one of these words."""
     from ..worlds.styled_digits.captions import TRAINED, captions
 
     kind, _ = concept_of(words)
@@ -129,8 +141,9 @@ def of_world(words: list[str]) -> list[Asked]:
 
 
 def reworded(words: list[str], forgotten: set[str]) -> list[Wording]:
-    """All captions that ask for the concept by name and are not forgotten themselves, by word and
-    by whether their template is held out."""
+    """All captions that name the concept and are not in `forgotten`.
+
+    They are grouped by word and by whether their template was held out of training."""
     from ..worlds.styled_digits.captions import CONTENTS, HELD_OUT, STYLES, TRAINED, captions
 
     kind, name = concept_of(words)
@@ -145,28 +158,36 @@ def reworded(words: list[str], forgotten: set[str]) -> list[Wording]:
 
 
 def tokens_around(tokenizer: Any, template: str) -> tuple[list[int], int]:
-    """Padded tokens of a template with one token for `PLACE`, and where that is."""
+    """The padded tokens of a template with one token for `PLACE`, and the index of that token.
+
+    Raises:
+        InputError: the template is too long.
+    """
     before, after = (
         tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACE)
     )
-    # any token may stand there, its embedding is replaced, but the end: of the first end SDXL pools
+    # Any token works there, as its embedding is replaced, except the end token: SDXL pools at the
+    # first end token.
     ids = [tokenizer.bos_token_id, *before, 0, *after, tokenizer.eos_token_id]
     longest = tokenizer.model_max_length
     if len(ids) > longest:
         raise InputError(
-            f"the template {template!r} has {len(ids)} tokens, the tokenizer takes {longest}"
+            f"the template {template!r} has {len(ids)} tokens, the tokenizer takes {longest}: "
+            "shorten it"
         )
     return [*ids, *[tokenizer.pad_token_id] * (longest - len(ids))], 1 + len(before)
 
 
 def one_token(tokenizer: Any, token: str) -> int:
-    """Raises:
-    InputError: it is none, or several.
+    """The id of a text that is one token.
+
+    Raises:
+        InputError: the text is not exactly one token.
     """
     ids = tokenizer(token, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise InputError(
             f"--initializer_token {token!r} is {len(ids)} tokens "
-            f"({' '.join(tokenizer.convert_ids_to_tokens(ids))}): give a word that is one"
+            f"({' '.join(tokenizer.convert_ids_to_tokens(ids))}): give a word that is one token"
         )
     return ids[0]

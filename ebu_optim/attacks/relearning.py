@@ -1,4 +1,4 @@
-"""Relearning: the UNet is fine-tuned on pictures of the target, until it draws it again."""
+"""Relearning: fine-tune the denoiser on pictures of the target until it draws the target again."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from .found import Found
 if TYPE_CHECKING:
     from .attacks import Attack
 
-SHARE = 0.5  # of the base's P_f: so much of it is the concept back
-LOOKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # steps of relearning that are measured
-REPORTED = 10  # of them, whether the concept is back before that or not
+SHARE = 0.5  # the concept is back at this share of the base's P_f
+LOOKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # steps after which P_f is measured
+REPORTED = 10  # P_f after this step is always reported, even if the concept is back earlier
 
 
 def relearn(attack: Attack) -> Found:
-    """All of the UNet learns, from all pictures."""
+    """Fine-tune the whole denoiser on all pictures."""
     return curve(attack, "relearn", attack.rows(), attack.args.relearn_learning_rate)
 
 
 def curve(
     attack: Attack, name: str, rows: Tensor, rate: float, trained: Trained | None = None
 ) -> Found:
-    """P_f of a copy of the UNet that learns from the target's `rows`; it ends where half of the
-    base's P_f is reached.
+    """P_f of a copy of the denoiser over the steps of training on the target's `rows`.
+
+    Training ends once half of the base's P_f is reached.
 
     Args:
-        name: of the figures.
-        trained: what of the copy learns; None: all of it.
+        name: the name of the figures.
+        trained: selects the trained parameters of the copy; None: all.
     """
     args, model = attack.args, attack.model
     told = model.encode([x.text for x in attack.drawn])

@@ -1,17 +1,17 @@
-"""Attack a text-to-image model that was made to forget: is the concept gone, or its word unhooked?
+"""Attack a text-to-image model that was made to forget: is the concept gone, or only its word?
 
     python examples/stable_diffusion/attack.py \\
         --pretrained_model_name_or_path outputs/without_seven/pipeline \\
         --base_model outputs/world/pipeline --forget seven --judge world --judges outputs/judges \\
         --output_dir outputs/without_seven_attacked
 
-There are three attacks by default: the prompt in other words; a new word that is learned against
-the frozen model on pictures of the target (textual inversion); and the denoiser fine-tuned on these
-pictures (relearning). --attacks names four more: cce, a word as "Circumventing Concept Erasure"
-learns it; unlearndiffatk, tokens before the prompt; tina, inversion without a text; lora_relearn, a
-LoRA from ten pictures. All pictures of a run are drawn from the same noise. `attacks.json` in the
-output folder is written last; each attack is kept in `parts` when it is done, and the same command
-continues after a kill.
+There are three attacks by default: paraphrases of the prompt; a new word that is learned on
+pictures of the target with the frozen model (textual inversion); and fine-tuning of the denoiser on
+these pictures (relearning). --attacks can name four more: cce, a word learned as in "Circumventing
+Concept Erasure"; unlearndiffatk, tokens before the prompt; tina, inversion without text;
+lora_relearn, a LoRA from ten pictures. All pictures of a run start from the same noise.
+`attacks.json` in the output folder is written last. Each finished attack is kept in `parts`, and
+the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .model import Attacked, by_encoder
 from .prompts import QuestionOptions
 
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
-#: What depends on the size of the model: in the world, elsewhere.
+#: Defaults that depend on the size of the model: (in the world of digits, elsewhere).
 SMALL = {
     "num_inference_steps": (10, 50),
     "guidance_scale": (3.0, None),
@@ -54,7 +54,7 @@ Attack = Literal[
     "paraphrase", "inversion", "relearn", "cce", "unlearndiffatk", "tina", "lora_relearn"
 ]
 SHOWN = 8  # pictures in a row
-#: Options that change no figure.
+#: Options that do not affect the figures.
 FREE = {
     "output_dir",
     "target_dir",
@@ -70,10 +70,10 @@ FREE = {
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions(JudgeOptions, QuestionOptions, Model):
-    """What is attacked, and how hard.
+    """The model to attack, and the settings of the attacks.
 
     Raises:
-        InputError: a number that cannot be; a model that nothing says the base of.
+        InputError: a value is out of range.
     """
 
     base_model: str | None = option(
@@ -84,11 +84,11 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
         None,
         help="Folder of pictures of the target to learn from. Default: the base model draws them.",
     )
-    target_images: int = option(64, help="How many pictures of the target the base model draws.")
+    target_images: int = option(64, help="Number of pictures of the target that the base draws.")
     target_dir: Path | None = option(
         None,
-        help="Folder in which they are kept; attacks on models of the same base may share "
-        "it. Default: the output folder.",
+        help="Folder in which these pictures are kept; attacks on models with the same base can "
+        "share it. Default: target in the output folder.",
     )
     attack_images: int = option(
         32, help="Pictures that are drawn and judged after each attack, and for each wording."
@@ -96,30 +96,30 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     inversion_steps: int = option(200, help="Steps of textual inversion.")
     inversion_learning_rates: list[float] | None = option(
         None,
-        help="Learning rates of textual inversion. Each is a run of its own, and the "
-        "strongest counts. Default: 3e-3 in the world, 5e-3 elsewhere.",
+        help="Learning rates of textual inversion. Each gives a separate run, and the strongest "
+        "counts. Default: 3e-3 in the world, 5e-3 elsewhere.",
     )
     initializer_token: list[str] = option(
         [],
-        help="Words whose embeddings textual inversion also begins from, each in a run of "
-        "its own, beside a random one: another word of the concept, or a neighbour.",
+        help="Words from whose embeddings textual inversion also starts, each in a separate run, "
+        "in addition to a random start: another word of the concept, or a neighbour.",
     )
-    relearn_max_steps: int = option(50, help="Steps of relearning at most.")
+    relearn_max_steps: int = option(50, help="Maximal number of steps of relearning.")
     relearn_learning_rate: float | None = option(
         None, help="Learning rate of relearning. Default: 1e-4 in the world, 1e-5 elsewhere."
     )
     cce_steps: int = option(1000, help="Steps of the attack cce; 5000 were published.")
     unlearndiffatk_timesteps: int = option(
         50,
-        help="Timesteps of a search of unlearndiffatk. Fewer than 50 are another attack than "
-        "the published one.",
+        help="Timesteps of a search of unlearndiffatk. With fewer than 50 the attack is not the "
+        "published one.",
     )
     unlearndiffatk_iterations: int = option(
         40, help="Iterations of unlearndiffatk at each timestep."
     )
-    tina_steps: int = option(50, help="DDIM steps of tina, there and back.")
+    tina_steps: int = option(50, help="DDIM steps of tina in each direction.")
     tina_refinements: int = option(
-        25, help="Refinements of each DDIM step of tina on the way to the noise."
+        25, help="Refinements of each DDIM step of tina in the direction of the noise."
     )
     lora_learning_rate: float | None = option(
         None, help="Learning rate of lora_relearn. Default: 1e-3 in the world, 1e-4 elsewhere."
@@ -130,20 +130,24 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     )
     guidance_scale: float | None = option(
         None,
-        help="Guidance of each picture. Default: 3 in the world, elsewhere that of the "
+        help="Guidance scale of each picture. Default: 3 in the world, elsewhere that of the "
         "model's family.",
     )
     sample_batch_size: int | None = option(None, help="Pictures that are drawn at once.")
     seed: int = option(0, help="Seed of the pictures and of the attacks.")
     device: str = option(
         "cuda" if torch.cuda.is_available() else "cpu",
-        help="Where the attacks run: cpu, cuda, cuda:1, ...",
+        help="Device on which the attacks run: cpu, cuda, cuda:1, ...",
     )
-    output_dir: Path = option(help="Folder for attacks.json and what the attacks leave.")
-    overwrite: bool = option(False, help="Replace what an earlier run left in the output folder.")
+    output_dir: Path = option(help="Folder for attacks.json and the other results.")
+    overwrite: bool = option(False, help="Replace the results of an earlier run in this folder.")
 
     def resolved(self) -> AttackOptions:
-        """With the defaults that depend on other options."""
+        """A copy with the defaults that depend on other options.
+
+        Raises:
+            InputError: the base is not given, and no unlearn.json names it.
+        """
         base = self.base_model or named_base(self.pretrained_model_name_or_path)
         own: dict[str, Any] = {"base_model": base, "target_dir": self.output_dir / "target"}
         for name, (world, elsewhere) in SMALL.items():
@@ -175,22 +179,26 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
 
 
 def attack(config: AttackOptions) -> None:
-    """Attack the model, and write the results to ``config.output_dir``."""
+    """Attack the model, and write the results to ``config.output_dir``.
+
+    Raises:
+        InputError: the options, models or folders do not fit.
+    """
     args = config.resolved()
     look_at_folder(args)
     names = args.pretrained_model_name_or_path, str(args.base_model)
-    # either may be a folder of changes, whose base is the one that is named, or unlearn.json's
+    # Each may be a folder of changes; its base is --base_model, or named by unlearn.json.
     own, base_own = (replace(args, pretrained_model_name_or_path=name) for name in names)
     looked, base_looked = (look(whole(one, args.base_model)) for one in (own, base_own))
     sizes = [(one.resolution, one.latents) for one in (looked, base_looked)]
     if sizes[0] != sizes[1]:
         raise InputError(
             f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
-            f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: it is not its base"
+            f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: give the base of this model"
         )
     for name in ("inversion", "cce"):
         if name in args.attacks and (why := looked.family.no_new_word):
-            raise InputError(f"--attacks {name}: not with {looked.family.name}: {why}")
+            raise InputError(f"--attacks {name} is not supported for {looked.family.name}: {why}")
     args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)
@@ -224,16 +232,16 @@ def attack(config: AttackOptions) -> None:
 def look_at_folder(args: AttackOptions) -> None:
     folder = args.output_dir
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file")
+        raise InputError(f"--output_dir {folder} is a file: give a folder")
     there = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    # with its own left-overs of a kill
+    # hidden files are temporary files of an interrupted run
     if other := {n for n in there if not n.startswith(".")} - OURS:
         raise InputError(
             f"--output_dir {folder} is in use by something else ({min(other)}): give another folder"
         )
     if "attacks.json" in there and not args.overwrite:
         raise InputError(
-            f"--output_dir {folder} holds finished attacks: --overwrite replaces them, or give "
+            f"--output_dir {folder} holds finished attacks: replace them with --overwrite, or give "
             "another folder"
         )
 
@@ -245,15 +253,21 @@ def remove(path: Path) -> None:
 def part(
     args: AttackOptions, name: str, same: dict[str, Any], run: attacks.Attack
 ) -> attacks.Found:
-    """One attack's result, made now or read from the run that was interrupted. The target, which
-    depends on the base alone, is kept in --target_dir."""
+    """The result of one attack, made now or read from the interrupted run.
+
+    The target depends only on the base and is kept in --target_dir.
+
+    Raises:
+        InputError: the file belongs to another model or other options, or cannot be read; the
+            result has NaN.
+    """
     path = args.output_dir / "parts" / f"{name}.safetensors"
     if name == "target":
         of = run.target_protocol()
         path = Path(args.target_dir or "") / f"target-{key(of)}.safetensors"
     else:
         of = same
-    of = json.loads(json.dumps(of))  # as it comes back from the file
+    of = json.loads(json.dumps(of))  # as it is read back from the file
     if path.exists():
         try:
             tensors, meta = load_tensors(path)
@@ -261,8 +275,9 @@ def part(
             raise InputError(str(error)) from error
         if meta["of"] != of:
             raise InputError(
-                f"{path} is of another model or of other options: --overwrite begins anew, or give "
-                f"another --output_dir (not as before: {', '.join(changed(meta['of'], of))})"
+                f"{path} belongs to another model or other options "
+                f"({', '.join(changed(meta['of'], of))} changed): give --overwrite to start again, "
+                "or another --output_dir"
             )
         found = attacks.Found(meta["values"], meta["said"], tensors)
     else:
@@ -283,7 +298,7 @@ def write(
     judged: dict[str, Any],
     model: Attacked,
 ) -> None:
-    """learned_word.safetensors, pictures.png and, last, attacks.json."""
+    """Write learned_word.safetensors, pictures.png and, last, attacks.json."""
     rows = {k: t for f in found.values() for k, t in f.tensors.items() if k.startswith("pictures")}
     names = [k.removeprefix("pictures ") for k in rows]
     with replacing(args.output_dir / "pictures.png") as temporary:
@@ -311,7 +326,7 @@ def write(
     }
     with replacing(args.output_dir / "attacks.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    print(f"P_f of the base {found['target'].values['p_f']['value']:.3f}; of what was unlearned:")
+    print(f"P_f of the base: {found['target'].values['p_f']['value']:.3f}; of the unlearned model:")
     for name, value in values.items():
         if name.endswith("relearn_steps"):
             n = f"{value['steps']:.1f}" if value["reached"] else f"more than {value['within']}"
@@ -322,7 +337,7 @@ def write(
 
 
 def grid(rows: list[Tensor]) -> Image.Image:
-    """Rows of pictures (n, 3, H, W) uint8; a short row ends in black."""
+    """An image with rows of pictures (n, 3, H, W) uint8; short rows are filled with black."""
     wide = max(map(len, rows))
     full = [torch.cat([r, r.new_zeros(wide - len(r), *r.shape[1:])]) for r in rows]
     pixels = torch.stack(full).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)

@@ -1,5 +1,5 @@
-"""Textual inversion: a new word, learned against the frozen model on pictures of the target; and as
-"Circumventing Concept Erasure" (CCE, Pham et al., 2023) has it."""
+"""Textual inversion: a new word, learned on pictures of the target with the frozen model; also with
+the settings of "Circumventing Concept Erasure" (CCE, Pham et al., 2023)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from .attacks import Attack
 
 AT = (100, 200)  # steps of inversion that are reported
-#: CCE's settings (its esd/train.sh): 25 images, 4 at a time over 4 steps, the learning rate of 5e-3
-#: multiplied by both, AdamW; pictures are mirrored half of the time, but digits.
+#: CCE's settings (its esd/train.sh): 25 images, batches of 4 accumulated over 4 steps, the learning
+#: rate 5e-3 multiplied by both, AdamW. Half of the pictures are mirrored, except for digits.
 CCE_IMAGES, CCE_BATCH, CCE_RATE, CCE_DECAY, CCE_STEPS, CCE_START = 25, 16, 0.08, 0.01, 5000, "art"
 
 
 def inversion(attack: Attack) -> Found:
-    """A run for each start and each learning rate; the one with the highest P_f at the end counts.
-    From one random start it often ends at a neighbour, on models too that never forgot."""
+    """Textual inversion from each start with each learning rate.
+
+    The run with the highest P_f at the end counts. A single random start often ends at a neighbour
+    of the concept, even on models that never forgot."""
     args, model = attack.args, attack.model
     at = sorted({s for s in AT if s < args.inversion_steps} | {args.inversion_steps})
     runs = []
@@ -56,8 +58,10 @@ def inversion(attack: Attack) -> Found:
 
 
 def cce(attack: Attack) -> Found:
-    """One vector from the word "art" (or a random one, where that is no token), by CCE's optimizer
-    on 25 pictures of the base; the templates are those of the forgotten prompts."""
+    """CCE: one vector, learned with CCE's optimizer on 25 pictures of the base.
+
+    It starts at the word "art", or at random if that is not one token. The templates are those of
+    the forgotten prompts."""
     args, model = attack.args, attack.model
     target = attack.looks["target"].tensors
     latents, numbers = target["latents"][:CCE_IMAGES], target["prompts"][:CCE_IMAGES]
@@ -91,7 +95,7 @@ def cce(attack: Attack) -> Found:
 
 
 def look(attack: Attack, vector: Tensor) -> tuple[dict, Tensor]:
-    """P_f where the word's place holds `vector`."""
+    """P_f and pictures of the prompts with `vector` in the word's place."""
     asked = NewWord(attack.model, [x.template for x in attack.asked], vector)
     with condition_replaced(asked.word, vector), torch.no_grad():
         embeddings = asked.embeddings(torch.arange(len(attack.asked)))
@@ -107,10 +111,10 @@ def learn(
     batch: int | None = None,
     optimizer: Optimized | None = None,
 ) -> tuple[dict[int, Tensor], list[float]]:
-    """The word after the steps `at`, and the loss of every step.
+    """Learn a word: returns the word after each of the steps `at`, and the loss of every step.
 
     Args:
-        target: latents, and the numbers of their prompts; None: those of the attack.
+        target: latents and the numbers of their prompts; None: those of the attack.
     """
     args, losses = attack.args, []
     word = NewWord(attack.model, [x.template for x in attack.drawn], initial)

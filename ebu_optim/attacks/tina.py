@@ -1,11 +1,12 @@
-"""TINA (arXiv 2603.17828): inversion without a text. A picture of the target is followed back to
-noise by DDIM under the empty prompt, each point refined until the model's own step leads from it to
-the one before, and the model draws from there, under the empty prompt again. Whatever stands
-between a prompt and the concept is left out of it.
+"""TINA (arXiv 2603.17828): inversion without text.
 
-The figures stand beside a control: an inversion that is exact brings any picture back, also one of
-what no model learned. Where the control comes back as well as the target, a high P_f says that
-the sampler can be run backwards, and nothing of what the model knows.
+DDIM inverts a picture of the target to noise under the empty prompt. Each point is refined until
+the model's own step leads from it to the point before. The model then draws from that noise, again
+under the empty prompt. Text plays no part in this attack.
+
+A control accompanies the figures: an exact inversion reproduces any picture, even one that no model
+learned. If the control is reproduced as well as the target, a high P_f shows only that the sampler
+can be inverted, and nothing about what the model knows.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
     from .attacks import Attack
 
 STEPS, REFINEMENTS, RATE = 50, 25, 1e-3
-PIECES = 8  # a side of the control is cut into so many
+PIECES = 8  # pieces per side of a control picture
 
 Noise = Callable[[Tensor, int], Tensor]
 
 
 def tina(attack: Attack) -> Found:
-    """P_f of what is drawn from the inverted pictures of the target, and how far that and the
-    control are from what went in."""
+    """P_f of the redrawn pictures of the target, and the errors of target and control."""
     args, model = attack.args, attack.model
     target = attack.looks["target"].tensors["latents"][: args.attack_images]
     pixels = attack.base.pictures(target)
@@ -63,7 +63,8 @@ def tina(attack: Attack) -> Found:
 
 
 def in_pieces(pictures: Tensor, seed: int) -> Tensor:
-    """The pictures (n, C, H, W) cut into 8 x 8 pieces, which are put together at random."""
+    """The pictures (n, C, H, W), cut into 8 x 8 pieces in random order (2 x 2 if 8 does not divide
+    the sides)."""
     n, c, h, w = pictures.shape
     side = PIECES if h % PIECES == w % PIECES == 0 else 2
     cut = pictures.reshape(n, c, side, h // side, side, w // side).permute(0, 2, 4, 1, 3, 5)
@@ -73,13 +74,13 @@ def in_pieces(pictures: Tensor, seed: int) -> Tensor:
 
 
 def error(found: Tensor, given: Tensor) -> Tensor:
-    """(n,) mean squared error of each, as a share of its variance."""
+    """The mean squared error of each picture, divided by its variance, (n,)."""
     spread = given.flatten(1).var(1, unbiased=False)
     return (found - given).square().flatten(1).mean(1) / spread
 
 
 def back_and_forth(model: Any, latents: Tensor, *, steps: int, refinements: int) -> Tensor:
-    """Latents (n, C, H, W), inverted and drawn again under the empty prompt, on the CPU."""
+    """Latents (n, C, H, W) on the CPU, inverted and redrawn under the empty prompt."""
     told = model.told(model.null.expand(len(latents), *model.null.shape[1:]))
     denoiser, kind = model.denoiser(), prediction_type(model.schedule)
     alphas, end, times = _times(model, steps)
@@ -96,7 +97,7 @@ def back_and_forth(model: Any, latents: Tensor, *, steps: int, refinements: int)
 
 
 def _times(model: Any, steps: int) -> tuple[Tensor, Tensor, list[int]]:
-    """alpha-bar of every timestep, that after the last step, and DDIM's timesteps, rising."""
+    """alpha-bar of every timestep, alpha-bar after the last step, and DDIM's timesteps, rising."""
     sampler = type(model.sampler).from_config(model.sampler.config)
     sampler.set_timesteps(steps)
     alphas = sampler.alphas_cumprod.to(model.device, torch.float32)
@@ -107,14 +108,15 @@ def _times(model: Any, steps: int) -> tuple[Tensor, Tensor, list[int]]:
 def invert(
     noise: Noise, z: Tensor, times: list[int], levels: list[Tensor], refinements: int
 ) -> Tensor:
-    r"""DDIM from data to noise, each point a fixed point of its own step.
+    r"""DDIM from data to noise, where each point is a fixed point of its own step.
 
     .. math:: f(z_t) = \sqrt{a_t / a_s}\, z_s + (\sqrt{1 - a_t} - \sqrt{a_t / a_s}
               \sqrt{1 - a_s})\, \epsilon(z_t, t), \qquad z_t = f(z_t)
 
-    It begins at f of the point before, and AdamW lowers :math:`\|f(z_t) - z_t\|^2`.
+    The search starts at f of the point before, and AdamW minimises :math:`\|f(z_t) - z_t\|^2`.
 
     Args:
+        noise: (z, t) -> the predicted noise.
         levels: alpha-bar of the data, then of each of `times`.
     """
     for t, a_s, a_t in zip(times, levels, levels[1:], strict=False):
