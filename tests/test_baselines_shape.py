@@ -311,7 +311,7 @@ def test_an_update_that_its_dtype_does_not_hold(nonfinite):
     )
     calls = (lambda: (w * 100).sum().backward(),) * 2
     if nonfinite == "raise":
-        with pytest.raises(RuntimeError, match="SelectiveAmnesia makes from them, .* exceeds"):
+        with pytest.raises(RuntimeError, match=r"SelectiveAmnesia makes from them, .* exceeds"):
             opt.step(*calls)
     else:
         opt.step(*calls)

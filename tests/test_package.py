@@ -328,6 +328,7 @@ def assert_contents(names, extension):
         *(ROOT / "ebu_optim" / "experiments").glob("*.json"),
         *(ROOT / "ebu_optim" / "formats" / "configs").glob("*.json"),
         *(ROOT / "ebu_optim" / "protocols").glob("*.json"),
+        *(ROOT / "ebu_optim" / "takedown").glob("*.json"),
         *(ROOT / "ebu_optim" / "protocols" / "lists").iterdir(),
     ]
     others |= {str(p.relative_to(ROOT)) for p in assets}

@@ -1,13 +1,14 @@
-"""What is installed, which kernels run, and which runs fit on this card."""
+"""What is installed, which kernels run, and what fits on this card."""
 
 from __future__ import annotations
 
 import platform
-from importlib import metadata, util
+from importlib import metadata
 
 import torch
 
 from .. import __version__, kernels
+from .fitting import table
 
 EXTRAS = {
     "diffusion": ("diffusers", "safetensors", "jsonargparse"),
@@ -20,11 +21,7 @@ EXTRAS = {
 
 
 def doctor(fits: bool = True) -> str:
-    """A report with one line per package group and device.
-
-    Args:
-        fits: also count the memory of a run of each family and say whether it fits on this card.
-    """
+    """A line for each thing; `fits`: what fits on this card too."""
     lines = [
         f"ebu_optim {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
     ]
@@ -44,7 +41,7 @@ def doctor(fits: bool = True) -> str:
         lines.append(f"kernels for CUDA: {kernels.active('cuda')}")
     else:
         lines.append("no CUDA device: small models run on the CPU, large ones take minutes a step")
-    if fits and util.find_spec("diffusers") and util.find_spec("transformers"):
+    if fits:
         lines += ["", "counted memory of a run at the model's native size, batch 1:", *_fits()]
     return "\n".join(lines)
 
@@ -57,7 +54,5 @@ def _version(package: str) -> str | None:
 
 
 def _fits() -> list[str]:
-    from .fitting import table
-
     room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
     return table(room)
