@@ -101,3 +101,9 @@ def test_every_option_says_what_it_is_in_sentences(path):
         assert said is not None, f"{ast.unparse(node.target)} has no help"
         if isinstance(said, ast.Constant):  # else it is put together
             assert said.value.endswith((".", "...")), f"{said.value!r} is no sentence"
+
+
+def test_ruff_lays_out_all_code():
+    files = [*MODULES.values(), *EXAMPLES, *(ROOT / "tests").rglob("*.py")]
+    mark = "# fmt" + ":"
+    assert not [str(f) for f in files if mark in f.read_text(encoding="utf-8")]
