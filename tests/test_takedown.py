@@ -518,15 +518,20 @@ def test_help_names_every_command(capsys):
 
 def test_what_fits_is_read_from_the_counts():
     lines = fitting.table(room=80 * fitting.GIB)
-    (line,) = [line for line in lines if "Stable Diffusion 1.x, xattn" in line]
+    (line,) = [line for line in lines if "Stable Diffusion 1.x, cross attention, fp16" in line]
     assert line.endswith("fits")
     assert 5 < float(line.split(": ")[1].split()[0]) < 16
-    (line,) = [line for line in fitting.table(room=None) if "Stable Diffusion 1.x, xattn" in line]
+    (line,) = [
+        line
+        for line in fitting.table(room=None)
+        if "Stable Diffusion 1.x, cross attention, fp16" in line
+    ]
     assert line.endswith("  on 12 GB")
 
 
 @pytest.mark.parametrize(
-    "what", ["Stable Diffusion 1.x, xattn", "Stable Diffusion 3.5 medium, LoRA, fp16"]
+    "what",
+    ["Stable Diffusion 1.x, cross attention, fp16", "Stable Diffusion 3.5 medium, LoRA, fp16"],
 )
 def test_shipped_counts_are_those_of_today(what):
     shipped, cases = json.loads(fitting.FILE.read_text()), dict(counting.cases())

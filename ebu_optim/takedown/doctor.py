@@ -1,4 +1,4 @@
-"""What is installed, which kernels run, and what fits on this card."""
+"""What is installed, which kernels run, and which runs fit on this card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ EXTRAS = {
 
 
 def doctor(fits: bool = True) -> str:
-    """A line for each thing; `fits`: what fits on this card too."""
+    """A report with one line per package group and device.
+
+    Args:
+        fits: also list the counted memory of a run of each family, and whether it fits here.
+    """
     lines = [
         f"ebu_optim {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
     ]
