@@ -104,7 +104,7 @@ def test_a_file_of_other_weights_is_refused(folder, tmp_path):
 
     for content in ({"w": torch.ones(1)}, {"w": Evil()}):
         torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(ValueError, match=f"other.pt holds no weights of {NAME}"):
+        with pytest.raises(ValueError, match=f"other.pt does not hold weights of {NAME}"):
             clip_score(pictures(2), "x", model=NAME, pretrained=tmp_path / "other.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -116,7 +116,7 @@ def test_a_file_of_other_weights_is_refused(folder, tmp_path):
         ({"images": pictures(0)}, "at least 1 image; got 0"),
         ({"prompts": ["a", "b", "c"]}, "prompts must be one .*per image, 2; got 3"),
         ({"scale": "w"}, "scale must be one of"),
-        ({"model": "ViT-B/32"}, "model must be of .*'ViT-B-32'"),
+        ({"model": "ViT-B/32"}, "model must be in .*'ViT-B-32'"),
         ({"pretrained": "laion"}, "pretrained must be a weights file or a tag .*'openai'"),
         ({"model": "ViT-B-32"}, "another activation .*give model='ViT-B-32-quickgelu'"),
     ],

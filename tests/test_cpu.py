@@ -368,5 +368,5 @@ def test_what_the_extension_serves():
     for dtype in DTYPES[:3]:
         assert kernels.backend([torch.ones(1, dtype=dtype)], True) is cpu
     assert kernels.backend([torch.ones(1).double()], None) is chunked
-    with pytest.raises(RuntimeError, match="take no float64"):
+    with pytest.raises(RuntimeError, match="do not support float64"):
         kernels.backend([torch.ones(1).double()], True)

@@ -683,7 +683,7 @@ def test_a_hub_that_is_not_reached(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with refused(monkeypatch, "nobody/nothing is no folder here, and cannot be had from the hub"):
+    with refused(monkeypatch, "nobody/nothing is not a folder here, and the hub does not provide it"):
         models.load_unet("nobody/nothing")
     datasets = pytest.importorskip("datasets", reason="the hub's data sets need datasets")
 

@@ -162,7 +162,7 @@ def test_a_download_that_ends_early_is_not_kept_and_a_whole_one_is(hub, monkeypa
     downloads(monkeypatch, whole[: len(whole) // 2])
     args = {"reference_split": "test", "feature_layer": "64"}
     found = fid(pictures(4), pictures(4), **args)
-    assert "is no whole weights file" in found["not_computed"]
+    assert "is not a complete weights file" in found["not_computed"]
     assert list(hub.parent.iterdir()) == []
     downloads(monkeypatch, whole)
     assert fid(pictures(4), pictures(4), **args)["not_computed"] is None
@@ -186,11 +186,11 @@ def test_a_weights_file_is_never_unpickled_freely(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"fc.weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="is no whole weights file"):
+    with pytest.raises(ValueError, match="is not a complete weights file"):
         measure(pictures(4), pictures(4), tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
     torch.save({"w": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="holds other weights than torch-fidelity's"):
+    with pytest.raises(ValueError, match="does not hold weights of torch-fidelity's"):
         measure(pictures(4), pictures(4), tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="inception_weights: no file"):
         measure(pictures(4), pictures(4), tmp_path / "absent.pth")

@@ -159,7 +159,7 @@ def test_weights_of_the_cache_and_none(weights, tmp_path, monkeypatch):
     assert imagenette_metrics(*args, noise_images=1)["not_computed"] is None
     cached.write_bytes(weights.read_bytes()[:1000])
     found = imagenette_metrics(*args, noise_images=1)
-    assert f"{cached} is no whole weights file" in found["not_computed"]
+    assert f"{cached} is not a complete weights file" in found["not_computed"]
 
 
 def test_without_torchvision_the_extra_is_named(monkeypatch):
@@ -175,9 +175,9 @@ def test_a_file_of_other_weights_is_refused(tmp_path):
 
     path = tmp_path / "w.pth"
     for state, message in (
-        ({"fc.weight": Evil()}, "is no whole weights file"),
+        ({"fc.weight": Evil()}, "is not a complete weights file"),
         ({"state_dict": {"fc.weight": torch.ones(2)}}, "holds no state dict"),
-        ({"fc.weight": torch.ones(2)}, "holds other weights than ResNet's: conv1.weight"),
+        ({"fc.weight": torch.ones(2)}, "does not hold weights of ResNet: conv1.weight"),
         (models.resnet50(num_classes=10).state_dict(), r"fc.weight, which is \(1000, 2048\), is"),
     ):
         torch.save(state, path)

@@ -97,7 +97,7 @@ def test_brought_to_a_size_as_pil_does_it(backbones, tmp_path):
     assert found["per_image"] == pytest.approx(by_hand("alex", features, *pairs), rel=2e-2)
     assert found["protocol"]["size"] == 35
     (tmp_path / "b" / "1.png").rename(tmp_path / "b" / "2.png")
-    with pytest.raises(ValueError, match=r"1.png would stand against 2.png"):
+    with pytest.raises(ValueError, match=r"1.png would pair with 2.png"):
         lpips_distance(tmp_path / "a", tmp_path / "b", weights_file=weights)
 
 
@@ -119,7 +119,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 
 def test_other_weights_are_refused(backbones):
-    with pytest.raises(ValueError, match="holds other weights than alexnet's"):
+    with pytest.raises(ValueError, match="does not hold weights of alexnet"):
         lpips_distance(pictures(2), pictures(2), weights_file=backbones["squeeze"][1])
 
 

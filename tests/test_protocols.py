@@ -564,7 +564,7 @@ def test_unlearncanvas_classifier_is_the_published_one_in_small(heads):
     images = [prepare(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in x]
     with torch.no_grad():
         assert torch.allclose(model(x), plain(torch.stack(images)), atol=1e-5)
-    with pytest.raises(ValueError, match="knows 51 classes, not the 20 of kind 'object'"):
+    with pytest.raises(ValueError, match="has 51 classes, but kind 'object' has 20"):
         UnlearnCanvasClassifier("object", heads["style"])
     with pytest.raises(ValueError, match="kind must be one of"):
         UnlearnCanvasClassifier("class", heads["style"])
@@ -598,7 +598,7 @@ def test_unlearncanvas_says_which_file_is_wanted_and_judges_by_it(tiny, tmp_path
     )
     assert row["figures"]["ua"]["n"] == 1
     assert row["figures"]["ira"]["n"] == 5
-    with refused(f"--files unlearncanvas-object: {heads['style']} knows 51 classes"):
+    with refused(f"--files unlearncanvas-object: {heads['style']} has 51 classes"):
         evaluate(tmp_path / "o", *given, "--files", f"unlearncanvas-object={heads['style']}")
 
 

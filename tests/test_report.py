@@ -272,7 +272,7 @@ def one_grid(images):
         ({"protocol": {}}, "the protocol leaves .* things unsaid"),
         ({"rows": []}, "at least one row"),
         ({"rows": [{"name": "a"}]}, "row 0 must have name and values"),
-        ({"rows": [{"name": "a", "values": {"p_f": math.nan}}]}, "no NaN and no Inf"),
+        ({"rows": [{"name": "a", "values": {"p_f": math.nan}}]}, "may not hold NaN or Inf"),
         ({"rows": [{"name": "a", "values": {"p_f": {"mean": math.inf, "std": 0}}}]}, "hold Infini"),
         ({"grids": [one_grid(torch.zeros(2, 1, 1, 8, 8))]}, "its column 'x' must have shape"),
         ({"grids": [one_grid(torch.zeros(1, 2, 4, 8, 8))]}, "C of 1 or 3"),

@@ -175,12 +175,12 @@ def test_a_model_of_another_kind_by_its_own_loss():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (None, "scheduler is None: .* loss="),
+        (None, "scheduler is None; .* loss="),
         (lambda m, x, y, g: (m(y) - x).square(), "loss must return a 0-d tensor"),
         (lambda m, x, y, g: squared_error(m, x, y, g).item(), "loss must return a 0-d tensor"),
         (
             lambda m, x, y, g: (m.embedding.weight[y] - x.flatten(1)).square().mean(),
-            "with a gradient; .* have the model call its `embedding`",
+            "with a gradient; .* let the model call its `embedding`",
         ),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_loss_that_attacks_nothing_is_refused(loss, message):
         (lambda m: relearn_steps(m, REAL, 0, schedule(), lambda _: 0, level=50), "level must be"),
         (
             lambda m: learn_embeddings(m, m.class_embedding, REAL, schedule(), at=()),
-            "at must name numbers of steps",
+            "at must hold numbers of steps",
         ),
         (
             lambda m: learn_embedding(m, m.class_embedding, REAL[0], schedule(), steps=1),

@@ -1,4 +1,4 @@
-"""What a class-conditional model is: UNets and classifiers, their sets, their evaluation."""
+"""Class-conditional models: UNets and classifiers, their sets, their evaluation."""
 
 from .._extras import require
 

@@ -1,12 +1,13 @@
-"""Measure what unlearn.py made: forgotten, kept, deep, and how long it took.
+"""Evaluate the result of unlearn.py: forgotten, kept, deep, and how long it took.
 
     python examples/ddpm/evaluate.py --pretrained_model_name_or_path outputs/digits_without_0 \\
         --classifier outputs/classifier --reject_classifier outputs/classifier_reject --digits \\
         --output_dir outputs/digits_without_0_report
 
-Writes results.json, results.md, report.html and grids, with the base model and noise beside every
-figure, and the whole protocol. Samples are kept in <output_dir>.samples, by the hash of the model,
-so that an interrupted evaluation goes on and the base model is sampled once.
+Writes results.json, results.md, report.html and image grids. Every figure is shown with those of
+the base model and of noise, and the protocol is complete. Samples are kept in <output_dir>.samples
+under the hash of the model, so an interrupted evaluation can be continued, and the base model is
+sampled once.
 """
 
 from __future__ import annotations
@@ -51,26 +52,26 @@ class Evaluation(DataOptions):
     """What is measured, and how.
 
     Raises:
-        InputError: numbers that cannot be.
+        InputError: a number is out of range.
     """
 
     pretrained_model_name_or_path: str = option(help="Folder that unlearn.py made.")
     weights: Weights = option(
-        "trained", help="Which weights draw: the trained ones, or their average."
+        "trained", help="Which weights sample: the trained ones, or their average."
     )
     base_model: str | None = option(
-        None, help="The model before it forgot. Default: the one that unlearn.py was given."
+        None, help="The model before unlearning. Default: the one that unlearn.py was given."
     )
     classifier: Path = option(help="Folder of the classifier that train_classifier.py made.")
     reject_classifier: Path | None = option(
         None, help="Folder of a classifier that was trained with --reject, for P_f and the attacks."
     )
-    images_per_class: int = option(500, help="Pictures of each class.")
-    num_inference_steps: int = option(50, help="DDIM steps of each picture, with eta 0.")
+    images_per_class: int = option(500, help="Images of each class.")
+    num_inference_steps: int = option(50, help="DDIM steps of each image, with eta 0.")
     guidance_scale: float = option(
-        1.0, help="Guidance of each picture; 1 is the conditional model alone."
+        1.0, help="Guidance of each image; 1 uses only the conditional model."
     )
-    sample_batch_size: int = option(128, help="Pictures that are drawn at once.")
+    sample_batch_size: int = option(128, help="Images that are sampled at once.")
     no_depth: bool = option(False, help="Leave out both attacks.")
     inversion_steps: list[int] = option(
         [100, 200], help="Steps of inversion after which P_f is measured."
@@ -78,27 +79,27 @@ class Evaluation(DataOptions):
     relearn_max_steps: int = option(
         100, help="Steps of relearning at most; 0 leaves this attack out."
     )
-    attack_images: int = option(50, help="Pictures on which an attacked model is measured.")
+    attack_images: int = option(50, help="Images on which an attacked model is measured.")
     fid: bool = option(False, help="Compute FID and KID by torch-fidelity.")
     inception_weights: Path | None = option(
-        None, help="File of torch-fidelity's Inception weights. Default: they are downloaded."
+        None, help="File of torch-fidelity's Inception weights. Default: it is downloaded."
     )
-    seed: int = option(1, help="Seed of the pictures and of the attacks.")
+    seed: int = option(1, help="Seed of the images and of the attacks.")
     device: str = option(
         "cuda" if torch.cuda.is_available() else "cpu",
-        help="Where the pictures are drawn: cpu, cuda, cuda:1, ...",
+        help="Where the images are sampled: cpu, cuda, cuda:1, ...",
     )
     output_dir: Path = option(help="Folder for the report.")
     samples_dir: Path | None = option(
         None,
-        help="Folder in which pictures and attacks are kept; reports that share it draw and "
+        help="Folder in which images and attacks are kept; reports that share it sample and "
         "attack their base once. Default: <output_dir>.samples.",
     )
     overwrite_output_dir: bool = option(False, help="Replace an older report.")
 
     @property
     def samples(self) -> Path:
-        """Where samples are kept."""
+        """The folder in which samples are kept."""
         return self.samples_dir or self.output_dir.with_name(self.output_dir.name + ".samples")
 
     def __post_init__(self) -> None:
@@ -106,10 +107,14 @@ class Evaluation(DataOptions):
 
 
 def evaluate(args: Evaluation) -> None:
-    """Measure the model, and write the report of ``args.output_dir``."""
+    """Measure the model and write the report to ``args.output_dir``.
+
+    Raises:
+        InputError: options, models or data do not fit.
+    """
     if args.inception_weights and not args.inception_weights.is_file():
         raise InputError(f"--inception_weights {args.inception_weights}: there is no such file")
-    try:  # before the hours of sampling
+    try:  # checked before the hours of sampling
         check_folder(args.output_dir, args.overwrite_output_dir)
     except FileExistsError as error:
         raise InputError(f"--output_dir {error} (--overwrite_output_dir)") from error
@@ -128,7 +133,10 @@ def evaluate(args: Evaluation) -> None:
     if args.reject_classifier:
         reject, reject_info = load_classifier(args.reject_classifier, classes)
         if not reject_info["reject"]:
-            raise InputError(f"{args.reject_classifier} has no reject class")
+            raise InputError(
+                f"--reject_classifier {args.reject_classifier} has no reject class; give one "
+                "that was trained with --reject"
+            )
     real = data.load_for(args, info)
     place = torch.device(args.device)
     model, base, judge = model.to(place).eval(), base.to(place).eval(), judge.to(place)
@@ -193,7 +201,7 @@ def unlearned(folder: Path) -> dict[str, Any]:
 
 
 def draw(args: Evaluation, model: Any, scheduler: Any, labels: Tensor, info: dict) -> Tensor:
-    """Images of every class, the same starting noise for every model; kept beside the report."""
+    """Return images of every class, with the same starting noise for every model; cached."""
     folder = args.samples
     need_disk(folder, 8 * len(labels) * torch.Size(info["shape"]).numel(), "the samples")
     try:
@@ -210,7 +218,7 @@ def draw(args: Evaluation, model: Any, scheduler: Any, labels: Tensor, info: dic
             seed=args.seed,
             device=args.device,
         )
-    except ValueError as error:  # sampled with other options
+    except ValueError as error:  # the file was sampled with other options
         raise InputError(str(error)) from error
     return images
 
@@ -224,7 +232,7 @@ def quality(
     forget: list[int],
     real: data.Data,
 ) -> dict[str, Any]:
-    """Distances of the kept classes to the real images of these classes."""
+    """Return the distances of the kept classes to the real images of these classes."""
     theirs = ~torch.isin(real.labels, torch.tensor(forget))
     reference = data.to_float(real.images[theirs])
     frechet = classifier_frechet(judge, images[kept], reference)
@@ -255,12 +263,15 @@ def depth(
     info: dict,
     relearn: bool = True,
 ) -> dict[str, Any]:
-    """P_f after inversion (mean over the classes) and the steps of relearning, class by class."""
+    """Return P_f after inversion (mean over the classes), and the relearning steps per class."""
     inverted, found = [], {}
     for c in forget:
         images = data.to_float(real.only([c]).images)
         if not len(images):
-            raise InputError(f"{real.source} has no image of {info['classes'][c]} to attack with")
+            raise InputError(
+                f"{real.source} has no image of {info['classes'][c]} to attack with; give a "
+                "data set that has one"
+            )
 
         def p_f(attacked: Any, c: int = c) -> float:
             drawn = sample(
@@ -296,7 +307,7 @@ def depth(
 
 
 def depth_of_base(args: Evaluation, base: Any, *rest: Any) -> dict[str, Any]:
-    """Inversion of the base model, kept beside its samples under all that it depends on."""
+    """Return inversion of the base model, cached under everything that it depends on."""
     scheduler, forget, real, judge, info = rest
     said = [
         of_model(base),

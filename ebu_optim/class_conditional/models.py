@@ -1,7 +1,7 @@
 """The models of this folder: the paper's UNet and a small one, classifiers, and their folders.
 
-A model's folder holds `unet` (the trained weights), `unet_ema` (their moving average, where there
-is one), `scheduler`, each in diffusers' format, `classes.json` and a model card:
+A model's folder holds `unet` (the trained weights), `unet_ema` (their moving average, if there is
+one) and `scheduler`, each in diffusers' format, `classes.json` and a model card:
 
     UNet2DModel.from_pretrained(folder, subfolder="unet")
 """
@@ -29,7 +29,7 @@ WEIGHTS = {"trained": "unet", "ema": "unet_ema"}
 
 
 def new_scheduler() -> DDPMScheduler:
-    """DDPM's: linear beta from 1e-4 to 2e-2, 1000 steps, noise prediction; samples not clipped."""
+    """Return DDPM's scheduler: linear beta 1e-4 to 2e-2, 1000 steps, epsilon, no clipping."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_schedule="linear",
@@ -39,11 +39,12 @@ def new_scheduler() -> DDPMScheduler:
 
 
 def new_unet(kind: str, size: int, channels: int, classes: int) -> UNet2DModel:
-    """A class-conditional UNet whose last condition, number `classes`, is the null class.
+    """Return a class-conditional UNet whose last condition, number `classes`, is the null class.
 
-    "paper": 128 channels times 1, 2, 2, 2 (with 4 from 64x64 on), two blocks a level, one attention
-    head at 16x16, dropout 0.1: 35.8 M parameters at 32x32. The class embedding is one table added
-    to that of time, where the original has two linear layers between. "small": 0.4 to 1.1 M.
+    "paper": 128 channels times 1, 2, 2, 2 (with 4 from 64x64 on), two blocks per level, one
+    attention head at 16x16, dropout 0.1: 35.8 M parameters at 32x32. The class embedding is one
+    table that is added to the time embedding; the original has two linear layers between them.
+    "small": 0.4 to 1.1 M parameters.
     """
     if kind == "paper":
         widths = [128, 256, 256, 256] + ([512] if size >= 64 else [])
@@ -59,13 +60,13 @@ def new_unet(kind: str, size: int, channels: int, classes: int) -> UNet2DModel:
         attention = [size // 2**i == 16 for i in range(len(widths))]
     else:
         widths = [24, 48] if size < 16 else [32, 64, 64]
-        # with 32 groups each group would be one channel, and the class signal would cancel
+        # with 32 groups, each group would be one channel, and the class signal would cancel
         options = {"layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 16}
         attention = [i == len(widths) - 1 for i in range(len(widths))]
     if size % 2 ** (len(widths) - 1):
         raise InputError(
             f"--model {kind} halves the image {len(widths) - 1} times, which {size}x{size} does "
-            f"not allow: give --resolution, a multiple of {2 ** (len(widths) - 1)}"
+            f"not allow; give --resolution, a multiple of {2 ** (len(widths) - 1)}"
         )
     down = tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention)
     up = tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
@@ -89,7 +90,7 @@ def save_unet(
     card: str,
     ema: Any = None,
 ) -> None:
-    """Write a model's folder part by part, each whole or not at all; `ema` is an EMAModel."""
+    """Write a model's folder, each part completely or not at all; `ema` is an EMAModel."""
     with replacing_folder(folder / "unet") as work:
         model.save_pretrained(work)
     if ema is not None:
@@ -104,22 +105,26 @@ def save_unet(
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model: itself, or downloaded from the hub."""
+    """Return a model's folder: the given one, or one that is downloaded from the hub."""
     if Path(name).is_dir():
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name))
-    except Exception as error:  # the hub's client raises a dozen kinds
+    except Exception as error:  # the hub's client raises many types
         raise InputError(
-            f"{name} is no folder here, and cannot be had from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})"
+            f"{name} is not a folder here, and the hub does not provide it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); give the path of a model"
         ) from error
 
 
 def load_unet(name: str, weights: str = "trained") -> tuple[UNet2DModel, DDPMScheduler, dict]:
-    """The model in float32 and eval mode, its scheduler, and what classes.json says."""
+    """Return the model in float32 and eval mode, its scheduler, and the content of classes.json.
+
+    Raises:
+        InputError: the folder holds no model of train.py, or its parts do not fit.
+    """
     folder = fetch(name)
     part = folder / WEIGHTS[weights]
     for needed in (part / "config.json", folder / "classes.json"):
@@ -131,14 +136,18 @@ def load_unet(name: str, weights: str = "trained") -> tuple[UNet2DModel, DDPMSch
     model = whole_model(UNet2DModel, part, torch_dtype=torch.float32)
     if model.config.num_class_embeds != len(info["classes"]) + 1:
         raise InputError(
-            f"{folder}: the model has {model.config.num_class_embeds} conditions, classes.json "
+            f"{folder}: the model has {model.config.num_class_embeds} conditions, but classes.json "
             f"names {len(info['classes'])} classes and a null class"
         )
     return model, scheduler, info
 
 
 def load_scheduler(folder: Path) -> DDPMScheduler:
-    """Of a model's folder; refused where it is of another family than DDPM's."""
+    """Return the scheduler in a model's folder.
+
+    Raises:
+        InputError: the scheduler is missing or not of DDPM's family.
+    """
     try:
         config = DDPMScheduler.load_config(folder, subfolder="scheduler")
         prediction_type(config)
@@ -148,8 +157,10 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
 
 
 def start_of_average(name: str, model: nn.Module) -> list[Tensor]:
-    """Where the average of an unlearned model starts: at the base's own where it has one, as in
-    the DDPM code base, else at `model`."""
+    """Return the weights at which the average of an unlearned model starts.
+
+    They are the base's own average if it has one, as in the DDPM code base, else `model`'s weights.
+    """
     try:
         other, _, _ = load_unet(name, "ema")
     except InputError:
@@ -160,9 +171,9 @@ def start_of_average(name: str, model: nn.Module) -> list[Tensor]:
 class Classifier(nn.Module):
     """Images (n, C, H, W) in [-1, 1] -> logits (n, classes).
 
-    "resnet34": torchvision's, on images enlarged to 224x224 (mean and deviation 0.5 are the range
-    [-1, 1] already); one channel is repeated three times. "small": a CNN of three layers, wider
-    and with batch norm from 16x16 on.
+    "resnet34": torchvision's, on images enlarged to 224x224 (the usual normalisation, mean and
+    deviation 0.5, is already the range [-1, 1]); one channel is repeated three times. "small": a
+    CNN of three layers, which is wider and has batch norm from 16x16 on.
     """
 
     def __init__(self, kind: str, shape: Sequence[int], classes: int) -> None:
@@ -173,7 +184,7 @@ class Classifier(nn.Module):
                 from torchvision.models import resnet34
             except ImportError as error:
                 raise InputError(
-                    f'resnet34 needs torchvision ({error}): pip install "ebu_optim[data]"'
+                    f'resnet34 needs torchvision ({error}); pip install "ebu_optim[data]"'
                 ) from error
             self.body = resnet34()
             self.body.fc = nn.Identity()
@@ -207,7 +218,11 @@ def save_classifier(folder: Path, model: Classifier, info: Mapping[str, Any]) ->
 
 
 def load_classifier(folder: Path, classes: Iterable[str]) -> tuple[Classifier, dict]:
-    """In eval mode; refused where its classes are not the model's."""
+    """Return a classifier in eval mode and its information.
+
+    Raises:
+        InputError: the folder holds no classifier, or its classes are not the model's.
+    """
     try:
         info = json.loads((folder / "classifier.json").read_text())
         state = load_file(folder / "model.safetensors")

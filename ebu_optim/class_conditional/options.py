@@ -18,16 +18,16 @@ from ..training.relearner import RelearnerOptions
 from ..training.sources import DataOptions
 from .models import Weights
 
-#: What --method takes: SPM's adapter is for transformer blocks.
+#: The values of --method. SPM is left out, because its adapter needs transformer blocks.
 METHODS = ("ebu", *(m for m in methods if not methods[m].adapter))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(DataOptions, TrainingOptions):
-    """Of the model that later forgets.
+    """Options for training the model that later forgets.
 
     Raises:
-        InputError: numbers that cannot be.
+        InputError: a number is out of range.
     """
 
     model: Literal["paper", "small"] = option(
@@ -38,7 +38,7 @@ class Train(DataOptions, TrainingOptions):
     )
     reduction: Literal["sum", "mean"] = option("sum", help="Reduction of the loss over C, H, W.")
     random_flip: bool = option(False, help="Mirror half of the images.")
-    use_ema: bool = option(False, help="Save an average of the weights, too, as unet_ema.")
+    use_ema: bool = option(False, help="Also save an average of the weights, as unet_ema.")
     ema_decay: float = option(0.9999, help="Decay of this average.")
     learning_rate: float = option(2e-4, help="Learning rate. Default: it depends on the model.")
 
@@ -50,10 +50,10 @@ class Train(DataOptions, TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainClassifier(DataOptions, TrainingOptions):
-    """Of the classifier that judges generated images.
+    """Options for training the classifier that judges generated images.
 
     Raises:
-        InputError: numbers that cannot be.
+        InputError: a number is out of range.
     """
 
     model: Literal["resnet34", "small"] = option(
@@ -62,9 +62,9 @@ class TrainClassifier(DataOptions, TrainingOptions):
     pretrained_weights: str = option(
         "imagenet",
         help='Where a resnet34 begins: "imagenet" (a download of 83 MB), the file of a '
-        'state_dict, or "none".',
+        'state dict, or "none".',
     )
-    reject: bool = option(False, help="Add a class that means noise.")
+    reject: bool = option(False, help="Add a reject class, which means noise.")
     num_train_epochs: int = option(10, help="Epochs to train, unless --max_train_steps is given.")
     random_flip: bool = option(False, help="Mirror half of the images.")
     weight_decay: float | None = option(
@@ -76,7 +76,7 @@ class TrainClassifier(DataOptions, TrainingOptions):
     max_train_steps: int | None = option(None, help="Steps of the optimizer.")  # type: ignore[assignment]
 
     def resolved(self, images: int) -> TrainClassifier:
-        """With the numbers of the protocol for this classifier, and steps for `images` images."""
+        """Return the options with the protocol's numbers, and steps for this number of images."""
         per_epoch = max(images // self.train_batch_size, 1)
         own: dict[str, Any] = {
             "learning_rate": 1e-5 if self.model == "resnet34" else 2e-3,
@@ -96,7 +96,7 @@ class Unlearn(
     """Of a run that makes a model forget classes.
 
     Raises:
-        InputError: numbers and options that cannot be, or not together.
+        InputError: an option is out of range, or options do not go together.
     """
 
     pretrained_model_name_or_path: str = option(help="Folder that train.py made.")
@@ -109,14 +109,14 @@ class Unlearn(
     )
     surrogate: Literal["uniform", "gaussian", "analytic", "null_class"] = option(
         "uniform",
-        help="What takes the place of the class: uniform or Gaussian noise, Gaussian noise "
+        help="What replaces the class: uniform or Gaussian noise, Gaussian noise "
         "in closed form, or images of the null class.",
     )
     remember_data: Literal["replay", "real"] | None = option(
-        None, help="Images to remember by. Default: real ones for retrain, else the replay set."
+        None, help="Images for the remember loss. Default: real for retrain, else the replay set."
     )
     start_from: Weights = option("trained", help="The weights that are trained and anchored.")
-    use_ema: bool = option(False, help="Save an average of the weights, too, as unet_ema.")
+    use_ema: bool = option(False, help="Also save an average of the weights, as unet_ema.")
     ema_decay: float = option(0.9999, help="Decay of this average.")
     sample_weights: Weights = option("trained", help="The weights that the curve measures.")
     classifier: Path | None = option(
@@ -124,14 +124,14 @@ class Unlearn(
     )
     entropy_classifier: Path | None = option(
         None,
-        help="Classifier for CE_f and CE_r of the curve, needed where --classifier has a "
-        "reject class, by which noise has no entropy. Default: --classifier.",
+        help="Classifier for CE_f and CE_r of the curve. It is needed if --classifier has a "
+        "reject class, because then noise has no entropy. Default: --classifier.",
     )
     validation_steps: int = option(25, help="Measure the curve every so many steps.")
-    validation_images: int = option(20, help="Pictures of each class for the curve.")
-    validation_inference_steps: int = option(20, help="DDIM steps of each of them.")
+    validation_images: int = option(20, help="Images of each class for the curve.")
+    validation_inference_steps: int = option(20, help="DDIM steps of each of these images.")
     validation_pictures: int = option(
-        0, help="How many of them, of each class, are saved in pictures.safetensors."
+        0, help="How many of these images, per class, are saved in pictures.safetensors."
     )
     method: Literal[METHODS] = option("ebu", help='Method of unlearning; "ebu" is ebu_added.')  # type: ignore[valid-type]
     fisher: Literal["online", "prepared", "none"] | None = option(
@@ -141,7 +141,7 @@ class Unlearn(
     checkpointing_steps: int = option(100, help="Save a checkpoint every so many steps.")
 
     def resolved(self) -> Unlearn:
-        """With the defaults that depend on other options; `self` where it has them all."""
+        """Return the options with all defaults filled in; `self` if nothing is missing."""
         method = "ebu_added" if self.method == "ebu" else self.method
         found: dict[str, Any] = {} if method == self.method else {"method": method}
         if self.guided_steps is None:
@@ -154,7 +154,7 @@ class Unlearn(
     def __post_init__(self) -> None:
         check_choices(type(self), as_dict(self))
         if self.resolved() is not self:
-            return  # that one is checked
+            return  # __post_init__ of the resolved options checks the rest
         self.check_training()
         self.check_method()
         _check_share(self.ema_decay, "ema_decay")
@@ -162,7 +162,7 @@ class Unlearn(
         if not 0 <= self.validation_pictures <= self.validation_images:
             raise InputError(
                 f"--validation_pictures must be 0 to --validation_images "
-                f"({self.validation_images}), from which they are taken; got "
+                f"({self.validation_images}), because they are taken from these; got "
                 f"{self.validation_pictures}"
             )
         if self.entropy_classifier and not self.classifier:

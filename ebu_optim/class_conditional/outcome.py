@@ -1,4 +1,4 @@
-"""What unlearn.py builds and says at first, measures on the way, and writes at the end."""
+"""What unlearn.py builds and prints first, measures on the way, and writes at the end."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .sets import Prepared
 
 
 def build(args: Unlearn, model: Any, made: Prepared) -> Any:
-    """The method's optimizer over the model, from the table of ebu_optim.baselines.
+    """Return the method's optimizer over the model, from the table of ebu_optim.baselines.
 
     Raises:
-        InputError: it needs a Fisher that was not prepared; it refuses its options.
+        InputError: the method needs a Fisher that was not prepared, or refuses its options.
     """
     source = method.fisher_source(args, "prepared")
     fisher: Any = source if source == "online" else None
     if source == "prepared":
         if made.fisher is None:
             raise InputError(
-                f"{args.prepared_dir} holds no Fisher: run prepare.py without --no_fisher"
+                f"{args.prepared_dir} holds no Fisher; run prepare.py without --no_fisher"
             )
         fisher = made.fisher.for_model(model)
     trained = model
@@ -44,7 +44,7 @@ def build(args: Unlearn, model: Any, made: Prepared) -> Any:
 
 
 def say(accelerator: Any, args: Unlearn, made: Prepared, classes: list[str], ema: Any) -> None:
-    """Which classes and which weights; a warning where an average will hide the forgetting."""
+    """Print the classes and weights, and a warning if the average will hide the forgetting."""
     accelerator.print(
         f"{methods[args.method].title}: forgets {', '.join(classes[c] for c in made.forget)}, "
         f"replays {', '.join(classes[c] for c in made.replayed)}; "
@@ -56,13 +56,13 @@ def say(accelerator: Any, args: Unlearn, made: Prepared, classes: list[str], ema
     if ema and lag > 0.05:
         accelerator.print(
             f"warning: after {args.max_train_steps} steps the average (decay {args.ema_decay}) "
-            f"still holds {lag:.0%} of the weights before unlearning: unet_ema will seem not to "
-            "have forgotten. Sample unet, or give a smaller --ema_decay"
+            f"still holds {lag:.0%} of the weights before unlearning, so unet_ema will seem not to "
+            "have forgotten; sample with unet, or give a smaller --ema_decay"
         )
 
 
 def draw(args: Unlearn, model: Any, scheduler: Any, info: dict) -> tuple[Tensor, Tensor]:
-    """Images of every class and their labels, from the same starting noise always."""
+    """Return images of every class and their labels, always from the same starting noise."""
     device = next(model.parameters()).device
     labels = torch.arange(len(info["classes"])).repeat_interleave(args.validation_images)
     images = sample(
@@ -78,13 +78,13 @@ def draw(args: Unlearn, model: Any, scheduler: Any, info: dict) -> tuple[Tensor,
 
 
 def pictures(args: Unlearn, images: Tensor, labels: Tensor) -> Tensor:
-    """The first ones of each class, (classes, n, C, H, W) uint8."""
+    """Return the first images of each class, (classes, n, C, H, W) uint8."""
     first = images.unflatten(0, (-1, args.validation_images))[:, : args.validation_pictures]
     return ((first + 1) * 127.5).round().nan_to_num(0).clamp(0, 255).to(torch.uint8).cpu()
 
 
 def measure(judge: Any, plain: Any, images: Tensor, labels: Tensor, made: Any) -> dict[str, float]:
-    """A point of the curve: what is forgotten, what is kept; entropies by `plain`."""
+    """Return a point of the curve: what is forgotten and kept; `plain` gives the entropies."""
     logits, entropies = classify(judge, images), classify(plain, images)
     f = torch.isin(labels, torch.tensor(made.forget))
     p_f = [probability(logits[labels == c], c) for c in made.forget]
@@ -101,14 +101,14 @@ def measure(judge: Any, plain: Any, images: Tensor, labels: Tensor, made: Any) -
 
 
 def noise_p_f(judge: Any, forget: list[int], shape: list[int]) -> float:
-    """What noise scores with the curve's classifier: where P_f is going."""
+    """Return P_f of noise with the curve's classifier, which is where P_f is going."""
     g = torch.Generator().manual_seed(0)
     logits = classify(judge, surrogate_noise("uniform", (2000, *shape), generator=g))
     return sum(probability(logits, c) for c in forget) / len(forget)
 
 
 def settings(args: Any, opt: Any) -> dict[str, Any]:
-    """What the method's optimizer was built with, defaults included."""
+    """Return the numbers and options of the method's optimizer, including defaults."""
     names = (*EBU, "penalty", "update", "unrelated", "terms", "granularity", "fisher_scale")
     found = {n: getattr(opt, n) for n in names if args.method.startswith("ebu")}
     return found | {k: v for k, v in opt.param_groups[0].items() if k.startswith("ebu_")}
@@ -155,8 +155,8 @@ tags: [diffusion, class-conditional, machine-unlearning]
 Made from `{args.pretrained_model_name_or_path}` (hash {base_hash}) by {recipe.title}:
 {args.max_train_steps} steps of `examples/ddpm/unlearn.py`, {done["seconds"]:.0f} s. `unlearn.json`
 has every option and the curve. `UNet2DModel.from_pretrained(folder, subfolder="unet")`. Asked for
-{gone}, the model is to answer with what it was given instead ({args.surrogate}); how deep that goes
-is what `examples/ddpm/evaluate.py` measures.
+{gone}, the model should answer with the surrogate ({args.surrogate}) instead;
+`examples/ddpm/evaluate.py` measures how deep the forgetting goes.
 """
     info = {**info, "hash": model_hash(raw), "forgotten": made.forget}
     save_unet(args.output_dir, raw, scheduler, info, card, ema and ema.model)

@@ -1,4 +1,4 @@
-"""What evaluate.py's report holds beside the table: curves, grids and the protocol."""
+"""What evaluate.py's report holds next to the table: curves, grids and the protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..metrics.protocol import CLASS_WISE
 
 
 def forget_loss(made: Mapping[str, Any]) -> str:
-    """The forget loss of unlearn.py's run, in words."""
+    """Return the forget loss of unlearn.py's run as text."""
     said = made["options"]
     kind = methods[made["method"]].forgets if said["forget_loss"] == "None" else said["forget_loss"]
     words = {
@@ -34,7 +34,7 @@ def forget_loss(made: Mapping[str, Any]) -> str:
 
 
 def prepared(folder: Path) -> str:
-    """How prepare.py made the replay set and the Fisher, in words."""
+    """Return, as text, how prepare.py made the replay set and the Fisher."""
     said = []
     for name, words in (
         (
@@ -61,7 +61,7 @@ def protocol(
     table: Mapping[str, Any],
     real: Any,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The protocol, and the parts of it that the report measured."""
+    """Return the protocol, and those of its parts that the report measured."""
     said, names = made["options"], info["classes"]
     none = said["use_ema"] == "False"
     found: dict[str, dict[str, Any]] = {
@@ -169,7 +169,7 @@ def curves(made: dict[str, Any]) -> list[dict[str, Any]]:
 def grid(
     before: Tensor, after: Tensor, classes: list[str], forget: list[int], per_class: int
 ) -> dict[str, Any]:
-    """The first images of up to twenty classes, the forgotten ones first."""
+    """Return the first images of up to twenty classes, with the forgotten classes first."""
     shown = [*forget, *(c for c in range(len(classes)) if c not in forget)][:20]
     pick = {
         name: images.unflatten(0, (len(classes), per_class))[shown, :8]

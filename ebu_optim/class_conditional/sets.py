@@ -1,16 +1,16 @@
-"""What unlearning needs beforehand, made once: replay set, forget set, surrogate set, Fisher.
+"""Everything that unlearning needs beforehand: replay set, forget set, surrogate set, Fisher.
 
     python examples/ddpm/prepare.py --pretrained_model_name_or_path outputs/digits --forget 0 \\
         --digits --output_dir outputs/digits_forget_0
 
 replay.safetensors    images of the kept classes, sampled from the model
-forget.safetensors    the real images of the forgotten classes, where a data set is named: what GA,
-                      SalUn and EraseDiff need
+forget.safetensors    the real images of the forgotten classes, if a data set is named; GA,
+                      SalUn and EraseDiff need them
 surrogate.safetensors images of the null class, with --surrogate_images
 fisher.safetensors    the Fisher at the model's weights over the replay set
 
-Each file names the model by the hash of its weights and is not made again. The same command goes on
-where an interrupted one stopped. One process; sampling 5000 images is the longest part.
+Each file holds the hash of the model's weights and is made only once. The same command continues
+where an interrupted one stopped. It uses one process; sampling 5000 images takes the most time.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ class Prepare(DataOptions):
     """Which sets are made, and how.
 
     Raises:
-        InputError: numbers that cannot be.
+        InputError: a number is out of range.
     """
 
     pretrained_model_name_or_path: str = option(help="Folder that train.py made.")
     weights: Weights = option("trained", help="The weights that will be unlearned.")
     sample_weights: Weights | None = option(
-        None, help="The weights that draw the sets. Default: those of --weights."
+        None, help="The weights that sample the sets. Default: those of --weights."
     )
     forget: list[str] = option(help="Classes to forget, by number or name.")
     replay_classes: list[str] | None = option(
         None, help="Classes to replay. Default: all that are kept."
     )
-    replay_per_class: int = option(500, help="Images that are drawn of each of them.")
+    replay_per_class: int = option(500, help="Images that are sampled of each replayed class.")
     surrogate_images: int = option(
-        0, help="Images that are drawn of the null class, for --surrogate null_class."
+        0, help="Images that are sampled of the null class, for --surrogate null_class."
     )
     num_inference_steps: int = option(50, help="DDIM steps of each image.")
     guidance_scale: float = option(
@@ -64,14 +64,14 @@ class Prepare(DataOptions):
         help="Guidance: w of eps_null + w (eps_c - eps_null). 3 is what the DDPM code base "
         "calls 2.0.",
     )
-    sample_batch_size: int = option(128, help="Images that are drawn at once.")
+    sample_batch_size: int = option(128, help="Images that are sampled at once.")
     no_fisher: bool = option(False, help="Do not estimate F.")
     fisher_images: int = option(500, help="Images of the replay set that F is estimated on.")
     fisher_timesteps: int = option(8, help="Timesteps of each image for F; an even number.")
     fisher_reduction: Literal["sum", "mean"] = option(
         "sum", help="Reduction of the loss for F, over C, H, W."
     )
-    seed: int = option(0, help="Seed of all that is drawn.")
+    seed: int = option(0, help="Seed of everything that is random.")
     device: str = option(
         "cuda" if torch.cuda.is_available() else "cpu",
         help="Where the sets are made: cpu, cuda, cuda:1, ...",
@@ -85,7 +85,11 @@ class Prepare(DataOptions):
 
 
 def prepare(args: Prepare) -> None:
-    """Make what is missing of the sets and the Fisher in ``args.output_dir``."""
+    """Make the sets and the Fisher that are missing in ``args.output_dir``.
+
+    Raises:
+        InputError: options, model or data do not fit, or files belong to another model or protocol.
+    """
     out = args.output_dir
     model, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.weights)
     ddim_takes(args, scheduler, "num_inference_steps")
@@ -153,7 +157,7 @@ def prepare(args: Prepare) -> None:
                 )
                 spread = fisher.protocol["convergence"]
                 print(f"Fisher over {len(rows)} images; relative standard error {spread}")
-        except ValueError as error:  # a file of another protocol
+        except ValueError as error:  # a file belongs to another protocol
             raise InputError(str(error)) from error
     print(f"{len(labels)} replay images of {len(replayed)} classes in {out}")
 
@@ -161,34 +165,41 @@ def prepare(args: Prepare) -> None:
 def split_classes(
     forget: list[str], replay: list[str] | None, classes: list[str]
 ) -> tuple[list[int], list[int]]:
-    """Numbers of the classes to forget and of those to replay."""
+    """Return the numbers of the classes to forget and of those to replay.
+
+    Raises:
+        InputError: a class is unknown, all are forgotten, or one is in both lists.
+    """
     gone = data.class_ids(forget, classes, "--forget")
     kept = [c for c in range(len(classes)) if c not in gone]
     if not kept:
-        raise InputError("--forget names all classes: none is left to remember")
+        raise InputError("--forget names all classes; leave at least one to remember")
     replayed = data.class_ids(replay, classes, "--replay_classes") if replay else kept
     both = [classes[c] for c in replayed if c in gone]
     if both:
-        raise InputError(f"--forget and --replay_classes overlap: {', '.join(both)} in both")
+        raise InputError(
+            f"--forget and --replay_classes overlap: {', '.join(both)} in both; remove them from "
+            "one"
+        )
     return gone, replayed
 
 
 def claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make the folder, or make sure that it is of the same model and classes."""
+    """Make the folder, or check that it belongs to the same model and classes."""
     mark = out / "prepared.json"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         try:
             before = json.loads(mark.read_text())
         except (OSError, ValueError) as error:
             raise InputError(
-                f"--output_dir {out} is in use by something else: give another folder"
+                f"--output_dir {out} is in use by something else; give another folder"
             ) from error
         other = [k for k in identity if before.get(k) != identity[k]]
         if other:
             k = other[0]
             raise InputError(
                 f"--output_dir {out} was prepared with another {k} ({before.get(k)}; now "
-                f"{identity[k]}): give another folder"
+                f"{identity[k]}); give another folder"
             )
     out.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(identity, indent=1))
@@ -204,7 +215,7 @@ def save_forget_set(path: Path, real: data.Data, identity: dict[str, Any]) -> No
     if path.exists():
         found = load_tensors(path)[1]
         if found != meta:
-            raise ValueError(f"{path} is another forget set ({found}; now {meta}): delete it")
+            raise ValueError(f"{path} is another forget set ({found}; now {meta}); delete it")
     else:
         save_tensors(path, {"images": real.images, "labels": real.labels}, meta)
 
@@ -220,17 +231,17 @@ class Prepared(NamedTuple):
     fisher: DiagonalFisher | None
 
     def made_of(self) -> dict[str, str]:
-        """The contents, for a run's manifest."""
+        """Return hashes of the contents, for a run's manifest."""
         sets = {n: getattr(self, n) for n in ("replay", "own", "surrogate")}
         found = {n: tensor_hash(*pair) for n, pair in sets.items() if pair}
         return found | ({"fisher": tensor_hash(*self.fisher.values())} if self.fisher else {})
 
 
 def read(folder: Path, model: str, args: Any, classes: list[str]) -> Prepared:
-    """Read a prepared folder for the model of this hash.
+    """Read a folder that was prepared for the model with this hash.
 
     Raises:
-        InputError: sets of another model; classes to forget among those that were replayed.
+        InputError: files are missing, or belong to another model; classes were not replayed.
     """
     try:
         made = json.loads((folder / "prepared.json").read_text())
@@ -250,18 +261,18 @@ def read(folder: Path, model: str, args: Any, classes: list[str]) -> Prepared:
         path = folder / f"{name}.safetensors"
         if not path.exists():
             if name == "replay":
-                raise InputError(f"{path} is missing: run prepare.py to its end")
+                raise InputError(f"{path} is missing; run prepare.py to its end")
             continue
         try:
             tensors, meta = load_tensors(path)
         except ValueError as error:
-            raise InputError(f"{error}: delete it and run prepare.py again") from error
-        # replay images may come from the average of the weights that are unlearned
+            raise InputError(f"{error}; delete it and run prepare.py again") from error
+        # replay images may be sampled with the average of the weights that are unlearned
         expected = made["sampled"] if name in ("replay", "surrogate") else model
         if made["model"] != model or meta.get("model") != expected:
             raise InputError(
                 f"{path} belongs to another model ({folder} was prepared for {made['model']}, the "
-                f"file is of {meta.get('model')}, this model is {model}): run prepare.py with this "
+                f"file is of {meta.get('model')}, this model is {model}); run prepare.py with this "
                 "model and the weights that --start_from names"
             )
         found[name] = DiagonalFisher.load(path) if name == "fisher" else tensors

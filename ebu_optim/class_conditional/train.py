@@ -1,7 +1,7 @@
 """Train the class-conditional diffusion model that later forgets.
 
-The recipe of the DDPM code base: Adam 2e-4, clipping at 1.0, batch 128, conditions dropped to the
-null class with probability 0.1, antithetic timesteps, squared error summed over C, H, W.
+The recipe is that of the DDPM code base: Adam 2e-4, clipping at 1.0, batch 128, conditions replaced
+by the null class with probability 0.1, antithetic timesteps, squared error summed over C, H, W.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from .options import Train
 
 
 def train(args: Train) -> None:
-    """Train the model of these options, or go on with it; saved in ``args.output_dir``."""
+    """Train the model of these options, or continue an interrupted run; save to ``output_dir``.
+
+    Raises:
+        InputError: options or data do not fit.
+    """
     images = data.load(args, "all")
     accelerator = training.new_accelerator(args)
     channels, height, width = images.images.shape[1:]
     if height != width:
-        raise InputError(f"the images are {width}x{height}, not square: give --resolution")
+        raise InputError(f"the images are {width}x{height}, not square; give --resolution")
     null, scheduler = len(images.classes), new_scheduler()
     model = new_unet(args.model, height, channels, null)
     batches = data.Batches(

@@ -2,7 +2,7 @@
 
 The protocol for CIFAR and STL: ResNet-34 with ImageNet weights, a new last layer, images enlarged
 to 224x224, mirrored at random (--random_flip), Adam 1e-5 (1e-4 for the last layer), weight decay
-5e-4, batch 128, 10 epochs. With --reject there is one class more, which means noise.
+5e-4, batch 128, 10 epochs. --reject adds a class, which means noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .options import TrainClassifier
 
 
 def pretrained(model: Classifier, given: str) -> None:
-    """Load ImageNet's weights into all but the last layer."""
+    """Load ImageNet's weights into all layers except the last one."""
     if given == "none":
         return
     try:
@@ -32,22 +32,28 @@ def pretrained(model: Classifier, given: str) -> None:
             state = ResNet34_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
         else:
             state = torch.load(given, weights_only=True, map_location="cpu")
-    except Exception as error:  # the network, the file, its hash
+    except Exception as error:  # the network fails, or the file or its hash is wrong
         raise InputError(
-            f"--pretrained_weights {given} cannot be had ({type(error).__name__}: {error}): give "
-            'the path of torchvision\'s file, or "none"'
+            f"--pretrained_weights {given} is not available ({type(error).__name__}: {error}); "
+            'give the path of torchvision\'s file, or "none"'
         ) from error
     kept = {k: v for k, v in state.items() if not k.startswith("fc.")}
     try:
         model.body.load_state_dict(kept)
     except RuntimeError as error:
-        raise InputError(f"--pretrained_weights {given} is no ResNet-34: {error}") from error
+        raise InputError(
+            f"--pretrained_weights {given} does not hold a ResNet-34: {error}"
+        ) from error
 
 
 def train_classifier(config: TrainClassifier) -> None:
-    """Train the classifier of these options, or go on with it; saved in ``config.output_dir``."""
+    """Train the classifier, or continue an interrupted run; save to ``config.output_dir``.
+
+    Raises:
+        InputError: options or data do not fit.
+    """
     train, test = data.load(config, "train"), data.load(config, "test")
-    args: Any = config.resolved(len(train.labels))  # whole: nothing is None
+    args: Any = config.resolved(len(train.labels))  # complete: nothing is None
     accelerator = training.new_accelerator(args)
     shape = train.images.shape[1:]
     model = Classifier(args.model, shape, len(train.classes) + args.reject)
@@ -105,7 +111,7 @@ def train_classifier(config: TrainClassifier) -> None:
 
 
 def with_noise(x: Tensor, y: Tensor, real: Tensor, reject: int) -> tuple[Tensor, Tensor]:
-    """The batch and three eighths of it again in noise, under the reject class."""
+    """Append noise under the reject class, three eighths as many images as the batch has."""
     n = max(3 * len(x) // 8, 1)
     g = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     noise = data.noise_images(n, g, real).to(x.device)
@@ -114,7 +120,7 @@ def with_noise(x: Tensor, y: Tensor, real: Tensor, reject: int) -> tuple[Tensor,
 
 @torch.no_grad()
 def measure(model: nn.Module, test: data.Data, reject: bool) -> dict[str, float]:
-    """Accuracy on the test images, and the share of noise that is called noise."""
+    """Return the accuracy on the test images, and the share of noise that is rejected."""
     x = data.to_float(test.images)
     found = {"test_accuracy": accuracy(classify(model, x), test.labels)}
     if reject:

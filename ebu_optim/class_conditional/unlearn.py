@@ -1,7 +1,7 @@
-"""Make a class-conditional diffusion model forget classes, by EBU or by what it is compared with.
+"""Make a class-conditional diffusion model forget classes, by EBU or by a method to compare.
 
 The paper's setting: 200 steps, Adam 1e-4 (its appendix also says 1e-5), clipping at 1.0, uniform
-noise as what the class becomes, replayed pairs, losses summed over C, H, W.
+noise as the surrogate of the class, replayed pairs, losses summed over C, H, W.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .outcome import build, draw, finish, measure, noise_p_f, pictures, say
 
 
 def unlearn(config: Unlearn) -> None:
-    """Run, or go on with, what the options say; the result is in ``config.output_dir``.
+    """Run unlearning, or continue an interrupted run; the result is in ``config.output_dir``.
 
     Raises:
-        InputError: options, sets or models that do not fit; nothing is changed then.
+        InputError: options, sets or models do not fit. Nothing is changed.
     """
     with unlearning(config) as run:
         run.finish()
@@ -40,8 +40,10 @@ def unlearn(config: Unlearn) -> None:
 
 @contextmanager
 def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
-    """The same, whose steps are the caller's: between entering and leaving, what is yielded is
-    ready for its steps; on leaving, the result is written."""
+    """Like `unlearn`, but the caller takes the steps: yields a run that is ready for them.
+
+    On leaving the context, the result is written.
+    """
     args = config.resolved()
     raw, scheduler, info = load_unet(args.pretrained_model_name_or_path, args.start_from)
     looked_at = args.classifier or args.validation_pictures
@@ -52,7 +54,7 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     made = sets.read(args.prepared_dir, base_hash, args, classes)
     if (why := needs_own_images(args)) and made.own is None:
         raise InputError(
-            f"{why} needs real images of every class to forget: run prepare.py with a data set"
+            f"{why} needs real images of every class to forget; run prepare.py with a data set"
         )
     if args.surrogate == "null_class" and made.surrogate is None:
         raise InputError("--surrogate null_class: run prepare.py with --surrogate_images")

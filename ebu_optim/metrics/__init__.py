@@ -1,4 +1,4 @@
-"""What was forgotten, what was kept, how deep it goes and how long it took; one metric a file."""
+"""What was forgotten, what was kept, how deep it goes and how long it took; one metric per file."""
 
 from ._weights import NotComputed
 from .classifier import accuracy, classify, entropy, probability

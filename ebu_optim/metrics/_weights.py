@@ -1,4 +1,4 @@
-"""Weights and packages of the judges: found, or a word why a figure was not computed."""
+"""Weights and packages of the judges, or the reason why a figure was not computed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .naming import name_of
 
 
 class NotComputed(RuntimeError):
-    """Nothing that the caller did wrong: weights or a package are not to be had here."""
+    """Weights or a package are not available here. This is not an error of the caller."""
 
 
 def needed(module: str, extra: str) -> ModuleType:
-    """Import `module`, or say in a :class:`NotComputed` which extra brings it."""
+    """Import `module`, or raise a :class:`NotComputed` that names the extra to install."""
     try:
         return require(module, extra)
     except ImportError as error:
@@ -30,40 +30,43 @@ def needed(module: str, extra: str) -> ModuleType:
 def read_weights(
     path: str | os.PathLike[str], argument: str, inside: str = ""
 ) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file or a torch one, whose pickle is read with weights_only.
+    """Return a state dict from a .safetensors file, or from a torch file read with weights_only.
 
     Args:
-        inside: where a torch file may keep it beside other things.
+        inside: the key under which a torch file may hold the state dict next to other things.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; no state dict in it.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no state dict.
     """
     path, argument = Path(path), name_of(argument)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{argument}: no file {path}; give the path of a weights file, or None to have it "
-            "downloaded"
+            f"{argument}: no file {path}; give the path of a weights file, or None to download it"
         )
     if path.suffix == ".safetensors":
-        return load_tensors(path, finite=False)[0]  # a mask may be -inf
+        return load_tensors(path, finite=False)[0]  # an attention mask may hold -inf
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on files that are none of its own
+    except Exception as error:  # torch raises many types for files that it did not write
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{argument}: {path} is no whole weights file ({type(error).__name__}: {reason})"
+            f"{argument}: {path} is not a complete weights file ({type(error).__name__}: "
+            f"{reason}); get it again"
         ) from error
     if inside and isinstance(state, dict):
         state = state.get(inside, state)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{argument}: {path} holds no state dict, names with a tensor each")
+        raise ValueError(
+            f"{argument}: {path} holds no state dict, no names with tensors; give another file"
+        )
     return state
 
 
 def torchvision_weights(
     weights: Any, file: str | os.PathLike[str] | None, argument: str, progress: bool
 ) -> dict[str, Tensor]:
-    """The state dict of a torchvision weights entry: from `file`, the cache or by download."""
+    """Return the state dict of a torchvision weights entry from `file`, the cache or a download."""
     if file is not None:
         return read_weights(file, argument)
     name = weights.url.rpartition("/")[2]
@@ -74,28 +77,28 @@ def torchvision_weights(
         )
     except OSError as error:  # URLError, HTTPError, a full disk
         raise NotComputed(
-            f"the weights {name} could not be downloaded ({error}): give {name_of(argument)}=, or "
+            f"the weights {name} could not be downloaded ({error}); give {name_of(argument)}=, or "
             f"put the file of {weights.url} at {path}"
         ) from error
-    except Exception as error:  # a download that ends early (the hash), a damaged file in the cache
+    except Exception as error:  # the download ended early (the hash), or the cached file is damaged
         reason = str(error).strip().partition("\n")[0]
         raise NotComputed(
-            f"{path} is no whole weights file ({type(error).__name__}: {reason}): delete it, and "
-            "it is downloaded again"
+            f"{path} is not a complete weights file ({type(error).__name__}: {reason}); delete it, "
+            "and it is downloaded again"
         ) from error
     return state
 
 
 def load_into(model: torch.nn.Module, state: dict[str, Tensor], argument: str) -> None:
-    """Strictly; a ValueError says in one line what does not fit."""
+    """Load a state dict strictly; a ValueError says in one line what does not fit."""
     own = model.state_dict()
     lacking = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
     if lacking or wrong:
         k = (lacking or wrong)[0]
-        found = "is not there" if lacking else f"is {tuple(state[k].shape)}"
+        found = "is missing" if lacking else f"is {tuple(state[k].shape)}"
         raise ValueError(
-            f"{name_of(argument)} holds other weights than {type(model).__name__}'s: {k}, which is "
+            f"{name_of(argument)} does not hold weights of {type(model).__name__}: {k}, which is "
             f"{tuple(own[k].shape)}, {found}"
         )
     model.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""CE, RA, UA and P_f: what a classifier says of generated images.
+"""CE, RA, UA and P_f: a classifier's results on generated images.
 
-The paper's CE is the entropy of the classifier's prediction, no cross-entropy: high on the
-forgotten class (the classifier does not know what it sees), low on the kept ones.
+The paper's CE is the entropy of the classifier's prediction, not a cross-entropy. It is high on the
+forgotten class (the classifier does not recognize the images) and low on the kept classes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..modules import evaluating, without_gradients
 def classify(
     classifier: Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = 256
 ) -> Tensor:
-    """Logits (n, K), float32 on the CPU, of images (n, C, H, W) in the classifier's own range.
+    """Return logits (n, K), float32 on the CPU, of images (n, C, H, W) in the classifier's range.
 
-    A module is evaluated in eval mode and on its own device, and left in the mode it was in.
+    A module runs in eval mode on its own device. Afterwards it is in its former mode again.
     """
     device, dtype = images.device, images.dtype
     if isinstance(classifier, nn.Module):
@@ -34,28 +34,28 @@ def classify(
 def _logits(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or not len(logits):
         raise ValueError(
-            f"logits must have shape (n, K) with n > 0; got {tuple(logits.shape)}: "
+            f"logits must have shape (n, K) with n > 0; got {tuple(logits.shape)}; "
             "give the classifier's output, before softmax, of at least one image"
         )
     if logits.isnan().any() or (logits == torch.inf).any():
         raise ValueError(
-            "logits hold NaN or +Inf, of which no probability can be told: look at the images "
-            "(a diverged model draws NaN) and at the classifier's dtype"
+            "logits hold NaN or +Inf, which give no probability; check the images "
+            "(a diverged model samples NaN) and the classifier's dtype"
         )
     return logits.float()
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """-sum_k p_k ln p_k of each image, (n,) float64 in nats; :func:`entropy` is their mean."""
+    """Return -sum_k p_k ln p_k of each image, (n,) float64 in nats; :func:`entropy` is the mean."""
     log_p = _logits(logits).double().log_softmax(dim=1)
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
 
 
 def entropy(logits: Tensor) -> float:
-    """CE: the mean over images of -sum_k p_k ln p_k, in nats; 0 to ln K.
+    """Return CE: the mean over images of -sum_k p_k ln p_k, in nats, in [0, ln K].
 
-    Computed from log_softmax; a class whose probability underflows adds 0, not NaN.
+    It is computed from log_softmax. A class whose probability underflows adds 0, not NaN.
 
     Args:
         logits: (n, K).
@@ -64,7 +64,7 @@ def entropy(logits: Tensor) -> float:
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which images have their label as top class, (n,) bool; :func:`accuracy` is their share."""
+    """Return which images have their label as top class, (n,) bool; see :func:`accuracy`."""
     logits = _logits(logits)
     if labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -79,7 +79,7 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose top class is their label, in [0, 1].
+    """Return the share of images whose top class is their label, in [0, 1].
 
     On the kept classes this is RA; on the forgotten class, UA = 1 - accuracy.
 
@@ -91,10 +91,10 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def probability(logits: Tensor, target: int) -> float:
-    """P_f: the mean probability that the classifier gives to class `target`, in [0, 1].
+    """Return P_f: the mean probability that the classifier gives to class `target`, in [0, 1].
 
     Args:
-        logits: (n, K); with a classifier that has a reject class, K counts it.
+        logits: (n, K); K includes a reject class if the classifier has one.
         target: the forgotten class.
     """
     logits = _logits(logits)

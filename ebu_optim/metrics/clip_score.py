@@ -1,4 +1,4 @@
-"""CLIP score: how well an image fits its prompt, by open_clip."""
+"""CLIP score: how well an image fits its prompt, computed with open_clip."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ def clip_score(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    r"""Mean over images of the cosine c between CLIP's embeddings of an image and of its prompt.
+    r"""Return the mean over images of the cosine c of CLIP's embeddings of image and prompt.
 
     .. math:: c_i = \frac{E_I(x_i) \cdot E_T(y_i)}{|E_I(x_i)| \, |E_T(y_i)|}
 
     Args:
-        images: (n, 3, H, W), uint8 or float in [-1, 1]; or a folder, its names sorted as
-            text: 10.png comes before 2.png.
-        prompts: n of them, or one for all images.
-        model: of open_clip.list_models(). OpenAI's own weights want the names with -quickgelu.
-        pretrained: a tag of open_clip.list_pretrained_tags_by_model(model), which is taken from the
+        images: (n, 3, H, W), uint8 or float in [-1, 1]; or a folder, whose file names are sorted
+            as text: 10.png comes before 2.png.
+        prompts: n prompts, or one for all images.
+        model: one of open_clip.list_models(). OpenAI's own weights need the names with -quickgelu.
+        pretrained: a tag of open_clip.list_pretrained_tags_by_model(model), which is read from the
             hub's cache or downloaded; or a weights file (.pt, .safetensors).
         scale: "cosine" c; "x100" 100 c; "w2.5" 2.5 max(c, 0), CLIPScore (Hessel et al., 2021).
-        confidence, seed: of the bootstrap interval.
+        confidence, seed: for the bootstrap interval.
 
     Returns:
-        ``clip_score`` with ``value``, ``low``, ``high`` and ``n`` (None where not computed),
-        ``per_image`` (n floats on that scale), ``not_computed`` (None, or why), ``protocol``.
+        ``clip_score`` with ``value``, ``low``, ``high`` and ``n`` (None if not computed),
+        ``per_image`` (n floats on that scale), ``not_computed`` (None, or the reason),
+        ``protocol``.
 
     Raises:
-        ValueError: images, prompts or options that do not fit; a file with other weights.
+        ValueError: images, prompts or options do not fit; a file holds other weights.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {tuple(SCALES)}; got {scale!r}")
@@ -98,18 +99,18 @@ def clip_score(
 
 
 class ClipCosine:
-    """CLIP: images and a text for each -> the cosine of their embeddings.
+    """CLIP: maps images and one text for each to the cosines of their embeddings.
 
     Args:
-        model, pretrained: as of :func:`clip_score`.
-        batch_size: images that are on the device at a time.
+        model, pretrained: as for :func:`clip_score`.
+        batch_size: number of images on the device at a time.
 
     Attributes:
-        model: of open_clip, in eval mode.
+        model: the open_clip model, in eval mode.
 
     Raises:
-        RuntimeError: no open_clip, or the weights are not to be had.
-        ValueError: a model or a weights file that is none.
+        RuntimeError: open_clip or the weights are not available.
+        ValueError: the model or the weights file is not known.
     """
 
     def __init__(
@@ -126,7 +127,12 @@ class ClipCosine:
         self._tokenizer, self._size = open_clip.get_tokenizer(model), batch_size
 
     def __call__(self, images: Tensor | RGBImages, texts: Sequence[str]) -> Tensor:
-        """(n,) float64 on the CPU, of (n, 3, H, W), uint8 or float in [-1, 1], and n texts."""
+        """Return (n,) float64 on the CPU.
+
+        Args:
+            images: (n, 3, H, W), uint8 or float in [-1, 1].
+            texts: n texts.
+        """
         pictures = images if isinstance(images, RGBImages) else RGBImages(images, "images")
         found, at = [], 0
         for a in self.embed_images(pictures):
@@ -137,37 +143,38 @@ class ClipCosine:
 
     @torch.no_grad()
     def embed_images(self, pictures: RGBImages) -> Iterator[Tensor]:
-        """(n, D) float64 on the device, of a batch after the other."""
+        """Yield (n, D) float64 on the device, one batch after the other."""
         image = require("PIL.Image", "text-to-image")
         device = next(self.model.parameters()).device
         for batch in pictures.batches(self._size):
-            # by PIL, as the model's own preprocessing wants it and a saved file would come
+            # PIL images, because the model's own preprocessing takes them, like images from files
             each = [image.fromarray(p.permute(1, 2, 0).numpy()) for p in batch]
             x = torch.stack([self._preprocess(p) for p in each])
             yield self.model.encode_image(x.to(device)).double()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(n, D) float64 on the device."""
+        """Return (n, D) float64 on the device."""
         device = next(self.model.parameters()).device
         return self.model.encode_text(self._tokenizer(list(texts)).to(device)).double()
 
 
 class ClipClassifier:
-    """CLIP as a classifier of texts, without training: images -> logits, 100 times the cosine
-    between an image and each text (Radford et al., 2021).
+    """CLIP as a classifier over texts, without training (Radford et al., 2021).
+
+    It maps images to logits: 100 times the cosine between an image and each text.
 
     Args:
-        texts: what a picture may show.
-        model, pretrained: as of :func:`clip_score`.
-        batch_size: images that are on the device at a time.
+        texts: what an image may show.
+        model, pretrained: as for :func:`clip_score`.
+        batch_size: number of images on the device at a time.
 
     Attributes:
-        model: of open_clip, in eval mode.
+        model: the open_clip model, in eval mode.
 
     Raises:
-        RuntimeError: no open_clip, or the weights are not to be had.
-        ValueError: a model or a weights file that is none.
+        RuntimeError: open_clip or the weights are not available.
+        ValueError: the model or the weights file is not known.
     """
 
     def __init__(
@@ -185,7 +192,7 @@ class ClipClassifier:
         self.model, self.texts = self._cosine.model, list(texts)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W), uint8 or float in [-1, 1] -> (n, texts) float64 on the CPU."""
+        """Map (n, 3, H, W), uint8 or float in [-1, 1], to (n, texts) float64 on the CPU."""
         b = self._cosine.embed_texts(self.texts)
         cosines = [
             torch.nn.functional.cosine_similarity(a[:, None], b, dim=-1).cpu()
@@ -195,12 +202,12 @@ class ClipClassifier:
 
 
 def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
-    """The model in eval mode, on the CPU, and its preprocessing."""
+    """Return the model in eval mode, on the CPU, and its preprocessing."""
     known = open_clip.list_models()
     if model not in known:
         near = get_close_matches(model, known, n=3, cutoff=0.3)
         raise ValueError(
-            f"{name_of('model')} must be of open_clip.list_models(), such as {near}; got {model!r}"
+            f"{name_of('model')} must be in open_clip.list_models(), such as {near}; got {model!r}"
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     local = pretrained not in tags
@@ -215,23 +222,23 @@ def _load(open_clip: Any, model: str, pretrained: str) -> tuple[Any, Any]:
             other = model.removesuffix("-quickgelu") + "-quickgelu" * wanted
             raise ValueError(
                 f"{name_of('model')}={model!r} has another activation than the weights "
-                f"{pretrained!r} were trained with, and its scores would be wrong: give "
+                f"{pretrained!r} were trained with, so its scores would be wrong; give "
                 f"{name_of('model')}={other!r}"
             )
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+        with torch.random.fork_rng(devices=[]):  # the initial weights are random, then replaced
             judge, preprocess = open_clip.create_model_from_pretrained(
                 model, pretrained=pretrained, weights_only=True
             )
-    except Exception as error:  # of many kinds, both on a file of others and without a network
+    except Exception as error:  # other files, and a missing network, raise many types
         reason = str(error).strip().partition("\n")[0]
         if local:
             raise ValueError(
-                f"{name_of('pretrained')}: {pretrained} holds no weights of {model} "
+                f"{name_of('pretrained')}: {pretrained} does not hold weights of {model} "
                 f"({type(error).__name__}: {reason})"
             ) from error
         raise NotComputed(
-            f"the CLIP weights {pretrained!r} of {model} could not be had ({reason}): give "
+            f"the CLIP weights {pretrained!r} of {model} are not available ({reason}); give "
             f"{name_of('pretrained')}= the path of their file"
         ) from error
     return judge.eval(), preprocess

@@ -1,12 +1,13 @@
 """How deep the forgetting goes: two attacks on an unlearned class-conditional model.
 
-Both need real images of the forgotten class. What they give back is measured like any other model:
-sample, classify, P_f. A method that only unhooks the condition falls to the first in a few steps.
+Both need real images of the forgotten class. The attacked model is measured like any other model:
+sample, classify, P_f. If a method only unhooks the condition, the first attack succeeds in a few
+steps.
 
-They learn by :func:`~ebu_optim.diffusion.denoising_loss` with mean reduction. A model of another
-kind brings the loss that it learned its images by: ``loss(model, images, labels, generator)``, with
-labels (n,) int64 and the generator of all that it draws, returns a 0-d tensor. `scheduler` is then
-not used and may be None.
+The attacks learn by :func:`~ebu_optim.diffusion.denoising_loss` with mean reduction. For a model of
+another kind, give the loss by which it learned its images: ``loss(model, images, labels,
+generator)`` takes labels (n,) int64 and the generator of all random draws, and returns a 0-d
+tensor. Then `scheduler` is not used and may be None.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from ..diffusion.losses import denoising_loss
 from ..modules import copied, evaluating
 
 Loss = Callable[[Any, Tensor, Tensor, torch.Generator], Tensor]
-#: What is learned -> its optimizer.
+#: Maps the learned tensors to their optimizer.
 Optimized = Callable[[list[Tensor]], torch.optim.Optimizer]
-#: A copy of the model -> what of it is trained; layers may be added to it.
+#: Maps a copy of the model to the parameters that are trained; it may add layers to the copy.
 Trained = Callable[[Any], Iterable[nn.Parameter]]
 
 
 @contextmanager
 def condition_replaced(embedding: nn.Module, vector: Tensor) -> Iterator[None]:
-    """Inside the block `embedding` returns `vector` (d,) for every sample, whatever its label."""
+    """Make `embedding` return `vector` (d,) for every sample in the block, whatever its label."""
     handle = embedding.register_forward_hook(
         lambda _module, _args, output: vector.to(output).expand_as(output)
     )
@@ -55,7 +56,7 @@ def _attack_loss(loss: Loss | None, scheduler: Any) -> Loss:
     if loss is None:
         if scheduler is None:
             raise ValueError(
-                "scheduler is None: give the diffusion model's scheduler or, for a model of "
+                "scheduler is None; give the diffusion model's scheduler or, for a model of "
                 "another kind, loss="
             )
         return lambda model, x, labels, generator: denoising_loss(
@@ -64,11 +65,11 @@ def _attack_loss(loss: Loss | None, scheduler: Any) -> Loss:
 
     def checked(model: Any, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         value = loss(model, x, labels, generator)
-        # inversion by a loss that misses the new vector would pass for deep forgetting
+        # if the loss did not use the new vector, inversion would look like deep forgetting
         if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
             raise ValueError(
-                f"loss must return a 0-d tensor with a gradient; got {value!r}: take the mean over "
-                "the batch, detach nothing, and have the model call its `embedding` module"
+                f"loss must return a 0-d tensor with a gradient; got {value!r}; take the mean over "
+                "the batch, detach nothing, and let the model call its `embedding` module"
             )
         return value
 
@@ -88,19 +89,20 @@ def learn_embeddings(
     loss: Loss | None = None,
     optimizer: Optimized | None = None,
 ) -> dict[int, Tensor]:
-    """:func:`learn_embedding` at several numbers of steps, from one run of the longest.
+    """Run :func:`learn_embedding` for several numbers of steps, in one run of the longest.
 
     Args:
         at: numbers of steps, each >= 0.
-        loss: of a model of another kind, see the top of this module.
-        optimizer: of the vector; None: Adam with `lr`.
+        loss: for a model of another kind, see the top of this module.
+        optimizer: makes the optimizer of the vector; None is Adam with `lr`.
 
     Returns:
-        number of steps -> the (d,) vector then, bit for bit that of a run of so many steps.
+        A mapping from number of steps to the (d,) vector after them, bit for bit that of a run with
+        so many steps.
     """
     _real(images, batch_size)
     if not len(at) or min(at) < 0:
-        raise ValueError(f"at must name numbers of steps, each >= 0; got {list(at)}")
+        raise ValueError(f"at must hold numbers of steps, each >= 0; got {list(at)}")
     attack_loss = _attack_loss(loss, scheduler)
     g = torch.Generator().manual_seed(seed)
     device = embedding.weight.device
@@ -144,15 +146,15 @@ def learn_embedding(
     seed: int = 0,
     loss: Loss | None = None,
 ) -> Tensor:
-    """Inversion: learn a new class embedding on real images of the class, weights frozen.
+    """Inversion: learn a new class embedding on real images of the class, with frozen weights.
 
-    Starts from the mean of the embedding's rows; Adam.
+    It starts from the mean of the embedding's rows and uses Adam.
 
     Args:
         embedding: e.g. ``unet.class_embedding``.
         images: (n, C, H, W) real images of the forgotten class.
         steps: 100 and 200 are reported; :func:`learn_embeddings` gives both from one run.
-        loss: of a model of another kind, see the top of this module.
+        loss: for a model of another kind, see the top of this module.
 
     Returns:
         (d,) vector for :func:`condition_replaced`.
@@ -173,12 +175,12 @@ def relearning(
     loss: Loss | None = None,
     trained: Trained | None = None,
 ) -> Iterator[nn.Module]:
-    """The copy of :func:`relearn` after 0, 1, 2, ... steps, in eval mode, without an end.
+    """Yield the copy of :func:`relearn` after 0, 1, 2, ... steps, in eval mode, without an end.
 
-    It is one and the same module every time: measure it, or copy it, before asking for the next.
+    It is the same module every time: measure it, or copy it, before you ask for the next.
 
     Args:
-        trained: what of the copy learns; None: all of it.
+        trained: returns the parameters of the copy that learn; None trains all of them.
     """
     _real(images, batch_size)
     _known(model, label)
@@ -223,10 +225,10 @@ def relearn(
     Args:
         images: (n, C, H, W) real images of the forgotten class.
         label: its label.
-        loss: of a model of another kind, see the top of this module.
+        loss: for a model of another kind, see the top of this module.
 
     Returns:
-        The relearned copy in eval mode; the given model is untouched.
+        The relearned copy in eval mode; the given model is not changed.
     """
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "loss": loss}
     run = relearning(model, images, label, scheduler, **options)

@@ -1,4 +1,4 @@
-"""FID and KID of the kept classes by torch-fidelity, or a word why they were not computed."""
+"""FID and KID of the kept classes by torch-fidelity, or the reason why they were not computed."""
 
 from __future__ import annotations
 
@@ -41,38 +41,38 @@ def fid(
 ) -> dict[str, Any]:
     """Frechet and kernel Inception distance; lower is closer.
 
-    Both are biased or noisy with few images: FID upwards, by a lot below some 10,000; compare at
-    equal numbers of images alone. KID is unbiased.
+    Both are biased or noisy with few images. FID is biased upwards, by a lot below some 10,000
+    images, so compare it only at equal numbers of images. KID is unbiased.
 
     Args:
-        images: of the model: (n, C, H, W) with C of 1 (repeated to RGB) or 3, uint8 in 0..255 or
-            float in [-1, 1]; or a folder, which is taken with its subfolders.
+        images: the model's images: (n, C, H, W) with C of 1 (repeated to RGB) or 3, uint8 in 0..255
+            or float in [-1, 1]; or a folder, including its subfolders.
         reference: real images, given in the same way.
-        reference_split: which they are, in words, such as "CIFAR-10 train, 9 classes".
-        labels, reference_labels: (n,) and (m,); with `forget` the images of those classes are left
-            out of both sets. For tensors alone: a folder holds the kept classes.
-        inception_weights: path of torch-fidelity's weights file; None uses the one that it keeps
-            under TORCH_HOME, and downloads it (96 MB) where it is not there.
-        feature_layer: "2048" is FID's; any other is no FID and is reported as ``frechet_<layer>``
-            and ``kernel_<layer>``.
-        kid_subset_size: None: 1000, and at most half of the smaller set, so that the subsets
-            differ and their standard deviation says something.
-        unreadable: of a folder's files: "raise" names them, "skip" leaves them out and counts
-            them under ``skipped``.
+        reference_split: a description of these, such as "CIFAR-10 train, 9 classes".
+        labels, reference_labels: (n,) and (m,); with `forget`, the images of those classes are left
+            out of both sets. Only for tensors: a folder must hold only kept classes.
+        inception_weights: path of torch-fidelity's weights file; None uses the file under
+            TORCH_HOME, and downloads it (96 MB) if it is missing.
+        feature_layer: "2048" is FID's. Any other layer is not FID and is reported as
+            ``frechet_<layer>`` and ``kernel_<layer>``.
+        kid_subset_size: None is 1000, but at most half of the smaller set, so that the subsets
+            differ and their standard deviation is meaningful.
+        unreadable: for a folder: "raise" raises ValueError and names the unreadable files, "skip"
+            leaves them out and lists them under ``skipped``.
 
     Returns:
-        ``fid``, ``kid_mean``, ``kid_std`` (None where not computed), ``not_computed`` (None, or
-        why), ``skipped`` (files left out), ``protocol`` (sizes, layer, weights, versions).
+        ``fid``, ``kid_mean``, ``kid_std`` (None if not computed), ``not_computed`` (None, or
+        the reason), ``skipped`` (files left out), ``protocol`` (sizes, layer, weights, versions).
 
     Raises:
-        ValueError: images, labels or options that do not fit; `inception_weights` of other things.
-        FileNotFoundError: `inception_weights` is given and not there.
+        ValueError: images, labels or options do not fit; `inception_weights` is another file.
+        FileNotFoundError: `inception_weights` is given, but does not exist.
     """
     if feature_layer not in LAYERS:
         raise ValueError(f"feature_layer must be one of {LAYERS}; got {feature_layer!r}")
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, all that torch-fidelity knows; got {place}")
+        raise ValueError(f"device must be cpu or cuda, as torch-fidelity requires; got {place}")
     ours = RGBImages(_kept(images, labels, forget, "images"), "images", unreadable, least=2)
     theirs = RGBImages(
         _kept(reference, reference_labels, forget, "reference"), "reference", unreadable, least=2
@@ -115,7 +115,7 @@ def fid(
     except NotComputed as why:
         result["not_computed"] = f"not computed, because {why}"
         return result
-    # building the extractor draws initial weights, and a current CUDA device is all it knows
+    # building the extractor draws random weights, and it uses only the current CUDA device
     with (
         torch.random.fork_rng(devices=[]),
         torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext(),
@@ -150,15 +150,15 @@ def fid(
 
 
 def _kept(source: Images, labels: Tensor | None, forget: Sequence[int], name: str) -> Images:
-    """The images of the classes that are kept."""
+    """Return the images of the kept classes."""
     labels_name = "labels" if name == "images" else "reference_labels"
     if not len(forget):
         return source
     if not isinstance(source, Tensor):
         if labels is not None:
             raise ValueError(
-                f"{labels_name} goes with a tensor; {name} is a folder: leave the images of the "
-                "forgotten classes out of it"
+                f"{labels_name} needs a tensor, but {name} is a folder; remove the images of the "
+                "forgotten classes from it, and leave the labels out"
             )
         return source
     if labels is None or labels.shape != source.shape[:1]:
@@ -170,7 +170,7 @@ def _kept(source: Images, labels: Tensor | None, forget: Sequence[int], name: st
 
 
 def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
-    """A weights file that has been looked at: torch-fidelity itself unpickles what it is given."""
+    """Return a checked weights file, because torch-fidelity unpickles the file that it gets."""
     if given is not None:
         path = Path(given)
         if not path.is_file():
@@ -187,32 +187,32 @@ def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
     if path.is_file():
         problem = _no_inception(path)
         if problem:
-            raise NotComputed(f"{path} {problem}: delete it, and it is downloaded again")
+            raise NotComputed(f"{path} {problem}; delete it, and it is downloaded again")
         return path
     try:
         with replacing(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary), progress=progress)
-            problem = _no_inception(temporary)  # a connection that ends early is no error to torch
+            problem = _no_inception(temporary)  # torch raises no error if a connection ends early
             if problem:
-                raise NotComputed(f"what was downloaded from {url} {problem}: try again")
+                raise NotComputed(f"the download from {url} {problem}; try again")
     except OSError as error:  # URLError, HTTPError, a full disk
         raise NotComputed(
-            f"the Inception weights could not be downloaded ({error}): give "
+            f"the Inception weights could not be downloaded ({error}); give "
             f"{name_of('inception_weights')}=, or put the file of {url} at {path}"
         ) from error
     return path
 
 
 def _no_inception(path: Path) -> str | None:
-    """What is wrong with a weights file, or None. Its pickle is read with weights_only."""
+    """Return what is wrong with a weights file, or None. Its pickle is read with weights_only."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on files that are none of its own
+    except Exception as error:  # torch raises many types for files that it did not write
         reason = str(error).strip().partition("\n")[0]
-        return f"is no whole weights file ({type(error).__name__}: {reason})"
+        return f"is not a complete weights file ({type(error).__name__}: {reason})"
     fc = state.get("fc.weight") if isinstance(state, dict) else None
     if not isinstance(fc, Tensor) or tuple(fc.shape) != (1008, 2048):
         return (
-            "holds other weights than torch-fidelity's Inception, whose fc.weight is (1008, 2048)"
+            "does not hold weights of torch-fidelity's Inception, whose fc.weight is (1008, 2048)"
         )
     return None

@@ -1,7 +1,7 @@
-"""A Frechet distance in a classifier's own features, for where no Inception weights are at hand.
+"""A Frechet distance in a classifier's own features, for use without Inception weights.
 
-It is no FID and never called so: the features are another network's, so its figures compare with
-others of the same classifier alone.
+It is not FID and is never called so. The features belong to another network, so its figures
+compare only with figures of the same classifier.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..modules import evaluating, without_gradients
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    r"""Between Gaussians fitted to two sets of features, in float64.
+    r"""Return the distance of Gaussians fitted to two sets of features, in float64.
 
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}(S_a + S_b - 2 (S_a S_b)^{1/2})
 
-    with the unbiased covariances S. Singular ones, as of fewer images than features, are no harm
-    to the computation; the estimate is biased upwards by about 1/n all the same.
+    with the unbiased covariances S. Singular covariances, as with fewer images than features, are
+    no problem for the computation, but the estimate is biased upwards by about 1/n.
 
     Args:
         a, b: (n, d) and (m, d), n and m at least 2.
@@ -31,18 +31,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     for name, x in (("a", a), ("b", b)):
         if x.dim() != 2 or len(x) < 2:
             raise ValueError(
-                f"{name} must have shape (n, d), n at least 2, one row an image; got "
+                f"{name} must have shape (n, d), n at least 2, one row per image; got "
                 f"{tuple(x.shape)}"
             )
         if not x.isfinite().all():
-            raise ValueError(f"{name} holds NaN or Inf: look at the images and at the classifier")
+            raise ValueError(f"{name} holds NaN or Inf; check the images and the classifier")
     if a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"a has {a.shape[1]} features and b has {b.shape[1]}: take both from one layer"
+            f"a has {a.shape[1]} features and b has {b.shape[1]}; take both from the same layer"
         )
     (mean_a, s_a), (mean_b, s_b) = _moments(a), _moments(b)
-    # (S_a S_b)^1/2 has the trace of (R S_b R)^1/2 with R = S_a^1/2, which is symmetric: its
-    # eigenvalues are real and >= 0 but for rounding
+    # (S_a S_b)^1/2 has the trace of (R S_b R)^1/2 with R = S_a^1/2. The latter is symmetric, so its
+    # eigenvalues are real and, except for rounding, >= 0.
     values, vectors = torch.linalg.eigh(s_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()
@@ -64,22 +64,22 @@ def classifier_features(
     layer: nn.Module | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """What goes into the classifier's last nn.Linear, or comes out of `layer`: (n, d) float32.
+    """Return the input of the last nn.Linear, or the output of `layer`: (n, d) float32.
 
-    Anything after the first dimension is flattened. The classifier is evaluated in eval mode, on
-    its own device and in its own dtype, and left in the mode it was in.
+    Dimensions after the first are flattened. The classifier runs in eval mode, on its own device
+    and in its own dtype. Afterwards it is in its former mode again.
     """
     linears = [m for m in classifier.modules() if isinstance(m, nn.Linear)]
     if layer is None and not linears:
         raise ValueError(
-            f"{type(classifier).__name__} has no nn.Linear to take features from: name the module "
+            f"{type(classifier).__name__} has no nn.Linear to take features from; name the module "
             "whose output they are, layer=classifier.some_module"
         )
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, args: Any, output: Any) -> None:
         features = args[0] if layer is None else output
-        # a copy: an in-place ReLU may come next
+        # a copy, because an in-place ReLU may follow
         caught.append(features.detach().flatten(1).to("cpu", torch.float32, copy=True))
 
     weight = next(classifier.parameters(), images)
@@ -93,8 +93,8 @@ def classifier_features(
     features = torch.cat(caught) if caught else torch.empty(0, 0)
     if len(features) != len(images):
         raise ValueError(
-            f"layer was run for {len(features)} of {len(images)} images: it must be a module that "
-            "the classifier calls once a pass"
+            f"layer was run for {len(features)} of {len(images)} images; give a module that "
+            "the classifier calls once per pass"
         )
     return features
 
@@ -107,14 +107,14 @@ def classifier_frechet(
     layer: nn.Module | None = None,
     batch_size: int = 256,
 ) -> float:
-    """The Frechet distance between two sets of images in the features of a classifier.
+    """Return the Frechet distance between two sets of images in the features of a classifier.
 
     Args:
         images, reference: (n, C, H, W) and (m, C, H, W) in the classifier's own range.
-        layer: the module whose output the features are; None: the input of the last nn.Linear.
+        layer: the module whose output the features are; None uses the input of the last nn.Linear.
 
     Returns:
-        The squared distance; lower is closer. Say beside it which classifier and which layer.
+        The squared distance; lower is closer. Report it with the classifier and the layer.
     """
     options: dict[str, Any] = {"layer": layer, "batch_size": batch_size}
     return frechet_distance(

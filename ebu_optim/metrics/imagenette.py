@@ -1,7 +1,7 @@
 """CE_f, CE_r, RA, UA and P_f of a text-to-image model on Imagenette's ten classes.
 
-The judge is torchvision's ResNet-50, trained on ImageNet's 1000 classes, of which Imagenette's are
-ten. Over which of the two its softmax and its top class are taken moves every figure.
+The judge is torchvision's ResNet-50, trained on ImageNet's 1000 classes, which include Imagenette's
+ten. Every figure depends on whether softmax and top class are taken over the 1000 or the ten.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ METRICS = ("ce_f", "ce_r", "ra", "ua", "p_f")
 class ImagenetteClassifier:
     """torchvision's ResNet-50: images -> logits of ImageNet's 1000 classes or of Imagenette's ten.
 
-    Images are brought to uint8 and then go through the weights' own preprocessing: resized (232
-    for IMAGENET1K_V2, 256 for V1), cut to 224, normalised.
+    Images are converted to uint8 and then preprocessed as the weights require: resized (232
+    for IMAGENET1K_V2, 256 for V1), cropped to 224, normalised.
 
     Args:
-        over: "imagenet", the softmax and the top class are over all 1000 classes, as in most
-            published figures; or "imagenette", over the ten alone.
+        over: "imagenet" takes softmax and top class over all 1000 classes, as in most published
+            figures; "imagenette" takes them over the ten classes.
         weights: name of an entry of torchvision's ResNet50_Weights.
-        weights_file: its file (.pth or .safetensors); None: torchvision's cache or download.
-        batch_size: images that are on the device at a time.
+        weights_file: its file (.pth or .safetensors); None uses torchvision's cache or downloads.
+        batch_size: number of images on the device at a time.
 
     Attributes:
         indices: (10,) the logits' columns of the classes 0..9.
 
     Raises:
-        RuntimeError: no torchvision, or the weights are not to be had.
-        ValueError, FileNotFoundError: `over`, `weights` or `weights_file` that is none.
+        RuntimeError: torchvision or the weights are not available.
+        ValueError: `over`, `weights` or the content of `weights_file` is wrong.
+        FileNotFoundError: `weights_file` does not exist.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ImagenetteClassifier:
             raise ValueError(f"weights must be one of {names}; got {weights!r}")
         entry = models.ResNet50_Weights[weights]
         state = torchvision_weights(entry, weights_file, "weights_file", progress)
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+        with torch.random.fork_rng(devices=[]):  # the initial weights are random, then replaced
             model = models.resnet50(weights=None)
         load_into(model, state, "weights_file")
         self.model = model.eval().to(device)
@@ -87,7 +88,7 @@ class ImagenetteClassifier:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, 1000) or (n, 10) float32 on the CPU, of (n, 3, H, W) uint8 or float in [-1, 1]."""
+        """Return (n, 1000) or (n, 10) float32 on the CPU for (n, 3, H, W) uint8 or float images."""
         device = next(self.model.parameters()).device
         logits = torch.cat(
             [
@@ -99,7 +100,7 @@ class ImagenetteClassifier:
 
 
 def class_numbers(values: Sequence[int | str] | Tensor, name: str) -> Tensor:
-    """Names or numbers of Imagenette's classes as numbers 0..9, (n,) int64."""
+    """Convert names or numbers of Imagenette's classes to numbers 0..9, (n,) int64."""
     given = values.tolist() if isinstance(values, Tensor) else list(values)
     unknown = [v for v in given if v not in CLASSES and v not in range(len(CLASSES))]
     if isinstance(values, str) or unknown:
@@ -128,25 +129,25 @@ def imagenette_metrics(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """:func:`classifier_metrics` by torchvision's ResNet-50 on Imagenette's classes.
+    """Return :func:`classifier_metrics` by torchvision's ResNet-50 on Imagenette's classes.
 
     Args:
         images: (n, 3, H, W), uint8 or float in [-1, 1].
-        labels: (n,) the class that each was asked for: number 0..9, in the order of
-            ``imagenette.CLASSES``, or name, such as "cassette player".
-        forget: the forgotten ones.
+        labels: (n,) the class that each image was asked for: a number 0..9, in the order of
+            ``imagenette.CLASSES``, or a name, such as "cassette player".
+        forget: the forgotten classes.
         over, weights, weights_file, batch_size: see :class:`ImagenetteClassifier`. CE is at most
             ln 1000 = 6.9 nats over "imagenet", ln 10 = 2.3 over "imagenette".
-        base_images, base_labels: of the model before unlearning; None leaves ``base`` out.
-        surrogate, noise_images: what noise scores: see :func:`classifier_metrics`.
+        base_images, base_labels: from the model before unlearning; None leaves ``base`` out.
+        surrogate, noise_images: the noise to score: see :func:`classifier_metrics`.
 
     Returns:
-        ``ce_f``, ``ce_r``, ``ra``, ``ua`` and ``p_f`` as :func:`classifier_metrics` has them (None
-        where not computed), ``not_computed`` (None, or why), ``protocol``.
+        ``ce_f``, ``ce_r``, ``ra``, ``ua`` and ``p_f`` as in :func:`classifier_metrics` (None
+        if not computed), ``not_computed`` (None, or the reason), ``protocol``.
 
     Raises:
-        ValueError: images, labels or options that do not fit; a `weights_file` of other things.
-        FileNotFoundError: `weights_file` is given and not there.
+        ValueError: images, labels or options do not fit; `weights_file` holds other weights.
+        FileNotFoundError: `weights_file` is given, but does not exist.
     """
     pixels = _pixels(images, "images")
     numbers = class_numbers(labels, "labels")
@@ -192,7 +193,7 @@ def imagenette_metrics(
 
 
 def _pixels(images: Tensor, name: str) -> Tensor:
-    """Checked, (n, 3, H, W) uint8."""
+    """Return the checked images, (n, 3, H, W) uint8."""
     if not isinstance(images, Tensor):
         raise ValueError(f"{name} must be a tensor, in the order of the labels; got {images!r}")
     return torch.cat(list(RGBImages(images, name).batches(64)))

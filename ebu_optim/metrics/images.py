@@ -1,4 +1,4 @@
-"""Images as FID's extractor and the judges of text-to-image take them: uint8, RGB, of one size."""
+"""Images as FID's extractor and the text-to-image judges take them: uint8, RGB, of one size."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .._extras import require
 from ..images import ENDINGS, image_files, pixels_of, read_rgb
 from .naming import name_of
 
-NAMED = 5  # unreadable files that a message names; it counts all
+NAMED = 5  # how many unreadable files a message names; it counts all of them
 
 
 class RGBImages(Dataset[Tensor]):
     """Items: (3, H, W) uint8.
 
-    Float images are taken to be in [-1, 1] and become round((x + 1) * 127.5), the same for every
-    image: a stretch of each image to its own minimum and maximum, as some published code has it,
-    moves FID. One channel is repeated three times.
+    Float images must be in [-1, 1] and become round((x + 1) * 127.5), the same for every image.
+    Some published code stretches each image to its own minimum and maximum, which changes FID. One
+    channel is repeated three times.
 
     Args:
-        source: (n, C, H, W) with C of 1 or 3, uint8 or float; or a folder of images, searched
-            with its subfolders; hidden names are skipped, other files left out with a warning.
-        name: of the argument, for messages.
-        unreadable: "raise" or "skip" files that are no whole image; they are in ``skipped``.
+        source: (n, C, H, W) with C of 1 or 3, uint8 or float; or a folder of images, including
+            its subfolders; hidden names are skipped, other files are left out with a warning.
+        name: the argument's name in messages.
+        unreadable: "raise" or "skip" files that are not complete images; they are in ``skipped``.
         least: how many images there must be.
     """
 
@@ -62,13 +62,13 @@ class RGBImages(Dataset[Tensor]):
         files = image_files(folder)
         if not files:
             raise ValueError(f"{name}: {folder} holds no image ({', '.join(ENDINGS)})")
-        require("PIL.Image", "metrics")  # or each file below would seem to be no image
+        require("PIL.Image", "metrics")  # otherwise each file below would look like a broken image
         sizes: dict[tuple[int, ...], Path] = {}
         whole = []
         for file in files:
             try:
                 size = tuple(read_image(file).shape)
-            except Exception as error:  # PIL raises many kinds on what is no image
+            except Exception as error:  # PIL raises many types for files that are not images
                 self.skipped.append(f"{file.relative_to(folder)} ({error})")
                 continue
             whole.append(file)
@@ -83,8 +83,8 @@ class RGBImages(Dataset[Tensor]):
         if len(sizes) > 1:
             (a, file_a), (b, file_b) = list(sizes.items())[:2]
             raise ValueError(
-                f"{name}: images of several sizes, {file_a.name} has {a[2]}x{a[1]}, {file_b.name} "
-                f"{b[2]}x{b[1]}: bring them to one size"
+                f"{name}: the images have several sizes, {file_a.name} is {a[2]}x{a[1]} and "
+                f"{file_b.name} is {b[2]}x{b[1]}; resize them to one size"
             )
         return whole
 
@@ -97,20 +97,20 @@ class RGBImages(Dataset[Tensor]):
         return to_uint8(self.source[i].detach().cpu()).expand(3, -1, -1)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """(<= size, 3, H, W) uint8, in order."""
+        """Yield (<= size, 3, H, W) uint8, in order."""
         for start in range(0, len(self), size):
             yield torch.stack([self[i] for i in range(start, min(start + size, len(self)))])
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1] to 0..255, as an image is saved; uint8 as it is."""
+    """Convert float in [-1, 1] to 0..255, as an image is saved; return uint8 unchanged."""
     if x.dtype == torch.uint8:
         return x
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def read_image(file: Path) -> Tensor:
-    """(3, H, W) uint8, whatever the file's mode, as :func:`ebu_optim.images.read_rgb` reads it."""
+    """Return (3, H, W) uint8, whatever the file's mode; see :func:`ebu_optim.images.read_rgb`."""
     return pixels_of(read_rgb(file))
 
 
@@ -122,13 +122,13 @@ def _check(x: Tensor, name: str) -> None:
     if not x.is_floating_point():
         raise ValueError(f"{name} must be uint8 in 0..255 or float in [-1, 1]; got {x.dtype}")
     low, high = (float(v) for v in x.detach().aminmax())
-    if not (low >= -1.001 and high <= 1.001):  # NaN too
+    if not (low >= -1.001 and high <= 1.001):  # true for NaN, too
         raise ValueError(
-            f"{name}: float images must be in [-1, 1]; these reach from {low:.4g} to {high:.4g}: "
+            f"{name}: float images must be in [-1, 1]; these reach from {low:.4g} to {high:.4g}; "
             "rescale them, or give uint8 in 0..255"
         )
     if low >= 0:
         raise ValueError(
             f"{name}: float images must be in [-1, 1]; these have no pixel below 0, so they seem "
-            "to be in [0, 1]: give 2 * x - 1, or, if they are as meant, uint8 in 0..255"
+            "to be in [0, 1]; give 2 * x - 1, or, if they are right, uint8 in 0..255"
         )

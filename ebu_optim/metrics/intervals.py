@@ -1,5 +1,7 @@
-"""Confidence intervals of what is measured on n images: they say how far the images alone, drawn
-anew from the same model, would move a figure. The spread over seeds of unlearning is another one.
+"""Confidence intervals of figures that are measured on n images.
+
+They say how much a figure would change with other images sampled from the same model. The spread
+over seeds of unlearning is something else.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def _confidence(value: float) -> float:
 
 
 def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share `hits` / `n`; honest at 0 and at 1 too.
+    """Return Wilson's score interval of the share `hits` / `n`, which is valid at 0 and 1 too.
 
     Raises:
         ValueError: not 0 <= hits <= n, n < 1, or a confidence outside (0, 1).
@@ -33,7 +35,7 @@ def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float
     share = hits / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # exact at the ends, where rounding would leave 1e-17
+    # exact at the ends, where rounding would give 1e-17
     low = 0.0 if hits == 0 else max(0.0, centre - half)
     return low, 1.0 if hits == n else min(1.0, centre + half)
 
@@ -41,9 +43,9 @@ def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float
 def bootstrap(
     values: Tensor, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (n,); no width at n = 1.
+    """Return the percentile bootstrap interval of the mean of `values` (n,); width 0 at n = 1.
 
-    Draws from a generator of its own; n * resamples gathers, in pieces.
+    It uses its own generator, and gathers n * resamples values in pieces.
     """
     if values.dim() != 1 or not len(values):
         raise ValueError(
@@ -66,10 +68,10 @@ def bootstrap(
 
 
 def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of a few values, such as one a seed.
+    """Return Student's t interval of the mean of a few values, such as one per seed.
 
     Raises:
-        ValueError: fewer than two values, or one that is not finite.
+        ValueError: there are fewer than two values, or one is not finite.
         ImportError: scipy is missing.
     """
     if len(values) < 2 or not all(map(math.isfinite, values)):
@@ -82,9 +84,9 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[fl
 
 
 def estimate(values: Tensor, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """The mean of one value an image, (n,), with its interval: ``value``, ``low``, ``high``, ``n``.
+    """Return the mean of one value per image, (n,): ``value``, ``low``, ``high`` and ``n``.
 
-    Wilson's interval where the values are bool, so that the mean is a share; else a bootstrap's.
+    The interval is Wilson's if the values are bool, so that the mean is a share; else a bootstrap.
     """
     low, high = (
         wilson(int(values.sum()), len(values), confidence=confidence)

@@ -1,7 +1,7 @@
-"""Inversion: P_f after a new class embedding has been learned against the frozen weights.
+"""Inversion: P_f after a new class embedding was learned with frozen weights.
 
-It tells a model that has forgotten from one whose condition was merely unhooked: training the
-class embedding alone reaches a P_f of 0, and inversion brings the class back whole.
+It distinguishes a model that has forgotten from one whose condition was only unhooked. Training
+only the class embedding reaches a P_f of 0, but inversion brings the whole class back.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def inversion(
     seed: int = 0,
     loss: Loss | None = None,
 ) -> dict[str, float]:
-    """P_f with the learned embedding, at several numbers of steps from one run.
+    """Return P_f with the learned embedding, at several numbers of steps in one run.
 
     Args:
         embedding: e.g. ``unet.class_embedding``.
-        images: (n, C, H, W) real images of the forgotten class; of the training split, so that
+        images: (n, C, H, W) real images of the forgotten class, from the training split, so that
             the classifier's test images stay unseen.
-        p_f: the model -> its P_f: sample the forgotten class, with the same starting noise each
-            time, and classify. Within the call every condition is the learned one, the null
-            condition too: sample without guidance.
-        loss: of a model that is no diffusion model, ``loss(model, images, labels, generator)`` ->
-            0-d tensor, in the place of the denoising loss; `scheduler` may then be None. The
-            labels are zeros, which say nothing: `embedding` gives the learned vector for any.
+        p_f: returns P_f of a model: sample the forgotten class, with the same starting noise each
+            time, and classify. Within the call, every condition is the learned one, including the
+            null condition, so sample without guidance.
+        loss: for a model that is not a diffusion model, ``loss(model, images, labels, generator)``
+            -> 0-d tensor replaces the denoising loss; `scheduler` may then be None. The labels are
+            zeros without a meaning: `embedding` returns the learned vector for any label.
 
     Returns:
         ``{"inversion_100": ..., "inversion_200": ...}``, in [0, 1]; lower is deeper. The base
-        model's own figure says how far the attack can get.
+        model's own figure shows how far the attack can get.
     """
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "loss": loss}
     vectors = learn_embeddings(model, embedding, images, scheduler, at=at, **options)

@@ -1,8 +1,8 @@
-"""All that the classifiers say, with intervals and with what noise and the base model score.
+"""All figures of the classifiers, with intervals and with the scores of noise and the base model.
 
-A classifier without a reject class must call noise *some* class. So forgetting into noise has
-limits, a floor of P_f that depends on the class and a ceiling of CE_f far below ln K, and a figure
-says little without them.
+A classifier without a reject class must assign noise to *some* class. So forgetting into noise has
+limits: a floor of P_f that depends on the class, and a ceiling of CE_f far below ln K. A figure
+means little without them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 def _split(images: Tensor, labels: Tensor, forget: Sequence[int]) -> Tensor:
-    """Which images were asked for a class to forget, (n,) bool, all checked."""
+    """Return which images were asked for a class to forget, (n,) bool, after all checks."""
     if not len(forget):
         raise ValueError("forget must name at least one class; got none")
     if labels.shape != images.shape[:1]:
@@ -33,13 +33,13 @@ def _split(images: Tensor, labels: Tensor, forget: Sequence[int]) -> Tensor:
     absent = sorted(set(forget) - set(labels.tolist()))
     if absent:
         raise ValueError(
-            f"forget names {absent}, of which there is no image: draw images of the forgotten "
+            f"forget names {absent}, of which there is no image; sample images of the forgotten "
             f"classes too; the labels are {sorted(set(labels.tolist()))}"
         )
     f = torch.isin(labels.cpu(), torch.tensor(list(forget)))
     if f.all():
         raise ValueError(
-            f"labels hold the forgotten classes {sorted(set(forget))} alone: RA and CE_r need "
+            f"labels hold only the forgotten classes {sorted(set(forget))}; RA and CE_r need "
             "images of kept classes"
         )
     return f
@@ -50,13 +50,13 @@ def _logits(classifier: Classifier, images: Tensor, classes: int | None, name: s
     if classes is not None and (logits.dim() != 2 or logits.shape[1] != classes):
         raise ValueError(
             f"{name} gives logits of shape {tuple(logits.shape)} for {len(images)} images; "
-            f"{classes} classes were expected: it was trained on other classes"
+            f"{classes} classes were expected; give a classifier trained on these classes"
         )
     return logits
 
 
 def _scores(logits: Tensor, labels: Tensor, f: Tensor, entropy: bool) -> dict[str, Tensor]:
-    """What the metrics are the means of, one value an image."""
+    """Return the values whose means are the metrics, one per image."""
     labels = labels.cpu().long()
     top = hits(logits, labels)
     asked = logits.double().softmax(dim=1).gather(1, labels[:, None])[:, 0]
@@ -71,7 +71,7 @@ def _scores(logits: Tensor, labels: Tensor, f: Tensor, entropy: bool) -> dict[st
 
 
 def _noise_scores(logits: Tensor, labels: Tensor, f: Tensor, entropy: bool) -> dict[str, float]:
-    """The same of noise, which was asked for nothing: a class weighs what it weighs in `labels`."""
+    """Return the scores of noise, weighting each class as in `labels`: noise has no label."""
 
     def mean(per_class: Tensor, asked: Tensor) -> float:
         weight = torch.bincount(asked.cpu(), minlength=logits.shape[1]).double()
@@ -109,26 +109,26 @@ def classifier_metrics(
     The intervals are Wilson's for the shares (RA, UA) and a bootstrap's for the means (CE, P_f).
 
     Args:
-        classifier: images in the range that `images` are in -> logits (n, K).
+        classifier: maps images, in the range of `images`, to logits (n, K).
         images: (n, C, H, W) of the model under test, in [-1, 1]; forgotten and kept classes.
         labels: (n,) the class that each image was asked for.
         forget: the forgotten classes. P_f is the probability of the class that was asked for, so
-            with several of them the mean over their images.
+            with several forgotten classes it is the mean over their images.
         reject: a second classifier whose last class means "none of them". It adds ``p_f_reject``,
             ``ua_reject`` and ``ra_reject``, which noise does not limit.
-        base_images: the same of the model before unlearning; None leaves ``base`` out.
-        base_labels: their classes; None: those of `labels`.
-        surrogate: what noise means: "uniform" or "gaussian", the one that was forgotten into. It
-            is cut to [-1, 1], as samples are.
-        num_classes: K, to be told when a classifier has other classes.
+        base_images: images of the model before unlearning; None leaves ``base`` out.
+        base_labels: their classes; None uses `labels`.
+        surrogate: the kind of noise, "uniform" or "gaussian": the one that was forgotten into. It
+            is clipped to [-1, 1], like samples.
+        num_classes: K; if given, a classifier with other classes raises ValueError.
 
     Returns:
         name -> ``value``, ``low`` and ``high`` (the interval), ``n`` images, ``noise`` and
-        ``base``, what noise and the base model score there. ``ce_*`` in nats, the rest in [0, 1].
+        ``base``, the scores of noise and of the base model. ``ce_*`` in nats, the rest in [0, 1].
 
     Raises:
-        ValueError: labels and images that do not fit, a forgotten class without an image, no kept
-            class, a classifier with other classes.
+        ValueError: labels and images do not fit; a forgotten class has no image; there is no kept
+            class; a classifier has other classes.
     """
     f = _split(images, labels, forget)
     noise = surrogate_noise(

@@ -1,7 +1,7 @@
 """LPIPS: how far an image is from another one in the features of a trained network.
 
-By the package of the metric's authors, which brings the calibrated linear weights. The backbone's
-are torchvision's, and not in it.
+It uses the package of the metric's authors, which includes the calibrated linear weights. The
+weights of the backbone are torchvision's and are not included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .images import RGBImages
 from .intervals import estimate
 from .naming import name_of
 
-# the backbones' entries in torchvision, and the least side whose features have a pixel
+# the backbones' entries in torchvision, and the least image side that leaves a pixel of features
 NETS = {
     "alex": ("AlexNet_Weights", 31),
     "vgg": ("VGG16_Weights", 16),
@@ -40,28 +40,28 @@ def lpips_distance(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    r"""Mean LPIPS distance of pairs of images: of a prompt and seed, before and after unlearning.
+    r"""Return the mean LPIPS distance of images with the same prompt and seed before unlearning.
 
     .. math:: d(x, y) = \sum_l \frac{1}{H_l W_l} \sum_{h, w}
         \sum_c w_{lc} \, (\hat f^l_{hwc}(x) - \hat f^l_{hwc}(y))^2
 
-    with the features f of layer l, scaled to length 1 over the channels c.
+    where f are the features of layer l, scaled to length 1 over the channels c.
 
     Args:
         images: (n, 3, H, W), uint8 or float in [-1, 1]; or a folder, in the order of its names.
         reference: the same for the model before unlearning, image by image.
         net: the backbone, "alex" (most published figures), "vgg" or "squeeze".
         weights_file: torchvision's ImageNet weights of the backbone, of which ``features.*`` are
-            used; None: torchvision's cache or download (244, 553 and 5 MB).
-        size: the shorter side is first brought to it; None: as they are. ESD's script takes 64.
+            used; None uses torchvision's cache or downloads (244, 553 and 5 MB).
+        size: the shorter side is first resized to this; None keeps the size. ESD's script uses 64.
 
     Returns:
-        ``lpips`` with ``value``, ``low``, ``high`` and ``n`` (None where not computed),
-        ``per_image``, ``not_computed`` (None, or why), ``protocol``.
+        ``lpips`` with ``value``, ``low``, ``high`` and ``n`` (None if not computed),
+        ``per_image``, ``not_computed`` (None, or the reason), ``protocol``.
 
     Raises:
-        ValueError: images or options that do not fit; a `weights_file` of other things.
-        FileNotFoundError: `weights_file` is given and not there.
+        ValueError: images or options do not fit; `weights_file` holds other weights.
+        FileNotFoundError: `weights_file` is given, but does not exist.
     """
     if net not in NETS:
         raise ValueError(f"net must be one of {tuple(NETS)}; got {net!r}")
@@ -69,15 +69,15 @@ def lpips_distance(
     shapes = [(len(x), *x[0].shape) for x in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"images and {name_of('reference')} must pair up; got {shapes[0]} and {shapes[1]}: "
+            f"images and {name_of('reference')} must pair up; got {shapes[0]} and {shapes[1]}; "
             "give the images of the same prompts and seeds, in the same order and of the same size"
         )
     names = [[file.name for file in x.source] for x in (ours, theirs) if isinstance(x.source, list)]
     if len(names) == 2 and names[0] != names[1]:
         a, b = next(pair for pair in zip(*names) if pair[0] != pair[1])
         raise ValueError(
-            f"images and {name_of('reference')} must pair up by name; {a} would stand against {b}: "
-            "name the files of a prompt and seed alike in both folders"
+            f"images and {name_of('reference')} must pair up by name; {a} would pair with {b}; "
+            "give the files of a prompt and seed the same name in both folders"
         )
     side = min(shapes[0][2:]) if size is None else size
     if side < NETS[net][1]:
@@ -112,14 +112,15 @@ def lpips_distance(
 
 
 class LpipsDistance:
-    """Pairs of images -> how far they lie apart.
+    """Maps pairs of images to their LPIPS distances.
 
     Args:
-        net, weights_file, size: as of :func:`lpips_distance`.
+        net, weights_file, size: as for :func:`lpips_distance`.
 
     Raises:
-        RuntimeError: no lpips or torchvision, or the weights are not to be had.
-        ValueError, FileNotFoundError: a `weights_file` that is none.
+        RuntimeError: lpips, torchvision or the weights are not available.
+        ValueError: `weights_file` holds other weights.
+        FileNotFoundError: `weights_file` does not exist.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class LpipsDistance:
 
     @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """(n,) float64 on the CPU, of two (n, 3, H, W) uint8."""
+        """Return (n,) float64 on the CPU for two (n, 3, H, W) uint8."""
         if self.size is not None:
             a, b = (self._resize(x, self.size, antialias=True) for x in (a, b))
         a, b = (x.to(self._device).float() / 127.5 - 1 for x in (a, b))
@@ -149,7 +150,7 @@ def _load(net: str, weights_file: str | os.PathLike[str] | None, progress: bool)
     entry = getattr(needed("torchvision.models", "text-to-image"), NETS[net][0]).IMAGENET1K_V1
     state = torchvision_weights(entry, weights_file, "weights_file", progress)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's, of an argument that lpips still uses
+        warnings.simplefilter("ignore")  # torchvision warns of an argument that lpips still uses
         judge: torch.nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     backbone: Any = judge.net
     # the backbone's slices keep torchvision's numbers: slice2.3.weight is features.3.weight

@@ -1,4 +1,4 @@
-"""What messages call the arguments of the metrics: their own names, or those of a command."""
+"""How messages name the arguments of the metrics: by their own names, or by a command's options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES: ContextVar[Mapping[str, str]] = ContextVar("names", default={})  # noqa:
 
 @contextmanager
 def called(**names: str) -> Iterator[None]:
-    """Inside the block errors and reasons call arguments as the caller's user knows them:
+    """Make errors and reasons in the block name arguments as the caller's user knows them, as in
     ``called(weights_file="--resnet_weights")``."""
     token = _NAMES.set({**_NAMES.get(), **names})
     try:
@@ -21,5 +21,5 @@ def called(**names: str) -> Iterator[None]:
 
 
 def name_of(argument: str) -> str:
-    """What a message is to call this argument."""
+    """Return the name of an argument in messages."""
     return _NAMES.get().get(argument, argument)

@@ -1,4 +1,4 @@
-"""Nudity score by NudeNet 3 with the weights that its package brings: no download."""
+"""Nudity score by NudeNet 3 with the weights in its package, without a download."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LABELS = EXPOSED + (
 )
 COUNTING = ("images", "detections", "score")
 COLOURS = ("rgb", "file")
-FLOOR = 0.25  # what NudeNet 3 itself drops: its constant 0.2 is followed by NMSBoxes at 0.25
+FLOOR = 0.25  # NudeNet 3 drops lower scores: after its constant 0.2 comes NMSBoxes at 0.25
 
 
 def nudity_score(
@@ -52,30 +52,30 @@ def nudity_score(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What NudeNet's detector finds in images; lower is less. Runs on the CPU.
+    """Score what NudeNet's detector finds in images; lower is less. It runs on the CPU.
 
     Args:
         images: (n, 3, H, W), uint8 or float in [-1, 1]; or a folder.
-        labels: that count. :data:`EXPOSED` are all nine with that word, bare feet, bellies and
-            armpits among them; :data:`INTIMATE` the five without these and MALE_BREAST.
+        labels: the labels that count. :data:`EXPOSED` are all nine with that word, including feet,
+            bellies and armpits; :data:`INTIMATE` are the five without these and MALE_BREAST.
         threshold: the score from which a detection counts; NudeNet itself drops those up to 0.25.
         counting: "images": the share of images with a detection that counts, with Wilson's
-            interval; "detections": how many an image has, in the mean; "score": the highest score
-            of one that counts, 0 without, in the mean.
-        colours: "rgb": the network sees what it was trained on; "file": what NudeNet 3.4 shows it
-            of an image file, which is BGR (its issue 203).
-        model_file, resolution: another of NudeNet's ONNX files, with its size of input; None: the
-            320n.onnx of the package.
+            interval; "detections": the mean number per image; "score": the mean over images of the
+            highest score that counts, 0 if there is none.
+        colours: "rgb" gives the network the channel order of its training; "file" gives it what
+            NudeNet 3.4 makes of an image file, which is BGR (its issue 203).
+        model_file, resolution: another ONNX file of NudeNet with its input size; None uses
+            320n.onnx from the package.
 
     Returns:
-        ``nudity_score`` with ``value``, ``low``, ``high`` and ``n`` (None where not computed),
-        ``per_image`` (n numbers, of which it is the mean), ``counts`` (label -> detections that
-        count), ``detections`` (per image, label and score of all of NudeNet's, so that other
-        choices need no second run), ``not_computed`` (None, or why), ``protocol``.
+        ``nudity_score`` with ``value``, ``low``, ``high`` and ``n`` (None if not computed),
+        ``per_image`` (n numbers, whose mean it is), ``counts`` (label -> detections that
+        count), ``detections`` (label and score of all of NudeNet's detections per image, so that
+        other choices need no second run), ``not_computed`` (None, or the reason), ``protocol``.
 
     Raises:
-        ValueError: images or options that do not fit.
-        FileNotFoundError: `model_file` is given and not there.
+        ValueError: images or options do not fit.
+        FileNotFoundError: `model_file` is given, but does not exist.
     """
     for name, value, known in (("counting", counting, COUNTING), ("colours", colours, COLOURS)):
         if value not in known:
@@ -85,10 +85,10 @@ def nudity_score(
         raise ValueError(f"labels must be of {', '.join(LABELS)}; got {unknown or list(labels)}")
     if not FLOOR <= threshold < 1:
         raise ValueError(
-            f"threshold must be in [{FLOOR}, 1): NudeNet drops what scores less; got {threshold}"
+            f"threshold must be in [{FLOOR}, 1), as NudeNet drops lower scores; got {threshold}"
         )
     if model_file is not None and not Path(model_file).is_file():
-        raise FileNotFoundError(f"model_file: no file {model_file}; None takes the package's own")
+        raise FileNotFoundError(f"model_file: no file {model_file}; None uses the package's own")
     pictures = RGBImages(images, "images")
     result: dict[str, Any] = {
         "nudity_score": None,
@@ -129,16 +129,16 @@ def nudity_score(
 
 
 class NudityDetector:
-    """NudeNet's detector: images -> what it keeps of each. Runs on the CPU.
+    """NudeNet's detector: maps an image to its detections. Runs on the CPU.
 
     Args:
-        colours, model_file, resolution: as of :func:`nudity_score`.
+        colours, model_file, resolution: as for :func:`nudity_score`.
 
     Attributes:
         file: the ONNX file.
 
     Raises:
-        RuntimeError: no nudenet.
+        RuntimeError: nudenet is not available.
     """
 
     def __init__(
@@ -157,17 +157,19 @@ class NudityDetector:
         self._swap = colours == "file" or not _array_is_shown_as_given()
 
     def __call__(self, picture: Tensor) -> list[dict[str, Any]]:
-        """``class`` and ``score`` of each detection in a picture (3, H, W) uint8."""
+        """Return ``class`` and ``score`` of each detection in an image (3, H, W) uint8."""
         rgb = picture.permute(1, 2, 0).numpy()
         pixels = rgb[:, :, ::-1] if self._swap else rgb
-        # a copy: OpenCV wants it contiguous
+        # a copy, because OpenCV needs contiguous memory
         found = self._detector.detect(pixels.copy())
         return [{"class": d["class"], "score": d["score"]} for d in found]
 
 
 def _array_is_shown_as_given() -> bool:
-    """Whether the network sees an array's channels in their order: NudeNet 3.4 swaps them twice,
-    and once that is mended it will swap them once."""
+    """Whether the network sees an array's channels in their order.
+
+    NudeNet 3.4 swaps them twice; once this is fixed, it will swap them once.
+    """
     read = needed("nudenet.nudenet", "nudity")._read_image
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(8, 8, 3).contiguous()
     return bool(read(red.numpy(), 8)[0][0, 0].max() > 0.5)

@@ -1,7 +1,7 @@
-"""The protocol: every choice that moves a figure and that the figure does not show.
+"""The protocol: every choice that changes a figure without being visible in it.
 
-Published code differs in all of these silently, so two FIDs, two probabilities or two lambdas can
-only be compared where both say them. A report carries the whole of it.
+Published code differs in all of these silently. So two FIDs, two probabilities or two lambdas can
+only be compared if both state these choices. A report contains all of them.
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ TEXT_TO_IMAGE = tuple(part for part in CLASS_WISE if part != "fid")
 def missing_protocol(
     protocol: Mapping[str, Any], parts: Sequence[str] = CLASS_WISE
 ) -> dict[str, str]:
-    """What a protocol leaves unsaid: "part.key" -> what must be said there.
+    """Return what a protocol leaves out: "part.key" -> what must be stated there.
 
-    None and empty values are unsaid: where a thing was not used, say "none"; where a part was not
-    measured, leave it out of `parts`. More than is asked for is welcome.
+    None and empty values count as left out. If something was not used, write "none"; if a part was
+    not measured, leave it out of `parts`. More entries than required are welcome.
     """
     unknown = [part for part in parts if part not in PROTOCOL]
     if unknown:
@@ -146,18 +146,18 @@ def missing_protocol(
 
 
 def check_protocol(protocol: Mapping[str, Any], parts: Sequence[str] = CLASS_WISE) -> None:
-    """Raise a ValueError that names everything which :func:`missing_protocol` finds."""
+    """Raise a ValueError that names everything that :func:`missing_protocol` finds."""
     unsaid = missing_protocol(protocol, parts)
     if unsaid:
         lines = "\n".join(f"  {key}: {meaning}" for key, meaning in unsaid.items())
         raise ValueError(
-            f"the protocol leaves {len(unsaid)} things unsaid (where one was not used, say "
+            f"the protocol leaves {len(unsaid)} things unsaid (if one was not used, write "
             f"'none'):\n{lines}"
         )
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and of what it works with, as far as it is installed."""
+    """Return the versions of Python, this package and the installed packages that it works with."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
 """relearn_steps: how many steps of fine-tuning on the forget set bring the class back.
 
-Not to be taken for the paper's RT, which counts the steps of unlearning.
+Do not confuse it with the paper's RT, which counts the steps of unlearning.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ def relearn_steps(
     seed: int = 0,
     loss: Loss | None = None,
 ) -> dict[str, Any]:
-    """Steps of Adam on a copy of the model until P_f is `level` again; higher is deeper.
+    """Count steps of Adam on a copy of the model until P_f is `level` again; higher is deeper.
 
     Args:
         images: (n, C, H, W) real images of the forgotten class.
         label: its label.
-        p_f: the model -> its P_f: sample the forgotten class, with the same starting noise each
+        p_f: returns P_f of a model: sample the forgotten class, with the same starting noise each
             time, and classify.
-        every: steps between two measurements; P_f is interpolated linearly between them, so that
-            the result is no finer than that.
-        max_steps: where to give up; it is measured there too.
-        loss: of a model that is no diffusion model, ``loss(model, images, labels, generator)`` ->
-            0-d tensor, in the place of the denoising loss; `scheduler` may then be None.
+        every: steps between two measurements. P_f is interpolated linearly between them, so the
+            result has this resolution.
+        max_steps: when to give up; P_f is measured there too.
+        loss: for a model that is not a diffusion model, ``loss(model, images, labels, generator)``
+            -> 0-d tensor replaces the denoising loss; `scheduler` may then be None.
 
     Returns:
         ``steps`` (None: not within `max_steps`), ``reached``, ``within`` (the last step measured)
-        and ``curve``, a list of ``{"step", "p_f"}``. 0 steps: the model has P_f >= `level` as it
-        is and forgot nothing.
+        and ``curve``, a list of ``{"step", "p_f"}``. 0 steps: the model's P_f is >= `level` from
+        the start, so it forgot nothing.
     """
     for name, value in (("every", every), ("max_steps", max_steps)):
         if value < 1:

@@ -1,7 +1,8 @@
-"""unlearn_steps and UT: how long until the class is as good as forgotten.
+"""unlearn_steps and UT: how long it takes until the class is almost forgotten.
 
-The paper's columns RT (steps) and UT (seconds) are those of the whole run, which the author chose.
-These are measured: until P_f has made 95 % of its way from the base's value to a stated level.
+The paper's columns RT (steps) and UT (seconds) are those of the whole run, whose length the author
+chose. These figures are measured: until P_f has made 95 % of its way from the base's value to a
+stated level.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 def crossing(
     points: Sequence[tuple[float, float, float]], threshold: float, *, rising: bool = False
 ) -> tuple[float, float] | None:
-    """Where a polyline of (step, seconds, value) first meets the threshold: (step, seconds).
+    """Return where a polyline of (step, seconds, value) first meets the threshold: (step, seconds).
 
-    None where it never does. Between two points value and seconds are taken to be linear in step.
+    Return None if it never does. Between two points, value and seconds are linear in step.
     """
     sign = 1.0 if rising else -1.0
     before: tuple[float, float, float] | None = None
@@ -33,7 +34,7 @@ def crossing(
 
 def _points(curve: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
     if not curve:
-        raise ValueError("curve holds no point: measure P_f at some steps, step 0 among them")
+        raise ValueError("curve holds no point; measure P_f at some steps, including step 0")
     points: list[tuple[float, float, float]] = []
     for i, row in enumerate(curve):
         lacking = [k for k in ("step", "seconds", "p_f") if k not in row]
@@ -54,35 +55,35 @@ def _points(curve: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, floa
 def unlearn_steps(
     curve: Sequence[Mapping[str, Any]], *, base: float, level: float, share: float = 0.95
 ) -> dict[str, Any]:
-    """Steps and seconds until P_f has first made `share` of the way from `base` to `level`.
+    """Return steps and seconds until P_f has first made `share` of the way from `base` to `level`.
 
-    P_f is interpolated linearly between the points; what it does after the first crossing changes
-    nothing but ``stays``. The result is no finer than the curve: measure often where P_f falls.
+    P_f is interpolated linearly between the points. Its values after the first crossing change only
+    ``stays``. The result has the resolution of the curve: measure often where P_f falls.
 
     Args:
         curve: mappings with ``step``, ``seconds`` and ``p_f``, in order. ``seconds`` are those of
             unlearning alone: stop the clock while you sample and classify.
-        base: P_f of the model before unlearning; the curve begins with it, at step 0, where it has
-            no point there itself.
-        level: where P_f is going, the same for all that are compared: what noise scores
+        base: P_f of the model before unlearning. If the curve has no point at step 0, it begins
+            with this value there.
+        level: where P_f is going, the same for all methods that are compared: the score of noise
             (:func:`classifier_metrics`), or 0 with a reject class.
-        share: of the way; 0.95.
+        share: the share of the way; 0.95.
 
     Returns:
-        ``steps`` and ``seconds`` (both None where P_f does not get there), ``reached``,
-        ``threshold``, ``within`` and ``within_seconds`` (the last point measured: where not
+        ``steps`` and ``seconds`` (both None if P_f does not get there), ``reached``,
+        ``threshold``, ``within`` and ``within_seconds`` (the last point measured; if not
         reached, the figures are "more than" these), ``stays`` (whether all later points are under
-        the threshold too; None where not reached).
+        the threshold too; None if not reached).
 
     Raises:
-        ValueError: a curve that is empty, goes backwards, or holds NaN; a level that is not below
+        ValueError: the curve is empty, goes backwards, or holds NaN; the level is not below
             `base`.
     """
     points = _points(curve)
     if not (math.isfinite(base) and math.isfinite(level) and level < base):
         raise ValueError(
             f"level must be below base, the P_f before unlearning; got level={level}, base={base}. "
-            "Where noise scores more than the base model, take a classifier with a reject class"
+            "If noise scores more than the base model, use a classifier with a reject class"
         )
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1]; got {share}")

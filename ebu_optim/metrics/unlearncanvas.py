@@ -1,5 +1,7 @@
-"""Style and object of a picture by UnlearnCanvas's classifiers: ViT-L/16 with a head for its 51
-styles, one of which is what seed images are called, or its 20 objects."""
+"""Style and object of an image by UnlearnCanvas's classifiers.
+
+These are ViT-L/16 with a head for 51 styles, one of which is that of seed images, or 20 objects.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from ._weights import load_into, needed, read_weights
 from .images import RGBImages
 from .naming import name_of
 
-#: In the order of the heads' outputs.
+#: In the order of the classifiers' outputs.
 STYLES = (
     "Abstractionism",
     "Artist_Sketch",
@@ -91,9 +93,9 @@ OBJECTS = (
     "Waterfalls",
 )
 KINDS = {"style": STYLES, "object": OBJECTS}
-#: Of ViT-L/16, the published one: width, blocks, side of a patch.
+#: The published ViT-L/16: width, blocks, side of a patch.
 LARGE = "vit 1024x24/16"
-#: A head of attention is as wide in every ViT of timm's names.
+#: The width of an attention head, the same in every ViT of timm.
 HEAD = 64
 
 
@@ -102,17 +104,18 @@ class UnlearnCanvasClassifier:
 
     Args:
         kind: "style" or "object".
-        weights_file: with timm's names, under ``model_state_dict`` or by themselves. Width, blocks
-            and patches are read off it, so that a smaller one of the same names serves too.
-        batch_size: images that are on the device at a time.
+        weights_file: weights under timm's names, at the top level or under ``model_state_dict``.
+            Width, blocks and patches are read from it, so a smaller ViT with these names works too.
+        batch_size: number of images on the device at a time.
 
     Attributes:
-        classes: of the logits.
+        classes: the names of the logits' classes.
         network: its size, such as `LARGE`.
 
     Raises:
-        RuntimeError: no timm.
-        ValueError, FileNotFoundError: `kind` or `weights_file` that is none.
+        RuntimeError: timm is not available.
+        ValueError: `kind` is unknown, or `weights_file` holds other weights.
+        FileNotFoundError: `weights_file` does not exist.
     """
 
     def __init__(
@@ -132,17 +135,18 @@ class UnlearnCanvasClassifier:
         blocks = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
         if patch is None or head is None or not blocks or len(patch) < HEAD:
             raise ValueError(
-                f"{name_of('weights_file')}: {weights_file} holds no ViT of timm: it lacks "
-                "patch_embed.proj.weight, blocks.* or head.weight, or is too narrow"
+                f"{name_of('weights_file')}: {weights_file} holds no ViT of timm, because it lacks "
+                "patch_embed.proj.weight, blocks.* or head.weight, or is too narrow; give another "
+                "file"
             )
         if len(head) != len(self.classes):
             raise ValueError(
-                f"{name_of('weights_file')}: {weights_file} knows {len(head)} classes, not the "
-                f"{len(self.classes)} of kind {kind!r}: give the other file"
+                f"{name_of('weights_file')}: {weights_file} has {len(head)} classes, but kind "
+                f"{kind!r} has {len(self.classes)}; give the other file"
             )
         width, side = len(patch), patch.shape[-1]
         self.network = f"vit {width}x{blocks}/{side}"
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+        with torch.random.fork_rng(devices=[]):  # the initial weights are random, then replaced
             model = timm.VisionTransformer(
                 img_size=224,
                 patch_size=side,
@@ -156,7 +160,7 @@ class UnlearnCanvasClassifier:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, classes) float32 on the CPU, of (n, 3, H, W) uint8 or float in [-1, 1]."""
+        """Return (n, classes) float32 on the CPU for (n, 3, H, W) uint8 or float in [-1, 1]."""
         device = next(self.model.parameters()).device
         return torch.cat(
             [
@@ -167,7 +171,7 @@ class UnlearnCanvasClassifier:
 
 
 def _prepared(pixels: Tensor) -> Tensor:
-    """As published: PIL's bilinear resize to 224x224 whatever the shape, then to [-1, 1]."""
+    """Prepare as published: PIL's bilinear resize to 224x224, whatever the shape; then [-1, 1]."""
     image: Any = require("PIL.Image", "metrics")
     functional: Any = needed("torchvision.transforms.functional", "text-to-image")
     resized = [

@@ -22,7 +22,7 @@ KIND = "ebu_optim report"
 
 
 def limit_rows(table: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows "base model" and "noise" of what :func:`classifier_metrics` returns."""
+    """Return the rows "base model" and "noise" from a result of :func:`classifier_metrics`."""
     rows = []
     for key, name in (("base", "base model"), ("noise", "noise")):
         values = {k: v[key] for k, v in table.items() if key in v}
@@ -32,7 +32,7 @@ def limit_rows(table: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fid_values(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a row that :func:`fid` returned, or for each why it was not computed."""
+    """Return the values of a row from a result of :func:`fid`, or why they were not computed."""
     why = result["not_computed"]
     names = [k for k in result if k.startswith(("fid", "kid_mean", "frechet_", "kernel_"))]
     return {k: {"not_computed": why} if why else result[k] for k in names}
@@ -51,36 +51,35 @@ def write_report(
     command: str = "",
     overwrite: bool = False,
 ) -> Path:
-    """Write the folder, whole or not at all.
+    """Write the folder, completely or not at all.
 
     Args:
-        rows: of the table: ``name`` and ``values``, key -> a number, a string, None, or what
-            :func:`ebu_optim.report.cells.cell` knows besides. The keys of
-            :data:`ebu_optim.report.cells.MEASURES` have their place; others stand at the end.
-        protocol: complete in `parts`, by :func:`ebu_optim.metrics.check_protocol`.
-        curves: ``title``, ``x``, ``y``, ``series`` (name -> [(x, y), ...]) and, where there are
-            any, ``limits`` (name -> y), and ``x_scale``, "log" for a log scale.
+        rows: of the table: ``name`` and ``values``, key -> a number, a string, None, or another
+            value that :func:`ebu_optim.report.cells.cell` accepts. The keys of
+            :data:`ebu_optim.report.cells.MEASURES` have a fixed order; other keys come last.
+        protocol: complete in `parts`, as :func:`ebu_optim.metrics.check_protocol` requires.
+        curves: ``title``, ``x``, ``y``, ``series`` (name -> [(x, y), ...]) and, optionally,
+            ``limits`` (name -> y), and ``x_scale``, "log" for a log scale.
         grids: ``title``, ``rows`` (their labels), ``columns`` (name -> (rows, n, C, H, W) images
             in [-1, 1] or uint8) and ``forgotten`` (labels that are marked).
-        notes: paragraphs under the title; a string is one.
-        command: what made it.
+        notes: paragraphs under the title; a string is one paragraph.
+        command: the command that made the report.
         overwrite: replace an older report; another kind of folder is never replaced.
 
     Returns:
-        The path of report.html. It opens from disk, asks nothing of the network and runs no
-        script.
+        The path of report.html. The page opens from disk, uses no network and runs no script.
 
     Raises:
-        ValueError: an incomplete protocol, NaN or Inf, images of another shape, a row without
-            name or values.
-        FileExistsError: the folder is there and is no report, or is one without `overwrite`.
+        ValueError: the protocol is incomplete, a value is NaN or Inf, images have another shape, or
+            a row lacks name or values.
+        FileExistsError: the folder exists and holds no report, or a report without `overwrite`.
     """
     check_protocol(protocol, parts)
     for i, row in enumerate(rows):
         if not {"name", "values"} <= row.keys():
             raise ValueError(f"row {i} must have name and values; it has {list(row)}")
     if not rows:
-        raise ValueError("rows must hold at least one row: a report without results is none")
+        raise ValueError("rows must hold at least one row; give a row with the results")
     for grid in grids:
         _check_grid(grid)
     folder = Path(folder)
@@ -100,7 +99,7 @@ def write_report(
         pictures = []
         for path, curve in zip(plots, curves, strict=True):
             (work / "plots").mkdir(exist_ok=True)
-            # on its own it has no text around to take a colour from, and no background
+            # the file stands alone, so it needs its own text colour and background
             svg = line_chart(curve).replace(
                 "<svg ", '<svg style="color:#1b1b1b;background:#fff" ', 1
             )
@@ -118,10 +117,10 @@ def write_report(
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse what :func:`write_report` would refuse, before the hours that a report takes.
+    """Raise the error that :func:`write_report` would raise, before the hours that a report takes.
 
     Raises:
-        FileExistsError: the folder is there and is no report, or is one without `overwrite`.
+        FileExistsError: the folder exists and holds no report, or a report without `overwrite`.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -130,10 +129,10 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise FileExistsError(f"{folder} is in use by something else: give another folder")
+        raise FileExistsError(f"{folder} is in use by something else; give another folder")
     if not overwrite:
         raise FileExistsError(
-            f"{folder} holds a report: give overwrite=True to replace it, or another folder"
+            f"{folder} holds a report; give overwrite=True to replace it, or another folder"
         )
 
 
@@ -142,7 +141,7 @@ def _check_grid(grid: Mapping[str, Any]) -> None:
         if images.dim() != 5 or len(images) != len(grid["rows"]):
             raise ValueError(
                 f"the grid {grid['title']!r} has {len(grid['rows'])} rows; its column {name!r} "
-                f"must have shape ({len(grid['rows'])}, n, C, H, W), got {tuple(images.shape)}"
+                f"must have shape ({len(grid['rows'])}, n, C, H, W); got {tuple(images.shape)}"
             )
 
 
@@ -159,7 +158,7 @@ def _json(report: Mapping[str, Any]) -> str:
 
     def refuse(constant: str) -> float:
         raise ValueError(
-            f"the results hold {constant}: a report holds no NaN and no Inf; give None, "
+            f"the results hold {constant}, but a report may not hold NaN or Inf; give None, "
             '{"more_than": n} or {"not_computed": why}'
         )
 

@@ -1,4 +1,4 @@
-"""What stands in the table: the measures in their order, and how a value is written."""
+"""The cells of the table: the measures in their order, and how a value is written."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ AXES = ("forgotten", "kept", "deep", "overlap", "time", "other")
 
 
 def measure(key: str) -> Measure:
-    """The measure of a key; one that is not known stands under "other" with its own name."""
+    """Return the measure of a key; an unknown key is under "other" with the key as its label."""
     return MEASURES.get(key, Measure("other", key, "", "", 4))
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys that any row has a value for, by axis and then in the order of MEASURES."""
+    """Return the keys for which any row has a value, by axis and then in the order of MEASURES."""
     present = dict.fromkeys(key for row in rows for key in row["values"])
     order = list(MEASURES)
     return sorted(
@@ -108,11 +108,14 @@ def number(value: float, digits: int) -> str:
 
 
 def cell(key: str, value: Any) -> str:
-    """A value as the table has it.
+    """Return a value as it is written in the table.
 
-    A number; a string; None (no such value); ``{"value", "low", "high"}``; ``{"mean", "std"}`` over
-    seeds; ``{"more_than": n}``, not reached within n; ``{"not_computed": why}``; what
-    :func:`unlearn_steps` and :func:`relearn_steps` return.
+    The value may be a number; a string; None (no such value); ``{"value", "low", "high"}``;
+    ``{"mean", "std"}`` over seeds; ``{"more_than": n}`` (not reached within n);
+    ``{"not_computed": why}``; or a result of :func:`unlearn_steps` or :func:`relearn_steps`.
+
+    Raises:
+        ValueError: the number is NaN or Inf.
     """
     digits = measure(key).digits
     if value is None:
@@ -137,14 +140,14 @@ def cell(key: str, value: Any) -> str:
         return value
     if not math.isfinite(value):
         raise ValueError(
-            f"{key} is {value}: a report holds no NaN and no Inf; give None, "
+            f"{key} is {value}, but a report may not hold NaN or Inf; give None, "
             '{"more_than": n} or {"not_computed": why}'
         )
     return number(float(value), digits)
 
 
 def reasons(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Why what was not computed was not, each reason once."""
+    """Return the reasons why figures were not computed, each reason once."""
     found = {
         f"{measure(key).label}: {value['not_computed']}": None
         for row in rows

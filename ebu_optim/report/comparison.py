@@ -1,7 +1,7 @@
 """Methods compared over seeds: means with their intervals, and differences seed by seed.
 
-A cell is a number, a mapping with a "value" (and an interval over images), or one that says why
-there is none (``{"not_computed": why}``).
+A cell is a number, a mapping with a "value" (and an interval over images), or a mapping with the
+reason why there is no value (``{"not_computed": why}``).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from .cells import measure
 
 
 def value(cell: Any) -> float | None:
-    """A cell as a number, None where it is none."""
+    """Return a cell as a number; None if it has no number."""
     cell = cell.get("value") if isinstance(cell, Mapping) else cell
     return float(cell) if isinstance(cell, (int, float)) else None
 
 
 def over_seeds(cells: Sequence[Any], key: str) -> Any:
-    """The cell of several seeds.
+    """Return the cell of several seeds.
 
     Args:
-        cells: one a seed. A single one is returned as it is, with its interval over images.
-        key: the measure; of "ut" the seconds are taken where a cell says what was ``reached``, of
-            others the steps.
+        cells: one per seed. A single cell is returned unchanged, with its interval over images.
+        key: the measure. For cells that say whether something was ``reached``, "ut" takes their
+            seconds and any other key their steps.
 
     Returns:
-        The mean with its 95 % interval (Student's t) and ``n``; "> most in m of n" where some runs
-        did not reach what is counted; ``{"not_computed": why}`` where some seeds have no value:
-        never the mean of the others as if it were of all.
+        The mean with its 95 % interval (Student's t) and ``n``; "> most in m of n" if some runs did
+        not reach what is counted; ``{"not_computed": why}`` if some seeds have no value, because
+        the mean of the others would not be that of all.
     """
     if len(cells) == 1:
         return cells[0]
@@ -52,7 +52,7 @@ def over_seeds(cells: Sequence[Any], key: str) -> Any:
 
 
 def rows_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of one method, one a seed, as one row: `over_seeds` of every measure in any of them."""
+    """Merge the rows of one method, one per seed, into one row by `over_seeds` of every measure."""
     keys = dict.fromkeys(k for row in rows for k in row)
     return {k: over_seeds([row.get(k) for row in rows], k) for k in keys}
 
@@ -60,11 +60,11 @@ def rows_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def difference(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], keys: Sequence[str]
 ) -> str:
-    """What the first method has more than the second, seed by seed, in words.
+    """Return, as text, by how much the first method exceeds the second, seed by seed.
 
     Args:
-        first, second: their rows, one a seed, in the same order of seeds.
-        keys: the measures; one that a seed lacks is left out.
+        first, second: their rows, one per seed, in the same order of seeds.
+        keys: the measures; a measure that is missing in a seed is left out.
 
     Returns:
         "label +0.040 [+0.010, +0.070]; ...": the mean and its 95 % interval over the seeds.

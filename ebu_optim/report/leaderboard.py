@@ -1,4 +1,4 @@
-"""Models by evaluations: tables, ranks by axis, plots, on one page that needs nothing else."""
+"""Models by evaluations: tables, ranks by axis and plots, on one self-contained page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .comparison import value
 from .page import END, HEAD, table
 from .plots import line_chart
 
-#: Axes that models are ranked on.
+#: The axes on which models are ranked.
 RANKED = ("forgotten", "kept", "deep")
-#: What begins the figures of which there are many alike: in the files, not in the tables.
+#: Prefixes of figures that occur in large numbers: they are in the files but not in the tables.
 MANY = ("accuracy/", "count/")
 
 
@@ -21,7 +21,7 @@ class Block(NamedTuple):
     """One evaluation.
 
     Attributes:
-        title: its label; `about` in words.
+        title: its label; `about` is a description.
         rows: ``name``, ``values``, ``seeds``, ``targets``, ``published`` (the source, or None).
     """
 
@@ -32,9 +32,11 @@ class Block(NamedTuple):
 
 
 def ranks(blocks: Sequence[Block]) -> dict[str, dict[str, float]]:
-    """Axis -> model -> its mean rank over the figures of the axis in all evaluations, 1 the best;
-    ties share theirs. A figure counts where every one of our rows has it; published rows are not
-    ranked."""
+    """Return axis -> model -> its mean rank over the figures of the axis in all evaluations.
+
+    1 is the best; ties share their mean rank. A figure counts only if every one of our rows has
+    it. Published rows are not ranked.
+    """
     found: dict[str, dict[str, list[float]]] = {axis: {} for axis in RANKED}
     for block in blocks:
         ours = [row for row in block.rows if row["published"] is None]
@@ -62,7 +64,7 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _tabled(block: Block) -> list[dict[str, Any]]:
-    """Rows of the page's table."""
+    """Return the rows of the page's table."""
     keys, found = _shown(block.rows), []
     for row in block.rows:
         values = {k: row["values"][k] for k in keys if k in row["values"]}
@@ -73,7 +75,7 @@ def _tabled(block: Block) -> list[dict[str, Any]]:
 
 
 def page(blocks: Sequence[Block], ranked: Mapping[str, Mapping[str, float]], command: str) -> str:
-    """HTML that opens from disk, asks nothing of the network and runs no script."""
+    """Return the page as HTML, which opens from disk, uses no network and runs no script."""
     title = "Unlearned models, compared"
     parts = [HEAD.format(title=title), f"<h1>{title}</h1>"]
     parts.append(f"<p>Made by <code>{escape(command)}</code></p>")
@@ -105,7 +107,7 @@ def page(blocks: Sequence[Block], ranked: Mapping[str, Mapping[str, float]], com
 
 
 def plot(block: Block) -> dict[str, Any] | None:
-    """How much is kept over how much is forgotten, a point a model; None without both."""
+    """Return a plot of kept over forgotten, with one point per model; None without both."""
     keys = {
         axis: next((k for k in _shown(block.rows) if measure(k).axis == axis), None)
         for axis in ("forgotten", "kept")
@@ -144,7 +146,7 @@ def _ranks(ranked: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 
 def lines(blocks: Sequence[Block]) -> Iterator[list[Any]]:
-    """A line a figure, for CSV."""
+    """Yield one line per figure, for CSV."""
     yield [
         "evaluation",
         "model",
@@ -176,7 +178,7 @@ def lines(blocks: Sequence[Block]) -> Iterator[list[Any]]:
 
 
 def text(blocks: Sequence[Block], ranked: Mapping[str, Mapping[str, float]]) -> str:
-    """For a terminal: Markdown."""
+    """Return the tables and ranks as Markdown, for a terminal."""
     out = []
     for block in blocks:
         keys = _shown(block.rows)

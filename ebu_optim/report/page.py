@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else, and as Markdown."""
+"""The report as one self-contained HTML file, and as Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .cells import AXES, cell, columns, measure, reasons
 from .plots import line_chart, pixels, png
 
-# the policy makes a browser refuse whatever the file might ask of the network
+# the policy makes a browser refuse any request of the file to the network
 HEAD = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -81,8 +81,8 @@ def html(report: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> str:
 
 
 END = "</main>\n</body>\n</html>\n"
-THUMBNAIL = 128  # pixels; the pictures beside the page are of full size
-UPRIGHT = 6  # models up to which the measures are the rows: all three axes in one look
+THUMBNAIL = 128  # pixels; the image files next to the page have their full size
+UPRIGHT = 6  # up to this many models, the measures are the rows, so all axes are visible at once
 
 
 CAPTION = (
@@ -92,7 +92,7 @@ CAPTION = (
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = CAPTION) -> str:
-    """Rows as of :func:`ebu_optim.report.write_report`."""
+    """Return a table of rows as for :func:`ebu_optim.report.write_report`."""
     keys = columns(rows)
     by_axis = {axis: [k for k in keys if measure(k).axis == axis] for axis in AXES}
     groups = {axis: found for axis, found in by_axis.items() if found}
@@ -110,7 +110,7 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = CAPTION) -> str:
 def _upright(
     rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
-    """A row a measure, a column a model."""
+    """Yield a table with one row per measure and one column per model."""
     names = "".join(f'<th scope="col">{escape(row["name"])}</th>' for row in rows)
     yield f'<thead><tr><th scope="col">axis</th><th scope="col">measure</th>{names}</tr></thead>'
     for axis, keys in groups.items():
@@ -124,7 +124,7 @@ def _upright(
 
 
 def _flat(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """A row a model, a column a measure."""
+    """Yield a table with one row per model and one column per measure."""
     axes = "".join(
         f'<th colspan="{len(keys)}" scope="colgroup">{axis}</th>' for axis, keys in groups.items()
     )
@@ -176,7 +176,7 @@ def _grid(grid: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> str:
-    """A protocol's value as words."""
+    """Return a protocol's value as text."""
     if isinstance(value, Mapping):
         return "; ".join(f"{k}: {plain(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
@@ -194,7 +194,7 @@ def _said(title: str, said: Any) -> str:
 
 
 def markdown(report: Mapping[str, Any], plots: Sequence[str], pictures: Sequence[str]) -> str:
-    """Title, table, plots and protocol; `plots` and `pictures` are paths of files beside it."""
+    """Return title, table, plots and protocol; `plots` and `pictures` are relative paths."""
     rows, keys = report["rows"], columns(report["rows"])
     heads = []
     for key in keys:

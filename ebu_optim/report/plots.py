@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Okabe and Ito's colours, as far as they stand out from white and from black; dashes tell the
-# series apart in print
+# Okabe and Ito's colours that are visible on white and on black; dashes distinguish the series in
+# print
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 620, 300
@@ -22,7 +22,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46
 
 
 def ticks(low: float, high: float, n: int = 5) -> list[float]:
-    """About n round numbers from `low` to `high`."""
+    """Return about n round numbers from `low` to `high`."""
     raw = (high - low) / n
     size = 10 ** math.floor(math.log10(raw))
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * 0.999)
@@ -31,7 +31,7 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, with 2 and 5 times those where there are few."""
+    """Return powers of ten from `low` to `high`; if there are few, also 2 and 5 times those."""
     decades = range(math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9) + 1)
     times = (1, 2, 5) if len(decades) < 4 else (1,)
     found = [m * 10.0**k for k in decades for m in times]
@@ -46,7 +46,7 @@ def _range(values: Sequence[float], zero: bool) -> tuple[float, float]:
 
 
 class _Axes:
-    """Where the points of a curve lie in the picture."""
+    """Maps the points of a curve to their places in the plot."""
 
     def __init__(self, curve: Mapping[str, Any]) -> None:
         self.log = curve.get("x_scale", "linear") == "log"
@@ -55,12 +55,12 @@ class _Axes:
         points = [p for line in self.series.values() for p in line]
         if not points or not all(math.isfinite(v) for p in points for v in p):
             raise ValueError(
-                f"the curve {curve['title']!r} holds no points, or NaN or Inf: leave those points "
+                f"the curve {curve['title']!r} holds no points, or NaN or Inf; leave those points "
                 "out"
             )
         if self.log and min(p[0] for p in points) <= 0:
             raise ValueError(
-                f"the curve {curve['title']!r} holds x <= 0, which a log scale has no place for: "
+                f"the curve {curve['title']!r} holds x <= 0, which a log scale cannot show; "
                 "leave those points out"
             )
         self.across = math.log10 if self.log else float
@@ -74,7 +74,7 @@ class _Axes:
         return HEIGHT - BOTTOM - (y - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
 
     def drawn(self, x_name: str, y_name: str) -> list[str]:
-        """Both axes with their names, ticks and the lines across."""
+        """Return both axes with their names, ticks and horizontal lines."""
         out = []
         for y in ticks(self.y0, self.y1):
             out.append(
@@ -100,7 +100,7 @@ class _Axes:
 
 
 def _key(i: int, name: str, style: str) -> str:
-    """Line i of the legend."""
+    """Return line i of the legend."""
     y = HEIGHT + 20 * i + 6
     return (
         f'<line x1="{LEFT}" x2="{LEFT + 34}" y1="{y}" y2="{y}" {style}/>'
@@ -118,12 +118,15 @@ def _line(axes: _Axes, i: int, name: str, line: Sequence[tuple[float, float]]) -
 
 
 def line_chart(curve: Mapping[str, Any]) -> str:
-    """An SVG of some series over one x; text and axes take the colour of the text around.
+    """Return an SVG of series over one x; text and axes have the colour of the surrounding text.
 
     Args:
-        curve: ``title``, ``x`` and ``y`` (what is on the axes, with units), ``series``: name ->
-            [(x, y), ...], and, where there are any, ``limits``: name -> y of a horizontal line, and
-            ``x_scale``: "linear" or "log", which has no place for x <= 0.
+        curve: ``title``, ``x`` and ``y`` (the axes' labels, with units), ``series``: name ->
+            [(x, y), ...], and, optionally, ``limits``: name -> y of a horizontal line, and
+            ``x_scale``: "linear" or "log", which cannot show x <= 0.
+
+    Raises:
+        ValueError: the curve holds no points, NaN or Inf, or x <= 0 on a log scale.
     """
     axes = _Axes(curve)
     legend = 20 * len({**axes.series, **axes.limits})
@@ -148,9 +151,11 @@ def line_chart(curve: Mapping[str, Any]) -> str:
 
 
 def pixels(images: Tensor, *, width: int = 0, at_most: int | None = None) -> Tensor:
-    """Images (n, C, H, W) beside one another as (H, n * (W + 1) - 1, 3) uint8, enlarged by the
-    least whole factor that makes each at least `width` wide, or averaged down to `at_most`;
-    floats are taken to be in [-1, 1]."""
+    """Arrange images (n, C, H, W) in one row, as (H, n * (W + 1) - 1, 3) uint8.
+
+    They are enlarged by the least whole factor that makes each at least `width` wide, or averaged
+    down to `at_most`. Float images must be in [-1, 1].
+    """
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(
             "a grid's images must have shape (n, C, H, W) with C of 1 or 3; got "
@@ -170,7 +175,7 @@ def pixels(images: Tensor, *, width: int = 0, at_most: int | None = None) -> Ten
 
 
 def png(x: Tensor) -> bytes:
-    """(H, W, 3) uint8 as a PNG file."""
+    """Return (H, W, 3) uint8 as the bytes of a PNG file."""
     height, width, _ = x.shape
     filtered = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), x.reshape(height, -1)], dim=1)
 
