@@ -7,15 +7,26 @@ A figure stands between two comments:
 
     <!--=evidence.json: runs/#count ; d-->352<!--/-->
 
-The file is in docs/evidence, or it is a report in docs/results (`digits/table6-full-replay`). The
-path goes down by keys, and by
+The file is in docs/evidence, or it is a report in docs/results (`digits/table6-full-replay`), or
+the differences that such a report lists (`digits/table6-full-replay/differences`: `EBU added minus
+SA/RA`). The path goes down by keys, and by
 
     [method=joint,options/gamma!=100]  the one item of a list of which this is true
     *[method=joint]  or  *             every such item: the rest of the path is applied to each
     #count #sum #mean #sd #min #max    last, of many
 
-The format is Python's; `/ 2**30` or `* 100` after it scales the value first. A line must not begin
-with a comment, which Markdown would take for a block of HTML.
+`path - path` is a difference and `path / path` a ratio. The format is Python's; `/ 2**30` or
+`* 100` after it scales the value first, and a last `±` or `[]` adds the interval that the report
+has. A line must not begin with such a comment, which Markdown would take for a block of HTML.
+
+A table stands between two lines of their own:
+
+    <!--table=digits/table6-full-replay: rows/[name={}]/values/ ; p_f_reject .3f ; ce_f .2f-->
+    <!--/table-->
+
+The header and the first cell of each row are the page's. Each column's key is added to the path, in
+which `{}` is that cell. A value is written with its interval, where it has one. Without a path the
+whole results.md of the report stands there.
 """
 
 from __future__ import annotations
@@ -34,7 +45,19 @@ PAGES = sorted(DOCS.glob("*.md"))
 FIGURE = re.compile(
     r"(<!--=(?P<file>[^:]+): (?P<path>.+?) ; (?P<format>.+?)-->)(?P<said>.*?)(<!--/-->)", re.DOTALL
 )
-SCALE = re.compile(r"^(?P<spec>\S+)(?: (?P<sign>[*/]) (?P<base>\d+)(?:\*\*(?P<power>\d+))?)?$")
+TABLE = re.compile(
+    r"^(?P<open><!--table=(?P<file>[^:\n]+?)(?:: (?P<path>[^\n]+?) ; (?P<columns>[^\n]+))?-->\n)(?P<said>.*?)"
+    r"^(?P<close><!--/table-->)$",
+    re.DOTALL | re.MULTILINE,
+)
+FORMAT = re.compile(
+    r"^(?P<spec>\S+?)(?: (?P<sign>[*/]) (?P<base>-?\d+)(?:\*\*(?P<power>\d+))?)?"
+    r"(?: (?P<interval>±|\[\]))?$"
+)
+DIFFERENCES = re.compile(
+    r"^(?:- )?(?P<pair>.+ minus .+?)(?: \(\d+ seeds\))?: (?P<all>.+)$", re.MULTILINE
+)
+DIFFERENCE = re.compile(r"(\S[^;]*?) ([+-]\d\S*) \[(\S+), (\S+)\](?:[;,] )?")
 OF_MANY: dict[str, Callable[[list[Any]], Any]] = {
     "#count": len,
     "#sum": sum,
@@ -47,11 +70,23 @@ OF_MANY: dict[str, Callable[[list[Any]], Any]] = {
 
 @cache
 def content(name: str) -> Any:
-    """A JSON file of docs/evidence, or a report of docs/results."""
-    file = DOCS / "evidence" / name
-    if file.suffix != ".json":
-        file = DOCS / "results" / name / "results.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+    """A JSON file of docs/evidence, a report of docs/results, or the differences it lists."""
+    if name.endswith(".json"):
+        return json.loads((DOCS / "evidence" / name).read_text(encoding="utf-8"))
+    if name.endswith("/differences"):
+        page = report(name.removesuffix("/differences"), "results.md")
+        return {
+            line["pair"]: {
+                measure: {"value": float(value), "low": float(low), "high": float(high)}
+                for measure, value, low, high in DIFFERENCE.findall(line["all"])
+            }
+            for line in DIFFERENCES.finditer(page)
+        }
+    return json.loads(report(name, "results.json"))
+
+
+def report(name: str, file: str) -> str:
+    return (DOCS / "results" / name / file).read_text(encoding="utf-8")
 
 
 def matches(item: Any, conditions: str) -> bool:
@@ -100,20 +135,76 @@ def look_up(value: Any, path: str) -> Any:
 
 def text(file: str, path: str, how: str) -> str:
     """A figure as the page shows it."""
-    value = look_up(content(file), path)
-    if isinstance(value, dict):  # of a report: a value with its interval
-        value = value["value"]
-    scale = SCALE.match(how)
-    if scale is None:
+    first, sign, second = re.match(r"(.+?)(?: ([-/]) (.+))?$", path).groups()  # type: ignore[union-attr]
+    value = look_up(content(file), first)
+    if second:
+        one, other = bare(value), bare(look_up(content(file), second))
+        value = one - other if sign == "-" else one / other
+    return shown(value, how)
+
+
+def bare(value: Any) -> float:
+    """The number of a report's value, without its interval; steps, where it is an event."""
+    if isinstance(value, dict):
+        return value["value"] if "value" in value else value["steps"]
+    return value
+
+
+def shown(value: Any, how: str) -> str:
+    """A value in a format."""
+    form = FORMAT.match(how)
+    if form is None:
         raise ValueError(f"no format: {how}")
-    if scale["sign"]:
-        by = int(scale["base"]) ** int(scale["power"] or 1)
-        value = value * by if scale["sign"] == "*" else value / by
-    return format(value, scale["spec"])
+    by = float(int(form["base"] or 1) ** int(form["power"] or 1))
+    by = 1 / by if form["sign"] == "/" else by
+    said = format(bare(value) * by if form["sign"] else bare(value), form["spec"])
+    if form["interval"] is None:
+        return said
+    low, high = sorted((value["low"] * by, value["high"] * by))
+    spec = form["spec"].replace("+", "")
+    if form["interval"] == "±":
+        return f"{said} ± {(high - low) / 2:{spec}}"
+    return f"{said} [{low:{spec}}, {high:{spec}}]"
+
+
+def cell(file: str, path: str, spec: str) -> str:
+    """What a table says: a number, its interval, a word, or that there is none."""
+    key = path.rpartition("/")[2]
+    try:
+        value = look_up(content(file), path)
+    except KeyError as missing:
+        if missing.args[0] != key:  # there is no such row
+            raise
+        return "-"
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else shown(value, spec)
+    if "not_computed" in value:
+        return "not computed"
+    if "reached" in value:
+        what, within = ("seconds", "within_seconds") if key == "ut" else ("steps", "within")
+        return shown(value[what], spec) if value["reached"] else f"> {shown(value[within], spec)}"
+    return shown(value, f"{spec} ±" if "low" in value else spec)
+
+
+def table(match: re.Match[str]) -> str:
+    """A table with its cells."""
+    if match["path"] is None:
+        page = report(match["file"], "results.md").strip()
+        return f"{match['open']}\n{page}\n\n{match['close']}"
+    columns = [column.rsplit(" ", 1) for column in match["columns"].split(" ; ")]
+    lines = match["said"].strip().splitlines()
+    rows = lines[:2]
+    for line in lines[2:]:
+        label = line.split("|")[1].strip()
+        paths = [(match["path"] + key).replace("{}", label) for key, _ in columns]
+        cells = [cell(match["file"], paths[i], spec) for i, (_, spec) in enumerate(columns)]
+        rows.append(f"| {' | '.join([label, *cells])} |")
+    return "\n".join([match["open"], *rows, "", match["close"]])
 
 
 def filled(page: str) -> str:
-    """A page with its figures."""
+    """A page with its figures and tables."""
+    page = TABLE.sub(table, page)
     return FIGURE.sub(lambda m: f"{m[1]}{text(m['file'], m['path'], m['format'])}<!--/-->", page)
 
 
@@ -125,12 +216,20 @@ def wrong(page: Path) -> list[str]:
         for m in FIGURE.finditer(said)
         if (now := text(m["file"], m["path"], m["format"])) != m["said"]
     ]
-    if len(FIGURE.findall(said)) != said.count("<!--="):
-        found.append(f"{page.name}: a figure is not written as docs/figures.py says")
+    for m in TABLE.finditer(said):
+        as_it_is, lines = m[0].splitlines(), table(m).splitlines()
+        found += [
+            f"{page.name}: not of {m['file']}: {line}" for line in as_it_is if line not in lines
+        ]
+        if as_it_is != lines and not found:
+            found.append(f"{page.name}: the table of {m['file']} has other lines")
+    for pattern, opening in ((FIGURE, "<!--="), (TABLE, "<!--table=")):
+        if len(pattern.findall(said)) != said.count(opening):
+            found.append(f"{page.name}: a {opening} is not written as docs/figures.py says")
     found += [
         f"{page.name}: a line begins with a comment: {line}"
         for line in said.splitlines()
-        if line.lstrip().startswith("<!--")
+        if line.lstrip().startswith("<!--") and not re.fullmatch("<!--/?table.*-->", line)
     ]
     return found
 
