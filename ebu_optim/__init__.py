@@ -1,4 +1,4 @@
-"""Unlearning for generative models: a wrapper round any torch optimizer, and what goes with it."""
+"""Unlearning for generative models: a wrapper around any torch optimizer, with its tools."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -404,7 +404,7 @@ def test_what_cannot_be_computed_says_which_option_helps(tiny, tmp_path, monkeyp
         why = found["values"][key]["not_computed"]
         assert why.startswith("not computed, because the ")
         assert "Name or service not known" in why
-        assert f": give {option}=" in why
+        assert f"; give {option}=" in why
     assert 'clip_score: {"not_computed"' in capsys.readouterr().out
 
 

@@ -683,7 +683,7 @@ def test_a_hub_that_is_not_reached(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with refused(monkeypatch, "nobody/nothing is not a folder here, and the hub does not provide it"):
+    with refused(monkeypatch, "nobody/nothing is not a folder here, and the hub does not"):
         models.load_unet("nobody/nothing")
     datasets = pytest.importorskip("datasets", reason="the hub's data sets need datasets")
 
@@ -741,7 +741,7 @@ def test_a_classifier_with_other_classes(made, monkeypatch):
         models.load_classifier(made / "judge", ["cat", "dog"])
     with refused(monkeypatch, "is no classifier"):
         models.load_classifier(made / "base", ["cat", "dog"])
-    with refused(monkeypatch, "is no model of train.py"):
+    with refused(monkeypatch, "is not a model of train.py"):
         models.load_unet(str(made / "judge"))
 
 

@@ -130,7 +130,7 @@ def load_unet(name: str, weights: str = "trained") -> tuple[UNet2DModel, DDPMSch
     for needed in (part / "config.json", folder / "classes.json"):
         if not needed.is_file():
             hint = " (it was trained without --use_ema)" if weights == "ema" else ""
-            raise InputError(f"{folder} is no model of train.py: {needed} is missing{hint}")
+            raise InputError(f"{folder} is not a model of train.py: {needed} is missing{hint}")
     info = json.loads((folder / "classes.json").read_text())
     scheduler = load_scheduler(folder)
     model = whole_model(UNet2DModel, part, torch_dtype=torch.float32)
@@ -227,7 +227,7 @@ def load_classifier(folder: Path, classes: Iterable[str]) -> tuple[Classifier, d
         info = json.loads((folder / "classifier.json").read_text())
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is no classifier of train_classifier.py: {error}") from error
+        raise InputError(f"{folder} is not a classifier of train_classifier.py: {error}") from error
     ours = list(classes)
     if info["classes"] != ours:
         raise InputError(

@@ -32,7 +32,7 @@ from .relabel import next_class, relabel_loss
 
 REMEMBER_LOSS = (
     "Remember loss: replayed pairs, the frozen model's predictions on them (distillation), or "
-    "these with conditions drawn anew (crossed distillation)."
+    "these under newly drawn conditions (crossed distillation)."
 )
 
 
