@@ -46,7 +46,8 @@ FIGURE = re.compile(
     r"(<!--=(?P<file>[^:]+): (?P<path>.+?) ; (?P<format>.+?)-->)(?P<said>.*?)(<!--/-->)", re.DOTALL
 )
 TABLE = re.compile(
-    r"^(?P<open><!--table=(?P<file>[^:\n]+?)(?:: (?P<path>[^\n]+?) ; (?P<columns>[^\n]+))?-->\n)(?P<said>.*?)"
+    r"^(?P<open><!--table=(?P<file>[^:\n]+?)(?:: (?P<path>[^\n]+?) ; (?P<columns>[^\n]+))?-->\n)"
+    r"(?P<said>.*?)"
     r"^(?P<close><!--/table-->)$",
     re.DOTALL | re.MULTILINE,
 )
