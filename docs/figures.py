@@ -13,7 +13,7 @@ SA/RA`). The path goes down by keys, and by
 
     [method=joint,options/gamma!=100]  the one item of a list of which this is true
     *[method=joint]  or  *             every such item: the rest of the path is applied to each
-    #count #sum #mean #sd #min #max    last, of many
+    #count #sum #mean #sd #min #max    last, of many; #spread: the mean ± the standard deviation
 
 `path - path` is a difference and `path / path` a ratio. The format is Python's; `/ 2**30` or
 `* 100` after it scales the value first, and a last `±` or `[]` adds the interval that the report
@@ -25,8 +25,9 @@ A table stands between two lines of their own:
     <!--/table-->
 
 The header and the first cell of each row are the page's. Each column's key is added to the path, in
-which `{}` is that cell. A value is written with its interval, where it has one. Without a path the
-whole results.md of the report stands there.
+which `{}` is that cell. A value is written with its interval, where it has one. Where the first
+cells are no keys, ` by p_f .3f, relearn_steps .0f` at the end has what `{}` is in each row, and the
+row's format. Without a path the whole results.md of the report stands there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ FIGURE = re.compile(
     r"(<!--=(?P<file>[^:]+): (?P<path>.+?) ; (?P<format>.+?)-->)(?P<said>.*?)(<!--/-->)", re.DOTALL
 )
 TABLE = re.compile(
-    r"^(?P<open><!--table=(?P<file>[^:\n]+?)(?:: (?P<path>[^\n]+?) ; (?P<columns>[^\n]+))?-->\n)"
+    r"^(?P<open><!--table=(?P<file>[^:\n]+?)(?:: (?P<path>[^\n]+?) ; (?P<columns>[^\n]+?)"
+    r"(?: by (?P<rows>[^\n]+))?)?-->\n)"
     r"(?P<said>.*?)"
     r"^(?P<close><!--/table-->)$",
     re.DOTALL | re.MULTILINE,
@@ -66,7 +68,12 @@ OF_MANY: dict[str, Callable[[list[Any]], Any]] = {
     "#sd": statistics.stdev,
     "#min": min,
     "#max": max,
+    "#spread": lambda values: spread(statistics.mean(values), statistics.stdev(values)),
 }
+
+
+def spread(mean: float, sd: float) -> dict[str, float]:
+    return {"value": mean, "low": mean - sd, "high": mean + sd}
 
 
 @cache
@@ -192,14 +199,19 @@ def table(match: re.Match[str]) -> str:
     if match["path"] is None:
         page = report(match["file"], "results.md").strip()
         return f"{match['open']}\n{page}\n\n{match['close']}"
+    head, rule, *lines = match["said"].strip().splitlines()
     columns = [column.rsplit(" ", 1) for column in match["columns"].split(" ; ")]
-    lines = match["said"].strip().splitlines()
-    rows = lines[:2]
-    for line in lines[2:]:
-        label = line.split("|")[1].strip()
-        paths = [(match["path"] + key).replace("{}", label) for key, _ in columns]
-        cells = [cell(match["file"], paths[i], spec) for i, (_, spec) in enumerate(columns)]
-        rows.append(f"| {' | '.join([label, *cells])} |")
+    by = [row.rsplit(" ", 1) for row in match["rows"].split(", ")] if match["rows"] else None
+    rows = [head, rule]
+    for i, line in enumerate(lines):
+        labels = [label.strip() for label in line.strip("|").split("|")]
+        labels = labels[: head.count("|") - 1 - len(columns)]
+        cells = []
+        for column in columns:
+            row, form = by[i] if by else (labels[0], column[1])
+            key = " ".join(column) if by else column[0]
+            cells.append(cell(match["file"], (match["path"] + key).replace("{}", row), form))
+        rows.append(f"| {' | '.join([*labels, *cells])} |")
     return "\n".join([match["open"], *rows, "", match["close"]])
 
 

@@ -265,7 +265,7 @@ BY_HAND = {
     "results.md": {
         "a mark, a setting or a version": [
             "torch 2.14.1",
-            "0.03 and 0.3. The relearner",
+            "adversaries), 0.03 and 0.3",
             r"$P_f \le 0.03$, 0.96 on what",
             'by more than 0.01"',
             "learning rates of 0.03, 0.1",
