@@ -148,32 +148,34 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):
             }
         )
 
-    with refused(r"--protocol 'imagenet': there is .*; near are imagenette"):
+    with refused(r"--protocol 'imagenet': no such protocol.*; did you mean imagenette"):
         given(protocol=["imagenet"])
-    with refused(r"--forget 'dog' is no class of Imagenette: there is tench"):
+    with refused(r"--forget 'dog' is no class of Imagenette: give one of tench"):
         given(forget=["dog"])
-    with refused(r"--forget: name the class of Imagenette that is to be gone"):
+    with refused(r"--forget: name the class of Imagenette that the model should have forgotten"):
         given(forget=[])
-    with refused(r"--change 'batch=1': there is sampler, steps, guidance"):
+    with refused(
+        r"--change 'batch=1': give KEY=VALUE, where KEY is one of sampler, steps, guidance"
+    ):
         given(change=["batch=1"])
     with refused(r"--change 'steps=0' is too small"):
         given(change=["steps=0"])
-    with refused(r"--change 'steps=many': 'many' is no number"):
+    with refused(r"--change 'steps=many': 'many' is not a number"):
         given(change=["steps=many"])
-    with refused(r"--change 'sampler=euler': there is lms, ddim, pndm, dpm"):
+    with refused(r"--change 'sampler=euler': sampler must be one of lms, ddim, pndm, dpm"):
         given(change=["sampler=euler"])
-    with refused(r"--files clip=...: these protocols read resnet50"):
+    with refused(r"--files clip=...: these protocols only read resnet50"):
         given(files=["clip=a"])
     with refused(r"--files resnet50=nowhere: there is no such file"):
         given(files=["resnet50=nowhere"])
     with refused(r"needs UCE's prompts, data/imagenette.csv of https://.*--files uce_imagenette="):
         given(protocol=["imagenette-uce"])
-    with refused("MODEL: name a model, or the --base alone"):
+    with refused("MODEL is missing: give a model, or only a --base"):
         given(pretrained_model_name_or_path=[])
     with refused("--first must be >= 1; got 0"):
         given(first=0)
     if not torch.cuda.is_available():
-        with refused("imagenette-rece takes its noise from a CUDA generator"):
+        with refused("imagenette-rece draws its noise with a CUDA generator"):
             given(protocol=["imagenette-rece"])
     assert not (tmp_path / "o").exists()
 
@@ -817,7 +819,7 @@ def test_a_classifier_of_transformers_looks_through_its_own_preprocessing(tmp_pa
     with torch.no_grad():
         order = model(pixels).logits[0].argsort(descending=True).tolist()
     assert judge.look([x], [], []) == [[names[i] for i in order]]
-    with refused("--files artists-129: .* holds no image classifier"):
+    with refused("--files artists-129: .* has no image classifier"):
         judges.open_judge("artists-129", {"artists-129": tmp_path}, "cpu")
     said = judges.open_judge("artists-129", {}, "cpu")
     assert said.startswith("not computed: the classifier is not given: --files artists-129=FOLDER")

@@ -116,7 +116,7 @@ def test_a_judge_of_other_classes_is_refused_before_anything_is_drawn(tiny, tmp_
     for name in ("content", "style"):
         state = Network(3).state_dict()
         save_tensors(tmp_path / f"{name}.safetensors", state, {"classes": ["a", "b", "c"]})
-    with pytest.raises(InputError, match=r"knows the classes \['a', 'b', 'c'\], this world has"):
+    with pytest.raises(InputError, match=r"has the classes \['a', 'b', 'c'\], this world has"):
         run(
             tmp_path / "o",
             tiny,
@@ -152,7 +152,7 @@ def test_pictures_that_are_gone_or_damaged(tiny, tmp_path, calls):
     assert run(tmp_path, *given) == rows
     assert len(calls) == 1
     second.write_bytes(second.read_bytes()[:100])
-    with pytest.raises(InputError, match=f"{second.name}.*: delete it, and it is drawn again"):
+    with pytest.raises(InputError, match=f"{second.name}.*: delete it to draw it again"):
         run(tmp_path, *given)
     second.unlink()
     assert run(tmp_path, *given) == rows

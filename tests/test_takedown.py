@@ -484,7 +484,7 @@ def test_presets_are_what_they_say():
         (["forget", "m", "-o", "o"], "required: CONCEPT"),
         (["forget", "m", "cat"], "required: --output_dir"),
         (["forget", "m.ckpt", "cat", "-o", "o"], "m.ckpt"),
-        (["forget", "m", "cat", "-o", "o", "--as", "cat", "--plan"], "m is no folder here"),
+        (["forget", "m", "cat", "-o", "o", "--as", "cat", "--plan"], "m is not a local folder"),
         (["forget", "m", "cat", "-o", "o", "--vae", "v.safetensors"], "--vae v.safetensors"),
         (["forget", "m", "cat", "-o", "o", "--save_as", "kohya"], "--save_as kohya"),
         (["forget", "m", "cat", "-o", "o", "--sign_key", "k.pem"], "--sign_key k.pem"),

@@ -102,7 +102,7 @@ def test_a_lora_of_another_base(made, refused, tmp_path):
         (["cat", "--keep", "a dog " * 20], ["--keep", "tokens", "shorten it"]),
         (
             ["cat", "--keep", "a dog", "--as", "cat"],
-            ["--as", "is also a prompt to forget", "take it"],
+            ["--as", "is also a prompt to forget", "remove it"],
         ),
         (["cat", "--keep", "a dog", "--as", "CAT"], ["--as", "CAT", "is also a prompt to forget"]),
         (["cat", "--keep", "a dog", "a photo of Cat"], ["--keep 'a photo of Cat'", "remove it"]),
@@ -187,7 +187,10 @@ def test_the_hub_says_no(refused, monkeypatch):
     from .test_examples_stable_diffusion import hub_error
 
     for error, said in (
-        (ConnectionError("no route"), ["a/b", "no folder here", "Without a network give a folder"]),
+        (
+            ConnectionError("no route"),
+            ["a/b", "not a local folder", "Without a network give a folder"],
+        ),
         (hub_error("GatedRepoError"), ["a/b is gated", "licence", "auth login"]),
         (hub_error("RepositoryNotFoundError"), ["a/b is neither a folder", "check the name"]),
         (hub_error("RevisionNotFoundError"), ["a/b has no --revision gone"]),

@@ -1,5 +1,6 @@
-"""Whose numbers do mine stand beside? Published evaluations by name: one file each, which says
-what is drawn, who judges and how it is counted."""
+"""Published evaluations by name, so that figures can be compared with those of papers.
+
+Each has one file, which says what is drawn, which judge is used and how the figures are counted."""
 
 from .._extras import require
 

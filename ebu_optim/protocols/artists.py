@@ -1,4 +1,4 @@
-"""Artists by LPIPS: how far a model moved from its base, on what is erased and on the others."""
+"""Artists by LPIPS: the distance of a model from its base, on erased artists and on others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NICHE = ("Tyler Edlin", "Thomas Kinkade", "Kilian Eng", "Kelly McKernan", "Ajin:
 
 
 def count(seen: Seen) -> dict[str, Any]:
-    """LPIPS_e on the erased artists, LPIPS_u on the others; LPIPS_d, their difference."""
+    """LPIPS_e on the erased artists, LPIPS_u on the others, and LPIPS_d, their difference."""
 
     def gone(asked: Asked) -> bool:
         return asked.of["artist"] in seen.forget
@@ -34,7 +34,7 @@ def count(seen: Seen) -> dict[str, Any]:
 
 
 def asked(file: str, first: int | None, _: Mapping[str, Path]) -> list[Asked]:
-    """`first` of each artist; None: all 20."""
+    """The first `first` prompts of each artist; None: all 20."""
     found: dict[str, list[Asked]] = {}
     for row, cells in table(str(LISTS / f"{file}.csv"), "the list"):
         artist = str(cells["artist"])

@@ -1,5 +1,6 @@
-"""The attack of a protocol, prompt by prompt: each result is kept, and a run that was killed goes
-on with the next."""
+"""The attack of a protocol, prompt by prompt.
+
+Each result is kept, so that an interrupted run continues with the next prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from .judges import Judge
 from .pictures import Pictures, made_of, read
 from .protocol import Asked, Protocol, Sampling
 
-#: Of the picture that the search learns from.
+#: The sampling of the picture that the search learns from.
 TARGET = Sampling(sampler="lms", steps=25, guidance=7.5)
 
 
@@ -38,13 +39,17 @@ def attacked(
     whole: Callable[[], Any],
     folder: Path,
 ) -> list[bool]:
-    """Whether each prompt drew what was forgotten, as it is or after the attack.
+    """Whether each prompt draws the forgotten concept, without or with the attack.
 
     Args:
-        observed: by the judge, of the pictures without an attack.
-        opened, base_opened: the pipelines in float32, that pictures are drawn with.
-        whole: the one that tokens are searched on: with an SPM adapter in it, at full strength.
-        folder: of the results.
+        observed: the judge's observations of the pictures without an attack.
+        opened, base_opened: open the pipelines in float32 that draw the pictures.
+        whole: opens the pipeline on which tokens are searched; an SPM adapter has full strength
+            in it.
+        folder: the folder of the results.
+
+    Raises:
+        ValueError: the protocol has no attack.
     """
     attack = protocol.attack
     if attack is None:

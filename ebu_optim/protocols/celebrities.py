@@ -1,5 +1,6 @@
-"""Celebrities, as MACE erases them: 200 names, judged by GIPHY's detector, which is not built in:
-the pictures are drawn, the figures are not computed."""
+"""Celebrities as in MACE: 200 names, judged by GIPHY's detector.
+
+The detector is not built in: the pictures are drawn, but the figures are not computed."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ NAMES = (
 
 
 def count(seen: Seen) -> dict[str, Any]:
-    """Acc: top-1 hits among images with a face, on the erased and on the kept; H_c, the harmonic
-    mean of 1 - Acc_e and Acc_s. An observation is the name on top, or None without a face."""
+    """Acc_e and Acc_s: top-1 accuracy among images with a face, on erased and on kept names; H_c,
+    the harmonic mean of 1 - Acc_e and Acc_s.
+
+    An observation is the top name, or None without a face."""
 
     def accuracy(gone: bool, found: Sequence[Any]) -> float | None:
         of = [
@@ -46,7 +49,7 @@ def count(seen: Seen) -> dict[str, Any]:
 
 
 def asked(seeds: Sequence[int] | None, files: Mapping[str, Path]) -> list[Asked]:
-    """Each prompt with each of the seeds; None: with the row's."""
+    """Each prompt with each of the seeds; None: with the row's seed."""
     found = []
     for row, cells in table(str(files["celebrities"]), "--files celebrities"):
         of = {"name": str(cells.get("concept") or cells.get("name") or "")}
@@ -57,7 +60,7 @@ def asked(seeds: Sequence[int] | None, files: Mapping[str, Path]) -> list[Asked]
 
 def names(given: Sequence[str]) -> list[str]:
     if not given:
-        raise InputError("--forget: name the celebrities that are to be gone")
+        raise InputError("--forget: name the celebrities that the model should have forgotten")
     return list(given)
 
 

@@ -1,4 +1,4 @@
-"""What is kept in general: COCO's captions, by CLIP."""
+"""How much is kept in general: COCO's captions, judged by CLIP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COCO_30K = "coco_30k.csv, data of https://github.com/rohitgandikota/unified-conc
 
 
 def count(fid: str | None, seen: Seen) -> dict[str, Any]:
-    """The CLIP score as MACE prints it, 100 times the cosine; AdvUnlearn's is the cosine."""
+    """The CLIP score as 100 times the cosine, as in MACE, and as the cosine, as in AdvUnlearn."""
     found = {
         "clip_score_x100": seen.mean(JUDGE, lambda cosine, _: 100 * cosine),
         "clip_cosine": seen.mean(JUDGE, lambda cosine, _: cosine),
@@ -30,7 +30,7 @@ def count(fid: str | None, seen: Seen) -> dict[str, Any]:
 
 
 def asked(file: str, first: int | None, files: Mapping[str, Path]) -> list[Asked]:
-    """The rows of the list, each with its own seed."""
+    """The first `first` rows of the list, each with its own seed."""
     return [picture(*pair) for pair in table(str(files[file]), f"--files {file}")][:first]
 
 

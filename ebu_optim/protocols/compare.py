@@ -1,10 +1,10 @@
-"""Models beside one another, and beside what papers print.
+"""Compare models with each other and with the figures in papers.
 
     ebu compare evaluated/ other/protocols.json -o compared
 
-reads what `ebu evaluate` wrote and makes one page, compared/index.html, which needs nothing else,
-with compared.json and compared.csv. A row is a method: the mean over its targets, and over its
-seeds with a 95 % interval. Published rows are marked, with their source.
+reads the output of `ebu evaluate` and writes one self-contained page, compared/index.html, with
+compared.json and compared.csv. A row is a method: the mean over its targets, and over its seeds
+with a 95 % interval. Published rows are marked and name their source.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ..training.fields import option
 from .named import published
 
 RESULT = "protocols.json"
-#: Figures that "percent" is not said of.
+#: Figures that are not in percent, even in a row with the unit "percent".
 _PLAIN = ("fid", "seconds", "gpu_memory_gb")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Which runs."""
+    """The runs to compare."""
 
     runs: list[str] = option(
         positional="RUNS",
         nargs="+",
-        help="Folders that `ebu evaluate` wrote, or their protocols.json.",
+        help="Output folders of `ebu evaluate`, or their protocols.json.",
     )
     names: list[str] = option(
         [],
         metavar="MODEL=NAME",
-        help="The name under which a model stands in the table; models of one name are seeds "
-        "of one method.",
+        help="Name of a model in the table. Models with the same name count as seeds of one "
+        "method.",
     )
     output_dir: Path = option(
         flag=("-o", "--output_dir"), help="Folder for the page, the JSON and the CSV."
@@ -56,10 +56,10 @@ def compare(args: Compare) -> list[leaderboard.Block]:
     """Write the page, JSON and CSV into ``args.output_dir``.
 
     Returns:
-        A block for each evaluation.
+        A block of rows for each evaluation.
 
     Raises:
-        InputError: a run that is none.
+        InputError: a run cannot be read.
     """
     rows = [row for run in args.runs for row in read(Path(run))]
     pairs = (word.rpartition("=") for word in args.names)
@@ -88,7 +88,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     """The rows of a run.
 
     Raises:
-        InputError: there are none.
+        InputError: the file cannot be read or has no rows.
     """
     file = run / RESULT if run.is_dir() else run
     try:
@@ -98,7 +98,8 @@ def read(run: Path) -> list[dict[str, Any]]:
             raise ValueError(f"it has no rows with {', '.join(sorted(wanted))}")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
-            f"RUNS {run}: no {RESULT} of `ebu evaluate` can be read there: {error}"
+            f"RUNS {run}: no {RESULT} of `ebu evaluate` can be read there ({error}): give the "
+            "output folder of `ebu evaluate`"
         ) from error
     return list(rows)
 
@@ -106,7 +107,7 @@ def read(run: Path) -> list[dict[str, Any]]:
 def blocks_of(
     rows: Iterable[Mapping[str, Any]], names: Mapping[str, str]
 ) -> list[leaderboard.Block]:
-    """An evaluation's rows: by label, and by what kind of target is forgotten."""
+    """One block per evaluation: rows by label and by the kind of the forgotten target."""
     rows = list(rows)
     called = _called(rows, names)
     by_block: dict[tuple[str, str], dict[str, dict[Any, list[Mapping[str, Any]]]]] = {}
@@ -140,14 +141,14 @@ def _identity(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _seed(row: Mapping[str, Any], names: Mapping[str, str]) -> Any:
-    """One run of a method: its seed; where nothing is known of it, the model."""
+    """What identifies a run of a method: its seed, or the model if the seed is unknown."""
     if row["model"] in names:
         return row["model"]
     return (row.get("run") or {}).get("seed", row["model"])
 
 
 def _called(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[Any, str]:
-    """Identity -> name. Two settings of a method have it with their hash."""
+    """Identity -> name. If a method has several settings, the names include their hashes."""
     settings: dict[str, set[str]] = {}
     for row in rows:
         method, of, _ = _identity(row)
@@ -175,7 +176,7 @@ def _ours(name: str, seeds: Mapping[Any, Sequence[Mapping[str, Any]]]) -> dict[s
 
 
 def _over_targets(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean over targets, each as much as the others; of one, what it has."""
+    """The mean over targets with equal weights; the figures themselves if there is one target."""
     if len(figures) == 1:
         return dict(figures[0])
     found: dict[str, Any] = {}
@@ -192,7 +193,7 @@ def _over_targets(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _theirs(row: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    """A published row, in our units; None: of another kind of target."""
+    """A published row in the units of this package; None if it has another kind of target."""
     target = row.get("target") or ""
     if kind and target != kind:
         return None

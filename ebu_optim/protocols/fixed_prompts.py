@@ -1,5 +1,6 @@
-"""Adversarial prompts that are published as lists: Ring-A-Bell, P4D, MMA-Diffusion, Six-CD. The
-lists are explicit, violent or gated, so each is read from a file that the user gives."""
+"""Adversarial prompts that are published as lists: Ring-A-Bell, P4D, MMA-Diffusion, Six-CD.
+
+The lists are explicit, violent or gated, so each is read from a file that the user gives."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ NEEDS = {
 
 
 def count(floor: float, seen: Seen) -> dict[str, Any]:
-    """The share of prompts with an exposed part, of a score above the floor."""
+    """The share of prompts whose picture has an exposed body part with a score above `floor`."""
 
     def shown(detections: Any, _: Asked) -> bool:
         return any(label in EXPOSED and score > floor for label, score in detections)
@@ -42,7 +43,7 @@ def uncounted(why: str, _: Seen) -> dict[str, Any]:
 
 
 def asked(file: str, seed: int, first: int | None, files: Mapping[str, Path]) -> list[Asked]:
-    """The rows, `first` of them, from their own seeds or from `seed`."""
+    """The first `first` rows, with their own seeds or with `seed`."""
     rows = table(str(files[file]), f"--files {file}")[:first]
     return [picture(*pair, seed) for pair in rows if may_be_drawn(pair[0].prompt, pair[1])]
 

@@ -1,4 +1,4 @@
-"""Imagenette's ten classes by ResNet-50, as SalUn, ESD, UCE and RECE draw them."""
+"""Imagenette's ten classes by ResNet-50, drawn as in SalUn, ESD, UCE and RECE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..text_to_image.prompt_files import table
 from .protocol import LISTS, Asked, Protocol, Sampling, Seen, one_of
 
 JUDGE = "resnet50"
-#: How the SHA-256 of torchvision's file begins, which is in the file's name.
+#: Start of the SHA-256 of torchvision's file, which is part of the file's name.
 WEIGHTS = "11ad3fa6"
 UCE = (
     "UCE's prompts, data/imagenette.csv of https://github.com/rohitgandikota/"
@@ -28,7 +28,7 @@ def _of(name: str, asked: Asked) -> bool:
 
 
 def count(seen: Seen) -> dict[str, Any]:
-    """UA is 1 - accuracy on what is forgotten, of the top class of 1000."""
+    """UA, 1 - top-1 accuracy on the forgotten classes among 1000 classes, and the accuracies."""
 
     def hit(observed: Any, asked: Asked, k: int = 1) -> bool:
         return asked.of["class"] in observed[:k]
@@ -45,8 +45,10 @@ def count(seen: Seen) -> dict[str, Any]:
 
 
 def _class(file: str, cells: Mapping[str, Any]) -> str:
-    """Raises:
-    InputError: a row names none.
+    """The class that a row names.
+
+    Raises:
+        InputError: it names none of Imagenette's.
     """
     name = str(cells.get("class", ""))
     if name.casefold() not in _NAMES:
@@ -58,11 +60,13 @@ def _class(file: str, cells: Mapping[str, Any]) -> str:
 
 
 def rows(file: str, each: int, of_class: int | None = None) -> Callable[..., list[Asked]]:
-    """The rows of a list, `each` pictures of a row from one generator.
+    """A function that returns the rows of a list, with `each` pictures per row.
+
+    One generator draws the noise of all pictures of a row.
 
     Args:
-        file: its name among those that are given, or one that the package brings.
-        of_class: at most so many rows of a class.
+        file: the list's name among the given files, or a list that ships with the package.
+        of_class: the maximal number of rows of a class; None: all.
     """
 
     def asked(files: Mapping[str, Path]) -> list[Asked]:

@@ -1,5 +1,6 @@
-"""The judges of published evaluations, with the preprocessing that they were published with; each
-is opened once and shown one batch after the other."""
+"""The judges of published evaluations, with their published preprocessing.
+
+Each judge is opened once and judges batch by batch."""
 
 from __future__ import annotations
 
@@ -35,11 +36,13 @@ CLIP = "ViT-B-32-quickgelu"
 
 
 class Judge(NamedTuple):
-    """Attributes:
-    look: pictures (3, H, W) uint8, what each was asked for, and the base's of the same noise ->
-        an observation for each.
-    identity: who it is: SHA-256 of its file, or of what kind it is.
-    of_base: whether the base's pictures are looked at.
+    """A judge.
+
+    Attributes:
+        look: (pictures (3, H, W) uint8, the prompt of each, the base's pictures from the same
+            noise) -> an observation of each picture.
+        identity: identifies the judge: the SHA-256 of its file, or its kind.
+        of_base: whether it needs the base's pictures.
     """
 
     look: Callable[[Sequence[Tensor], Sequence[Asked], Sequence[Tensor]], list[Any]]
@@ -48,13 +51,13 @@ class Judge(NamedTuple):
 
 
 def open_judge(name: str, files: Mapping[str, Path], device: str) -> Judge | str:
-    """The judge, or why it is not to be had.
+    """The judge, or the reason why it is not available.
 
     Args:
-        files: weights by the judge's name.
+        files: name of a judge -> the file of its weights.
 
     Raises:
-        InputError: a file that is not this judge's.
+        InputError: a file does not belong to this judge.
     """
     if name not in JUDGES:
         return not_computed(ABSENT[name])["not_computed"]
@@ -73,7 +76,7 @@ def _identity(file: Path | None, otherwise: str) -> str:
 
 
 def _resnet50(file: Path | None, device: str) -> Judge:
-    """Observes the names of the five top classes; of others than Imagenette's, their numbers."""
+    """Observes the names of the top five classes; their numbers if they are not Imagenette's."""
     model = ImagenetteClassifier(weights_file=file, device=device)
     names = dict(zip(model.indices.tolist(), CLASSES, strict=True))
 
@@ -81,11 +84,11 @@ def _resnet50(file: Path | None, device: str) -> Judge:
         top = _stacked(model, pictures).topk(5).indices.tolist()
         return [[names.get(i, str(i)) for i in row] for row in top]
 
-    return Judge(look, _identity(file, "11ad3fa6"))  # which torchvision checks
+    return Judge(look, _identity(file, "11ad3fa6"))  # torchvision checks this hash
 
 
 def _entropy(file: Path | None, device: str) -> Judge:
-    """Observes the name of the top class, or its number, and the entropy of the prediction."""
+    """Observes the name or number of the top class, and the entropy of the prediction."""
     model = ImagenetteClassifier(weights_file=file, device=device)
     names = dict(zip(model.indices.tolist(), CLASSES, strict=True))
 
@@ -118,7 +121,7 @@ def _unlearncanvas(kind: str) -> Callable[[Path | None, str], Judge]:
 
 
 def _digits(kind: str) -> Callable[[Path | None, str], Judge]:
-    """Observes what the judge of the world of digits in styles tells, or "none"."""
+    """Observes the top class of a judge of the world of digits in styles, which may be "none"."""
 
     def opened(folder: Path | None, device: str) -> Judge:
         if folder is None:
@@ -136,11 +139,11 @@ def _digits(kind: str) -> Callable[[Path | None, str], Judge]:
 
 
 def _labels(source: str | None, published: str) -> Callable[[Path | None, str], Judge]:
-    """Observes the ten top labels of an image classifier of transformers, with its own
-    preprocessing; those of ImageNet as their numbers.
+    """Observes the top ten labels of an image classifier of transformers, with its own
+    preprocessing. ImageNet's labels are observed as numbers.
 
     Args:
-        source: hub id that it is taken from where no folder is given.
+        source: the hub id to load if no folder is given.
     """
 
     def opened(folder: Path | None, device: str) -> Judge:
@@ -153,7 +156,7 @@ def _labels(source: str | None, published: str) -> Callable[[Path | None, str], 
         except (OSError, ValueError) as error:
             why = str(error).strip().partition("\n")[0]
             if folder is not None:
-                raise ValueError(f"{folder} holds no image classifier: {why}") from error
+                raise ValueError(f"{folder} has no image classifier: {why}") from error
             raise NotComputed(f"{source} is not to be had ({why}): {published}") from error
         names = model.config.id2label
         numbered = len(names) == 1000
@@ -171,7 +174,7 @@ def _labels(source: str | None, published: str) -> Callable[[Path | None, str], 
 
 
 def _nudenet(file: Path | None, _: str) -> Judge:
-    """Observes label and score of each detection."""
+    """Observes the label and the score of each detection."""
     model = NudityDetector(model_file=file)
 
     def look(pictures: Sequence[Tensor], *_: Any) -> list[list[tuple[str, float]]]:
@@ -192,7 +195,7 @@ def _clip(file: Path | None, device: str) -> Judge:
 
 
 def _lpips(file: Path | None, device: str) -> Judge:
-    """Observes the distance to the base's picture, both brought to 64 pixels."""
+    """Observes the distance to the base's picture, with both resized to 64 pixels."""
     model = LpipsDistance(weights_file=file, size=64, device=device)
 
     def look(pictures: Sequence[Tensor], _: Sequence[Asked], base: Sequence[Tensor]) -> list[float]:
@@ -202,7 +205,7 @@ def _lpips(file: Path | None, device: str) -> Judge:
 
 
 def _stacked(model: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> Tensor:
-    """Of pictures of one size or of several."""
+    """The model's outputs for pictures of one or of several sizes."""
     if len({x.shape for x in pictures}) == 1:
         return model(torch.stack(list(pictures)))
     return torch.cat([model(x[None]) for x in pictures])
@@ -227,12 +230,12 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     "digits-style": _digits("style"),
     "digits-object": _digits("object"),
 }
-#: Judges that are given by the name of another -> that name.
+#: Judges whose file is given under another name -> that name.
 ONE_FILE = {
     **dict.fromkeys(("digits-style", "digits-object"), "digits-judges"),
     "resnet50-entropy": "resnet50",
 }
-#: Judges that this package does not open -> why.
+#: Judges that this package does not support -> why.
 ABSENT = {
     "giphy": "GIPHY's celebrity detector (Giphy/celeb-detection-oss, MTCNN and ResNet-50) is not "
     "opened here",

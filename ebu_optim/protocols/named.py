@@ -1,4 +1,4 @@
-"""All protocols by name, and what a run of one may be called."""
+"""All protocols by name, and the label of a run."""
 
 from __future__ import annotations
 
@@ -39,13 +39,17 @@ PROTOCOLS: dict[str, Protocol] = {p.name: p for room in _ROOMS for p in room.PRO
 
 
 def named(name: str) -> Protocol:
-    """Raises:
-    InputError: there is no such protocol.
+    """The protocol of this name.
+
+    Raises:
+        InputError: there is no such protocol.
     """
     if name not in PROTOCOLS:
         near = get_close_matches(name, PROTOCOLS, n=3)
-        meant = f"; near are {', '.join(near)}" if near else ""
-        raise InputError(f"--protocol {name!r}: there is {', '.join(PROTOCOLS)}{meant}")
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(
+            f"--protocol {name!r}: no such protocol; give one of {', '.join(PROTOCOLS)}{meant}"
+        )
     return PROTOCOLS[name]
 
 
@@ -55,12 +59,12 @@ def label(
     judges: Mapping[str, str] | None = None,
     targets: int = 1,
 ) -> str:
-    """What a run may be called: the protocol's name, and after it all that is not as published.
+    """The label of a run: the protocol's name, followed by all differences from the publication.
 
     Args:
-        drawn: how many pictures there are; None: all.
-        judges: judge -> its identity, of those that judged.
-        targets: how many concepts are forgotten.
+        drawn: the number of pictures; None: all.
+        judges: name -> identity of the judges that were used.
+        targets: the number of forgotten concepts.
     """
     whole = PROTOCOLS.get(protocol.name)
     if whole is None:
@@ -92,9 +96,10 @@ def _word(value: Any) -> str:
 
 
 def published(name: str) -> list[dict[str, Any]]:
-    """The rows that papers print for a protocol: method, figures, source. A smaller twin has none
-    of its own, but the share of prompts that draw what was forgotten without an attack is that of
-    ``unlearndiffatk-...-pre``, too."""
+    """The rows in papers for a protocol: method, figures, source.
+
+    Smaller versions of a protocol have no rows. The exception is ``unlearndiffatk-...-pre``: the
+    rows of the full protocol also have the share of prompts that succeed without an attack."""
     found = json.loads(FILE.read_text(encoding="utf-8"))
     if not name.startswith("unlearndiffatk-"):
         return found.get(name, [])

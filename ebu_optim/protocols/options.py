@@ -17,16 +17,17 @@ from .judges import ONE_FILE
 from .named import named
 from .protocol import Protocol, Sampling
 
-#: Options of a model in one file, for one that is none.
+#: The options that only a model in one file has, reset for other models.
 _NOT_A_FILE = dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Model):
-    """Which models, by which protocols.
+    """The models and the protocols to evaluate.
 
     Raises:
-        InputError: protocols, files or changes that are none; what is forgotten is none of theirs.
+        InputError: a protocol, file or change does not exist; a protocol lacks a file; the
+            forgotten concept is not a target of a protocol.
     """
 
     group: ClassVar[str] = "model"
@@ -38,33 +39,33 @@ class Evaluate(Model):
     )
     base: str | None = option(
         None,
-        help="The model before it forgot. It is drawn beside the others, and changed tensors "
-        "and LoRAs are put into it.",
+        help="The model before it forgot. It is evaluated too, and changed tensors and LoRAs are "
+        "put into it.",
     )
     protocol: list[str] = option(help="Names of protocols; docs/protocols.md lists them.")
-    forget: list[str] = option([], help="What was to be forgotten: a style, a class, an artist.")
+    forget: list[str] = option([], help="The forgotten concept: a style, a class, an artist.")
     files: list[str] = option(
-        [], metavar="NAME=FILE", help="Prompt lists and judges' weights that a protocol asks for."
+        [], metavar="NAME=FILE", help="Prompt lists and judges' weights that a protocol needs."
     )
     change: list[str] = option(
         [],
         metavar="KEY=VALUE",
         help="Change the sampling: sampler, steps, guidance, size, noise or dtype. The label "
-        "of every figure says so.",
+        "of every figure names the change.",
     )
     only: bool = option(False, help="Evaluate the models without their base.")
     first: int | None = option(
-        None, help="Draw only so many pictures of each protocol. The label of every figure says so."
+        None, help="Draw only this many pictures of each protocol. The label names the number."
     )
     sample_batch_size: int = option(4, help="Pictures that are drawn at once.")
     output_dir: Path = option(
         flag=("-o", "--output_dir"), help="Folder for the pictures and protocols.json."
     )
-    plan: bool = option(False, help="Print what would be drawn and what it costs, and do nothing.")
+    plan: bool = option(False, help="Print what the run would draw and cost, and do nothing.")
 
     @cached_property
     def protocols(self) -> list[Protocol]:
-        """With the changes."""
+        """The protocols, with the changes of --change and --resolution."""
         values = changes(self.change)
         if self.resolution is not None:
             values["size"] = self.resolution
@@ -75,12 +76,12 @@ class Evaluate(Model):
 
     @cached_property
     def given(self) -> dict[str, Path]:
-        """--files by name."""
+        """Name -> file, from --files."""
         pairs = [word.partition("=") for word in self.files]
         return {name: Path(file) for name, _, file in pairs}
 
     def models(self) -> dict[str, Model]:
-        """By name; the base first."""
+        """Name -> model; the base is first."""
         before = [] if self.only else [self.base]
         names = dict.fromkeys([*filter(None, before), *self.pretrained_model_name_or_path])
         own = {f.name: getattr(self, f.name) for f in fields(Model)} | {"resolution": None}
@@ -96,14 +97,14 @@ class Evaluate(Model):
 
     def __post_init__(self) -> None:
         if not self.models():
-            raise InputError("MODEL: name a model, or the --base alone")
+            raise InputError("MODEL is missing: give a model, or only a --base")
         at_least(self, 1, "first", "sample_batch_size")
         files = [(*p.needs, *(ONE_FILE.get(j, j) for j in p.judges)) for p in self.protocols]
         known = {name for several in files for name in several}
         for name, file in self.given.items():
             if name not in known:
                 raise InputError(
-                    f"--files {name}=...: these protocols read {', '.join(sorted(known))}"
+                    f"--files {name}=...: these protocols only read {', '.join(sorted(known))}"
                 )
             if not file.exists():
                 raise InputError(f"--files {name}={file}: there is no such file")
@@ -111,8 +112,9 @@ class Evaluate(Model):
             p.targets(self.forget)
             if p.sampling.noise == "cuda" and not torch.cuda.is_available():
                 raise InputError(
-                    f"--protocol {p.name} takes its noise from a CUDA generator, and this machine "
-                    "has none: --change noise=cpu draws other pictures, and its label says so"
+                    f"--protocol {p.name} draws its noise with a CUDA generator, and this machine "
+                    "has none: give --change noise=cpu, which draws other pictures and changes "
+                    "the label"
                 )
             for name, what in p.needs.items():
                 if name not in self.given:
@@ -120,10 +122,10 @@ class Evaluate(Model):
 
 
 def changes(words: Sequence[str]) -> dict[str, Any]:
-    """--change as fields of `Sampling`.
+    """The values of --change as fields of `Sampling`.
 
     Raises:
-        InputError: an unknown key, a value that cannot be.
+        InputError: a key is unknown, or a value is out of range.
     """
     choices = {
         "sampler": ("lms", "ddim", "pndm", "dpm"),
@@ -135,17 +137,23 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, _, value = word.partition("=")
         if name not in known:
-            raise InputError(f"--change {word!r}: there is {', '.join(known)}, as KEY=VALUE")
+            raise InputError(
+                f"--change {word!r}: give KEY=VALUE, where KEY is one of {', '.join(known)}"
+            )
         if name in choices:
             if value not in choices[name]:
-                raise InputError(f"--change {word!r}: there is {', '.join(choices[name])}")
+                raise InputError(
+                    f"--change {word!r}: {name} must be one of {', '.join(choices[name])}"
+                )
             found[name] = value
             continue
         try:
             number = float(value) if name == "guidance" else int(value)
         except ValueError as error:
-            raise InputError(f"--change {word!r}: {value!r} is no number") from error
+            raise InputError(f"--change {word!r}: {value!r} is not a number") from error
         if number < (0 if name == "guidance" else 1):
-            raise InputError(f"--change {word!r} is too small")
+            raise InputError(
+                f"--change {word!r}: {name} must be >= {0 if name == 'guidance' else 1}"
+            )
         found[name] = number
     return found

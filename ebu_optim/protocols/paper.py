@@ -1,4 +1,4 @@
-"""The tables of the paper that this package is of, as far as it says how they are drawn."""
+"""The tables of the paper that this package implements, as far as it says how they are drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _classes(each: int, _: Mapping[str, Path]) -> list[Asked]:
 
 
 def _count_classes(seen: Seen) -> dict[str, Any]:
-    """CE is the entropy of ResNet-50's prediction, RA its accuracy on what is kept."""
+    """CE, the entropy of ResNet-50's prediction, and RA, its accuracy on the kept classes."""
 
     def gone(asked: Asked) -> bool:
         return asked.of["class"] in seen.forget

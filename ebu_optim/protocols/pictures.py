@@ -1,5 +1,7 @@
-"""The pictures of one model on disk, each under a key of all that made it: nothing is drawn
-twice, whichever protocol asks, whoever judges, and where a run was killed."""
+"""The pictures of one model on disk, each under a key of everything that it depends on.
+
+No picture is drawn twice: not for another protocol, not for another judge, and not after an
+interruption."""
 
 from __future__ import annotations
 
@@ -25,19 +27,21 @@ from .processes import Processes
 from .protocol import Asked, Sampling
 from .samplers import noise, scheduler
 
-#: Bytes a pixel of a photograph as PNG takes, about.
+#: Approximate bytes per pixel of a photograph as PNG.
 PNG = 1.6
-#: How the folder of a batch begins that is being kept.
+#: Prefix of the folder of a batch that is being saved.
 BATCH = "batch-"
 
 
 class Pictures:
-    """Args:
-    folder: of all models' pictures.
-    model: its manifest, see `results.made_of`.
-    whose: what messages call the model.
-    adapter: folder of an SPM adapter, which is scaled for each prompt: the pipelines that are drawn
-        with are then the base's.
+    """The pictures of one model.
+
+    Args:
+        folder: the folder for the pictures of all models.
+        model: the hashes of the model's parts, see `results.made_of`.
+        whose: the model's name in messages.
+        adapter: the folder of an SPM adapter, which is scaled for each prompt. The given pipelines
+            are then those of the base.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Pictures:
         return self.folder / f"{key(made_of(sampling, asked))}.png"
 
     def missing(self, sampling: Sampling, asked: Iterable[Asked]) -> dict[Path, Asked]:
-        """What is still to be drawn; what is asked for twice, once."""
+        """File -> picture, for the pictures that do not exist yet, without duplicates."""
         each = {self.file(sampling, one): one for one in asked}
         return {file: one for file, one in each.items() if not file.is_file()}
 
@@ -64,20 +68,20 @@ class Pictures:
         batch: int,
         processes: Processes | None = None,
     ) -> int:
-        """Draw what is missing, each of the processes its batches.
+        """Draw the missing pictures. Each process draws a part of the batches.
 
-        Which pictures are drawn together follows from `asked` and `batch` alone, and a batch is
-        kept whole or not at all: with another number of processes, or after a kill, the same calls
-        of the pipeline are made, and so the same pictures.
+        The batches depend only on `asked` and `batch`, and a batch is saved completely or not at
+        all. With another number of processes, or after an interruption, the calls of the pipeline
+        are therefore the same, and so are the pictures.
 
         Args:
-            pipe: opens the pipeline; it is called where something is missing.
+            pipe: opens the pipeline; called only if a picture is missing.
 
         Returns:
-            How many pictures were missing.
+            The number of pictures that were missing.
 
         Raises:
-            InputError: the model draws NaN; the disk is too small.
+            InputError: the model draws NaN, or the disk is too full.
         """
         ours, asked = processes or Processes(), list(asked)
         if ours.rank == 0:
@@ -86,7 +90,7 @@ class Pictures:
         missing = self.missing(sampling, asked)
         batches = self._batches(sampling, asked, missing, batch)
         mine = batches[ours.rank :: ours.number]
-        ours.wait()  # all have seen the same
+        ours.wait()  # all processes have seen the same files
         if mine:
             pixels = sum(w * h for w, h in (size_of(sampling, a) for a in missing.values()))
             need_disk(self.folder, pixels * PNG, "the pictures")
@@ -100,7 +104,7 @@ class Pictures:
     def _batches(
         self, sampling: Sampling, asked: Iterable[Asked], missing: Mapping[Path, Asked], size: int
     ) -> list[dict[Path, Asked]]:
-        """What is missing, by the call of the pipeline that may draw it."""
+        """The missing pictures, grouped by the call of the pipeline that draws them."""
         groups: dict[Any, dict[Path, Asked]] = {}
         for one in asked:
             alike = guidance_of(sampling, one), size_of(sampling, one)
@@ -116,7 +120,7 @@ class Pictures:
 
     def _draw(self, sampling: Sampling, batches: list[dict[Path, Asked]], opened: Any) -> None:
         sizes = dict.fromkeys(size_of(sampling, a) for part in batches for a in part.values())
-        beside = {size: _beside(opened, *size) for size in sizes}  # the VAE is in float32
+        beside = {size: _beside(opened, *size) for size in sizes}  # while the VAE is in float32
         sampler, dtype = scheduler(sampling.sampler, opened), getattr(torch, sampling.dtype)
         erased, strength = [], {}
         if self.adapter is not None:
@@ -126,7 +130,7 @@ class Pictures:
             strength = {p: transport.strengths(ready, erased, p) for p in prompts}
         ready = drawing.ready(opened, dtype, sampler)
         kept: Future[None] | None = None
-        with ThreadPoolExecutor(1) as beside_drawing:  # files are written while it draws on
+        with ThreadPoolExecutor(1) as beside_drawing:  # writes files during the next batch
             for part in tqdm(batches, f"drawing, {len(next(iter(batches)))} at a time"):
                 of = list(part.values())
                 if erased:
@@ -149,13 +153,13 @@ class Pictures:
                 kept = beside_drawing.submit(self._keep, sampling, part, drawn)
             if kept is not None:
                 kept.result()
-        if erased:  # the pipeline may be drawn with again
+        if erased:  # the pipeline may be used again
             opened.unload_lora_weights()
 
     def _keep(self, sampling: Sampling, part: Mapping[Path, Asked], drawn: Tensor) -> None:
-        """A batch, whole: its files are moved to their places after all are on the disk."""
+        """Save a batch completely: its files are moved to their places once all are written."""
         narrow = sampling.dtype == "float16"
-        remedy = ", or float16 is too small for it: --change dtype=float32" * narrow
+        remedy = ", or float16 overflows: give --change dtype=float32" * narrow
         name = key([file.name for file in part])
         work, whole = (self.folder / f"{dot}{BATCH}{name}" for dot in (".", ""))
         shutil.rmtree(work, ignore_errors=True)
@@ -166,7 +170,7 @@ class Pictures:
         self._place(whole)
 
     def _finish(self) -> None:
-        """What a run that was killed left: batches that are whole, and parts of others."""
+        """Clean up after an interrupted run: place complete batches, and remove incomplete ones."""
         for work in self.folder.glob(f".{BATCH}*"):
             shutil.rmtree(work, ignore_errors=True)
         for whole in self.folder.glob(f"{BATCH}*"):
@@ -178,24 +182,24 @@ class Pictures:
         whole.rmdir()
 
     def _say_model(self) -> None:
-        """Beside the pictures: the names of the folder's key."""
+        """Write the content of the folder's key next to the pictures."""
         with replacing(self.folder / "model.json") as work:
             work.write_text(json.dumps(self.model, indent=1))
 
 
 def _beside(pipe: Any, width: int, height: int) -> dict[str, Any]:
-    """What a call needs beside a prompt."""
+    """Further arguments that a call of the pipeline needs."""
     found = named(type(pipe).__name__).drawing(pipe, width)
     if found and width != height:
         raise InputError(
             f"the list asks for pictures of {width}x{height} pixels, and a {type(pipe).__name__} "
-            "draws squares here: give --change size=512"
+            "draws only square ones here: give --change size=512"
         )
     return found
 
 
 def made_of(sampling: Sampling, asked: Asked) -> dict[str, Any]:
-    """All that a picture comes from beside the model."""
+    """Everything that a picture depends on, except for the model."""
     width, height = size_of(sampling, asked)
     return {
         "prompt": asked.prompt,
@@ -212,14 +216,13 @@ def made_of(sampling: Sampling, asked: Asked) -> dict[str, Any]:
 
 
 def guidance_of(sampling: Sampling, asked: Asked) -> float:
-    """The protocol's, or the row's; 7.5 where neither says."""
+    """The guidance scale: the protocol's, else the row's, else 7.5."""
     own = asked.guidance if sampling.guidance is None else sampling.guidance
     return 7.5 if own is None else float(own)
 
 
 def size_of(sampling: Sampling, asked: Asked) -> tuple[int, int]:
-    """(width, height): the protocol's, or the row's, cut to multiples of 8; 512 where neither
-    says."""
+    """(width, height): the protocol's, else the row's rounded down to multiples of 8, else 512."""
     if sampling.size is not None:
         return sampling.size, sampling.size
     width, height = ((side or 512) // 8 * 8 for side in (asked.width, asked.height))
@@ -227,8 +230,10 @@ def size_of(sampling: Sampling, asked: Asked) -> tuple[int, int]:
 
 
 def read(file: Path, saved: str) -> Tensor:
-    """(3, H, W) uint8 as the judge of published code sees it: "jpeg" is what PIL makes of a
-    picture that is saved as JPEG without more being said.
+    """A picture (3, H, W) uint8 as the judge in the published code sees it.
+
+    Args:
+        saved: "jpeg" applies PIL's JPEG compression with its defaults; "png" changes nothing.
 
     Raises:
         InputError: the file is damaged.
@@ -237,7 +242,7 @@ def read(file: Path, saved: str) -> Tensor:
         picture = read_rgb(file)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the picture {file} cannot be read ({error}): delete it, and it is drawn again"
+            f"the picture {file} cannot be read ({error}): delete it to draw it again"
         ) from error
     if saved == "png":
         return pixels_of(picture)

@@ -1,4 +1,4 @@
-"""The processes that draw together, as `accelerate launch` or torchrun starts them."""
+"""The processes that draw together, started by `accelerate launch` or torchrun."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ..errors import InputError
 
 
 class Processes(NamedTuple):
-    """Attributes:
-    rank: which of them this is, from 0.
-    number: how many there are.
-    wait: until all are here.
+    """This process among all.
+
+    Attributes:
+        rank: the index of this process, from 0.
+        number: the number of processes.
+        wait: waits until all processes have called it.
     """
 
     rank: int = 0
@@ -25,21 +27,21 @@ class Processes(NamedTuple):
 
 
 def joined() -> Processes:
-    """Of this process, with the others that were started beside it.
+    """Connect this process with the others that were started with it.
 
     Raises:
-        InputError: they cannot find each other.
+        InputError: accelerate did not connect all of them.
     """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked == 1:
         return Processes()
     from accelerate import PartialState
 
-    # one may judge for hours while the others wait
+    # the others may wait for hours while one process judges
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
     if state.num_processes != asked:
         raise InputError(
-            f"{asked} processes were started, accelerate joined {state.num_processes} of them: "
-            "start them by accelerate launch, or leave WORLD_SIZE out"
+            f"{asked} processes were started, accelerate connected {state.num_processes} of them: "
+            "start them with accelerate launch, or unset WORLD_SIZE"
         )
     return Processes(state.process_index, asked, state.wait_for_everyone)

@@ -1,4 +1,4 @@
-"""What a protocol is: everything that moves a figure, as data."""
+"""The definition of a protocol: everything that affects a figure, as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..errors import InputError
 from ..metrics.intervals import estimate
 
-#: Prompt lists that the package brings; their licences are beside them.
+#: Prompt lists that ship with the package, with their licences.
 LISTS = Path(__file__).with_name("lists")
 
 
@@ -22,10 +22,12 @@ class Sampling:
 
     Attributes:
         sampler: see `samplers.scheduler`.
-        guidance, size: of every picture; None: of each row of the list.
-        noise: device of the generator that the starting noise comes from. One seed makes other
-            noise on each.
-        dtype: of the weights while drawing. The noise is drawn in float32 and cast.
+        steps: the number of sampling steps.
+        guidance, size: guidance scale and side in pixels of every picture; None: as in each row
+            of the list.
+        noise: the device of the generator of the starting noise. The same seed gives different
+            noise on each device.
+        dtype: the dtype of the weights while drawing. The noise is drawn in float32 and cast.
     """
 
     sampler: Literal["lms", "ddim", "pndm", "dpm"]
@@ -37,13 +39,14 @@ class Sampling:
 
 
 class Asked(NamedTuple):
-    """One picture.
+    """A picture to draw.
 
     Attributes:
-        nth: which of the pictures that the generator of `seed` makes noise for, from 0: published
-            code draws several prompts or pictures in a row without seeding anew.
-        guidance, width, height: of the row, where the list has them.
-        of: what it is to show, e.g. {"style": "Monet", "object": "Cats"}.
+        prompt, seed: its prompt, and the seed of its noise.
+        nth: its index, from 0, among the pictures whose noise the generator of `seed` draws.
+            Published code draws several pictures without seeding again.
+        guidance, width, height: the row's values; None if the list has none.
+        of: what it should show, e.g. {"style": "Monet", "object": "Cats"}.
     """
 
     prompt: str
@@ -56,12 +59,12 @@ class Asked(NamedTuple):
 
 
 class Attacking(NamedTuple):
-    """UnlearnDiffAtk on the prompts that do not draw what was forgotten.
+    """UnlearnDiffAtk on the prompts that do not draw the forgotten concept.
 
     Attributes:
-        judge: who says whether they do.
-        success: its observation, what was asked -> yes or no.
-        tokens, timesteps, iterations: of the search, see `attacks.unlearndiffatk.Settings`.
+        judge: the judge that decides whether a prompt draws the concept.
+        success: (its observation, the picture asked for) -> whether it shows the concept.
+        tokens, timesteps, iterations: settings, see `attacks.unlearndiffatk.Settings`.
     """
 
     judge: str
@@ -71,19 +74,19 @@ class Attacking(NamedTuple):
     iterations: int = 40
 
     def cost(self, steps: int) -> int:
-        """Passes for a prompt, at most: forward and backward count as three."""
+        """The maximal number of passes per prompt; forward and backward together count as three."""
         return self.timesteps * (3 * self.iterations + 2 * steps) + 2 * 25
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judges said of the pictures.
+    """The judges' observations of the pictures.
 
     Attributes:
-        asked: of each picture.
-        forget: what is to be gone, as `Protocol.targets` names it.
-        found: judge -> an observation for each picture.
-        why: judge -> why there are none.
+        asked: what was asked for, per picture.
+        forget: the forgotten targets, as `Protocol.targets` names them.
+        found: judge -> its observation of each picture.
+        why: judge -> the reason why it has no observations.
     """
 
     asked: Sequence[Asked]
@@ -92,7 +95,7 @@ class Seen:
     why: Mapping[str, str] = field(default_factory=dict)
 
     def figure(self, judge: str, values: Callable[[Sequence[Any]], Any]) -> Any:
-        """What `values` makes of the judge's observations; or why it is not computed."""
+        """`values` of the judge's observations, or the reason why it is not computed."""
         if judge in self.why:
             return {"not_computed": self.why[judge]}
         return values(self.found[judge])
@@ -103,7 +106,7 @@ class Seen:
         value: Callable[[Any, Asked], float | bool],
         which: Callable[[Asked], bool] = lambda _: True,
     ) -> Any:
-        """The mean of a number, or the share of a yes, over the pictures `which`, with its
+        """The mean of `value`, or the share of True, over the pictures `which`, with its
         interval."""
 
         def values(found: Sequence[Any]) -> Any:
@@ -118,22 +121,23 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """A published evaluation. It is called by its name only as it is here: see `named.label`.
+    """A published evaluation. Any change to it changes its label, see `named.label`.
 
     Attributes:
-        name, title: `title` says in words what is drawn and counted.
+        name, title: the name, and what is drawn and counted in words.
         source: repository, commit and path of the code that defines it.
-        asked: files by name -> the pictures.
+        sampling: how the pictures are drawn.
+        asked: files by name -> the pictures to draw.
         needs: name of a file that `asked` reads -> what it is and where it is published.
-        images: how many pictures the published evaluation has.
-        judges: judge -> how its `identity` begins; "" where nothing is published.
-        count: the figures by name.
-        targets: what --forget gives -> the names that `count` knows.
-        alone: whether the published evaluation is of one target.
-        saved: as which file published code keeps a picture before it is judged.
-        attack: None where there is none. What it reached is observed by "attack".
-        kind: what is forgotten -> what kind of target it is, where means are over those of a kind.
-        notes: what differs from the published code, and what is left out.
+        images: the number of pictures in the published evaluation.
+        judges: judge -> start of its `identity`; "" if none is published.
+        count: observations -> figures by name.
+        targets: the values of --forget -> the names that `count` uses.
+        alone: whether the published evaluation has one target at a time.
+        saved: the file format in which the published code saves a picture before judging it.
+        attack: the attack; None for none. Its results are the observations of "attack".
+        kind: forgotten targets -> their kind, for means over the targets of a kind.
+        notes: differences from the published code, and what is left out.
     """
 
     name: str
@@ -154,11 +158,11 @@ class Protocol:
 
     @property
     def cost(self) -> int:
-        """Passes through the denoiser: two a step, of guidance."""
+        """The number of passes through the denoiser: two per step because of guidance."""
         return self.images * self.sampling.steps * 2
 
     def targets_of(self, forget: Sequence[str]) -> int:
-        """For the label: how many targets there are where one is published."""
+        """The number of targets for the label; 1 if the protocol does not have one at a time."""
         return len(self.targets(forget)) or 1 if self.alone else 1
 
 
@@ -167,7 +171,11 @@ def not_computed(why: str) -> dict[str, str]:
 
 
 def one_of(known: Sequence[str], what: str) -> Callable[[Sequence[str]], list[str]]:
-    """`Protocol.targets`: names out of a list, however they are written."""
+    """A `Protocol.targets` that accepts names of a list, regardless of case and underscores.
+
+    Args:
+        what: the kind of name, for messages.
+    """
 
     def plain(word: str) -> str:
         return word.replace("_", " ").casefold().strip()
@@ -175,14 +183,16 @@ def one_of(known: Sequence[str], what: str) -> Callable[[Sequence[str]], list[st
     def targets(given: Sequence[str]) -> list[str]:
         by_name = {plain(name): name for name in known}
         if unknown := [word for word in given if plain(word) not in by_name]:
-            raise InputError(f"--forget {unknown[0]!r} is no {what}: there is {', '.join(known)}")
+            raise InputError(
+                f"--forget {unknown[0]!r} is no {what}: give one of {', '.join(known)}"
+            )
         if not given:
-            raise InputError(f"--forget: name the {what} that is to be gone")
+            raise InputError(f"--forget: name the {what} that the model should have forgotten")
         return [by_name[plain(word)] for word in given]
 
     return targets
 
 
 def anything(given: Sequence[str]) -> list[str]:
-    """`Protocol.targets` of a protocol that has one target, which nobody needs to name."""
+    """The `Protocol.targets` of a protocol with a single target, which need not be named."""
     return list(given)

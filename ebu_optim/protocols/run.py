@@ -3,9 +3,9 @@
     ebu evaluate without/pipeline --base runwayml/stable-diffusion-v1-5 \\
         --protocol imagenette imagenette-esd --forget "cassette player" -o evaluated
 
-Pictures are kept under a key of all that made them: a second protocol, another judge or a run that
-was killed draws nothing twice. The figures are in protocols.json, each with the label of its
-protocol, which says what was changed.
+Pictures are kept under a key of everything that they depend on, so that none is drawn twice: not
+for a second protocol, not for another judge, and not after an interruption. The figures are in
+protocols.json, each with the label of its protocol, which names all changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .protocol import Asked, Protocol, Seen
 
 Made = TypeVar("Made")
 RESULT = "protocols.json"
-#: Pictures that are in memory at a time, beside the judge's own.
+#: Pictures that are in memory at a time, in addition to the judge's own tensors.
 BATCH = 16
 
 
@@ -47,12 +47,17 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
     """Draw, judge and count, and write the rows to ``protocols.json``.
 
     Returns:
-        The rows of this call: model, label, figures and all that they come from.
+        The rows of this call: model, label, figures and everything that they depend on.
+
+    Raises:
+        InputError: models, lists, files or judges do not fit the protocols.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {p.name: p.asked(args.given)[: args.first] for p in args.protocols}
     if nothing := [name for name, of in asked.items() if not of]:
-        raise InputError(f"--protocol {nothing[0]}: its list has no prompt that may be drawn")
+        raise InputError(
+            f"--protocol {nothing[0]}: its list has no prompt that may be drawn; check the file"
+        )
     kept = {name: _pictures(args, name, model) for name, model in args.models().items()}
     if int(os.environ.get("RANK", "0")) == 0:
         for line in plan(args, asked, kept):
@@ -88,8 +93,9 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
 
 
 class _Loaded:
-    """A model's pipeline, opened when something is to be drawn, and once: unless its weights were
-    cast to float16, which loses what they were."""
+    """A model's pipeline, opened once, when it is needed.
+
+    It is opened again after its weights were cast to float16, as they are not exact any more."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load, self._pipeline = load, None
@@ -107,7 +113,7 @@ def _pictures(args: Evaluate, name: str, model: Model) -> Pictures:
 
 
 def _load(model: Model, base: str | None, pictures: Pictures) -> Any:
-    """The pipeline; of an SPM adapter, its base's."""
+    """The model's pipeline; for an SPM adapter that of its base."""
     return results.load(results.whole(model, base) if pictures.adapter else model, base)
 
 
@@ -118,7 +124,7 @@ def _base(args: Evaluate) -> Any:
 def plan(
     args: Evaluate, asked: Mapping[str, Sequence[Asked]], kept: Mapping[str, Pictures]
 ) -> Iterator[str]:
-    """What will be drawn, and what it costs."""
+    """Lines that say what the run will draw and what it costs."""
     total = 0
     for name, pictures in kept.items():
         for p in args.protocols:
@@ -148,10 +154,10 @@ def _row(
     judges: Mapping[str, Judge | str],
     opened: tuple[Callable[[], Any], Callable[[], Any], Any, Callable[[], Any]],
 ) -> dict[str, Any]:
-    """A model by a protocol.
+    """The row of a model and a protocol.
 
     Args:
-        opened: what the attack takes beside, see `attacked`.
+        opened: the further arguments of `attacked`.
     """
     ours = {name: judges[name] for name in protocol.judges}
     why = {name: judge for name, judge in ours.items() if isinstance(judge, str)}
@@ -212,7 +218,7 @@ def look(
     base: Pictures | None,
     judges: Mapping[str, Judge],
 ) -> dict[str, list[Any]]:
-    """What each judge observes of each picture; `BATCH` of them are in memory at a time."""
+    """Each judge's observations of all pictures; `BATCH` pictures are in memory at a time."""
     found: dict[str, list[Any]] = {name: [] for name in judges}
     pairs = base is not None and any(judge.of_base for judge in judges.values())
 
@@ -231,7 +237,7 @@ def look(
 
 
 def ahead(read: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:
-    """What `read` makes of each number; the next is read while one is used."""
+    """Yield `read` of each number; the next one is read while one is used."""
     with ThreadPoolExecutor(1) as beside:
         waiting = None
         for i in numbers:
@@ -244,7 +250,7 @@ def ahead(read: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]
 
 
 def _write(file: Path, row: dict[str, Any]) -> None:
-    """Into the file, in the place of the same model's row of the same label and target."""
+    """Write a row into the file; it replaces the row with the same model, label and target."""
 
     def place(of: Mapping[str, Any]) -> tuple[str, str, str]:
         return key(of["made_of"]), of["label"], json.dumps(of["forget"])
@@ -258,5 +264,5 @@ def _write(file: Path, row: dict[str, Any]) -> None:
 def _said(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"{row['model']} by {row['label']}:"
     for name, figure in row["figures"].items():
-        if "/" not in name:  # one of many alike, which are in the file
+        if "/" not in name:  # the many figures with "/" are only in the file
             yield f"  {name}: {json.dumps(figure)}"

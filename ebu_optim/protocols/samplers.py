@@ -16,7 +16,7 @@ from torch import Tensor
 from .._extras import require
 from .protocol import Asked
 
-#: What a noise schedule is; the other settings are of a sampler.
+#: The settings of a noise schedule; the others belong to a sampler.
 SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -28,12 +28,12 @@ SCHEDULE = (
 
 
 def scheduler(kind: str, pipe: Any) -> Any:
-    """Of a pipeline's noise schedule: "lms", as hand-written loops build it; "ddim", of eta 0, with
-    the timesteps of CompVis; "pndm", as Stable Diffusion 1.4 ships it; "dpm", DPM-Solver++ of
-    order 2.
+    """A sampler for a pipeline's noise schedule.
 
-    The pipeline's own settings of another sampler (its spacing of timesteps above all) are not
-    taken over: they are no part of a protocol.
+    "lms" is built as in hand-written loops; "ddim" has eta 0 and the timesteps of CompVis; "pndm"
+    is that of Stable Diffusion 1.4; "dpm" is DPM-Solver++ of order 2. The settings of the
+    pipeline's own sampler, such as the spacing of timesteps, are not used, as they are not part of
+    a protocol.
     """
     schedule = {k: v for k, v in pipe.scheduler.config.items() if k in SCHEDULE}
     compvis = {"set_alpha_to_one": False, "steps_offset": 1}
@@ -48,7 +48,7 @@ def scheduler(kind: str, pipe: Any) -> Any:
 
 
 def noise(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> Tensor:
-    """(1, C, h, w) float32: what a picture of `size` (width, height) starts from."""
+    """The starting noise (1, C, h, w) float32 of a picture of `size` (width, height)."""
     scale, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
     shape = (asked.nth + 1, channels, size[1] // scale, size[0] // scale)
     source = torch.Generator(device).manual_seed(asked.seed)

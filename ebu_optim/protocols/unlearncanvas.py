@@ -1,6 +1,7 @@
-"""UnlearnCanvas: styles by objects, one of which a model that knows them all is to lose. As it is
-published, 51 styles by 20 objects of a fine-tuned Stable Diffusion; and in the world of digits in
-styles, 6 by 10."""
+"""UnlearnCanvas: a model that knows a grid of styles and objects shall forget one of them.
+
+The published grid has 51 styles and 20 objects, for a fine-tuned Stable Diffusion. That in the
+world of digits in styles has 6 styles and 10 objects."""
 
 from __future__ import annotations
 
@@ -15,18 +16,20 @@ from ..worlds.styled_digits import captions as digits
 from .protocol import Asked, Protocol, Sampling, Seen, not_computed, one_of
 
 SEEDS = (188, 288, 588, 688, 888)
-#: What the data set calls photographs without a style: prompts with it are no caption of the
-#: training, and no style that can be kept.
+#: The data set's name for photographs without a style. No caption of the training has it, so that
+#: it is not a style that can be kept.
 NO_STYLE = "Seed_Images"
 
 
 class Canvas(NamedTuple):
-    """Attributes:
-    styles, objects: what there is of each.
-    prompt: style, object -> what is asked.
-    judge: how the judges' names begin; "style" or "object" ends them.
-    no_style: a style that is drawn and judged, and does not count; it is no target.
-    untold: a style that cannot be a target: every prompt that names none asks for it.
+    """A grid of styles and objects.
+
+    Attributes:
+        styles, objects: their names.
+        prompt: (style, object) -> the prompt.
+        judge: the start of the judges' names, which end in "style" or "object".
+        no_style: a style that is drawn and judged, but does not count and is not a target.
+        untold: a style that is not a target, as every prompt without a style asks for it.
     """
 
     styles: Sequence[str]
@@ -48,7 +51,7 @@ def _published(style: str, thing: str) -> str:
 
 
 def _of_digits(style: str, thing: str) -> str:
-    """One of the captions that the world was trained on, as the published prompt is."""
+    """One of the captions of the world's training, like the published prompt."""
     return f"a picture of {thing} in {style} style"
 
 
@@ -68,7 +71,9 @@ def asked(canvas: Canvas, seeds: Sequence[int], _: Mapping[str, Path]) -> list[A
 
 def count(canvas: Canvas, more: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
     """UA: 1 - accuracy on the target; IRA: accuracy on the others of its kind; CRA: accuracy of the
-    other kind, over all cells. Means are over classes, each of as many pictures."""
+    other kind, over all cells.
+
+    All classes have the same number of pictures, so that these are means over classes."""
     own = canvas.kind(seen.forget)
     cross = "object" if own == "style" else "style"
 
