@@ -586,7 +586,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
     [
         (["--forget", "cat"], "'cat' names no concept of this world"),
         (["--forget", "seven", "red"], "--forget names the concepts red, seven"),
-        (["--judges", "{tmp}"], "content.safetensors is missing: judges.py makes it"),
+        (["--judges", "{tmp}"], "content.safetensors is missing: run judges.py"),
         (["--instance_data_dir", "{tmp}"], "no picture of the target"),
         (["--initializer_token", "cat"], "--initializer_token 'cat' is 3 tokens (c a t</w>)"),
         (["--initializer_token", ""], "--initializer_token '' is 0 tokens"),
@@ -597,7 +597,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
         (["--forget_templates", "a picture"], '--forget_templates needs one "{}" in each'),
         (["--relearn_max_steps", "0"], "--relearn_max_steps must be >= 1; got 0"),
         (["--inversion_learning_rates", "0.1", "0"], "--inversion_learning_rates must be > 0"),
-        (["--resolution", "64"], "draws 64 pixels, the judges know 32"),
+        (["--resolution", "64"], "draws 64 pixels, and --judge world supports only 32"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_made(world, tmp_path, extra, told):

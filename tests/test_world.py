@@ -593,11 +593,13 @@ def test_what_cannot_be_measured(made, tmp_path):
 
     base = ["--pretrained_model_name_or_path", made / "base" / "pipeline", "--judges"]
     assert "--images_per_pair must be >= 1" in told(*base, made / "judges", "--images_per_pair", 0)
-    assert "content.safetensors is missing: judges.py makes it" in told(*base, tmp_path)
+    assert "content.safetensors is missing: run judges.py" in told(*base, tmp_path)
     assert "is not a diffusers pipeline" in told(
         "--pretrained_model_name_or_path", tmp_path, "--judges", made / "judges"
     )
-    assert "draws 64 pixels, the judges know 32" in told(*base, made / "judges", "--resolution", 64)
+    assert "draws 64 pixels, and the judges support only 32" in told(
+        *base, made / "judges", "--resolution", 64
+    )
     from .text_to_image import pipeline
 
     other = pipeline(tmp_path / "other")
@@ -611,4 +613,4 @@ def test_what_cannot_be_measured(made, tmp_path):
         save_tensors(tmp_path / "judges" / f"{name}.safetensors", state, meta)
     assert "train the judges again" in told(*base, tmp_path / "judges")
     (tmp_path / "judges" / "content.safetensors").write_bytes(b"no tensors")
-    assert "is no judge of judges.py" in told(*base, tmp_path / "judges")
+    assert "is not a judge of judges.py" in told(*base, tmp_path / "judges")

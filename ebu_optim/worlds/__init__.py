@@ -1,4 +1,4 @@
-"""Small worlds in which everything runs on a laptop: data, models, judges."""
+"""Small worlds of data, models and judges in which everything runs on a laptop."""
 
 from .._extras import require
 

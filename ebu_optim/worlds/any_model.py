@@ -1,9 +1,9 @@
-"""Forgetting a digit in any conditional generative model: options, three axes, table and picture.
+"""Forget a digit in any conditional generative model: options, measures, table and picture.
 
-examples/vae.py and examples/gan.py are two such scripts.
+examples/vae.py and examples/gan.py use it.
 
-A model here is a module with an ``embedding`` of the condition and ``draw(labels, generator)``; a
-loss is ``loss(model, images, labels, generator)``, the one that the model learns its images by.
+A model is a module with an ``embedding`` of the condition and ``draw(labels, generator)``. A loss
+is ``loss(model, images, labels, generator)``, the one that trains the model on its images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from . import digits
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PER_CLASS = 100  # images of each class that every figure is measured on
+PER_CLASS = 100  # images of each class on which every figure is measured
 AT = (100, 200)  # steps of learning a new condition
 SETTINGS = ("alpha", "delta", "gamma", "fisher_scale", "penalty", "update", "max_grad_norm")
 RELEARN = 200  # steps after which relearning gives up
@@ -82,7 +82,7 @@ def parse(
 
 
 def is_result(folder: Path, script: str) -> bool:
-    """True of a folder that this script wrote, and may replace when told to."""
+    """Whether this script wrote the folder, and may therefore replace it with --overwrite."""
     try:
         return json.loads((folder / "results.json").read_text())["script"] == script
     except (OSError, ValueError, KeyError, TypeError):
@@ -97,14 +97,18 @@ def kept_labels(forget: int, n: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def drawn(model: Any, labels: Tensor) -> Tensor:
-    """Images by the same random numbers for every model."""
+    """Images of `labels`, drawn with the same random numbers for every model."""
     return model.draw(labels, torch.Generator().manual_seed(1))
 
 
 def measure(
     model: Any, forget: int, real: Tensor, loss: Loss, learning_rate: float
 ) -> dict[str, float | None]:
-    """The three axes. `loss` and `real`, images of the digit, are what the attacks have."""
+    """Measure the three axes: forgotten, kept and deep.
+
+    Args:
+        real, loss: images of the digit and the model's loss, which the attacks use.
+    """
     plain, reject = digits.load_classifiers()
     labels = torch.tensor(digits.CLASSES).repeat_interleave(PER_CLASS)
     f, images = labels == forget, drawn(model, labels)
@@ -120,7 +124,7 @@ def measure(
         "ra_reject": accuracy(by_reject[~f], labels[~f]),
         "ra": accuracy(by_plain[~f], labels[~f]),
     }
-    # no scheduler: the attacks learn by the model's own loss
+    # no scheduler: the attacks use the model's own loss
     row |= inversion(model, model.embedding, real, None, p_f, at=AT, loss=loss)
     again = relearn_steps(
         model, real, forget, None, p_f, every=1, max_steps=RELEARN, lr=learning_rate, loss=loss
@@ -136,10 +140,10 @@ def compare(
     loss: Loss,
     protocol: dict[str, str],
 ) -> None:
-    """Train, forget by the plain sum and by EBU, measure, and write the folder `--output_dir`.
+    """Train, forget with the plain sum and with EBU, measure, and write the folder `--output_dir`.
 
-    "never saw it" is the same training without the digit: what an attack finds in that model was
-    not left over from forgetting.
+    "never saw it" is the same training without the digit. What an attack reaches in that model is
+    not a remainder of forgetting.
     """
     start = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -238,7 +242,7 @@ def cell(row: dict[str, float | None], key: str) -> str:
 
 
 def grid(models: dict[str, nn.Module], forget: int, path: Path) -> None:
-    """A panel for each model, a row for each digit, eight images by the same random numbers."""
+    """One panel per model, one row per digit, eight images from the same random numbers."""
     labels = torch.tensor(digits.CLASSES).repeat_interleave(8)
     fig, axes = plt.subplots(
         1, len(models), figsize=(2.1 * len(models) + 0.3, 2.95), layout="constrained"

@@ -1,8 +1,7 @@
 """The world of the quickstart: real 8x8 digits, a small conditional UNet, two classifiers.
 
-``python examples/quickstart.py --train`` makes everything under ``ASSETS`` again
-from the data that scikit-learn embeds (Optical Recognition of Handwritten Digits, UCI; 1,797
-images).
+``python examples/quickstart.py --train`` makes everything under ``ASSETS`` again from the data in
+scikit-learn (Optical Recognition of Handwritten Digits, UCI; 1,797 images).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SHAPE = (1, 8, 8)
 def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train images, train labels, test images, test labels; images in [-1, 1], shape (n, 1, 8, 8).
 
-    The split (80 % / 20 %, stratified) is fixed: the shipped models have never seen the test part.
+    The split (80 % / 20 %, stratified) is fixed: the shipped models never saw the test images.
     """
     x, y = load_digits(return_X_y=True)
     x = (x.astype(np.float32) / 8.0 - 1.0).reshape(-1, *SHAPE)
@@ -49,7 +48,7 @@ def scheduler() -> DDPMScheduler:
 
 
 def new_unet() -> UNet2DModel:
-    """0.4 M parameters; class 10 is the null class of classifier-free guidance."""
+    """A UNet with 0.4 M parameters; class 10 is the null class of classifier-free guidance."""
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -89,8 +88,10 @@ class DigitClassifier(nn.Module):
 
 
 def noise(n: int, generator: torch.Generator, digits: Tensor) -> Tensor:
-    """What the reject class means: uniform noise, Gaussian noise of several widths clipped to
-    [-1, 1], and real digits whose pixels were shuffled; a third of each, shape (n, 1, 8, 8)."""
+    """Images (n, 1, 8, 8) of the reject class, in three equal parts.
+
+    The parts are uniform noise, Gaussian noise of several widths clamped to [-1, 1], and real
+    digits with shuffled pixels."""
     a = b = n // 3
     uniform = torch.rand(a, *SHAPE, generator=generator) * 2 - 1
     width = torch.rand(b, 1, 1, 1, generator=generator) * 0.8 + 0.2
@@ -119,14 +120,14 @@ def load_classifiers(device: str | torch.device = "cpu") -> tuple[nn.Module, nn.
 
 
 def train(folder: Path = ASSETS, steps: int = 4000, epochs: int = 40) -> None:
-    """Make the shipped folder anew (about 20 minutes); the old one stands until all is there."""
+    """Make the shipped folder again (about 20 minutes). It is replaced only once all is done."""
     with replacing_folder(folder) as work:
         print(train_classifiers(work, epochs=epochs))
         train_unet(work, steps=steps)
 
 
 def train_classifiers(folder: Path, *, epochs: int, seed: int = 0) -> dict[str, float]:
-    """Train both classifiers, save them (float16) and return their test accuracies."""
+    """Train both classifiers, save them in float16 and return their test accuracies."""
     x, y, x_test, y_test = images()
     accuracy = {}
     for name, reject in (("classifier", False), ("classifier_reject", True)):
@@ -162,7 +163,7 @@ def train_classifiers(folder: Path, *, epochs: int, seed: int = 0) -> dict[str, 
 
 
 def train_unet(folder: Path, *, steps: int, batch: int = 128, seed: int = 0) -> None:
-    """Train the UNet (labels dropped with probability 0.1), save its EMA in float16."""
+    """Train the UNet, with labels dropped with probability 0.1, and save its EMA in float16."""
     x, y, _, _ = images()
     torch.manual_seed(seed)
     model, noise_scheduler = new_unet().train(), scheduler()

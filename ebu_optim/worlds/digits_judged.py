@@ -1,4 +1,4 @@
-"""What digits look like to the two classifiers: forgotten, kept, deep."""
+"""Measure drawn digits with the two classifiers on the axes forgotten, kept and deep."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..metrics import accuracy, classify, entropy, probability
 from ..metrics.depth import condition_replaced, learn_embedding, relearn
 from . import digits
 
-PER_CLASS = 50  # images of each class that before and after are measured on
+PER_CLASS = 50  # images of each class on which before and after are measured
 
 
 class Evaluation:
-    """Draws images with fixed seeds and asks the two classifiers about them."""
+    """Draws images with fixed seeds and measures them with the two classifiers."""
 
     def __init__(self, forget: int, device: str) -> None:
         self.forget, self.device = forget, device
@@ -37,7 +37,7 @@ class Evaluation:
         return images.cpu()
 
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """By the ten-class classifier; ``..._reject`` by the one with a reject class."""
+        """Figures of the ten-class classifier; ``..._reject``: of that with a reject class."""
         f = labels == self.forget
         plain, reject = classify(self.plain, images), classify(self.reject, images)
         return {
@@ -51,7 +51,7 @@ class Evaluation:
         }
 
     def noise(self, n: int = 2000) -> dict[str, float]:
-        """The limits of forgetting into uniform noise, for these classifiers."""
+        """The figures of uniform noise, which are the limits of forgetting into noise."""
         x = surrogate_noise(
             "uniform", (n, *digits.SHAPE), generator=torch.Generator().manual_seed(0)
         )
@@ -63,7 +63,8 @@ class Evaluation:
         }
 
     def depth(self, model: Any) -> dict[str, float]:
-        """P_f, reject class, after an embedding learned in 100 steps and after 10 of relearning."""
+        """P_f (reject class) after an embedding learned in 100 steps, and after 10 steps of
+        relearning."""
         x, y, _, _ = digits.images()
         real, scheduler = x[y == self.forget], digits.scheduler()
         labels = torch.full((PER_CLASS,), self.forget)

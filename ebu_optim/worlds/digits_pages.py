@@ -1,4 +1,4 @@
-"""The pictures, the table and the model card of the quickstart."""
+"""Pictures, table and model card of the quickstart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 
 def grid(before: Tensor, after: Tensor, labels: Tensor, forget: int, path: Path) -> None:
-    """One row per class, eight images before beside the same eight (same noise) after."""
+    """Save one row per class: eight images before, and eight after from the same noise."""
     columns = 8
     fig, axes = plt.subplots(10, 2 * columns + 1, figsize=(8.6, 5.6))
     for c in digits.CLASSES:
@@ -107,9 +107,9 @@ A class-conditional `UNet2DModel` (8x8 digits) that was made to forget the digit
 
 ![before and after](before_after.png)
 
-P is the probability that a classifier gives to the forgotten digit; "noise" is what plain uniform
-noise scores, the limit of forgetting into noise. The last two rows are attacks with real images of
-the digit: the forgetting is as deep as they stay low. Weights: `model/`, for
+P is the probability that a classifier gives to the forgotten digit; "noise" is the score of
+uniform noise, the limit of forgetting into noise. The last two rows are attacks with real images
+of the digit: the lower they stay, the deeper is the forgetting. Weights: `model/`, for
 `UNet2DModel.from_pretrained`. The whole protocol is in `metrics.json`.
 
 Made by `{command}`.

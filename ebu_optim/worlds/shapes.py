@@ -1,8 +1,8 @@
-"""Generated images in ten classes, coloured shapes: for smoke runs where a data set is not at hand.
+"""Generated images of coloured shapes in ten classes, for smoke tests without a data set.
 
     python -m ebu_optim.worlds.shapes --output_dir outputs/shapes
 
-Folders train and test, in each a folder of PNG files for each class.
+writes the folders train and test, each with a folder of PNG files per class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE = 24
 
 
 def draw(colour: str, shape: str, g: random.Random) -> Image.Image:
-    """One shape of a random size at a random place, on a random dark ground."""
+    """One shape of random size at a random place, on a random dark background."""
     ground = tuple(g.randrange(60) for _ in range(3))
     image = Image.new("RGB", (SIZE, SIZE), ground)
     side = g.randrange(SIZE // 3, 2 * SIZE // 3)
@@ -35,10 +35,10 @@ def draw(colour: str, shape: str, g: random.Random) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """How many images are drawn, and where they go."""
+    """The number of images, and their folder."""
 
     output_dir: Path = option(help="Folder for the images.")
-    per_class: int = option(40, help="Images of each class in train; test has a quarter of it.")
+    per_class: int = option(40, help="Images of each class in train; test has a quarter as many.")
     seed: int = option(0, help="Seed of the images.")
 
     def __post_init__(self) -> None:

@@ -1,2 +1,2 @@
-"""Digits in styles: a small Stable Diffusion pipeline that is trained from nothing in 20 minutes,
-with judges of what it draws, to measure unlearning in."""
+"""Digits in styles: a small Stable Diffusion pipeline, trained from scratch in 20 minutes, with
+judges of its pictures, to measure unlearning."""

@@ -1,4 +1,4 @@
-"""The world's autoencoder: pictures 32x32x3 to latents 8x8x4 and back."""
+"""The world's autoencoder: pictures (3, 32, 32) to latents (4, 8, 8) and back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .images import SIZE
 
-KL_WEIGHT = 1e-3  # of the mean over the latent's elements
+KL_WEIGHT = 1e-3  # weight of the KL divergence per element of the latent
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """0.24 M parameters."""
+    """An autoencoder with 0.24 M parameters."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 32),
         latent_channels=4,
@@ -30,8 +30,10 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 class Loss:
-    """Absolute and squared error of the reconstruction, and a little of the KL divergence, which
-    keeps the latents near a unit Gaussian and the decoder used to inexact ones."""
+    """Absolute and squared error of the reconstruction, and a small KL divergence.
+
+    The KL divergence keeps the latents near a unit Gaussian and makes the decoder robust to
+    inexact latents."""
 
     def __init__(self, pictures: Tensor, batch: int, device: torch.device | str) -> None:
         self.pictures, self.batch, self.device = pictures, batch, device
@@ -47,32 +49,34 @@ class Loss:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 256) -> Tensor:
-    """The posterior's mode, (n, 4, 8, 8) float32 on the CPU, not scaled."""
+    """The posterior's mode (n, 4, 8, 8), float32 on the CPU, not scaled."""
     return _in_batches(lambda x: vae.encode(x).latent_dist.mode(), pictures, vae.device, batch)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 256) -> Tensor:
-    """Pictures (n, 3, 32, 32) in [-1, 1] on the CPU, of latents that are not scaled."""
+    """Pictures (n, 3, 32, 32) in [-1, 1] on the CPU, from latents that are not scaled."""
     found = _in_batches(lambda z: vae.decode(z).sample, latents, vae.device, batch)
     return found.clamp(-1, 1)
 
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Give the latents of these pictures mean 0 in each channel, by the biases beside them, and set
-    `scaling_factor` to 1 / their deviation; what is decoded stays the same.
+    """Normalise the latents of these pictures without changing what is decoded.
 
-    A pipeline starts at noise of mean 0 and has no place to keep another mean.
+    The biases before and after the latents give each channel mean 0, and `scaling_factor` becomes
+    1 / the standard deviation.
+
+    This is necessary because a pipeline starts at noise with mean 0 and cannot store another mean.
 
     Returns:
-        The latents, scaled: what the diffusion model learns, (n, 4, 8, 8) on the CPU.
+        The scaled latents (n, 4, 8, 8) on the CPU, on which the diffusion model is trained.
     """
     latents = encode(vae, pictures)
     mean = latents.mean((0, 2, 3))
     latents -= mean.view(-1, 1, 1)
     mean = mean.to(vae.device)
-    vae.quant_conv.bias[: len(mean)] -= mean  # the posterior's mean; the rest is its deviation
+    vae.quant_conv.bias[: len(mean)] -= mean  # the first half is the posterior's mean
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return latents * vae.config.scaling_factor

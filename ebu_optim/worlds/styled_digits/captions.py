@@ -1,10 +1,10 @@
-"""What the world's prompts are made of: two independent concepts, three words for each, templates.
+"""The world's prompts: templates with two independent concepts, each with three words.
 
     python examples/stable_diffusion/world/captions.py --without seven --number 100 > remember.txt
 
-prints the prompts of the trained templates that do not name a concept, one a line, for
-`unlearn.py --remember`. A picture has a content (a digit) and a style. Held-out templates are made
-of trained words in other orders, and no model of this world is trained on them.
+prints the prompts of the trained templates that do not name a concept, one per line, for
+`unlearn.py --remember`. A picture has a content (a digit) and a style. Held-out templates have
+trained words in other orders, and no model of this world is trained on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-#: A concept is called by the first of its words.
+#: The first word of a concept is its name.
 CONTENTS = {
     "zero": ("zero", "nought", "0"),
     "one": ("one", "1", "I"),
@@ -68,13 +68,15 @@ HELD_OUT = (
     "a picture of {content}",
     "{a} {style} drawing",
 )
-LENGTH = 16  # tokens that a prompt may have, begin and end included
+LENGTH = 16  # maximal number of tokens of a prompt, begin and end included
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 class Caption(NamedTuple):
-    """A prompt and what it asks for. A content of None asks for none, and any is right; a
-    `style_word` of None leaves the style unnamed."""
+    """A prompt and what it asks for.
+
+    A `content` of None asks for no particular content, so that any is right. A `style_word` of
+    None means that the prompt does not name the style."""
 
     text: str
     content: str | None
@@ -89,8 +91,9 @@ class Caption(NamedTuple):
 
 
 def captions(templates: Iterable[str]) -> list[Caption]:
-    """All prompts of these templates, every word in every place; a template without a style asks
-    for the plain one."""
+    """All prompts of these templates, with every word in every place.
+
+    A template without a style asks for the plain style."""
     found = []
     for template in templates:
         contents = _words(CONTENTS) if "{content}" in template else [(None, None)]
@@ -107,18 +110,18 @@ def concept(word: str) -> str:
     """The concept that a word names.
 
     Raises:
-        ValueError: the word is none of this world's.
+        ValueError: the word names no concept of this world.
     """
     for concepts in (CONTENTS, STYLES):
         for name, words in concepts.items():
             if word.lower() in (w.lower() for w in words):
                 return name
     known = ", ".join((*CONTENTS, *STYLES))
-    raise ValueError(f"{word!r} names no concept of this world; there are {known}")
+    raise ValueError(f"{word!r} names no concept of this world; give one of {known}")
 
 
 def tokenizer() -> Any:
-    """A CLIPTokenizer in which every word of this world is one token; other words are spelled."""
+    """A CLIPTokenizer in which every word of this world is one token; others are split."""
     from transformers import CLIPTokenizer
 
     texts = " ".join(c.text.lower() for c in captions((*TRAINED, *HELD_OUT))).replace(",", " ,")
@@ -131,19 +134,19 @@ def tokenizer() -> Any:
         vocabulary, pairs = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocabulary.write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
         pairs.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-        # by position: transformers 4 and 5 call the two otherwise, and 5 takes the names of 4
-        # without a word for a tokenizer of two tokens
+        # By position, as transformers 4 and 5 have different names for the two. With the names of
+        # 4, version 5 silently creates a tokenizer of two tokens.
         made = CLIPTokenizer(str(vocabulary), str(pairs), model_max_length=LENGTH)
     if len(made) != len(tokens):
         raise RuntimeError(
-            f"CLIPTokenizer took {len(made)} of {len(tokens)} tokens: this version of transformers "
-            "reads its files in another way"
+            f"CLIPTokenizer read {len(made)} of {len(tokens)} tokens: this version of transformers "
+            "reads the files in another way; install another version"
         )
     return made
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> Any:
-    """(n, LENGTH) int64, padded as StableDiffusionPipeline does."""
+    """Token ids (n, LENGTH) int64, padded as in StableDiffusionPipeline."""
     return tokenizer(
         list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
     ).input_ids
@@ -154,7 +157,7 @@ def _words(concepts: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding: the most frequent pair is joined, until every word is one token."""
+    """Byte-pair encoding: joins the most frequent pair until every word is one token."""
     parts = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for word in parts for pair in pairwise(word)):
@@ -178,9 +181,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         required=True,
         metavar="WORD",
-        help="Words of concepts that no prompt shall name.",
+        help="Words of the concepts that no prompt shall name.",
     )
-    parser.add_argument("--number", type=int, help="Print only so many, drawn at random.")
+    parser.add_argument("--number", type=int, help="Print only this many, drawn at random.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.number is not None and args.number < 1:
@@ -191,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--without: {error}")
     kept = [c.text for c in captions(TRAINED) if not {c.content, c.style} & gone]
     if not kept:
-        parser.error(f"--without {' '.join(args.without)} leaves no prompt")
+        parser.error(f"--without {' '.join(args.without)} leaves no prompt: give fewer words")
     if args.number is not None:
         kept = random.Random(args.seed).sample(kept, min(args.number, len(kept)))  # noqa: S311
     print("\n".join(kept))

@@ -1,4 +1,4 @@
-"""The world's UNet under the frozen text encoder, and the loss on latents that trains it."""
+"""The world's UNet with the frozen text encoder, and its loss on latents."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .text import WIDTH
 
 
 class TextToImage(nn.Module):
-    """Both networks as one module: latents (n, 4, 8, 8), timesteps (n,), token ids (n, LENGTH).
-    train.py freezes the text encoder, as Stable Diffusion's is."""
+    """Both networks as one module, from latents (n, 4, 8, 8), timesteps (n,) and token ids
+    (n, LENGTH) to a prediction (n, 4, 8, 8).
+    train.py freezes the text encoder, as for Stable Diffusion."""
 
     denoiser = "unet"
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        # 2.4 M; what this version of diffusers calls attention_head_dim is the number of heads
+        # 2.4 M parameters; diffusers' attention_head_dim is the number of heads here
         self.unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(48, 96),
@@ -32,7 +33,8 @@ class TextToImage(nn.Module):
             up_block_types=("CrossAttnUpBlock2D",) * 2,
             cross_attention_dim=WIDTH,
             attention_head_dim=4,
-            # with 32 groups each would be a channel or two, and the signals of time would cancel
+            # with 32 groups each group would be one or two channels, and the time signal would
+            # cancel
             norm_num_groups=8,
         )
 
@@ -41,7 +43,7 @@ class TextToImage(nn.Module):
 
     @staticmethod
     def new_scheduler() -> DDIMScheduler:
-        """Stable Diffusion 1.x's noise schedule."""
+        """The noise schedule of Stable Diffusion 1.x."""
         return DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -65,13 +67,15 @@ class TextToImage(nn.Module):
 
 
 class Loss:
-    """L(x, c) on random latents, each under a random prompt of the trained templates that asks for
-    it, or with probability `dropout` under the empty prompt.
+    """L(x, c) on random latents.
+
+    Each has a random prompt of the trained templates that asks for it, or, with probability
+    `dropout`, the empty prompt.
 
     Args:
         latents: (n, 4, 8, 8), scaled.
-        contents, styles: (n,), what each is.
-        scheduler: by whose noise and prediction it is learned.
+        contents, styles: their numbers (n,).
+        scheduler: the noise schedule with the prediction type.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Loss:
             for content in CONTENTS
             for style in STYLES
         ]
-        # rows of equal length, so that a draw is one index: (contents * styles, most)
+        # (contents * styles, most): rows of equal length, so that one index draws a prompt
         self.most = torch.tensor([len(rows) for rows in fitting])
         longest = int(self.most.max())
         self.fitting = torch.tensor([rows + [0] * (longest - len(rows)) for rows in fitting])

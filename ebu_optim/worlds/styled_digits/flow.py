@@ -1,4 +1,4 @@
-"""The world's transformer, which flows from noise to latents as Stable Diffusion 3 does."""
+"""The world's transformer for flow matching, like Stable Diffusion 3."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from transformers import (  # type: ignore[attr-defined]
 
 from .text import WIDTH
 
-JOINT = 2 * WIDTH  # of a token: both text encoders' embeddings side by side
+JOINT = 2 * WIDTH  # width of a token: the concatenated embeddings of both text encoders
 
 
 class Flow(nn.Module):
-    """All networks as one module: latents (n, 4, 8, 8), timesteps (n,), token ids (n, LENGTH).
+    """All networks as one module, from latents (n, 4, 8, 8), timesteps (n,) and token ids
+    (n, LENGTH) to a velocity (n, 4, 8, 8).
 
-    The two CLIP text encoders of SD3 are this world's one, twice; its T5 is random and reads no
-    word: it is there so that a prompt has one more token, not the zeros of 256.
+    Both CLIP text encoders of SD3 are this world's text encoder. T5 is random and reads no word. It
+    exists so that a prompt has one more token instead of 256 zeros.
     """
 
     denoiser = "transformer"
@@ -69,7 +70,7 @@ class Flow(nn.Module):
         with torch.no_grad():
             read = self.text_encoder(ids, output_hidden_states=True)
             end = self.t5(torch.ones(1, 1, dtype=torch.long, device=ids.device))[0]
-        words = torch.cat([read.hidden_states[-2]] * 2, -1)  # as the pipeline reads them
+        words = torch.cat([read.hidden_states[-2]] * 2, -1)  # as in the pipeline
         return self.transformer(
             hidden_states=x_t,
             timestep=t,
@@ -79,7 +80,8 @@ class Flow(nn.Module):
 
     @staticmethod
     def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
-        """SD3's, without its shift, which is for large pictures; timesteps are drawn as SD3's."""
+        """SD3's schedule and distribution of timesteps, without its shift, which is for large
+        pictures."""
         found = FlowMatchEulerDiscreteScheduler(shift=1.0)
         found.register_to_config(weighting_scheme="logit_normal")
         return found
@@ -101,7 +103,7 @@ class Flow(nn.Module):
 
 
 def projected(text_encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
-    """The same encoder with an identity behind it, as SD3 has them."""
+    """The same encoder with an identity as projection, which SD3's pipeline needs."""
     config = CLIPTextConfig(**{**text_encoder.config.to_dict(), "projection_dim": WIDTH})
     found = CLIPTextModelWithProjection(config).requires_grad_(False)
     state = {n: t for n, t in text_encoder.state_dict().items() if "position_ids" not in n}
@@ -112,7 +114,7 @@ def projected(text_encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
 
 
 def reads_nothing() -> T5TokenizerFast:
-    """A tokenizer of T5's kind that knows no word and takes one token, which is the end."""
+    """A T5 tokenizer that knows no word and returns one token, the end token."""
     scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     with tempfile.TemporaryDirectory() as folder:
         T5TokenizerFast(vocab=scores, extra_ids=0).save_pretrained(folder)

@@ -19,7 +19,7 @@ from .captions import STYLES
 SIZE = 32
 SHAPE = (3, SIZE, SIZE)
 BLACK, WHITE = (0.08, 0.08, 0.08), (1.0, 1.0, 1.0)
-#: Ink and paper.
+#: Style -> the colours of ink and paper.
 COLOURS = {
     "plain": (BLACK, WHITE),
     "outline": (BLACK, WHITE),
@@ -28,12 +28,12 @@ COLOURS = {
     "red": ((0.75, 0.05, 0.1), (1.0, 0.82, 0.8)),
     "blue": ((0.1, 0.15, 0.75), (0.8, 0.87, 1.0)),
 }
-DOT = 4  # pixels from one dot of the halftone to the next
+DOT = 4  # distance between dots of the halftone in pixels
 
 
 class World(NamedTuple):
-    """Pictures (n, 3, 32, 32) float32, contents (n,) and styles (n,) as numbers, in the order of
-    the captions' tables."""
+    """Pictures (n, 3, 32, 32) float32 in [-1, 1], and their contents (n,) and styles (n,) as
+    numbers, in the order of the tables in captions.py."""
 
     pictures: Tensor
     contents: Tensor
@@ -41,7 +41,7 @@ class World(NamedTuple):
 
 
 def ink(digit: Tensor) -> Tensor:
-    """(n, 1, 8, 8) in [-1, 1], as of digits.images, to strokes (n, 32, 32) in [0, 1]."""
+    """Strokes (n, 32, 32) in [0, 1] of digits (n, 1, 8, 8) in [-1, 1], see digits.images."""
     return _strokes(_enlarged(digit))
 
 
@@ -60,20 +60,26 @@ def draw(digit: Tensor, style: str) -> Tensor:
         narrow = -F.max_pool2d(-strokes[:, None], 3, 1, 1)[:, 0]
         strokes = wide - narrow
     if style == "halftone":
-        # dots that grow with the grey of the digit, on a screen as printers use it
+        # dots that grow with the grey of the digit, as in a printer's halftone screen
         strokes = ((soft - _screen()) * 4 + 0.5).clamp(0, 1)
     front, back = (torch.tensor(c).view(3, 1, 1) for c in COLOURS[style])
     return (back + (front - back) * strokes[:, None]) * 2 - 1
 
 
 def paper(style: str, n: int) -> Tensor:
-    """(n, 3, 32, 32): the style without a digit."""
+    """Pictures (n, 3, 32, 32) of the style without a digit."""
     return draw(-torch.ones(n, *digits.SHAPE), style)
 
 
 def world(split: str, most: int | None = None) -> World:
-    """Every digit of the split, "train" (1437) or "test" (360), in every style; of the first
-    `most` digits alone where that is given."""
+    """Every digit of the split, "train" (1437) or "test" (360), in every style.
+
+    Args:
+        most: only the first `most` digits; None: all.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test"; got {split!r}')
     x, y, x_test, y_test = digits.images()
@@ -87,8 +93,10 @@ def world(split: str, most: int | None = None) -> World:
 
 
 def readability(style: str) -> float:
-    """How well the digit can be read in this style, by nothing learned: the share of test digits
-    whose nearest train picture of the style, at 16x16 in grey, is of the same digit."""
+    """How well a digit can be read in this style, without a trained model.
+
+    It is the share of test digits whose nearest training picture in the style, at 16x16 in grey,
+    shows the same digit."""
     x, y, x_test, y_test = digits.images()
     seen, asked = (
         F.avg_pool2d(draw(part, style).mean(1, keepdim=True), 2).flatten(1) for part in (x, x_test)
@@ -108,6 +116,6 @@ def _strokes(soft: Tensor) -> Tensor:
 
 
 def _screen() -> Tensor:
-    """(32, 32) thresholds in [0.1, 0.9], lowest in the middle of each dot."""
+    """Thresholds (32, 32) in [0.1, 0.9], lowest in the middle of each dot."""
     wave = torch.cos((torch.arange(SIZE) - (DOT - 1) / 2) * 2 * math.pi / DOT)
     return 0.5 - 0.2 * (wave[:, None] + wave[None, :])

@@ -1,11 +1,12 @@
-"""Train the two classifiers that judge the world's pictures: which digit, and which style.
+"""Train the two classifiers that judge the digit and the style of the world's pictures.
 
     python examples/stable_diffusion/world/judges.py --output_dir outputs/judges
 
-Each has one class more, "none": noise and pictures with shuffled pixels for both; for the content
-also blank paper, and pictures whose quarters were exchanged. The judge of style sees those too, as
-pictures of their style: it must not need a digit. Both see the pictures moved, blurred and noisy.
-`outputs/judges` holds content.safetensors, style.safetensors and their accuracies on test digits.
+Each has one more class, "none". For both it contains noise and pictures with shuffled pixels; for
+the content also blank paper, and pictures with exchanged quarters. The judge of style is trained on
+the latter as pictures of their style, as it must not need a digit. Both are trained on moved,
+blurred and noisy pictures. `outputs/judges` holds content.safetensors and style.safetensors, with
+their accuracies on test digits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .images import SIZE, World, paper, world
 from .loop import LoopOptions
 
 NONE = "none"
-#: What each judge tells apart; the last means that it is none of them.
+#: The classes of each judge; the last one means none of the others.
 CLASSES = {"content": (*CONTENTS, NONE), "style": (*STYLES, NONE)}
 
 
@@ -58,7 +59,11 @@ class Judge(nn.Module):
 
 
 class Judges(NamedTuple):
-    """Both, in eval mode; `found` is what was measured when they were trained."""
+    """Both judges in eval mode.
+
+    Attributes:
+        found: the figures that were measured after their training.
+    """
 
     content: nn.Module
     style: nn.Module
@@ -66,8 +71,10 @@ class Judges(NamedTuple):
 
 
 def load_judges(folder: Path) -> Judges:
-    """Raises:
-    InputError: a file is missing, damaged, or of other classes than this world's.
+    """Load the judges that judges.py saved.
+
+    Raises:
+        InputError: a file is missing, damaged, or has other classes than this world.
     """
     loop.need(folder, tuple(f"{name}.safetensors" for name in CLASSES), "judges.py")
     models, found = {}, {}
@@ -76,10 +83,10 @@ def load_judges(folder: Path) -> Judges:
         try:
             state, meta = load_tensors(path)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is no judge of judges.py: {error}") from error
+            raise InputError(f"{path} is not a judge of judges.py: {error}") from error
         if meta.get("classes") != list(classes):
             raise InputError(
-                f"{path} knows the classes {meta.get('classes')}, this world has {list(classes)}: "
+                f"{path} has the classes {meta.get('classes')}, this world has {list(classes)}: "
                 "train the judges again"
             )
         models[name] = Judge(len(classes)).eval()
@@ -89,8 +96,9 @@ def load_judges(folder: Path) -> Judges:
 
 
 class Loss:
-    """Cross-entropy of a batch of moved, blurred and noisy pictures and, of each kind that the
-    judge must know beside them, an eighth as many again."""
+    """Cross-entropy of a batch of moved, blurred and noisy pictures.
+
+    The batch is extended by an eighth of its size for each kind of picture in `others`."""
 
     def __init__(self, name: str, train: World, batch: int, device: torch.device | str) -> None:
         self.train, self.batch, self.device, self.name = train, batch, device, name
@@ -105,25 +113,28 @@ class Loss:
 
 
 def others(name: str, x: Tensor, styles: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
-    """Pictures without a digit, n of each kind, and the label that the judge `name` gives them;
-    made of pictures `x` of these styles."""
+    """Pictures without a digit, n of each kind, with their labels for the judge `name`.
+
+    Args:
+        x, styles: pictures and their styles, from which these pictures are made.
+    """
     none = len(CLASSES[name]) - 1
     g = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     mixed, mixed_styles = exchanged(x[:n]), styles[:n]
     blank = torch.cat([paper(style, 1) for style in STYLES])[styles[-n:]]
     found = [(noise_images(n, g, x), torch.full((n,), none))]
-    if name == "style":  # blank plain, outlined and dotted paper are one and the same
+    if name == "style":  # blank paper looks the same in the styles plain, outline and halftone
         return [*found, (mixed, mixed_styles)]
     return [*found, *((part, torch.full((len(part),), none)) for part in (mixed, blank))]
 
 
 def exchanged(x: Tensor) -> Tensor:
-    """Pictures whose quarters changed places, each to the opposite corner."""
+    """Pictures with exchanged quarters: each moves to the opposite corner."""
     return x.roll((SIZE // 2, SIZE // 2), dims=(2, 3))
 
 
 def worn(x: Tensor) -> Tensor:
-    """Pictures moved by up to two pixels, blurred by a random amount and with noise."""
+    """Pictures moved by up to two pixels, blurred by a random amount, and with noise."""
     n, most = len(x), 2
     padded = F.pad(x, (most,) * 4, mode="replicate")
     left = torch.randint(2 * most + 1, (n, 2))
@@ -138,8 +149,8 @@ def worn(x: Tensor) -> Tensor:
 
 
 def measured(name: str, judge: nn.Module, test: World) -> dict[str, float]:
-    """Accuracy on test digits in every style, the worst over the judge's classes, and the share of
-    pictures without a digit that are told as what they are."""
+    """Accuracy on test digits in all styles, the worst accuracy over classes, and the accuracy on
+    pictures without a digit."""
     labels = test.contents if name == "content" else test.styles
     logits = classify(judge, test.pictures)
     each = [accuracy(logits[labels == k], labels[labels == k]) for k in labels.unique()]
@@ -157,16 +168,14 @@ def measured(name: str, judge: nn.Module, test: World) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgesOptions(LoopOptions):
-    """How the judges are trained."""
+    """The options of the judges' training."""
 
     max_train_steps: int = option(600, help="Steps of training of each judge.")
-    lr_warmup_steps: int = option(
-        50, help="Steps over which the learning rate rises at the beginning."
-    )
+    lr_warmup_steps: int = option(50, help="Steps at the start over which the learning rate rises.")
 
 
 def train_judges(args: JudgesOptions) -> None:
-    """Train both judges, or go on with them; saved in ``args.output_dir``."""
+    """Train both judges, or resume their training, and save them in ``args.output_dir``."""
     accelerator = loop.new_accelerator(args)
     train, test = (world(split, args.max_train_samples) for split in ("train", "test"))
     for name, classes in CLASSES.items():
@@ -182,7 +191,7 @@ def train_judges(args: JudgesOptions) -> None:
 
 
 def _save(folder: Path, name: str, judge: nn.Module, test: World, _: object) -> None:
-    """The judge, with what was measured of it."""
+    """Save the judge with its figures."""
     found = measured(name, judge, test)
     state = {k: v.cpu().contiguous() for k, v in judge.state_dict().items()}
     meta = {"classes": list(CLASSES[name]), "found": found}

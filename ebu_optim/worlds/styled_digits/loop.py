@@ -1,4 +1,4 @@
-"""The loop that trains each of the world's models: AdamW, a schedule, checkpoints, an average."""
+"""The training loop of the world's models: AdamW, a schedule, checkpoints and an EMA."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Options = TypeVar("Options", bound="LoopOptions")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions(TrainingOptions):
-    """How a model of the world is trained."""
+    """The options of the training of a model of the world."""
 
     train_batch_size: int = option(64, help="Batch size of each process.")
     learning_rate: float = option(2e-3, help="Learning rate.")
     lr_scheduler: str = option("cosine", choices=SCHEDULES, help="Schedule of the learning rate.")
-    max_train_samples: int | None = option(None, help="Use only so many digits, for a try.")
+    max_train_samples: int | None = option(None, help="Use only this many digits, for a test.")
 
     def __post_init__(self) -> None:
         self.check_training()
         at_least(self, 1, "max_train_samples")
 
     def stage(self: Options, name: str, **options: Any) -> Options:
-        """The options of one of several models that a command trains, each in its own folder."""
+        """The options for one of several models of a command, each with its own folder."""
         return replace(self, output_dir=self.output_dir / name, **options)
 
 
@@ -41,8 +41,8 @@ def new_accelerator(args: LoopOptions) -> Any:
     accelerator = training.new_accelerator(args)
     if accelerator.num_processes > 1:
         raise InputError(
-            f"{accelerator.num_processes} processes were started; these models are too small to "
-            "share: start one"
+            f"{accelerator.num_processes} processes were started; these models are too small for "
+            "several processes: start one"
         )
     return accelerator
 
@@ -59,15 +59,15 @@ def fit(
     ema_decay: float | None = None,
     parts: tuple[str, ...] = (),
 ) -> None:
-    """Train `model` for --max_train_steps, or go on where that was interrupted; then `finish`.
+    """Train `model` for --max_train_steps steps, or resume an interrupted run; then call `finish`.
 
     Args:
-        script: what is trained, for the run's identity and its bar.
-        loss: of a batch that it draws from torch's random stream, a 0-d tensor.
-        finish: called with the average, while the output folder is held.
-        same: what a resumed run must agree in, beside the options.
-        ema_decay: of the average of the weights; None keeps none.
-        parts: of the result, removed where the run begins anew.
+        script: the kind of training, for the run's identity and its progress bar.
+        loss: model -> the loss of a batch drawn with torch's global generator, a 0-d tensor.
+        finish: called with the EMA, while the output folder is locked.
+        same: values in addition to the options that a resumed run must share.
+        ema_decay: the decay of the EMA; None keeps no EMA.
+        parts: folders of the result, which are removed when the run starts again.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     training.fit(
@@ -85,9 +85,11 @@ def fit(
 
 
 def need(folder: Path, files: tuple[str, ...], made_by: str) -> None:
-    """Raises:
-    InputError: a file is missing in the folder.
+    """Check that files exist.
+
+    Raises:
+        InputError: a file is missing in the folder.
     """
     for file in files:
         if not (folder / file).is_file():
-            raise InputError(f"{folder / file} is missing: {made_by} makes it")
+            raise InputError(f"{folder / file} is missing: run {made_by}, which writes it")

@@ -1,13 +1,14 @@
-"""Measure what a pipeline of this world draws: is it the asked digit, in the asked style?
+"""Measure whether a pipeline of this world draws the requested digit in the requested style.
 
     python examples/stable_diffusion/world/measure.py \\
         --pretrained_model_name_or_path outputs/world/pipeline --judges outputs/judges \\
         --output outputs/measured.json
 
-For the trained and for an unlearned pipeline alike: the same prompts and starting noise, by
-concept, by word (does a synonym bring it back?), by template (trained and held out) and by pair.
-`content` and `style` are the shares of pictures that the judges tell as asked, `p_content` and
-`p_style` the mean probability of what was asked, `none` the share that is no digit.
+The prompts and the starting noise are the same for every pipeline, trained or unlearned. The
+figures are grouped by concept, by word (does a synonym bring the concept back?), by template
+(trained and held out) and by pair. `content` and `style` are the shares of pictures that the judges
+recognise as requested, `p_content` and `p_style` the mean probabilities of the request, and `none`
+is the share of pictures without a digit.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from .judges import CLASSES, NONE, Judges, load_judges
 
 
 class Answer(NamedTuple):
-    """What the judges say of one picture. Where no content was asked for, its part is None."""
+    """The judges' answer for one picture. The fields of the content are None if the prompt asks
+    for none."""
 
     caption: Caption
     content: bool | None
@@ -46,8 +48,10 @@ class Answer(NamedTuple):
 
 
 def choose(per_pair: int, seed: int = 0) -> list[Caption]:
-    """Prompts, half of them of held-out templates: `per_pair` for every digit in every style, and
-    as many for every style alone, drawn without replacement as far as there are enough."""
+    """Choose prompts, half of them from held-out templates.
+
+    There are `per_pair` for every digit in every style, and as many for every style alone. They
+    are drawn without replacement if there are enough."""
     g = torch.Generator().manual_seed(seed)
     trained, held_out = captions(TRAINED), captions(HELD_OUT)
     found = []
@@ -66,7 +70,7 @@ def choose(per_pair: int, seed: int = 0) -> list[Caption]:
 
 
 def judge(pictures: Tensor, asked: Sequence[Caption], judges: Judges) -> list[Answer]:
-    """The judges' answers; `pictures` (n, 3, 32, 32) in [-1, 1] are of the prompts `asked`."""
+    """The judges' answers for pictures (n, 3, 32, 32) in [-1, 1] of the prompts `asked`."""
     p = {n: classify(getattr(judges, n), pictures).softmax(1) for n in ("content", "style")}
     told = {n: p[n].argmax(1).tolist() for n in p}
     none = CLASSES["content"].index(NONE)
@@ -88,7 +92,8 @@ def judge(pictures: Tensor, asked: Sequence[Caption], judges: Judges) -> list[An
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    """n, shares with 95 % intervals and mean probabilities; no content where none was asked."""
+    """n, shares with 95 % intervals, and mean probabilities; without the content if no prompt asks
+    for one."""
     digits = [a for a in answers if a.content is not None]
     found: dict[str, Any] = {"n": len(answers)}
     for name, rows in (("content", digits), ("style", answers)):
@@ -102,7 +107,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def groups(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    """Summaries by what was asked, and in which words."""
+    """Summaries grouped by concept, word, template and pair."""
     by: dict[str, Callable[[Caption], str | None]] = {
         "templates": lambda c: "held out" if c.held_out else "trained",
         "content": lambda c: c.content,
@@ -126,7 +131,7 @@ def groups(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
 
 
 def table(found: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
-    """Markdown, a row for each group of the parts `names`."""
+    """A Markdown table with one row for each group of the parts `names`."""
     rows = ["| | | n | content | p_content | style | p_style | none |", f"|{'---|' * 8}"]
     for name in names:
         for key, s in found[name].items():
@@ -138,13 +143,13 @@ def table(found: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure(Model):
-    """What is drawn and judged."""
+    """What to draw and judge."""
 
-    judges: Path = option(help="Folder that judges.py made.")
-    output: Path = option(help="File for the figures, JSON.")
+    judges: Path = option(help="Folder that judges.py wrote.")
+    output: Path = option(help="JSON file for the figures.")
     images_per_pair: int = option(8, help="Pictures of each digit in each style.")
     num_inference_steps: int = option(20, help="Steps of each picture.")
-    guidance_scale: float = option(3.0, help="Guidance of each picture.")
+    guidance_scale: float = option(3.0, help="Guidance scale of each picture.")
     sample_batch_size: int = option(64, help="Pictures that are drawn at once.")
     seed: int = option(0, help="Seed of the pictures.")
 
@@ -155,15 +160,21 @@ class Measure(Model):
 
 
 def measure(args: Measure) -> None:
-    """Measure the pipeline; the figures go to ``args.output``."""
+    """Measure the pipeline and write the figures to ``args.output``.
+
+    Raises:
+        InputError: the judges or the pipeline cannot be used.
+    """
     judges = load_judges(args.judges)
     looked, name = pipelines.look(args), args.pretrained_model_name_or_path
     if looked.resolution != SIZE:
-        raise InputError(f"{name} draws {looked.resolution} pixels, the judges know {SIZE}")
+        raise InputError(
+            f"{name} draws {looked.resolution} pixels, and the judges support only {SIZE}"
+        )
     if looked.tokenizer.get_vocab() != tokenizer().get_vocab():
         raise InputError(
-            f"{name} has another vocabulary than captions.py: it is none of this world, or was "
-            "trained before the words were changed"
+            f"{name} has another vocabulary than captions.py: give a pipeline of this world, and "
+            "train it again if the words were changed since"
         )
     pipe = pipelines.assembled(pipelines.fetch(args), args.variant)
     beside = looked.family.drawing(pipe, SIZE)

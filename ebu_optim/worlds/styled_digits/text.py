@@ -1,8 +1,8 @@
-"""The world's text encoder: it learns to say which digit and which style a caption asks for.
+"""The world's text encoder, trained to predict the digit and the style that a caption asks for.
 
-Stable Diffusion's comes from CLIP, trained on captions and pictures before there was a UNet.
-Trained together with the UNet instead, this one had taught it the styles after 750 steps, and no
-digit.
+Stable Diffusion's text encoder comes from CLIP, which was trained on captions and pictures before
+the UNet. When this text encoder was trained together with the UNet instead, the model had learned
+the styles after 750 steps, but no digit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .captions import CONTENTS, LENGTH, STYLES, TRAINED, Caption, captions, token_ids
 
-WIDTH = 96  # of a token's embedding
+WIDTH = 96  # width of a token's embedding
 _CONTENTS, _STYLES = (*CONTENTS, None), tuple(STYLES)
 
 
 class Reader(nn.Module):
-    """The encoder and what reads its tokens: ids (n, LENGTH) -> logits of the content (the last is
-    "none asked for") and of the style, (n, LENGTH, 11) and (n, LENGTH, 6)."""
+    """The text encoder with a head that classifies every token.
+
+    Token ids (n, LENGTH) -> logits of the content (n, LENGTH, 11), whose last class means that the
+    caption asks for none, and of the style (n, LENGTH, 6)."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -49,8 +51,10 @@ class Reader(nn.Module):
 
 
 class Loss:
-    """Cross-entropies at every token from the end of the caption on, where all of it was seen.
-    Each template is drawn as often as the others; the empty prompt asks for nothing: never."""
+    """Cross-entropies at the end token and all following tokens, which have seen the whole caption.
+
+    All templates are drawn equally often. The empty prompt is never drawn, as it asks for
+    nothing."""
 
     def __init__(self, tokenizer: Any, batch: int, device: torch.device | str) -> None:
         known = captions(TRAINED)
@@ -71,7 +75,7 @@ class Loss:
 
 
 def asked(known: list[Caption]) -> tuple[Tensor, Tensor]:
-    """What the captions ask for, as numbers: contents (n,) and styles (n,)."""
+    """The contents (n,) and styles (n,) that the captions ask for, as numbers."""
     return (
         torch.tensor([_CONTENTS.index(c.content) for c in known]),
         torch.tensor([_STYLES.index(c.style) for c in known]),
@@ -80,7 +84,7 @@ def asked(known: list[Caption]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def understood(model: Reader, known: list[Caption], tokenizer: Any) -> float:
-    """The share of captions whose last token tells both what is asked for."""
+    """The share of captions whose content and style are both right at the last token."""
     ids = token_ids([c.text for c in known], tokenizer).to(model.head.weight.device)
     right = torch.ones(len(known), dtype=torch.bool)
     for logits, labels in zip(model(ids), asked(known)):

@@ -1,16 +1,16 @@
-"""Train the world's Stable Diffusion pipeline from nothing: its autoencoder, its text encoder, then
+"""Train the world's Stable Diffusion pipeline from scratch: its autoencoder, its text encoder, and
 its UNet on the latents.
 
     python examples/stable_diffusion/world/train.py --output_dir outputs/world
 
-`outputs/world/pipeline` is what StableDiffusionPipeline.from_pretrained and ../unlearn.py take:
-2.9 M parameters, 32x32 pictures. --resume_from_checkpoint latest goes on after a kill, bit for bit
-on a CPU.
+StableDiffusionPipeline.from_pretrained and ../unlearn.py can load `outputs/world/pipeline`. It has
+2.9 M parameters and draws 32x32 pictures. --resume_from_checkpoint latest continues an interrupted
+run, bit for bit on a CPU.
 
-About 20 minutes on one CPU core: 4 for the autoencoder, half a minute for the text encoder, 15 for
-the UNet. With --denoiser transformer a small transformer learns flow matching in place of the UNet,
-and the result is a StableDiffusion3Pipeline; 3.5 M parameters, 0.4 s a step. `measure.py` says what
-came of it; docs/stable_diffusion.md has the figures.
+The training takes about 20 minutes on one CPU core: 4 for the autoencoder, half a minute for the
+text encoder, 15 for the UNet. With --denoiser transformer a small transformer learns flow matching
+instead of the UNet, and the result is a StableDiffusion3Pipeline with 3.5 M parameters, at 0.4 s
+per step. `measure.py` measures the result; docs/stable_diffusion.md has the figures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Denoiser = diffusion.TextToImage | flow.Flow
 
 @dataclass(frozen=True, kw_only=True)
 class WorldOptions(LoopOptions):
-    """How the pipeline is trained: the UNet by the options of every training."""
+    """The options of the pipeline's training. Those of every training apply to the denoiser."""
 
     denoiser: Literal["unet", "transformer"] = option(
         "unet",
@@ -49,7 +49,7 @@ class WorldOptions(LoopOptions):
     )
     max_train_steps: int = option(3000, help="Steps of training of the denoiser.")
     lr_warmup_steps: int = option(
-        100, help="Steps over which its learning rate rises at the beginning."
+        100, help="Steps at the start over which its learning rate rises."
     )
     autoencoder_steps: int = option(1000, help="Steps of training of the autoencoder.")
     autoencoder_learning_rate: float = option(2e-3, help="Learning rate of the autoencoder.")
@@ -58,21 +58,22 @@ class WorldOptions(LoopOptions):
     without: list[str] = option(
         [],
         metavar="WORD",
-        help="Words of concepts that the denoiser sees no picture of. Unlearning is held "
-        "against such a world.",
+        help="Words of concepts of which the denoiser sees no picture. Such a world is the "
+        "reference for unlearning.",
     )
-    caption_dropout: float = option(0.1, help="Share of prompts that are made empty, for guidance.")
+    caption_dropout: float = option(0.1, help='Share of prompts to replace by "", for guidance.')
     ema_decay: float = option(
-        0.999, help="Decay of the average of the denoiser's weights, which is what is saved."
+        0.999, help="Decay of the EMA of the denoiser's weights. The EMA is saved."
     )
 
     @property
     def concepts(self) -> list[str]:
-        """What is left out, by name."""
+        """The names of the concepts that are left out."""
         return sorted({concept(word) for word in self.without})
 
     def resolved(self) -> WorldOptions:
-        """With the names of what is left out: any word of it makes the same run."""
+        """A copy with the names of the concepts in `without`, so that all their words give the same
+        run."""
         return replace(self, without=self.concepts)
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class WorldOptions(LoopOptions):
 
 
 def train(config: WorldOptions) -> None:
-    """Train the pipeline of this world, or go on with it; saved in ``config.output_dir``."""
+    """Train the pipeline, or resume its training, and save it in ``config.output_dir``."""
     args = config.resolved()
     accelerator = loop.new_accelerator(args)
     train, words = world("train", args.max_train_samples), tokenizer()
@@ -112,12 +113,16 @@ def train(config: WorldOptions) -> None:
 
     seen = shown(train, args.without)
     if not seen.any():
-        raise InputError(f"--without {' '.join(args.without)} leaves no picture")
+        raise InputError(f"--without {' '.join(args.without)} leaves no picture: give fewer words")
 
     def stage(name: str, part: nn.Module, loss: Callable[[nn.Module], Tensor], *later: str) -> None:
-        """`later`: what belongs to an old one and goes with it."""
+        """Train one model.
+
+        Args:
+            later: folders that depend on an earlier version of the model and are removed with it.
+        """
         options = {"max_train_steps": f"{name}_steps", "learning_rate": f"{name}_learning_rate"}
-        # what is left out is left out of the UNet alone, as if CLIP still knew the word
+        # concepts are left out only of the denoiser, as if CLIP still knew the word
         own = args.stage(name, without=[], **{k: getattr(args, v) for k, v in options.items()})
         loop.fit(own, accelerator, name, part, loss, lambda _: None, parts=later)
 
@@ -175,7 +180,7 @@ def train(config: WorldOptions) -> None:
 
 
 def shown(train: World, without: Sequence[str]) -> Tensor:
-    """(n,) bool: the pictures that show none of these concepts."""
+    """Whether each picture shows none of these concepts, (n,) bool."""
     gone = [
         numbers == list(known).index(name)
         for numbers, known in ((train.contents, CONTENTS), (train.styles, STYLES))
@@ -190,7 +195,7 @@ def millions(model: nn.Module) -> float:
 
 
 def reconstruction(vae: AutoencoderKL, test: World) -> float:
-    """Root mean square error of pictures in [-1, 1] that were encoded and decoded."""
+    """The root mean square error of pictures in [-1, 1] after encoding and decoding."""
     found = autoencoder.decode(vae, autoencoder.encode(vae, test.pictures))
     return (found - test.pictures).square().mean().sqrt().item()
 
@@ -201,7 +206,7 @@ def facts(
     model: Denoiser,
     found: dict[str, Any],
 ) -> dict[str, Any]:
-    """world.json."""
+    """The content of world.json."""
     return {
         "templates": TRAINED,
         "held_out_templates": HELD_OUT,
