@@ -33,6 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity
 
+from ebu_optim.closed_form import gram, rece, uce
 from ebu_optim.diffusion import Adversary
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
@@ -1522,6 +1523,13 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "--relearner_steps",
             1,
         ],
+        "--warm_start uce: --train_modules selfattn does not train all": [
+            "--warm_start",
+            "uce",
+            "--train_modules",
+            "selfattn",
+        ],
+        "--warm_start rece: spm does not train all": ["--warm_start", "rece", "--method", "spm"],
         "--hub_model_id needs --push_to_hub": ["--hub_model_id", "me/model"],
         "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
     }
@@ -1618,6 +1626,40 @@ def test_adversaries_begin_at_given_prompts(made, tmp_path, monkeypatch):
     torch.testing.assert_close(vector, table[-1], rtol=0, atol=1e-4)
     assert torch.equal(start, table[-1:])
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", ["uce", "rece"])
+def test_a_warm_start_begins_at_the_edit_in_closed_form(kind, made, tmp_path):
+    still = ["--warm_start", kind, "--learning_rate", 1e-12, "--surrogate_prompt", "dog"]
+    still += ["--remember", "a red car", ""]
+    succeed(*unlearn(made, tmp_path / "o", *still))
+    pipe = StableDiffusionPipeline.from_pretrained(made / "base")
+    texts = ["cat", "dog", "a red car", ""]
+    given = pipe.tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        hidden = pipe.text_encoder(given.input_ids)[0]
+    ends = [max(len(pipe.tokenizer(t).input_ids) - 2, 0) for t in texts]
+    cat, dog, car, empty = hidden[range(4), ends].split(1)
+    keep, read = torch.cat([car, empty]), ("attn2.to_k.weight", "attn2.to_v.weight")
+    base, found = weights(made / "base"), weights(tmp_path / "o" / "pipeline")
+    edit = uce(cat, dog, keep)
+    if kind == "rece":
+        sums = gram(w for n, w in base.items() if n.endswith(read))
+        edit = rece(sums, hidden[0], hidden[1], keep, start=edit)
+    for name, w in base.items():
+        led = (w.double() @ edit).float() if name.endswith(read) else w
+        torch.testing.assert_close(found[name], led, rtol=1e-4, atol=1e-5)
+    assert any((found[n] - w).abs().max() > 1e-3 for n, w in base.items() if n.endswith(read))
+
+
+def test_a_warm_started_run_is_resumed_bit_for_bit(made, tmp_path):
+    more = ["--warm_start", "uce", "--remember_loss", "crossed", "--checkpointing_steps", 1]
+    more += ["--max_train_steps"]
+    succeed(*unlearn(made, tmp_path / "whole", *more, 3))
+    succeed(*unlearn(made, tmp_path / "parts", *more, 1))
+    succeed(*unlearn(made, tmp_path / "parts", *more, 3, "--resume_from_checkpoint", "latest"))
+    a, b = (weights(tmp_path / name / "pipeline") for name in ("whole", "parts"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_another_base_model_is_not_resumed(made, tmp_path):

@@ -225,7 +225,17 @@ def test_text_encoders_vae_and_denoiser_are_never_there_together(name, made, tmp
 
 METHODS = {
     "ebu": (),
-    "joint": ("--surrogate", "pixels", "--mixed_precision", "bf16", "--gradient_checkpointing"),
+    "joint": (
+        "--surrogate",
+        "pixels",
+        "--mixed_precision",
+        "bf16",
+        "--gradient_checkpointing",
+        "--warm_start",
+        "rece",
+        "--relearner_steps",
+        1,
+    ),
     "sa": ("--condition_noise", 1),
     "salun": ("--surrogate_prompt", "dog", "--remember", "a red car"),
     "esd": ("--train_modules", "esd-x-strict"),

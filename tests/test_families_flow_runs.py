@@ -469,6 +469,7 @@ LONG = " ".join(["cat"] * 500)
         ),
         ("sana", ("--resolution", 16), "must be a multiple of 32"),
         ("pixart", ("--method", "spm"), "spm is not supported for PixArt-Sigma: SPM's adapters"),
+        ("pixart", ("--warm_start", "uce"), "uce: the keys and values of PixArt-Sigma do not read"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(name, given, why, made, tmp_path):

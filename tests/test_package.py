@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "ebu_optim": ["DiagonalFisher", "EBUOptimizer", "__version__", "forget"],
     "ebu_optim.closed_form": [
+        "CROSS_ATTENTION",
         "adversarial",
         "apply",
         "gram",

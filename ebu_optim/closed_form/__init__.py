@@ -15,9 +15,19 @@ with one matrix R, d_in x d_in, for every W that reads the same embeddings. `uce
 A bias is not changed: W' c + b is the target's W g + b.
 """
 
-from ._embeddings import apply, gram
+from ._embeddings import CROSS_ATTENTION, apply, gram
 from .rece import adversarial, rece
 from .speed import influential, null_space, speed
 from .uce import uce
 
-__all__ = ["adversarial", "apply", "gram", "influential", "null_space", "rece", "speed", "uce"]
+__all__ = [
+    "CROSS_ATTENTION",
+    "adversarial",
+    "apply",
+    "gram",
+    "influential",
+    "null_space",
+    "rece",
+    "speed",
+    "uce",
+]

@@ -62,10 +62,13 @@ def gram(weights: Iterable[Tensor]) -> Tensor:
     Raises:
         ValueError: there are no weights.
     """
-    made = [w.detach().double() for w in weights]
-    if not made:
+    total: Tensor | None = None
+    for w in weights:
+        wide = w.detach().double()
+        total = wide.T @ wide if total is None else total.addmm_(wide.T, wide)
+    if total is None:
         raise ValueError("gram: weights is empty; give at least one weight")
-    return torch.stack([w.T @ w for w in made]).sum(0)
+    return total
 
 
 def layers(model: nn.Module, endings: Sequence[str], width: int) -> Iterator[tuple[str, Tensor]]:

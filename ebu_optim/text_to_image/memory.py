@@ -15,7 +15,7 @@ from ..baselines import methods
 from ..diffusion.objectives import needs_teacher
 from ..training.adversary import attacked
 from ..training.method import fisher_source, needs
-from . import quantized, sets
+from . import quantized, sets, warm_start
 from .families import Conditions
 from .fused import Fused
 from .modules import Prompted, choose
@@ -73,6 +73,7 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
         unet = looked.family.kind(looked.family.denoiser).from_config(looked.unet)
         whole = _numel(unet.parameters())
         choose(unet, args, looked.family)
+    warm_start.check(args, unet, looked.family)
     trained = _numel(p for p in unet.parameters() if p.requires_grad)
     frozen = _numel(unet.parameters()) - trained
     one = passes(unet, looked)

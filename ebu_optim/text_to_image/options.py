@@ -22,6 +22,7 @@ from .prompts import PromptOptions
 from .save import ADAPTERS, SaveOptions
 from .sets import SetOptions
 from .validation import ValidationOptions
+from .warm_start import WarmStartOptions
 
 #: --method: short names, and the methods of the table that work for text-to-image models.
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
@@ -39,6 +40,7 @@ class Unlearn(
     AdversaryOptions,
     LossOptions,
     ModuleOptions,
+    WarmStartOptions,
     MethodOptions,
     PromptOptions,
     Model,

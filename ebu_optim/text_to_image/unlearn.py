@@ -33,6 +33,7 @@ from . import (
     save,
     sets,
     validation,
+    warm_start,
 )
 from .objectives import TextObjectives
 from .options import Unlearn
@@ -183,6 +184,8 @@ def learn_from(
         if fisher == "estimate":
             raw.to(device)
             fisher = sets.fisher(args, made, looked, unet, table)
+    if args.warm_start:  # after what is made of the base, whose files' names do not know of it
+        warm_start.edit(args, unet, table, texts, looked.tokenizer)
     if dtype != torch.float32:  # before the model is moved to the device
         modules.halve_frozen(unet, dtype)
     if args.quantize:
