@@ -594,7 +594,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
         (["--num_inference_steps", "1001"], "--num_inference_steps must be <= 999, the model's"),
         (["--paraphrases", "a seven " * 20], "tokens, begin and end included"),
         (["--forget_templates", "a {} " + "red " * 20], "tokens, begin and end included"),
-        (["--forget_templates", "a picture"], '--forget_templates needs one "{}" in each'),
+        (["--forget_templates", "a picture"], '--forget_templates needs exactly one "{}" in each'),
         (["--relearn_max_steps", "0"], "--relearn_max_steps must be >= 1; got 0"),
         (["--inversion_learning_rates", "0.1", "0"], "--inversion_learning_rates must be > 0"),
         (["--resolution", "64"], "draws 64 pixels, and --judge world supports only 32"),

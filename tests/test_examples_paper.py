@@ -306,11 +306,11 @@ def test_at_paper_scale_steps_and_both_rates_are_the_papers(tmp_path):
 
 def test_options_that_would_be_taken_for_others_are_refused(tmp_path):
     for name, given, message in (
-        ("table6", ("--seeds", 1, 1), "--seeds 1 1: give each once"),
-        ("table1", ("--seeds", 0), "--seeds 0: .* not 0, which tune.py"),
+        ("table6", ("--seeds", 1, 1), "--seeds 1 1: give each seed once"),
+        ("table1", ("--seeds", 0), "--seeds 0: .* not 0, on which tune.py"),
         ("figure2", ("--seed", 0), "--seed 0: give"),
         ("table6", ("--methods", "spm"), "--methods spm: there is fine_tune"),
-        ("figure6", ("--learning_rate", 1e-5), "--learning_rate 1e-05 is of --scale paper"),
+        ("figure6", ("--learning_rate", 1e-5), "--learning_rate 1e-05 needs --scale paper"),
     ):
         with pytest.raises(InputError, match=message):
             start(name, tmp_path, *given, "--dry_run")
@@ -484,7 +484,7 @@ def test_options_that_a_task_does_not_take_are_told(tmp_path):
             runs.execute([run(digits=True, **given)], 1)
         assert said in next(tmp_path.glob("*.log")).read_text()
         next(tmp_path.glob("*.log")).unlink()
-    with pytest.raises(ValueError, match="one name for two different runs: a"):
+    with pytest.raises(ValueError, match="two different runs have the same name: a"):
         runs.execute([run(digits=True), run()], 1)
 
 

@@ -1422,7 +1422,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "a dog",
         ],
         "the empty prompt is the unconditional model": ["--forget", ""],
-        "needs one": ["--forget_templates", "a photo"],
+        "needs exactly one": ["--forget_templates", "a photo"],
         "empty.txt has no prompt": ["--remember", tmp_path / "empty.txt"],
         "none.txt cannot be read": ["--forget", tmp_path / "none.txt"],
         "attn9: the denoiser has no such Linear or Conv2d layer; their names end in": [

@@ -158,7 +158,7 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):
         r"--change 'batch=1': give KEY=VALUE, where KEY is one of sampler, steps, guidance"
     ):
         given(change=["batch=1"])
-    with refused(r"--change 'steps=0' is too small"):
+    with refused(r"--change 'steps=0': steps must be >= 1"):
         given(change=["steps=0"])
     with refused(r"--change 'steps=many': 'many' is not a number"):
         given(change=["steps=many"])
@@ -1000,4 +1000,4 @@ def test_the_command_is_there(tiny, tmp_path, capsys):
     assert "100 of 100 pictures to draw, 20,000 passes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(tiny), "--protocol", "nothing", "-o", str(tmp_path)])
-    assert "--protocol 'nothing': there is" in capsys.readouterr().err
+    assert "--protocol 'nothing': no such protocol" in capsys.readouterr().err

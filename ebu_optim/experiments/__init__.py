@@ -1,8 +1,9 @@
-"""Which experiments stand behind the claims: runs as data, what is missing made, and their tables.
+"""The experiments behind the claims: runs as data, and their tables. Missing runs are made.
 
-`runs` makes runs, `worlds` and `text_worlds` say what a run is in a setting, `rows` which methods
-at which strengths, `tables` and `text_tables` gather the runs in a report; `options` and
-`text_options` are what a command takes. examples/paper has a script for each table and figure.
+`runs` makes runs. `worlds` and `text_worlds` define a run in a setting, `rows` the methods and
+their strengths. `tables` and `text_tables` gather the runs in a report. `options` and
+`text_options` are the options of the commands. examples/paper has a script for each table and
+figure.
 """
 
 from .._extras import require

@@ -26,12 +26,12 @@ from .text_tables import STEPS, tag
 from .text_worlds import ATTACK, TextSetting
 
 PROTOCOL = "unlearncanvas-digits"
-#: Several seeds, and one.
+#: Methods with several seeds, and methods with one.
 COMPARED = ("ebu_added", "joint", "salun")
 ONCE = ("selective_amnesia", "esd", "spm")
 TARGETS = (*(s for s in STYLES if s != UNNAMED), *CONTENTS)
 EVALUATE = Maker(evaluate, Evaluate, "protocols.json")
-#: Seconds of one core of a busy x86-64 CPU: unlearning with its sets, and evaluating a model.
+#: Seconds on one core of a busy x86-64 CPU to unlearn with the sets, and to evaluate a model.
 TAKES = {"salun": 50.0, "esd": 104.0, "spm": 159.0}
 OTHERS, JUDGED = 81.0, {"spm": 68.0}  # EBU's; SPM draws five pictures at a time
 ATTACKS_TAKE = 600.0
@@ -42,10 +42,10 @@ ATTACKED = ("three", "eight", "red", "outline")
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas(Seeds, OfWorld):
-    """Which targets, by which methods."""
+    """The targets and the methods."""
 
     seeds: list[int] = option(
-        [1, 2, 3], help=f"Seeds of {', '.join(COMPARED)}. The other methods have the first of them."
+        [1, 2, 3], help=f"Seeds of {', '.join(COMPARED)}. The other methods use only the first."
     )
     methods: list[str] = option([*COMPARED, *ONCE], help="Methods to compare.")
     targets: list[str] = option(list(TARGETS), help="Styles and digits, each forgotten by itself.")
@@ -55,7 +55,7 @@ class Canvas(Seeds, OfWorld):
         "not: its adapter has another strength for each prompt.",
     )
     protocol: Literal["unlearncanvas-digits", "unlearncanvas-digits-seed188"] = option(
-        PROTOCOL, help="The protocol that evaluates every model."
+        PROTOCOL, help="Protocol that evaluates every model."
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Canvas(Seeds, OfWorld):
 
 
 def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
-    """Unlearn and evaluate what is missing, then compare."""
+    """Unlearn and evaluate the missing models, then compare all."""
     settings = {name: args.setting(name) for name in args.targets}
     todo = [*next(iter(settings.values())).trained]
     for method in check_methods(args.methods):
@@ -98,8 +98,9 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
 
 
 def chosen(args: OfWorld, method: str) -> rows.Choice:
-    """One set of numbers for all targets: what sd_tune.py chose for digits, by trials on one of
-    them and a seed that is not reported."""
+    """The strength for all targets: sd_tune.py's choice for digits.
+
+    Its trials used one digit and a seed that is not reported."""
     return rows.tuned(args.setting(next(iter(CONTENTS))), method)
 
 
@@ -172,7 +173,7 @@ def _beside(setting: TextSetting) -> dict[str, Any]:
 
 
 def _base(args: Canvas, setting: TextSetting, folder: Path) -> Path:
-    """What the base itself scores: drawn once, counted for each target."""
+    """Evaluate the base: its pictures are drawn once and counted for each target."""
     evaluate(
         Evaluate(
             pretrained_model_name_or_path=[],

@@ -1,11 +1,11 @@
-"""What depth costs: rules with and without adversarial embeddings and a relearner, on digits.
+"""The cost of depth: rules with and without adversarial embeddings and a relearner, on digits.
 
 Every run forgets "0" from the quickstart's model, by relabelling with a frozen teacher and crossed
-distillation. It is measured as the quickstart measures: P_f by the classifier that knows noise,
-accuracy on the other digits (RA), and two attacks on what is left. Inversion learns a new embedding
-against the frozen weights, at the learning rate that the adversaries have and at two others, of
-which the best counts too; relearning counts steps of fine-tuning. One JSON file a run; a second
-start only runs what is missing.
+distillation. The measures are those of the quickstart: P_f by the classifier with a reject class,
+accuracy on the other digits (RA), and two attacks. Inversion learns a new embedding with frozen
+weights, at the learning rate of the adversaries and at two others; the best of the three is
+reported, too. Relearning counts steps of fine-tuning. Each run has one JSON file, and a second
+start only makes the missing runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ..worlds.digits_judged import PER_CLASS, Evaluation
 
 FORGET, STEPS, BATCH, RATE, CLIP = 0, 200, 16, 3e-4, 1.0
 KEPT = [c for c in digits.CLASSES if c != FORGET]
-RATES = (0.1, 0.03, 0.3)  # of inversion; the first is the adversaries' too
+RATES = (0.1, 0.03, 0.3)  # learning rates of inversion; the first one is also the adversaries'
 INVERSION_STEPS, RELEARN_MAX = 200, 100
 
 #: What makes a run deep: options of `Adversary` and of `Relearner`. A "light" forget loss is a mean
@@ -86,7 +86,7 @@ COLUMNS = {
 
 
 def passes(depth: str) -> int:
-    """Forward and backward passes of a batch in one step, without those that make targets."""
+    """Forward and backward passes of a batch in one step, without those that compute targets."""
     how, count = DEPTHS[depth], 2
     if attack := how.get("adversary"):
         count += 1 + attack["steps"]
@@ -96,7 +96,7 @@ def passes(depth: str) -> int:
 
 
 def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[str, float]]:
-    """The unlearned model, and the seconds that its steps took."""
+    """The unlearned model, and the seconds of its steps."""
     torch.manual_seed(seed)
     how, g, scheduler = (
         DEPTHS[depth],
@@ -123,7 +123,7 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
         )
 
     def drawing(generator: torch.Generator) -> Tensor:
-        """The loss that both attackers descend."""
+        """The loss that both attackers minimise."""
         i = torch.randint(len(real), (BATCH,), generator=generator)
         with evaluating(model):
             return denoising_loss(model, real[i], asked, scheduler, generator=generator)
@@ -165,7 +165,7 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
 
 
 def prepare(folder: Path) -> tuple[Tensor, Tensor]:
-    """30 images of each kept class, drawn once for all runs, and their labels."""
+    """30 images of each kept class with their labels, drawn once for all runs."""
     return sample_set(
         folder / "replay.safetensors",
         digits.load_unet().eval(),
@@ -178,7 +178,7 @@ def prepare(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def measure(model: Any) -> dict[str, Any]:
-    """On the three axes."""
+    """Measure a model on the three axes."""
     judge, scheduler = Evaluation(FORGET, "cpu"), digits.scheduler()
     labels = torch.tensor(digits.CLASSES).repeat_interleave(PER_CLASS)
     found = judge.measure(judge.draw(model, labels, seed=1), labels)
@@ -208,7 +208,7 @@ def measure(model: Any) -> dict[str, Any]:
 
 
 def run(spec: Mapping[str, Any], folder: Path) -> None:
-    """One run, from the pretrained model to its JSON file."""
+    """Make one run, from the pretrained model to its JSON file."""
     torch.set_num_threads(1)
     model, took = unlearn(spec["rule"], spec["depth"], spec["seed"], folder)
     result = {"spec": dict(spec), **measure(model), **took, "passes": passes(spec["depth"])}
@@ -221,12 +221,12 @@ def name(spec: Mapping[str, Any]) -> str:
 
 
 def specs(rules: Sequence[str], depths: Sequence[str], seeds: Sequence[int]) -> list[dict]:
-    """All runs, a seed after the other, so that what is there early can be compared."""
+    """All runs, ordered by seed, so that early results can be compared."""
     return [{"rule": r, "depth": d, "seed": s} for s in seeds for d in depths for r in rules]
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each rule and depth, the mean over seeds ± half its 95 % interval."""
+    """A table with one row per rule and depth: the mean over seeds ± half its 95 % interval."""
     lines = [
         f"| rule | depth | seeds | {' | '.join(COLUMNS.values())} |",
         f"|{'---|' * (3 + len(COLUMNS))}",
@@ -244,13 +244,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Which depths are compared seed by seed.
+#: Pairs of depths that are compared seed by seed.
 PAIRS = [("adversary-tenth", "none"), ("relearner", "none"), ("light-adversary", "light")]
 
 
 def differences(results: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each rule and pair of depths: the mean of the differences seed by seed, with its
-    95 % interval."""
+    """One line per rule and pair of depths: the mean of the differences over seeds, with its 95 %
+    interval."""
     at = {(r["spec"]["rule"], r["spec"]["depth"], r["spec"]["seed"]): r for r in results}
     lines = []
     for rule in [m for m in methods if any(m == key[0] for key in at)]:
@@ -277,7 +277,7 @@ def _known(value: float | None) -> float:
 
 
 def cell(column: str, values: Sequence[float | None]) -> str:
-    """Steps that were not enough are counted as the most that were tried."""
+    """A cell of the table. Runs that were not relearned count with the maximal number of steps."""
     if column == "passes":
         return f"{values[0]}"
     digits_of = {"relearn_steps": 1}.get(column, 3)

@@ -1,11 +1,11 @@
-"""How the defaults were chosen: EBU's readings and its rivals on three axes, on digits.
+"""How the defaults were chosen: EBU's variants and its rivals on three axes, on digits.
 
 Every run forgets "0" from the quickstart's model in 200 steps and is measured on three axes:
 forgotten (P_f by a classifier with a reject class), kept (accuracy on the other digits; in partial
-replay, where only 1, 2 and 3 are replayed, on the six that never were) and deep (the same P_f after
-a new embedding was learned on real zeros against the frozen weights, and after relearning). Every
-method's strength is tuned on seed 0 from the same list, for each regime and remember loss; results
-are reported on seeds 1, 2 and 3. One JSON file a run; a second start only runs what is missing.
+replay, where only 1, 2 and 3 are replayed, on the other six) and deep (P_f after a new embedding
+was learned on real zeros with frozen weights, and after relearning). The strength of every method
+is tuned on seed 0 from the same list, for each regime and remember loss. Results are reported on
+seeds 1, 2 and 3. Each run has one JSON file, and a second start only makes the missing runs.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ def build(spec: dict[str, Any], model: Any, images: Any, labels: Any) -> PhasedO
         )
         options["fisher"] = fisher.for_model(model)
     method = spec["method"]
-    if method == "embedding":  # wins on the paper's metrics and forgets nothing in depth
+    if method == "embedding":  # best on the paper's metrics, but its forgetting is not deep
         embedding = model.class_embedding
         base = Adam(embedding.parameters(), lr=1e-2)
         return EmbeddingOnly(base, embedding=embedding, max_grad_norm=CLIP)
     base = Adam(model.parameters(), lr=LR)
     if method in ("joint", "base"):
         return Joint(base, max_grad_norm=CLIP)
-    if method == "full":  # gamma is 2 lambda, on EBU's scale of F
+    if method == "full":  # gamma is 2 lambda on EBU's scale of F
         lam = options.pop("gamma") / 2
         return SelectiveAmnesia(
             base, fisher="online", fisher_scale="unit", lam=lam, max_grad_norm=CLIP, **options
         )
-    if method == "random":  # of density delta, independently: the overlap is chance's
+    if method == "random":  # independent masks of density delta, whose overlap is by chance
         return RandomMasks(base, independent=True, seed=spec["seed"], max_grad_norm=CLIP, **options)
     return EBUOptimizer(base, update=method, max_grad_norm=CLIP, **{"gamma": 0.0, **options})
 
 
 def run(spec: dict[str, Any], folder: Path) -> None:
-    """One run, from the pretrained model to its JSON file."""
+    """Make one run, from the pretrained model to its JSON file."""
     torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     g = torch.Generator().manual_seed(1000 + spec["seed"])
@@ -195,7 +195,7 @@ def spec(regime: str, loss: str, method: str, seed: int, **options: Any) -> dict
 
 
 def tuning() -> list[dict[str, Any]]:
-    """Seed 0: every method gets the same list of strengths, in each regime with each loss."""
+    """The runs of tuning on seed 0: the same strengths for every method, regime and loss."""
     runs = []
     for regime in REGIMES:
         for loss in LOSSES:
@@ -206,7 +206,7 @@ def tuning() -> list[dict[str, Any]]:
 
 
 def reporting(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seeds 1 to 3 at the tuned strengths."""
+    """The runs on seeds 1 to 3 at the tuned strengths."""
     runs = [spec("partial", "replay", "base", SEEDS[0])]
     for seed in SEEDS:
         for regime in REGIMES:
@@ -221,8 +221,8 @@ def reporting(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             gamma = report.tuned(results, "partial", loss, "added")["spec"]["options"]["gamma"]
             for alpha in (0.0, 1.0):
                 runs.append(spec("partial", loss, "added", seed, gamma=gamma, alpha=alpha))
-        # the scale of F: the same gamma under another reduction, for "unit" and for a "raw" that
-        # equals it under the sum; and F from per-sample gradients at theta0
+        # The scale of F: the same gamma with another reduction, for "unit" and for a "raw" that
+        # equals it with the sum. Also F from per-sample gradients at theta0.
         best = report.tuned(results, "partial", "replay", "added")
         gamma = best["spec"]["options"]["gamma"]
         raw = float(f"{gamma / best['fisher_mean'] ** 0.5:.3g}")
@@ -247,7 +247,11 @@ def execute(
     run: Callable[[dict[str, Any], Path], None] = run,
     name: Callable[[dict[str, Any]], str] = name,
 ) -> None:
-    """What is missing of the runs in the folder; `name` is that of a run's file."""
+    """Make the runs that the folder lacks.
+
+    Args:
+        name: spec -> the name of the run's file.
+    """
     missing = [s for s in specs if not (folder / "runs" / f"{name(s)}.json").exists()]
     print(f"{desc}: {len(missing)} of {len(specs)} runs to do")
     context = multiprocessing.get_context("spawn")
@@ -258,7 +262,7 @@ def execute(
 
 
 def write(folder: Path) -> None:
-    """The report of what is there."""
+    """Write the report of the finished runs."""
     protocol = {
         "command": "python examples/evidence.py",
         "forget": FORGET,

@@ -1,4 +1,4 @@
-"""The table, the plot and the JSON of what `evidence.py` ran; it chooses strengths by one score."""
+"""The table, plot and JSON of the runs of `evidence.py`, and the score that chooses strengths."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ NAMES = {
 
 
 def score(result: dict[str, Any]) -> float:
-    """What strengths are tuned by, fixed beforehand: forgotten + kept + deep, equal weights."""
+    """The score for tuning, fixed beforehand: forgotten + kept + deep with equal weights."""
     regime = result["spec"]["regime"] if "spec" in result else result["regime"]
     kept = "acc_never" if regime == "partial" else "acc_kept"
     return (1 - result["p_f_reject"]) + result[kept] + (1 - result["inversion_100"])
 
 
 def tuned(results: list[dict[str, Any]], regime: str, loss: str, method: str) -> dict[str, Any]:
-    """The run of the tuning seed with the best score; the smaller gamma where two are equal."""
+    """The run of the tuning seed with the best score; of equal ones that with the smaller gamma."""
     found = [
         r
         for r in results
@@ -56,7 +56,7 @@ def tuned(results: list[dict[str, Any]], regime: str, loss: str, method: str) ->
 
 
 def shared_gamma(results: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """Mean score on the tuning seed over all regimes and losses, by gamma."""
+    """gamma -> the mean score on the tuning seed over all regimes and losses."""
     scores: dict[str, list[float]] = {}
     for r in results:
         if r["spec"]["method"] == method and r["spec"]["seed"] == TUNE_SEED:
@@ -65,7 +65,7 @@ def shared_gamma(results: list[dict[str, Any]], method: str) -> dict[str, float]
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the reported seeds, one row a setting."""
+    """One row per setting: mean and standard deviation over the reported seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for r in results:
         if r["spec"]["seed"] in SEEDS:
@@ -130,7 +130,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Above: strengths on the tuning seed. Below: the reported seeds, kept against deep."""
+    """Plot the strengths on the tuning seed (top) and kept against deep on the reported seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,7 +209,7 @@ def plot(results: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) 
 
 
 def write(results: list[dict[str, Any]], folder: Path, protocol: dict[str, Any]) -> None:
-    """evidence.json, evidence.md and evidence.png in `folder`."""
+    """Write evidence.json, evidence.md and evidence.png into `folder`."""
     rows = summary(results)
     document = {
         "protocol": {

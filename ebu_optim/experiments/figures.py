@@ -1,4 +1,4 @@
-"""What the figures of class-conditional models share."""
+"""Common parts of the figures of class-conditional models."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .worlds import Setting
 
 @dataclass(frozen=True, kw_only=True)
 class Figure(Replayed):
-    """Options of a figure, of one seed.
+    """The options of a figure with one seed.
 
     Raises:
-        InputError: a seed on which strengths were chosen.
+        InputError: strengths were chosen on this seed.
     """
 
     seed: int = option(1, help="Seed of unlearning.")
@@ -34,7 +34,7 @@ class Figure(Replayed):
         rows.check_seeds([self.seed], "--seed")
 
     def run_table(self, setting: Setting, table: Sequence[Row]) -> bool:
-        """Say what it costs, then run what is missing; False after a --dry_run."""
+        """Print the cost and make the missing runs; False after a --dry_run."""
         return self.run(setting, [run for r in table for run in r.runs])
 
     def write(
@@ -48,7 +48,7 @@ class Figure(Replayed):
         grids: Sequence[Any],
         notes: Sequence[str] = (),
     ) -> Path:
-        """The report; the folder that it lies in."""
+        """Write the report and return its folder."""
         rate = getattr(self, "learning_rate", None)
         ending = f"-lr{rate:g}" if rate else ""
         folder = setting.root / f"{script}-{self.regime}-{self.loss}{ending}"
@@ -67,10 +67,10 @@ class Figure(Replayed):
 
 @dataclass(frozen=True, kw_only=True)
 class RatedFigure(Figure):
-    """With one learning rate at paper scale, where the paper has two.
+    """A figure with one learning rate at paper scale, where the paper has two.
 
     Raises:
-        InputError: a learning rate at another scale.
+        InputError: a learning rate is given at another scale.
     """
 
     learning_rate: float | None = option(
@@ -84,18 +84,18 @@ class RatedFigure(Figure):
         super().__post_init__()
         if self.learning_rate is not None and self.scale != "paper":
             raise InputError(
-                f"--learning_rate {self.learning_rate:g} is of --scale paper; at --scale "
-                f"{self.scale} it is what tune.py chose"
+                f"--learning_rate {self.learning_rate:g} needs --scale paper; at --scale "
+                f"{self.scale} tune.py chose it: leave it out"
             )
 
     @property
     def paper_rate(self) -> float | None:
-        """None elsewhere, where tune.py chose it."""
+        """The learning rate at paper scale; None at other scales, where tune.py chose it."""
         return (self.learning_rate or rows.PAPER_RATES[0]) if self.scale == "paper" else None
 
 
 def about(run: Run) -> dict[str, Any]:
-    """What was written about a run of unlearning, its curve among it."""
+    """The content of unlearn.json of a run, with its curve."""
     return json.loads((run.tasks[0].folder / "unlearn.json").read_text())
 
 
@@ -111,6 +111,6 @@ def named(c: int, gone: list[int], names: list[str]) -> str:
 
 
 def samples(setting: Setting, run: Run) -> tuple[Tensor, Tensor]:
-    """Images and labels that were drawn from a run's model."""
+    """The images and labels that a run's model drew."""
     info = json.loads((run.tasks[0].folder / "classes.json").read_text())
     return pages.samples(setting, info["hash"])

@@ -1,4 +1,4 @@
-"""What the experiments share: their options, what they say beforehand, and how they are run."""
+"""Common parts of the experiments: options, the announcement of the cost, and running."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from . import rows, runs, worlds
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What each of them has.
+    """The options of every experiment.
 
     Raises:
-        InputError: a scale that there is not; no process to work.
+        InputError: there is no such scale, or the number of workers is below 1.
     """
 
-    #: Scale -> what is run at it.
+    #: Scale -> its world.
     scales: ClassVar[Mapping[str, Any]]
 
-    scale: str = option("small", help="Which world, as listed above.")
+    scale: str = option("small", help="The world, as listed above.")
     output_dir: Path = option(Path("outputs/paper"), help="Folder for all runs and the report.")
-    workers: int | None = option(None, help="Runs at a time. Default: one a core, or 1 on a GPU.")
-    dry_run: bool = option(False, help="Print what it would cost, and stop.")
+    workers: int | None = option(None, help="Runs at a time. Default: one per core, or 1 on a GPU.")
+    dry_run: bool = option(False, help="Print the cost, and stop.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "workers")
         if self.scale not in self.scales:
-            raise InputError(f"--scale {self.scale}: there is {', '.join(self.scales)}")
+            raise InputError(
+                f"--scale {self.scale}: no such scale; give one of {', '.join(self.scales)}"
+            )
 
     @property
     def world(self) -> Any:
@@ -49,11 +51,11 @@ class Experiment:
         return self.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
 
     def command(self, script: str) -> str:
-        """What repeats it, for its report."""
+        """The command that repeats the experiment, for its report."""
         return shlex.join(["python", f"examples/paper/{script}.py", *flags(self)])
 
     def announced(self, todo: Sequence[runs.Run], world: Any = None) -> bool:
-        """Say what it costs; False where that is all that is wanted."""
+        """Print the cost; False after a --dry_run."""
         world = world or self.world
         print(f"{world.title}: {runs.cost(todo, self.processes, world.basis)}")
         if world.smoke:
@@ -63,7 +65,8 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class OnImages(Experiment):
-    """Of class-conditional models; the images may be elsewhere than on the hub."""
+    """An experiment with class-conditional models. The images can come from another place than the
+    hub."""
 
     scales: ClassVar[Mapping[str, Any]] = {
         "small": worlds.DIGITS,
@@ -76,12 +79,12 @@ class OnImages(Experiment):
         None, help="Parquet files of the same images, if not from the hub.", exclusive="source"
     )
     train_data_dir: Path | None = option(
-        None, help="Folder of the same images, with a folder for each class.", exclusive="source"
+        None, help="Folder of the same images, with one folder per class.", exclusive="source"
     )
 
     @property
     def data(self) -> dict[str, Any]:
-        """Options of DataOptions; none: those of the world."""
+        """The given options of DataOptions; empty: those of the world are used."""
         given = {"parquet": self.parquet, "train_data_dir": self.train_data_dir}
         return {k: v for k, v in given.items() if v}
 
@@ -89,20 +92,23 @@ class OnImages(Experiment):
         return worlds.Setting(self.world, self.output_dir, **{"data": self.data, **options})
 
     def run(self, setting: worlds.Setting, todo: Sequence[runs.Run]) -> bool:
-        """Say what it costs, then run what is missing; False after a --dry_run."""
+        """Print the cost and make the missing runs; False after a --dry_run."""
         todo = [*setting.ground, *todo]
         if not self.announced(todo, setting.world):
             return False
         self._same_images(setting.root)
         first = next((r for r in todo if r not in setting.ground and not r.done), None)
         if self.processes > 1 and first and not base_drawn(setting):
-            # it draws and attacks the base model, for all the others
+            # the first run draws and attacks the base model for all others
             runs.execute([*setting.ground, first], self.processes)
         runs.execute(todo, self.processes)
         return True
 
     def _same_images(self, root: Path) -> None:
-        """Where images lie is in no folder's hash: other images would pass for the first."""
+        """Check that the images are those of the first start.
+
+        The hashes of the folders do not include where the images are, so that other images would
+        go unnoticed."""
         paths = [*(self.parquet or ()), *([self.train_data_dir] if self.train_data_dir else ())]
         files = [f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()]
         if not files:
@@ -116,7 +122,7 @@ class OnImages(Experiment):
 
 
 def base_drawn(setting: worlds.Setting) -> bool:
-    """Whether an evaluation has finished with this base model, and not with one before it."""
+    """Whether an evaluation with this base model, and not an earlier one, has finished."""
     made = setting.base.folder / setting.base.maker.last
     attacks = (setting.root / "samples").glob("*.json")
     return made.exists() and any(p.stat().st_mtime > made.stat().st_mtime for p in attacks)
@@ -124,7 +130,7 @@ def base_drawn(setting: worlds.Setting) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed(OnImages):
-    """With a choice of what is replayed, and of the remember loss."""
+    """An experiment with a choice of the replayed classes and the remember loss."""
 
     regime: Literal["full", "partial"] = option(
         "full", help="Replay all kept classes, or three of them."
@@ -135,7 +141,7 @@ class Replayed(OnImages):
         return super().setting(regime=self.regime, loss=self.loss, **options)
 
     def said(self, what: str, world: worlds.World) -> str:
-        """A title."""
+        """A title for a report."""
         return f"{what} on {world.title}: {self.regime} replay, remembered by {self.loss}"
 
 
@@ -144,7 +150,7 @@ class Seeds:
     """The seeds of unlearning.
 
     Raises:
-        InputError: one that is given twice, or on which strengths were chosen.
+        InputError: a seed is given twice, or strengths were chosen on it.
     """
 
     seeds: list[int] = option([1], help="Seeds of unlearning.")

@@ -1,4 +1,4 @@
-"""The report of a table: its rows beside their limits and the paper's, curves and pictures."""
+"""The report of a table: its rows with their limits and the paper's rows, curves and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .runs import Run
 from .tables import PAPER, Row, gather, values
 from .worlds import Setting
 
-#: The paper's columns by our keys; its RT is the number of steps.
+#: The paper's columns -> the keys here; RT is the number of steps.
 COLUMNS = {
     "CE_f": "ce_f",
     "CE_r": "ce_r",
@@ -28,12 +28,12 @@ COLUMNS = {
     "nudity_score": "nudity_score",
     "clip_score": "clip_score",
 }
-CURVE = 300  # the last step of a table's curves
+CURVE = 300  # last step of a table's curves
 AXES = ("p_f_reject", "ra", "ra_never_replayed", "inversion_200")
 
 
 def differences(table: Sequence[Row], axes: Sequence[str] = AXES) -> list[str]:
-    """The first row of several seeds minus each other one with the same, seed by seed."""
+    """The first row with several seeds minus each other row with the same seeds, seed by seed."""
     several = [r for r in table if len(r.runs) > 1]
     return [
         f"{several[0].name} minus {other.name}: "
@@ -44,7 +44,7 @@ def differences(table: Sequence[Row], axes: Sequence[str] = AXES) -> list[str]:
 
 
 def paper_rows(table: str | None) -> list[dict[str, Any]]:
-    """The paper's own figures, each in its own row."""
+    """The paper's rows with their figures."""
     if table is None:
         return []
     found = []
@@ -75,8 +75,11 @@ def write(
     plots: Sequence[Mapping[str, Any]] | None = None,
     grids: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write the report of a table, replacing an older one of the same name; `plots` and `grids`
-    stand in place of the curves and pictures of a table."""
+    """Write the report of a table; it replaces an older one with the same name.
+
+    Args:
+        plots, grids: replace the curves and the pictures of the table.
+    """
     first = json.loads((table[0].runs[0].folder / "results.json").read_text())
     limits = first["rows"][:-1]
     said = first["protocol"]
@@ -124,7 +127,7 @@ def write(
 
 
 def settings(table: Sequence[Row]) -> dict[str, Any]:
-    """Of every row, for the protocol."""
+    """The settings of every row, for the protocol."""
     return {
         r.name: {
             "learning_rate": r.choice.learning_rate,
@@ -155,14 +158,14 @@ def report(
     shown: str,
     axes: Sequence[str] = AXES,
 ) -> Path:
-    """The report of any table: our rows beside their limits and the paper's; it is shown in short.
+    """Write the report of any table, with limits and the paper's rows, and print its summary.
 
     Args:
         said: the protocol.
-        limits: rows that come first: the base model, noise.
-        one: what the seeds have in common, in words.
-        shown: what is of the first seed alone, in words.
-        axes: keys of the differences from the first row.
+        limits: the rows that come first: the base model, noise.
+        one: what the seeds share, in words.
+        shown: the parts that show only the first seed, in words.
+        axes: the keys of the differences from the first row.
     """
     said["seeds"] |= {"unlearning": sorted({s for r in table for s in r.seeds})}
     notes = [*notes, *([setting.world.smoke] if setting.world.smoke else [])]
@@ -206,8 +209,8 @@ def curve(run: Run) -> list[dict[str, Any]]:
 
 
 def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
-    """P_f, and what is kept, along the steps; the first seed of each row."""
-    # all three by the classifier that measured the curve, see Setting.run
+    """Curves of P_f and accuracy over the steps, for the first seed of each row."""
+    # all three come from the classifier that measured the curve, see Setting.run
     labels = {
         "p_f": "P_f, reject class",
         "ra": "RA, reject class",
@@ -226,16 +229,20 @@ def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
 
 
 def samples(setting: Setting, model: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels that were drawn from the model of this hash."""
+    """The images and labels that the model with this hash drew.
+
+    Raises:
+        InputError: the file is missing.
+    """
     path = setting.root / "samples" / f"{model}.safetensors"
     if not path.exists():
-        raise InputError(f"{path} is gone: delete the report of that model to have it drawn anew")
+        raise InputError(f"{path} is missing: delete the report of that model to draw it again")
     tensors, _ = load_tensors(path)
     return tensors["images"], tensors["labels"]
 
 
 def pictures(setting: Setting, table: Sequence[Row], classes: int, each: int = 6) -> dict[str, Any]:
-    """The base's and every row's first images of some classes, from the same noise."""
+    """The first images of the base and of every row for some classes, from the same noise."""
     made = json.loads((table[0].runs[0].tasks[0].folder / "unlearn.json").read_text())
     info = json.loads((setting.base.folder / "classes.json").read_text())
     names = info["classes"]

@@ -1,4 +1,4 @@
-"""The rows of the tables: methods, their settings, and the strengths that are tried in tuning."""
+"""The rows of the tables: methods, their settings, and the strengths that tuning tries."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..baselines import methods
 from ..errors import InputError
 from .worlds import LOSSES
 
-#: What was tuned for the published results; what tune.py finds is in the output folder.
+#: The choices for the published results; those of a new tune.py are in the output folder.
 TUNED = Path(__file__).with_name("tuned.json")
 EBU = ("ebu_added", "ebu_replaced", "ebu_routed")
-#: Compared in full with several seeds; the others with one.
+#: Methods that are compared with several seeds; the others have one.
 RIVALS = ("joint", "selective_amnesia", "salun", "pcgrad", "random_masks", "embedding_only")
 OTHERS = ("fine_tune", "gradient_ascent", "erasediff", "retrain")
 ALL = (*EBU, *RIVALS, *OTHERS)
 ABLATIONS = tuple(m for m in methods if m.startswith("ebu_") and m not in EBU)
 
 RATES = (1e-4, 3e-4)
-#: Both are the paper's, which contradicts itself.
+#: The paper contradicts itself and has both.
 PAPER_RATES = (1e-4, 1e-5)
 #: The methods of the paper's tables, by the names of their rows.
 PAPER = {
@@ -31,10 +31,10 @@ PAPER = {
     "salun": "SalUn",
     "ebu_added": "EBU",
 }
-#: SA with the lambda = 10 of its paper, on a Fisher of the mean over timesteps instead of the sum.
+#: lambda = 10 of SA's paper, for a Fisher that is a mean over timesteps instead of a sum.
 SA_PUBLISHED = {"lam": 1e7}
-#: Six trials a method, from which a seed that is not reported chooses: (its option, values), each
-#: with both learning rates; where there is none, six learning rates.
+#: Method -> (its option, values). Each value is tried with both learning rates, or the values are
+#: six learning rates, so that every method has six trials, on a seed that is not reported.
 Grids = Mapping[str, tuple[str, tuple[float, ...]]]
 GRIDS: Grids = {
     **dict.fromkeys((*EBU, "random_masks"), ("gamma", (100.0, 1000.0, 10000.0))),
@@ -49,7 +49,7 @@ GRIDS: Grids = {
 
 
 class Choice(NamedTuple):
-    """A learning rate and the method's own options."""
+    """A learning rate and options of the method."""
 
     learning_rate: float
     options: dict[str, Any]
@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Options of unlearning."""
+        """The choice as options of unlearning."""
         options = {"method_options": self.options} if self.options else {}
         return {"learning_rate": self.learning_rate, **options}
 
@@ -71,21 +71,23 @@ def trials(method: str, rates: Sequence[float] = RATES, grids: Grids = GRIDS) ->
     name, values = grids[method]
     if name == "learning_rate":
         return [Choice(v, {}) for v in values]
-    # on this scale of F the same strengths suit every loss and every Fisher
+    # with this scale of F the same strengths suit every loss and every Fisher
     scale = {"fisher_scale": "unit"} if method == "selective_amnesia" else {}
     return [Choice(lr, {name: v, **scale}) for v in values for lr in rates]
 
 
 def tuned(setting: Any, method: str) -> Choice:
-    """The choice of tune.py for this world and these losses, under partial replay, where methods
-    differ. A world that was not tuned has the digits'; an ablation has EBU's; a method that was not
-    tuned with these losses has its choice with others, or else 1e-4 and its defaults."""
+    """tune.py's choice for a method, with this world and these losses.
+
+    It was made under partial replay, where methods differ. A world without tuning uses the choice
+    for digits, and an ablation that of EBU. A method without a choice for these losses uses its
+    choice for other losses, or else 1e-4 and its defaults."""
     _, found = _trials_of(setting, method)
     return Choice(found["learning_rate"], found["options"]) if found else Choice(1e-4, {})
 
 
 def tuning(setting: Any, method: str) -> str:
-    """Where that choice comes from, for the protocol."""
+    """The source of that choice, for the protocol."""
     where, found = _trials_of(setting, method)
     if not found:
         return "none: 1e-4 and the method's defaults"
@@ -94,12 +96,12 @@ def tuning(setting: Any, method: str) -> str:
 
 
 def own_trials(setting: Any) -> Path:
-    """The file of what tune.py finds, in the output folder."""
+    """The file in the output folder with tune.py's choices."""
     return setting.root.parent / "tuned.json"
 
 
 def tuned_table(setting: Any) -> dict[str, dict[str, Any]]:
-    """World and losses -> method -> its choice: the published, and over it the output folder's."""
+    """World and losses -> method -> choice. The output folder overrides published choices."""
     found: dict[str, dict[str, Any]] = {}
     for file in (TUNED, own_trials(setting)):
         for where, chosen in json.loads(file.read_text()).items() if file.exists() else ():
@@ -118,7 +120,7 @@ def _trials_of(setting: Any, method: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def of_paper(method: str, learning_rate: float) -> Choice:
-    """What a method has at paper scale: its defaults, SA its published strength."""
+    """A method's choice at paper scale: its defaults, and for SA its published strength."""
     return Choice(learning_rate, SA_PUBLISHED if method == "selective_amnesia" else {})
 
 
@@ -133,7 +135,7 @@ def score(values: dict[str, Any]) -> float:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a report: base model, noise, the method."""
+    """The rows of a report: base model, noise, method."""
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
@@ -142,19 +144,27 @@ def title(method: str) -> str:
 
 
 def check_methods(given: Sequence[str]) -> list[str]:
-    """Each once; SPM's adapter is for transformer blocks."""
+    """The methods without duplicates.
+
+    Raises:
+        InputError: there is no such method, or it is SPM, whose adapters need transformer blocks.
+    """
     known = [m for m in methods if methods[m].forgets != "adapter"]
     for m in given:
         if m not in known:
-            raise InputError(f"--methods {m}: there is {', '.join(known)}")
+            raise InputError(f"--methods {m}: no such method; give one of {', '.join(known)}")
     return list(dict.fromkeys(given))
 
 
 def check_seeds(given: Sequence[int], flag: str = "--seeds") -> list[int]:
-    """A seed given twice would pass for two runs; on seed 0 the strengths were chosen."""
+    """Check that no seed counts twice, and that seed 0 is not used, as strengths were chosen on it.
+
+    Raises:
+        InputError: a seed is given twice, or is 0.
+    """
     if len(set(given)) < len(given) or 0 in given:
         raise InputError(
-            f"{flag} {' '.join(map(str, given))}: give each once, and not 0, which tune.py chose "
-            "the strengths on"
+            f"{flag} {' '.join(map(str, given))}: give each seed once, and not 0, on which tune.py "
+            "chose the strengths"
         )
     return list(given)

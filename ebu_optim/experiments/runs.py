@@ -1,8 +1,8 @@
-"""Runs as data: what is there is reused, what is missing is made.
+"""Runs as data: existing runs are reused, missing ones are made.
 
-A run is a few tasks in an order. Each writes a folder whose name ends in a hash of its options, and
-so of the folders that it builds on: with other options it is another run. An interrupted run goes
-on where it was.
+A run is a sequence of tasks. Each writes a folder whose name ends in a hash of its options, which
+include the folders that it builds on. Other options therefore give another run. An interrupted run
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from ..training.options import TrainingOptions
 
 
 class Maker(NamedTuple):
-    """``make(config)`` fills the folder, or the file, that the config names as its output.
+    """A function ``make(config)`` that writes the output folder or file of its config.
 
     Args:
-        make: a function of a module.
-        config: its frozen dataclass; one of training goes on from its newest checkpoint.
+        make: a function at the top level of a module.
+        config: its frozen dataclass. With a config of training, a task resumes from its newest
+            checkpoint.
         last: the file that is written last.
     """
 
@@ -42,7 +43,7 @@ class Maker(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What `maker` makes of `options`, all but where it goes, in `folder`."""
+    """A call of `maker` with `options`, which do not include the output, that writes `folder`."""
 
     maker: Maker
     options: Mapping[str, Any]
@@ -54,8 +55,10 @@ class Task(NamedTuple):
 
     @property
     def config(self) -> Any:
-        """Raises:
-        InputError: options that the config has not, or refuses.
+        """The maker's config.
+
+        Raises:
+            InputError: the config lacks an option, or rejects a value.
         """
         kinds = {f.name: str(f.type) for f in fields(self.maker.config)}
         if unknown := [name for name in self.options if name not in kinds]:
@@ -76,7 +79,7 @@ class Task(NamedTuple):
 
 
 def _as_text(value: Any) -> Any:
-    """Paths as an option takes them that may be a hub id or a prompt, too."""
+    """Paths as text, for options that can also be a hub id or a prompt."""
     if isinstance(value, list):
         return [_as_text(v) for v in value]
     return str(value) if isinstance(value, Path) else value
@@ -90,15 +93,25 @@ def task(
     where: Mapping[str, Any] | None = None,
     of: Sequence[str] = (),
 ) -> Task:
-    """In the folder root/name-<hash of the maker, the options and `of`, what else it builds on>;
-    `where` the data lie, and where `root` is, changes no hash: of a path its name alone counts."""
+    """A task with the folder root/name-<hash of the maker, the options and `of`>.
+
+    Args:
+        where: further options that do not change the hash, such as places of data.
+        of: further values for the hash, such as the folders that the task builds on. For a path
+            in the options only its name counts.
+    """
     key = digest([maker.make.__name__, *of, options])[:8]
     return Task(maker, {**options, **(where or {})}, root / f"{name}-{key}")
 
 
 class Run(NamedTuple):
-    """Tasks in an order; `seconds` of one CPU core (or of the GPU), an estimate; `steps` of
-    training; `after`: the names of runs that must be done before."""
+    """A sequence of tasks.
+
+    Attributes:
+        seconds: the estimated time on one CPU core, or on the GPU.
+        steps: the number of training steps.
+        after: the names of runs that must be finished before.
+    """
 
     name: str
     tasks: tuple[Task, ...]
@@ -116,11 +129,11 @@ class Run(NamedTuple):
 
 
 class Failed(InputError):
-    """Runs that failed, each with the last line of its log."""
+    """Some runs failed; the message has the error of each."""
 
 
 def cost(runs: Sequence[Run], workers: int, basis: str) -> str:
-    """What is still to do, in words."""
+    """The remaining work, in words."""
     todo = [r for r in runs if not r.done]
     hours = sum(r.seconds for r in todo) / workers / 3600
     time = f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 1):.0f} min"
@@ -132,21 +145,21 @@ def cost(runs: Sequence[Run], workers: int, basis: str) -> str:
 
 
 def execute(runs: Sequence[Run], workers: int) -> None:
-    """Run what is not done, `workers` at a time, each in a process with its share of the cores.
+    """Make the missing runs, `workers` at a time, each in a process with its share of the cores.
 
     Raises:
-        ValueError: one name for two different runs.
-        Failed: some runs failed; all that do not build on them were done first.
+        ValueError: two different runs have the same name.
+        Failed: some runs failed. All runs that do not depend on them were finished first.
     """
     todo = {r.name: r for r in runs if not r.done}
     if clash := [r.name for r in runs if r.name in todo and todo[r.name] != r]:
-        raise ValueError(f"one name for two different runs: {', '.join(clash)}")
+        raise ValueError(f"two different runs have the same name: {', '.join(clash)}")
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
     failed: dict[str, str] = {}
     bar = tqdm(total=round(sum(r.seconds for r in todo.values())), unit="s of work", smoothing=0.1)
     context = multiprocessing.get_context("spawn")
-    os.environ["TQDM_DISABLE"] = "1"  # read when a process imports tqdm: of the workers alone
-    # processes are not renewed: importing torch and diffusers takes as long as a short run
+    os.environ["TQDM_DISABLE"] = "1"  # only affects the workers, which import tqdm after this
+    # processes are reused, as importing torch and diffusers takes as long as a short run
     pool = ProcessPoolExecutor(workers, context, _start, (threads,))
     running: dict[Any, Run] = {}
     try:
@@ -164,7 +177,7 @@ def execute(runs: Sequence[Run], workers: int) -> None:
                     continue
                 bar.set_postfix_str(run.name)
                 running[pool.submit(_work, run)] = run
-            if not running:  # all that was ready needs what failed
+            if not running:  # all ready runs depend on failed ones
                 continue
             finished = next(as_completed(running))
             run = running.pop(finished)
@@ -175,7 +188,7 @@ def execute(runs: Sequence[Run], workers: int) -> None:
         names = dict.fromkeys([run.name, *(r.name for r in running.values())])
         raise Failed(
             f"a process was killed (out of memory?) while these ran: {', '.join(names)}; the same "
-            "command goes on"
+            "command continues"
         ) from error
     except KeyboardInterrupt:
         for process in list((pool._processes or {}).values()):
@@ -189,14 +202,14 @@ def execute(runs: Sequence[Run], workers: int) -> None:
 
 
 def _start(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the workers
     import torch
 
     torch.set_num_threads(threads)
 
 
 def _work(run: Run) -> str | None:
-    """The tasks that are missing, their output in <folder>.log; the error, in a line."""
+    """Make the missing tasks, with their output in <folder>.log; returns the error in one line."""
     import traceback
 
     from accelerate.state import AcceleratorState, GradientState
@@ -209,7 +222,7 @@ def _work(run: Run) -> str | None:
         with open(log, "a", buffering=1) as f:
             out, err = sys.stdout, sys.stderr
             sys.stdout = sys.stderr = f
-            # a process keeps both: a run without mixed precision would have the one before's
+            # accelerate keeps both per process, so the precision of an earlier run would remain
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             try:
@@ -222,5 +235,5 @@ def _work(run: Run) -> str | None:
                 return f"{type(error).__name__}: {' '.join(first)} (see {log})"
             finally:
                 sys.stdout, sys.stderr = out, err
-        shutil.rmtree(t.folder / "checkpoints", ignore_errors=True)  # what is done is not resumed
+        shutil.rmtree(t.folder / "checkpoints", ignore_errors=True)  # not needed any more
     return None

@@ -1,4 +1,4 @@
-"""The rows of a table: a method, its strength, and a run for every seed."""
+"""The rows of a table: a method with its strength, and a run for every seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAPER = Path(__file__).with_name("paper_tables.json")
 
 
 class Row(NamedTuple):
-    """A line of the table: its name and one run a seed."""
+    """A row of a table: its name, and one run per seed."""
 
     name: str
     runs: tuple[Run, ...]
@@ -41,7 +41,11 @@ def row(
     options: Options | None = None,
     tuning: str = "none",
 ) -> Row:
-    """A method at its tuned strength, or at `choice`, with further `options` of unlearning."""
+    """The row of a method at its tuned strength or at `choice`.
+
+    Args:
+        options: further options of unlearning.
+    """
     if choice is None:
         choice, tuning = rows.tuned(setting, method), rows.tuning(setting, method)
     name_of_runs = label(setting, method, tag or choice.name, steps)
@@ -53,25 +57,27 @@ def row(
 
 
 def label(setting: Any, method: str, tag: str, steps: int) -> str:
-    """What the runs of a method in a setting are called; `tag` tells its strengths apart."""
+    """The name of a method's runs in a setting; `tag` distinguishes strengths."""
     return f"{method}-{setting.regime}-{setting.loss}-{tag}-{steps}"
 
 
 def paper_steps(world: World, method: str) -> int:
-    """As the paper's column RT has them; what it does not compare with has EBU's."""
+    """The steps in the paper's column RT; EBU's for methods that the paper does not compare."""
     table = json.loads(PAPER.read_text())[world.paper]
     (steps,) = table[rows.PAPER.get(method, "EBU")]["RT"]
     return steps
 
 
 def values(row: Row) -> list[dict[str, Any]]:
-    """The method's values, a seed at a time."""
+    """The method's values, one dict per seed."""
     return [rows.results(run.folder)[-1]["values"] for run in row.runs]
 
 
 def gather(row: Row) -> dict[str, Any]:
-    """The values of a row: of one run as they are, with intervals over the images; of several the
-    mean and its 95 % interval over the seeds."""
+    """The values of a row.
+
+    One run has its own values, with intervals over the images. Several runs have the mean with its
+    95 % interval over the seeds."""
     return {**rows_over_seeds(values(row)), "steps": row.steps}
 
 
@@ -83,13 +89,14 @@ def class_wise(
     paper: bool,
     sa_steps: int = 5000,
 ) -> list[Row]:
-    """Rows of Tables 1 and 6. At paper scale the paper contradicts itself on the learning rate:
-    both are run.
+    """The rows of Tables 1 and 6.
+
+    The paper contradicts itself on the learning rate, so that both are run at paper scale.
 
     Args:
-        sa_steps: of SA with its published strength; 0: without.
+        sa_steps: the steps of SA with its published strength; 0 leaves that row out.
     """
-    once = (*rows.OTHERS, "embedding_only")  # their figures decide nothing
+    once = (*rows.OTHERS, "embedding_only")  # one seed, as no claim depends on them
     found = []
     for m in methods:
         if m == "retrain":
@@ -133,8 +140,9 @@ def published_sa(setting: Setting, seed: int, steps: int, **options: Any) -> Row
 
 
 def retrain(setting: Setting, seed: int) -> Row:
-    """With the steps, learning rate and batch of the base: 200 steps from random weights draw
-    nothing at all."""
+    """Retrain, with the steps, the learning rate and the batch of the base.
+
+    After 200 steps from random weights, a model would draw nothing."""
     base = setting.world.base
     steps = base["max_train_steps"]
     same = ("train_batch_size", "lr_scheduler", "lr_warmup_steps", "mixed_precision")

@@ -1,4 +1,4 @@
-"""The options of the text-to-image experiments: which world, which methods, which seeds."""
+"""The options of the text-to-image experiments: the world, the methods and the seeds."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ PAPER_SCALE = "at --scale paper"
 
 @dataclass(frozen=True, kw_only=True)
 class OfWorld(Experiment):
-    """In the world of digits in styles.
+    """An experiment in the world of digits in styles.
 
     Raises:
-        InputError: numbers that cannot be.
+        InputError: a value is out of range.
     """
 
     group: ClassVar[str] = SMALL
     scales: ClassVar[Mapping[str, Any]] = {"small": STYLED_DIGITS, "flow": FLOW_DIGITS}
 
-    base: Path | None = option(None, help="A pipeline of world/train.py, in place of training one.")
+    base: Path | None = option(None, help="A pipeline of world/train.py, instead of training one.")
     judges: Path | None = option(
-        None, help="A folder of world/judges.py, in place of training the judges."
+        None, help="A folder of world/judges.py, instead of training the judges."
     )
     regime: Literal["list", "few"] = option(
         "list",
-        help="Prompts that are remembered. list: 100 without the target; few: those of few "
-        "other concepts, which shows what happens to what was never replayed.",
+        help="Prompts to remember. list: 100 without the target; few: those of a few other "
+        "concepts, which shows what happens to concepts that are never replayed.",
     )
     loss: worlds.Loss = option("relabel", help="Remember loss; relabel is a forget loss, too.")
     surrogate: Literal["other", "empty", "gaussian"] = option(
         "other",
-        help="What is drawn in place of the target: another concept, what the empty prompt draws "
-        "(of a content, every tenth picture is the target itself), or Gaussian latents.",
+        help="What the model learns to draw instead of the target: another concept, pictures of "
+        "the empty prompt (for a digit, every tenth is the target itself), or Gaussian latents.",
     )
     train_modules: Modules = option(
-        "full", help="What is trained, as in unlearn.py. SPM has adapters of its own."
+        "full", help="Weights that are trained, as in unlearn.py. SPM has its own adapters."
     )
     images_per_pair: int | None = option(
         None,
         help="Pictures of each digit in each style, as in world/measure.py. Default: 8, "
-        "which judges a content on 40 or 48 pictures and a style on 72 or 80.",
+        "which gives 40 or 48 pictures per content and 72 or 80 per style.",
     )
     steps: int | None = option(
         None, help="Steps of unlearning. Default: 100; at --scale paper the paper's."
@@ -86,7 +86,7 @@ class OfWorld(Experiment):
         )
 
     def run(self, setting: TextSetting | PaperSetting, todo: Sequence[Run]) -> bool:
-        """Say what it costs, then run what is missing; False after a --dry_run."""
+        """Print the cost and make the missing runs; False after a --dry_run."""
         if not self.announced(todo, setting.world):
             return False
         setting.write_prompts()
@@ -99,21 +99,21 @@ class OfWorld(Experiment):
         return True
 
 
-FILE = "File of {}'s weights. Default: a download; a metric without weights is computed later."
+FILE = "File of {}'s weights. Default: a download; without weights the metric is not computed yet."
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextExperiment(OfWorld):
-    """In that world, or on Stable Diffusion 1.4.
+    """An experiment in that world, or on Stable Diffusion 1.4.
 
     Raises:
-        InputError: options of the other scale.
+        InputError: an option belongs to the other scale.
     """
 
     group: ClassVar[str] = PAPER_SCALE
     scales: ClassVar[Mapping[str, Any]] = {**OfWorld.scales, "paper": SD14}
 
-    real_images: Path | None = option(None, help="Folder of real images of what is kept, for FID.")
+    real_images: Path | None = option(None, help="Folder of real images of kept classes, for FID.")
     pretrained_model_name_or_path: str | None = option(
         None, help=f"Folder or hub id of Stable Diffusion 1.4. Default: {SD14.pipeline}."
     )
@@ -130,7 +130,7 @@ class TextExperiment(OfWorld):
         for name in others:
             if getattr(self, name) is not None:
                 of = "small" if self.scale == "paper" else "paper"
-                raise InputError(f"--{name} is of --scale {of}; leave it out")
+                raise InputError(f"--{name} is for --scale {of}; leave it out")
 
     def paper_setting(self, target: Target) -> PaperSetting:
         world: PaperWorld = self.world
@@ -143,16 +143,16 @@ class TextExperiment(OfWorld):
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen(TextExperiment):
-    """With a choice of methods, which a subclass gives `seeds`.
+    """An experiment with a choice of methods; a subclass defines their seeds.
 
     Raises:
-        InputError: a method that there is not.
+        InputError: there is no such method.
     """
 
     methods: list[str] | None = option(
         None,
         help=f"Methods to compare. Default: {', '.join(METHODS)}; at paper scale the paper's. "
-        "retrain is a base of its own that never saw the target, at small scale.",
+        "retrain, only at small scale, is a base model that never saw the target.",
     )
 
     def __post_init__(self) -> None:
@@ -165,17 +165,17 @@ class Chosen(TextExperiment):
 
 @dataclass(frozen=True, kw_only=True)
 class Methods(Seeds, Chosen):
-    """With seeds, more of them for the rows that are compared.
+    """An experiment with methods and seeds, with more seeds for the rows that are compared.
 
     Raises:
-        InputError: a method that there is not; a seed twice.
+        InputError: there is no such method, or a seed is given twice.
     """
 
     seeds: list[int] = option([1], help="Seeds of EBU, the plain sum and --best.")
     seeds_rest: list[int] | None = option(
         None, help="Seeds of the other methods. Default: those of --seeds."
     )
-    best: list[str] = option(["salun"], help="The best baselines, which have all seeds.")
+    best: list[str] = option(["salun"], help="The best baselines, which get all seeds.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,10 +188,14 @@ class Methods(Seeds, Chosen):
 
 
 def check_methods(given: Sequence[str]) -> list[str]:
-    """By their names in the package, each once."""
+    """The methods by their names in the package, without duplicates.
+
+    Raises:
+        InputError: there is no such method.
+    """
     known = [m for m in methods if m != "embedding_only"]
     names = [ALIASES.get(m, m) for m in given]
     for m in names:
         if m not in known:
-            raise InputError(f"--methods {m}: there is {', '.join(known)}")
+            raise InputError(f"--methods {m}: no such method; give one of {', '.join(known)}")
     return list(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""What stands in the report of a text-to-image table: marks, curves, pictures, a typical run."""
+"""Parts of the report of a text-to-image table: notes, curves, pictures, a typical run."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ MOST = 10  # prompts in a grid
 
 
 def typical(found: Sequence[Row]) -> dict[str, Any]:
-    """What unlearn.py wrote of a run, for the part of the protocol that most rows have in common:
-    of the first that learns the surrogate's losses, or else of the first that was unlearned.
+    """unlearn.json of a typical run, for the part of the protocol that most rows share.
+
+    It is the first run with the surrogate's losses, or else the first run that unlearns.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such run.
     """
     runs = [r.runs[0] for r in found if r.runs[0].tasks[0].maker == UNLEARN]
     made = [text_results.read(run, UNLEARN) for run in runs]
     if not made:
-        raise InputError("--methods retrain: a table needs a method that unlearns beside it")
+        raise InputError("--methods retrain: give a method that unlearns, too")
     plain = [m for m in made if methods[m["method"]].forgets == "surrogate"]
     return (plain or made)[0]
 
 
 def apart(setting: TextSetting, found: Sequence[Row]) -> list[str]:
-    """A note where Retrain has not the autoencoder and the text encoder of the base: a --base that
-    was trained in another way, or with other threads."""
+    """A note if Retrain's autoencoder or text encoder differs from the base's.
+
+    This happens with a --base that was trained in another way, or with another number of
+    threads."""
 
     def weights(pipeline: Path, part: str) -> list[bytes]:
         return [f.read_bytes() for f in sorted((pipeline / part).glob("*.safetensors"))]
@@ -59,14 +62,15 @@ def apart(setting: TextSetting, found: Sequence[Row]) -> list[str]:
 
 
 def marks(found: Sequence[Row]) -> list[str]:
-    """Which rows forget to 0.05 and lose at most 0.02 of any other concept."""
+    """A note that names the rows with P_f <= 0.05 and a loss of at most 0.02 on every other
+    concept."""
     there = []
     for r in found:
         v = gather(r)
         p_f, drop = (comparison.value(v[k]) for k in ("p_f", "worst_drop"))
         if p_f is None or drop is None:
             continue
-        off = 1e-9  # of a mean of shares of pictures
+        off = 1e-9  # rounding errors in means of shares
         if p_f <= 0.05 + off and drop <= 0.02 + off:
             there.append(r.name)
     return [
@@ -76,7 +80,7 @@ def marks(found: Sequence[Row]) -> list[str]:
 
 
 def plots(found: Sequence[Row]) -> list[dict[str, Any]]:
-    """P_f along textual inversion."""
+    """P_f over the steps of textual inversion."""
     series = {}
     for r in found:
         v = rows.results(r.runs[0].folder)[-1]["values"]
@@ -94,8 +98,9 @@ def plots(found: Sequence[Row]) -> list[dict[str, Any]]:
 def grid(
     found: Sequence[Row], drawn: Sequence[Run], forgotten: Sequence[str], each: int = 100
 ) -> dict[str, Any]:
-    """Prompts downwards, methods across, `each` pictures of a prompt; every column from the same
-    noise."""
+    """A grid with prompts as rows and methods as columns, `each` pictures per cell.
+
+    All columns start from the same noise."""
     names = ["base model", *(r.name for r in found)]
     shown = [shown_in(run, each) for run in drawn]
     texts = list(shown[0])
@@ -110,7 +115,7 @@ def grid(
 
 
 def shown_in(run: Run, each: int) -> dict[str, Tensor]:
-    """Prompt -> pictures (n, 3, H, W) uint8 that were drawn first; at most ten prompts."""
+    """Prompt -> its first pictures (n, 3, H, W) uint8, for at most ten prompts."""
     t = next(t for t in run.tasks if t.maker == EVALUATE)
     files: dict[str, list[Path]] = {}
     for file, prompt in text_results.left(t)["images"].items():

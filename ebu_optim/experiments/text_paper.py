@@ -1,6 +1,7 @@
-"""The text-to-image experiments at the paper's scale: Stable Diffusion 1.4 by its hub id, judged by
-ResNet-50, NudeNet, CLIP, LPIPS and FID, and attacked. Nothing of it has been run by us: it needs a
-GPU."""
+"""The text-to-image experiments at the paper's scale, on Stable Diffusion 1.4 from the hub.
+
+The models are judged by ResNet-50, NudeNet, CLIP, LPIPS and FID, and attacked. None of this has
+been run, as it needs a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ from .worlds import Options
 
 
 class PaperWorld(NamedTuple):
-    """`seconds`: of a step of unlearning or of an attack, and of a picture, guesses."""
+    """A model at the paper's scale.
+
+    Attributes:
+        seconds: guesses for a step of unlearning or of an attack, and for a picture.
+    """
 
     name: str
     title: str
@@ -37,7 +42,7 @@ SD14 = PaperWorld(
     "sd14",
     "Stable Diffusion 1.4",
     "CompVis/stable-diffusion-v1-4",
-    # section 5.3 and B.4: the empty prompt gives what is remembered and what takes the place
+    # sections 5.3 and B.4: pictures of the empty prompt are remembered and are the surrogate
     {
         "remember_prompts": [""],
         "surrogate_prompt": [""],
@@ -59,8 +64,8 @@ SD14 = PaperWorld(
 )
 
 
-#: Metrics of an evaluation, and its option for the file of their weights; without one they are
-#: downloaded. ResNet-50 is a judge of attacks, too.
+#: Metric of an evaluation -> the option for the file of its weights; without a file they are
+#: downloaded. ResNet-50 also judges attacks.
 WEIGHTS = {
     "imagenette": "resnet_weights",
     "clip_score": "clip_weights",
@@ -70,11 +75,11 @@ WEIGHTS = {
 
 
 class PaperSetting:
-    """A task on the paper's model in a folder; stands where `TextSetting` does.
+    """A task on the paper's model in a folder, with the interface of `TextSetting`.
 
     Args:
-        real_images: a folder of real images of the kept classes: FID is measured against them.
-        weights: files, by the options of `WEIGHTS`.
+        real_images: a folder of real images of the kept classes, for FID.
+        weights: option in `WEIGHTS` -> file.
     """
 
     regime, loss, surrogate, modules = "empty", "replay", "empty", "xattn"
@@ -90,19 +95,19 @@ class PaperSetting:
         self.weights = {name: file.resolve() for name, file in (weights or {}).items() if file}
         for name, file in self.weights.items():
             if not file.is_file():
-                raise InputError(f"--{name} {file} is no file")
+                raise InputError(f"--{name} {file}: there is no such file")
         if real_images is not None and not real_images.is_dir():
-            raise InputError(f"--real_images {real_images} is no folder")
+            raise InputError(f"--real_images {real_images}: there is no such folder")
         self.world, self.root, self.task = world, root / world.name, target
         self.target, self.tuned_as = target.name, [world.name]
         self.real_images = real_images and real_images.resolve()
 
     @property
     def ground(self) -> list[Run]:
-        """The base's own pictures and figures."""
+        """The run that draws and measures the base."""
         of: list[str] = []
         where = str(self.world.pipeline), of, f"{self.task.name}-base"
-        # the base is not relearned: it never forgot
+        # the base is not relearned, as it never forgot
         attacked = self._attacked(*where, {"attacks": ["paraphrase", "inversion"]})
         return [
             Run(
@@ -114,26 +119,26 @@ class PaperSetting:
         ]
 
     def _looking(self, *, base: bool = False) -> float:
-        """Seconds of pictures, and of the steps of the attacks."""
+        """Seconds for the pictures and for the steps of the attacks."""
         pictures, steps = sum(e.pictures for e in self.task.evaluations), 0
         if self.task.judge:
             drawn, steps = attack_cost(self.task, self.world.attack, base=base)
             pictures += drawn
         return self.world.seconds["picture"] * pictures + self.world.seconds["unlearn"] * steps
 
-    #: The model is the hub's.
+    #: No runs: the model comes from the hub.
     trained: tuple[Run, ...] = ()
 
     @property
     def base_key(self) -> str:
-        """The base by its name: where a folder lies changes nothing."""
+        """The name of the base; its place on the disk does not matter."""
         pipeline = self.world.pipeline
         return pipeline.name if isinstance(pipeline, Path) else pipeline
 
     def unlearned(
         self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None
     ) -> Run:
-        """A method's run, without looking at the result."""
+        """The run of a method without evaluation."""
         w, label = self.world, f"{self.task.name}-{name}-s{seed}"
         given = {**w.unlearn, **({"train_modules": None} if method == "spm" else {})}  # its own
         made = task(
@@ -159,7 +164,7 @@ class PaperSetting:
     def run(
         self, name: str, method: str, *, seed: int, steps: int, options: Options | None = None
     ) -> Run:
-        """The same, and what it draws."""
+        """The run of a method with evaluation and attacks."""
         alone = self.unlearned(name, method, seed=seed, steps=steps, options=options)
         (made,) = alone.tasks
         (base,) = self.ground
@@ -177,7 +182,7 @@ class PaperSetting:
         for i, e in enumerate(self.task.evaluations):
             options, metrics = dict(e.options), list(e.options["metrics"])
             if "lpips" in metrics:
-                if base is None:  # it is what the others are compared with
+                if base is None:  # lpips compares the other models with the base
                     metrics.remove("lpips")
                 else:
                     options["reference_dir"] = base.tasks[i].folder
@@ -185,7 +190,7 @@ class PaperSetting:
                 metrics.append("fid")
                 options["real_images"] = self.real_images
             for metric, name in WEIGHTS.items():
-                # by its name in the folder's hash: without it there may have been no metric
+                # part of the folder's hash, as the metric may be missing without the file
                 if metric in metrics and name in self.weights:
                     options[name] = self.weights[name]
             found.append(
@@ -229,7 +234,7 @@ class PaperSetting:
         return (made,)
 
     def write_results(self, runs: Iterable[Run]) -> None:
-        """results.json in the folder of each run, as tables.py reads it."""
+        """Write results.json for tables.py into the folder of each run."""
         (base,) = self.ground
         for run in runs:
             seconds = text_results.read(run, UNLEARN)["seconds"]
@@ -241,7 +246,7 @@ class PaperSetting:
                 work.write_text(json.dumps({"rows": lines}, indent=1))
 
     def protocol(self, run: Run) -> dict[str, Any]:
-        """Of what evaluate.py measured."""
+        """The protocol of the evaluations."""
         found = [e for t in run.tasks if (e := evaluation(t))]
         options = found[0]["protocol"]["options"]
         return {
@@ -257,7 +262,7 @@ class PaperSetting:
         }
 
     def about(self) -> dict[str, Any]:
-        """For the protocol."""
+        """Facts about the setting for the protocol."""
         return {
             "sampler": "DDIM",
             "data": "what the model itself draws",
@@ -267,34 +272,36 @@ class PaperSetting:
         }
 
     def write_prompts(self) -> None:
-        """Of the paper's tasks they are options."""
+        """Writes nothing, as the prompts of the paper's tasks are options."""
 
     def _name(self, what: str) -> str:
         return f"{self.world.name}: {what}"
 
 
 def choice(method: str) -> rows.Choice:
-    """The paper's learning rate, and SPM's own; other options are unlearn.py's defaults, which are
-    the published ones."""
+    """The paper's learning rate, or SPM's own. Other options keep the defaults of unlearn.py, which
+    are the published ones."""
     return rows.Choice(1e-4 if method == "spm" else 1e-5, {})
 
 
 def attack_cost(target: Target, options: Options, *, base: bool) -> tuple[int, int]:
-    """How many pictures and steps the attacks on a model take; the base draws the target as well,
-    and is not relearned."""
+    """The numbers of pictures and steps of the attacks on a model.
+
+    The base also draws the target, and is not relearned."""
     each, targets, inverted, relearned = (
         options[name]
         for name in ("attack_images", "target_images", "inversion_steps", "relearn_max_steps")
     )
-    starts = 2  # of inversion: a random embedding and a word
-    # the prompts, each wording, two looks at an inversion; six at relearning, or the base's own P_f
+    starts = 2  # starts of inversion: a random embedding and a word
+    # the prompts, each paraphrase, and two evaluations per inversion; six of relearning, or the
+    # base's P_f
     looks = 1 + len(target.paraphrases) + 2 * starts + (1 if base else 6)
     steps = starts * inverted + (0 if base else relearned)
     return each * looks + (targets if base else 0), steps
 
 
 def evaluation(made: Task) -> dict[str, Any] | None:
-    """What an evaluation wrote; None of another task."""
+    """The result of an evaluation; None for another task."""
     return text_results.left(made) if made.maker == EVALUATE else None
 
 

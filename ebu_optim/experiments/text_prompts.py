@@ -1,4 +1,4 @@
-"""What is asked of digits in styles where one concept of them is to be forgotten."""
+"""The prompts for digits in styles, of which one concept shall be forgotten."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from ..worlds.styled_digits.captions import (
     concept,
 )
 
-#: How the remembered prompts are chosen: many that do not name the target, or those of few others.
+#: The choice of prompts to remember: many without the target, or those of a few other concepts.
 REGIMES = ("list", "few")
-#: What is drawn in place of the target: another concept, what the empty prompt draws as in the
-#: paper, or Gaussian latents.
+#: What replaces the target: another concept, pictures of the empty prompt as in the paper, or
+#: Gaussian latents.
 SURROGATES = ("other", "empty", "gaussian")
-FEW = {"content": 3, "style": 2}  # kept concepts that regime "few" replays
-REMEMBERED = 100  # prompts
+FEW = {"content": 3, "style": 2}  # number of kept concepts that regime "few" replays
+REMEMBERED = 100  # maximal number of prompts to remember
 
 
 class Asked:
-    """The prompts that are forgotten, remembered and shown, and what takes a place.
+    """The prompts to forget, to draw instead, to remember and to show.
 
     Args:
-        folder: of the files of prompts.
-        target: any word of the concept; `beside`: of more of the same kind.
+        folder: the folder for the files of prompts.
+        target: any word of the concept.
+        beside: words of further concepts of the same kind that are forgotten, too.
 
     Raises:
-        InputError: `target` names nothing of this world, or what every prompt asks for that names
-            no style.
+        InputError: `target` names no concept of this world, or names the style that every prompt
+            without a style asks for.
     """
 
     def __init__(
@@ -54,14 +55,15 @@ class Asked:
                 f"--target {target}: every prompt without a style asks for it; choose another"
             )
         self.folder, self.regime, self.surrogate = folder, regime, surrogate
-        self.files: dict[Path, str] = {}  # of prompts
+        self.files: dict[Path, str] = {}  # path -> content
         concepts = CONTENTS if self.kind == "content" else STYLES
         self.gone = [self.target, *more]
         self.others = [name for name in concepts if name not in self.gone]
         self.replayed = self.others[: FEW[self.kind]] if regime == "few" else self.others
 
     def file(self, part: str) -> Path:
-        """A file of prompts, written here; its name has a hash of what is in it."""
+        """The path of a file of prompts, which `write_prompts` writes. Its name has a hash of its
+        content."""
         text = "\n".join(p or '""' for p in getattr(self, part)()) + "\n"
         key = digest(text)[:8]
         path = self.folder / f"{part}-{'-'.join(self.gone)}-{key}.txt"
@@ -69,9 +71,9 @@ class Asked:
         return path
 
     def templates(self) -> list[str]:
-        """Trained prompts that name the target by its first word, which is its name, and the other
-        concept, where there is one, by its own. "an outline picture" is none: in it nothing else
-        could be named."""
+        """Templates from trained prompts that name all concepts by their first words.
+
+        "an outline picture" is left out, as "an" does not fit other concepts."""
         first = (*CONTENTS, *STYLES, None)
         an = self.kind == "style" and self.target[0] in "aeiou"
         templates = [t for t in TRAINED if not (an and "{a}" in t)]
@@ -80,12 +82,12 @@ class Asked:
         return list(dict.fromkeys(re.sub(rf"\b{self.target}\b", "{}", t) for t in texts))
 
     def instead(self) -> dict[str, Any]:
-        """What takes the target's place; SalUn's labels, too."""
+        """The options for what replaces the target, which SalUn's labels use, too."""
         if self.surrogate == "empty":
             return {"surrogate_prompt": [""]}
-        if self.kind == "style":  # the plain one
+        if self.kind == "style":  # the plain style
             other = self.others[0]
-        else:  # the next one
+        else:  # the next digit
             at = list(CONTENTS).index(self.target)
             after = (*list(CONTENTS)[at:], *CONTENTS)
             other = next(n for n in after if n in self.others)
@@ -100,7 +102,7 @@ class Asked:
         return random.Random(0).sample(texts, min(REMEMBERED, len(texts)))  # noqa: S311
 
     def shown(self) -> list[str]:
-        """Of the target and its neighbours, in a template that nothing was trained on."""
+        """Prompts of the target and its neighbours, in a held-out template."""
         near = [self.target, *self.others[-3:]]
         pairs = (
             [(c, s) for c in near for s in ("plain", "red")]

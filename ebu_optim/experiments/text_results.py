@@ -1,5 +1,5 @@
-"""The values of a run in the world of digits in styles: from measured.json, attacks.json and
-unlearn.json to a row of a table."""
+"""The row of a table for a run in the world of digits in styles, from measured.json, attacks.json
+and unlearn.json."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .runs import Maker, Run, Task
 from .text_worlds import ATTACK, MEASURE, UNLEARN, TextSetting
 
 Groups = Mapping[str, Mapping[str, Mapping[str, Any]]]
-#: Attacks of attack.py that stand in a table; its P_f is under the trained prompts that name the
-#: target by its first word. The other concept is in any of its words there, and unlearn.py was
-#: given its first alone: about a third of them are forgotten prompts.
+#: Column of a table -> value of attack.py. P_f there is over the trained prompts that name the
+#: target by its first word and the other concept by any word. unlearn.py was given only the first
+#: words, so that about a third of these prompts were in its training.
 ATTACKED = {
     "p_f_prompts": "p_f",
     "paraphrase": "paraphrase",
@@ -32,8 +32,9 @@ ATTACKED = {
 
 
 def accuracies(measured: Groups, target: str) -> dict[str, float]:
-    """Of every concept but the target, the share of pictures that the judge tells as the asked one,
-    over the pairs of a content and a style that leave the target out."""
+    """Concept -> the share of its pictures that the judge recognises, for all but the target.
+
+    It is computed over the pairs of content and style without the target."""
     hits: dict[str, float] = {}
     seen: dict[str, int] = {}
     for pair, found in measured["pair"].items():
@@ -53,10 +54,12 @@ def values(
     target: str,
     replayed: Sequence[str],
 ) -> dict[str, Any]:
-    """A row. RA is the mean over all other contents and styles, weighed alike; `worst_drop` the
-    largest loss of one of them against the base; what was never replayed are the concepts of the
-    target's kind that are not in `replayed`; `beside` is how often the other concept of a prompt
-    for the target, a style or a content, is the asked one still."""
+    """The values of a row.
+
+    RA is the mean over all other contents and styles with equal weights. `worst_drop` is the
+    largest loss of one of them against the base. `ra_never_replayed` is over the concepts of the
+    target's kind that are not in `replayed`. `beside` is the share of pictures of the target's
+    prompts in which the other concept, a style or a content, is still right."""
     kind, others = ("content", CONTENTS) if target in CONTENTS else ("style", STYLES)
     gone = measured[kind][target]
     kept, before = (accuracies(m, target) for m in (measured, base))
@@ -70,7 +73,7 @@ def values(
 
 
 def columns(attacks: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the values of attacks.json, those that stand in a table."""
+    """The values of attacks.json that a table has."""
     return {ours: attacks[key] for ours, key in ATTACKED.items() if key in attacks}
 
 
@@ -79,8 +82,10 @@ def _mean(found: Mapping[str, float]) -> float:
 
 
 def score(found: Mapping[str, Any]) -> float:
-    """(1 - P_f) + what is kept, never replayed where that is told apart, - the worst drop of one
-    concept + (1 - P_f after 100 steps of inversion, or where there is none ten of relearning)."""
+    """(1 - P_f) + RA - the worst drop of one concept + (1 - P_f after an attack).
+
+    RA is over the concepts that were never replayed, if there are any. The attack is 100 steps of
+    inversion, or 10 of relearning if there was no inversion."""
     deep = found["inversion_100" if "inversion_100" in found else "relearn_10"]
     deep = deep["value"] if isinstance(deep, Mapping) else deep
     kept = found.get("ra_never_replayed", found["ra"])
@@ -88,7 +93,7 @@ def score(found: Mapping[str, Any]) -> float:
 
 
 def write(setting: TextSetting, runs: Sequence[Run]) -> None:
-    """results.json in the folder of each run, as tables.py reads it: the base's row and its own."""
+    """Write results.json for tables.py into the folder of each run, with its row and the base's."""
     base = setting.ground[-1]
     for run in runs:
         rows = [
@@ -110,22 +115,22 @@ def _row(setting: TextSetting, run: Run, base: Run) -> dict[str, Any]:
 
 
 def read(run: Run, maker: Maker) -> dict[str, Any]:
-    """What the task of this maker left in a run."""
+    """The result of a run's task with this maker."""
     (t,) = (t for t in run.tasks if t.maker == maker)
     return left(t)
 
 
 def left(t: Task) -> dict[str, Any]:
-    """What a task wrote last."""
+    """The content of the file that a task writes last."""
     return json.loads((t.folder / t.maker.last).read_text())
 
 
 def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, Any]:
-    """The parts of a table's protocol that do not depend on how it is judged.
+    """The parts of a table's protocol that do not depend on the judges.
 
     Args:
         setting: a TextSetting or a PaperSetting.
-        made: what unlearn.py wrote of the first run.
+        made: unlearn.json of the first run.
     """
     said, about = made["options"], setting.about()
     drawn = f"{said['num_inference_steps']} {about['sampler']} steps"
@@ -177,7 +182,7 @@ def training(setting: Any, made: Mapping[str, Any], tuning: str) -> dict[str, An
 
 
 def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
-    """The other parts, of the world of digits in styles."""
+    """The other parts of the protocol, for the world of digits in styles."""
     drawn = read(run, MEASURE)["protocol"]
     judges = drawn["judges_measured"]
     return {
@@ -205,12 +210,12 @@ def judging(setting: TextSetting, run: Run) -> dict[str, Any]:
 
 
 def attacking(run: Run) -> dict[str, Any]:
-    """The part of the protocol on attack.py."""
+    """The part of the protocol about attack.py."""
     said = read(run, ATTACK)["protocol"]
     return {
         "inversion": "a new embedding, learned against the frozen weights",
         "relearning": "fine-tuning on pictures of the target",
         "images": "pictures of the target",
-        # where the folders are says nothing elsewhere; the hashes stay
+        # paths mean nothing on another machine; the hashes stay
         **{k: v for k, v in said.items() if k not in ("model", "base_model")},
     }

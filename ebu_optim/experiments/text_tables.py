@@ -14,7 +14,7 @@ from .text_paper import PaperSetting, choice
 from .text_tasks import Target
 from .text_worlds import TextSetting
 
-STEPS = 100  # of unlearning, at small scale
+STEPS = 100  # steps of unlearning at small scale
 AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_100")
 TUNING = (
     "each row's; trials are sd_tune.py's, as many as the row says, in the setting it names: the "
@@ -22,7 +22,7 @@ TUNING = (
     "RA (never replayed, where that is told) - worst drop + (1 - P_f after 100 steps of inversion)"
 )
 PAPER_AXES = ("ce_f", "ra", "nudity_score", "clip_score", "lpips_f", "inversion_200")
-#: The paper's rows by our methods.
+#: Method -> the paper's row.
 PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
 UNATTACKED = (
     "Not attacked: there is no judge that tells the target in a picture. LPIPS says how far the "
@@ -31,7 +31,7 @@ UNATTACKED = (
 
 
 def table(args: Chosen, setting: TextSetting) -> list[Row]:
-    """The chosen methods."""
+    """The rows of the chosen methods."""
     return [
         row(setting, m, args.seeds_of(m), args.steps or STEPS)
         for m in check_methods(args.methods or METHODS)
@@ -39,7 +39,7 @@ def table(args: Chosen, setting: TextSetting) -> list[Row]:
 
 
 def row(setting: TextSetting, method: str, seeds: Sequence[int], steps: int) -> Row:
-    if method == "retrain":  # one, of the base's seed
+    if method == "retrain":  # one run, with the base's seed
         base = rows.Choice(2e-3, {})
         run = setting.run("retrain", "retrain", seed=0)
         return Row(rows.title(method), (run,), setting.world.base["max_train_steps"], base, "none")
@@ -54,7 +54,7 @@ def tag(
 
 
 def pictures(setting: TextSetting, found: Sequence[Row]) -> list[Run]:
-    """Pictures of the base's and of every row's first seed."""
+    """The runs that draw pictures of the base and of the first seed of every row."""
     drawn = [setting.pictures(r.runs[0].tasks[0].folder.name, r.runs[0]) for r in found]
     return [setting.base_pictures(), *drawn]
 
@@ -68,7 +68,7 @@ def either(
     title: str,
     notes: Sequence[str] = (),
 ) -> None:
-    """A table of a target at small scale, or of a task at the paper's."""
+    """Make the table of a target at small scale, or of a task at paper scale."""
     if args.scale == "paper":
         large(args, task, script=script, title=title)
     else:
@@ -91,7 +91,7 @@ def small(
     paper: str | None = None,
     notes: Sequence[str] = (),
 ) -> None:
-    """A table of the world of digits in styles."""
+    """Make a table in the world of digits in styles."""
     s = args.setting(target)
     found = table(args, s)
     drawn = pictures(s, found)
@@ -124,7 +124,7 @@ def small(
 
 
 def large(args: Chosen, task: Target, *, script: str, title: str) -> None:
-    """A table at the paper's scale."""
+    """Make a table at paper scale."""
     s, steps = args.paper_setting(task), paper_steps(task)
     found = [
         tables.row(s, m, args.seeds_of(m), choice=choice(m), steps=args.steps or steps.get(m, 1000))
@@ -157,6 +157,6 @@ def large(args: Chosen, task: Target, *, script: str, title: str) -> None:
 
 
 def paper_steps(task: Target) -> dict[str, int]:
-    """As the paper's column RT has them; where there is none, 1000 for all."""
+    """Method -> the steps in the paper's column RT; empty if there is none, for 1000 steps."""
     lines = json.loads(tables.PAPER.read_text())[task.paper] if task.paper else {}
     return {m: lines[name]["RT"][0] for m, name in PAPER.items() if "RT" in lines.get(name, {})}

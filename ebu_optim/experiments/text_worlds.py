@@ -1,4 +1,4 @@
-"""How a method is run in the world of digits in styles, at each of its scales."""
+"""The runs of a method in the world of digits in styles."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ MEASURE = Maker(measure, Measure, "measured.json")
 ATTACK = Maker(attack, AttackOptions, "attacks.json")
 EVALUATE = Maker(evaluate, Evaluation, RESULT)
 
-#: What methods that learn a guided prediction train, and what they forget, as published: ESD cross
-#: attention, SPM its adapters, both the bare word. Their target points away from the whole prompt.
+#: Methods that learn a guided prediction. As published, ESD trains cross attention and SPM its
+#: adapters, and both forget the bare word, as their target points away from the whole prompt.
 GUIDED = ("guidance", "adapter")
 BARE = {"forget_templates": ["{}"]}
 
 
 class Given(NamedTuple):
-    """A part of the ground: made by a task, or there already."""
+    """A part that the runs build on: made by a task, or given."""
 
     folder: Path
     key: str
@@ -48,17 +48,17 @@ class Given(NamedTuple):
 
 
 class TextSetting(Asked):
-    """A world in a folder with a concept to forget, a regime, losses and a surrogate.
+    """A world in a folder, with a concept to forget, a regime, losses and a surrogate.
 
     Args:
         target: any word of the concept.
-        modules: what is trained, an option of unlearning.
-        base, judges: folders of a trained pipeline and of judges, in place of training them.
-        beside: more concepts of the same kind that are forgotten with it; they are not judged.
+        modules: the value of --train_modules of unlearning.
+        base, judges: folders of a trained pipeline and of judges, instead of training them.
+        beside: further concepts of the same kind that are forgotten with it; they are not judged.
 
     Raises:
-        InputError: `target` names nothing of this world, or what every prompt asks for that names
-            no style; a folder that is none.
+        InputError: `target` names no concept of this world, or names the style that every prompt
+            without a style asks for; a folder lacks files.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TextSetting(Asked):
         self.world, self.root, self.loss, self.modules = world, root / world.name, loss, modules
         self.base = self._given("base", TRAIN, world.base, base, "pipeline")
         self.judges = self._given("judges", JUDGES, world.judges, judges, "")
-        self.sets: dict[tuple[str, int], str] = {}  # what a seed's runs share -> who makes it
+        self.sets: dict[tuple[str, int], str] = {}  # (set, seed) -> the run that makes it
 
     def _given(
         self, name: str, maker: Maker, options: Options, folder: Path | None, part: str
@@ -91,7 +91,7 @@ class TextSetting(Asked):
         for file in needed:
             if not (folder / file).is_file():
                 by = "world/train.py" if part else "world/judges.py"
-                raise InputError(f"--{name} {folder} holds no {file}: {by} makes it")
+                raise InputError(f"--{name} {folder} has no {file}: run {by}, which writes it")
         key = contents(folder.glob("**/*.safetensors" if part else "*.safetensors"))[:8]
         return Given(folder.resolve(), key, None)
 
@@ -101,7 +101,7 @@ class TextSetting(Asked):
 
     @property
     def tuned_as(self) -> list[str]:
-        """The names under which sd_tune.py may have left strengths, the nearest first."""
+        """The names under which sd_tune.py may have saved strengths, the best match first."""
         kinds = dict.fromkeys((self.kind, *FEW))
         places = dict.fromkeys((self.surrogate, *SURROGATES))
         modules = dict.fromkeys((self.modules, "xattn", "full"))
@@ -120,7 +120,7 @@ class TextSetting(Asked):
 
     @property
     def trained(self) -> list[Run]:
-        """The base and the judges, where they are not given."""
+        """The runs that train the base and the judges, unless these are given."""
         w, s = self.world, self.world.seconds
         steps = w.base["max_train_steps"]
         parts = [
@@ -131,9 +131,9 @@ class TextSetting(Asked):
 
     @property
     def ground(self) -> list[Run]:
-        """What every run of a method builds on; last what the base scores itself."""
+        """The runs that every run of a method builds on; the last one measures the base."""
         s, made = self.world.seconds, self.trained
-        # the base is not relearned: it never forgot
+        # the base is not relearned, as it never forgot
         known = self.world.attack.get("attacks", ("paraphrase", "inversion"))
         attacks = {"attacks": [name for name in known if name != "relearn"]}
         judged = self._judged(self.base.folder, [self.base.key], "base", attacks=attacks)
@@ -153,8 +153,12 @@ class TextSetting(Asked):
         options: Options | None = None,
         trial: bool = False,
     ) -> Run:
-        """A method unlearned, measured and attacked, with further `options` of unlearning. A
-        `trial` of tuning is attacked by 100 steps of inversion alone."""
+        """The run that unlearns with a method, measures the result and attacks it.
+
+        Args:
+            options: further options of unlearning.
+            trial: a trial of tuning, which is only attacked by 100 steps of inversion.
+        """
         w = self.world
         if method == "retrain":
             alone = self.retrained()
@@ -180,7 +184,7 @@ class TextSetting(Asked):
         options: Options | None = None,
         save_as: str = "pipeline",
     ) -> Run:
-        """As `run`, without looking at the result."""
+        """Like `run`, without measuring and attacking the result."""
         w, forgets = self.world, methods[method].forgets
         own = dict(w.guided) if forgets in GUIDED else {}
         if forgets != "adapter":
@@ -214,8 +218,9 @@ class TextSetting(Asked):
         )
 
     def retrained(self) -> Run:
-        """The world, trained with the base's seed without what the others forget: the same
-        autoencoder and the same text encoder, which knows the word."""
+        """The run that trains the world with the base's seed, but without the target.
+
+        The autoencoder and the text encoder, which knows the word, are the same."""
         steps = self.world.base["max_train_steps"]
         made = task(
             TRAIN,
@@ -226,7 +231,7 @@ class TextSetting(Asked):
         return Run(self._name(made.folder.name), (made,), self.world.seconds["base"] * steps, steps)
 
     def pictures(self, row: str, run: Run) -> Run:
-        """Pictures of what the model of a run draws, of the target and of its neighbours."""
+        """The run that draws the target and its neighbours with the model of a run."""
         folder = run.tasks[0].folder
         return self._draw(row, folder / "pipeline", folder.name, (run.name,))
 
@@ -279,8 +284,8 @@ class TextSetting(Asked):
         )
 
     def makers(self, name: str, method: str, seed: int) -> list[str]:
-        """The runs that make what this one reads of the sets: two at once would get into each
-        other's way."""
+        """The runs that make the sets that this run reads, as two runs must not make a set at
+        once."""
         recipe = methods[method]
         if self.loss == "relabel" and recipe.forgets == "surrogate":
             recipe = recipe.with_losses(forget="relabel")
@@ -293,7 +298,7 @@ class TextSetting(Asked):
         return [m for m in dict.fromkeys(makers) if m != name]
 
     def about(self) -> dict[str, Any]:
-        """For the protocol."""
+        """Facts about the setting for the protocol."""
         folder = self.base.folder
         noise = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         parameters = json.loads((folder / "world.json").read_text())["parameters"]

@@ -1,4 +1,4 @@
-"""Trials of tuning, and the choice among them."""
+"""The trials of tuning, and the choice among them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from .runs import Run
 
 
 def check_methods(given: Sequence[str], grids: rows.Grids) -> list[str]:
-    """Raises:
-    InputError: a method that has nothing to choose from.
+    """Check that the methods have strengths to tune.
+
+    Raises:
+        InputError: a method has none.
     """
     for method in given:
         if method not in grids:
-            raise InputError(f"--methods {method} has no strength to tune")
+            raise InputError(f"--methods {method} has no strength to tune: leave it out")
     return list(given)
 
 
@@ -28,8 +30,11 @@ def record(
     found: Mapping[tuple[str, str], tuple[rows.Choice, Run]],
     score: Callable[[dict[str, Any]], float],
 ) -> None:
-    """The best choice of each method into the output folder's tuned.json; `found`: (method,
-    choice's name) -> both."""
+    """Write the best choice of each method into tuned.json in the output folder.
+
+    Args:
+        found: (method, name of a choice) -> the choice and its run.
+    """
     base, file = setting.base_key, rows.own_trials(setting)
     key = rows.key(setting.tuned_as[0], setting.loss)
     known = rows.tuned_table(setting).get(key, {})
@@ -44,7 +49,7 @@ def record(
         best, choice = max(scored, key=lambda pair: pair[0])
         trials = {c.name: s for s, c in scored}
         before = known.get(method, {})
-        if before.get("base", base) == base:  # a worse rate tried later takes nothing back
+        if before.get("base", base) == base:  # a later, worse trial does not replace the best one
             trials = {t["choice"]: t["score"] for t in before.get("trials", ())} | trials
             if before and before["score"] > best:
                 best = before["score"]

@@ -30,7 +30,7 @@ UNLEARN = Maker(unlearn, Unlearn, "README.md")
 EVALUATE = Maker(evaluate, Evaluation, "results.json")
 
 Loss = Literal["replay", "distill", "crossed", "relabel"]
-#: What is remembered by, and for the last also forgotten by, as options of unlearning.
+#: Remember loss, and for the last one also the forget loss, as options of unlearning.
 LOSSES: Mapping[str, Options] = {
     "replay": {"remember": "replay"},
     "distill": {"remember": "distill"},
@@ -40,9 +40,14 @@ LOSSES: Mapping[str, Options] = {
 
 
 class World(NamedTuple):
-    """Options by task; `images`: which of the source are taken. `seconds`: of a step of the base,
-    of the classifier, of unlearning, and of an evaluation with and without the relearning attack:
-    measured on one core of an x86-64 CPU, or, for the paper's, a guess for one H100."""
+    """The options of a world, by task.
+
+    Attributes:
+        images: which images of the source are used.
+        seconds: the times of a step of the base and of the classifier, of the sets, of a step of
+            unlearning, and of an evaluation: measured on one core of an x86-64 CPU, or, for the
+            paper's worlds, guessed for one H100.
+    """
 
     name: str
     title: str
@@ -58,8 +63,8 @@ class World(NamedTuple):
     partial: Sequence[str] = ("1", "2", "3")
     basis: str = "one core of a 2.5 GHz x86-64 CPU a run"
     paper: str | None = "table6_cifar10_ddpm_class0"  # its table in paper_tables.json
-    smoke: str | None = None  # why its figures mean nothing, where they do not
-    generated: Options | None = None  # options of worlds.shapes, whose images are taken
+    smoke: str | None = None  # for a smoke run, why its figures mean nothing
+    generated: Options | None = None  # options of worlds.shapes, for generated images
 
 
 def _seconds(*each: float) -> dict[str, float]:
@@ -307,7 +312,7 @@ class Setting:
     ) -> None:
         self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
         self.where = data or world.source
-        self.tuned_as = [world.name, DIGITS.name]  # the names under which tune.py left strengths
+        self.tuned_as = [world.name, DIGITS.name]  # names under which tune.py saves strengths
         self.made: Task | None = None
         if world.generated and not data:
             self.made = task(SHAPES, world.generated, self.root, "images")
@@ -328,13 +333,13 @@ class Setting:
         return {"pretrained_model_name_or_path": of.folder}
 
     def _of_images(self, maker: Maker, options: Options, name: str) -> Task:
-        """In the hash if they are made here: with other images it is another run."""
+        """A task that reads images. Generated images are part of its hash."""
         made = {"train_data_dir": self.made.folder} if self.made else {}
         return task(maker, {**self.world.images, **made, **options}, self.root, name, self.where)
 
     @property
     def ground(self) -> list[Run]:
-        """What every run of a method builds on."""
+        """The runs that every run of a method builds on."""
         w, s = self.world, self.world.seconds
         steps, n = w.base["max_train_steps"], w.judge.get("max_train_steps", 1600)
         per = s["train_classifier"] * n
@@ -364,8 +369,12 @@ class Setting:
         options: Options | None = None,
         trial: bool = False,
     ) -> Run:
-        """A method unlearned and evaluated, with further `options` of unlearning. A `trial` of
-        tuning has no curve and is attacked by 100 steps of inversion alone."""
+        """The run that unlearns with a method and evaluates the result.
+
+        Args:
+            options: further options of unlearning.
+            trial: a trial of tuning, without a curve, and attacked only by 100 steps of inversion.
+        """
         w = self.world
         given = {
             **self._model(self.base),
@@ -407,8 +416,10 @@ class Setting:
 
 
 def losses(loss: str, method: str) -> Options:
-    """Options of unlearning. Retrain learns nothing of the base; a method that has a forget loss
-    of its own, or none, keeps it."""
+    """The losses as options of unlearning.
+
+    Retrain always has replay, as it learns nothing from the base. A method with its own forget
+    loss, or with none, keeps that."""
     if method == "retrain":
         loss = "replay"
     if loss == "relabel" and methods[method].forgets not in ("surrogate", "relabel"):
