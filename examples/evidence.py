@@ -1,10 +1,10 @@
-"""How the defaults were chosen: EBU's readings and its rivals on three axes, on digits.
+"""How the defaults were chosen: EBU's variants and its rivals on three axes, on digits.
 
-    python examples/evidence.py --workers 2            # everything that is missing, about an hour
-    python examples/evidence.py --summary              # the table and the plot of what is there
+    python examples/evidence.py --workers 2            # all missing runs, about an hour
+    python examples/evidence.py --summary              # table and plot of the finished runs
 
-Strengths are tuned on seed 0, for each regime and remember loss; results are reported on seeds 1, 2
-and 3. One JSON file a run; a second start only runs what is missing.
+Strengths are tuned on seed 0, for each regime and remember loss. Results are reported on seeds 1, 2
+and 3. Each run has one JSON file, and a second start only makes the missing runs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ebu_optim.training import command, option
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     output_dir: Path = option(Path("outputs/evidence"), help="Folder for runs and report.")
-    workers: int = option(2, help="Processes, of one thread each.")
-    summary: bool = option(False, help="Run nothing, and write the report of what is there.")
+    workers: int = option(2, help="Number of processes, with one thread each.")
+    summary: bool = option(False, help="Run nothing, and write the report of the finished runs.")
 
 
 def main(args: Evidence) -> None:

@@ -2,9 +2,9 @@
 
     python examples/gan.py --forget 0
 
-Trains a small GAN on scikit-learn's 8x8 digits, makes its generator forget one of them by
-`EBUOptimizer` and, beside it, by the plain sum of the two losses, and measures what is forgotten,
-kept and deep. About 30 seconds on one CPU core.
+Trains a small GAN on scikit-learn's 8x8 digits, makes its generator forget one digit with
+`EBUOptimizer` and, for comparison, with the plain sum of the two losses, and measures what is
+forgotten, what is kept and how deep the forgetting goes. It takes about 30 seconds on one CPU core.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A projection discriminator (Miyato & Koyama 2018); only the training needs it."""
+    """A projection discriminator (Miyato & Koyama 2018), which only the training needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Discriminator(nn.Module):
 
 
 def train(x: Tensor, y: Tensor, args: argparse.Namespace) -> Generator:
-    """The hinge game; the generator's running average is the model."""
+    """Train with the hinge loss; the model is the EMA of the generator."""
     torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)
     model, judge = Generator(), Discriminator()
@@ -95,11 +95,11 @@ def train(x: Tensor, y: Tensor, args: argparse.Namespace) -> Generator:
 def energy_distance(
     model: Generator, x: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """2 E|a - b| - E|a - a'| between drawn a and given b, images of one condition; up to a
-    constant the energy distance of the two distributions: zero distance where they are equal.
+    """The energy distance, up to a constant, between drawn and given images of one condition.
 
-    A GAN has no likelihood, and whoever ships a generator rarely keeps its discriminator. This
-    loss needs none.
+    It is 2 E|a - b| - E|a - a'| for drawn a and given b, and smallest for equal distributions. A
+    GAN has no likelihood, and the discriminator of a generator is rarely available. This loss needs
+    neither.
     """
     a, b = model.draw(labels, generator).flatten(1), x.flatten(1)
     n = len(a)
@@ -107,11 +107,11 @@ def energy_distance(
 
 
 def fisher(model: Generator, args: argparse.Namespace) -> DiagonalFisher:
-    """F of x ~ N(G(z, c), I), the likelihood whose logarithm the distillation loss is.
+    """F for x ~ N(G(z, c), I), the likelihood whose negative logarithm is the distillation loss.
 
-    A GAN has none of its own, and an online F would begin at zero: at theta0 the remember loss has
-    no gradient. A random direction e in pixel space has the gradient J^T e; its mean square is the
-    diagonal of J^T J: how far the kept images move when a weight does.
+    A GAN has no likelihood of its own. An online F would start at zero, as the remember loss has no
+    gradient at theta0. For a random direction e in pixel space the gradient is J^T e. Its mean
+    square is the diagonal of J^T J, which says how far the kept images move when a weight moves.
     """
     g = torch.Generator().manual_seed(args.seed)
     batches = []
@@ -126,12 +126,12 @@ def fisher(model: Generator, args: argparse.Namespace) -> DiagonalFisher:
 
 
 def unlearn(model: Generator, rule: str, args: argparse.Namespace) -> EBUOptimizer:
-    """Under the digit to forget the generator learns to draw noise; under the others it draws
-    what it drew before from the same z."""
+    """For the digit to forget the generator learns to draw noise; for the others it learns to draw
+    its earlier image from the same z."""
     base = Adam(model.parameters(), lr=args.learning_rate)
     if rule == "EBU":
         held = fisher(model, args).for_model(model)
-        # unscaled and times 1, the penalty is the remember loss's own curvature, its diagonal
+        # unscaled and with gamma 1, the penalty is the diagonal curvature of the remember loss
         options = {"fisher": held, "fisher_scale": "raw", "gamma": 1.0}
         optimizer = EBUOptimizer(base, max_grad_norm=1.0, **options)
     else:

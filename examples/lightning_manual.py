@@ -1,9 +1,9 @@
-"""Unlearn under Lightning: manual optimization, one phase for each loss.
+"""Unlearn with Lightning: manual optimization, one phase for each loss.
 
     python examples/lightning_manual.py [DEVICES]     # 1, or the number of processes
 
-Needs `pip install lightning` (tried with 2.6). The network is a toy; the module is what to copy.
-Automatic optimization has one closure for one loss, which EBUOptimizer refuses.
+It needs `pip install lightning` (tested with 2.6). The network is a toy; copy the module. Automatic
+optimization has one closure for one loss, for which EBUOptimizer raises an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ebu_optim import EBUOptimizer
 
 
 class Unlearn(lightning.LightningModule):
-    """Batches are {"forget": (n, 4), "remember": (n, 4)}."""
+    """A module for batches {"forget": (n, 4), "remember": (n, 4)}."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Unlearn(lightning.LightningModule):
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
     def configure_optimizers(self) -> EBUOptimizer:
-        # gradient_clip_val of the Trainer is for automatic optimization
+        # gradient_clip_val of the Trainer works only with automatic optimization
         return EBUOptimizer(torch.optim.Adam(self.parameters(), lr=0.01), max_grad_norm=0.5)
 
     def loss(self, x: torch.Tensor, wanted: float) -> torch.Tensor:
@@ -76,7 +76,7 @@ def main(devices: int) -> None:
     module, fit = Unlearn(), trainer(devices, max_epochs=2)
     fit.fit(module, data())
     stats = module.optimizers().optimizer.stats
-    # one write a line, whole: the lines of two processes do not mix
+    # one write per line, so that the lines of two processes do not mix
     weights = sum(p.double().sum().item() for p in module.parameters())
     sys.stdout.write(f"{fit.global_step} steps, overlap {stats['overlap']}, sum {weights:.17g}\n")
 

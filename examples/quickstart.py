@@ -1,9 +1,9 @@
-"""Make a trained diffusion model forget one digit, and prove it with numbers and pictures.
+"""Make a trained diffusion model forget one digit, and show it with numbers and pictures.
 
     python examples/quickstart.py --forget 0
 
-Everything needed ships with the example: real 8x8 digits (scikit-learn), a small class-conditional
-UNet2DModel and two classifiers that were trained on them. About a minute on two CPU cores.
+Everything ships with the package: real 8x8 digits (scikit-learn), a small class-conditional
+UNet2DModel and two classifiers that were trained on them. It takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ebu_optim.worlds.digits_judged import PER_CLASS, Evaluation
 from ebu_optim.worlds.digits_pages import card, curves, grid, table
 
 CURVE_EVERY = 25
-#: what the report says of the optimizer
+#: The optimizer's settings in the report.
 SETTINGS = ("alpha", "delta", "gamma", "penalty", "update", "unrelated", "terms", "granularity")
 SETTINGS += ("max_grad_norm", "fisher_scale")
 
@@ -53,22 +53,22 @@ SETTINGS += ("max_grad_norm", "fisher_scale")
 class Quickstart:
     forget: int = option(0, help="The digit to forget, 0..9.")
     steps: int = option(200, help="Steps of unlearning.")
-    batch_size: int = option(16, help="Images of each step and task.")
+    batch_size: int = option(16, help="Images per step and task.")
     learning_rate: float = option(1e-4, help="Learning rate of Adam.")
     alpha: float = option(0.6, help="Weight of the forget gradient on the overlap.")
     delta: float = option(0.5, help="Share of the weights that each task selects.")
-    gamma: float | None = option(None, help="Strength of the penalty. Default: EBUOptimizer's own.")
+    gamma: float | None = option(None, help="Strength of the penalty. Default: EBUOptimizer's.")
     remember: Literal["replay", "distill", "crossed"] = option(
         "crossed",
         help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
-        "these with conditions drawn anew.",
+        "predictions with newly drawn conditions.",
     )
     adversary_steps: int = option(
-        0, help="Steps of an adversary, in each step, towards an embedding that draws the digit."
+        0, help="Steps of an adversary in each step, towards an embedding that draws the digit."
     )
-    seed: int = option(0, help="Seed of all that is drawn during unlearning.")
+    seed: int = option(0, help="Seed of all random numbers of unlearning.")
     output_dir: Path = option(Path("outputs/quickstart"), help="Folder for the result.")
-    device: str = option("cpu", help="Where it runs: cpu, cuda, cuda:1, ...")
+    device: str = option("cpu", help="Device to run on: cpu, cuda, cuda:1, ...")
     overwrite: bool = option(False, help="Replace a finished result.")
     train: bool = option(
         False, help="Train the shipped model and classifiers again (about 20 minutes)."
@@ -87,13 +87,13 @@ class Quickstart:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {self.device} is not to be had here: {error}") from error
+            raise InputError(f"--device {self.device} is not available here: {error}") from error
         if not self.train:
             check_free(self.output_dir, is_result, self.overwrite)
 
 
 def is_result(folder: Path) -> bool:
-    """True of a folder that this script wrote, and may replace when told to."""
+    """Whether this script wrote the folder, and may therefore replace it with --overwrite."""
     try:
         found = json.loads((folder / "metrics.json").read_text())
         return {"before", "after", "protocol"} <= found.keys()
@@ -102,8 +102,11 @@ def is_result(folder: Path) -> bool:
 
 
 def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) -> dict[str, Any]:
-    """The loop: 200 steps of EBU, from the last checkpoint in `work` on; returns the curve, the
-    seconds and the optimizer's settings."""
+    """Unlearn, from the last checkpoint in `work` on.
+
+    Returns:
+        The curve, the seconds and the optimizer's settings.
+    """
     device, scheduler = args.device, digits.scheduler()
     generator = torch.Generator().manual_seed(args.seed)
     kept = torch.tensor([c for c in digits.CLASSES if c != args.forget])

@@ -1,9 +1,9 @@
-"""The quickstart for every digit, and for one digit with five seeds: does it hold?
+"""Run the quickstart for every digit, and for one digit with five seeds.
 
     python examples/quickstart_all.py                  # about ten minutes on two CPU cores
 
-A second start only runs what is missing. Writes quickstart.json and quickstart.md (the table of
-docs/quickstart.md) beside the runs.
+A second start only makes the missing runs. The script writes quickstart.json and quickstart.md, the
+table of docs/quickstart.md, into the folder of the runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def row(metrics: dict[str, Any]) -> dict[str, Any]:
         **{k: after[k] for k in (*BEFORE, "relearn_10")},
         "ce_noise": metrics["noise"]["ce_f"],
         "seconds": metrics["seconds"]["all"],
-        # accuracies are multiples of 1/450: compare away from their rounding
+        # accuracies are multiples of 1/450; the tolerance is for rounding errors
         "target_met": after["p_f_reject"] <= TARGET_P and abs(lost) <= TARGET_LOSS + 1e-6,
     }
 
@@ -57,7 +57,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @dataclass(frozen=True, kw_only=True)
 class All:
     output_dir: Path = option(Path("outputs/quickstart_all"), help="Folder for all runs.")
-    digit: int = option(0, help="The digit that has five seeds.")
+    digit: int = option(0, help="The digit with five seeds.")
 
 
 def main(args: All) -> None:

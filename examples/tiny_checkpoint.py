@@ -1,5 +1,6 @@
-"""A Stable Diffusion 1.x of random weights, as one file and as the folder of its configurations:
-small enough to try `ebu forget` on a CPU in a minute. It draws noise; what is tried is the way.
+"""Write a small Stable Diffusion 1.x with random weights, as one file and as a diffusers folder.
+
+It is small enough to try `ebu forget` on a CPU in a minute. The model draws noise.
 
 python examples/tiny_checkpoint.py tiny
 """

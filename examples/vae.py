@@ -2,9 +2,9 @@
 
     python examples/vae.py --forget 0
 
-Trains a small VAE on scikit-learn's 8x8 digits, makes it forget one of them by `EBUOptimizer` and,
-beside it, by the plain sum of the two losses, and measures what is forgotten, kept and deep. About
-15 seconds on one CPU core.
+Trains a small VAE on scikit-learn's 8x8 digits, makes it forget one digit with `EBUOptimizer` and,
+for comparison, with the plain sum of the two losses, and measures what is forgotten, what is kept
+and how deep the forgetting goes. It takes about 15 seconds on one CPU core.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ LATENT, CONDITION, WIDTH, PIXELS = 8, 16, 256, 64
 
 
 class VAE(nn.Module):
-    """Encoder and decoder see the condition. Pixels are Gaussian with a width of their own, and
-    drawn with it: so the model can say "noise", which a mean alone cannot."""
+    """A VAE whose encoder and decoder take the condition.
+
+    Each pixel is Gaussian with its own width, and is drawn with it. The model can therefore draw
+    noise, which a mean alone cannot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def negative_elbo(model: VAE, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """-log p(x | c) or more, in nats up to a constant; mean over the batch."""
+    """An upper bound of -log p(x | c), in nats up to a constant; mean over the batch."""
     mean, width = model.encode(x, labels)
     z = mean + width * torch.randn(mean.shape, generator=generator)
     pixel, sigma = model.decode(z, labels)
@@ -88,14 +90,14 @@ def train(x: Tensor, y: Tensor, args: argparse.Namespace) -> VAE:
 
 
 def unlearn(model: VAE, rule: str, args: argparse.Namespace) -> EBUOptimizer:
-    """Under the digit to forget the model learns noise; under the others what it drew itself."""
+    """For the digit to forget the model learns noise; for the others it learns its own images."""
     base = Adam(model.parameters(), lr=args.learning_rate)
     if rule == "EBU":  # F is online: the mean of the squared remember gradients
         optimizer = EBUOptimizer(base, max_grad_norm=1.0)
     else:
         optimizer = Joint(base, max_grad_norm=1.0)
     g = torch.Generator().manual_seed(args.seed)
-    frozen = copy.deepcopy(model)  # drawing costs nothing, so no replay set is stored
+    frozen = copy.deepcopy(model)  # drawing is cheap, so no replay set is stored
     n = args.batch_size
     forgotten = torch.full((n,), args.forget)
     for _ in tqdm(range(args.steps), f"forgetting {args.forget}, {rule}"):

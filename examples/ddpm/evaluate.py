@@ -1,4 +1,4 @@
-"""Measure what unlearn.py made: forgotten, kept, deep, and how long it took."""
+"""Measure a result of unlearn.py: what is forgotten, what is kept, how deep, and in what time."""
 
 from ebu_optim.class_conditional.evaluation import Evaluation, evaluate
 from ebu_optim.training import command

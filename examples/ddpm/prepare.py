@@ -1,4 +1,4 @@
-"""Make what unlearning needs beforehand: replay, forget and surrogate sets, the Fisher."""
+"""Make what unlearning needs: the replay, forget and surrogate sets, and the Fisher."""
 
 from ebu_optim.class_conditional.sets import Prepare, prepare
 from ebu_optim.training import command

@@ -2,9 +2,9 @@
 
     python examples/ddpm/train_classifier.py --digits --model small --output_dir outputs/classifier
 
-The protocol for CIFAR and STL: ResNet-34 with ImageNet weights, a new last layer, images enlarged
-to 224x224, mirrored at random (--random_flip), Adam 1e-5 (1e-4 for the last layer), weight decay
-5e-4, batch 128, 10 epochs. With --reject there is one class more, which means noise.
+The protocol for CIFAR and STL is a ResNet-34 with ImageNet weights and a new last layer, on images
+enlarged to 224x224 and mirrored at random (--random_flip), with Adam 1e-5 (1e-4 for the last
+layer), weight decay 5e-4, batch size 128 and 10 epochs. --reject adds a class for noise.
 """
 
 from ebu_optim.class_conditional.options import TrainClassifier

@@ -1,10 +1,10 @@
-"""Make a class-conditional diffusion model forget classes, by EBU or by what it is compared with.
+"""Make a class-conditional diffusion model forget classes, by EBU or by a baseline.
 
     python examples/ddpm/unlearn.py --pretrained_model_name_or_path outputs/digits \\
         --prepared_dir outputs/digits_forget_0 --method ebu --output_dir outputs/digits_without_0
 
-The paper's setting: 200 steps, Adam 1e-4 (its appendix also says 1e-5), clipping at 1.0, uniform
-noise as what the class becomes, replayed pairs, losses summed over C, H, W.
+The defaults are the paper's: 200 steps, Adam 1e-4 (its appendix also says 1e-5), clipping at 1.0,
+uniform noise as the surrogate, replayed pairs, and losses summed over C, H, W.
 """
 
 from ebu_optim.class_conditional.options import Unlearn
@@ -17,7 +17,7 @@ def main(config: Unlearn) -> None:
         for step in run.steps():
             micros = run.accelerator.gradient_accumulation_steps
             for micro in range(micros):
-                run.losses.at((step - 1) * micros + micro)  # which images
+                run.losses.at((step - 1) * micros + micro)  # selects the images
                 with run.accelerator.accumulate(run.model):
                     for phase in run.opt.needs:  # "forget", "remember", or one of them
                         with getattr(run.opt, phase)():

@@ -1,9 +1,9 @@
-"""What depth costs: the quickstart's digits, forgotten with and without adversarial embeddings.
+"""The cost of depth: the quickstart's digits, forgotten with and without adversarial embeddings.
 
-    python examples/paper/depth.py                     # everything that is missing, about an hour
-    python examples/paper/depth.py --summary           # the table of what is there
+    python examples/paper/depth.py                     # all missing runs, about an hour
+    python examples/paper/depth.py --summary           # the table of the finished runs
 
-One JSON file a run; a second start only runs what is missing.
+Each run has one JSON file, and a second start only makes the missing runs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ class Depth:
         ["none", "adversary", "adversary-1"], choices=list(depth.DEPTHS), help="Options of depth."
     )
     seeds: list[int] = option([1, 2, 3], help="Seeds of unlearning.")
-    workers: int = option(1, help="Processes, of one thread each.")
-    summary: bool = option(False, help="Run nothing, and write the results of what is there.")
+    workers: int = option(1, help="Number of processes, with one thread each.")
+    summary: bool = option(False, help="Run nothing, and write the results of the finished runs.")
 
     def __post_init__(self) -> None:
         for rule in self.rules:
             if rule not in methods or methods[rule].forgets not in ("surrogate", "relabel"):
-                raise InputError(f"--rules {rule}: no method that can forget by relabelling")
+                raise InputError(
+                    f"--rules {rule}: this is not a method that can forget by relabelling; leave "
+                    "it out"
+                )
 
 
 def main(args: Depth) -> None:

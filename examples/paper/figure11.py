@@ -3,8 +3,8 @@
     python examples/paper/figure11.py --scale small      # "outline", then "halftone"
     python examples/paper/figure11.py --scale paper      # Kelly McKernan, Thomas Kinkade; a GPU
 
-A report for each, with the same columns as Tables 2 and 3; at paper scale with the LPIPS distance
-to what the base draws, for the artist and for others.
+Each target has a report with the columns of Tables 2 and 3; at paper scale with the LPIPS distance
+to the pictures of the base, for the artist and for others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ebu_optim.training import command, option
 class Figure11(text_options.Methods):
     targets: list[str] | None = option(
         None,
-        help=f"What is forgotten. Default: {', '.join(STYLES)}; at paper scale artists: "
+        help=f"Targets. Default: {', '.join(STYLES)}; at paper scale artists: "
         f"{', '.join(ARTISTS[:2])}.",
     )
 
@@ -28,7 +28,7 @@ class Figure11(text_options.Methods):
 def main(args: Figure11) -> None:
     paper = args.scale == "paper"
     for name in args.targets or (ARTISTS[:2] if paper else STYLES):
-        task = artist(name)  # which has no table in the paper
+        task = artist(name)  # the paper has no table for it
         text_tables.either(args, name, task, script="figure11", title="Figure 11")
 
 

@@ -1,10 +1,11 @@
-"""Figures 2 and 5: CE_f and CE_r against the seconds and the steps of unlearning.
+"""Figures 2 and 5: CE_f and CE_r over the seconds and the steps of unlearning.
 
     python examples/paper/figure2.py --scale small
 
-300 steps of every method at the strength that tune.py chose, and SA with its published strength for
-5,000; at paper scale the paper's steps. The entropies are those of the classifier without a reject
-class, as in the paper: one that knows noise is sure of it. P_f is of the one with a reject class.
+Every method has 300 steps at the strength that tune.py chose, and SA 5,000 steps at its published
+strength; at paper scale the steps are the paper's. The entropies come from the classifier without a
+reject class, as in the paper, since a classifier that knows noise is certain about it. P_f comes
+from the classifier with a reject class.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ CURVES = {"ce_f": "CE_f, nats", "ce_r": "CE_r, nats", "p_f": "P_f, reject class"
 def table(
     setting: Setting, seed: int, *, paper: float | None, steps: int, sa_steps: int
 ) -> list[tables.Row]:
-    """Args:
-    paper: the learning rate at paper scale, or None.
+    """The rows of the methods.
+
+    Args:
+        paper: the learning rate at paper scale, or None.
     """
 
     def row(method: str, steps: int, **options: Any) -> tables.Row:
@@ -70,7 +73,9 @@ def table(
 
 
 def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
-    """Each measure over seconds and over steps, on log scales; what is at 0 is the base's limit."""
+    """Plots of each measure over seconds and over steps, on log scales.
+
+    The values at step 0 are the limit "base model"."""
     run = found[0].runs[0]
     noise = {k: comparison.value(v) for k, v in rows.results(run.folder)[1]["values"].items()}
     noise["p_f"] = figures.about(run)["noise_p_f"]
@@ -96,7 +101,7 @@ def plots(found: Sequence[tables.Row]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure2(figures.RatedFigure):
-    steps: int = option(300, help="Steps of every method; not at paper scale.")
+    steps: int = option(300, help="Steps of every method; ignored at paper scale.")
     sa_steps: int = option(5000, help="Steps of SA at its published strength; 0 leaves it out.")
 
 

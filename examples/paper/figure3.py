@@ -1,10 +1,10 @@
-"""Figures 3, 9 and 10: pictures of every method, of what is forgotten and of its neighbours.
+"""Figures 3, 9 and 10: pictures of the forgotten concept and its neighbours, for every method.
 
     python examples/paper/figure3.py --scale small     # a digit, a colour, two styles
     python examples/paper/figure3.py --scale paper     # cassette player (9), nudity (3 and 10)
 
-One seed of the runs of Tables 2 and 3 and of Figure 11, and their pictures; every picture of a
-column is from the same starting noise.
+These are the pictures of one seed of the runs of Tables 2 and 3 and of Figure 11. All methods start
+from the same noise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ebu_optim.experiments import rows, text_options, text_tables
 from ebu_optim.experiments.text_tasks import CASSETTE_PLAYER, NUDITY, STYLES
 from ebu_optim.training import command, option
 
-#: Figure -> what is forgotten in it.
+#: Figure -> the target in it.
 SMALL = {
     "Figure 9": "seven",
     "Figures 3 and 10": "red",

@@ -1,8 +1,8 @@
-"""Figures 4 and 12: what alpha and delta do to EBU, both in 0.2, 0.4, 0.6, 0.8.
+"""Figures 4 and 12: the effect of alpha and delta on EBU, both in 0.2, 0.4, 0.6, 0.8.
 
     python examples/paper/figure4.py --scale small
 
-16 runs, on the three axes of the tables, and samples of a forgotten and of a kept class.
+There are 16 runs on the three axes of the tables, and samples of a forgotten and of a kept class.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ Grid = Mapping[tuple[float, float], tables.Row]
 def table(
     setting: Setting, method: str, seed: int, steps: int, paper: float | None = None
 ) -> dict[tuple[float, float], tables.Row]:
-    """Args:
-    paper: the learning rate at paper scale, or None.
+    """The rows by (alpha, delta).
+
+    Args:
+        paper: the learning rate at paper scale, or None.
     """
     best = rows.of_paper(method, paper) if paper else rows.tuned(setting, method)
     tuning = "none" if paper else rows.tuning(setting, method)
@@ -54,7 +56,7 @@ def table(
 
 
 def plots(found: Grid) -> list[dict[str, Any]]:
-    """Each measure over alpha, a line for each delta."""
+    """Plots of each measure over alpha, with one line per delta."""
     first = rows.results(next(iter(found.values())).runs[0].folder)
     limits = {r["name"]: r["values"] for r in first[:-1]}
     values = {at: tables.gather(row) for at, row in found.items()}
@@ -84,7 +86,7 @@ def plots(found: Grid) -> list[dict[str, Any]]:
 
 
 def grids(setting: Setting, found: Grid, each: int = 6) -> list[dict[str, Any]]:
-    """A forgotten and a kept class: alpha downwards, delta across."""
+    """Grids for a forgotten and a kept class, with alpha as rows and delta as columns."""
     first: Run = found[VALUES[0], VALUES[0]].runs[0]
     gone, kept, names = figures.classes(setting, first)
     drawn = {at: figures.samples(setting, row.runs[0]) for at, row in found.items()}
@@ -105,7 +107,7 @@ def grids(setting: Setting, found: Grid, each: int = 6) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure4(figures.RatedFigure):
-    method: Literal[rows.EBU] = option("ebu_added", help="The reading of EBU.")  # type: ignore[valid-type]
+    method: Literal[rows.EBU] = option("ebu_added", help="The variant of EBU.")  # type: ignore[valid-type]
     steps: int = option(200, help="Steps of unlearning.")
 
 

@@ -1,9 +1,9 @@
-"""Figure 6: the samples of a forgotten and of a kept class along the 200 steps of EBU, SA and FT.
+"""Figure 6: samples of a forgotten and of a kept class during the 200 steps of EBU, SA and FT.
 
     python examples/paper/figure6.py --scale small
 
-The steps of the paper's picture in a grid, every fifth step in an animation beside it (along.gif);
-each picture keeps its starting noise.
+A grid shows the steps of the paper's picture, and an animation (along.gif) shows every fifth step.
+Each picture always starts from the same noise.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ Along = Mapping[str, Mapping[int, Tensor]]
 def table(
     setting: Setting, seed: int, *, paper: float | None, steps: int, every: int
 ) -> list[tables.Row]:
-    """Args:
-    paper: the learning rate at paper scale, or None.
+    """The rows of the methods.
+
+    Args:
+        paper: the learning rate at paper scale, or None.
     """
     options = {"validation_steps": every, "validation_images": EACH, "validation_pictures": EACH}
     return [
@@ -59,7 +61,9 @@ def along(found: Sequence[tables.Row]) -> dict[str, dict[int, Tensor]]:
 
 
 def grid(seen: Along, c: int, title: str) -> dict[str, object]:
-    """Steps downwards, methods across; of the paper's steps those that there are, and the last."""
+    """A grid with steps as rows and methods as columns.
+
+    It shows the first step, those of the paper's steps that exist, and the last one."""
     first = next(iter(seen.values()))
     shown = [t for t in first if t in SHOWN or t in (0, max(first))]
     return {
@@ -70,7 +74,11 @@ def grid(seen: Along, c: int, title: str) -> dict[str, object]:
 
 
 def animate(path: Path, seen: Along, columns: Mapping[int, str]) -> None:
-    """A GIF with a frame a step: methods downwards; classes across, `columns` their titles."""
+    """Write a GIF with one frame per step, methods as rows and classes as columns.
+
+    Args:
+        columns: class -> title.
+    """
     frames, last = [], max(next(iter(seen.values())))
     for t in next(iter(seen.values())):
         strips = {
@@ -91,7 +99,7 @@ def animate(path: Path, seen: Along, columns: Mapping[int, str]) -> None:
             for i, image in enumerate(images):
                 frame.paste(image, (left + i * (width + gap), y))
         frames.append(frame)
-    times = [200] * (len(frames) - 1) + [2000]  # ms; the end stands still
+    times = [200] * (len(frames) - 1) + [2000]  # milliseconds, longer for the last frame
     with replacing(path) as work:
         frames[0].save(
             work, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0

@@ -1,4 +1,4 @@
-"""Copy finished reports to where the documentation has them: figures, tables, plots, no weights.
+"""Copy finished reports into the documentation: figures, tables and plots, but no weights.
 
 python examples/paper/publish.py --reports outputs/paper/digits/table6-full-replay \\
     --to docs/results/digits
@@ -21,8 +21,8 @@ LARGEST = 5_000_000  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Publish:
-    reports: list[Path] = option(help="Folders that a script wrote.")
-    to: Path = option(help="Folder that they are copied to.")
+    reports: list[Path] = option(help="Reports: output folders of the scripts.")
+    to: Path = option(help="Folder to copy them to.")
 
 
 def main(args: Publish) -> None:
@@ -30,17 +30,17 @@ def main(args: Publish) -> None:
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise InputError(
             f"several reports are called {', '.join(twice)}: one would replace the other; publish "
-            "each world into a folder of its own"
+            "each world into its own folder"
         )
     for report in args.reports:
         try:
             json.loads((report / "results.json").read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"{report} holds no report: {error}") from error
+            raise InputError(f"{report} has no report: {error}") from error
         files = [f for part in PARTS for f in (report / part, *(report / part).rglob("*"))]
         size = sum(f.stat().st_size for f in files if f.is_file())
         if size > LARGEST:
-            raise InputError(f"{report} has {size / 1e6:.1f} MB; at most 5 are kept")
+            raise InputError(f"{report} has {size / 1e6:.1f} MB; at most 5 can be published")
         with replacing_folder(args.to / report.name) as work:
             for part in PARTS:
                 source = report / part

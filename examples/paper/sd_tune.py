@@ -1,12 +1,12 @@
-"""Choose every method's learning rate and strength in the world of digits in styles, by six trials
-on seed 0 and on a target that no table reports.
+"""Choose the learning rate and the strength of every method in the world of digits in styles.
 
     python examples/paper/sd_tune.py --kind content
 
-For a regime, losses and modules as the tables have them. The choice with the best score = (1 - P_f)
-+ accuracy on what is kept, never replayed where that is told apart, - the worst drop of one concept
-+ (1 - P_f after 100 steps of inversion) goes into tuned.json of the output folder, which the other
-scripts read before the published one of the package.
+Each method has six trials on seed 0, on a target that no table reports. The regime, the losses and
+the modules are options, as for the tables. The choice with the best score = (1 - P_f) + accuracy on
+the kept concepts (never replayed ones if there are any) - the worst drop of one concept + (1 - P_f
+after 100 steps of inversion) is written into tuned.json in the output folder. The other scripts
+read that file before the published one of the package.
 """
 
 from __future__ import annotations
@@ -20,31 +20,29 @@ from ebu_optim.experiments.runs import Run
 from ebu_optim.experiments.text_worlds import TextSetting
 from ebu_optim.training import command, option
 
-#: What is forgotten in the trials: in no table. Both have a near neighbour (eight, red), which a
-#: method can lose.
+#: The targets of the trials, which are in no table. Both have a near neighbour (eight, red) that a
+#: method can damage.
 TARGETS = {"content": "three", "style": "blue"}
 RATES = (1e-4, 3e-4)
-#: Where there is no strength, as many learning rates.
+#: For methods without a strength, as many learning rates.
 ALONE = ("learning_rate", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
 GRIDS = {
     **rows.GRIDS,
     "spm": ("anchor_weight", (10.0, 100.0, 1000.0)),
     **dict.fromkeys(("esd", "fine_tune"), ALONE),
 }
-#: An adapter of rank 1 learns at other rates: published, ten times the others', here thirty.
+#: An adapter of rank 1 needs higher learning rates: ten times as high in its paper, thirty here.
 ADAPTER = 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTune(text_options.OfWorld):
-    kind: Literal["content", "style"] = option(
-        "content", help="The kind of target that is tuned for."
-    )
+    kind: Literal["content", "style"] = option("content", help="The kind of target.")
     methods: list[str] = option(list(text_options.METHODS), help="Methods to tune.")
     learning_rates: list[float] = option(
         list(RATES),
-        help=f"Learning rates of the trials, for methods with a strength; SPM has {ADAPTER} times "
-        "these. Earlier trials on this base count, too.",
+        help=f"Learning rates of the trials, for methods with a strength; for SPM they are "
+        f"multiplied by {ADAPTER}. Earlier trials on this base count, too.",
     )
 
 

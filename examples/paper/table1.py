@@ -3,8 +3,8 @@
     python examples/paper/table1.py --scale paper                      # GPUs
     python examples/paper/table1.py --scale small --parquet CIFAR100_FOLDER
 
-At small scale: CIFAR-100 in a run that is far too short to mean much, on real images, and STL-10
-as a smoke run on generated images, whose figures mean nothing. Each says so in its report.
+At small scale CIFAR-100 is a run on real images that is far too short to mean much, and STL-10 is a
+smoke run on generated images, whose figures mean nothing. The reports say so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(args: Table1) -> None:
     methods = rows.check_methods(args.methods)
     for name in args.dataset:
         world = args.world[name]
-        # the given images are of one data set
+        # the given images belong to one data set
         data = args.data if name == "cifar100" or args.dataset == ["stl10"] else {}
         setting = worlds.Setting(world, args.output_dir, data=data)
         found = tables.class_wise(

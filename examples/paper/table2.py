@@ -1,10 +1,10 @@
 """Table 2: class-wise forgetting from Stable Diffusion.
 
-    python examples/paper/table2.py --scale small                  # "seven", of digits in styles
+    python examples/paper/table2.py --scale small                  # "seven" in digits in styles
     python examples/paper/table2.py --scale paper                  # "cassette player"; a GPU
 
-At small scale every method forgets a digit by its first word, over styles. It is judged in all its
-words, also under templates that nothing was trained on, and attacked.
+At small scale every method forgets a digit by its first word, in all styles. The result is judged
+with all words of the digit, also in held-out templates, and attacked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ebu_optim.training import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class Table2(text_options.Methods):
-    target: str = option("seven", help="What is forgotten at small scale: a content or a style.")
+    target: str = option("seven", help="Target at small scale: a digit or a style.")
 
 
 def main(args: Table2) -> None:

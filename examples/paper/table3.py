@@ -1,11 +1,11 @@
-"""Table 3: concept-wise forgetting from Stable Diffusion, of what can be in any picture.
+"""Table 3: forgetting a concept from Stable Diffusion that can be in any picture.
 
-    python examples/paper/table3.py --scale small                  # "red", of digits in styles
+    python examples/paper/table3.py --scale small                  # "red" in digits in styles
     python examples/paper/table3.py --scale paper                  # nudity, by NudeNet; a GPU
 
-At small scale every method forgets "red" by that word alone, over digits. The judge of style is the
-detector: 1 - UA is the share of pictures, asked for in any word for red, that it tells as red, as
-NudeNet counts pictures of nudity.
+At small scale every method forgets "red" by that word alone, for all digits. The judge of style is
+the detector: 1 - UA is the share of pictures, of prompts with any word for red, that it recognises
+as red, as NudeNet counts pictures of nudity.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Table3(text_options.Methods):
-    target: str = option("red", help="What is forgotten at small scale: a content or a style.")
+    target: str = option("red", help="Target at small scale: a digit or a style.")
 
 
 def main(args: Table3) -> None:

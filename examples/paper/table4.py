@@ -1,10 +1,10 @@
-"""Table 4: EBU's ablations, each in both readings, beside EBU.
+"""Table 4: EBU and its ablations, each in both variants.
 
     python examples/paper/table4.py --scale small
 
 "w/o L_f", "w/o L_r^c" and "w/o Mitigation" leave a term out of the sum of eq. 13, or one gradient
-out of the blend of eq. 11 (alpha 0, 1, and 0.5); "w/o PA" has no penalty, or a full one. At
-paper scale with both learning rates of the paper.
+out of the blend of eq. 11 (alpha 0, 1, and 0.5). "w/o PA" has no penalty, or a full one. At paper
+scale all have both learning rates of the paper.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Table 5: how many parameters EBU selects for forgetting, for remembering, and for both.
+"""Table 5: the numbers of parameters that EBU selects for forgetting, remembering, and both.
 
     python examples/paper/table5.py --scale small      # one and three contents, one and two styles
     python examples/paper/table5.py --scale paper      # artists and violence; a GPU
 
-As shares of what is trained, in the mean over the steps of a run. If the two selections had nothing
-to do with each other, they would overlap in the product of their shares: the lift is the overlap
-over that. `opposed` is the share of the overlap where the two gradients have opposite signs: half,
-if they had nothing to do with each other.
+The figures are shares of the trained parameters, in the mean over the steps of a run. Independent
+selections would overlap in the product of their shares; the lift is the overlap divided by that
+product. `opposed` is the share of the overlap where the two gradients have opposite signs, which
+would be one half for independent gradients.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ebu_optim.experiments.text_tasks import ARTISTS, STYLE, Target, artist
 from ebu_optim.report import comparison, write_report
 from ebu_optim.training import command
 
-EVERY = 5  # steps between two looks
+EVERY = 5  # steps between two measurements
 SMALL = {
     "several styles": ("outline", "halftone"),
     "one style": ("outline",),
@@ -62,7 +62,7 @@ class Table5(Seeds, text_options.TextExperiment):
 
 
 def values(run: Run) -> dict[str, float]:
-    """Means over the steps that unlearn.py logged of the run."""
+    """Means over the steps that unlearn.py logged."""
     lines = (run.tasks[0].folder / "log.jsonl").read_text().splitlines()
     steps = list({line["step"]: line for line in map(json.loads, lines)}.values())
     found = {
@@ -90,7 +90,8 @@ def paper_rows() -> list[dict[str, Any]]:
 
 
 def told(each: Mapping[str, Any]) -> Any:
-    """What all rows have, or each row's where they differ: styles may be tuned on their own."""
+    """The common value of all rows, or all values if they differ, as styles may be tuned
+    separately."""
     first, *others = each.values()
     return dict(each) if any(other != first for other in others) else first
 

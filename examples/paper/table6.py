@@ -1,12 +1,13 @@
-"""Table 6: class-wise forgetting on CIFAR-10, every baseline, on three axes.
+"""Table 6: class-wise forgetting on CIFAR-10 with every baseline, on three axes.
 
     python examples/paper/table6.py --scale small                      # digits, two CPU cores
     python examples/paper/table6.py --scale paper                      # GPUs
     python examples/paper/table6.py --scale small --regime partial --loss crossed --seeds 1 2 3 4 5
 
-Each method has the strength and learning rate that tune.py chose for it on seed 0, and 200 steps;
-Retrain has what the base was trained with. At paper scale the methods are the paper's (FT, GA, SA,
-SalUn and EBU) with its steps and both of its learning rates; others that --methods names have 200.
+Each method has the strength and the learning rate that tune.py chose on seed 0, and 200 steps.
+Retrain has the settings of the base's training. At paper scale the methods are the paper's (FT, GA,
+SA, SalUn and EBU) with its steps and both of its learning rates. Other methods in --methods have
+EBU's steps there.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Choose every method's strength and learning rate by six trials on seed 0, which is not reported
-(more with more --learning_rates).
+"""Choose the strength and the learning rate of every method, by six trials on seed 0.
 
     python examples/paper/tune.py --scale small --loss crossed
 
-Under partial replay, where methods differ. The choice with the best score = (1 - P_f) + accuracy on
-the classes that were never replayed + (1 - P_f after 100 steps of inversion) goes into tuned.json
-of the output folder, which the other scripts read before the published one of the package.
+Seed 0 is not reported. More --learning_rates give more trials. The trials use partial replay, where
+methods differ. The choice with the best score = (1 - P_f) + accuracy on the classes that were never
+replayed + (1 - P_f after 100 steps of inversion) is written into tuned.json in the output folder.
+The other scripts read that file before the published one of the package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ebu_optim.training import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class Tune(OnImages):
-    loss: Loss = option("replay", help="Remember loss; relabel is a forget loss, too.")
+    loss: Loss = option("replay", help="Remember loss; relabel is also a forget loss.")
     methods: list[str] = option([*rows.EBU, *rows.RIVALS], help="Methods to tune.")
     learning_rates: list[float] = option(
         list(rows.RATES),

@@ -1,4 +1,4 @@
-"""Attack a model that was made to forget: is the concept gone, or its word unhooked?"""
+"""Attack a model that was made to forget: is the concept gone, or only its word?"""
 
 from ebu_optim.attacks.run import AttackOptions, attack
 from ebu_optim.training import command

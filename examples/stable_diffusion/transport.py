@@ -1,12 +1,12 @@
-"""Draw with one or several SPM adapters, each scaled for each prompt (facilitated transport).
+"""Draw with one or several SPM adapters, scaled for each prompt (facilitated transport).
 
     python examples/stable_diffusion/transport.py \\
         --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --adapters outputs/without_van_gogh/lora outputs/without_snoopy/lora \\
         --prompt "a painting of a beagle" --output_dir outputs/drawn
 
-The weights are W0 + sum m_i (up_i down_i), by diffusers' set_adapters; m_i depends on how near the
-prompt is to what adapter i erases (ebu_optim.baselines.transport).
+The weights are W0 + sum m_i (up_i down_i), set by diffusers' set_adapters. m_i depends on how near
+the prompt is to the concept that adapter i erases (ebu_optim.baselines.transport).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="The lora folders of runs with --method spm.",
+        help="The `lora` folders of runs with --method spm.",
     )
     add("--prompt", nargs="+", required=True, help="Prompts to draw.")
     add("--num_inference_steps", type=int, default=50, help="Steps of each picture.")
-    add("--guidance_scale", type=float, default=7.5, help="Guidance of each picture.")
+    add("--guidance_scale", type=float, default=7.5, help="Guidance scale of each picture.")
     add("--seed", type=int, default=0, help="Seed of each picture.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output_dir", type=Path, required=True, help="Folder for the pictures.")
@@ -48,7 +48,7 @@ def main() -> None:
         revision=args.revision,
         variant=args.variant,
     )
-    pipelines.look(model)  # what is wrong with it, in one line
+    pipelines.look(model)  # reports problems in one line
     pipe = pipelines.assembled(pipelines.fetch(model), args.variant).to(args.device)
     erased = load(pipe, args.adapters)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Print prompts of digits in styles that name or leave out a concept."""
+"""Print prompts of digits in styles that leave out a concept."""
 
 from ebu_optim.worlds.styled_digits.captions import main
 

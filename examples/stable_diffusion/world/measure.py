@@ -1,4 +1,4 @@
-"""Measure what a pipeline of digits in styles draws."""
+"""Measure whether a pipeline draws the requested digits in the requested styles."""
 
 from ebu_optim.training import command
 from ebu_optim.worlds.styled_digits.measure import Measure, measure

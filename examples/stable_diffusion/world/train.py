@@ -1,4 +1,4 @@
-"""Train the Stable Diffusion pipeline of digits in styles from nothing."""
+"""Train the Stable Diffusion pipeline of digits in styles from scratch."""
 
 from ebu_optim.training import command
 from ebu_optim.worlds.styled_digits.train import WorldOptions, train
