@@ -40,7 +40,7 @@ def lpips_distance(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    r"""Return the mean LPIPS distance of images with the same prompt and seed before unlearning.
+    r"""Return the mean LPIPS distance of image pairs, such as before and after unlearning.
 
     .. math:: d(x, y) = \sum_l \frac{1}{H_l W_l} \sum_{h, w}
         \sum_c w_{lc} \, (\hat f^l_{hwc}(x) - \hat f^l_{hwc}(y))^2

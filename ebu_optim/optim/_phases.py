@@ -2,8 +2,8 @@
 
 Entering a phase puts its gradients onto the parameters; leaving it takes them off. Between the
 phases, GradScaler and gradient hooks expect a gradient on the parameters. So the gradients of the
-*shown* phase, the last one that the rule needs, stay there. Buffers change owner and are not
-copied.
+*shown* phase, the last one that the rule needs, stay there. Buffers change owner. A gradient is
+copied only if its memory is shared, as in DDP's buckets, or would be overwritten.
 
 ================== ============================== ======================= =========================
 when               ``param.grad`` holds           kept here               a write to ``param.grad``
