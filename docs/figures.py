@@ -17,7 +17,8 @@ SA/RA`). The path goes down by keys, and by
 
 `path - path` is a difference and `path / path` a ratio. The format is Python's; `/ 2**30` or
 `* 100` after it scales the value first, and a last `±` or `[]` adds the interval that the report
-has. A line must not begin with such a comment, which Markdown would take for a block of HTML.
+has. `time` and `MiB` choose the unit or the digits by the size. A line must not begin with such a
+comment, which Markdown would take for a block of HTML.
 
 A table stands between two lines of their own:
 
@@ -25,9 +26,10 @@ A table stands between two lines of their own:
     <!--/table-->
 
 The header and the first cell of each row are the page's. Each column's key is added to the path, in
-which `{}` is that cell. A value is written with its interval, where it has one. Where the first
-cells are no keys, ` by p_f .3f, relearn_steps .0f` at the end has what `{}` is in each row, and the
-row's format. Without a path the whole results.md of the report stands there.
+which `{}` is that cell; a column `-` stays as it is. A value is written with its interval, where it
+has one. Where the first cells are no keys, ` by p_f .3f ; relearn_steps .0f` at the end has what
+`{}` is in each row, and the row's format. Without a path the whole results.md of the report stands
+there.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ FORMAT = re.compile(
     r"^(?P<spec>\S+?)(?: (?P<sign>[*/]) (?P<base>-?\d+)(?:\*\*(?P<power>\d+))?)?"
     r"(?: (?P<interval>±|\[\]))?$"
 )
+COLUMN = re.compile(r"(.+?)(?: ((?:time|MiB|[+,]*(?:\.\d+)?[defg])(?: [*/] -?\d+(?:\*\*\d+)?)?))?")
 DIFFERENCES = re.compile(
     r"^(?:- )?(?P<pair>.+ minus .+?)(?: \(\d+ seeds\))?: (?P<all>.+)$", re.MULTILINE
 )
@@ -141,14 +144,28 @@ def look_up(value: Any, path: str) -> Any:
     return value
 
 
-def text(file: str, path: str, how: str) -> str:
-    """A figure as the page shows it."""
+def time(seconds: float) -> str:
+    unit, size = next(u for u in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)) if seconds >= u[1])
+    return f"{seconds / size:.3g} {unit}"
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:.{0 if size >= 2**20 * 10 else 1}f} MiB"
+
+
+def value_of(file: str, path: str) -> Any:
+    """What is at a path, or the difference or the ratio of two."""
     first, sign, second = re.match(r"(.+?)(?: ([-/]) (.+))?$", path).groups()  # type: ignore[union-attr]
     value = look_up(content(file), first)
-    if second:
-        one, other = bare(value), bare(look_up(content(file), second))
-        value = one - other if sign == "-" else one / other
-    return shown(value, how)
+    if not second:
+        return value
+    one, other = bare(value), bare(look_up(content(file), second))
+    return one - other if sign == "-" else one / other
+
+
+def text(file: str, path: str, how: str) -> str:
+    """A figure as the page shows it."""
+    return shown(value_of(file, path), how)
 
 
 def bare(value: Any) -> float:
@@ -160,6 +177,8 @@ def bare(value: Any) -> float:
 
 def shown(value: Any, how: str) -> str:
     """A value in a format."""
+    if how in ("time", "MiB"):
+        return time(bare(value)) if how == "time" else mebibytes(bare(value))
     form = FORMAT.match(how)
     if form is None:
         raise ValueError(f"no format: {how}")
@@ -179,10 +198,12 @@ def cell(file: str, path: str, spec: str) -> str:
     """What a table says: a number, its interval, a word, or that there is none."""
     key = path.rpartition("/")[2]
     try:
-        value = look_up(content(file), path)
+        value = value_of(file, path)
     except KeyError as missing:
         if missing.args[0] != key:  # there is no such row
             raise
+        return "-"
+    if value is None:
         return "-"
     if not isinstance(value, dict):
         return value if isinstance(value, str) else shown(value, spec)
@@ -200,18 +221,19 @@ def table(match: re.Match[str]) -> str:
         page = report(match["file"], "results.md").strip()
         return f"{match['open']}\n{page}\n\n{match['close']}"
     head, rule, *lines = match["said"].strip().splitlines()
-    columns = [column.rsplit(" ", 1) for column in match["columns"].split(" ; ")]
-    by = [row.rsplit(" ", 1) for row in match["rows"].split(", ")] if match["rows"] else None
+    columns = [COLUMN.fullmatch(c).groups() for c in match["columns"].split(" ; ")]  # type: ignore[union-attr]
+    by = [row.rsplit(" ", 1) for row in match["rows"].split(" ; ")] if match["rows"] else None
     rows = [head, rule]
     for i, line in enumerate(lines):
-        labels = [label.strip() for label in line.strip("|").split("|")]
-        labels = labels[: head.count("|") - 1 - len(columns)]
-        cells = []
-        for column in columns:
-            row, form = by[i] if by else (labels[0], column[1])
-            key = " ".join(column) if by else column[0]
-            cells.append(cell(match["file"], (match["path"] + key).replace("{}", row), form))
-        rows.append(f"| {' | '.join([*labels, *cells])} |")
+        cells = [c.strip() for c in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        labels = head.count("|") - 1 - len(columns)
+        cells += [""] * (labels + len(columns) - len(cells))
+        key, form = by[i] if by else (cells[0], None)
+        for c, (column, own) in enumerate(columns, labels):
+            if column != "-":
+                path = (match["path"] + column).replace("{}", key)
+                cells[c] = cell(match["file"], path, form or own)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([match["open"], *rows, "", match["close"]])
 
 
