@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 FIGURE = re.compile(
     r"(<!--=(?P<file>[^:]+): (?P<path>.+?) ; (?P<format>.+?)-->)(?P<said>.*?)(<!--/-->)", re.DOTALL
 )

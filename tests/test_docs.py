@@ -228,7 +228,7 @@ def test_every_page_begins_with_who_should_read_it():
 
 def test_figures_in_prose_are_those_of_the_json():
     script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
-    assert [line for page in PAGES[1:] for line in script["wrong"](page)] == []
+    assert [line for page in script["PAGES"] for line in script["wrong"](page)] == []
 
 
 def test_a_table_is_filled_with_what_its_report_has():
@@ -246,6 +246,20 @@ def test_a_table_is_filled_with_what_its_report_has():
     ]
     with pytest.raises(KeyError, match="true of 0 items"):
         script["filled"](table % "| another model | 1 |\n")
+
+
+def test_a_table_of_other_rows_and_columns_that_stay():
+    filled = runpy.run_path(str(ROOT / "docs" / "figures.py"))["filled"]
+    asked = "any_model.json: vae/seeds/*/ ; before/{}/#spread ; - by ra .2f ; relearn_steps .0f"
+    head = "| | by | a | b |\n|---|---|---|---|\n"
+    page = filled(
+        f"<!--table={asked}-->\n\n{head}| x | y | 0.5 | kept |\n| z | | | |\n<!--/table-->"
+    )
+    assert page.splitlines()[4:6] == ["| x | y | 0.99 ± 0.00 | kept |", "| z |  | 0 ± 0 |  |"]
+    path = "rows/[section=select,case=DDPM,way=ours, fallback alone]/"
+    asked = f"bench_step.json: {path} ; seconds time ; fresh_bytes MiB ; seconds .0f * 1000"
+    page = filled(f"<!--table={asked}-->\n\n{head}| x |\n<!--/table-->")
+    assert page.splitlines()[4] == "| x | 21.8 ms | 1.0 MiB | 22 |"
 
 
 def test_figures_with_intervals_differences_and_ratios():
