@@ -41,6 +41,7 @@ from ebu_optim.text_to_image.unlearn import unlearn as by_package
 from ebu_optim.training.command_line import parse
 
 from .scripts import by_both, run_script
+from .steps import HAS_NAMES, NAMES
 from .text_to_image import LENGTH, pipeline
 from .torchjd import WEIGHTINGS, runnable
 
@@ -211,7 +212,6 @@ RUNS = {
             "pcgrad",
             "random_masks",
             "restricted_gradient",
-            "munba",
             "gu",
             "gru",
             "sago",
@@ -226,6 +226,8 @@ RUNS = {
         )
     },
 }
+SCOPE = json.dumps({"scope": "module" if HAS_NAMES else "tensor"})
+RUNS |= {"munba": (["--method_options", SCOPE], "attn2.")}
 # of the weightings of TorchJD one that needs torchjd alone; the others go the same way
 RUNS |= {"mgda": (["--method_options", '{"scope": "tensor"}'], "attn2.")}
 ADAPTERS = ["ebu", "spm"]
@@ -1655,6 +1657,17 @@ def test_a_warm_start_begins_at_the_edit_in_closed_form(kind, made, tmp_path):
 def test_a_warm_started_run_is_resumed_bit_for_bit(made, tmp_path):
     more = ["--warm_start", "uce", "--remember_loss", "crossed", "--checkpointing_steps", 1]
     more += ["--max_train_steps"]
+    succeed(*unlearn(made, tmp_path / "whole", *more, 3))
+    succeed(*unlearn(made, tmp_path / "parts", *more, 1))
+    succeed(*unlearn(made, tmp_path / "parts", *more, 3, "--resume_from_checkpoint", "latest"))
+    a, b = (weights(tmp_path / name / "pipeline") for name in ("whole", "parts"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@NAMES
+def test_a_rule_that_works_module_by_module_is_resumed_bit_for_bit(made, tmp_path):
+    more = ["--method", "pcgrad", "--method_options", '{"scope": "module"}']
+    more += ["--checkpointing_steps", 1, "--max_train_steps"]
     succeed(*unlearn(made, tmp_path / "whole", *more, 3))
     succeed(*unlearn(made, tmp_path / "parts", *more, 1))
     succeed(*unlearn(made, tmp_path / "parts", *more, 3, "--resume_from_checkpoint", "latest"))

@@ -40,7 +40,7 @@ def build(args: Unlearn, model: Any, made: Prepared) -> Any:
     if methods[args.method].embedding:
         trained, _ = model.class_embedding, model.requires_grad_(False)
         trained.requires_grad_(True)
-    return method.build(args, trained.parameters(), fisher)
+    return method.build(args, trained.named_parameters(), fisher)
 
 
 def say(accelerator: Any, args: Unlearn, made: Prepared, classes: list[str], ema: Any) -> None:

@@ -88,11 +88,11 @@ def unlearning(config: Unlearn) -> Iterator[training.Unlearning]:
     ) as run:
         args = replace(args, hub_model_id=hub.create(args, accelerator))
         folder, base, made, raw, fisher = learn_from(args, accelerator, looked, texts)
-        trained = list(raw.trained().values())
+        trained = raw.trained()
         teacher, anchor = None, None
         if objectives.needs_teacher(args):
-            anchor = {p: p.detach() for p in trained}
-        opt = method_options.build(args, trained, fisher, anchor)
+            anchor = {p: p.detach() for p in trained.values()}
+        opt = method_options.build(args, trained.items(), fisher, anchor)
         if anchor:
             teacher = anchored(raw, opt if opt.anchors() else modules.Theta0(raw))
         schedule = training.new_schedule(args, opt)

@@ -14,6 +14,8 @@ from ..errors import InputError
 from .fields import option
 
 EBU = ("alpha", "delta", "gamma")
+# torch's optimizers know the names of their parameters from this version on
+NAMED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def guided_steps(method: str) -> int:
 def needs(args: Any) -> tuple[str, ...]:
     """The phases that the method needs with its options, found by building it on one number."""
     number = torch.nn.Parameter(torch.zeros(1))
-    return build(args, [number], None if args.fisher == "none" else "online").needs
+    return build(args, [("number", number)], None if args.fisher == "none" else "online").needs
 
 
 def fisher_source(args: Any, estimated: str) -> str | None:
@@ -94,8 +96,8 @@ def fisher_source(args: Any, estimated: str) -> str | None:
     return own and (args.fisher or (estimated if own == "estimated" else own))
 
 
-def build(args: Any, parameters: Iterable[Any], fisher: Any, anchor: Any = None) -> Any:
-    """Build the method's optimizer over the parameters.
+def build(args: Any, parameters: Iterable[tuple[str, Any]], fisher: Any, anchor: Any = None) -> Any:
+    """Build the method's optimizer over named parameters.
 
     Args:
         args: a config with `MethodOptions` and `TrainingOptions`.
@@ -106,7 +108,10 @@ def build(args: Any, parameters: Iterable[Any], fisher: Any, anchor: Any = None)
     recipe = methods[args.method]
     given = {"fisher": fisher, **({} if anchor is None else {"anchor": anchor})}
     options = _options(args) | {k: v for k, v in given.items() if k in recipe.options}
-    base = torch.optim.Adam(parameters, lr=args.learning_rate)
+    # a rule that works module by module has the names; others keep the state that they had
+    by_name = options.get("scope") == "module" and NAMED
+    given_to: list[Any] = [pair if by_name else pair[1] for pair in parameters]
+    base = torch.optim.Adam(given_to, lr=args.learning_rate)
     try:
         return recipe.build(base, max_grad_norm=args.max_grad_norm or None, **options)
     except (TypeError, ValueError) as error:
