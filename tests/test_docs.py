@@ -69,6 +69,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, fresh_accelerate):
 
         namespace["weights"] = random_weights(tmp_path / "inception.pth")
         no_downloads(monkeypatch, tmp_path)
+    if page.name == "language_model.md":
+        namespace |= language_model(tmp_path)
     if page.name in ("families.md", "extend.md"):
         pytest.importorskip("transformers", reason="transformers comes with text_to_image")
     if page.name == "stable_diffusion.md":
@@ -80,6 +82,19 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, fresh_accelerate):
     with one_process() if page.name == "sharded.md" else nullcontext():
         for code in blocks(page, "python"):
             exec(compile(code, f"{page.name}", "exec"), namespace)  # noqa: S102
+
+
+def language_model(folder: Path) -> dict[str, object]:
+    pytest.importorskip("transformers", "5", reason="tried with transformers 5")
+    from . import trainers
+
+    made = trainers.make(folder, max_steps=1)
+    return {
+        "model": made.model,
+        "args": made.args,
+        "forget": trainers.FORGET,
+        "remember": trainers.REMEMBER,
+    }
 
 
 def text_to_image(folder: Path) -> dict[str, object]:
