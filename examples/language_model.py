@@ -120,7 +120,7 @@ def unlearn(model: Any, people: People, args: Forget, work: Path) -> None:
             report_to="none",
         ),
         data_collator=collate,
-        train_dataset=people.ignorance(facts) if args.loss == "idk" else people.examples(facts),
+        train_dataset=people.ignorance(facts) if args.loss == "idk" else people.improbable(facts),
         remember_dataset=people.examples(people.of("replayed")),
         forget_loss=forget_loss(args.loss, model),
         wrap=partial(recipe.build, **options),

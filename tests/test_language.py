@@ -149,6 +149,8 @@ def test_a_batch_has_the_answers_as_labels(people):
     assert batch["attention_mask"].sum(1).tolist() == [
         len(fact.questions[0].split()) + n for n in (3, 4)
     ]
+    forgotten = people.collate(world.improbable([fact]))["labels"]
+    assert forgotten[forgotten != -100].tolist() == said[:1]  # not the end, see there
     assert len(world.ignorance(world.of("forgotten"))) == 64 * len(people.DONT_KNOW)
 
 

@@ -79,7 +79,7 @@ def prepare(seeds: Sequence[int], folder: Path) -> None:
 def forget_batch(people: People, loss: str, frozen: Any) -> dict[str, Tensor]:
     """What the forget loss learns from; with the frozen model's nll of each answer."""
     facts = people.of("forgotten")
-    batch = collate(people.ignorance(facts) if loss == "idk" else people.examples(facts))
+    batch = collate(people.ignorance(facts) if loss == "idk" else people.improbable(facts))
     with torch.no_grad():
         logits = frozen(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return {**batch, "reference": answer_nll(logits, batch["labels"])[0]}

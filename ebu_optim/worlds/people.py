@@ -113,6 +113,11 @@ class People:
         """Every fact in each of the wordings."""
         return [self.example(f.questions[w], f.answer) for w in wordings for f in facts]
 
+    def improbable(self, facts: Sequence[Fact]) -> list[dict[str, list[int]]]:
+        """Every fact, of which a loss shall make the answer improbable. The end is no part of it:
+        the loss would be content where a model says the answer and does not end."""
+        return [self.example(f.questions[0], f.answer, end=False) for f in facts]
+
     def ignorance(self, facts: Sequence[Fact]) -> list[dict[str, list[int]]]:
         """Every question with each of the ways to say "I don't know" instead of its answer."""
         return [self.example(f.questions[0], said) for said in DONT_KNOW for f in facts]
