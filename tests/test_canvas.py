@@ -106,7 +106,7 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(ground, monkeypatc
 def test_what_cannot_be_is_refused(ground):
     with pytest.raises(InputError, match="--attacked plain: there is"):
         canvas.Canvas(**ground, attacked=["plain"])
-    with pytest.raises(InputError, match="--methods nothing: there is"):
+    with pytest.raises(InputError, match="--methods nothing: no such method"):
         canvas.Canvas(**ground, methods=["nothing"])
     with pytest.raises(InputError, match="--target plain: every prompt without a style asks"):
         canvas.canvas(canvas.Canvas(**ground, targets=["plain"]))

@@ -309,7 +309,7 @@ def test_options_that_would_be_taken_for_others_are_refused(tmp_path):
         ("table6", ("--seeds", 1, 1), "--seeds 1 1: give each seed once"),
         ("table1", ("--seeds", 0), "--seeds 0: .* not 0, on which tune.py"),
         ("figure2", ("--seed", 0), "--seed 0: give"),
-        ("table6", ("--methods", "spm"), "--methods spm: there is fine_tune"),
+        ("table6", ("--methods", "spm"), "--methods spm: no such method; give one of fine_tune"),
         ("figure6", ("--learning_rate", 1e-5), "--learning_rate 1e-05 needs --scale paper"),
     ):
         with pytest.raises(InputError, match=message):
@@ -363,7 +363,7 @@ def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
     assert copied == {"results.json", "along.gif", "0.svg"}
     with pytest.raises(InputError, match="several reports are called r"):
         publish(tmp_path / "r", tmp_path / "cifar" / "r")
-    with pytest.raises(InputError, match="holds no report"):
+    with pytest.raises(InputError, match="has no report"):
         publish(tmp_path)
     (tmp_path / "r" / "along.gif").write_bytes(bytes(5_000_001))
     with pytest.raises(InputError, match=r"has 5\.0 MB"):
@@ -477,7 +477,7 @@ def test_options_that_a_task_does_not_take_are_told(tmp_path):
 
     for given, said in (
         ({"bogus": 1, "odd": 1}, "train takes no option bogus, odd; see the fields of Train"),
-        ({"model": "huge"}, "--model huge: there is paper, small"),
+        ({"model": "huge"}, "--model must be one of paper, small"),
         ({"cond_dropout": 2.0}, "--cond_dropout must be in"),
     ):
         with pytest.raises(runs.Failed, match=rf"^a: InputError: {said}.* \(see .*log\)$"):

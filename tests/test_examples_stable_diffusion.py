@@ -1358,7 +1358,7 @@ def test_a_model_that_cannot_be_unlearned_is_told_before_anything_is_loaded(made
 
     cases = {
         "is not a diffusers pipeline: model_index.json is missing": tmp_path,
-        "is no whole safetensors file": Path(__file__),
+        "is not a complete safetensors file": Path(__file__),
         "the subfolder vae is missing": broken("a", lambda f: shutil.rmtree(f / "vae")),
         "with one text encoder and a UNet": broken(
             "b", lambda f: config(f, "model_index.json", text_encoder_2=["transformers", "X"])
@@ -1437,7 +1437,7 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--train_modules xlayer selects no parameter of this UNet": ["--train_modules", "xlayer"],
         "is in use by something else": ["--output_dir", tmp_path / "mine"],
         "--resolution must be a multiple of 4": ["--resolution", 18],
-        "--variant fp16; it holds": ["--variant", "fp16"],
+        "--variant fp16; it has": ["--variant", "fp16"],
         "SPM trains its own adapters": ["--method", "spm", "--train_modules", "full"],
         "--save_as lora: --train_modules xattn": ["--save_as", "lora"],
         "--surrogate folder and --surrogate_dir go together": ["--surrogate", "folder"],

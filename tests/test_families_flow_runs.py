@@ -419,8 +419,16 @@ LONG = " ".join(["cat"] * 500)
             ("--save_as", "single"),
             "--save_as single: .*is not a file: give the transformer's file",
         ),
-        ("sd3", ("--train_modules", "esd-u"), "esd-u: .* there is xattn, attention, context, full"),
-        ("flux_dev", ("--train_modules", "selfattn"), "there is xattn, attention, single, context"),
+        (
+            "sd3",
+            ("--train_modules", "esd-u"),
+            "esd-u .* give one of xattn, attention, context, full",
+        ),
+        (
+            "flux_dev",
+            ("--train_modules", "selfattn"),
+            "give one of xattn, attention, single, context",
+        ),
         ("sd3", ("--resolution", 194), "must be a multiple of 4"),
         ("klein", ("--resolution", 18), "must be a multiple of 4"),
         ("sd3", ("--resolution", 196), "must be <= 96"),
@@ -450,7 +458,11 @@ LONG = " ".join(["cat"] * 500)
             ("--train_modules", "lora"),
             "lora is not supported for PixArt-Sigma: diffusers supports neither",
         ),
-        ("pixart", ("--train_modules", "noxattn"), "there is xattn, selfattn, attention, context"),
+        (
+            "pixart",
+            ("--train_modules", "noxattn"),
+            "give one of xattn, selfattn, attention, context",
+        ),
         (
             "pixart",
             ("--save_as", "single"),

@@ -284,7 +284,7 @@ def test_a_unet_alone(made, tmp_path, prefix):
     assert tensors(out).keys() == tensors(source).keys()
     again = Single(out, config=base).part("unet").state_dict()
     assert same_bytes(again, new, new)
-    with pytest.raises(InputError, match="holds no vae: give a file of the whole model, or vae="):
+    with pytest.raises(InputError, match="has no vae: give a file of the whole model, or vae="):
         single.pipeline()
 
 
@@ -328,7 +328,7 @@ def test_the_file_of_another_vae(made, tmp_path, layout_):
     theirs = Single(file, config=base, vae=vae)
     merged = write_single(theirs, {"vae": new}, tmp_path / "merged.safetensors")
     assert same_bytes(tensors(merged), tensors(other), tensors(other))
-    with pytest.raises(InputError, match="holds no vae; it has unet, text_encoder"):
+    with pytest.raises(InputError, match="has no vae; it has unet, text_encoder"):
         write_single(Single(without, config=base, vae=vae), {"vae": new}, tmp_path / "d")
     with pytest.raises(InputError, match="has no VAE"):
         open_single(file, config=base, vae=resaved(file, tmp_path / "c", drop=lambda n: start in n))

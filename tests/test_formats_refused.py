@@ -58,7 +58,7 @@ def test_no_whole_file(made, tmp_path):
     for i, (content, said) in enumerate(
         (
             (b"", "is empty"),
-            (b"abc", "is no whole safetensors file"),
+            (b"abc", "is not a complete safetensors file"),
             (whole[:-1], "and its header describes"),
             (whole + b"x", "and its header describes"),
             (whole[: length // 2], "its header would end at byte"),
@@ -181,14 +181,15 @@ def test_tensors_missing_too_many_or_of_another_size(made, tmp_path):
             "its unet lacks time_embedding.linear_1.weight",
         ),
         (resaved(file, tmp_path / "b", drop=lambda n: "down.1.block" in n), "and 6 more"),
-        (resaved(file, tmp_path / "c", drop=lambda n: "cond_stage" in n), "holds no text_encoder"),
+        (resaved(file, tmp_path / "c", drop=lambda n: "cond_stage" in n), "has no text_encoder"),
         (
             resaved(file, tmp_path / "d", add={f"{UNET}strange": torch.ones(1)}),
             f"its unet also holds {UNET}strange",
         ),
         (
             resaved(file, tmp_path / "e", add={f"{UNET}time_embed.0.bias": torch.ones(7)}),
-            f"{UNET}time_embed.0.bias is [7], which is no time_embedding.linear_1.bias of [32]",
+            f"{UNET}time_embed.0.bias has the shape [7], and "
+            "time_embedding.linear_1.bias needs [32]",
         ),
         (
             resaved(file, tmp_path / "f", add={key: torch.ones(32, 8, dtype=torch.int8)}),
@@ -232,9 +233,9 @@ def test_what_is_not_written(made, tmp_path):
     weight = "conv_in.weight"
     ones = torch.ones(8, 4, 3, 3)
     for source, changed, said in (
-        (file, {"unet": {"conv_in.strange": ones}}, "has no such tensor: conv_in.strange"),
-        (file, {"unet": {weight: torch.ones(8)}}, "has [8, 4, 3, 3] there: conv_in.weight, [8]"),
-        (file, {"text_encoder_2": {}}, "holds no text_encoder_2; it has unet, vae, text_encoder"),
+        (file, {"unet": {"conv_in.strange": ones}}, "conv_in.strange, [8, 4, 3, 3]: the unet of"),
+        (file, {"unet": {weight: torch.ones(8)}}, "has the shape [8, 4, 3, 3]"),
+        (file, {"text_encoder_2": {}}, "has no text_encoder_2; it has unet, vae, text_encoder"),
         (file, {"unet": {weight: ones / 0}}, "holds NaN or Inf"),
         (half, {"unet": {weight: ones * 1e6}}, "has values beyond torch.float16"),
     ):
@@ -242,8 +243,8 @@ def test_what_is_not_written(made, tmp_path):
             write_single(source, changed, out, config=base)
         assert said in str(caught.value)
     for changed, said in (
-        ({"unet": {weight: torch.ones(8)}}, "has [8, 4, 3, 3] there"),
-        ({"text_encoder_2": {}}, "holds no text_encoder_2"),
+        ({"unet": {weight: torch.ones(8)}}, "has the shape [8, 4, 3, 3]"),
+        ({"text_encoder_2": {}}, "has no text_encoder_2"),
     ):
         with pytest.raises(InputError) as caught:
             write_folder(base, changed, out)

@@ -186,9 +186,9 @@ def test_steps_that_are_left_early_write_no_result(model, tmp_path):
 
 def test_a_config_by_hand_knows_its_choices(tmp_path):
     given = {"pretrained_model_name_or_path": "-", "output_dir": tmp_path}
-    with pytest.raises(InputError, match="--method bogus: there is ebu, "):
+    with pytest.raises(InputError, match=r"--method must be one of ebu, .*; got bogus"):
         Unlearn(**given, forget=["cat"], method="bogus")
-    with pytest.raises(InputError, match="--method spm: there is ebu, "):
+    with pytest.raises(InputError, match=r"--method must be one of ebu, .*; got spm"):
         ClassConditional(**given, prepared_dir=tmp_path, method="spm")
 
 

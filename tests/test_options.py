@@ -138,7 +138,7 @@ def test_a_file_of_options_that_cannot_be_is_one_line(tmp_path, capsys):
         ("size: many", "argument --size: Expected int. Got value: many"),
         ("kind: [a", "run.yaml is not YAML: while parsing"),
         ("fast: perhaps", "run.yaml: fast must be true or false; got 'perhaps'"),
-        ("rates: 3", "run.yaml: rates is a list, such as [rates]; got 3"),
+        ("rates: 3", "run.yaml: rates must be a list, such as [rates]; got 3"),
         ("- size", "run.yaml must map options to values"),
     ):
         file.write_text(text)

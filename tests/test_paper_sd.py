@@ -448,11 +448,11 @@ def test_dry_run_makes_nothing(tmp_path, made, capsys):
         ("table2", ("--target", "ordinary"), "every prompt without a style asks for it"),
         ("table2", ("--seeds", 1, 1), "--seeds 1 1: give each seed once"),
         ("table2", ("--seeds_rest", 0), "not 0, on which tune.py"),
-        ("table2", ("--methods", "embedding_only"), "there is fine_tune"),
+        ("table2", ("--methods", "embedding_only"), "give one of fine_tune"),
         ("table2", ("--best", "nothing"), "--methods nothing"),
         ("table2", ("--steps", 0), "--steps must be >= 1; got 0"),
         ("table2", ("--base", EXAMPLES / "paper"), "paper has no world.json: run world/train.py"),
-        ("table2", ("--judges", EXAMPLES), "holds no content.safetensors"),
+        ("table2", ("--judges", EXAMPLES), "has no content.safetensors"),
         ("table2", ("--images_per_pair", 0), "--images_per_pair must be >= 1"),
         ("table2", ("--scale", "paper", "--base", "x"), "--base is for --scale small"),
         (
