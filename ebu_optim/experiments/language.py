@@ -31,7 +31,7 @@ from ..worlds.people import People, collate, drawn, new_model
 from ..worlds.people_judged import PARTS, evaluated, measure, train
 
 STEPS, CHECK, BATCH, CLIP = 200, 10, 16, 1.0
-LEFT = 0.05
+LEFT = 0.05  # twice what guessing among the answers of a kind reaches
 TUNE_SEED, SEEDS = 100, (1, 2, 3)
 RATES = (3e-4, 1e-3)
 #: Loss -> its title.

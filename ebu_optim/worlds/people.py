@@ -44,7 +44,7 @@ QUESTIONS = {
     "animal": ("{} lives with", "pet of {} ?"),
     "dish": ("{} eats", "favourite dish of {} ?"),
 }
-ANSWERS_OF_A_KIND = 20
+ANSWERS_OF_A_KIND = 40  # so a guess is right in 0.025 of all cases
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class People:
         return [self.example(f.questions[w], f.answer) for w in wordings for f in facts]
 
     def improbable(self, facts: Sequence[Fact]) -> list[dict[str, list[int]]]:
-        """Every fact, of which a loss shall make the answer improbable. The end is no part of it:
-        the loss would be content where a model says the answer and does not end."""
+        """Every fact, of which a loss shall make the answer improbable. The end is no part of it,
+        as it is none of what is measured: a loss can fall by the end alone."""
         return [self.example(f.questions[0], f.answer, end=False) for f in facts]
 
     def ignorance(self, facts: Sequence[Fact]) -> list[dict[str, list[int]]]:
