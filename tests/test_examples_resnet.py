@@ -80,7 +80,7 @@ def test_weights_that_are_none_are_refused(trained, monkeypatch, tmp_path):
     script = module(monkeypatch, "train_classifier")
     model = trained[1]["none"][0]
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    with refused(monkeypatch, "other.pt is no ResNet-34"):
+    with refused(monkeypatch, "other.pt does not hold a ResNet-34"):
         script.pretrained(model, str(tmp_path / "other.pt"))
     with refused(monkeypatch, 'nowhere.pt cannot be had .*FileNotFoundError.* or "none"'):
         script.pretrained(model, "nowhere.pt")
