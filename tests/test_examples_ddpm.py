@@ -766,7 +766,7 @@ def test_mistakes_are_told_in_one_line(made, tmp_path):
             "--output_dir",
             tmp_path / "o",
         ],
-        "--report_to nothing: not installed": [
+        "--report_to nothing: this tracker is not installed": [
             "train.py",
             *UNET,
             "--report_to",
