@@ -265,7 +265,7 @@ def test_a_transformers_file_needs_the_other_parts(made, tmp_path):
             "--vae",
             file,
         ),
-        "lora .*: is not supported for Z-Image in one file": (
+        "lora .* is not supported for Z-Image in one file": (
             "--architecture",
             made / "z_image",
             "--lora",
