@@ -432,7 +432,7 @@ def test_attackers_want_pictures_of_what_is_forgotten(option, made, tmp_path):
     command[command.index("--prepared_dir") + 1] = tmp_path / "sets"
     ((code, said),) = several(command)
     assert code == 2
-    assert "--adversary_steps needs real images of every class to forget; run prepare.py" in said
+    assert f"{option} needs real images of every class to forget; run prepare.py" in said
 
 
 def test_an_average_that_hides_forgetting_is_told(forgotten, made):

@@ -82,7 +82,7 @@ def test_weights_that_are_none_are_refused(trained, monkeypatch, tmp_path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     with refused(monkeypatch, "other.pt does not hold a ResNet-34"):
         script.pretrained(model, str(tmp_path / "other.pt"))
-    with refused(monkeypatch, 'nowhere.pt cannot be had .*FileNotFoundError.* or "none"'):
+    with refused(monkeypatch, 'nowhere.pt is not available .*FileNotFoundError.* or "none"'):
         script.pretrained(model, "nowhere.pt")
 
 

@@ -1471,7 +1471,12 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
         "--validation_guidance_scale must be finite": ["--validation_guidance_scale", -1],
         "--lora_alpha must be finite, > 0": ["--train_modules", "lora", "--lora_alpha", 0],
         "--condition_noise must be finite, >= 0; got -1.0": ["--condition_noise", -1],
-        "--condition_noise: not possible with --method esd": ["--method", "esd", "--condition_noise", 1],
+        "--condition_noise: not possible with --method esd": [
+            "--method",
+            "esd",
+            "--condition_noise",
+            1,
+        ],
         "--adversary_steps must be >= 0; got -1": ["--adversary_steps", -1],
         "--adversaries must be >= 1; got 0": ["--adversary_steps", 1, "--adversaries", 0],
         "--adversary_restart must be >= 1": ["--adversary_steps", 1, "--adversary_restart", 0],

@@ -117,7 +117,7 @@ def test_the_example_forgets_by_the_trainer_and_does_not_overwrite(short, tmp_pa
     assert sorted(p.name for p in out.iterdir()) == ["model", "results.json", "vocabulary.json"]
     assert str(tmp_path) not in (out / "results.json").read_text()
     code, said = run_script(EXAMPLE, *given)
-    assert (code, "holds a finished result: give --overwrite" in said) == (2, True)
+    assert (code, "holds a finished result; give --overwrite" in said) == (2, True)
     code, said = run_script(EXAMPLE, "--rule", "best")
     assert (code, "--rule best: there is" in said) == (2, True)
     code, said = run_script(EXAMPLE, "--rule_options", '{"gamma": -1}')
