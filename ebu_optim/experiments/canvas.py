@@ -37,7 +37,7 @@ OTHERS, JUDGED = 81.0, {"spm": 68.0}  # EBU's; SPM draws five pictures at a time
 ATTACKS_TAKE = 600.0
 EVALUATED = 29.0
 #: Two digits and two styles. No strength was tuned on them.
-ATTACKED = ("three", "eight", "red", "outline")
+ATTACKED = ("one", "eight", "red", "outline")
 
 
 @dataclass(frozen=True, kw_only=True)
