@@ -573,6 +573,14 @@ def test_each_prompt_becomes_the_surrogate_concept_in_its_own_template(made, tmp
     assert losses.asked(shown, forgotten) is forgotten
     plain = collect(replace(losses.args, surrogate_prompt=["dog", ""]), words)
     assert set(map(tuple, plain.instead.values())) == {tuple(plain.surrogate)}
+    # each by its own: two may become the same
+    each = replace(given, surrogate_pairing="each", surrogate_concept=["dog", "dog"])
+    texts = collect(each, words)
+    assert names(texts.surrogate) == ["a dog", "dog"]
+    assert names(texts.instead[texts.texts.index("a red cat")]) == ["a dog"]
+    texts = collect(replace(each, surrogate_concept=["dog", "car"]), words)
+    for prompt, other in {"a cat": "a dog", "cat": "dog", "red cat": "car"}.items():
+        assert names(texts.instead[texts.texts.index(prompt)]) == [other]
 
     for method in ("ebu", "salun"):
         succeed(*unlearn(made, tmp_path / method, "--method", method, "--surrogate_concept", "dog"))
@@ -1422,6 +1430,13 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "dog",
             "--surrogate_prompt",
             "a dog",
+        ],
+        "--surrogate_pairing each: --forget has 1 and --surrogate_concept 2; give one for each": [
+            "--surrogate_pairing",
+            "each",
+            "--surrogate_concept",
+            "dog",
+            "dog",
         ],
         "the empty prompt is the unconditional model": ["--forget", ""],
         "needs exactly one": ["--forget_templates", "a photo"],

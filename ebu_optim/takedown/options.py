@@ -81,6 +81,7 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
     titles: ClassVar[dict[str, tuple[str, ...]]] = {
         "request": (
             "surrogate_concept",
+            "surrogate_pairing",
             "remember_prompts",
             "output_dir",
             "plan",

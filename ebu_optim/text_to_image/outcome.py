@@ -22,7 +22,10 @@ def instead(args: Any) -> str:
     kind = objectives.kind(args)
     prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
     if args.surrogate_concept:
-        prompt = f"{' or '.join(f'`{c}`' for c in args.surrogate_concept)} in the same words"
+        others = list(dict.fromkeys(args.surrogate_concept))
+        more = f" or {len(others) - 5} more" if len(others) > 5 else ""
+        each = ", each concept its own," if args.surrogate_pairing == "each" else ""
+        prompt = f"{' or '.join(f'`{c}`' for c in others[:5])}{more}{each} in the same words"
     if kind == "surrogate":
         other = {"folder": f"images like those in `{args.surrogate_dir}`", "pixels": "noise"}
         return other.get(

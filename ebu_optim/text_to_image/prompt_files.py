@@ -33,7 +33,12 @@ def read(values: Iterable[str], option: str) -> list[str]:
 
 
 def rows(values: Iterable[str], option: str) -> list[Row]:
-    """Prompts given as text and read from files, without duplicate rows.
+    """The prompts of :func:`listed`, without duplicate rows."""
+    return list(dict.fromkeys(listed(values, option)))
+
+
+def listed(values: Iterable[str], option: str) -> list[Row]:
+    """Prompts given as text and read from files, in their order.
 
     A ``.txt`` file has one prompt per line: blank lines and comments (#) are skipped, ``""`` is
     the empty prompt. A ``.csv`` or ``.parquet`` table has a column `prompt` and may have one column
@@ -64,7 +69,7 @@ def rows(values: Iterable[str], option: str) -> list[Row]:
         if not own:
             raise InputError(f"{told} has no prompt: give a file with at least one")
         found += own
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _lines(told: str, path: str) -> list[Row]:
@@ -88,7 +93,7 @@ def table(
         columns: the cells to read in addition to those of `Row`; None: all.
 
     Raises:
-        InputError: see :func:`rows`.
+        InputError: see :func:`listed`.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in ENDINGS[1:]:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..training.fields import named, option
-from .prompt_files import read
+from .prompt_files import listed, read
 
 PLACE = "{}"  # the place of the concept in a template
 REMEMBER = Path(__file__).with_name("remember_prompts.txt")
@@ -66,6 +66,11 @@ class PromptOptions:
         help="Instead of --surrogate_prompt: what each concept becomes within the same template, "
         "so that the rest of the prompt keeps its meaning.",
     )
+    surrogate_pairing: Literal["any", "each"] = option(
+        "any",
+        help="any: every --surrogate_concept may replace every concept; each: the first replaces "
+        "the first concept, the second the second, and so on.",
+    )
     remember_prompts: list[str] = option(
         [str(REMEMBER)],
         flag="--remember",
@@ -99,12 +104,13 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
     others = read(args.surrogate_concept, called["surrogate_concept"])
     if others and args.surrogate_prompt != [""]:
         raise InputError(f"{called['surrogate_concept']} and --surrogate_prompt: give one of them")
+    becomes = _becomes(args, concepts, others)
     option = called["surrogate_concept"] if others else "--surrogate_prompt"
     plain = read(args.surrogate_prompt, option)
     # each prompt to forget -> the prompts that may replace it
     instead: dict[str, list[str]] = {fill(t, c): [] for c, t in product(concepts, templates)}
-    for t, c in product(templates, concepts):
-        instead[fill(t, c)] += [fill(t, o) for o in others] or plain
+    for t, (c, own) in product(templates, becomes):
+        instead[fill(t, c)] += [fill(t, o) for o in own] or plain
     forget = list(instead)
     surrogate = [fill(t, o) for t in templates for o in others] or plain
     remember = read(args.remember_prompts, called["remember_prompts"])
@@ -132,6 +138,24 @@ def collect(args: Any, tokenizer: Any, warn: Any = print) -> Prompts:
         {number[t]: numbers(found) for t, found in instead.items()},
         numbers(attacks),
     )
+
+
+def _becomes(args: Any, concepts: list[str], others: list[str]) -> list[tuple[str, Sequence[str]]]:
+    """Each concept, and the concepts that may replace it."""
+    if args.surrogate_pairing == "any":
+        return [(c, others) for c in concepts]
+    called = [named(args, n) for n in ("forget", "surrogate_concept")]
+    # with duplicates, as two concepts may become the same
+    gone, own = (
+        [row.prompt for row in listed(getattr(args, n), of)]
+        for n, of in zip(("forget", "surrogate_concept"), called)
+    )
+    if len(gone) != len(own):
+        raise InputError(
+            f"--surrogate_pairing each: {called[0]} has {len(gone)} and {called[1]} {len(own)}; "
+            "give one for each concept"
+        )
+    return [(c, [o]) for c, o in zip(gone, own)]
 
 
 def fill(template: str, word: str) -> str:
