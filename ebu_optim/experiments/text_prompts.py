@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,28 @@ FEW = {"content": 3, "style": 2}  # number of kept concepts that regime "few" re
 REMEMBERED = 100  # maximal number of prompts to remember
 
 
-class Asked:
+class PromptFiles:
+    """Files of prompts in a folder. A file's name has a hash of its content."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[Path, str] = {}  # path -> content
+
+    def path(self, name: str, prompts: Iterable[str]) -> Path:
+        """The path of a file that `write_prompts` writes."""
+        text = "\n".join(p or '""' for p in prompts) + "\n"
+        path = self.folder / f"{name}-{digest(text)[:8]}.txt"
+        self.files[path] = text
+        return path
+
+    def write_prompts(self) -> None:
+        for path, text in self.files.items():
+            if not path.exists():
+                with replacing(path) as work:
+                    work.write_text(text)
+
+
+class Asked(PromptFiles):
     """The prompts to forget, to draw instead, to remember and to show.
 
     Args:
@@ -54,21 +75,16 @@ class Asked:
             raise InputError(
                 f"--target {target}: every prompt without a style asks for it; choose another"
             )
-        self.folder, self.regime, self.surrogate = folder, regime, surrogate
-        self.files: dict[Path, str] = {}  # path -> content
+        super().__init__(folder)
+        self.regime, self.surrogate = regime, surrogate
         concepts = CONTENTS if self.kind == "content" else STYLES
         self.gone = [self.target, *more]
         self.others = [name for name in concepts if name not in self.gone]
         self.replayed = self.others[: FEW[self.kind]] if regime == "few" else self.others
 
     def file(self, part: str) -> Path:
-        """The path of a file of prompts, which `write_prompts` writes. Its name has a hash of its
-        content."""
-        text = "\n".join(p or '""' for p in getattr(self, part)()) + "\n"
-        key = digest(text)[:8]
-        path = self.folder / f"{part}-{'-'.join(self.gone)}-{key}.txt"
-        self.files[path] = text
-        return path
+        """The path of the file of a part, such as "remember"."""
+        return self.path(f"{part}-{'-'.join(self.gone)}", getattr(self, part)())
 
     def templates(self) -> list[str]:
         """Templates from trained prompts that name all concepts by their first words.
@@ -110,9 +126,3 @@ class Asked:
             else [(c, s) for s in near for c in ("three", "eight")]
         )
         return [HELD_OUT[0].format(content=c, style=s) for c, s in pairs]
-
-    def write_prompts(self) -> None:
-        for path, text in self.files.items():
-            if not path.exists():
-                with replacing(path) as work:
-                    work.write_text(text)
