@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,17 @@ def fresh_accelerate() -> Iterator[None]:
 
     yield
     forget_state()
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, Path]:
+    """Stand-ins of the base and the judges of the world of digits in styles, as options."""
+    base, judges = tmp_path / "base", tmp_path / "judges"
+    for folder, files in (
+        (base, ["world.json", "a.safetensors"]),
+        (judges, ["style.safetensors", "content.safetensors"]),
+    ):
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    return {"base": base, "judges": judges, "output_dir": tmp_path / "out"}

@@ -14,28 +14,14 @@ from ebu_optim.experiments import canvas
 from ebu_optim.protocols.protocol import Protocol
 
 
-@pytest.fixture
-def ground(tmp_path) -> dict[str, Path]:
-    """Stand-ins of what is trained: nothing is run here."""
-    base, judges = tmp_path / "base", tmp_path / "judges"
-    for folder, files in (
-        (base, ["world.json", "a.safetensors"]),
-        (judges, ["style.safetensors", "content.safetensors"]),
-    ):
-        folder.mkdir()
-        for name in files:
-            (folder / name).write_text("{}")
-    return {"base": base, "judges": judges, "output_dir": tmp_path / "out"}
-
-
-def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, capsys):
+def test_each_target_is_unlearned_by_itself_and_evaluated(stand_ins, monkeypatch, capsys):
     done, compared, of_base = [], [], []
     monkeypatch.setattr(canvas.runs, "execute", lambda todo, workers: done.extend(todo))
     monkeypatch.setattr(canvas, "compare", compared.append)
     monkeypatch.setattr(canvas, "evaluate", of_base.append)
-    assert len(canvas.Canvas(**ground).targets) == 15
+    assert len(canvas.Canvas(**stand_ins).targets) == 15
     targets = ["halftone", "seven"]
-    canvas.canvas(canvas.Canvas(**ground, workers=1, targets=targets, attacked=[]))
+    canvas.canvas(canvas.Canvas(**stand_ins, workers=1, targets=targets, attacked=[]))
     assert len(done) == 2 * (3 * 3 + 3)
     assert len({run.name for run in done}) == len({run.folder for run in done}) == len(done)
     configs = [[task.config for task in run.tasks] for run in done]
@@ -55,7 +41,7 @@ def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, c
         (model,) = evaluated.pretrained_model_name_or_path
         assert Path(model) == unlearned.output_dir / kept
         assert evaluated.forget == unlearned.forget
-        assert evaluated.base == str(ground["base"])
+        assert evaluated.base == str(stand_ins["base"])
         assert list(evaluated.models()) == [model]
         (protocol,) = evaluated.protocols
         assert isinstance(protocol, Protocol)
@@ -64,11 +50,11 @@ def test_each_target_is_unlearned_by_itself_and_evaluated(ground, monkeypatch, c
     assert len({e.output_dir for e in of_base}) == 1  # drawn once
     (args,) = compared
     assert len(args.runs) == 1 + len(done)
-    assert args.names == [f"{ground['base']}=base model"]
+    assert args.names == [f"{stand_ins['base']}=base model"]
     assert "24 runs" in capsys.readouterr().out
 
 
-def test_targets_named_beforehand_are_attacked_by_all_attacks(ground, monkeypatch, capsys):
+def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeypatch, capsys):
     done: list = []
 
     def execute(todo, workers):
@@ -81,7 +67,9 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(ground, monkeypatc
     monkeypatch.setattr(canvas, "compare", lambda args: None)
     monkeypatch.setattr(canvas, "evaluate", lambda args: None)
     methods = ["joint", "esd", "spm"]
-    args = canvas.Canvas(**ground, targets=["red", "two"], methods=methods, seeds=[1, 2], workers=1)
+    args = canvas.Canvas(
+        **stand_ins, targets=["red", "two"], methods=methods, seeds=[1, 2], workers=1
+    )
     canvas.canvas(args)
     attacked = [run for run in done if run.tasks[-1].maker is canvas.ATTACK]
     assert len(attacked) == 2  # "red", by the plain sum and by ESD
@@ -95,7 +83,7 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(ground, monkeypatc
         assert names.index(after) < names.index(run.name)
         (evaluated,) = [other for other in done if other.name == after]
         assert evaluated.tasks[0].folder == made.folder
-    (written,) = ground["output_dir"].rglob("attacked.json")
+    (written,) = stand_ins["output_dir"].rglob("attacked.json")
     rows = canvas.json.loads(written.read_text())
     assert [(row["target"], row["method"], row["seed"]) for row in rows] == [
         ("red", "joint", 1),
@@ -103,10 +91,10 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(ground, monkeypatc
     ]
 
 
-def test_what_cannot_be_is_refused(ground):
+def test_what_cannot_be_is_refused(stand_ins):
     with pytest.raises(InputError, match="--attacked plain: there is"):
-        canvas.Canvas(**ground, attacked=["plain"])
+        canvas.Canvas(**stand_ins, attacked=["plain"])
     with pytest.raises(InputError, match="--methods nothing: no such method"):
-        canvas.Canvas(**ground, methods=["nothing"])
+        canvas.Canvas(**stand_ins, methods=["nothing"])
     with pytest.raises(InputError, match="--target plain: every prompt without a style asks"):
-        canvas.canvas(canvas.Canvas(**ground, targets=["plain"]))
+        canvas.canvas(canvas.Canvas(**stand_ins, targets=["plain"]))

@@ -1,0 +1,97 @@
+"""Many concepts as runs: what each forgets and starts from, and what the table says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
+
+from ebu_optim.errors import InputError
+from ebu_optim.experiments import many
+from ebu_optim.experiments.many import PAIRS, UNLEARN, Many, becomes, templates, wordings
+from ebu_optim.text_to_image.prompt_files import read
+from ebu_optim.worlds.styled_digits.captions import CONTENTS, STYLES, captions
+
+
+def finish(todo, workers):
+    """Stand-ins of what the runs write: the first pair of a model is always back after 7 steps."""
+    for task in (task for run in todo for task in run.tasks):
+        task.folder.mkdir(parents=True, exist_ok=True)
+        if task.maker is UNLEARN:
+            found = {"forget": read(map(str, task.options["forget"]), "--forget"), "seconds": 2.0}
+        elif task.maker is many.MEASURE:
+            pairs = {f"{c} {s}": {"content": 1.0, "style": 0.9} for c in CONTENTS for s in STYLES}
+            pairs["zero outline"] = {"content": 0.25, "style": 1.0}
+            pairs["one blue"] = {"content": 0.5, "style": 1.0}
+            found = {"measured": {"pair": pairs}}
+        else:
+            found = {"values": {"relearn_steps": {"reached": True, "steps": 7, "within": 10}}}
+        (task.folder / task.maker.last).write_text(json.dumps(found))
+
+
+def test_pairs_are_apart_and_in_all_wordings():
+    assert len({c for c, _ in PAIRS}) == 10
+    assert {s for _, s in PAIRS} == set(STYLES) - {"plain"}
+    assert not set(PAIRS) & set(map(becomes, PAIRS))
+    texts = wordings(PAIRS)
+    assert len(set(texts)) == len(texts) == 90
+    of = {c.text: (c.content, c.style) for c in captions(many.TRAINED)}
+    assert [of[t] for t in texts[::9]] == list(PAIRS)
+    assert [of[t] for t in wordings(map(becomes, PAIRS))[::9]] == [becomes(p) for p in PAIRS]
+    assert [t.format("zero") for t in templates(PAIRS[0])] == wordings(PAIRS[:1])
+    assert not {of[t] for t in many.remembered(PAIRS)} & set(PAIRS)
+
+
+def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, capsys):
+    done: list = []
+
+    def execute(todo, workers):
+        done.extend(todo)
+        finish(todo, workers)
+
+    monkeypatch.setattr(many.runs, "execute", execute)
+    many.many(Many(**stand_ins, methods=["joint"], in_turn=["joint"], seeds=[2], workers=1))
+    *together, in_turn = done[1:]
+    assert [len(run.tasks) for run in together] == [3, 3, 3]
+    made = [task for task in in_turn.tasks if task.maker is UNLEARN]
+    assert len(made) == 10
+    assert made[0] == together[0].tasks[0]  # the same model is made once
+    assert together[0].name in in_turn.after
+    before = stand_ins["base"]
+    for task, pair in zip(made, PAIRS):
+        config = task.config
+        assert config.pretrained_model_name_or_path == str(before)
+        assert read(config.forget, "--forget") == wordings([pair])
+        assert read(config.surrogate_concept, "--as") == wordings([becomes(pair)])
+        assert config.surrogate_pairing == "each"
+        before = task.folder / "pipeline"
+    looked = [task.config.pretrained_model_name_or_path for task in in_turn.tasks[10::2]]
+    assert looked == [str(made[n - 1].folder / "pipeline") for n in (1, 3, 10)]
+    relearned = in_turn.tasks[-1].config
+    assert relearned.forget == ["zero"]
+    assert relearned.attacks == ["relearn"]
+    assert relearned.forget_templates == templates(PAIRS[0])
+
+    (written,) = stand_ins["output_dir"].rglob("many.json")
+    rows = json.loads(written.read_text())
+    assert [(r["how"], r["pairs"], r.get("seconds")) for r in rows] == [
+        ("base model", 10, None),
+        *((many.JOINTLY, n, 2.0) for n in (1, 3, 10)),
+        *((many.IN_TURN, n, 2.0 * n) for n in (1, 3, 10)),
+    ]
+    last = rows[-1]
+    assert last["first"] == 0.25
+    assert last["forgotten"] == pytest.approx((0.25 + 9) / 10)
+    assert last["content"] == pytest.approx((0.5 + 49) / 50)
+    assert (last["worst"], last["worst_pair"]) == (0.5, "one blue")
+    assert last["relearn_steps"] == 7
+    assert "| plain sum, one after the other | 10 | 1 | 0.925 | 0.250 |" in capsys.readouterr().out
+
+
+def test_numbers_that_cannot_be_are_refused(stand_ins):
+    with pytest.raises(InputError, match="--counts 11: give numbers from 1 to 10"):
+        Many(**stand_ins, counts=[1, 11])
+    with pytest.raises(InputError, match="--methods nothing: no such method"):
+        Many(**stand_ins, in_turn=["nothing"])
