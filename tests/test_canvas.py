@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,16 +10,45 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
+from ebu_optim.baselines import methods as known
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import canvas
 from ebu_optim.protocols.protocol import Protocol
 
 
+def judged(folder: Path, method: str, seed: int, kind: str, target: str) -> None:
+    """A stand-in of an evaluation: after "red" was forgotten by ESD, "two" is lost, too."""
+    share = {"value": 1.0, "low": 0.9, "high": 1.0, "n": 30}
+    lost = 0.25 if (method, target) == ("ESD", "red") else 0.75
+    row = {
+        "run": {"method": method, "seed": seed} if method else None,
+        "kind": kind,
+        "forget": [target],
+        "label": "unlearncanvas-digits",
+        "protocol": {"judges": {"digits-style": "1"}},
+        "figures": {
+            **dict.fromkeys(("ua", "ira", "cra"), share),
+            f"accuracy/{target}": {**share, "value": 0.0},
+            "accuracy/nine": {**share, "value": lost},
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "protocols.json"
+    there = json.loads(file.read_text()) if file.exists() else []
+    file.write_text(json.dumps([*there, row]))
+
+
+def comparing(args) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "compared.json").write_text('{"ranks": {"kept": {}}}')
+
+
 def test_each_target_is_unlearned_by_itself_and_evaluated(stand_ins, monkeypatch, capsys):
     done, compared, of_base = [], [], []
     monkeypatch.setattr(canvas.runs, "execute", lambda todo, workers: done.extend(todo))
-    monkeypatch.setattr(canvas, "compare", compared.append)
+    monkeypatch.setattr(canvas, "compare", lambda args: compared.append(args) or comparing(args))
     monkeypatch.setattr(canvas, "evaluate", of_base.append)
+    monkeypatch.setattr(canvas.canvas_results, "read", lambda files, base: [])
     assert len(canvas.Canvas(**stand_ins).targets) == 15
     targets = ["halftone", "seven"]
     canvas.canvas(canvas.Canvas(**stand_ins, workers=1, targets=targets, attacked=[]))
@@ -60,12 +90,23 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
     def execute(todo, workers):
         done.extend(todo)
         for run in todo:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "attacks.json").write_text('{"values": {"p_f": 0.5}, "protocol": {}}')
+            made = run.tasks[0].config
+            name = known[made.method].title
+            kind = "style" if made.forget == ["red"] else "object"
+            judged(run.folder, name, made.seed, kind, made.forget[0])
+            steps = {"reached": made.method == "esd", "steps": 4.5, "within": 50}
+            values = {"cce": {"value": 0.5}, "relearn_steps": steps}
+            (run.folder / "attacks.json").write_text(json.dumps({"values": values}))
 
     monkeypatch.setattr(canvas.runs, "execute", execute)
-    monkeypatch.setattr(canvas, "compare", lambda args: None)
-    monkeypatch.setattr(canvas, "evaluate", lambda args: None)
+    monkeypatch.setattr(canvas, "compare", comparing)
+    monkeypatch.setattr(
+        canvas,
+        "evaluate",
+        lambda args: judged(
+            args.output_dir, "", 0, "style" if args.forget == ["red"] else "object", args.forget[0]
+        ),
+    )
     methods = ["joint", "esd", "spm"]
     args = canvas.Canvas(
         **stand_ins, targets=["red", "two"], methods=methods, seeds=[1, 2], workers=1
@@ -83,12 +124,29 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
         assert names.index(after) < names.index(run.name)
         (evaluated,) = [other for other in done if other.name == after]
         assert evaluated.tasks[0].folder == made.folder
-    (written,) = stand_ins["output_dir"].rglob("attacked.json")
-    rows = canvas.json.loads(written.read_text())
-    assert [(row["target"], row["method"], row["seed"]) for row in rows] == [
-        ("red", "joint", 1),
-        ("red", "esd", 1),
+    (written,) = stand_ins["output_dir"].rglob("results.json")
+    found = json.loads(written.read_text())
+    assert [(row["target"], row["method"], row["seed"]) for row in found["attacked_runs"]] == [
+        ("red", "plain sum", 1),
+        ("red", "ESD", 1),
     ]
+    assert found["attacked"] == [
+        {"name": "plain sum", "targets": 1, "cce": 0.5, "relearn_steps": 50.0},
+        {"name": "ESD", "targets": 1, "cce": 0.5, "relearn_steps": 4.5},
+    ]
+    assert found["command"] == (
+        "python examples/paper/unlearncanvas.py --seeds 1 2 --methods joint esd spm "
+        "--targets red two"
+    )
+    _, joint, esd, _ = found["style"]
+    assert [joint["name"], joint["seeds"], joint["targets"], joint["ua"]] == [
+        "plain sum",
+        2,
+        1,
+        1.0,
+    ]
+    assert [esd["name"], esd["seeds"], esd["worst_kept"]] == ["ESD", 1, 0.25]
+    assert [row["lowest_kept"] for row in found["both"]] == [0.75, 0.75, 0.25, 0.75]
 
 
 def test_what_cannot_be_is_refused(stand_ins):

@@ -6,7 +6,7 @@ attacked by every attack."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,14 @@ from ..protocols import Evaluate, evaluate
 from ..protocols.compare import Compare, compare
 from ..training.fields import option
 from ..worlds.styled_digits.captions import CONTENTS, STYLES, UNNAMED
-from . import rows, runs
-from .options import Seeds
+from . import canvas_results, rows, runs
+from .options import OUTPUT, Seeds
 from .runs import Maker, Run, task
 from .text_options import OfWorld, check_methods
 from .text_tables import STEPS, tag
 from .text_worlds import ATTACK, TextSetting
 
-PROTOCOL = "unlearncanvas-digits"
+PROTOCOL, BASE = "unlearncanvas-digits", "base model"
 #: Methods with several seeds, and methods with one.
 COMPARED = ("ebu_added", "joint", "salun")
 ONCE = ("selective_amnesia", "esd", "spm")
@@ -74,7 +74,8 @@ class Canvas(Seeds, OfWorld):
 
 
 def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
-    """Unlearn and evaluate the missing models, then compare all."""
+    """Unlearn and evaluate the missing models, then compare all: index.html, compared.csv, and
+    results.json with every figure."""
     settings = {name: args.setting(name) for name in args.targets}
     todo = [*next(iter(settings.values())).trained]
     for method in check_methods(args.methods):
@@ -92,17 +93,23 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
     first = next(iter(settings.values()))
     root = first.root / script
     base = [_base(args, setting, root / "base") for setting in settings.values()][-1]
-    folders = [r.folder for r in todo if r.tasks[-1].maker is EVALUATE]
+    folders = [base, *(r.folder for r in todo if r.tasks[-1].maker is EVALUATE)]
     compare(
         Compare(
-            runs=[str(folder) for folder in (base, *folders)],
+            runs=[str(folder) for folder in folders],
             output_dir=root,
-            names=[f"{first.base.folder}=base model"],
+            names=[f"{first.base.folder}={BASE}"],
         )
     )
-    depth = [_depth(r) for r in todo if r.tasks[-1].maker is ATTACK]
-    with replacing(root / "attacked.json") as work:
-        work.write_text(json.dumps(depth, indent=1) + "\n", encoding="utf-8")
+    found = canvas_results.results(
+        canvas_results.read((folder / EVALUATE.last for folder in folders), BASE),
+        json.loads((root / "compared.json").read_text(encoding="utf-8"))["ranks"],
+        [_depth(r) for r in todo if r.tasks[-1].maker is ATTACK],
+        # where things are means nothing to others
+        replace(args, base=None, judges=None, workers=None, output_dir=OUTPUT).command(script),
+    )
+    with replacing(root / "results.json") as work:
+        work.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def chosen(args: OfWorld, method: str) -> rows.Choice:
@@ -169,10 +176,9 @@ def _depth(run: Run) -> dict[str, Any]:
     found = json.loads((done.folder / "attacks.json").read_text(encoding="utf-8"))
     return {
         "target": made.config.forget[0],
-        "method": made.config.method,
+        "method": known[made.config.method].title,
         "seed": made.config.seed,
         "values": found["values"],
-        "protocol": found["protocol"],
     }
 
 

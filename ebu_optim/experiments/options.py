@@ -16,6 +16,8 @@ from ..manifest import contents, refuse_changed
 from ..training.fields import at_least, flags, option
 from . import rows, runs, worlds
 
+OUTPUT = Path("outputs/paper")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -29,7 +31,7 @@ class Experiment:
     scales: ClassVar[Mapping[str, Any]]
 
     scale: str = option("small", help="The world, as listed above.")
-    output_dir: Path = option(Path("outputs/paper"), help="Folder for all runs and the report.")
+    output_dir: Path = option(OUTPUT, help="Folder for all runs and the report.")
     workers: int | None = option(None, help="Runs at a time. Default: one per core, or 1 on a GPU.")
     dry_run: bool = option(False, help="Print the cost, and stop.")
 

@@ -15,7 +15,15 @@ from ebu_optim.errors import InputError
 from ebu_optim.files import replacing_folder
 from ebu_optim.training import command, option
 
-PARTS = ("results.json", "results.md", "plots", "pictures", "along.gif")
+PARTS = (
+    "results.json",
+    "results.md",
+    "index.html",
+    "compared.csv",
+    "plots",
+    "pictures",
+    "along.gif",
+)
 LARGEST = 5_000_000  # bytes
 
 
