@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -10,9 +11,10 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import many
-from ebu_optim.experiments.many import PAIRS, UNLEARN, Many, becomes, templates, wordings
+from ebu_optim.experiments.many import UNLEARN, Many
+from ebu_optim.experiments.many_prompts import PAIRS, becomes, remembered, templates, wordings
 from ebu_optim.text_to_image.prompt_files import read
-from ebu_optim.worlds.styled_digits.captions import CONTENTS, STYLES, captions
+from ebu_optim.worlds.styled_digits.captions import CONTENTS, STYLES, TRAINED, captions
 
 
 def finish(todo, workers):
@@ -37,11 +39,15 @@ def test_pairs_are_apart_and_in_all_wordings():
     assert not set(PAIRS) & set(map(becomes, PAIRS))
     texts = wordings(PAIRS)
     assert len(set(texts)) == len(texts) == 90
-    of = {c.text: (c.content, c.style) for c in captions(many.TRAINED)}
+    of = {c.text: (c.content, c.style) for c in captions(TRAINED)}
     assert [of[t] for t in texts[::9]] == list(PAIRS)
     assert [of[t] for t in wordings(map(becomes, PAIRS))[::9]] == [becomes(p) for p in PAIRS]
     assert [t.format("zero") for t in templates(PAIRS[0])] == wordings(PAIRS[:1])
-    assert not {of[t] for t in many.remembered(PAIRS)} & set(PAIRS)
+    for near in (False, True):
+        texts = remembered(PAIRS, near)
+        assert len(set(texts)) == 100
+        assert not {of[t] for t in texts} & set(PAIRS)
+    assert set(Counter(of[t] for t in texts).values()) == {2}
 
 
 def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, capsys):
@@ -52,7 +58,9 @@ def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, ca
         finish(todo, workers)
 
     monkeypatch.setattr(many.runs, "execute", execute)
-    many.many(Many(**stand_ins, methods=["joint"], in_turn=["joint"], seeds=[2], workers=1))
+    many.many(
+        Many(**stand_ins, methods=["joint"], in_turn=["joint"], varied=[], seeds=[2], workers=1)
+    )
     *together, in_turn = done[1:]
     assert [len(run.tasks) for run in together] == [3, 3, 3]
     made = [task for task in in_turn.tasks if task.maker is UNLEARN]
@@ -78,7 +86,7 @@ def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, ca
     rows = json.loads(written.read_text())
     assert [(r["how"], r["pairs"], r.get("seconds")) for r in rows] == [
         ("base model", 10, None),
-        *((many.JOINTLY, n, 2.0) for n in (1, 3, 10)),
+        *((many.TOGETHER.title, n, 2.0) for n in (1, 3, 10)),
         *((many.IN_TURN, n, 2.0 * n) for n in (1, 3, 10)),
     ]
     last = rows[-1]
@@ -88,6 +96,26 @@ def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, ca
     assert (last["worst"], last["worst_pair"]) == (0.5, "one blue")
     assert last["relearn_steps"] == 7
     assert "| plain sum, one after the other | 10 | 1 | 0.925 | 0.250 |" in capsys.readouterr().out
+
+
+def test_ways_to_forget_all_pairs_differ_in_steps_and_prompts(stand_ins, monkeypatch):
+    done: list = []
+
+    def execute(todo, workers):
+        done.extend(todo)
+        finish(todo, workers)
+
+    monkeypatch.setattr(many.runs, "execute", execute)
+    args = {"methods": ["joint"], "counts": [10], "in_turn": [], "varied": ["joint"], "seeds": [1]}
+    many.many(Many(**stand_ins, **args, workers=1))
+    configs = [run.tasks[0].config for run in done[1:]]
+    said = [(c.max_train_steps, c.remember_prompts[0].split("/")[-1]) for c in configs]
+    usual, near = (name for _, name in said[1:3])
+    assert said == [(100, usual), (300, usual), (100, near), (300, near)]
+    assert usual != near
+    (written,) = stand_ins["output_dir"].rglob("many.json")
+    rows = json.loads(written.read_text())[1:]
+    assert [row["how"] for row in rows] == ["together", *(way.title for way in many.VARIANTS)]
 
 
 def test_numbers_that_cannot_be_are_refused(stand_ins):

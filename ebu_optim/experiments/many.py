@@ -10,45 +10,49 @@ but its own pair.
 from __future__ import annotations
 
 import json
-import random
-import re
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..baselines import methods as known
 from ..errors import InputError
 from ..files import replacing
-from ..metrics.intervals import t_interval
 from ..training.fields import option
-from ..worlds.styled_digits.captions import CONTENTS, TRAINED, Caption, captions
 from . import rows, runs
+from .many_prompts import PAIRS, Pair, becomes, remembered, templates, wordings
+from .many_results import looks, seen, table
 from .options import Seeds
 from .runs import Run, Task, task
 from .text_options import OfWorld, check_methods
-from .text_prompts import REMEMBERED, PromptFiles
+from .text_prompts import PromptFiles
 from .text_tables import STEPS
 from .text_worlds import MEASURE, UNLEARN, TextSetting
 from .worlds import losses
 
-Pair = tuple[str, str]
-#: Every digit once, and every style twice; named before anything was run.
-PAIRS: tuple[Pair, ...] = (
-    ("zero", "outline"),
-    ("one", "negative"),
-    ("two", "halftone"),
-    ("three", "red"),
-    ("four", "blue"),
-    ("five", "outline"),
-    ("six", "negative"),
-    ("seven", "halftone"),
-    ("eight", "red"),
-    ("nine", "blue"),
-)
 IMAGES_PER_PAIR = 16
-JOINTLY, IN_TURN = "together", "one after the other"
+IN_TURN = "one after the other"
+
+
+class Way(NamedTuple):
+    """A way to forget all pairs together.
+
+    Attributes:
+        times: the number of steps, as a multiple.
+        near: remember two prompts of each kept pair, instead of as many drawn from all.
+    """
+
+    title: str
+    times: int = 1
+    near: bool = False
+
+
+TOGETHER = Way("together")
+#: For the largest number of pairs.
+VARIANTS = (
+    Way("together, three times the steps", times=3),
+    Way("together, every kept pair remembered", near=True),
+    Way("together, both", times=3, near=True),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +67,15 @@ class Many(Seeds, OfWorld):
         help="Methods that also forget one pair after the other, with the first seed.",
     )
 
+    varied: list[str] = option(
+        ["ebu_added", "joint"],
+        help="Methods that also forget the largest number of pairs in three times the steps, with "
+        "every kept pair among the prompts to remember, and with both.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_methods((*self.methods, *self.in_turn))
+        check_methods((*self.methods, *self.in_turn, *self.varied))
         if wrong := [n for n in self.counts if not 1 <= n <= len(PAIRS)]:
             raise InputError(f"--counts {wrong[0]}: give numbers from 1 to {len(PAIRS)}")
 
@@ -82,9 +92,9 @@ class Requests(PromptFiles):
         self.args, self.setting = args, setting
         self.drawing: dict[Any, str] = {}  # what two runs must not draw at once -> who draws it
 
-    def together(self, method: str, count: int, seed: int) -> Run:
-        made = self._unlearned(method, PAIRS[:count], seed, self.setting.base)
-        return self._run(f"together-{count}", method, seed, [made], [made], count)
+    def together(self, method: str, count: int, seed: int, way: Way = TOGETHER) -> Run:
+        made = self._unlearned(method, PAIRS[:count], seed, self.setting.base, way)
+        return self._run(f"{way.title}, {count}", method, seed, [made], [made], (way, count))
 
     def in_turn(self, method: str, seed: int) -> Run:
         """All requests, with a look after each number of `counts`."""
@@ -93,7 +103,7 @@ class Requests(PromptFiles):
             of = _Made(made[-1]) if made else self.setting.base
             made.append(self._unlearned(method, [pair], seed, of))
         looked = [made[n - 1] for n in sorted(set(self.args.counts))]
-        return self._run("in-turn", method, seed, made, looked, 1)
+        return self._run(IN_TURN, method, seed, made, looked, (TOGETHER, 1))
 
     def base(self) -> Run:
         of = self.setting.base
@@ -107,12 +117,12 @@ class Requests(PromptFiles):
         seed: int,
         made: Sequence[Task],
         looked: Sequence[Task],
-        first: int,
+        first: tuple[Way, int],
     ) -> Run:
-        """Args: first: the number of pairs that the first of the models `made` forgets."""
+        """Args: first: how the first of the models `made` forgets, and how many pairs."""
         name = f"{self.setting.world.name}: {what}, {method}, seed {seed}"
         tasks = [*made, *(t for m in looked for t in self._judged(m))]
-        steps = len(made) * (self.args.steps or STEPS)
+        steps = sum(m.options["max_train_steps"] for m in made)
         # the attack's pictures, the sets of the first model, and that model itself
         draws = ["target", (first, seed), (first, seed, method)]
         makers = [self.drawing.setdefault(d, name) for d in draws]
@@ -120,14 +130,16 @@ class Requests(PromptFiles):
         seconds = self.setting.world.seconds["unlearn"] * steps + 40.0 * len(looked)
         return Run(name, tuple(tasks), seconds, steps, tuple(after))
 
-    def _unlearned(self, method: str, gone: Sequence[Pair], seed: int, of: Any) -> Task:
+    def _unlearned(
+        self, method: str, gone: Sequence[Pair], seed: int, of: Any, way: Way = TOGETHER
+    ) -> Task:
         setting, w = self.setting, self.setting.world
         first = f"{len(gone)}-{'-'.join(gone[0])}"
         choice = rows.tuned(setting, method)
         prompts = {
             "forget": [self.path(f"forget-{first}", wordings(gone))],
             "surrogate_concept": [self.path(f"instead-{first}", wordings(map(becomes, gone)))],
-            "remember_prompts": [self.path(f"remember-{first}", remembered(gone))],
+            "remember_prompts": [self.path(f"remember-{first}", remembered(gone, way.near))],
         }
         options = {
             "method": method,
@@ -135,7 +147,7 @@ class Requests(PromptFiles):
             "seed": seed,
             **prompts,
             "surrogate_pairing": "each",
-            "max_train_steps": self.args.steps or STEPS,
+            "max_train_steps": way.times * (self.args.steps or STEPS),
             **w.unlearn,
             "train_modules": setting.trains(method),
             **choice.given,
@@ -171,45 +183,23 @@ class _Made:
         self.folder, self.key = made.folder / "pipeline", made.folder.name
 
 
-def named(pair: Pair) -> list[Caption]:
-    """The trained prompts that name the pair by its first words."""
-    return [c for c in captions(TRAINED) if (c.content_word, c.style_word) == pair]
-
-
-def wordings(pairs: Iterable[Pair]) -> list[str]:
-    return [c.text for pair in pairs for c in named(pair)]
-
-
-def becomes(pair: Pair) -> Pair:
-    """The next digit in the same style. It is no pair of the list."""
-    names = list(CONTENTS)
-    return names[(names.index(pair[0]) + 1) % len(names)], pair[1]
-
-
-def templates(pair: Pair) -> list[str]:
-    """The pair's prompts with a place for the digit, for relearning."""
-    return [re.sub(rf"\b{pair[0]}\b", "{}", text) for text in wordings([pair])]
-
-
-def remembered(gone: Sequence[Pair]) -> list[str]:
-    texts = [c.text for c in captions(TRAINED) if (c.content, c.style) not in gone]
-    return random.Random(0).sample(texts, REMEMBERED)  # noqa: S311
-
-
 def many(args: Many, script: str = "many") -> None:
     """Make the missing runs, and write many.json and many.md."""
     setting = args.setting(PAIRS[0][0])
     requests = Requests(args, setting)
-    found: list[tuple[str, str, int, Run]] = [
-        (JOINTLY, method, seed, requests.together(method, count, seed))
-        for seed in args.seeds
-        for count in args.counts
-        for method in check_methods(args.methods)
-    ]
-    found += [
-        (IN_TURN, method, args.seeds[0], requests.in_turn(method, args.seeds[0]))
-        for method in check_methods(args.in_turn)
-    ]
+    found: list[tuple[str, str, int, Run]] = []
+    for seed in args.seeds:  # so that the first seed's picture is whole early
+        for count in args.counts:
+            for method in check_methods(args.methods):
+                run = requests.together(method, count, seed)
+                found.append((TOGETHER.title, method, seed, run))
+        for way in VARIANTS:
+            for method in check_methods(args.varied):
+                run = requests.together(method, max(args.counts), seed, way)
+                found.append((way.title, method, seed, run))
+        if seed == args.seeds[0]:
+            for method in check_methods(args.in_turn):
+                found.append((IN_TURN, method, seed, requests.in_turn(method, seed)))
     base = requests.base()
     todo = [*setting.trained, base, *(run for *_, run in found)]
     if not args.announced(todo):
@@ -231,79 +221,3 @@ def many(args: Many, script: str = "many") -> None:
         with replacing(folder / name) as work:
             work.write_text(text, encoding="utf-8")
     print(table(results))
-
-
-def looks(run: Run, counts: Sequence[int] | None) -> list[dict[str, Any]]:
-    """A row for each look at the models of a run."""
-    made = [t for t in run.tasks if t.maker is UNLEARN]
-    judged = [t for t in run.tasks if t.maker is not UNLEARN]
-    asked = len(wordings(PAIRS[:1]))
-    said = [json.loads((t.folder / UNLEARN.last).read_text(encoding="utf-8")) for t in made]
-    numbers = sorted(set(counts)) if counts else [len(said[0]["forget"]) // asked]
-    rows = []
-    for n, measured, relearned in zip(numbers, judged[::2], judged[1::2]):
-        took = sum(r["seconds"] for r in (said[:n] if counts else said))
-        rows.append({**seen(measured, n), "seconds": took, "relearn_steps": relearn(relearned)})
-    return rows
-
-
-def relearn(attacked: Task) -> float:
-    """Steps until the first pair is back; the maximum if it is not."""
-    values = json.loads((attacked.folder / "attacks.json").read_text(encoding="utf-8"))["values"]
-    found = values["relearn_steps"]
-    return float(found["steps"] if found["reached"] else found["within"])
-
-
-def seen(measured: Task, count: int) -> dict[str, Any]:
-    """What is left of the first `count` pairs, and of all others."""
-    file = measured.folder / MEASURE.last
-    pairs = json.loads(file.read_text(encoding="utf-8"))["measured"]["pair"]
-    gone = [" ".join(pair) for pair in PAIRS[:count]]
-    kept = [name for name in pairs if name not in gone]
-    worst = min(kept, key=lambda name: min(pairs[name]["content"], pairs[name]["style"]))
-    return {
-        "pairs": count,
-        "forgotten": statistics.fmean(pairs[name]["content"] for name in gone),
-        "first": pairs[gone[0]]["content"],
-        "content": statistics.fmean(pairs[name]["content"] for name in kept),
-        "style": statistics.fmean(pairs[name]["style"] for name in kept),
-        "worst": min(pairs[worst]["content"], pairs[worst]["style"]),
-        "worst_pair": worst,
-    }
-
-
-#: Title of a column -> its value in a row, and the digits that are shown.
-COLUMNS: Mapping[str, tuple[str, int]] = {
-    "forgotten ↓": ("forgotten", 3),
-    "the first ↓": ("first", 3),
-    "kept, digit ↑": ("content", 3),
-    "kept, style ↑": ("style", 3),
-    "worst pair ↑": ("worst", 3),
-    "relearn_steps ↑": ("relearn_steps", 1),
-    "seconds": ("seconds", 0),
-}
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each method, way and number of pairs: the mean over seeds ± half its 95 %
-    interval."""
-    lines = [f"| | pairs | seeds | {' | '.join(COLUMNS)} |", f"|{'---|' * (3 + len(COLUMNS))}"]
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in results:
-        groups.setdefault((row["how"], row.get("method"), row["pairs"]), []).append(row)
-    for (how, method, count), members in groups.items():
-        title = f"{known[method].title}, {how}" if method else how
-        cells = [_cell(members, *column) for column in COLUMNS.values()]
-        lines.append(f"| {title} | {count} | {len(members)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(members: Sequence[Mapping[str, Any]], name: str, digits: int) -> str:
-    values = [row[name] for row in members if name in row]
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    low, high = t_interval(values)
-    return f"{mean} ± {(high - low) / 2:.{digits}f}"
