@@ -73,6 +73,17 @@ def test_strengths_are_chosen_on_a_seed_that_is_not_reported():
     found = [trial(choice, left=i / 10) for i, choice in enumerate(grid)]
     assert language.chosen(found[:-1], "npo", "joint") is None  # not all are there
     assert language.chosen(found, "npo", "joint") == grid[-1]
+    shown = {
+        part: [{"probability": 0.5}] * 2 for part in ("forgotten", "replayed", "never_replayed")
+    }
+    shown["forgotten"][0] |= {"ratio_forgotten": 0.1}
+    shown["never_replayed"][0] |= {"accuracy": 0.9}
+    runs = [
+        {"spec": spec(seed=1, trial=False, **choice), **shown, "relearning": {"back": 0.1}}
+        for choice in grid[-2:]
+    ]
+    said = language.table([*found, *runs], "npo")
+    assert "| 1 of 1 | 0.500 |" in said  # not the other strength's
     found[-1] = trial(grid[-1], 1.0, forgotten=0.2)  # keeps everything, and forgets nothing
     assert language.chosen(found, "npo", "joint") == grid[-2]
     wanted = language.reported(found, ["npo"], ["joint", "sago"], [1, 2])

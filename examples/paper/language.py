@@ -4,7 +4,7 @@
     python examples/paper/language.py --losses npo --rules joint ebu_routed
     python examples/paper/language.py --summary             # the tables of what is there
 
-First come six trials a rule and loss on seed 100, then the runs that are reported, with the
+First come twelve trials a rule and loss on seed 100, then the runs that are reported, with the
 strengths that these chose. One JSON file a run; a second start only runs what is missing. About
 ten seconds a run on one idle CPU core.
 """
