@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -556,6 +557,44 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, m
     assert "resuming after step" in base.folder.with_name(f"{base.folder.name}.log").read_text()
     rows = (base.folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(10, 161, 10))
+
+
+KILLED = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from ebu_optim.experiments import runs
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), runs._start, (1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, script], text=True, env=env, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            worker = int(process.stdout.readline())
+            process.kill()
+            until = time.monotonic() + PATIENCE
+            while alive(worker):
+                assert time.monotonic() < until, "the worker is still there"
+                time.sleep(0.02)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path):
