@@ -82,7 +82,7 @@ def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, ca
     assert relearned.attacks == ["relearn"]
     assert relearned.forget_templates == templates(PAIRS[0])
 
-    (written,) = stand_ins["output_dir"].rglob("many.json")
+    (written,) = stand_ins["output_dir"].rglob("results.json")
     rows = json.loads(written.read_text())
     assert [(r["how"], r["pairs"], r.get("seconds")) for r in rows] == [
         ("base model", 10, None),
@@ -113,7 +113,7 @@ def test_ways_to_forget_all_pairs_differ_in_steps_and_prompts(stand_ins, monkeyp
     usual, near = (name for _, name in said[1:3])
     assert said == [(100, usual), (300, usual), (100, near), (300, near)]
     assert usual != near
-    (written,) = stand_ins["output_dir"].rglob("many.json")
+    (written,) = stand_ins["output_dir"].rglob("results.json")
     rows = json.loads(written.read_text())[1:]
     assert [row["how"] for row in rows] == ["together", *(way.title for way in many.VARIANTS)]
 

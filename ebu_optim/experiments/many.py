@@ -184,7 +184,7 @@ class _Made:
 
 
 def many(args: Many, script: str = "many") -> None:
-    """Make the missing runs, and write many.json and many.md."""
+    """Make the missing runs, and write results.json and results.md."""
     setting = args.setting(PAIRS[0][0])
     requests = Requests(args, setting)
     found: list[tuple[str, str, int, Run]] = []
@@ -215,8 +215,8 @@ def many(args: Many, script: str = "many") -> None:
         ]
     folder = setting.root / script
     for name, text in {
-        "many.json": json.dumps(results, indent=1) + "\n",
-        "many.md": table(results),
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.md": table(results),
     }.items():
         with replacing(folder / name) as work:
             work.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@
     python examples/paper/many.py --methods ebu_added --counts 10 --seeds 1
 
 They are forgotten together, and one request after the other. The table is
-OUTPUT_DIR/styled-digits/many/many.md, with many.json.
+OUTPUT_DIR/styled-digits/many/results.md, with results.json.
 """
 
 from __future__ import annotations
