@@ -31,7 +31,9 @@ from ebu_optim.diffusion import (
     denoising_loss,
     distillation_loss,
     model_hash,
+    next_class,
     noisy_condition,
+    relabel_loss,
     sample_set,
     surrogate_noise,
 )
@@ -48,6 +50,11 @@ CURVE_EVERY = 25
 SETTINGS = ("alpha", "delta", "gamma", "penalty", "update", "unrelated", "terms", "granularity")
 SETTINGS += ("max_grad_norm", "fisher_scale")
 
+FORGET = {
+    "digit": "relabelling: the frozen model's prediction for the next digit, on real images",
+    "noise": "denoising on uniform noise, noise on the condition up to its spread",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
@@ -58,6 +65,11 @@ class Quickstart:
     alpha: float = option(0.6, help="Weight of the forget gradient on the overlap.")
     delta: float = option(0.5, help="Share of the weights that each task selects.")
     gamma: float | None = option(None, help="Strength of the penalty. Default: EBUOptimizer's.")
+    becomes: Literal["digit", "noise"] = option(
+        "digit",
+        help="What the model draws instead: the next digit, as the frozen model draws it, or noise "
+        "as in the paper.",
+    )
     remember: Literal["replay", "distill", "crossed"] = option(
         "crossed",
         help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
@@ -146,6 +158,18 @@ def unlearn(model: Any, args: Quickstart, evaluation: Evaluation, work: Path) ->
     begin = load_checkpoint(work / "run", run, fallback=True)
 
     def forget_loss() -> Tensor:
+        if args.becomes == "digit":
+            i = torch.randint(len(real), (args.batch_size,), generator=generator).to(device)
+            return relabel_loss(
+                model,
+                real[i],
+                target,
+                next_class(target, len(digits.CLASSES), forgotten=[args.forget]),
+                scheduler,
+                teacher=teacher,
+                generator=generator,
+                reduction="sum",
+            )
         x = surrogate_noise(
             "uniform", (args.batch_size, *digits.SHAPE), generator=generator, device=device
         )
@@ -247,7 +271,8 @@ def quickstart(args: Quickstart, work: Path) -> dict[str, Any]:
             "optimizer": "Adam",
             "learning_rate": args.learning_rate,
             **run["settings"],
-            "forget_loss": "denoising on uniform noise, noise on the condition up to its spread",
+            "becomes": args.becomes,
+            "forget_loss": FORGET[args.becomes],
             "adversary_steps": args.adversary_steps,
             "remember_loss": args.remember,
             "reduction": "sum over C, H, W, mean over the batch",

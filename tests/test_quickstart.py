@@ -72,6 +72,8 @@ def test_metrics_have_the_three_axes_the_limits_and_the_protocol(result):
     assert metrics["noise"]["p_f_reject"] < 0.01  # the reject class knows noise
     assert metrics["noise"]["p_f"] > 0.1  # the ten-class one calls it a seven
     assert metrics["protocol"]["forget"] == 7
+    assert metrics["protocol"]["becomes"] == "digit"
+    assert metrics["before"]["p_next_reject"] < 0.01
     assert metrics["protocol"]["alpha"] == 0.6
     assert metrics["protocol"]["base_model"]
     assert metrics["seeds"]["unlearning"] == 0
@@ -98,6 +100,22 @@ def test_with_an_adversary_it_is_another_model(result, tmp_path):
     )
     assert code == 0, said
     assert json.loads((out / "metrics.json").read_text())["protocol"]["adversary_steps"] == 1
+
+
+def test_it_becomes_the_next_digit_or_noise(result, tmp_path):
+    out = tmp_path / "out"
+    code, said = run_script(SCRIPT, *OPTIONS, "--becomes", "noise", "--output_dir", str(out))
+    assert code == 0, said
+    found = {
+        name: json.loads((folder / "metrics.json").read_text())
+        for name, folder in {"digit": result, "noise": out}.items()
+    }
+    assert found["noise"]["protocol"]["becomes"] == "noise"
+    assert "noise" in found["noise"]["protocol"]["forget_loss"]
+    after = {name: of["after"] for name, of in found.items()}
+    # after a few steps already
+    assert after["digit"]["p_next_reject"] > 2 * after["noise"]["p_next_reject"]
+    assert "Asked for 7, the model now draws noise." in (out / "README.md").read_text()
 
 
 def test_a_finished_result_is_not_overwritten_unasked(result):

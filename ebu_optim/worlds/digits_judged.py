@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..diffusion import sample, surrogate_noise
+from ..diffusion import next_class, sample, surrogate_noise
 from ..metrics import accuracy, classify, entropy, probability
 from ..metrics.depth import condition_replaced, learn_embedding, relearn
 from . import digits
@@ -21,6 +21,8 @@ class Evaluation:
 
     def __init__(self, forget: int, device: str) -> None:
         self.forget, self.device = forget, device
+        found = next_class(torch.tensor([forget]), len(digits.CLASSES), forgotten=[forget])
+        self.next = int(found)  # the digit that takes its place when it is relabelled
         self.plain, self.reject = digits.load_classifiers(device)
         self.ddim = DDIMScheduler.from_config(digits.scheduler().config)
 
@@ -45,6 +47,7 @@ class Evaluation:
             "ce_r": entropy(plain[~f]),
             "p_f_reject": probability(reject[f], self.forget),
             "p_f": probability(plain[f], self.forget),
+            "p_next_reject": probability(reject[f], self.next),
             "ra_reject": accuracy(reject[~f], labels[~f]),
             "ra": accuracy(plain[~f], labels[~f]),
             "ua_reject": 1 - accuracy(reject[f], labels[f]),
@@ -60,6 +63,7 @@ class Evaluation:
             "ce_f": entropy(plain),
             "p_f_reject": probability(reject, self.forget),
             "p_f": probability(plain, self.forget),
+            "p_next_reject": probability(reject, self.next),
         }
 
     def depth(self, model: Any) -> dict[str, float]:

@@ -73,6 +73,7 @@ def curves(curve: list[dict[str, float]], noise: dict[str, float], path: Path) -
 ROWS = (
     ("p_f_reject", "P of the forgotten digit (reject class)", "forgotten"),
     ("p_f", "P of the forgotten digit (ten classes)", "forgotten"),
+    ("p_next_reject", "P of the next digit in its place", "forgotten"),
     ("ce_f", "CE of the forgotten digit, nats", "forgotten"),
     ("ra_reject", "accuracy on the nine kept digits", "kept"),
     ("ce_r", "CE of the kept digits, nats", "kept"),
@@ -107,8 +108,8 @@ A class-conditional `UNet2DModel` (8x8 digits) that was made to forget the digit
 
 ![before and after](before_after.png)
 
-P is the probability that a classifier gives to the forgotten digit; "noise" is the score of
-uniform noise, the limit of forgetting into noise. The last two rows are attacks with real images
+Asked for {forget}, the model now draws {becomes}. P is the probability that a classifier gives to a
+digit; "noise" is the score of uniform noise. The last two rows are attacks with real images
 of the digit: the lower they stay, the deeper is the forgetting. Weights: `model/`, for
 `UNet2DModel.from_pretrained`. The whole protocol is in `metrics.json`.
 
@@ -121,6 +122,7 @@ def card(metrics: dict[str, Any], command: str) -> str:
         forget=metrics["protocol"]["forget"],
         version=__version__,
         steps=metrics["protocol"]["steps"],
+        becomes={"digit": "the next digit"}.get(metrics["protocol"]["becomes"], "noise"),
         seconds=metrics["seconds"]["unlearning"],
         table=table(metrics),
         command=command.strip(),
