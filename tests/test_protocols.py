@@ -133,7 +133,7 @@ def test_every_protocol_says_what_it_is():
         assert p.title
         assert "@" in p.source
         assert p.cost == p.images * p.sampling.steps * 2
-        assert set(p.judges) <= {*judges.JUDGES, *judges.ABSENT}, name
+        assert set(p.judges) <= {*judges.JUDGES, *judges.SETS, *judges.ABSENT}, name
 
 
 def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):

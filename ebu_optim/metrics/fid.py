@@ -111,7 +111,7 @@ def fid(
     }
     try:
         fidelity = needed("torch_fidelity", "metrics")
-        weights = _weights(inception_weights, progress)
+        weights = inception_file(inception_weights, progress)
     except NotComputed as why:
         result["not_computed"] = f"not computed, because {why}"
         return result
@@ -169,8 +169,15 @@ def _kept(source: Images, labels: Tensor | None, forget: Sequence[int], name: st
     return source[~torch.isin(labels.cpu(), torch.tensor(list(forget)))]
 
 
-def _weights(given: str | os.PathLike[str] | None, progress: bool) -> Path:
-    """Return a checked weights file, because torch-fidelity unpickles the file that it gets."""
+def inception_file(given: str | os.PathLike[str] | None, progress: bool) -> Path:
+    """Return a checked weights file, because torch-fidelity unpickles the file that it gets.
+
+    Raises:
+        NotComputed: torch-fidelity is not installed, or none is given and none is to be had.
+        ValueError: the given file holds something else.
+        FileNotFoundError: it does not exist.
+    """
+    needed("torch_fidelity", "metrics")
     if given is not None:
         path = Path(given)
         if not path.is_file():

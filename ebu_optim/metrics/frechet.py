@@ -14,6 +14,31 @@ from torch import Tensor, nn
 from ..modules import evaluating, without_gradients
 
 
+class Moments:
+    """The mean and the covariance of features that come in batches, in float64.
+
+    Only sums are kept, so the memory does not depend on the number of batches. The same batches in
+    the same order give the same bits.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._sum, self._products = torch.zeros(()), torch.zeros(())
+
+    def add(self, features: Tensor) -> None:
+        """Take (n, d) features, finite."""
+        if not features.isfinite().all():
+            raise ValueError("the features hold NaN or Inf; check the images and the weights")
+        x = features.detach().cpu().double()
+        self.n += len(x)
+        self._sum, self._products = self._sum + x.sum(0), self._products + x.T @ x
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the mean (d,) and the unbiased covariance (d, d); there are at least 2 rows."""
+        mean = self._sum / self.n
+        return mean, (self._products - self.n * torch.outer(mean, mean)) / (self.n - 1)
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     r"""Return the distance of Gaussians fitted to two sets of features, in float64.
 
@@ -40,7 +65,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         raise ValueError(
             f"a has {a.shape[1]} features and b has {b.shape[1]}; take both from the same layer"
         )
-    (mean_a, s_a), (mean_b, s_b) = _moments(a), _moments(b)
+    return distance_of(_moments(a), _moments(b))
+
+
+def distance_of(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+    """Return :func:`frechet_distance` of two means (d,) and covariances (d, d), float64."""
+    (mean_a, s_a), (mean_b, s_b) = a, b
     # (S_a S_b)^1/2 has the trace of (R S_b R)^1/2 with R = S_a^1/2. The latter is symmetric, so its
     # eigenvalues are real and, except for rounding, >= 0.
     values, vectors = torch.linalg.eigh(s_a)

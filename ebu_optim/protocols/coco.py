@@ -1,4 +1,4 @@
-"""How much is kept in general: COCO's captions, judged by CLIP."""
+"""How much is kept in general: COCO's captions, judged by CLIP and by FID against COCO's images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..text_to_image.prompt_files import table
 from .i2p import picture
-from .protocol import Asked, Protocol, Sampling, Seen, anything, not_computed
+from .protocol import Asked, Protocol, Sampling, Seen, anything
 
 JUDGE = "clip"
 CLIP = "ViT-B-32-quickgelu openai"
@@ -17,16 +17,21 @@ COCO_10K = (
     "coco_10k.csv, data/prompts of https://github.com/OPTML-Group/AdvUnlearn (CC-BY-4.0; the copy "
     "in Diffusion-MU-Attack lacks 31 rows)"
 )
+#: FID -> start of its identity: the weights, and the number of real images where it is published.
+FIDS = {"fid-text2image": "6726825d n=10000 ", "fid-clean": "6726825d "}
 COCO_30K = "coco_30k.csv, data of https://github.com/rohitgandikota/unified-concept-editing"
 
 
 def count(fid: str | None, seen: Seen) -> dict[str, Any]:
-    """The CLIP score as 100 times the cosine, as in MACE, and as the cosine, as in AdvUnlearn."""
+    """The CLIP score as 100 times the cosine, as in MACE, and as the cosine, as in AdvUnlearn; FID
+    by the judge `fid`, under a name of its own."""
     found = {
         "clip_score_x100": seen.mean(JUDGE, lambda cosine, _: 100 * cosine),
         "clip_cosine": seen.mean(JUDGE, lambda cosine, _: cosine),
     }
-    return found if fid is None else {**found, "fid": not_computed(fid)}
+    if fid is not None:
+        found[fid.replace("-", "_")] = seen.figure(fid, lambda figure: figure[0])
+    return found
 
 
 def asked(file: str, first: int | None, files: Mapping[str, Path]) -> list[Asked]:
@@ -52,7 +57,7 @@ def _protocol(
         asked=partial(asked, file, first),
         needs={file: COCO_10K if file == "coco_10k" else COCO_30K},
         images=images,
-        judges={JUDGE: CLIP},
+        judges={JUDGE: CLIP} | ({} if fid is None else {fid: FIDS[fid]}),
         count=partial(count, fid),
         targets=anything,
         alone=False,
@@ -61,19 +66,19 @@ def _protocol(
 
 
 _T2I = (
-    "AdvUnlearn's FID is by text2image-benchmark (PIL's bicubic resize to 299, COCO's images of "
-    "the same ids), which is not built in; torch-fidelity resizes otherwise, and its FID is its own"
+    "FID by text2image-benchmark's preparation: the square in the middle, PIL's bicubic resize to "
+    "299, 8 bits; an early commit of it neither cuts nor rounds",
 )
 _CLEAN = (
-    "this FID is by clean-fid against a folder of COCO, which is not built in; torch-fidelity "
-    "resizes otherwise, and its FID is its own"
+    "FID by clean-fid's preparation; its Inception is the TorchScript conversion of the same "
+    "weights; which of COCO's images its folder holds is not published",
 )
 _ADV = "OPTML-Group/AdvUnlearn@9d23124:train-scripts/img_retain_eval.py"
 _MACE = "Shilin-LU/MACE@057e7a6:metrics/evaluate_{fid,clip_score}.py"
 _RECE = "CharlesGong12/RECE@403a67f:execs/{fid,clip}_score.py"
 _LMS = Sampling(sampler="lms", steps=100)
 PROTOCOLS = (
-    _protocol("coco-10k", "coco_10k", 10_000, None, _LMS, _ADV, _T2I),
+    _protocol("coco-10k", "coco_10k", 10_000, None, _LMS, _ADV, "fid-text2image", *_T2I),
     _protocol(
         "coco-1k-clip",
         "coco_10k",
@@ -85,7 +90,14 @@ PROTOCOLS = (
         "the first thousand of coco-10k, without FID, which such numbers do not carry",
     ),
     _protocol(
-        "coco-30k", "coco_30k", 30_000, None, Sampling(sampler="ddim", steps=50), _MACE, _CLEAN
+        "coco-30k",
+        "coco_30k",
+        30_000,
+        None,
+        Sampling(sampler="ddim", steps=50),
+        _MACE,
+        "fid-clean",
+        *_CLEAN,
     ),
     _protocol(
         "coco-30k-rece",
@@ -94,6 +106,7 @@ PROTOCOLS = (
         None,
         Sampling(sampler="lms", steps=50, guidance=None, size=None, noise="cuda"),
         _RECE,
-        _CLEAN,
+        "fid-clean",
+        *_CLEAN,
     ),
 )

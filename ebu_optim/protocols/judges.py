@@ -31,6 +31,7 @@ from ..metrics.naming import called
 from ..worlds.styled_digits.judges import CLASSES as CLASSES_OF_DIGITS
 from ..worlds.styled_digits.judges import load_judges
 from .protocol import Asked, not_computed
+from .sets import SetJudge, open_fid
 
 CLIP = "ViT-B-32-quickgelu"
 
@@ -50,15 +51,23 @@ class Judge(NamedTuple):
     of_base: bool = False
 
 
-def open_judge(name: str, files: Mapping[str, Path], device: str) -> Judge | str:
+def open_judge(
+    name: str, files: Mapping[str, Path], device: str, keep: Path | None = None
+) -> Judge | SetJudge | str:
     """The judge, or the reason why it is not available.
 
     Args:
         files: name of a judge -> the file of its weights.
+        keep: the folder for statistics of sets of pictures; None keeps none.
 
     Raises:
         InputError: a file does not belong to this judge.
     """
+    if name in SETS:
+        try:
+            return open_fid(SETS[name], files, device, keep)
+        except NotComputed as why:
+            return not_computed(str(why))["not_computed"]
     if name not in JUDGES:
         return not_computed(ABSENT[name])["not_computed"]
     told = f"--files {name}"
@@ -230,11 +239,15 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     "digits-style": _digits("style"),
     "digits-object": _digits("object"),
 }
+#: FID -> how its images are prepared, see `metrics.inception`.
+SETS = {"fid-text2image": "text2image", "fid-clean": "clean"}
 #: Judges whose file is given under another name -> that name.
 ONE_FILE = {
     **dict.fromkeys(("digits-style", "digits-object"), "digits-judges"),
     "resnet50-entropy": "resnet50",
 }
+#: Judges that read several files -> their names.
+SEVERAL = dict.fromkeys(SETS, ("coco", "inception"))
 #: Judges that this package does not support -> why.
 ABSENT = {
     "giphy": "GIPHY's celebrity detector (Giphy/celeb-detection-oss, MTCNN and ResNet-50) is not "

@@ -13,7 +13,7 @@ import torch
 from ..errors import InputError
 from ..text_to_image.pipelines import Model
 from ..training.fields import at_least, option
-from .judges import ONE_FILE
+from .judges import ONE_FILE, SEVERAL
 from .named import named
 from .protocol import Protocol, Sampling
 
@@ -99,8 +99,9 @@ class Evaluate(Model):
         if not self.models():
             raise InputError("MODEL is missing: give a model, or only a --base")
         at_least(self, 1, "first", "sample_batch_size")
-        files = [(*p.needs, *(ONE_FILE.get(j, j) for j in p.judges)) for p in self.protocols]
-        known = {name for several in files for name in several}
+        known = {name for p in self.protocols for name in p.needs}
+        for judge in (j for p in self.protocols for j in p.judges):
+            known |= {*SEVERAL.get(judge, (ONE_FILE.get(judge, judge),))}
         for name, file in self.given.items():
             if name not in known:
                 raise InputError(

@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .processes import Processes
 from .protocol import Asked, Sampling
 from .samplers import noise, scheduler
 
+Made = TypeVar("Made")
 #: Approximate bytes per pixel of a photograph as PNG.
 PNG = 1.6
 #: Prefix of the folder of a batch that is being saved.
@@ -249,3 +250,16 @@ def read(file: Path, saved: str) -> Tensor:
     kept = io.BytesIO()
     picture.save(kept, "JPEG")
     return pixels_of(read_rgb(kept.getvalue()))
+
+
+def ahead(read: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:
+    """Yield `read` of each number; the next one is read while one is used."""
+    with ThreadPoolExecutor(1) as beside:
+        waiting = None
+        for i in numbers:
+            coming = beside.submit(read, i)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()

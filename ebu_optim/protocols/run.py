@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,11 @@ from .attacking import attacked
 from .judges import Judge, open_judge
 from .named import label
 from .options import Evaluate
-from .pictures import Pictures, read
+from .pictures import Pictures, ahead, read
 from .processes import joined
-from .protocol import Asked, Protocol, Seen
+from .protocol import Asked, Protocol, Seen, not_computed
+from .sets import SetJudge
 
-Made = TypeVar("Made")
 RESULT = "protocols.json"
 #: Pictures that are in memory at a time, in addition to the judge's own tensors.
 BATCH = 16
@@ -67,7 +66,8 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
     ours, rows = joined(), []
     names = dict.fromkeys(judge for p in args.protocols for judge in p.judges)
     first = ours.rank == 0
-    judges = {name: open_judge(name, args.given, device) for name in names if first}
+    keep = args.output_dir / "statistics"
+    judges = {name: open_judge(name, args.given, device, keep) for name in names if first}
     with results.held(args.output_dir) if first else nullcontext():
         for name, pictures in kept.items():
             loaded = _Loaded(partial(_load, args.models()[name], args.base, pictures))
@@ -151,7 +151,7 @@ def _row(
     asked: Sequence[Asked],
     pictures: Pictures,
     base: Pictures | None,
-    judges: Mapping[str, Judge | str],
+    judges: Mapping[str, Judge | SetJudge | str],
     opened: tuple[Callable[[], Any], Callable[[], Any], Any, Callable[[], Any]],
 ) -> dict[str, Any]:
     """The row of a model and a protocol.
@@ -166,7 +166,15 @@ def _row(
         if judge.of_base and base is None:
             why[name] = "not computed: it compares with the base's pictures: give --base"
             del there[name]
+    sets = {name: judge for name, judge in ours.items() if isinstance(judge, SetJudge)}
+    if len(asked) < 2:
+        why |= dict.fromkeys(sets, not_computed("it needs at least two pictures")["not_computed"])
+    files = [pictures.file(protocol.sampling, a) for a in asked]
+    content = key([f.name for f in files])
     found: dict[str, Any] = look(protocol, asked, pictures, base, there)
+    for name, of_set in sets.items():
+        if name not in why:
+            found[name] = [of_set.look(files, key(pictures.model, content))]
     if protocol.attack is not None:
         by = protocol.attack.judge
         if by in why or base is None:
@@ -186,8 +194,7 @@ def _row(
             )
     targets = protocol.targets(args.forget)
     figures = protocol.count(Seen(asked, targets, found, why))
-    identities = {name: judge.identity for name, judge in there.items()}
-    files = [pictures.file(protocol.sampling, a).name for a in asked]
+    identities = {n: j.identity for n, j in ours.items() if n in found and not isinstance(j, str)}
     return {
         "model": pictures.whose,
         "made_of": pictures.model,
@@ -206,7 +213,7 @@ def _row(
         "forget": targets,
         "kind": protocol.kind(targets),
         "figures": figures,
-        "pictures": {"folder": f"images/{pictures.folder.name}", "hash": key(files)},
+        "pictures": {"folder": f"images/{pictures.folder.name}", "hash": content},
         "versions": versions(),
     }
 
@@ -234,19 +241,6 @@ def look(
         for name, judge in judges.items():
             found[name] += judge.look(ours, asked[i : i + BATCH], theirs)
     return found
-
-
-def ahead(read: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:
-    """Yield `read` of each number; the next one is read while one is used."""
-    with ThreadPoolExecutor(1) as beside:
-        waiting = None
-        for i in numbers:
-            coming = beside.submit(read, i)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
 
 
 def _write(file: Path, row: dict[str, Any]) -> None:
