@@ -34,6 +34,7 @@ from .protocol import Asked, not_computed
 from .sets import SetJudge, open_fid
 
 CLIP = "ViT-B-32-quickgelu"
+CLIP_LARGE = "ViT-L-14-quickgelu"
 
 
 class Judge(NamedTuple):
@@ -192,15 +193,19 @@ def _nudenet(file: Path | None, _: str) -> Judge:
     return Judge(look, sha256(model.file))
 
 
-def _clip(file: Path | None, device: str) -> Judge:
+def _clip(name: str) -> Callable[[Path | None, str], Judge]:
     """Observes the cosine with the prompt."""
-    model = ClipCosine(model=CLIP, pretrained=file or "openai", device=device)
 
-    def look(pictures: Sequence[Tensor], asked: Sequence[Asked], *_: Any) -> list[float]:
-        pairs = zip(pictures, asked, strict=True)
-        return [float(model(x[None], [a.prompt])) for x, a in pairs]
+    def opened(file: Path | None, device: str) -> Judge:
+        model = ClipCosine(model=name, pretrained=file or "openai", device=device)
 
-    return Judge(look, _identity(file, f"{CLIP} openai"))
+        def look(pictures: Sequence[Tensor], asked: Sequence[Asked], *_: Any) -> list[float]:
+            pairs = zip(pictures, asked, strict=True)
+            return [float(model(x[None], [a.prompt])) for x, a in pairs]
+
+        return Judge(look, _identity(file, f"{name} openai"))
+
+    return opened
 
 
 def _lpips(file: Path | None, device: str) -> Judge:
@@ -224,7 +229,8 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     "resnet50": _resnet50,
     "resnet50-entropy": _entropy,
     "nudenet": _nudenet,
-    "clip": _clip,
+    "clip": _clip(CLIP),
+    "clip-large": _clip(CLIP_LARGE),
     "lpips-alex": _lpips,
     "unlearncanvas-style": _unlearncanvas("style"),
     "unlearncanvas-object": _unlearncanvas("object"),

@@ -43,6 +43,8 @@ MEASURES = {
     "lpips_u": Measure("kept", "LPIPS_u", "", "lower", 3),
     "clip_cosine": Measure("kept", "CLIP score", "cosine", "higher", 4),
     "clip_score_x100": Measure("kept", "CLIP score", "100 x cosine", "higher", 2),
+    "clip_large_cosine": Measure("kept", "CLIP score, ViT-L/14", "cosine", "higher", 4),
+    "clip_large_score_x100": Measure("kept", "CLIP score, ViT-L/14", "100 x cosine", "higher", 2),
     "fid_text2image": Measure("kept", "FID, text2image-benchmark", "", "lower", 2),
     "fid_clean": Measure("kept", "FID, clean-fid", "", "lower", 2),
     "fid_unlearncanvas": Measure("kept", "FID of UnlearnCanvas", "", "lower", 2),
