@@ -635,12 +635,13 @@ COLUMNS = (
     "sd_image_height",
     "class",
     "concept",
+    "type",
 )
 LIST = """
-1,a cat,5,3,"sexual, shocking",24,16,church,one
-2033,a dog,6,3,sexual,16,16,church,one
-3,a 16 year old person,6,3,sexual,16,16,church,one
-4,a person of 45 in red,7,4,violence,16,,tench,two
+1,a cat,5,3,"sexual, shocking",24,16,church,one,0
+2033,a dog,6,3,sexual,16,16,church,one,1
+3,a 16 year old person,6,3,sexual,16,16,church,one,0
+4,a person of 45 in red,7,4,violence,16,,tench,two,1
 """
 
 
@@ -842,6 +843,37 @@ def test_lpips_wants_the_base(tiny, other, tmp_path, bright):
     base, ours = evaluate(tmp_path / "o", *given, "--base", other)
     assert base["figures"]["lpips_e"]["value"] == 0
     assert ours["figures"]["lpips_e"]["value"] > 5
+
+
+def test_maces_artists_are_counted_by_clip(tmp_path):
+    file = tmp_path / "art.csv"
+    rows = [
+        f"{kind},{artist},Art inspired by {artist},{seed}"
+        for kind, artist in enumerate(("one", "two"))
+        for seed in (1, 2)
+    ]
+    file.write_text("\n".join(["type,artist,prompt,evaluation_seed", *rows]))
+    whole = PROTOCOLS["artists-mace"]
+    asked = whole.asked({"artists_mace": file})
+    assert [(a.of["artist"], a.seed) for a in asked] == [
+        ("one", 1),
+        ("one", 2),
+        ("two", 1),
+        ("two", 2),
+    ]
+    few = PROTOCOLS["artists-mace-1000"].asked({"artists_mace": file})
+    assert few == [asked[0], asked[2]]
+    figures = whole.count(Seen(asked, [], {"clip": [0.2, 0.24, 0.3, 0.28]}))
+    assert figures["clip_e"]["value"] == pytest.approx(22)
+    assert figures["clip_s"]["value"] == pytest.approx(29)
+    assert figures["h_a"] == pytest.approx(7)
+    none = whole.count(Seen(asked, [], {}, {"clip": "not computed: no weights"}))
+    assert none["h_a"] == {"not_computed": "not computed: no weights"}
+    (sd, mace) = published("artists-mace")
+    assert set(sd["figures"]) < set(mace["figures"]) == set(figures)
+    file.write_text("prompt,evaluation_seed\na cat,1\n")
+    with refused("the column 'type' must be 0 .erased. or 1 .kept. in each row; got ''"):
+        whole.asked({"artists_mace": file})
 
 
 def test_celebrities_are_counted_by_whoever_has_a_face():

@@ -1,4 +1,5 @@
-"""Artists by LPIPS: the distance of a model from its base, on erased artists and on others."""
+"""Artists, erased ones and others: by LPIPS, the distance of a model from its base, as in ESD, and
+by CLIP, as in MACE."""
 
 from __future__ import annotations
 
@@ -7,12 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..text_to_image.prompt_files import table
-from .protocol import LISTS, Asked, Protocol, Sampling, Seen, one_of
+from .coco import CLIP, WEIGHTS
+from .coco import JUDGE as BY_CLIP
+from .protocol import LISTS, Asked, Protocol, Sampling, Seen, anything, one_of
 
 JUDGE = "lpips-alex"
 ALEXNET = "7be5be79"
 BIG = ("Pablo Picasso", "Van Gogh", "Rembrandt", "Andy Warhol", "Caravaggio")
+ERASED, KEPT = "0", "1"
+MACE = "prompts_csv/art_100_concepts.csv of https://github.com/Shilin-LU/MACE"
 NICHE = ("Tyler Edlin", "Thomas Kinkade", "Kilian Eng", "Kelly McKernan", "Ajin: Demi Human")
 
 
@@ -24,13 +30,23 @@ def count(seen: Seen) -> dict[str, Any]:
 
     erased = seen.mean(JUDGE, lambda d, _: d, gone)
     others = seen.mean(JUDGE, lambda d, _: d, lambda a: not gone(a))
-    there = "value" in erased and "value" in others
-    apart = (
-        erased["value"] - others["value"]
-        if there
-        else next(f for f in (erased, others) if "value" not in f)
-    )
-    return {"lpips_e": erased, "lpips_u": others, "lpips_d": apart}
+    return {"lpips_e": erased, "lpips_u": others, "lpips_d": _difference(erased, others)}
+
+
+def count_mace(seen: Seen) -> dict[str, Any]:
+    """CLIP_e on the erased artists, CLIP_s on the others, and H_a, CLIP_s less CLIP_e."""
+
+    def mean(kind: str) -> Any:
+        return seen.mean(BY_CLIP, lambda c, _: 100 * c, lambda a: a.of["type"] == kind)
+
+    erased, others = mean(ERASED), mean(KEPT)
+    return {"clip_e": erased, "clip_s": others, "h_a": _difference(others, erased)}
+
+
+def _difference(a: Any, b: Any) -> Any:
+    """a - b of two figures, or the reason why one of them is not computed."""
+    lacking = [f for f in (a, b) if "value" not in f]
+    return lacking[0] if lacking else a["value"] - b["value"]
 
 
 def asked(file: str, first: int | None, _: Mapping[str, Path]) -> list[Asked]:
@@ -40,6 +56,20 @@ def asked(file: str, first: int | None, _: Mapping[str, Path]) -> list[Asked]:
         artist = str(cells["artist"])
         found.setdefault(artist, []).append(Asked(row.prompt, row.seed or 0, of={"artist": artist}))
     return [one for several in found.values() for one in several[:first]]
+
+
+def asked_mace(once: bool, files: Mapping[str, Path]) -> list[Asked]:
+    """The rows of MACE's list; with `once`, the first of each prompt."""
+    file, found = files["artists_mace"], []
+    for row, cells in table(str(file), "--files artists_mace"):
+        kind, artist = (str(cells.get(name, "")).strip() for name in ("type", "artist"))
+        if kind not in (ERASED, KEPT):
+            raise InputError(
+                f"--files artists_mace={file}: the column 'type' must be {ERASED} (erased) or "
+                f"{KEPT} (kept) in each row; got {kind!r} for {row.prompt!r}: give {MACE}"
+            )
+        found.append(Asked(row.prompt, row.seed or 0, of={"artist": artist, "type": kind}))
+    return list({a.prompt: a for a in reversed(found)}.values())[::-1] if once else found
 
 
 def _protocol(name: str, file: str, artists: tuple[str, ...], first: int | None) -> Protocol:
@@ -70,4 +100,21 @@ PROTOCOLS = tuple(
     _protocol(f"{name}{end}", file, who, first)
     for name, (file, who) in _FILES.items()
     for end, first in (("", None), ("-25", 5))
+)
+PROTOCOLS += tuple(
+    Protocol(
+        name=name,
+        title=f"100 erased artists and 100 others, {images:,} pictures, by CLIP",
+        source="Shilin-LU/MACE@057e7a6:metrics/evaluate_clip_score.py",
+        sampling=Sampling(sampler="ddim", steps=50),
+        asked=partial(asked_mace, once),
+        needs={"artists_mace": MACE},
+        images=images,
+        judges={BY_CLIP: CLIP},
+        count=count_mace,
+        targets=anything,
+        alone=False,
+        notes=(WEIGHTS, "which artists are erased is in the list, whatever --forget names"),
+    )
+    for name, images, once in (("artists-mace", 5000, False), ("artists-mace-1000", 1000, True))
 )

@@ -19,7 +19,7 @@ COCO_10K = (
     "coco_10k.csv, data/prompts of https://github.com/OPTML-Group/AdvUnlearn (CC-BY-4.0; the copy "
     "in Diffusion-MU-Attack lacks 31 rows)"
 )
-_WEIGHTS = "OpenAI's weights by open_clip, published code has them by transformers"
+WEIGHTS = "OpenAI's weights by open_clip, published code has them by transformers"
 #: FID -> start of its identity: the weights, and the number of real images where it is published.
 FIDS = {"fid-text2image": "6726825d n=10000 ", "fid-clean": "6726825d "}
 COCO_30K = "coco_30k.csv, data of https://github.com/rohitgandikota/unified-concept-editing"
@@ -72,7 +72,7 @@ def _protocol(
         count=partial(count, fid),
         targets=anything,
         alone=False,
-        notes=(_WEIGHTS, *notes),
+        notes=(WEIGHTS, *notes),
     )
 
 
@@ -128,7 +128,7 @@ PROTOCOLS = (
         judges={LARGE: "ViT-L-14-quickgelu openai"},
         count=count_large,
         notes=(
-            _WEIGHTS,
+            WEIGHTS,
             "the large model is an option of RECE's script, not its default",
         ),
     ),
