@@ -204,6 +204,9 @@ RUNS = {
         "attn2.",
     ),
     "advunlearn": (["--adversary_steps", 2, "--remember_loss", "distill"], "attn2."),
+    "uce": (["--surrogate_prompt", "dog"], ("attn2.to_k", "attn2.to_v")),
+    "rece": (["--surrogate_prompt", "dog"], ("attn2.to_k", "attn2.to_v")),
+    "speed": (["--surrogate_prompt", "dog", "--remember", "a red car", ""], "attn2.to_v"),
     **{
         m: ([], "attn2.")
         for m in (
@@ -1551,6 +1554,61 @@ def test_mistakes_are_told_in_one_line_before_any_time_is_spent(made, tmp_path):
             "--train_modules",
             "selfattn",
         ],
+        "--warm_start uce: not possible with --method rece, RECE, because it is the same": [
+            "--method",
+            "rece",
+            "--warm_start",
+            "uce",
+        ],
+        "--train_modules lora: not possible with --method uce, UCE, because it edits": [
+            "--method",
+            "uce",
+            "--train_modules",
+            "lora",
+        ],
+        "--quantize int8: not possible with --method uce": [
+            "--method",
+            "uce",
+            "--quantize",
+            "int8",
+        ],
+        "--forget_loss relabel: not possible with --method uce, UCE, because it has no loss": [
+            "--method",
+            "uce",
+            "--forget_loss",
+            "relabel",
+        ],
+        "--adversary_steps 1: not possible with --method speed": [
+            "--method",
+            "speed",
+            "--adversary_steps",
+            1,
+        ],
+        "--relearner_steps 1: not possible with --method speed": [
+            "--method",
+            "speed",
+            "--relearner_steps",
+            1,
+        ],
+        "--save_as lora: UCE has no adapters": ["--method", "uce", "--save_as", "lora"],
+        "UCE takes no step and has no checkpoints; give latest": [
+            "--method",
+            "uce",
+            "--resume_from_checkpoint",
+            tmp_path / "step_7",
+        ],
+        "--method uce: ridge must be finite and > 0; got -1": [
+            "--method",
+            "uce",
+            "--method_options",
+            '{"ridge": -1}',
+        ],
+        "--method uce has no option rounds to set": [
+            "--method",
+            "uce",
+            "--method_options",
+            '{"rounds": 2}',
+        ],
         "--warm_start rece: spm does not train all": ["--warm_start", "rece", "--method", "spm"],
         "--hub_model_id needs --push_to_hub": ["--hub_model_id", "me/model"],
         "there is no such folder": ["--resume_from_checkpoint", tmp_path / "step_7"],
@@ -1672,6 +1730,90 @@ def test_a_warm_start_begins_at_the_edit_in_closed_form(kind, made, tmp_path):
         led = (w.double() @ edit).float() if name.endswith(read) else w
         torch.testing.assert_close(found[name], led, rtol=1e-4, atol=1e-5)
     assert any((found[n] - w).abs().max() > 1e-3 for n, w in base.items() if n.endswith(read))
+
+
+def read_as(pipe, texts):
+    """The last tokens of prompts (the beginning of the empty one), and all tokens."""
+    given = pipe.tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        hidden = pipe.text_encoder(given.input_ids)[0].double()
+    ends = [max(len(pipe.tokenizer(t).input_ids) - 2, 0) for t in texts]
+    return hidden[range(len(texts)), ends], hidden
+
+
+CLOSED = ["--surrogate_prompt", "dog", "--remember", "a red car", "a person", ""]
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+def test_an_edit_in_closed_form_is_a_method_of_its_own(method, made, tmp_path):
+    said = succeed(*unlearn(made, tmp_path / "o", "--method", method, *CLOSED))
+    assert "sets in" not in said
+    assert not list((tmp_path / "o").glob("**/checkpoints"))
+    kept = [f.name.partition("-")[0] for f in (tmp_path / "o" / "sets").iterdir()]
+    assert kept == ["text"]
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "o" / "pipeline")
+    (cat, dog, *keep), hidden = read_as(pipe, ["cat", "dog", "a red car", "a person", ""])
+    keep, pair = torch.stack(keep), (cat[None], dog[None])
+    base, found = weights(made / "base"), weights(tmp_path / "o" / "pipeline")
+    ends = tuple(f"{end}.weight" for end in closed_forms[method].edits)
+    edited = {n: w.double() for n, w in base.items() if n.endswith(ends)}
+    edit = uce(*pair, keep)
+    if method == "rece":
+        edit = rece(gram(edited.values()), hidden[0], hidden[1], keep, start=edit)
+    for name, w in edited.items():
+        new = found[name].double()
+        if method == "speed":
+            chosen = influential(w, *pair, keep)
+            assert 0 < len(chosen) < len(keep)
+            edit = speed(*pair, chosen, invariants(hidden[-1]))
+            torch.testing.assert_close(new @ chosen.T, w @ chosen.T, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                new @ hidden[-1][0], w @ hidden[-1][0], rtol=1e-4, atol=1e-4
+            )
+        # the concept is read as what takes its place, up to the ridge
+        before, after = ((m @ cat - w @ dog).norm() for m in (w, new))
+        assert after < (0.5 if method == "uce" else 1) * before
+        torch.testing.assert_close(new, w @ edit, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(found[n], w) for n, w in base.items() if n not in edited)
+    report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
+    assert report["remember"] == ["a red car", "a person", ""]
+    assert report["settings"].items() >= {"speed": {"threshold": 0.1}, "uce": {"ridge": 0.5}}.get(
+        method, {"rounds": 3}
+    ).items()
+    assert report["options"]["max_train_steps"] == "0"
+    assert report["memory_counted"].keys() == {"peak", "prompts"}
+
+
+def test_an_edit_in_closed_form_is_the_same_in_every_form_and_with_its_options(made, tmp_path):
+    more = ["--method", "uce", *CLOSED, "--method_options", '{"ridge": 0.01}']
+    for form in ("pipeline", "changed", "single"):
+        succeed(*unlearn(made, tmp_path / form, *more, "--save_as", form))
+    again = unlearn(made, tmp_path / "changed", *more, "--save_as", "changed")
+    succeed(*again, "--resume_from_checkpoint", "latest")
+    whole = weights(tmp_path / "pipeline" / "pipeline")
+    part = load_file(tmp_path / "changed" / "changed" / "unet_changed.safetensors")
+    assert part.keys() == {n for n in whole if n.endswith(("attn2.to_k.weight", "to_v.weight"))
+                           and "attn2" in n}
+    assert all(torch.equal(t, whole[n]) for n, t in part.items())
+    pipe = StableDiffusionPipeline.from_single_file(
+        tmp_path / "single" / "single" / "single.safetensors", config=str(made / "base")
+    )
+    assert all(torch.equal(t, whole[n]) for n, t in pipe.unet.state_dict().items())
+    base = weights(made / "base")
+    (cat, dog), _ = read_as(StableDiffusionPipeline.from_pretrained(made / "base"), ["cat", "dog"])
+    for name, w in part.items():
+        new, old = w.double(), base[name].double()
+        assert (new @ cat - old @ dog).norm() < 0.1 * (old @ cat - old @ dog).norm()
+
+
+def test_speed_without_a_null_space_names_options(made, tmp_path):
+    many = ["a red car", "a person", "a blue dog", "the person", "an image of a car", "painting"]
+    options = ["--surrogate_prompt", "dog", "--remember", *many]
+    options += ["--method_options", '{"threshold": 1e-12}']
+    said = ""
+    for more in ([], ["photo", "style", "red", "blue", "a", "in", "the", "of", "car", "person"] * 1):
+        code, said = run(*unlearn(made, tmp_path / "o", "--method", "speed", *options, *more))
+    assert code == 2, said
 
 
 def test_a_warm_started_run_is_resumed_bit_for_bit(made, tmp_path):

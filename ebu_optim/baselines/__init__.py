@@ -19,7 +19,7 @@ code. This loop runs any method:
 from importlib import import_module
 from typing import Any
 
-from ._methods import methods
+from ._methods import closed_forms, methods, recipes
 from ._recipe import Recipe
 from ._recipe import Recipe as Method
 from .aegis import AEGIS
@@ -65,6 +65,7 @@ __all__ = [
     "SalUn",
     "SelectiveAmnesia",
     "anchor_loss",
+    "closed_forms",
     "esd_loss",
     "esd_target",
     "fisher_images",
@@ -72,6 +73,7 @@ __all__ = [
     "next_class",
     "partly_denoised",
     "random_anchors",
+    "recipes",
     "relabel_loss",
     "replayed_images",
     "reset_weights",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from ..closed_form import CROSS_ATTENTION, rece, speed, uce
 from ..optim import EBUOptimizer
 from . import (
     advunlearn,
@@ -33,6 +34,10 @@ from ._recipe import Recipe
 
 def _ebu(title: str, **options: Any) -> Recipe:
     return Recipe(title, partial(EBUOptimizer, **options), "gamma", fisher="online")
+
+
+def _edit(title: str, matrix: Any, edits: tuple[str, ...] = CROSS_ATTENTION) -> Recipe:
+    return Recipe(title, partial(matrix), forgets="edit", remembers=None, edits=edits)
 
 
 #: For each ablation of Table 4, the terms of the update that remain.
@@ -78,3 +83,12 @@ methods: dict[str, Recipe] = {
     "ebu_blend_forget": _ebu("EBU w/o L_r^c (in the blend)", alpha=1.0),
     "ebu_blend_equal": _ebu("EBU w/o Mitigation (equal blend)", alpha=0.5),
 }
+
+#: Edits in closed form, for text-to-image models: they have no optimizer and take no step.
+closed_forms: dict[str, Recipe] = {
+    "uce": _edit("UCE", uce),
+    "rece": _edit("RECE", rece),
+    "speed": _edit("SPEED", speed, ("attn2.to_v",)),
+}
+#: Both, for what reads the method of a run that may be either.
+recipes: dict[str, Recipe] = {**methods, **closed_forms}

@@ -23,12 +23,14 @@ class Recipe:
     Attributes:
         title: the name in tables.
         build: ``build(base, **options)`` makes the optimizer; ``build.keywords`` are the options
-            that define the method, ``build.func.needs`` the phases that it needs.
+            that define the method, ``build.func.needs`` the phases that it needs. For an edit in
+            closed form, the function of `ebu_optim.closed_form` that returns its matrix.
         strength: the option that is tuned, or None.
         forgets: the forget loss: "surrogate" (denoising of the mandatory distribution under
             the condition to forget), "own" (denoising of the class's own images), "relabel"
             (``relabel_loss`` on these images), "guidance" (``esd_loss``), "adapter" (``esd_loss``
-            at points sampled with the adapter) or None.
+            at points sampled with the adapter), "edit" (no loss: what is forgotten is read as what
+            takes its place) or None.
         remembers: the remember loss: "replay" (denoising of replayed images), "distill"
             (the frozen model's prediction on these images), "crossed" (the same under other kept
             conditions), "anchors" (``anchor_loss`` on random embeddings) or None.
@@ -48,6 +50,8 @@ class Recipe:
             at the start, so such a method would never begin.
         clips: whether the published text-to-image run clips gradients, at 1.
         published: the method's options in the published text-to-image runs.
+        edits: for an edit in closed form, which takes no step: the ends of the names of the layers
+            that it edits; else empty.
     """
 
     title: str
@@ -67,6 +71,7 @@ class Recipe:
     stalls: bool = False
     clips: bool = True
     published: Mapping[str, Any] = field(default_factory=dict)
+    edits: tuple[str, ...] = ()
 
     # -- what follows from these ------------------------------------------------------------------
 
@@ -93,8 +98,18 @@ class Recipe:
     @property
     def options(self) -> tuple[str, ...]:
         """The names of the method's options that may be set."""
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """These options with their defaults."""
         known = inspect.signature(self.build.func).parameters
-        return tuple(n for n in known if n not in {"base", *self.build.keywords})
+        fixed = {"base", "start", *self.build.keywords}
+        return {
+            n: p.default
+            for n, p in known.items()
+            if n not in fixed and not (self.edits and p.kind is not p.KEYWORD_ONLY)
+        }
 
     def needs(self, **options: Any) -> tuple[str, ...]:
         """Return the phases that the method needs with these options.
@@ -102,6 +117,11 @@ class Recipe:
         Raises:
             TypeError, ValueError: the method does not accept the options.
         """
+        if self.edits:
+            known = inspect.signature(self.build.func).parameters.values()
+            of_one_number = [torch.zeros(1, 1)] * sum(p.default is p.empty for p in known)
+            self.build(*of_one_number, **options)
+            return ()
         base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
         given = {"fisher": "online", **options} if self.fisher else options
         return self.build(base, **given).needs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..baselines import methods
+from ..baselines import closed_forms, methods
 from ..diffusion.objectives import LossOptions
 from ..errors import InputError
 from ..training import adversary
@@ -133,7 +133,15 @@ class Unlearn(
     validation_pictures: int = option(
         0, help="How many of these images, per class, are saved in pictures.safetensors."
     )
-    method: Literal[METHODS] = option("ebu", help='Method of unlearning; "ebu" is ebu_added.')  # type: ignore[valid-type]
+    method: Literal[METHODS] = option(  # type: ignore[valid-type]
+        "ebu",
+        help='Method of unlearning; "ebu" is ebu_added.',
+        elsewhere=dict.fromkeys(
+            closed_forms,
+            "it edits how cross attention reads text embeddings, and a class-conditional model has "
+            "neither",
+        ),
+    )
     fisher: Literal["online", "prepared", "none"] | None = option(
         None, help="Where F comes from. Default: online; for SA what prepare.py estimated."
     )

@@ -17,7 +17,7 @@ A bias is not changed: W' c + b is the target's W g + b.
 
 from ._embeddings import CROSS_ATTENTION, apply, gram
 from .rece import adversarial, rece
-from .speed import influential, null_space, speed
+from .speed import influential, invariants, null_space, speed
 from .uce import uce
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "apply",
     "gram",
     "influential",
+    "invariants",
     "null_space",
     "rece",
     "speed",

@@ -56,8 +56,7 @@ def speed(
         erase: t, [n, d].
         targets: a, [n, d] or [1, d].
         retain: the kept embeddings, [m, d]; all of them, or those of `influential`.
-        invariant: K, [k, d], or None; in the published code the embeddings of the first token and
-            of three centres of the empty prompt's tokens.
+        invariant: K, [k, d], or None; in the published code those of `invariants`.
         threshold: for `null_space`: 0.1, and 1e-4 for celebrities.
         ridge: s > 0: 1; 0.05 for celebrities, 0.7 for nudity.
         damping: lambda >= 0: 0; 0.5 for nudity.
@@ -84,6 +83,40 @@ def speed(
         left = eye - inverse @ k @ torch.linalg.pinv(inner, hermitian=True) @ k.T @ projection
     # the last P only removes rounding errors, which a small s would amplify in what is kept
     return eye + (cross - second) @ projection @ left @ inverse @ projection
+
+
+def invariants(empty: Tensor, centres: int = 3) -> Tensor:
+    """Return what SPEED reads exactly as before: of the empty prompt the first token, and the
+    k-means centres of the others.
+
+    The clustering starts at the tokens that are farthest apart, so that it draws nothing.
+
+    Args:
+        empty: the empty prompt's tokens, [L, d] with L >= 2.
+        centres: >= 1; at most the number of different tokens are returned.
+
+    Returns:
+        K, float64 [1 + centres, d].
+
+    Raises:
+        ValueError: there are fewer than two tokens, or centres < 1.
+    """
+    first, others = (c := rows("empty", empty))[:1], c[1:]
+    if not len(others) or centres < 1:
+        raise ValueError(
+            f"empty must have at least 2 tokens, and centres be >= 1; got {len(c)} and {centres!r}"
+        )
+    found = others[:1]
+    while len(found) < centres:
+        away = torch.cdist(others, found).amin(1)
+        if not away.any():
+            break
+        found = torch.cat([found, others[away.argmax()][None]])
+    before = None
+    while before is None or not torch.equal(found, before):  # each round lowers the sum of squares
+        nearest, before = torch.cdist(others, found).argmin(1), found
+        found = torch.stack([others[nearest == i].mean(0) for i in nearest.unique()])
+    return torch.cat([first, found])
 
 
 def influential(weight: Tensor, erase: Tensor, targets: Tensor, retain: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..baselines import Recipe, methods
+from ..baselines import Recipe, recipes
 from ..errors import InputError
 from ..modules import evaluating
 from ..training.adversary import attacked
@@ -82,7 +82,7 @@ def recipe_of(args: Any) -> Recipe:
     Raises:
         ValueError: --forget_loss for a method that has its own forget loss.
     """
-    own = methods[args.method]
+    own = recipes[args.method]
     # a method with its own remember loss keeps it; the run warns that --remember has no effect
     return own.with_losses(
         forget=args.forget_loss, remember=args.remember if own.replayed else None
@@ -91,7 +91,7 @@ def recipe_of(args: Any) -> Recipe:
 
 def kind(args: Any) -> str | None:
     """Return the kind of the forget loss: --forget_loss, or the method's; see `Recipe.forgets`."""
-    return args.forget_loss or methods[args.method].forgets
+    return args.forget_loss or recipes[args.method].forgets
 
 
 def needs_own_images(args: Any) -> str | None:
@@ -206,7 +206,7 @@ class Objectives:
             if self.kind == "own":
                 x, labels = self.own[self.i]
                 # EraseDiff descends what GA ascends; this forgets only because the noise is wrong
-                noise = torch.rand_like(x) if methods[args.method].noise == "uniform" else None
+                noise = torch.rand_like(x) if recipes[args.method].noise == "uniform" else None
                 return denoising_loss(self.model, x, labels, self.scheduler, noise=noise, **options)
             labels = self.pick(self.forgotten)
             if self.kind in ("guidance", "adapter"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..attacks.judges import JudgeOptions
-from ..baselines import methods
+from ..baselines import recipes
 from ..diffusion.objectives import REMEMBER_LOSS
 from ..errors import InputError
 from ..text_to_image.options import ALIASES, Unlearn
@@ -163,7 +163,7 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
 
     def _preset(self) -> dict[str, Any]:
         """The preset's values, without those that the method sets itself."""
-        recipe = methods[ALIASES.get(self.method, self.method)]
+        recipe = recipes[ALIASES.get(self.method, self.method)]
         given = dict(PRESETS[self.preset])
         if recipe.forgets not in ("surrogate", "relabel"):
             given = {k: v for k, v in given.items() if k not in ("forget_loss", "train_modules")}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..errors import InputError
 from ..files import not_finite
 from ..formats import fuse
@@ -227,7 +227,7 @@ def _protocol(
             "keep": asked["neighbours"],
         },
         "unlearning": {
-            "method": methods[args.method].title,
+            "method": recipes[args.method].title,
             "settings": spoken["settings"],
             "steps": args.max_train_steps,
             "batch_size": args.train_batch_size,

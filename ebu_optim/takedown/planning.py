@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..text_to_image import memory, outcome, pipelines, prompts, sets
 from ..text_to_image.unlearn import SCRIPT
 from ..training import adversary, relearner
@@ -48,20 +48,26 @@ def plan(args: Any) -> str:
     looked, texts, cost = check(args)
     args = looked.family.guided(args, looked.unet)
     per_step = (adversary.passes(args) + relearner.passes(args)) * args.train_batch_size
+    closed_form = recipes[args.method].edits
+    passes = (
+        "none, the edit is computed on the CPU from the prompts' embeddings"
+        if closed_form
+        else f"{sets.passes(args, looked, texts):,} for the sets, about "
+        f"{args.max_train_steps * per_step:,} forward and backward in {args.max_train_steps:,} "
+        "steps; the progress bar estimates the time once the first step is done"
+    )
     lines = [
         f"model: {args.pretrained_model_name_or_path}, {looked.resolution} pixels",
-        f"method: {methods[args.method].title}, preset {args.preset}; instead: "
+        f"method: {recipes[args.method].title}, preset {args.preset}; instead: "
         f"{outcome.instead(args)}",
         f"forgets: {', '.join(repr(texts.texts[i]) for i in texts.forget[:5])}"
         f"{f' and {len(texts.forget) - 5} more' if len(texts.forget) > 5 else ''}; keeps "
         f"{len(texts.remember)} prompts",
-        f"trained: {args.train_modules or 'adapters'}, {cost.trained:,} of "
+        f"trained: {outcome.trained(args)}, {cost.trained:,} of "
         f"{cost.trained + cost.frozen:,} parameters",
-        f"passes through the model: {sets.passes(args, looked, texts):,} for the sets, about "
-        f"{args.max_train_steps * per_step:,} forward and backward in {args.max_train_steps:,} "
-        "steps; the progress bar estimates the time once the first step is done",
+        f"passes through the model: {passes}",
         f"memory by phase, without about 1 GiB for the CUDA libraries:\n{cost.table()}",
-        f"written to {args.output_dir}: {args.save_as}, report/, evidence.json, run.yaml, "
-        "checkpoints",
+        f"written to {args.output_dir}: {args.save_as}, report/, evidence.json, run.yaml"
+        f"{'' if closed_form else ', checkpoints'}",
     ]
     return "\n".join([*lines, *outcome.cautions(args, looked, texts)])

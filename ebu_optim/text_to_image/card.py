@@ -103,6 +103,7 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
         absent="".join(f", {part}=None" for part in family.absent),
         file=f"{args.output_dir.resolve().name}.safetensors",
     )
+    steps = f"{args.max_train_steps} steps" if args.max_train_steps else "closed form"
     terms = f" (`{given['license']}`)" if "license" in given else ""
     return f"""---
 {header.to_yaml()}
@@ -110,7 +111,7 @@ def write(args: Any, base: Path, report: Mapping[str, Any], hub: str | None) -> 
 
 # {name if on_hub else Path(name).name} without {gone}
 
-Made by {report["title"]} in {args.max_train_steps} steps ({report["seconds"]:.0f} s) with
+Made by {report["title"]} in {steps} ({report["seconds"]:.0f} s) with
 ebu_optim; trained: {report["train_modules"]}, {report["trained"]:,} parameters. `unlearn.json`
 lists every option.
 

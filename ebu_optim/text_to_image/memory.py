@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..diffusion.objectives import needs_teacher
 from ..training.adversary import attacked
 from ..training.method import fisher_source, needs
@@ -102,16 +102,17 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
             "F": trained * 4,
             **_larger({"activations": draws * one.kept}, {"the optimizer's step": trained * 4}),
         }
-    phases["unlearning"] = {
-        **between,
-        "gradients": trained * 4 * len(needs(args)),
-        # the weights as they were, and a gradient beside the phases'
-        "relearner": trained * 8 if args.relearner_steps else 0,
-        **_larger(
-            {**copies, "activations": _kept(args, one)},
-            {"the optimizer's step": _step(args, trained)},
-        ),
-    }
+    if not recipes[args.method].edits:  # an edit in closed form is made on the CPU
+        phases["unlearning"] = {
+            **between,
+            "gradients": trained * 4 * len(needs(args)),
+            # the weights as they were, and a gradient beside the phases'
+            "relearner": trained * 8 if args.relearner_steps else 0,
+            **_larger(
+                {**copies, "activations": _kept(args, one)},
+                {"the optimizer's step": _step(args, trained)},
+            ),
+        }
     if args.validation_steps:
         guided = looked.family.passes(looked.unet, args.validation_guidance_scale)
         sampling = {**copies, "activations": guided * one.drawn}
@@ -124,15 +125,15 @@ def count(args: Any, looked: Looked, prompts: Prompts) -> Cost:
 
 def _between_steps(args: Any, trained: int, source: str | None) -> Rows:
     """Bytes that the optimizer holds from one step to the next."""
-    penalty = methods[args.method].build.keywords.get("penalty") != "none"
+    penalty = recipes[args.method].build.keywords.get("penalty") != "none"
     held = source is not None and penalty and args.fisher != "none"
     return {
         "gradients": trained * 4,  # the last step's is held until the next
         "Adam's moments": trained * 8,
         "theta0": trained * 4 if held or needs_teacher(args) else 0,
-        "the rule's own": trained * 4 * methods[args.method].held,
+        "the rule's own": trained * 4 * recipes[args.method].held,
         "F": trained * 4 if held else 0,
-        "SalUn's mask": trained if methods[args.method].masked else 0,
+        "SalUn's mask": trained if recipes[args.method].masked else 0,
     }
 
 
@@ -158,7 +159,7 @@ def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
 
 def _kept(args: Any, one: Passes) -> int:
     """Bytes that a batch keeps for its backward pass."""
-    anchors = ANCHORS if methods[args.method].adapter else 0
+    anchors = ANCHORS if recipes[args.method].adapter else 0
     # the forget losses of all adversaries are one sum
     kept = max(args.train_batch_size * (1 + attacked(args)), anchors)
     return kept * (one.kept_checkpointed if args.gradient_checkpointing else one.kept)
@@ -169,7 +170,7 @@ def _step(args: Any, trained: int) -> int:
 
     On a GPU torch's Adam computes the square roots of all second moments at once. A method that
     freezes some weights also keeps a copy of the trained tensors, to put these back."""
-    frozen = methods[args.method].masked or args.method_options.get("unrelated") == "freeze"
+    frozen = recipes[args.method].masked or args.method_options.get("unrelated") == "freeze"
     return trained * 4 * (2 if frozen else 1)
 
 

@@ -11,10 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..errors import InputError
 from ..training.fields import option
+from . import edits
 from .families import STABLE_DIFFUSION, Conditions, Family, join, split
+from .families.unets import Choice
 from .quantized import Quantize
 
 Modules = Literal[
@@ -45,7 +47,7 @@ class ModuleOptions:
     train_modules: Modules | None = option(
         None,
         help="Parts of the denoiser that are trained. Default: xattn; for `ebu forget` the "
-        "preset's. SPM trains its own adapters.",
+        "preset's. SPM trains its own adapters; uce, rece and speed edit their own layers.",
     )
     rank: int = option(4, help="Rank of a LoRA.")
     lora_alpha: float | None = option(None, help="Alpha of a LoRA. Default: its rank.")
@@ -83,7 +85,7 @@ class ModuleOptions:
 
 
 def is_adapter(args: Any) -> bool:
-    return methods[args.method].adapter or args.train_modules == "lora"
+    return recipes[args.method].adapter or args.train_modules == "lora"
 
 
 def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
@@ -94,7 +96,11 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
     """
     unread = family.unread(unet.config)
     if not is_adapter(args):
-        wanted = family.modules[args.train_modules]
+        if recipes[args.method].edits:
+            edited = edits.layers(unet, args.method)
+            wanted: Choice = lambda name, _: name in edited  # noqa: E731
+        else:
+            wanted = family.modules[args.train_modules]
         owner = {
             f"{name}.{n}" if name else n: module
             for name, module in unet.named_modules()
@@ -116,7 +122,7 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
         return
     from peft import LoraConfig
 
-    spm = methods[args.method].adapter
+    spm = recipes[args.method].adapter
     rank = 1 if spm else args.rank
     alpha = 1 if spm else rank if args.lora_alpha is None else args.lora_alpha
     if spm:

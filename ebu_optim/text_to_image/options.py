@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..diffusion.objectives import REMEMBER_LOSS, LossOptions
 from ..errors import InputError
 from ..training import adversary
@@ -15,6 +15,7 @@ from ..training.fields import as_dict, check_choices, option
 from ..training.method import MethodOptions, guided_steps
 from ..training.options import TrainingOptions
 from ..training.relearner import RelearnerOptions
+from . import edits
 from .hub import HubOptions
 from .modules import ModuleOptions, is_adapter
 from .pipelines import Model
@@ -26,7 +27,7 @@ from .warm_start import WarmStartOptions
 
 #: --method: short names, and the methods of the table that work for text-to-image models.
 ALIASES = {"ebu": "ebu_added", "sa": "selective_amnesia"}
-METHODS = (*ALIASES, *(m for m in methods if m not in ("retrain", "embedding_only")))
+METHODS = (*ALIASES, *(m for m in recipes if m not in ("retrain", "embedding_only")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,11 @@ class Unlearn(
         InputError: a value is out of range, or two options exclude each other.
     """
 
-    method: Literal[METHODS] = option("ebu", help='Method of unlearning; "ebu" is ebu_added.')  # type: ignore[valid-type]
+    method: Literal[METHODS] = option(  # type: ignore[valid-type]
+        "ebu",
+        help='Method of unlearning; "ebu" is ebu_added. uce, rece and speed are edits in closed '
+        "form, without a training step.",
+    )
     fisher: Literal["online", "estimate", "none"] | None = option(
         None, help="Source of F. Default: online; for SA: estimate."
     )
@@ -72,7 +77,7 @@ class Unlearn(
     def resolved(self) -> Unlearn:
         """A copy with the defaults that depend on other options; `self` if none is missing."""
         method = ALIASES.get(self.method, self.method)
-        recipe = methods[method]
+        recipe = recipes[method]
         adapter = recipe.adapter or self.train_modules == "lora"
         one_file = Path(self.pretrained_model_name_or_path).is_file()
         own: dict[str, Any] = {
@@ -84,7 +89,12 @@ class Unlearn(
             "save_as": "lora" if adapter else "single" if one_file else "pipeline",
             "hub_model_id": self.output_dir.resolve().name if self.push_to_hub else None,
         }
+        if recipe.edits:  # no step is taken, so there is nothing that these could be of
+            own = {k: own[k] for k in ("sets_dir", "save_as", "hub_model_id")}
         found = {k: v for k, v in own.items() if getattr(self, k) is None and v is not None}
+        if recipe.edits:
+            none = {"max_train_steps": 0, "validation_steps": 0}
+            found |= {k: v for k, v in none.items() if getattr(self, k) != v}
         found |= adversary.defaults(self, method)
         if method != self.method:
             found["method"] = method
@@ -97,9 +107,12 @@ class Unlearn(
         check_choices(type(self), as_dict(self))
         if self.resolved() is not self:
             return  # the resolved copy runs these checks
-        self.check_training()
+        closed_form = bool(recipes[self.method].edits)
+        self.check_training(steps=0 if closed_form else 1)
         self.check_method()
-        if methods[self.method].adapter and self.train_modules is not None:
+        if closed_form:
+            edits.check(self)
+        if recipes[self.method].adapter and self.train_modules is not None:
             raise InputError(
                 f"--train_modules {self.train_modules}: SPM trains its own adapters; leave the "
                 "option out"

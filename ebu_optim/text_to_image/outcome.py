@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..class_conditional.outcome import settings
 from ..diffusion import objectives
 from ..metrics import versions
@@ -31,27 +31,36 @@ def instead(args: Any) -> str:
         return other.get(
             args.surrogate, f"what {prompt} draws" if args.surrogate == "prompt" else "noise"
         )
-    if kind == "relabel":
+    if kind in ("relabel", "edit"):
         return f"what {prompt} draws"
     if kind in ("guidance", "adapter"):
         return "what guidance away from it gives"
     return "something else"
 
 
+def trained(args: Any) -> str:
+    """The trained or edited part of the denoiser, in words."""
+    recipe = recipes[args.method]
+    if recipe.edits:
+        return f"{' and '.join(recipe.edits)}, edited in closed form"
+    return "SPM's adapters" if recipe.adapter else args.train_modules
+
+
 def unused(args: Any) -> list[str]:
     """The given options that have no effect with this method."""
-    kind, by = objectives.kind(args), methods[args.method].forgets
+    kind, by = objectives.kind(args), recipes[args.method].forgets
     images = kind == "surrogate"
+    closed_form = by == "edit"
     remembers = "remember" in method_options.needs(args) and by != "adapter"
     no_fisher = method_options.fisher_source(args, "estimate") is None
-    prompted = kind == "relabel" or (images and args.surrogate == "prompt")
+    prompted = kind in ("relabel", "edit") or (images and args.surrogate == "prompt")
     found = {
         "--surrogate": args.surrogate != "prompt" and not images,
         "--surrogate_prompt": args.surrogate_prompt != [""] and not prompted,
         named(args, "surrogate_concept"): bool(args.surrogate_concept) and not prompted,
         "--forget_dir": args.forget_dir is not None and not objectives.needs_own_images(args),
         named(args, "remember_prompts"): args.remember_prompts != [str(prompts.REMEMBER)]
-        and not remembers,
+        and not (remembers or closed_form),
         "--remember_loss": args.remember != "replay" and not remembers,
         "--fisher": args.fisher is not None and no_fisher,
         "--esd_variant": args.esd_variant != "paper" and by != "guidance",
@@ -59,6 +68,9 @@ def unused(args: Any) -> list[str]:
         "--lora_alpha": args.lora_alpha is not None and args.train_modules != "lora",
         "--lora_target_modules": args.lora_target_modules is not None
         and args.train_modules != "lora",
+        "--learning_rate": args.learning_rate is not None and closed_form,
+        "--max_grad_norm": args.max_grad_norm is not None and closed_form,
+        "--train_batch_size": args.train_batch_size != 1 and closed_form,
     }
     return [option for option, idle in found.items() if idle]
 
@@ -88,18 +100,17 @@ def cautions(args: Any, looked: Looked, texts: prompts.Prompts) -> list[str]:
 def say(accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cost: Any) -> None:
     """Print what the run will do and what it costs."""
     names = [texts.texts[i] for i in texts.forget]
-    module = "adapters" if methods[args.method].adapter else args.train_modules
     remembered = f"{len(texts.remember)} prompts"
-    if methods[args.method].forgets == "adapter":
+    if recipes[args.method].forgets == "adapter":
         remembered = "random embeddings"
-    elif "remember" not in method_options.needs(args):
+    elif not recipes[args.method].edits and "remember" not in method_options.needs(args):
         remembered = "nothing"
     accelerator.print(
-        f"{methods[args.method].title}: forgets {', '.join(map(repr, names[:5]))}"
+        f"{recipes[args.method].title}: forgets {', '.join(map(repr, names[:5]))}"
         f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; instead {instead(args)}; "
         f"remembers {remembered}; {accelerator.num_processes} process(es) on "
         f"{accelerator.device}\n"
-        f"trained: {module}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
+        f"trained: {trained(args)}, {cost.trained:,} of {cost.trained + cost.frozen:,} parameters\n"
         f"memory of each process, without about 1 GiB for the CUDA libraries:\n{cost.table()}"
     )
     for line in cautions(args, looked, texts):
@@ -114,14 +125,19 @@ def say(accelerator: Any, args: Any, looked: Looked, texts: prompts.Prompts, cos
 def describe(
     args: Any, texts: prompts.Prompts, cost: Any, base: str, opt: Any, done: dict, family: Family
 ) -> dict[str, Any]:
-    """The content of unlearn.json."""
+    """The content of unlearn.json.
+
+    Args:
+        opt: the optimizer; None for an edit in closed form.
+    """
+    recipe = recipes[args.method]
     named = {
         n: [texts.texts[i] for i in getattr(texts, n)] for n in ("forget", "surrogate", "remember")
     }
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {
         "method": args.method,
-        "title": methods[args.method].title,
+        "title": recipe.title,
         **named,
         "instead": instead(args),
         "base": args.pretrained_model_name_or_path,
@@ -130,11 +146,11 @@ def describe(
         "base_hash": base,
         "made_of": done["made_of"],
         "seconds": done["seconds"],
-        "train_modules": "SPM's adapters" if methods[args.method].adapter else args.train_modules,
+        "train_modules": trained(args),
         "trained": cost.trained,
         "memory_counted": cost.report(),
         "memory_measured": peak,
-        "settings": settings(args, opt),
+        "settings": settings(args, opt) if opt else {**recipe.defaults, **args.method_options},
         "versions": versions(),
         "options": {k: str(v) for k, v in as_dict(args).items()},
     }

@@ -62,12 +62,15 @@ def check(args: Any, looked: Looked, texts: Prompts, cost: Cost, device: torch.d
     if (least := at_least(args, cost)) <= room:
         return
     asked = f"the run needs {least / GIB:.1f} GiB of {device}, which has {room / GIB:.1f} GiB free"
-    for way, fewer in product(ways(looked.family).values(), FEWER):
+    there = list(ways(looked.family).values())
+    if args.train_modules is None:  # the method names what it changes
+        there = [way for way in there if "train_modules" not in way]
+    for way, fewer in product(there, FEWER):
         options = {**way, **{k: v for k, v in fewer.items() if hasattr(args, k)}}
         smaller = replace(args, **options, **(_result(args, way) if way else {}))
-        if at_least(smaller, there := memory.count(smaller, looked, texts)) <= room:
+        if at_least(smaller, cost := memory.count(smaller, looked, texts)) <= room:
             said = " ".join(f"--{k} {v}" if v is not True else f"--{k}" for k, v in options.items())
-            raise InputError(f"{asked}: give {said}, which needs {there.peak / GIB:.1f} GiB")
+            raise InputError(f"{asked}: give {said}, which needs {cost.peak / GIB:.1f} GiB")
     raise InputError(f"{asked}, and no other options fit: use a larger card, or --cpu")
 
 

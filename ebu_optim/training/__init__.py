@@ -9,9 +9,10 @@ from .fields import as_dict, option
 from .loop import figures, fit, new_accelerator, unlearning_step
 from .options import TrainingOptions, new_schedule
 from .run import Run
-from .unlearning import Unlearning
+from .unlearning import NoSteps, Unlearning
 
 __all__ = [
+    "NoSteps",
     "Run",
     "TrainingOptions",
     "Unlearning",

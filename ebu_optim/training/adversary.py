@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..diffusion.adversary import Adversary
 from ..errors import InputError
 from .fields import at_least, option
@@ -70,7 +70,7 @@ class AdversaryOptions:
                 f"--adversary_steps: --method {self.method} has no forget loss that could be taken "
                 "at an adversary's embedding"
             )
-        if methods[self.method].embedding:
+        if recipes[self.method].embedding:
             raise InputError(
                 f"--adversary_steps: --method {self.method} trains the embedding alone, and an "
                 "adversary's takes its place"
@@ -79,7 +79,7 @@ class AdversaryOptions:
 
 def defaults(args: Any, method: str) -> dict[str, Any]:
     """What the options of adversaries are where they are not given, those that are None."""
-    own = methods[method].adversary
+    own = recipes[method].adversary
     steps = own.get("steps") if args.adversary_steps is None else args.adversary_steps
     if not steps:
         return {}

@@ -35,6 +35,8 @@ from .fields import argument_of, flag_of, key_of, kind_of, name_of, names_of
 from .options import TrainingOptions
 
 Config = TypeVar("Config")
+#: What a field says about itself that is no argument of ``add_argument``.
+APART = ("flag", "positional", "elsewhere")
 
 
 def parse(
@@ -107,6 +109,10 @@ def _typed(f: Field[Any], hint: Any, value: Any) -> Any:
 def _said(config: Any, why: str) -> str:
     """jsonargparse's message with the option's name on the command line, without Python's types."""
     names = {key_of(f): name_of(f) for f in fields(config)}
+    for f in fields(config):
+        for value, reason in f.metadata.get("elsewhere", {}).items():
+            if why.startswith(f"argument {name_of(f)}: invalid choice: {value!r}"):
+                return f"{name_of(f)} {value}: {reason}"
     why = re.sub(r'Parser key "(\w+)"', lambda m: f"argument {names.get(m[1], '--' + m[1])}", why)
     return re.sub(r"a <class '(\w+)'>", r"\1", why)
 
@@ -124,7 +130,7 @@ def add_flags(parser: Any, config: type) -> None:
     first = [name for names in getattr(config, "titles", {}).values() for name in names]
     place_of = {name: i - len(first) for i, name in enumerate(first)}
     for f in sorted(fields(config), key=lambda f: place_of.get(f.name, 0)):
-        said = {k: v for k, v in f.metadata.items() if k not in ("flag", "positional")}
+        said = {k: v for k, v in f.metadata.items() if k not in APART}
         group = _group(config, f.name)
         if group not in places:
             places[group] = parser.add_argument_group(group)

@@ -20,7 +20,8 @@ def option(default: Any = MISSING, *, help: str | None = None, **more: Any) -> A
             config.
         more: arguments of ``add_argument``, such as `choices` or `nargs`; `flag`, the flag's name
             or names if not the field's name; `exclusive`, the name of a group of flags of which
-            only one can be given; `positional`, the name in the help of a field without a flag.
+            only one can be given; `positional`, the name in the help of a field without a flag;
+            `elsewhere`, a value that other commands take -> why this one does not.
     """
     said = {"help": help, **more}
     if isinstance(default, (list, dict)):
@@ -128,6 +129,8 @@ def check_choices(config: type, values: Mapping[str, Any]) -> None:
         value = values.get(f.name)
         for one in value if isinstance(value, list) else [value]:
             if choices and one is not None and one not in choices:
+                if why := f.metadata.get("elsewhere", {}).get(one):
+                    raise InputError(f"{flag_of(f)} {one}: {why}")
                 raise InputError(
                     f"{flag_of(f)} must be one of {', '.join(map(str, choices))}; got {one}"
                 )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..baselines import methods
+from ..baselines import recipes
 from ..errors import InputError
 from .fields import option
 
@@ -20,7 +20,7 @@ NAMED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
-    """A method of the table ``ebu_optim.baselines.methods`` and its numbers."""
+    """A method of the table ``ebu_optim.baselines.recipes`` and its numbers."""
 
     group: ClassVar[str] = "method"
 
@@ -63,12 +63,12 @@ class MethodOptions:
             raise InputError(f"--guided_scale must be finite, >= 0; got {self.guided_scale}")
         given = {n: getattr(self, n) for n in EBU if getattr(self, n) is not None}
         try:
-            methods["ebu_added"].needs(**given)
+            recipes["ebu_added"].needs(**given)
         except ValueError as error:
             raise InputError(f"--{error}") from error
         if not isinstance(self.method_options, dict):
             raise InputError(f"--method_options must be a JSON object; got {self.method_options}")
-        known = methods[self.method].options
+        known = recipes[self.method].options
         for name in _options(self):
             if name not in known:
                 raise InputError(f"--method {self.method} has no option {name} to set")
@@ -77,11 +77,22 @@ class MethodOptions:
 
 def guided_steps(method: str) -> int:
     """The default of --guided_steps."""
-    return 30 if methods[method].adapter else 50
+    return 30 if recipes[method].adapter else 50
 
 
 def needs(args: Any) -> tuple[str, ...]:
-    """The phases that the method needs with its options, found by building it on one number."""
+    """The phases that the method needs with its options, found by building it on one number.
+
+    An edit in closed form needs none; its options are tried on one number, too.
+
+    Raises:
+        InputError: the method rejects its options.
+    """
+    if (recipe := recipes[args.method]).edits:
+        try:
+            return recipe.needs(**args.method_options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--method {args.method}: {error}") from error
     number = torch.nn.Parameter(torch.zeros(1))
     return build(args, [("number", number)], None if args.fisher == "none" else "online").needs
 
@@ -92,7 +103,7 @@ def fisher_source(args: Any, estimated: str) -> str | None:
     Args:
         estimated: the value of --fisher for a Fisher that was estimated beforehand.
     """
-    own = methods[args.method].fisher
+    own = recipes[args.method].fisher
     return own and (args.fisher or (estimated if own == "estimated" else own))
 
 
@@ -105,7 +116,7 @@ def build(args: Any, parameters: Iterable[tuple[str, Any]], fisher: Any, anchor:
     Raises:
         InputError: the method rejects its options.
     """
-    recipe = methods[args.method]
+    recipe = recipes[args.method]
     given = {"fisher": fisher, **({} if anchor is None else {"anchor": anchor})}
     options = _options(args) | {k: v for k, v in given.items() if k in recipe.options}
     # a rule that works module by module has the names; others keep the state that they had

@@ -51,8 +51,11 @@ class TrainingOptions:
     logging_dir: str = option("logs", help="Folder of the tracker's logs, in the output folder.")
     logging_steps: int = option(10, help="Log every this many steps.")
 
-    def check_training(self) -> None:
+    def check_training(self, steps: int = 1) -> None:
         """Check the values.
+
+        Args:
+            steps: the least number of steps.
 
         Raises:
             InputError: a value is out of range.
@@ -61,12 +64,12 @@ class TrainingOptions:
             self,
             1,
             "train_batch_size",
-            "max_train_steps",
             "gradient_accumulation_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",
             "logging_steps",
         )
+        at_least(self, steps, "max_train_steps")
         at_least(self, 0, "lr_warmup_steps", "seed")
         if self.seed >= 2**32:
             raise InputError(f"--seed must be < {2**32}, numpy's limit; got {self.seed}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -14,6 +14,18 @@ from ..errors import InputError, NonFiniteError
 from .ema import Ema
 from .loop import figures, unlearning_step
 from .run import Run
+
+
+class NoSteps(NamedTuple):
+    """In the place of `Unlearning` for an edit in closed form, which is made already."""
+
+    accelerator: Accelerator
+
+    def steps(self) -> Iterator[int]:
+        return iter(())
+
+    def finish(self) -> None:
+        pass
 
 
 @dataclass

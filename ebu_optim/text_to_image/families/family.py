@@ -13,12 +13,22 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+from ...baselines import closed_forms
 from ...diffusion.sampling import guide
 from ...errors import InputError
 from ...training.options import ddim_takes
 from .unets import Choice
 
 Config = Mapping[str, Any]
+#: What the families with a transformer lack, see `Family.lacks`.
+FOR_UNETS: Mapping[str, str] = {
+    "--method spm": "SPM's adapters need the attention of a UNet",
+    **{
+        f"--method {method}": f"{recipe.title} edits the keys and values of a UNet's cross "
+        "attention, and those of a transformer do not read the text embeddings as they are"
+        for method, recipe in closed_forms.items()
+    },
+}
 
 
 class Family:

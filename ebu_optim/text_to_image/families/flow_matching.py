@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...diffusion.flow import NAME, is_flow
 from ...errors import InputError
-from .family import Config, Family
+from .family import FOR_UNETS, Config, Family
 
 #: Entries that this package adds to the scheduler's configuration.
 OURS = ("weighting_scheme", "image_seq_len")
@@ -72,7 +72,7 @@ class FlowMatching(Family):
     wide = False  # T5-XXL and Qwen3 are large, and were published for bfloat16
     patch = 2
     no_modules = "the others select layers of a UNet, and this attention is joint"
-    lacks: Mapping[str, str] = {"--method spm": "SPM's adapters need the attention of a UNet"}
+    lacks: Mapping[str, str] = FOR_UNETS
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         schedule, latent = configs["scheduler"], configs["vae"].get("latent_channels", 4)

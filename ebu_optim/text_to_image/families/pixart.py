@@ -12,7 +12,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from ...diffusion.schedules import prediction_type
 from ...errors import InputError
-from .family import Config, Family
+from .family import FOR_UNETS, Config, Family
 from .flow_matching import inside
 from .unets import Choice, layers
 
@@ -50,7 +50,7 @@ class PixArtSigma(Family):
     lora_targets = ()
     units = ("BasicTransformerBlock",)
     lacks: Mapping[str, str] = {
-        "--method spm": "SPM's adapters need the attention of a UNet",
+        **FOR_UNETS,
         **dict.fromkeys(
             ("--train_modules lora", "--save_as lora", "--save_as kohya"),
             f"{NO_LORA}; give --train_modules xattn and --save_as changed",
