@@ -33,10 +33,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity
 
-from ebu_optim.closed_form import gram, rece, uce
+from ebu_optim.baselines import closed_forms
+from ebu_optim.closed_form import gram, influential, invariants, rece, speed, uce
 from ebu_optim.diffusion import Adversary
 from ebu_optim.errors import InputError
 from ebu_optim.files import load_tensors
+from ebu_optim.text_to_image.families import Conditions
+from ebu_optim.text_to_image.prompts import Prompts
 from ebu_optim.text_to_image.unlearn import unlearn as by_package
 from ebu_optim.training.command_line import parse
 
@@ -1746,7 +1749,8 @@ CLOSED = ["--surrogate_prompt", "dog", "--remember", "a red car", "a person", ""
 
 @pytest.mark.parametrize("method", ["uce", "rece", "speed"])
 def test_an_edit_in_closed_form_is_a_method_of_its_own(method, made, tmp_path):
-    said = succeed(*unlearn(made, tmp_path / "o", "--method", method, *CLOSED))
+    own = ["--sets_dir", tmp_path / "o" / "sets"]
+    said = succeed(*unlearn(made, tmp_path / "o", "--method", method, *CLOSED, *own))
     assert "sets in" not in said
     assert not list((tmp_path / "o").glob("**/checkpoints"))
     kept = [f.name.partition("-")[0] for f in (tmp_path / "o" / "sets").iterdir()]
@@ -1767,19 +1771,19 @@ def test_an_edit_in_closed_form_is_a_method_of_its_own(method, made, tmp_path):
             assert 0 < len(chosen) < len(keep)
             edit = speed(*pair, chosen, invariants(hidden[-1]))
             torch.testing.assert_close(new @ chosen.T, w @ chosen.T, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(
-                new @ hidden[-1][0], w @ hidden[-1][0], rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(new @ hidden[-1][0], w @ hidden[-1][0], rtol=1e-4, atol=1e-4)
         # the concept is read as what takes its place, up to the ridge
         before, after = ((m @ cat - w @ dog).norm() for m in (w, new))
-        assert after < (0.5 if method == "uce" else 1) * before
+        if method != "rece":  # its rounds edit further embeddings, which move this one again
+            assert after < 0.5 * before
         torch.testing.assert_close(new, w @ edit, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(found[n], w) for n, w in base.items() if n not in edited)
     report = json.loads((tmp_path / "o" / "unlearn.json").read_text())
     assert report["remember"] == ["a red car", "a person", ""]
-    assert report["settings"].items() >= {"speed": {"threshold": 0.1}, "uce": {"ridge": 0.5}}.get(
-        method, {"rounds": 3}
-    ).items()
+    assert (
+        report["settings"].items()
+        >= {"speed": {"threshold": 0.1}, "uce": {"ridge": 0.5}}.get(method, {"rounds": 3}).items()
+    )
     assert report["options"]["max_train_steps"] == "0"
     assert report["memory_counted"].keys() == {"peak", "prompts"}
 
@@ -1792,8 +1796,9 @@ def test_an_edit_in_closed_form_is_the_same_in_every_form_and_with_its_options(m
     succeed(*again, "--resume_from_checkpoint", "latest")
     whole = weights(tmp_path / "pipeline" / "pipeline")
     part = load_file(tmp_path / "changed" / "changed" / "unet_changed.safetensors")
-    assert part.keys() == {n for n in whole if n.endswith(("attn2.to_k.weight", "to_v.weight"))
-                           and "attn2" in n}
+    assert part.keys() == {
+        n for n in whole if n.endswith(("attn2.to_k.weight", "to_v.weight")) and "attn2" in n
+    }
     assert all(torch.equal(t, whole[n]) for n, t in part.items())
     pipe = StableDiffusionPipeline.from_single_file(
         tmp_path / "single" / "single" / "single.safetensors", config=str(made / "base")
@@ -1806,14 +1811,23 @@ def test_an_edit_in_closed_form_is_the_same_in_every_form_and_with_its_options(m
         assert (new @ cat - old @ dog).norm() < 0.1 * (old @ cat - old @ dog).norm()
 
 
-def test_speed_without_a_null_space_names_options(made, tmp_path):
-    many = ["a red car", "a person", "a blue dog", "the person", "an image of a car", "painting"]
-    options = ["--surrogate_prompt", "dog", "--remember", *many]
-    options += ["--method_options", '{"threshold": 1e-12}']
-    said = ""
-    for more in ([], ["photo", "style", "red", "blue", "a", "in", "the", "of", "car", "person"] * 1):
-        code, said = run(*unlearn(made, tmp_path / "o", "--method", "speed", *options, *more))
-    assert code == 2, said
+def test_speed_without_a_null_space_names_options(made):
+    """Of random embeddings, as those of the small text encoder never fill their last direction."""
+    unet = UNet2DConditionModel.from_pretrained(made / "base" / "unet")
+    before = {n: w.clone() for n, w in unet.state_dict().items()}
+    texts = ["cat", "dog", "", *(f"a {'red ' * i}car" for i in range(5))] + ["a car"] * 55
+    g = torch.Generator().manual_seed(0)
+    table = Conditions.of(torch.randn(len(texts), LENGTH, 16, generator=g))
+    prompts = Prompts(texts, [0], [1], [*range(3, len(texts))], 2, [0], {0: [1]})
+    words = StableDiffusionPipeline.from_pretrained(made / "base").tokenizer
+    with refused(
+        r"--method speed: threshold=0.1: in all 16 .* Give fewer prompts to keep, or a "
+        r"larger threshold, e.g. --method_options '{\"threshold\": 1}'"
+    ):
+        module("edits").edit("speed", unet, table, prompts, words)
+    assert all(torch.equal(w, before[n]) for n, w in unet.state_dict().items())
+    module("edits").edit("speed", unet, table, prompts, words, {"threshold": 1})
+    assert any(not torch.equal(w, before[n]) for n, w in unet.state_dict().items())
 
 
 def test_a_warm_started_run_is_resumed_bit_for_bit(made, tmp_path):

@@ -240,6 +240,7 @@ METHODS = {
     "salun": ("--surrogate_prompt", "dog", "--remember", "a red car"),
     "esd": ("--train_modules", "esd-x-strict"),
     "spm": (),
+    "rece": ("--surrogate_prompt", "dog"),
 }
 
 

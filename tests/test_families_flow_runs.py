@@ -481,6 +481,12 @@ LONG = " ".join(["cat"] * 500)
         ),
         ("sana", ("--resolution", 16), "must be a multiple of 32"),
         ("pixart", ("--method", "spm"), "spm is not supported for PixArt-Sigma: SPM's adapters"),
+        (
+            "pixart",
+            ("--method", "uce"),
+            "uce is not supported for PixArt-Sigma: UCE edits the keys",
+        ),
+        ("sd3", ("--method", "speed"), "speed is not supported for .*: SPEED edits the keys and"),
         ("pixart", ("--warm_start", "uce"), "uce: the keys and values of PixArt-Sigma do not read"),
     ],
 )

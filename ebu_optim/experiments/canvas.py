@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..attacks.attacks import ATTACKS
-from ..baselines import methods as known
+from ..baselines import closed_forms
+from ..baselines import recipes as known
 from ..errors import InputError
 from ..files import replacing
 from ..protocols import Evaluate, evaluate
@@ -23,16 +24,18 @@ from .options import OUTPUT, Seeds
 from .runs import Maker, Run, task
 from .text_options import OfWorld, check_methods
 from .text_tables import STEPS, tag
-from .text_worlds import ATTACK, TextSetting
+from .text_worlds import ATTACK, EDIT_TAKES, TextSetting
 
 PROTOCOL, BASE = "unlearncanvas-digits", "base model"
 #: Methods with several seeds, and methods with one.
 COMPARED = ("ebu_added", "joint", "salun")
-ONCE = ("selective_amnesia", "esd", "spm")
+ONCE = ("selective_amnesia", "esd", "spm", *closed_forms)
+#: Without the closed forms, so that the table stays the one that was published.
+USUAL = tuple(m for m in (*COMPARED, *ONCE) if m not in closed_forms)
 TARGETS = (*(s for s in STYLES if s != UNNAMED), *CONTENTS)
 EVALUATE = Maker(evaluate, Evaluate, "protocols.json")
 #: Seconds on one core of a busy x86-64 CPU to unlearn with the sets, and to evaluate a model.
-TAKES = {"salun": 50.0, "esd": 104.0, "spm": 159.0}
+TAKES = {"salun": 50.0, "esd": 104.0, "spm": 159.0, **dict.fromkeys(closed_forms, EDIT_TAKES)}
 OTHERS, JUDGED = 81.0, {"spm": 68.0}  # EBU's; SPM draws five pictures at a time
 ATTACKS_TAKE = 540.0
 EVALUATED = 29.0
@@ -55,7 +58,11 @@ class Canvas(Seeds, OfWorld):
     seeds: list[int] = option(
         [1, 2, 3], help=f"Seeds of {', '.join(COMPARED)}. The other methods use only the first."
     )
-    methods: list[str] = option([*COMPARED, *ONCE], help="Methods to compare.")
+    methods: list[str] = option(
+        [*USUAL],
+        help=f"Methods to compare. There are also {', '.join(closed_forms)}, edits in closed form, "
+        "which nothing was tuned for.",
+    )
     targets: list[str] = option(list(TARGETS), help="Styles and digits, each forgotten by itself.")
     attacked: list[str] = option(
         list(ATTACKED),
@@ -68,7 +75,7 @@ class Canvas(Seeds, OfWorld):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_methods(self.methods)
+        check_methods(self.methods, closed_forms)
         if other := [name for name in self.attacked if name not in TARGETS]:
             raise InputError(f"--attacked {other[0]}: there is {', '.join(TARGETS)}")
 
@@ -78,7 +85,7 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
     results.json with every figure."""
     settings = {name: args.setting(name) for name in args.targets}
     todo = [*next(iter(settings.values())).trained]
-    for method in check_methods(args.methods):
+    for method in check_methods(args.methods, closed_forms):
         choice = chosen(args, method)
         seeds = args.seeds if method in COMPARED else args.seeds[:1]
         for setting in settings.values():
@@ -143,7 +150,8 @@ def evaluated(
     makers = setting.makers(name, method, seed)
     ground = tuple(r.name for r in setting.trained)
     seconds = TAKES.get(method, OTHERS) + JUDGED.get(method, EVALUATED)
-    return Run(name, (made, judged), seconds, args.steps or STEPS, (*ground, *makers))
+    steps = 0 if method in closed_forms else args.steps or STEPS
+    return Run(name, (made, judged), seconds, steps, (*ground, *makers))
 
 
 def attacked(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..baselines import closed_forms
 from ..errors import InputError
 from ..files import replacing
 from ..training.fields import option
@@ -26,7 +27,7 @@ from .runs import Run, Task, task
 from .text_options import OfWorld, check_methods
 from .text_prompts import PromptFiles
 from .text_tables import STEPS
-from .text_worlds import MEASURE, UNLEARN, TextSetting
+from .text_worlds import EDIT_TAKES, MEASURE, UNLEARN, TextSetting
 from .worlds import losses
 
 IMAGES_PER_PAIR = 16
@@ -60,7 +61,11 @@ class Many(Seeds, OfWorld):
     """The methods and the numbers of concepts."""
 
     seeds: list[int] = option([1, 2, 3], help="Seeds of the runs that forget all pairs together.")
-    methods: list[str] = option(["ebu_added", "joint", "salun"], help="Methods to compare.")
+    methods: list[str] = option(
+        ["ebu_added", "joint", "salun"],
+        help=f"Methods to compare. Closed forms, {', '.join(closed_forms)}, draw nothing at "
+        "random and run with the first seed alone.",
+    )
     counts: list[int] = option([1, 3, 10], help="Numbers of pairs: the first ones of the list.")
     in_turn: list[str] = option(
         ["ebu_added", "joint"],
@@ -75,7 +80,8 @@ class Many(Seeds, OfWorld):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_methods((*self.methods, *self.in_turn, *self.varied))
+        check_methods((*self.methods, *self.in_turn), closed_forms)
+        check_methods(self.varied)
         if wrong := [n for n in self.counts if not 1 <= n <= len(PAIRS)]:
             raise InputError(f"--counts {wrong[0]}: give numbers from 1 to {len(PAIRS)}")
 
@@ -122,12 +128,13 @@ class Requests(PromptFiles):
         """Args: first: how the first of the models `made` forgets, and how many pairs."""
         name = f"{self.setting.world.name}: {what}, {method}, seed {seed}"
         tasks = [*made, *(t for m in looked for t in self._judged(m))]
-        steps = sum(m.options["max_train_steps"] for m in made)
+        steps = sum(m.options.get("max_train_steps", 0) for m in made)
         # the attack's pictures, the sets of the first model, and that model itself
         draws = ["target", (first, seed), (first, seed, method)]
         makers = [self.drawing.setdefault(d, name) for d in draws]
         after = [r.name for r in self.setting.trained] + [m for m in makers if m != name]
         seconds = self.setting.world.seconds["unlearn"] * steps + 40.0 * len(looked)
+        seconds += EDIT_TAKES * len(made) * (method in closed_forms)
         return Run(name, tuple(tasks), seconds, steps, tuple(after))
 
     def _unlearned(
@@ -141,18 +148,21 @@ class Requests(PromptFiles):
             "surrogate_concept": [self.path(f"instead-{first}", wordings(map(becomes, gone)))],
             "remember_prompts": [self.path(f"remember-{first}", remembered(gone, way.near))],
         }
-        options = {
-            "method": method,
+        training = {
             **losses(setting.loss, method),
-            "seed": seed,
-            **prompts,
-            "surrogate_pairing": "each",
             "max_train_steps": way.times * (self.args.steps or STEPS),
             **w.unlearn,
             "train_modules": setting.trains(method),
             **choice.given,
-            "save_as": "pipeline",
             "validation_steps": 0,
+        }
+        options = {
+            "method": method,
+            "seed": seed,
+            **prompts,
+            "surrogate_pairing": "each",
+            **({} if method in closed_forms else training),
+            "save_as": "pipeline",
         }
         where = {"pretrained_model_name_or_path": of.folder, "sets_dir": setting.root / "sets"}
         label = f"many/{first}-{method}-s{seed}"
@@ -190,7 +200,9 @@ def many(args: Many, script: str = "many") -> None:
     found: list[tuple[str, str, int, Run]] = []
     for seed in args.seeds:  # so that the first seed's picture is whole early
         for count in args.counts:
-            for method in check_methods(args.methods):
+            for method in check_methods(args.methods, closed_forms):
+                if method in closed_forms and seed != args.seeds[0]:
+                    continue
                 run = requests.together(method, count, seed)
                 found.append((TOGETHER.title, method, seed, run))
         for way in VARIANTS:
@@ -198,7 +210,7 @@ def many(args: Many, script: str = "many") -> None:
                 run = requests.together(method, max(args.counts), seed, way)
                 found.append((way.title, method, seed, run))
         if seed == args.seeds[0]:
-            for method in check_methods(args.in_turn):
+            for method in check_methods(args.in_turn, closed_forms):
                 found.append((IN_TURN, method, seed, requests.in_turn(method, seed)))
     base = requests.base()
     todo = [*setting.trained, base, *(run for *_, run in found)]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..baselines import methods as known
+from ..baselines import recipes as known
 from ..metrics.intervals import t_interval
 from .many_prompts import PAIRS, wordings
 from .runs import Run, Task

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..baselines import methods
+from ..baselines import closed_forms, methods
 from ..errors import InputError
 from .worlds import LOSSES
 
@@ -49,13 +49,15 @@ GRIDS: Grids = {
 
 
 class Choice(NamedTuple):
-    """A learning rate and options of the method."""
+    """A learning rate and options of the method; without a learning rate for a closed form."""
 
-    learning_rate: float
+    learning_rate: float | None
     options: dict[str, Any]
 
     @property
     def name(self) -> str:
+        if self.learning_rate is None:
+            return "untuned"
         return "-".join(
             [f"lr{self.learning_rate:g}"] + [f"{k}{v}" for k, v in self.options.items()]
         )
@@ -64,7 +66,8 @@ class Choice(NamedTuple):
     def given(self) -> dict[str, Any]:
         """The choice as options of unlearning."""
         options = {"method_options": self.options} if self.options else {}
-        return {"learning_rate": self.learning_rate, **options}
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        return {**rate, **options}
 
 
 def trials(method: str, rates: Sequence[float] = RATES, grids: Grids = GRIDS) -> list[Choice]:
@@ -81,7 +84,9 @@ def tuned(setting: Any, method: str) -> Choice:
 
     It was made under partial replay, where methods differ. A world without tuning uses the choice
     for digits, and an ablation that of EBU. A method without a choice for these losses uses its
-    choice for other losses, or else 1e-4 and its defaults."""
+    choice for other losses, or else 1e-4 and its defaults. A closed form has its defaults."""
+    if method in closed_forms:
+        return Choice(None, {})
     _, found = _trials_of(setting, method)
     return Choice(found["learning_rate"], found["options"]) if found else Choice(1e-4, {})
 

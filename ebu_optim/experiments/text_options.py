@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -187,13 +187,16 @@ class Methods(Seeds, Chosen):
         return self.seeds if method in full else self.seeds_rest or self.seeds
 
 
-def check_methods(given: Sequence[str]) -> list[str]:
+def check_methods(given: Sequence[str], also: Iterable[str] = ()) -> list[str]:
     """The methods by their names in the package, without duplicates.
+
+    Args:
+        also: further methods that are known here, such as those in closed form.
 
     Raises:
         InputError: there is no such method.
     """
-    known = [m for m in methods if m != "embedding_only"]
+    known = [*(m for m in methods if m != "embedding_only"), *also]
     names = [ALIASES.get(m, m) for m in given]
     for m in names:
         if m not in known:

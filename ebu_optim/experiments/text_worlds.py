@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..attacks.run import AttackOptions, attack
-from ..baselines import methods
+from ..baselines import recipes
 from ..diffusion.flow import is_flow
 from ..errors import InputError
 from ..manifest import contents
@@ -37,6 +37,8 @@ EVALUATE = Maker(evaluate, Evaluation, RESULT)
 #: adapters, and both forget the bare word, as their target points away from the whole prompt.
 GUIDED = ("guidance", "adapter")
 BARE = {"forget_templates": ["{}"]}
+#: Seconds of an edit in closed form, with opening and saving the model.
+EDIT_TAKES = 10.0
 
 
 class Given(NamedTuple):
@@ -114,8 +116,8 @@ class TextSetting(Asked):
 
     def trains(self, method: str) -> str:
         """The modules that a method trains here."""
-        return {"guidance": "xattn", "adapter": "adapters"}.get(
-            methods[method].forgets or "", self.modules
+        return {"guidance": "xattn", "adapter": "adapters", "edit": "xattn"}.get(
+            recipes[method].forgets or "", self.modules
         )
 
     @property
@@ -185,37 +187,55 @@ class TextSetting(Asked):
         save_as: str = "pipeline",
     ) -> Run:
         """Like `run`, without measuring and attacking the result."""
-        w, forgets = self.world, methods[method].forgets
+        if recipes[method].edits:
+            return self._edited(name, method, seed, options or {}, save_as)
+        w, forgets = self.world, recipes[method].forgets
         own = dict(w.guided) if forgets in GUIDED else {}
         if forgets != "adapter":
             own["train_modules"] = self.trains(method)
         told = {"forget_templates": [self.file("templates")], **self.instead()}
-        label = f"{'-'.join(self.gone)}-{name}-s{seed}"
+        given = {
+            "method": method,
+            **losses(self.loss, method),
+            "seed": seed,
+            "forget": self.gone,
+            **(BARE if forgets in GUIDED else told),
+            "remember_prompts": [self.file("remember")],
+            "max_train_steps": steps,
+            **w.unlearn,
+            **own,
+            **(options or {}),
+            "save_as": save_as,
+            "validation_steps": 0,
+        }
+        return self._alone(f"{name}-s{seed}", given, w.seconds["unlearn"] * steps, steps)
+
+    def _edited(self, name: str, method: str, seed: int, options: Options, save_as: str) -> Run:
+        """By an edit in closed form, which reads the bare word and takes no step."""
+        given = {
+            "method": method,
+            "seed": seed,
+            "forget": self.gone,
+            **BARE,
+            **self.instead(),
+            "remember_prompts": [self.file("remember")],
+            **options,
+            "save_as": save_as,
+        }
+        return self._alone(f"{name}-s{seed}", given, EDIT_TAKES, 0)
+
+    def _alone(self, name: str, options: Options, seconds: float, steps: int) -> Run:
+        label = f"{'-'.join(self.gone)}-{name}"
         made = task(
             UNLEARN,
-            {
-                "method": method,
-                **losses(self.loss, method),
-                "seed": seed,
-                "forget": self.gone,
-                **(BARE if forgets in GUIDED else told),
-                "remember_prompts": [self.file("remember")],
-                "max_train_steps": steps,
-                **w.unlearn,
-                **own,
-                **(options or {}),
-                "save_as": save_as,
-                "validation_steps": 0,
-            },
+            options,
             self.root,
             f"models/{label}",
             {"pretrained_model_name_or_path": self.base.folder, "sets_dir": self.root / "sets"},
             [self.base.key],
         )
         after = tuple(r.name for r in self.trained if self.base.made in r.tasks)
-        return Run(
-            self._name(f"{label}, not judged"), (made,), w.seconds["unlearn"] * steps, steps, after
-        )
+        return Run(self._name(f"{label}, not judged"), (made,), seconds, steps, after)
 
     def retrained(self) -> Run:
         """The run that trains the world with the base's seed, but without the target.
@@ -286,7 +306,7 @@ class TextSetting(Asked):
     def makers(self, name: str, method: str, seed: int) -> list[str]:
         """The runs that make the sets that this run reads, as two runs must not make a set at
         once."""
-        recipe = methods[method]
+        recipe = recipes[method]
         if self.loss == "relabel" and recipe.forgets == "surrogate":
             recipe = recipe.with_losses(forget="relabel")
         needs = {
