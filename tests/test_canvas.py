@@ -149,6 +149,27 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
     assert [row["lowest_kept"] for row in found["both"]] == [0.75, 0.75, 0.25, 0.75]
 
 
+def test_closed_forms_have_one_seed_and_no_training(stand_ins, monkeypatch, capsys):
+    done: list = []
+    monkeypatch.setattr(canvas.runs, "execute", lambda todo, workers: done.extend(todo))
+    monkeypatch.setattr(canvas, "compare", comparing)
+    monkeypatch.setattr(canvas, "evaluate", lambda args: None)
+    monkeypatch.setattr(canvas.canvas_results, "read", lambda files, base: [])
+    methods = ["uce", "rece", "speed"]
+    assert not {*methods} & {*canvas.Canvas(**stand_ins).methods}
+    canvas.canvas(
+        canvas.Canvas(**stand_ins, methods=methods, targets=["seven"], attacked=[], workers=1)
+    )
+    made = [run.tasks[0].config.resolved() for run in done]
+    assert [config.method for config in made] == methods
+    for config in made:
+        assert config.forget == ["seven"]
+        assert config.forget_templates == ["{}"]
+        assert config.surrogate_concept == ["eight"]
+        assert (config.seed, config.max_train_steps, config.learning_rate) == (1, 0, None)
+        assert config.save_as == "pipeline"
+
+
 def test_what_cannot_be_is_refused(stand_ins):
     with pytest.raises(InputError, match="--attacked plain: there is"):
         canvas.Canvas(**stand_ins, attacked=["plain"])

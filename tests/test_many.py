@@ -118,6 +118,33 @@ def test_ways_to_forget_all_pairs_differ_in_steps_and_prompts(stand_ins, monkeyp
     assert [row["how"] for row in rows] == ["together", *(way.title for way in many.VARIANTS)]
 
 
+def test_closed_forms_run_with_the_first_seed(stand_ins, monkeypatch):
+    done: list = []
+
+    def execute(todo, workers):
+        done.extend(todo)
+        raise SystemExit
+
+    monkeypatch.setattr(many.runs, "execute", execute)
+    args = many.Many(
+        **stand_ins,
+        methods=["uce", "speed"],
+        counts=[1, 3],
+        seeds=[1, 2],
+        in_turn=["rece"],
+        varied=[],
+        workers=1,
+    )
+    with pytest.raises(SystemExit):
+        many.many(args)
+    made = [t.config.resolved() for run in done for t in run.tasks if t.maker is many.UNLEARN]
+    assert [config.method for config in made] == ["uce", "speed"] * 2 + ["rece"] * 3
+    assert {(config.seed, config.max_train_steps) for config in made} == {(1, 0)}
+    assert {config.surrogate_pairing for config in made} == {"each"}
+    with pytest.raises(InputError, match="--methods uce: no such method"):
+        many.Many(**stand_ins, varied=["uce"])
+
+
 def test_numbers_that_cannot_be_are_refused(stand_ins):
     with pytest.raises(InputError, match="--counts 11: give numbers from 1 to 10"):
         Many(**stand_ins, counts=[1, 11])

@@ -20,6 +20,7 @@ from ebu_optim import cli
 from ebu_optim.errors import InputError
 from ebu_optim.formats import open_single, write_folder
 from ebu_optim.takedown import counting, evidence, fitting, pictures
+from ebu_optim.takedown.classes import ForgetClasses
 from ebu_optim.takedown.options import PRESETS, Forget
 from ebu_optim.text_to_image import save
 
@@ -101,6 +102,32 @@ def test_a_file_in_and_the_file_without_the_concept_out(family, tmp_path, capsys
     said = capsys.readouterr().out
     assert "change, target" in said
     assert "report.html" in said
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+def test_an_edit_in_closed_form_by_the_command(method, tmp_path, capsys):
+    file, base = one_file("sd1", tmp_path)
+    out = tmp_path / "without_cat"
+    argv = ["forget", file, *REQUEST, "-o", out, "--architecture", base, *SMALL]
+    argv += ["--method", method]
+    assert run(*argv, "--plan") == 0
+    said = capsys.readouterr().out
+    assert f"method: {method.upper()}" in said
+    assert "passes through the model: none" in said
+    assert "evidence.json, run.yaml\n" in f"{said}\n"
+    assert "without effect on this run: --train_batch_size" not in said
+    assert not out.exists()
+    assert run(*argv) == 0
+    before, after = tensors(file), tensors(out / "single" / "without_cat.safetensors")
+    ends = (
+        ("attn2.to_v.weight",) if method == "speed" else ("attn2.to_k.weight", "attn2.to_v.weight")
+    )
+    different = {k for k in before if not torch.equal(before[k], after[k])}
+    assert different == {k for k in before if k.endswith(ends)}
+    assert (out / "report" / "report.html").is_file()
+    assert run("verify", out) == 0
+    card = (out / "single" / "README.md").read_text()
+    assert f"Made by {method.upper()} in closed form" in card
 
 
 def test_the_same_again_from_what_the_folder_holds(tmp_path, capsys):
@@ -370,6 +397,13 @@ def test_classes_by_the_same_command(tmp_path, capsys):
     assert (out / "unet" / "config.json").is_file()
     assert run("verify", out) == 0
     assert run("forget", base, "x", "-o", tmp_path / "no", *options) == 2
+    capsys.readouterr()
+    assert run("forget", base, "b", "-o", tmp_path / "no", "--method", "uce") == 2
+    assert "--method uce: it edits how cross attention reads text" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--method uce: it edits how cross attention reads"):
+        ForgetClasses(
+            pretrained_model_name_or_path=str(base), forget=["b"], output_dir=out, method="uce"
+        )
 
 
 def test_classes_are_relabelled_on_real_images(tmp_path, capsys):
@@ -473,6 +507,9 @@ def test_presets_are_what_they_say():
         assert Forget(**given, method=method).resolved().remember == "replay"
     esd = Forget(**given, method="esd").resolved()
     assert (esd.forget_loss, esd.train_modules, esd.gamma) == (None, "xattn", None)
+    uce = Forget(**given, method="uce").resolved()
+    assert (uce.forget_loss, uce.train_modules, uce.gamma) == (None, None, None)
+    assert uce.resolved() is uce
     assert save.FOLDERS  # the table of results
 
 

@@ -66,6 +66,7 @@ class Canvas(Seeds, OfWorld):
     targets: list[str] = option(list(TARGETS), help="Styles and digits, each forgotten by itself.")
     attacked: list[str] = option(
         list(ATTACKED),
+        nargs="*",
         help="Targets whose models of the first seed are attacked too, by every attack. SPM's are "
         "not: its adapter has another strength for each prompt.",
     )

@@ -148,20 +148,24 @@ class Requests(PromptFiles):
             "surrogate_concept": [self.path(f"instead-{first}", wordings(map(becomes, gone)))],
             "remember_prompts": [self.path(f"remember-{first}", remembered(gone, way.near))],
         }
-        training = {
-            **losses(setting.loss, method),
-            "max_train_steps": way.times * (self.args.steps or STEPS),
-            **w.unlearn,
-            "train_modules": setting.trains(method),
-            **choice.given,
-            "validation_steps": 0,
-        }
+        training = (
+            {}
+            if method in closed_forms
+            else {
+                **losses(setting.loss, method),
+                "max_train_steps": way.times * (self.args.steps or STEPS),
+                **w.unlearn,
+                "train_modules": setting.trains(method),
+                **choice.given,
+                "validation_steps": 0,
+            }
+        )
         options = {
             "method": method,
             "seed": seed,
             **prompts,
             "surrogate_pairing": "each",
-            **({} if method in closed_forms else training),
+            **training,
             "save_as": "pipeline",
         }
         where = {"pretrained_model_name_or_path": of.folder, "sets_dir": setting.root / "sets"}
