@@ -21,7 +21,7 @@ from ebu_optim.protocols.judges import Judge
 from ebu_optim.text_to_image import drawing
 from ebu_optim.training.command_line import parse
 
-from .inception import frechet
+from .inception import frechet, random_weights
 from .test_protocols import dying
 from .text_to_image import pipeline
 
@@ -241,3 +241,29 @@ def test_a_damaged_picture_is_named(tiny, tmp_path, network, files):
     next((tmp_path / "o" / "images").rglob("*.png")).write_bytes(b"no image")
     with pytest.raises(InputError, match="delete it to draw it again"):
         run(tmp_path / "o", tiny, "--protocol", "coco-30k", "--first", 4, "--files", *given)
+
+
+@pytest.mark.slow
+def test_the_real_network_and_its_statistics(tmp_path, files, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    weights = random_weights(tmp_path / "random.pth")
+    given = {"coco": tmp_path / "coco", "inception": weights}
+    judge = sets.open_fid("clean", given, "cpu", tmp_path / "kept")
+    pictures = sorted((tmp_path / "coco" / "0").glob("*.png"))
+    found = judge.look(pictures, "a key")
+    network = inception.network(weights, "cpu")
+    every = sorted((tmp_path / "coco").rglob("*.png"))
+    with torch.no_grad():
+        a, b = (
+            network(torch.stack([inception.clean(Image.open(f)) for f in some])).double().numpy()
+            for some in (pictures, every)
+        )
+    assert found == pytest.approx(frechet(a, b), rel=1e-4)
+    kept = sorted((tmp_path / "kept").glob("*.npz"))
+    assert len(kept) == 2
+    monkeypatch.setattr(inception, "network", None)  # everything is read
+    assert sets.open_fid("clean", given, "cpu", tmp_path / "kept").identity == judge.identity
+    kept[0].write_bytes(b"damaged")
+    kept[1].write_bytes(b"damaged")
+    with pytest.raises(InputError, match="delete the file to compute it again"):
+        sets.open_fid("clean", given, "cpu", tmp_path / "kept")

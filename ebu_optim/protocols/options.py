@@ -45,7 +45,9 @@ class Evaluate(Model):
     protocol: list[str] = option(help="Names of protocols; docs/protocols.md lists them.")
     forget: list[str] = option([], help="The forgotten concept: a style, a class, an artist.")
     files: list[str] = option(
-        [], metavar="NAME=FILE", help="Prompt lists and judges' weights that a protocol needs."
+        [],
+        metavar="NAME=FILE",
+        help="Prompt lists, weights of judges and real images that a protocol needs.",
     )
     change: list[str] = option(
         [],
