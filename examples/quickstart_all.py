@@ -13,7 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ebu_optim.files import replacing
 from ebu_optim.training import command, option
@@ -59,20 +59,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 class All:
     output_dir: Path = option(Path("outputs/quickstart_all"), help="Folder for all runs.")
     digit: int = option(0, help="The digit with five seeds.")
+    becomes: Literal["digit", "noise"] = option("digit", help="As in quickstart.py.")
 
 
 def main(args: All) -> None:
     runs = [(d, 0) for d in range(10)] + [(args.digit, s) for s in range(1, 5)]
     rows = []
     for digit, seed in runs:
-        out = args.output_dir / f"forget{digit}_seed{seed}"
+        noise = "_noise" * (args.becomes == "noise")
+        out = args.output_dir / f"forget{digit}_seed{seed}{noise}"
         if not (out / "metrics.json").exists():
             given = ["--forget", str(digit), "--seed", str(seed), "--output_dir", str(out)]
+            given += ["--becomes", args.becomes]
             subprocess.run([sys.executable, QUICKSTART, *given], check=True)  # noqa: S603 - ours
         metrics = json.loads((out / "metrics.json").read_text())
         rows.append(row(metrics))
     document = {
-        "command": "python examples/quickstart_all.py",
+        "command": f"python examples/quickstart_all.py --becomes {args.becomes}",
         "protocol": metrics["protocol"],
         "versions": metrics["versions"],
         "rows": rows,

@@ -12,6 +12,7 @@ from ebu_optim.closed_form import (
     apply,
     gram,
     influential,
+    invariants,
     null_space,
     rece,
     speed,
@@ -196,3 +197,16 @@ def test_apply_edits_keys_and_values_and_leaves_the_bias():
 def test_what_does_not_fit_is_refused(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+def test_what_speed_reads_as_before_is_the_first_token_and_centres_of_the_others():
+    far = 10 * torch.eye(3, D, dtype=torch.float64)
+    near = far[[0, 1, 2, 2, 1]] + 0.01 * rows(5, 3)
+    found = invariants(torch.cat([rows(1, 2), near]))
+    assert torch.equal(found[:1], rows(1, 2))
+    centres = torch.stack([near[[0]].mean(0), near[[1, 4]].mean(0), near[[2, 3]].mean(0)])
+    order = torch.cdist(found[1:], centres).argmin(0)
+    torch.testing.assert_close(found[1:][order], centres)
+    assert len(invariants(rows(1, 2).expand(6, D))) == 2  # padding that is the same everywhere
+    with pytest.raises(ValueError, match="at least 2 tokens, and centres be >= 1; got 1 and 3"):
+        invariants(rows(1, 2))
