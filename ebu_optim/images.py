@@ -61,11 +61,11 @@ def warn_of_left_out(files: list[Path], folder: Path) -> None:
         )
 
 
-def read_rgb(file: str | os.PathLike[str] | bytes) -> Any:
+def read_rgb(file: str | os.PathLike[str] | bytes, *, rotate: bool = True) -> Any:
     """Return an image file, or the bytes of one, as a PIL image of mode RGB, 8 bits a channel.
 
-    The image is rotated as its EXIF data says. 16-bit gray is scaled to 8 bits (v / 257, rounded).
-    Transparent parts show `BACKGROUND`, white.
+    The image is rotated as its EXIF data says, unless `rotate` is false. 16-bit gray is scaled to
+    8 bits (v / 257, rounded). Transparent parts show `BACKGROUND`, white.
 
     Raises:
         OSError: PIL cannot read the image. PIL raises other errors for some damaged files.
@@ -75,7 +75,7 @@ def read_rgb(file: str | os.PathLike[str] | bytes) -> Any:
     ops: Any = require("PIL.ImageOps", "metrics")
     with image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
         kind = opened.format
-        whole = ops.exif_transpose(opened)
+        whole = ops.exif_transpose(opened) if rotate else opened.copy()
     gray = whole.mode.startswith("I;16") or (whole.mode == "I" and kind == "PNG")
     if whole.mode in ("I", "F") and not gray:
         raise ValueError(

@@ -82,7 +82,7 @@ def test_strengths_are_chosen_on_a_seed_that_is_not_reported():
         {"spec": spec(seed=1, trial=False, **choice), **shown, "relearning": {"back": 0.1}}
         for choice in grid[-2:]
     ]
-    said = language.table([*found, *runs], "npo")
+    said = language.table(language.current([*found, *runs]), "npo")
     assert "| 1 of 1 | 0.500 |" in said  # not the other strength's
     found[-1] = trial(grid[-1], 1.0, forgotten=0.2)  # keeps everything, and forgets nothing
     assert language.chosen(found, "npo", "joint") == grid[-2]

@@ -207,6 +207,18 @@ def reported(
     ]
 
 
+def current(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All but the runs whose strengths are an earlier choice's, made from fewer trials."""
+
+    def chosen_now(spec: Mapping[str, Any]) -> bool:
+        if spec["trial"] or spec["rule"] not in RULES:
+            return True
+        now = chosen(results, spec["loss"], spec["rule"])
+        return now is None or now.items() <= spec.items()
+
+    return [r for r in results if chosen_now(r["spec"])]
+
+
 def forgot(result: Mapping[str, Any]) -> bool:
     """Whether a point of it has forgotten; the base models have none."""
     return result.get("point", True) is not None
@@ -233,13 +245,7 @@ def table(results: Sequence[Mapping[str, Any]], loss: str) -> str:
     shown = [r for r in results if not r["spec"]["trial"]]
     for rule in (*GROUND, *RULES):
         of_rule = [r for r in shown if r["spec"]["rule"] == rule]
-        # strengths that an earlier choice ran with are left out
-        now = (chosen(results, loss, rule) or {}) if rule in RULES else {}
-        members = [
-            r
-            for r in of_rule
-            if r["spec"].get("loss", loss) == loss and now.items() <= r["spec"].items()
-        ]
+        members = [r for r in of_rule if r["spec"].get("loss", loss) == loss]
         if not members:
             continue
         cells = [cell([column(r) for r in members]) for column in COLUMNS.values()]
@@ -263,4 +269,4 @@ def cell(values: Sequence[float]) -> str:
 def report(results: Sequence[Mapping[str, Any]]) -> str:
     """A table for each loss of which there are runs."""
     made = {r["spec"]["loss"] for r in results if not r["spec"]["trial"] and "loss" in r["spec"]}
-    return "\n".join(f"## {LOSSES[x]}\n\n{table(results, x)}" for x in LOSSES if x in made)
+    return "\n".join(f"### {LOSSES[x]}\n\n{table(results, x)}" for x in LOSSES if x in made)

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import replacing
-from ..images import ENDINGS, image_files
+from ..images import ENDINGS, image_files, read_rgb
 from ..manifest import contents, key, sha256
 from ..metrics import NotComputed, inception
 from ..metrics.fid import inception_file
@@ -143,8 +142,8 @@ def _gathered(
         some = []
         for file in files[i : i + BATCH]:
             try:
-                with Image.open(file) as opened:  # without EXIF's rotation, as in published code
-                    some.append(prepared(opened.convert("RGB")))
+                # without EXIF's rotation, as in published code
+                some.append(prepared(read_rgb(file, rotate=False)))
             except Exception as error:  # PIL raises many types for files that are not images
                 broken.append(f"{file.name} ({error})")
         return some

@@ -51,7 +51,7 @@ def main(args: Language) -> None:
         execute(trials, folder, args.workers, "trials", run=language.run, name=language.name)
         wanted = language.reported(load(folder), args.losses, args.rules, args.seeds)
         execute(wanted, folder, args.workers, "reported", run=language.run, name=language.name)
-    found = load(folder)
+    found = language.current(load(folder))
     (folder / "results.json").write_text(json.dumps(found, indent=1))
     said = language.report(found)
     (folder / "results.md").write_text(said)
