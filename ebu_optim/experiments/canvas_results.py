@@ -103,12 +103,12 @@ def _attacked(found: Sequence[Row]) -> list[dict[str, Any]]:
     for method in methods:
         members = [row["values"] for row in found if row["method"] == method]
         known = [name for name in DEPTH if all(name in values for values in members)]
-        means = {n: statistics.fmean(_value(v[n]) for v in members) for n in known}
+        means = {n: statistics.fmean(number(v[n]) for v in members) for n in known}
         rows.append({"name": method, "targets": len(members), **means})
     return rows
 
 
-def _value(figure: Row) -> float:
+def number(figure: Row) -> float:
     """A share, or a number of steps: the last one that was tried if the target was not back."""
     if "value" in figure:
         return float(figure["value"])

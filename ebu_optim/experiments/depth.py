@@ -35,7 +35,7 @@ from ..diffusion import (
 )
 from ..files import replacing
 from ..metrics import classify, probability
-from ..metrics.intervals import t_interval
+from ..metrics.intervals import mean_said, t_interval
 from ..metrics.inversion import inversion
 from ..metrics.relearn_steps import relearn_steps
 from ..worlds import digits
@@ -283,8 +283,4 @@ def cell(column: str, values: Sequence[float | None]) -> str:
     digits_of = {"relearn_steps": 1}.get(column, 3)
     there = [_known(v) for v in values]
     more = "> " if None in values else ""
-    mean = f"{more}{statistics.fmean(there):.{digits_of}f}"
-    if len(there) < 2:
-        return mean
-    low, high = t_interval(there)
-    return f"{mean} ± {(high - low) / 2:.{digits_of}f}"
+    return more + mean_said(there, digits_of)

@@ -27,7 +27,7 @@ from .runs import Run, Task, task
 from .text_options import OfWorld, check_methods
 from .text_prompts import PromptFiles
 from .text_tables import STEPS
-from .text_worlds import EDIT_TAKES, MEASURE, UNLEARN, TextSetting
+from .text_worlds import EDIT_TAKES, MEASURE, UNLEARN, Given, TextSetting
 from .worlds import losses
 
 IMAGES_PER_PAIR = 16
@@ -105,9 +105,10 @@ class Requests(PromptFiles):
     def in_turn(self, method: str, seed: int) -> Run:
         """All requests, with a look after each number of `counts`."""
         made: list[Task] = []
+        of = self.setting.base
         for pair in PAIRS[: max(self.args.counts)]:
-            of = _Made(made[-1]) if made else self.setting.base
             made.append(self._unlearned(method, [pair], seed, of))
+            of = Given(made[-1].folder / "pipeline", made[-1].folder.name, made[-1])
         looked = [made[n - 1] for n in sorted(set(self.args.counts))]
         return self._run(IN_TURN, method, seed, made, looked, (TOGETHER, 1))
 
@@ -138,7 +139,7 @@ class Requests(PromptFiles):
         return Run(name, tuple(tasks), seconds, steps, tuple(after))
 
     def _unlearned(
-        self, method: str, gone: Sequence[Pair], seed: int, of: Any, way: Way = TOGETHER
+        self, method: str, gone: Sequence[Pair], seed: int, of: Given, way: Way = TOGETHER
     ) -> Task:
         setting, w = self.setting, self.setting.world
         first = f"{len(gone)}-{'-'.join(gone[0])}"
@@ -188,13 +189,6 @@ class Requests(PromptFiles):
         options = {**s.world.measure, "images_per_pair": IMAGES_PER_PAIR}
         where = {"pretrained_model_name_or_path": pipeline, "judges": s.judges.folder}
         return task(MEASURE, options, s.root, f"measured/many-{label}", where, [of, s.judges.key])
-
-
-class _Made:
-    """A model that a task made, in place of the base."""
-
-    def __init__(self, made: Task) -> None:
-        self.folder, self.key = made.folder / "pipeline", made.folder.name
 
 
 def many(args: Many, script: str = "many") -> None:

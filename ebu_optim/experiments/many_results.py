@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..baselines import recipes as known
-from ..metrics.intervals import t_interval
+from ..metrics.intervals import mean_said
+from .canvas_results import number
 from .many_prompts import PAIRS, wordings
 from .runs import Run, Task
 from .text_worlds import MEASURE, UNLEARN
@@ -30,9 +31,8 @@ def looks(run: Run, counts: Sequence[int] | None) -> list[dict[str, Any]]:
 
 def relearn(attacked: Task) -> float:
     """Steps until the first pair is back; the maximum if it is not."""
-    values = json.loads((attacked.folder / "attacks.json").read_text(encoding="utf-8"))["values"]
-    found = values["relearn_steps"]
-    return float(found["steps"] if found["reached"] else found["within"])
+    file = attacked.folder / "attacks.json"
+    return number(json.loads(file.read_text(encoding="utf-8"))["values"]["relearn_steps"])
 
 
 def seen(measured: Task, count: int) -> dict[str, Any]:
@@ -81,10 +81,4 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(members: Sequence[Mapping[str, Any]], name: str, digits: int) -> str:
     values = [row[name] for row in members if name in row]
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    low, high = t_interval(values)
-    return f"{mean} ± {(high - low) / 2:.{digits}f}"
+    return mean_said(values, digits) if values else ""

@@ -94,3 +94,12 @@ def estimate(values: Tensor, *, confidence: float = 0.95, seed: int = 0) -> dict
         else bootstrap(values, confidence=confidence, seed=seed)
     )
     return {"value": float(values.double().mean()), "low": low, "high": high, "n": len(values)}
+
+
+def mean_said(values: Sequence[float], digits: int) -> str:
+    """The mean of values, one for each seed, ± half its 95 % interval; of one value itself."""
+    mean = f"{fmean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    low, high = t_interval(values)
+    return f"{mean} ± {(high - low) / 2:.{digits}f}"
