@@ -131,8 +131,8 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
         ("red", "ESD", 1),
     ]
     assert found["attacked"] == [
-        {"name": "plain sum", "targets": 1, "cce": 0.5, "relearn_steps": 50.0},
-        {"name": "ESD", "targets": 1, "cce": 0.5, "relearn_steps": 4.5},
+        {"name": "plain sum", "styles": {"targets": 1, "cce": 0.5, "relearn_steps": 50.0}},
+        {"name": "ESD", "styles": {"targets": 1, "cce": 0.5, "relearn_steps": 4.5}},
     ]
     assert found["command"] == (
         "python examples/paper/unlearncanvas.py --seeds 1 2 --methods joint esd spm "

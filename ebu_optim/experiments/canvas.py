@@ -183,8 +183,10 @@ def _depth(run: Run) -> dict[str, Any]:
     """What the attacks on a model found."""
     made, done = run.tasks
     found = json.loads((done.folder / "attacks.json").read_text(encoding="utf-8"))
+    target = made.config.forget[0]
     return {
-        "target": made.config.forget[0],
+        "target": target,
+        "kind": "style" if target in STYLES else "object",
         "method": known[made.config.method].title,
         "seed": made.config.seed,
         "values": found["values"],

@@ -97,15 +97,20 @@ def _both(name: str, means: Sequence[Row]) -> dict[str, Any]:
 
 
 def _attacked(found: Sequence[Row]) -> list[dict[str, Any]]:
-    """The mean over the attacked targets."""
-    methods = list(dict.fromkeys(row["method"] for row in found))
-    rows = []
-    for method in methods:
-        members = [row["values"] for row in found if row["method"] == method]
-        known = [name for name in DEPTH if all(name in values for values in members)]
-        means = {n: statistics.fmean(number(v[n]) for v in members) for n in known}
-        rows.append({"name": method, "targets": len(members), **means})
-    return rows
+    """Of each method the mean over the attacked targets of each kind."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in found:
+        groups.setdefault(row["method"], {}).setdefault(row["kind"], []).append(row["values"])
+    return [
+        {"name": method, **{KINDS[kind]: _depth(of) for kind, of in kinds.items()}}
+        for method, kinds in groups.items()
+    ]
+
+
+def _depth(members: Sequence[Row]) -> dict[str, Any]:
+    known = [name for name in DEPTH if all(name in values for values in members)]
+    means = {n: statistics.fmean(number(v[n]) for v in members) for n in known}
+    return {"targets": len(members), **means}
 
 
 def number(figure: Row) -> float:
