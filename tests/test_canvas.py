@@ -91,10 +91,12 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
         done.extend(todo)
         for run in todo:
             made = run.tasks[0].config
-            name = known[made.method].title
-            kind = "style" if made.forget == ["red"] else "object"
-            judged(run.folder, name, made.seed, kind, made.forget[0])
-            steps = {"reached": made.method == "esd", "steps": 4.5, "within": 50}
+            method = getattr(made, "method", "retrain")
+            if method != "retrain":
+                kind = "style" if made.forget == ["red"] else "object"
+                judged(run.folder, known[method].title, made.seed, kind, made.forget[0])
+            run.folder.mkdir(parents=True, exist_ok=True)
+            steps = {"reached": method == "esd", "steps": 4.5, "within": 50}
             values = {"cce": {"value": 0.5}, "relearn_steps": steps}
             (run.folder / "attacks.json").write_text(json.dumps({"values": values}))
 
@@ -113,9 +115,12 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
     )
     canvas.canvas(args)
     attacked = [run for run in done if run.tasks[-1].maker is canvas.ATTACK]
-    assert len(attacked) == 2  # "red", by the plain sum and by ESD
+    assert len(attacked) == 3  # "red", by the plain sum, by ESD, and never seen
     names = [run.name for run in done]
-    for run in attacked:
+    *unlearned, never_saw = attacked
+    assert never_saw.tasks[0].config.without == ["red"]
+    assert never_saw.tasks[0].config.max_train_steps == never_saw.steps == 3000
+    for run in unlearned:
         made, attack = run.tasks
         assert attack.config.forget == made.config.forget == ["red"]
         assert attack.config.attacks == list(canvas.ATTACKS)
@@ -129,10 +134,12 @@ def test_targets_named_beforehand_are_attacked_by_all_attacks(stand_ins, monkeyp
     assert [(row["target"], row["method"], row["seed"]) for row in found["attacked_runs"]] == [
         ("red", "plain sum", 1),
         ("red", "ESD", 1),
+        ("red", "Retrain", 0),
     ]
     assert found["attacked"] == [
         {"name": "plain sum", "styles": {"targets": 1, "cce": 0.5, "relearn_steps": 50.0}},
         {"name": "ESD", "styles": {"targets": 1, "cce": 0.5, "relearn_steps": 4.5}},
+        {"name": "Retrain", "styles": {"targets": 1, "cce": 0.5, "relearn_steps": 50.0}},
     ]
     assert found["command"] == (
         "python examples/paper/unlearncanvas.py --seeds 1 2 --methods joint esd spm "
@@ -173,6 +180,8 @@ def test_closed_forms_have_one_seed_and_no_training(stand_ins, monkeypatch, caps
 def test_what_cannot_be_is_refused(stand_ins):
     with pytest.raises(InputError, match="--attacked plain: there is"):
         canvas.Canvas(**stand_ins, attacked=["plain"])
+    with pytest.raises(InputError, match="--references plain: there is"):
+        canvas.Canvas(**stand_ins, references=["plain"])
     with pytest.raises(InputError, match="--methods nothing: no such method"):
         canvas.Canvas(**stand_ins, methods=["nothing"])
     with pytest.raises(InputError, match="--target plain: every prompt without a style asks"):

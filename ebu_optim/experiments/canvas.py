@@ -24,7 +24,7 @@ from .options import OUTPUT, Seeds
 from .runs import Maker, Run, task
 from .text_options import OfWorld, check_methods
 from .text_tables import STEPS, tag
-from .text_worlds import ATTACK, EDIT_TAKES, TextSetting
+from .text_worlds import ATTACK, EDIT_TAKES, TRAIN, TextSetting
 
 PROTOCOL, BASE = "unlearncanvas-digits", "base model"
 #: Methods with several seeds, and methods with one.
@@ -41,6 +41,8 @@ ATTACKS_TAKE = 540.0
 EVALUATED = 29.0
 #: Two digits and two styles. No strength was tuned on them.
 ATTACKED = ("one", "eight", "red", "outline")
+#: Of these, the ones that a base is also trained without: what attacks find where nothing was learned.
+REFERENCES = ("one", "red")
 #: Fewer steps than published, so that all attacks on a model take minutes on a CPU.
 SHORTENED = {
     "cce_steps": 250,
@@ -70,6 +72,11 @@ class Canvas(Seeds, OfWorld):
         help="Targets whose models of the first seed are attacked too, by every attack. SPM's are "
         "not: its adapter has another strength for each prompt.",
     )
+    references: list[str] = option(
+        list(REFERENCES),
+        nargs="*",
+        help="Targets that a base is trained without and attacked, too: the reference for depth.",
+    )
     protocol: Literal["unlearncanvas-digits", "unlearncanvas-digits-seed188"] = option(
         PROTOCOL, help="Protocol that evaluates every model."
     )
@@ -77,8 +84,9 @@ class Canvas(Seeds, OfWorld):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_methods(self.methods, closed_forms)
-        if other := [name for name in self.attacked if name not in TARGETS]:
-            raise InputError(f"--attacked {other[0]}: there is {', '.join(TARGETS)}")
+        for option_name in ("attacked", "references"):
+            if other := [name for name in getattr(self, option_name) if name not in TARGETS]:
+                raise InputError(f"--{option_name} {other[0]}: there is {', '.join(TARGETS)}")
 
 
 def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
@@ -93,6 +101,7 @@ def canvas(args: Canvas, script: str = "unlearncanvas") -> None:
             todo += [evaluated(args, setting, method, choice, seed) for seed in seeds]
             if setting.target in args.attacked and method != "spm":
                 todo.append(attacked(args, setting, method, choice, args.seeds[0]))
+    todo += [reference(s) for name, s in settings.items() if name in args.references]
     if not args.announced(todo):
         return
     for setting in settings.values():
@@ -160,12 +169,25 @@ def attacked(
 ) -> Run:
     """Unlearned, and attacked; what `evaluated` made is there already."""
     made = _unlearned(args, setting, method, choice, seed, "pipeline")
+    return _attacked(setting, made, 0.0, 0, evaluated(args, setting, method, choice, seed).name)
+
+
+def reference(setting: TextSetting) -> Run:
+    """Trained without the target, and attacked."""
+    alone = setting.retrained()
+    (made,) = alone.tasks
+    return _attacked(setting, made, alone.seconds, alone.steps, *(r.name for r in setting.trained))
+
+
+def _attacked(
+    setting: TextSetting, made: runs.Task, seconds: float, steps: int, *after: str
+) -> Run:
     label = made.folder.name.rpartition("-")[0]
     done = setting.attacked(
         made.folder / "pipeline", [made.folder.name], label, {"attacks": list(ATTACKS), **SHORTENED}
     )
-    after = evaluated(args, setting, method, choice, seed).name
-    return Run(f"{setting.world.name}: {label}, attacked", (made, done), ATTACKS_TAKE, 0, (after,))
+    name = f"{setting.world.name}: {label}, attacked"
+    return Run(name, (made, done), seconds + ATTACKS_TAKE, steps, after)
 
 
 def _unlearned(
@@ -183,12 +205,14 @@ def _depth(run: Run) -> dict[str, Any]:
     """What the attacks on a model found."""
     made, done = run.tasks
     found = json.loads((done.folder / "attacks.json").read_text(encoding="utf-8"))
-    target = made.config.forget[0]
+    of = made.config
+    retrained = made.maker is TRAIN
+    target = (of.without if retrained else of.forget)[0]
     return {
         "target": target,
         "kind": "style" if target in STYLES else "object",
-        "method": known[made.config.method].title,
-        "seed": made.config.seed,
+        "method": known["retrain" if retrained else of.method].title,
+        "seed": of.seed,
         "values": found["values"],
     }
 
