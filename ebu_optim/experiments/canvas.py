@@ -41,7 +41,7 @@ ATTACKS_TAKE = 540.0
 EVALUATED = 29.0
 #: Two digits and two styles. No strength was tuned on them.
 ATTACKED = ("one", "eight", "red", "outline")
-#: Of these, the ones that a base is also trained without: what attacks find where nothing was learned.
+#: Those of them that a base is also trained without, to see what attacks find in it.
 REFERENCES = ("one", "red")
 #: Fewer steps than published, so that all attacks on a model take minutes on a CPU.
 SHORTENED = {
