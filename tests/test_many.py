@@ -12,7 +12,15 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import many
 from ebu_optim.experiments.many import UNLEARN, Many
-from ebu_optim.experiments.many_prompts import PAIRS, becomes, remembered, templates, wordings
+from ebu_optim.experiments.many_prompts import (
+    LISTS,
+    PAIRS,
+    TRIAL,
+    becomes,
+    remembered,
+    templates,
+    wordings,
+)
 from ebu_optim.text_to_image.prompt_files import read
 from ebu_optim.worlds.styled_digits.captions import CONTENTS, STYLES, TRAINED, captions
 
@@ -33,10 +41,18 @@ def finish(todo, workers):
         (task.folder / task.maker.last).write_text(json.dumps(found))
 
 
-def test_pairs_are_apart_and_in_all_wordings():
-    assert len({c for c, _ in PAIRS}) == 10
-    assert {s for _, s in PAIRS} == set(STYLES) - {"plain"}
-    assert not set(PAIRS) & set(map(becomes, PAIRS))
+def test_trial_pairs_are_none_of_the_reported_ones():
+    assert not set(TRIAL) & {*PAIRS, *map(becomes, PAIRS)}
+
+
+@pytest.mark.parametrize("pairs", LISTS.values(), ids=LISTS)
+def test_pairs_are_apart_and_in_all_wordings(pairs):
+    assert len({c for c, _ in pairs}) == 10
+    assert {s for _, s in pairs} == set(STYLES) - {"plain"}
+    assert not set(pairs) & set(map(becomes, pairs))
+
+
+def test_pairs_are_forgotten_in_all_wordings():
     texts = wordings(PAIRS)
     assert len(set(texts)) == len(texts) == 90
     of = {c.text: (c.content, c.style) for c in captions(TRAINED)}
@@ -143,6 +159,33 @@ def test_closed_forms_run_with_the_first_seed(stand_ins, monkeypatch):
     assert {config.surrogate_pairing for config in made} == {"each"}
     with pytest.raises(InputError, match="--methods uce: no such method"):
         many.Many(**stand_ins, varied=["uce"])
+
+
+def test_numbers_of_closed_forms_are_chosen_on_other_pairs(stand_ins, monkeypatch):
+    done: list = []
+
+    def execute(todo, workers):
+        done.extend(todo)
+        finish(todo, workers)
+
+    monkeypatch.setattr(many.runs, "execute", execute)
+    given = {"methods": ["uce", "speed"], "counts": [3], "in_turn": [], "varied": []}
+    numbers = {"speed": {"ridge": 0.01}}
+    many.many(
+        Many(**stand_ins, **given, pairs="trial", closed_form_options=numbers, seeds=[1], workers=1)
+    )
+    uce, speed = [run.tasks[0].config for run in done[1:]]
+    assert read(uce.forget, "--forget") == read(speed.forget, "--forget") == wordings(TRIAL[:3])
+    assert (uce.method_options, speed.method_options) == ({}, {"ridge": 0.01})
+    (written,) = stand_ins["output_dir"].rglob("results.json")
+    found = json.loads(written.read_text())[1:]
+    assert [(row["how"], row["pairs"]) for row in found] == [
+        ("together", 3),
+        ("together, ridge 0.01", 3),
+    ]
+    assert [row["forgotten"] for row in found] == [1.0, 1.0]
+    with pytest.raises(InputError, match="--closed_form_options joint: give objects for uce"):
+        Many(**stand_ins, closed_form_options={"joint": {}})
 
 
 def test_numbers_that_cannot_be_are_refused(stand_ins):

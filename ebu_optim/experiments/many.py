@@ -13,14 +13,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..baselines import closed_forms
 from ..errors import InputError
 from ..files import replacing
 from ..training.fields import option
 from . import rows, runs
-from .many_prompts import PAIRS, Pair, becomes, remembered, templates, wordings
+from .many_prompts import LISTS, PAIRS, Pair, becomes, remembered, templates, wordings
 from .many_results import looks, seen, table
 from .options import Seeds
 from .runs import Run, Task, task
@@ -78,12 +78,31 @@ class Many(Seeds, OfWorld):
         "every kept pair among the prompts to remember, and with both.",
     )
 
+    pairs: Literal["reported", "trial"] = option(
+        "reported", help="The pairs of the published table, or ten others for choosing numbers."
+    )
+    closed_form_options: dict[str, Any] = option(
+        {},
+        metavar="JSON",
+        help="Numbers of closed forms instead of the published ones, for example "
+        '\'{"speed": {"ridge": 0.01}}\'.',
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_methods((*self.methods, *self.in_turn), closed_forms)
         check_methods(self.varied)
         if wrong := [n for n in self.counts if not 1 <= n <= len(PAIRS)]:
             raise InputError(f"--counts {wrong[0]}: give numbers from 1 to {len(PAIRS)}")
+        if other := [name for name in self.closed_form_options if name not in closed_forms]:
+            raise InputError(
+                f"--closed_form_options {other[0]}: give objects for {', '.join(closed_forms)}"
+            )
+
+    def how(self, way: str, method: str) -> str:
+        """The way with the numbers that are not the published ones."""
+        given = self.closed_form_options.get(method, {})
+        return ", ".join([way, *(f"{name} {value:g}" for name, value in given.items())])
 
 
 class Requests(PromptFiles):
@@ -95,18 +114,18 @@ class Requests(PromptFiles):
 
     def __init__(self, args: Many, setting: TextSetting) -> None:
         super().__init__(setting.root / "prompts")
-        self.args, self.setting = args, setting
+        self.args, self.setting, self.pairs = args, setting, LISTS[args.pairs]
         self.drawing: dict[Any, str] = {}  # what two runs must not draw at once -> who draws it
 
     def together(self, method: str, count: int, seed: int, way: Way = TOGETHER) -> Run:
-        made = self._unlearned(method, PAIRS[:count], seed, self.setting.base, way)
+        made = self._unlearned(method, self.pairs[:count], seed, self.setting.base, way)
         return self._run(f"{way.title}, {count}", method, seed, [made], [made], (way, count))
 
     def in_turn(self, method: str, seed: int) -> Run:
         """All requests, with a look after each number of `counts`."""
         made: list[Task] = []
         of = self.setting.base
-        for pair in PAIRS[: max(self.args.counts)]:
+        for pair in self.pairs[: max(self.args.counts)]:
             made.append(self._unlearned(method, [pair], seed, of))
             of = Given(made[-1].folder / "pipeline", made[-1].folder.name, made[-1])
         looked = [made[n - 1] for n in sorted(set(self.args.counts))]
@@ -149,8 +168,9 @@ class Requests(PromptFiles):
             "surrogate_concept": [self.path(f"instead-{first}", wordings(map(becomes, gone)))],
             "remember_prompts": [self.path(f"remember-{first}", remembered(gone, way.near))],
         }
+        numbers = self.args.closed_form_options.get(method)
         training = (
-            {}
+            ({"method_options": numbers} if numbers else {})
             if method in closed_forms
             else {
                 **losses(setting.loss, method),
@@ -180,7 +200,7 @@ class Requests(PromptFiles):
             folder,
             [of],
             f"many-{label}",
-            {"attacks": ["relearn"], "forget_templates": templates(PAIRS[0])},
+            {"attacks": ["relearn"], "forget_templates": templates(self.pairs[0])},
         )
         return self._measured(folder, of, label), relearned
 
@@ -193,7 +213,8 @@ class Requests(PromptFiles):
 
 def many(args: Many, script: str = "many") -> None:
     """Make the missing runs, and write results.json and results.md."""
-    setting = args.setting(PAIRS[0][0])
+    pairs = LISTS[args.pairs]
+    setting = args.setting(pairs[0][0])
     requests = Requests(args, setting)
     found: list[tuple[str, str, int, Run]] = []
     for seed in args.seeds:  # so that the first seed's picture is whole early
@@ -202,14 +223,15 @@ def many(args: Many, script: str = "many") -> None:
                 if method in closed_forms and seed != args.seeds[0]:
                     continue
                 run = requests.together(method, count, seed)
-                found.append((TOGETHER.title, method, seed, run))
+                found.append((args.how(TOGETHER.title, method), method, seed, run))
         for way in VARIANTS:
             for method in check_methods(args.varied):
                 run = requests.together(method, max(args.counts), seed, way)
                 found.append((way.title, method, seed, run))
         if seed == args.seeds[0]:
             for method in check_methods(args.in_turn, closed_forms):
-                found.append((IN_TURN, method, seed, requests.in_turn(method, seed)))
+                how = args.how(IN_TURN, method)
+                found.append((how, method, seed, requests.in_turn(method, seed)))
     base = requests.base()
     todo = [*setting.trained, base, *(run for *_, run in found)]
     if not args.announced(todo):
@@ -217,11 +239,11 @@ def many(args: Many, script: str = "many") -> None:
     setting.write_prompts()
     requests.write_prompts()
     runs.execute(todo, args.processes)
-    results = [{"how": "base model", **seen(base.tasks[0], len(PAIRS))}]
+    results = [{"how": "base model", **seen(base.tasks[0], pairs)}]
     for how, method, seed, run in found:
         results += [
             {"how": how, "method": method, "seed": seed, **row}
-            for row in looks(run, args.counts if how == IN_TURN else None)
+            for row in looks(run, args.counts if how.startswith(IN_TURN) else None, pairs)
         ]
     folder = setting.root / script
     for name, text in {

@@ -24,6 +24,20 @@ PAIRS: tuple[Pair, ...] = (
     ("eight", "red"),
     ("nine", "blue"),
 )
+#: Ten others, which no table reports: for choosing the numbers of closed forms.
+TRIAL: tuple[Pair, ...] = (
+    ("zero", "red"),
+    ("one", "halftone"),
+    ("two", "outline"),
+    ("three", "blue"),
+    ("four", "negative"),
+    ("five", "halftone"),
+    ("six", "red"),
+    ("seven", "blue"),
+    ("eight", "outline"),
+    ("nine", "negative"),
+)
+LISTS = {"reported": PAIRS, "trial": TRIAL}
 
 
 def named(pair: Pair) -> list[Caption]:

@@ -10,22 +10,26 @@ from typing import Any
 from ..baselines import recipes as known
 from ..metrics.intervals import mean_said
 from .canvas_results import number
-from .many_prompts import PAIRS, wordings
+from .many_prompts import PAIRS, Pair, wordings
 from .runs import Run, Task
 from .text_worlds import MEASURE, UNLEARN
 
 
-def looks(run: Run, counts: Sequence[int] | None) -> list[dict[str, Any]]:
+def looks(
+    run: Run, counts: Sequence[int] | None, pairs: Sequence[Pair] = PAIRS
+) -> list[dict[str, Any]]:
     """A row for each look at the models of a run."""
     made = [t for t in run.tasks if t.maker is UNLEARN]
     judged = [t for t in run.tasks if t.maker is not UNLEARN]
-    asked = len(wordings(PAIRS[:1]))
+    asked = len(wordings(pairs[:1]))
     said = [json.loads((t.folder / UNLEARN.last).read_text(encoding="utf-8")) for t in made]
     numbers = sorted(set(counts)) if counts else [len(said[0]["forget"]) // asked]
     rows = []
     for n, measured, relearned in zip(numbers, judged[::2], judged[1::2]):
         took = sum(r["seconds"] for r in (said[:n] if counts else said))
-        rows.append({**seen(measured, n), "seconds": took, "relearn_steps": relearn(relearned)})
+        rows.append(
+            {**seen(measured, pairs[:n]), "seconds": took, "relearn_steps": relearn(relearned)}
+        )
     return rows
 
 
@@ -35,15 +39,15 @@ def relearn(attacked: Task) -> float:
     return number(json.loads(file.read_text(encoding="utf-8"))["values"]["relearn_steps"])
 
 
-def seen(measured: Task, count: int) -> dict[str, Any]:
-    """What is left of the first `count` pairs, and of all others."""
+def seen(measured: Task, forgotten: Sequence[Pair]) -> dict[str, Any]:
+    """What is left of the forgotten pairs, and of all others."""
     file = measured.folder / MEASURE.last
     pairs = json.loads(file.read_text(encoding="utf-8"))["measured"]["pair"]
-    gone = [" ".join(pair) for pair in PAIRS[:count]]
+    gone = [" ".join(pair) for pair in forgotten]
     kept = [name for name in pairs if name not in gone]
     worst = min(kept, key=lambda name: min(pairs[name]["content"], pairs[name]["style"]))
     return {
-        "pairs": count,
+        "pairs": len(gone),
         "forgotten": statistics.fmean(pairs[name]["content"] for name in gone),
         "first": pairs[gone[0]]["content"],
         "content": statistics.fmean(pairs[name]["content"] for name in kept),
