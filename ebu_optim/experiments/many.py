@@ -69,11 +69,13 @@ class Many(Seeds, OfWorld):
     counts: list[int] = option([1, 3, 10], help="Numbers of pairs: the first ones of the list.")
     in_turn: list[str] = option(
         ["ebu_added", "joint"],
+        nargs="*",
         help="Methods that also forget one pair after the other, with the first seed.",
     )
 
     varied: list[str] = option(
         ["ebu_added", "joint"],
+        nargs="*",
         help="Methods that also forget the largest number of pairs in three times the steps, with "
         "every kept pair among the prompts to remember, and with both.",
     )
