@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from .judges import Judge
 from .pictures import Pictures, made_of, read
 from .protocol import Asked, Protocol, Sampling
 
-#: The sampling of the picture that the search learns from.
+#: The sampling of the picture that the search learns from. That of a flow matching model is by its
+#: own sampler.
 TARGET = Sampling(sampler="lms", steps=25, guidance=7.5)
 
 
@@ -55,7 +57,8 @@ def attacked(
     if attack is None:
         raise ValueError(f"{protocol.name} has no attack")
     sampling = protocol.sampling
-    target = Sampling(**{**vars(TARGET), "size": sampling.size, "noise": sampling.noise})
+    own = ("size", "noise", *(["sampler"] if sampling.sampler == "flow" else []))
+    target = replace(TARGET, **{name: getattr(sampling, name) for name in own})
     settings = Settings(attack.tokens, attack.timesteps, attack.iterations)
     left = [i for i, o in enumerate(observed) if not attack.success(o, asked[i])]
     said = [made_of(sampling, asked[i]) for i in left]

@@ -131,7 +131,7 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
         InputError: a key is unknown, or a value is out of range.
     """
     choices = {
-        "sampler": ("lms", "ddim", "pndm", "dpm"),
+        "sampler": ("lms", "ddim", "pndm", "dpm", "flow"),
         "noise": ("cpu", "cuda"),
         "dtype": ("float32", "float16"),
     }

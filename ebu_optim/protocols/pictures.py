@@ -25,7 +25,7 @@ from ..text_to_image import drawing, transport
 from ..text_to_image.families import named
 from .processes import Processes
 from .protocol import Asked, Sampling
-from .samplers import noise, scheduler
+from .samplers import generator, noise, scheduler
 
 Made = TypeVar("Made")
 #: Approximate bytes per pixel of a photograph as PNG.
@@ -123,7 +123,7 @@ class Pictures:
         sizes = dict.fromkeys(size_of(sampling, a) for part in batches for a in part.values())
         beside = {size: _beside(opened, *size) for size in sizes}  # while the VAE is in float32
         sampler, dtype = scheduler(sampling.sampler, opened), getattr(torch, sampling.dtype)
-        erased, strength = [], {}
+        family, erased, strength = named(type(opened).__name__), [], {}
         if self.adapter is not None:
             ready = drawing.ready(opened, torch.float32, sampler)
             erased = transport.load(ready, [self.adapter])
@@ -137,16 +137,14 @@ class Pictures:
                 if erased:
                     ready.set_adapters([e.name for e in erased], strength[of[0].prompt])
                 size = size_of(sampling, of[0])
-                start = [noise(ready, a, size, sampling.noise).to(ready.device, dtype) for a in of]
                 drawn = drawing.together(
                     ready,
                     [a.prompt for a in of],
-                    [a.seed for a in of],
-                    latents=torch.cat(start),
+                    **_noise(ready, sampling, of, size),
                     num_inference_steps=sampling.steps,
                     width=size[0],
                     height=size[1],
-                    guidance_scale=guidance_of(sampling, of[0]),
+                    **family.guiding(guidance_of(sampling, of[0])),
                     **beside[size],
                 )
                 if kept is not None:
@@ -186,6 +184,17 @@ class Pictures:
         """Write the content of the folder's key next to the pictures."""
         with replacing(self.folder / "model.json") as work:
             work.write_text(json.dumps(self.model, indent=1))
+
+
+def _noise(
+    pipe: Any, sampling: Sampling, asked: Sequence[Asked], size: tuple[int, int]
+) -> dict[str, Any]:
+    """The arguments of `drawing.together` from which the noise of the pictures comes."""
+    if sampling.sampler == "flow":
+        return {"seeds": [generator(pipe, a, size, sampling.noise) for a in asked]}
+    start = torch.cat([noise(pipe, a, size, sampling.noise) for a in asked])
+    dtype = getattr(torch, sampling.dtype)
+    return {"seeds": [a.seed for a in asked], "latents": start.to(pipe.device, dtype)}
 
 
 def _beside(pipe: Any, width: int, height: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Sampling:
         dtype: the dtype of the weights while drawing. The noise is drawn in float32 and cast.
     """
 
-    sampler: Literal["lms", "ddim", "pndm", "dpm"]
+    sampler: Literal["lms", "ddim", "pndm", "dpm", "flow"]
     steps: int
     guidance: float | None = 7.5
     size: int | None = 512

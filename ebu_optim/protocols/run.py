@@ -35,6 +35,7 @@ from .options import Evaluate
 from .pictures import Pictures, ahead, read
 from .processes import joined
 from .protocol import Asked, Protocol, Seen, not_computed
+from .samplers import check
 from .sets import SetJudge
 
 RESULT = "protocols.json"
@@ -107,7 +108,9 @@ class _Loaded:
 
 
 def _pictures(args: Evaluate, name: str, model: Model) -> Pictures:
-    pipelines.look(results.whole(model, args.base))
+    looked = pipelines.look(results.whole(model, args.base))
+    for protocol in args.protocols:
+        check(looked.family, protocol, name)
     adapter = Path(name) if results.erases_by_prompt(Path(name)) else None
     return Pictures(args.output_dir / "images", results.made_of(model, args.base), name, adapter)
 

@@ -14,7 +14,10 @@ from diffusers import (
 from torch import Tensor
 
 from .._extras import require
-from .protocol import Asked
+from ..errors import InputError
+from ..text_to_image.families import Family, named
+from ..text_to_image.families.flow_matching import FlowMatching
+from .protocol import Asked, Protocol
 
 #: The settings of a noise schedule; the others belong to a sampler.
 SCHEDULE = (
@@ -33,8 +36,11 @@ def scheduler(kind: str, pipe: Any) -> Any:
     "lms" is built as in hand-written loops; "ddim" has eta 0 and the timesteps of CompVis; "pndm"
     is that of Stable Diffusion 1.4; "dpm" is DPM-Solver++ of order 2. The settings of the
     pipeline's own sampler, such as the spacing of timesteps, are not used, as they are not part of
-    a protocol.
+    a protocol. "flow" is Euler's method at the times of a flow matching model's own
+    pipeline.
     """
+    if kind == "flow":
+        return named(type(pipe).__name__).sampler(pipe.scheduler)
     schedule = {k: v for k, v in pipe.scheduler.config.items() if k in SCHEDULE}
     compvis = {"set_alpha_to_one": False, "steps_offset": 1}
     if kind == "ddim":
@@ -45,6 +51,43 @@ def scheduler(kind: str, pipe: Any) -> Any:
         require("scipy", "metrics")
         return LMSDiscreteScheduler(**schedule)
     return DPMSolverMultistepScheduler(**schedule)
+
+
+def check(family: Family, protocol: Protocol, model: str) -> None:
+    """Check that a model can be drawn by the protocol's sampler.
+
+    Raises:
+        InputError: a flow matching model, for which no protocol was published, shall be drawn by a
+            sampler of noise schedules, or the other way round.
+    """
+    flow, kind = isinstance(family, FlowMatching), protocol.sampling.sampler
+    if flow == (kind == "flow"):
+        return
+    if flow:
+        raise InputError(
+            f"--protocol {protocol.name} draws by {kind}, and {model} is a {family.name}, a flow "
+            "matching model, which has no such sampler: give --change sampler=flow, which draws by "
+            "Euler's method at its own times and changes the label"
+        )
+    raise InputError(
+        f"--change sampler=flow: {model} is a {family.name}, which is no flow matching model: "
+        "leave it out"
+    )
+
+
+def generator(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> torch.Generator:
+    """A generator of which the noise of a picture is the next draw.
+
+    The pipelines of flow matching models draw their noise by themselves, as some of them pack it.
+    """
+    source = torch.Generator(device).manual_seed(asked.seed)
+    if asked.nth:
+        family = named(type(pipe).__name__)
+        names = ("vae", family.denoiser)
+        configs = {name: getattr(pipe, name).config for name in names}
+        (channels, width, _), (_, height, _) = (family.latents(configs, side) for side in size)
+        torch.randn(asked.nth, channels, height, width, generator=source, device=device)
+    return source
 
 
 def noise(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> Tensor:

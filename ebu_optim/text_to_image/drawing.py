@@ -56,11 +56,17 @@ def draw(
 
 
 @torch.no_grad()
-def together(pipe: Any, texts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
-    """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, from one call of the pipeline."""
+def together(
+    pipe: Any, texts: Sequence[str], seeds: Sequence[int | torch.Generator], **options: Any
+) -> Tensor:
+    """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, from one call of the pipeline.
+
+    Args:
+        seeds: for each picture the seed of a generator on the CPU, or a generator.
+    """
     if "negative_prompt" in options:  # some pipelines need one per prompt
         options["negative_prompt"] = [options["negative_prompt"]] * len(texts)
-    sources = [torch.Generator().manual_seed(s) for s in seeds]
+    sources = [torch.Generator().manual_seed(s) if isinstance(s, int) else s for s in seeds]
     x = pipe(prompt=list(texts), generator=sources, output_type="pt", **options).images
     return x.float().cpu()
 
