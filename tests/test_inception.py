@@ -89,3 +89,39 @@ def test_moments_of_batches_are_those_of_all():
     assert distance_of(*found) == pytest.approx(frechet_distance(a, b), rel=1e-9)
     with pytest.raises(ValueError, match="NaN"):
         Moments().add(torch.tensor([[float("nan")]]))
+
+
+def test_unlearncanvass_resize_is_that_of_opencv():
+    cv2 = pytest.importorskip("cv2", reason="opencv comes with the extra nudity")
+    for size in ((512, 512), (640, 427), (96, 130)):
+        image = picture(*size)
+        # as published: to 512 in 8 bits, then to 299 in floats
+        whole = cv2.resize(np.asarray(image), (512, 512)).astype(np.float32) / 255
+        theirs = 2 * cv2.resize(whole, (299, 299)).transpose(2, 0, 1) - 1
+        apart = np.abs(inception.unlearncanvas(image).numpy() - theirs)
+        # OpenCV's 8 bits are of fixed point numbers, one level off at times
+        assert apart.max() < (1e-4 if size == (512, 512) else 2.01 / 255)
+    assert not torch.allclose(inception.unlearncanvas(image), inception.clean(image), atol=0.05)
+
+
+def test_unlearncanvass_features_are_the_means_of_mixed_7c_on_values_normalised_twice(tmp_path):
+    models = pytest.importorskip("torchvision.models", reason="comes with the extra text_to_image")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = models.inception_v3(weights=None, init_weights=False).eval()
+    torch.save(plain.state_dict(), tmp_path / "google.pth")
+    weights = inception.torchvision_weights_of(tmp_path / "google.pth")
+    caught = []
+    plain.Mixed_7c.register_forward_hook(lambda _module, _args, out: caught.append(out))
+    x = torch.stack([inception.unlearncanvas(picture(80, 60, seed)) for seed in (0, 1)])
+    # torchvision's own normalisation, of values that it takes for those in [0, 1]
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    with torch.no_grad():
+        plain(x * (std / 0.5) + (mean - 0.5) / 0.5)
+        found = inception.torchvision_network(weights, "cpu")(x)
+    assert found.shape == (2, inception.FEATURES)
+    torch.testing.assert_close(found, caught[0].mean((2, 3)))
+    with pytest.raises(ValueError, match="inception_weights does not hold weights of Inception3"):
+        inception.torchvision_network({"w": torch.ones(1)}, "cpu")

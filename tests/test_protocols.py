@@ -515,15 +515,20 @@ def test_unlearncanvas_grid_and_counts():
         for a in grid
     ]
     found = {"unlearncanvas-style": styles, "unlearncanvas-object": things}
-    of_style = p.count(Seen(grid, p.targets(["monet"]), found))
+    no_fid = {"fid-unlearncanvas": "not computed: no data set"}
+    of_style = p.count(Seen(grid, p.targets(["monet"]), found, no_fid))
     assert [of_style[k]["value"] for k in ("ua", "ira", "cra")] == [1, 1, 0.95]
     assert of_style["ira"]["n"] == 49 * 20 * 5
     assert of_style["accuracy/Seed_Images"]["value"] == 1
-    of_thing = p.count(Seen(grid, p.targets(["Bears"]), found))
+    of_thing = p.count(Seen(grid, p.targets(["Bears"]), {**found, "fid-unlearncanvas": [9.5]}))
     assert [of_thing[k]["value"] for k in ("ua", "ira")] == [1, 1]
     assert of_thing["cra"]["value"] == pytest.approx(49 / 50)
     assert of_thing["cra"]["n"] == 50 * 20 * 5
-    assert "not computed" in of_thing["fid_unlearncanvas"]["not_computed"]
+    assert of_style["fid_unlearncanvas"] == {"not_computed": "not computed: no data set"}
+    assert of_thing["fid_unlearncanvas"] == 9.5
+    some = {name: of[:1020] for name, of in found.items()}
+    fifth = seed.count(Seen(grid[:1020], p.targets(["Bears"]), some))["fid_unlearncanvas"]
+    assert "does not carry a FID" in fifth["not_computed"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ is a stand-in; the real one is in test_inception.py."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ pytest.importorskip("transformers", reason="transformers comes with the extra te
 pytest.importorskip("torch_fidelity", reason="torch-fidelity comes with the extra metrics")
 
 from ebu_optim.errors import InputError
+from ebu_optim.manifest import key, sha256
 from ebu_optim.metrics import inception
-from ebu_optim.protocols import Evaluate, evaluate, judges, sets
+from ebu_optim.protocols import PROTOCOLS, Evaluate, Sampling, canvas_fid, evaluate, judges, sets
 from ebu_optim.protocols.judges import Judge
+from ebu_optim.protocols.pictures import made_of
 from ebu_optim.text_to_image import drawing
 from ebu_optim.training.command_line import parse
 
@@ -56,7 +59,9 @@ def network(monkeypatch) -> list[int]:
     monkeypatch.setattr(inception, "network", lambda weights, device: Parts())
     monkeypatch.setattr(sets, "inception_file", lambda given, progress: Path(given))
     clip = Judge(lambda x, asked, _: [0.25] * len(x), "ViT-B-32-quickgelu openai")
-    monkeypatch.setattr(judges, "JUDGES", {"clip": lambda *_: clip})
+    nothing = Judge(lambda x, *_: [""] * len(x), "tiny")
+    others = dict.fromkeys(judges.JUDGES, lambda *_: nothing)
+    monkeypatch.setattr(judges, "JUDGES", {**others, "clip": lambda *_: clip})
     monkeypatch.setenv("TQDM_DISABLE", "1")
     return seen
 
@@ -241,6 +246,69 @@ def test_a_damaged_picture_is_named(tiny, tmp_path, network, files):
     next((tmp_path / "o" / "images").rglob("*.png")).write_bytes(b"no image")
     with pytest.raises(InputError, match="delete it to draw it again"):
         run(tmp_path / "o", tiny, "--protocol", "coco-30k", "--first", 4, "--files", *given)
+
+
+@pytest.fixture
+def canvas(tmp_path, network, monkeypatch) -> dict[str, Path]:
+    """The data set's folder with two styles and three objects, and weights of a stand-in."""
+    styles, objects = canvas_fid.STYLES[:2], canvas_fid.OBJECTS[:3]
+    monkeypatch.setattr(canvas_fid, "STYLES", styles)
+    monkeypatch.setattr(canvas_fid, "OBJECTS", objects)
+    monkeypatch.setattr(inception, "torchvision_weights_of", lambda file, progress: {})
+    stand_in = inception.network(None, "cpu")
+    monkeypatch.setattr(inception, "torchvision_network", lambda weights, device: stand_in)
+    rng = np.random.default_rng(1)
+    for style in styles:
+        for thing in objects:
+            (tmp_path / "canvas" / style / thing).mkdir(parents=True)
+            for i in range(1, 7):  # the sixth does not count
+                pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "canvas" / style / thing / f"{i}.jpg")
+    (tmp_path / "google.pth").write_bytes(b"google")
+    return {"unlearncanvas": tmp_path / "canvas", "inception-torchvision": tmp_path / "google.pth"}
+
+
+@pytest.mark.parametrize("forget", ["Abstractionism", "Bears"])
+def test_unlearncanvass_figure_is_of_the_cells_that_are_kept(tiny, tmp_path, canvas, forget):
+    named = [f"{name}={file}" for name, file in canvas.items()]
+    given = ("--protocol", "unlearncanvas", "--forget", forget, "--first", 23, "--files", *named)
+    (row,) = run(tmp_path / "o", tiny, *given)
+    grid = PROTOCOLS["unlearncanvas"].asked({})[:23]
+    drawn = tmp_path / "o" / row["pictures"]["folder"]
+    ours = []
+    for one in grid:
+        if forget not in one.of.values():
+            file = drawn / f"{key(made_of(small(), one))}.png"
+            Image.open(file).save(tmp_path / "a.jpg")  # judged as JPEG
+            ours.append(parts(inception.unlearncanvas(Image.open(tmp_path / "a.jpg"))[None]))
+    real = [
+        parts(inception.unlearncanvas(Image.open(file))[None])
+        for file in sorted(canvas["unlearncanvas"].rglob("*.jpg"))
+        if forget not in file.parts and file.stem != "6"
+    ]
+    assert (len(ours), len(real)) == ((3, 15) if forget == "Abstractionism" else (21, 20))
+    by_hand = frechet(*(torch.cat(x).double().numpy() for x in (ours, real)))
+    assert row["figures"]["fid_unlearncanvas"] == pytest.approx(by_hand, rel=1e-5)
+    said = f"judge fid-unlearncanvas {sha256(canvas['inception-torchvision'])[:8]} n=30"
+    assert said in row["label"]
+
+
+def small() -> Sampling:
+    """What `SMALL` makes of the protocol's sampling."""
+    sampling = PROTOCOLS["unlearncanvas"].sampling
+    return replace(sampling, steps=1, size=16, dtype="float32", noise="cpu")
+
+
+def test_the_data_set_of_unlearncanvas_is_looked_at_before_anything_is_drawn(
+    tiny, tmp_path, canvas, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(drawing, "together", lambda *_, **__: drawn.append(1))
+    given = ("--protocol", "unlearncanvas", "--forget", "Bears", "--first", 2, "--files")
+    (canvas["unlearncanvas"] / "Abstractionism" / "Bears" / "5.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 30 images are missing, such as Abstractionism"):
+        run(tmp_path / "o", tiny, *given, f"unlearncanvas={canvas['unlearncanvas']}")
+    assert not drawn
 
 
 @pytest.mark.slow

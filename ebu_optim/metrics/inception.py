@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._extras import require
 from ..images import pixels_of
+from ._weights import load_into, needed, torchvision_weights
 
 SIZE = 299
 FEATURES = 2048
@@ -43,7 +44,26 @@ def text2image(image: Any) -> Tensor:
     return 2 * (pixels_of(square).float() / 255) - 1
 
 
-PREPARED: dict[str, Callable[[Any], Tensor]] = {"clean": clean, "text2image": text2image}
+def unlearncanvas(image: Any) -> Tensor:
+    """Prepare a PIL image of mode RGB as UnlearnCanvas does, (3, 299, 299) float32 in [-1, 1].
+
+    OpenCV's bilinear resize, which does not smooth: to 512 pixels in 8 bits, then to 299 in floats.
+    """
+    pixels = pixels_of(image)[None].float()
+    if pixels.shape[2:] != (512, 512):
+        pixels = _bilinear(pixels, 512).round()
+    return 2 * _bilinear(pixels / 255, SIZE)[0] - 1
+
+
+def _bilinear(x: Tensor, side: int) -> Tensor:
+    return nn.functional.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+
+
+PREPARED: dict[str, Callable[[Any], Tensor]] = {
+    "clean": clean,
+    "text2image": text2image,
+    "unlearncanvas": unlearncanvas,
+}
 
 
 def network(weights: Path, device: str | torch.device) -> nn.Module:
@@ -59,3 +79,29 @@ def network(weights: Path, device: str | torch.device) -> nn.Module:
         )
     layers = [layer for name, layer in extractor.named_children() if name != "fc"]
     return nn.Sequential(*layers, nn.Flatten()).eval().to(device)
+
+
+def torchvision_weights_of(file: Path | None, *, progress: bool = False) -> dict[str, Tensor]:
+    """Return the weights of torchvision's Inception, which was trained apart from that of FID.
+
+    Raises:
+        NotComputed: torchvision or the weights are not available.
+        ValueError: the file holds no state dict.
+    """
+    entry = needed("torchvision.models", "text-to-image").Inception_V3_Weights.IMAGENET1K_V1
+    return torchvision_weights(entry, file, "inception_weights", progress)
+
+
+def torchvision_network(weights: dict[str, Tensor], device: str | torch.device) -> nn.Module:
+    """Return torchvision's network up to the mean over Mixed_7c's places, as `network` is.
+
+    UnlearnCanvas gives it images in [-1, 1], which it then normalises as if they were in [0, 1].
+
+    Raises:
+        ValueError: they are weights of another network.
+    """
+    models = needed("torchvision.models", "text-to-image")
+    model = models.inception_v3(weights=None, transform_input=True, init_weights=False)
+    load_into(model, weights, "inception_weights")
+    model.fc = nn.Identity()
+    return model.eval().to(device)

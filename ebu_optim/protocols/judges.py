@@ -30,6 +30,7 @@ from ..metrics.imagenette import CLASSES
 from ..metrics.naming import called
 from ..worlds.styled_digits.judges import CLASSES as CLASSES_OF_DIGITS
 from ..worlds.styled_digits.judges import load_judges
+from .canvas_fid import open_canvas
 from .protocol import Asked, not_computed
 from .sets import SetJudge, open_fid
 
@@ -66,6 +67,8 @@ def open_judge(
     """
     if name in SETS:
         try:
+            if name == "fid-unlearncanvas":
+                return open_canvas(files, device, keep)
             return open_fid(SETS[name], files, device, keep)
         except NotComputed as why:
             return not_computed(str(why))["not_computed"]
@@ -246,14 +249,21 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     "digits-object": _digits("object"),
 }
 #: FID -> how its images are prepared, see `metrics.inception`.
-SETS = {"fid-text2image": "text2image", "fid-clean": "clean"}
+SETS = {
+    "fid-text2image": "text2image",
+    "fid-clean": "clean",
+    "fid-unlearncanvas": "unlearncanvas",
+}
 #: Judges whose file is given under another name -> that name.
 ONE_FILE = {
     **dict.fromkeys(("digits-style", "digits-object"), "digits-judges"),
     "resnet50-entropy": "resnet50",
 }
 #: Judges that read several files -> their names.
-SEVERAL = dict.fromkeys(SETS, ("coco", "inception"))
+SEVERAL = {
+    **dict.fromkeys(SETS, ("coco", "inception")),
+    "fid-unlearncanvas": ("unlearncanvas", "inception-torchvision"),
+}
 #: Judges that this package does not support -> why.
 ABSENT = {
     "giphy": "GIPHY's celebrity detector (Giphy/celeb-detection-oss, MTCNN and ResNet-50) is not "

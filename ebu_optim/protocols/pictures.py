@@ -256,9 +256,14 @@ def read(file: Path, saved: str) -> Tensor:
         ) from error
     if saved == "png":
         return pixels_of(picture)
+    return pixels_of(as_jpeg(picture))
+
+
+def as_jpeg(picture: Any) -> Any:
+    """A PIL image after PIL's JPEG compression with its defaults."""
     kept = io.BytesIO()
     picture.save(kept, "JPEG")
-    return pixels_of(read_rgb(kept.getvalue()))
+    return read_rgb(kept.getvalue())
 
 
 def ahead(read: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:

@@ -170,14 +170,17 @@ def _row(
             why[name] = "not computed: it compares with the base's pictures: give --base"
             del there[name]
     sets = {name: judge for name, judge in ours.items() if isinstance(judge, SetJudge)}
-    if len(asked) < 2:
-        why |= dict.fromkeys(sets, not_computed("it needs at least two pictures")["not_computed"])
     files = [pictures.file(protocol.sampling, a) for a in asked]
     content = key([f.name for f in files])
     found: dict[str, Any] = look(protocol, asked, pictures, base, there)
+    targets = protocol.targets(args.forget)
     for name, of_set in sets.items():
-        if name not in why:
-            found[name] = [of_set.look(files, key(pictures.model, content))]
+        some = [f for f, a in zip(files, asked, strict=True) if of_set.counts(a, targets)]
+        if len(some) < 2:
+            why[name] = not_computed("it needs at least two pictures")["not_computed"]
+        else:
+            content_of = key(pictures.model, key([f.name for f in some]))
+            found[name] = [of_set.look(some, content_of, targets)]
     if protocol.attack is not None:
         by = protocol.attack.judge
         if by in why or base is None:
@@ -195,7 +198,6 @@ def _row(
                 *opened,
                 args.output_dir / "attacks",
             )
-    targets = protocol.targets(args.forget)
     figures = protocol.count(Seen(asked, targets, found, why))
     identities = {n: j.identity for n, j in ours.items() if n in found and not isinstance(j, str)}
     return {

@@ -23,7 +23,8 @@ from ..metrics import NotComputed, inception
 from ..metrics.fid import inception_file
 from ..metrics.frechet import Moments, distance_of
 from ..metrics.naming import called
-from .pictures import ahead
+from .pictures import ahead, as_jpeg
+from .protocol import Asked
 
 REAL, WEIGHTS = "--files coco", "--files inception"
 #: Pictures that pass through Inception at a time.
@@ -31,18 +32,63 @@ BATCH = 16
 NAMED = 5  # how many unreadable files a message names; it counts all of them
 
 Statistics = tuple[Tensor, Tensor]
+Prepared = Callable[[Any], Tensor]
 
 
 class SetJudge(NamedTuple):
     """A judge of a set of pictures.
 
     Attributes:
-        look: (files of at least two pictures, a key of their contents) -> the figure.
+        look: (files of at least two pictures, a key of their contents, the forgotten targets) ->
+            the figure.
         identity: identifies the judge and what it compares with.
+        counts: (a picture, the forgotten targets) -> whether it belongs to the set.
     """
 
-    look: Callable[[Sequence[Path], str], float]
+    look: Callable[[Sequence[Path], str, Sequence[str]], float]
     identity: str
+    counts: Callable[[Asked, Sequence[str]], bool] = lambda _asked, _forget: True
+
+
+class Features(NamedTuple):
+    """The features of a network on images that are prepared in one way.
+
+    Attributes:
+        kind: the name of the preparation, in `inception.PREPARED`.
+        network: opens the network.
+        by: start of the hash of its weights.
+        keep: the folder for statistics; None keeps none.
+    """
+
+    kind: str
+    network: Callable[[], nn.Module]
+    by: str
+    device: str
+    keep: Path | None
+
+    def statistics(
+        self, of: Sequence[Path], content: str, said: tuple[str, str], saved: str = "png"
+    ) -> Statistics:
+        """The statistics of image files, computed or read.
+
+        Args:
+            content: a key of their contents.
+            said: what they are, and the remedy for those that cannot be read.
+            saved: "jpeg" compresses them first, see `Protocol.saved`.
+        """
+        name = key(self.kind, self.by, self.device, content)
+        file = None if self.keep is None else self.keep / f"{name}.npz"
+        if file is not None and file.is_file():
+            return read(file, f"the statistics {file}", "delete the file to compute it again")
+        prepared = inception.PREPARED[self.kind]
+        if saved == "jpeg":
+            found = _gathered(of, lambda x: prepared(as_jpeg(x)), self, *said)
+        else:
+            found = _gathered(of, prepared, self, *said)
+        if file is not None:
+            with replacing(file) as work:
+                np.savez(work, mu=found[0].numpy(), sigma=found[1].numpy())
+        return found
 
 
 def open_fid(kind: str, files: Mapping[str, Path], device: str, keep: Path | None) -> SetJudge:
@@ -65,34 +111,23 @@ def open_fid(kind: str, files: Mapping[str, Path], device: str, keep: Path | Non
         except (ValueError, FileNotFoundError) as error:
             raise InputError(str(error)) from error
     by = sha256(weights)
-
-    @cache
-    def network() -> nn.Module:
-        return inception.network(weights, device)
-
-    def statistics(of: Sequence[Path], content: str, said: tuple[str, str]) -> Statistics:
-        file = None if keep is None else keep / f"{key(kind, by, device, content)}.npz"
-        if file is not None and file.is_file():
-            return read(file, f"the statistics {file}", "delete the file to compute it again")
-        found = _gathered(of, inception.PREPARED[kind], network(), device, *said)
-        if file is not None:
-            with replacing(file) as work:
-                np.savez(work, mu=found[0].numpy(), sigma=found[1].numpy())
-        return found
-
+    features = Features(kind, cache(lambda: inception.network(weights, device)), by, device, keep)
     if files["coco"].is_dir():
         real = _real(files["coco"])
         content, many = contents(real), f"n={len(real)}"
-        reference = statistics(real, content, (f"{REAL}={files['coco']}", "delete them"))
+        reference = features.statistics(real, content, (f"{REAL}={files['coco']}", "delete them"))
     else:
         content, many = sha256(files["coco"])[:16], "npz"
         reference = read(files["coco"], f"{REAL}={files['coco']}", "give statistics of Inception")
 
-    def look(pictures: Sequence[Path], content: str) -> float:
-        said = "the pictures", "delete them to draw them again"
-        return distance_of(statistics(pictures, content, said), reference)
+    def look(pictures: Sequence[Path], content: str, _: Sequence[str]) -> float:
+        return distance_of(features.statistics(pictures, content, DRAWN), reference)
 
     return SetJudge(look, f"{by[:8]} {many} {content}")
+
+
+#: What a message calls the drawn pictures, and the remedy.
+DRAWN = "the pictures", "delete them to draw them again"
 
 
 def _real(folder: Path) -> list[Path]:
@@ -129,14 +164,13 @@ def read(file: Path, what: str, remedy: str) -> Statistics:
 
 def _gathered(
     files: Sequence[Path],
-    prepared: Callable[[Any], Tensor],
-    network: nn.Module,
-    device: str,
+    prepared: Prepared,
+    features: Features,
     what: str,
     remedy: str,
 ) -> Statistics:
     """The statistics of files; `BATCH` of them are in memory at a time, and the next ones."""
-    found, broken = Moments(), []
+    found, broken, network = Moments(), [], features.network()
 
     def batch(i: int) -> list[Tensor]:
         some = []
@@ -152,7 +186,7 @@ def _gathered(
     for some in tqdm(ahead(batch, starts), "Inception", total=len(starts)):
         if not broken:  # else the files that are left are only checked
             with torch.no_grad():
-                found.add(network(torch.stack(some).to(device)))
+                found.add(network(torch.stack(some).to(features.device)))
     if broken:
         more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise InputError(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..metrics.unlearncanvas import LARGE, OBJECTS, STYLES
 from ..worlds.styled_digits import captions as digits
+from .canvas_fid import GOOGLE
 from .protocol import Asked, Protocol, Sampling, Seen, not_computed, one_of
 
 SEEDS = (188, 288, 588, 688, 888)
@@ -104,24 +105,29 @@ def count(canvas: Canvas, more: Mapping[str, Any], seen: Seen) -> dict[str, Any]
     }
 
 
-NO_FID = {
-    "fid_unlearncanvas": not_computed(
-        "torchvision's Inception on OpenCV's resize, against the data set, is not built in"
-    )
-}
+FID = "fid-unlearncanvas"
+
+
+def count_published(fid: bool, seen: Seen) -> dict[str, Any]:
+    """`count`, and the FID of what is not forgotten; published code has it of all five seeds."""
+    few = not_computed("a fifth of the pictures does not carry a FID")
+    figure = seen.figure(FID, lambda found: found[0]) if fid else few
+    return count(CANVAS, {"fid_unlearncanvas": figure}, seen)
 
 
 def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
+    whole = tuple(seeds) == SEEDS
     return Protocol(
         name=name,
         title=f"UnlearnCanvas: 51 styles x 20 objects x {len(seeds)} seeds, for each target",
         source="OPTML-Group/UnlearnCanvas@920cfd1:machine_unlearning/evaluation/"
-        "{sampling_unlearned_models/uce,quantitative/accuracy}.py",
+        "{sampling_unlearned_models/uce,quantitative/accuracy,quantitative/fid}.py",
         sampling=Sampling(sampler="lms", steps=100, guidance=9.0, dtype="float16"),
         asked=partial(asked, CANVAS, seeds),
         images=len(STYLES) * len(OBJECTS) * len(seeds),
-        judges={f"unlearncanvas-{kind}": LARGE for kind in ("style", "object")},
-        count=partial(count, CANVAS, NO_FID),
+        judges={f"unlearncanvas-{kind}": LARGE for kind in ("style", "object")}
+        | ({FID: f"{GOOGLE} n=5100 "} if whole else {}),
+        count=partial(count_published, whole),
         targets=one_of(CANVAS.targets(), "style or object"),
         saved="jpeg",
         kind=CANVAS.kind,
@@ -130,7 +136,7 @@ def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
             "from CUDA noise that is seeded once for the whole grid",
             "uce.py keeps latents in float32 under autocast; here they are float16 after the noise",
             f"{NO_STYLE}, whose caption was never trained, is drawn and judged, and left out of "
-            "IRA and CRA",
+            "IRA and CRA, but not of FID",
             "a table is the mean over 50 styles or 20 objects, each unlearned by itself",
         ),
     )
