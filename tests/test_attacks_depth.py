@@ -270,21 +270,54 @@ def test_free_tokens_stand_before_the_prompt(unhooked):
 
 
 def test_tina_is_ddim_backwards_and_its_refinement_lowers_the_residual():
-    def noise(z: torch.Tensor, t: int) -> torch.Tensor:
+    def noise(z: torch.Tensor, t: float) -> torch.Tensor:
         return torch.tanh(z * (1 + t / 1000))
 
     z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    levels = [torch.tensor(a) for a in (0.999, 0.8, 0.5, 0.2)]
-    times, errors = [1, 334, 667], []
+    levels = torch.tensor((0.999, 0.8, 0.5, 0.2))
+    sampler = SimpleNamespace(
+        alphas_cumprod=torch.zeros(668),
+        final_alpha_cumprod=levels[0],
+        timesteps=torch.tensor((667, 334, 1)),
+    )
+    sampler.alphas_cumprod[[1, 334, 667]] = levels[1:]
+    path, errors = inversion.ddim(sampler), []
     for refinements in (0, 300):
-        back = inversion.invert(noise, z, times, levels, refinements)
-        errors.append(inversion.error(inversion.redrawn(noise, back, times, levels), z).mean())
+        back = inversion.invert(noise, z, path, refinements)
+        errors.append(inversion.error(inversion.redrawn(noise, back, path), z).mean())
     assert errors[1] < errors[0] / 4
     # one step by hand
-    one = inversion.invert(noise, z, [1], levels[:2], 0)
+    one = inversion.invert(noise, z, path[:1], 0)
     a_s, a_t = levels[:2]
     x_0 = (z - (1 - a_s).sqrt() * noise(z, 1)) / a_s.sqrt()
     torch.testing.assert_close(one, a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise(z, 1))
+    e = noise(one, 1)
+    x_0 = (one - (1 - a_t).sqrt() * e) / a_t.sqrt()
+    again = a_s.sqrt() * x_0 + (1 - a_s).sqrt() * e
+    torch.testing.assert_close(inversion.redrawn(noise, one, path[:1]), again)
+
+
+def test_tina_redraws_by_the_sampler_of_flow_matching():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    def velocity(z: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.tanh(z * (1 + t / 1000))
+
+    sampler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sampler.set_timesteps(6)
+    path = inversion.flow(sampler)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = z
+    for t in sampler.timesteps:
+        x = sampler.step(velocity(x, float(t)), t, x).prev_sample
+    torch.testing.assert_close(inversion.redrawn(velocity, z, path), x)
+    errors = [
+        inversion.error(
+            inversion.redrawn(velocity, inversion.invert(velocity, x, path, n), path), x
+        )
+        for n in (0, 300)
+    ]
+    assert errors[1].mean() < errors[0].mean() / 4
 
 
 def test_the_control_is_made_of_the_pieces():

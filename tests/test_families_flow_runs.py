@@ -636,12 +636,16 @@ def test_a_known_word_in_the_new_ones_place_is_the_prompt(name, made, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("sd3", ("inversion",)), ("pixart", ()), ("sana", ()), ("qwen_image", ())],
+    [
+        ("sd3", ("inversion", "cce", "unlearndiffatk")),
+        *((name, ()) for name in ("flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image")),
+    ],
 )
 def test_an_attack_goes_through(name, more, made, tmp_path, monkeypatch):
     run, judges = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.judges")
-    bright = judges.Judge(lambda x: x.double().mean((1, 2, 3)).sigmoid(), {"judge": "brightness"})
-    monkeypatch.setattr(judges, "load", lambda *_: bright)
+    # below 0.5, so that unlearndiffatk has to search
+    dim = judges.Judge(lambda x: x.double().mean((1, 2, 3)).sigmoid() / 4, {"judge": "brightness"})
+    monkeypatch.setattr(judges, "load", lambda *_: dim)
     argv = [
         "--pretrained_model_name_or_path",
         made / name,
@@ -671,19 +675,50 @@ def test_an_attack_goes_through(name, more, made, tmp_path, monkeypatch):
         "cpu",
         "--resolution",
         size(made / name),
+        "--cce_steps",
+        2,
+        "--unlearndiffatk_timesteps",
+        2,
+        "--unlearndiffatk_iterations",
+        1,
+        "--tina_steps",
+        2,
+        "--tina_refinements",
+        1,
         "--attacks",
         "paraphrase",
         "relearn",
+        "tina",
+        "lora_relearn",
         *more,
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         run.attack(parse(run.AttackOptions, [str(a) for a in argv]))
     found = json.loads((tmp_path / "o" / "attacks.json").read_text())["values"]
-    assert {"p_f", "paraphrase", "relearn_steps"} <= found.keys()
+    assert {"p_f", "paraphrase", "relearn_steps", "lora_relearn_steps"} <= found.keys()
+    assert {"tina", "tina_error", "tina_control_error"} <= found.keys()
     if more:
         word = load_file(tmp_path / "o" / "learned_word.safetensors")
         assert sorted(word) == ["text_encoder", "text_encoder_2"]
-        assert "inversion_2" in found
+        assert {"inversion_2", "cce", "unlearndiffatk"} <= found.keys()
+
+
+def test_attacks_by_tokens_are_refused_where_no_gradient_comes_to_them(made, tmp_path):
+    run = module("ebu_optim.attacks.run")
+    given = ["--pretrained_model_name_or_path", made / "flux_dev", "--forget", "cat"]
+    given += [
+        "--base_model",
+        made / "flux_dev",
+        "--judge",
+        "nudity",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    for name in ("cce", "unlearndiffatk"):
+        args = parse(run.AttackOptions, [str(a) for a in (*given, "--attacks", name)])
+        with pytest.raises(InputError, match=f"--attacks {name} is not supported for FLUX.1"):
+            run.attack(args)
+    assert not (tmp_path / "o").exists()
 
 
 def test_an_attack_draws_by_the_models_own_guidance(made, tmp_path):

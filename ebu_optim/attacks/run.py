@@ -38,6 +38,7 @@ from . import attacks, judges, prompts
 from .judges import JudgeOptions
 from .model import Attacked, by_encoder
 from .prompts import QuestionOptions
+from .unlearndiffatk import UNREAD
 
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
 #: Defaults that depend on the size of the model: (in the world of digits, elsewhere).
@@ -199,6 +200,10 @@ def attack(config: AttackOptions) -> None:
     for name in ("inversion", "cce"):
         if name in args.attacks and (why := looked.family.no_new_word):
             raise InputError(f"--attacks {name} is not supported for {looked.family.name}: {why}")
+    if "unlearndiffatk" in args.attacks and looked.family.no_new_word:
+        raise InputError(
+            f"--attacks unlearndiffatk is not supported for {looked.family.name}: {UNREAD}"
+        )
     args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)

@@ -11,13 +11,14 @@ can be inverted, and nothing about what the model knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..diffusion.flow import is_flow
 from ..diffusion.losses import predict
 from ..diffusion.schedules import prediction_type
 from ..metrics.images import to_uint8
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 STEPS, REFINEMENTS, RATE = 50, 25, 1e-3
 PIECES = 8  # pieces per side of a control picture
 
-Noise = Callable[[Tensor, int], Tensor]
+Predicted = Callable[[Tensor, float], Tensor]
 
 
 def tina(attack: Attack) -> Found:
@@ -79,61 +80,78 @@ def error(found: Tensor, given: Tensor) -> Tensor:
     return (found - given).square().flatten(1).mean(1) / spread
 
 
+class Step(NamedTuple):
+    r"""A step of the sampler between z_s and the noisier z_t.
+
+    .. math:: z_t = r\, z_s + h\, f(z_t, t)
+
+    Attributes:
+        time: t.
+        ratio, size: r and h.
+    """
+
+    time: float
+    ratio: Tensor
+    size: Tensor
+
+
 def back_and_forth(model: Any, latents: Tensor, *, steps: int, refinements: int) -> Tensor:
     """Latents (n, C, H, W) on the CPU, inverted and redrawn under the empty prompt."""
     told = model.told(model.null.expand(len(latents), *model.null.shape[1:]))
-    denoiser, kind = model.denoiser(), prediction_type(model.schedule)
-    alphas, end, times = _times(model, steps)
-
-    def noise(z: Tensor, t: int) -> Tensor:
-        at = torch.full((len(z),), t, device=z.device)
-        out = predict(denoiser, z, at, told, model.schedule).float()
-        a = alphas[t]
-        return out if kind == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * z
-
-    levels = [end, *(alphas[t] for t in times)]
-    z = invert(noise, latents.to(model.device), times, levels, refinements)
-    return redrawn(noise, z, times, levels).cpu()
-
-
-def _times(model: Any, steps: int) -> tuple[Tensor, Tensor, list[int]]:
-    """alpha-bar of every timestep, alpha-bar after the last step, and DDIM's timesteps, rising."""
-    sampler = type(model.sampler).from_config(model.sampler.config)
+    denoiser, schedule = model.denoiser(), model.schedule
+    sampler = model.family.sampler(schedule)
     sampler.set_timesteps(steps)
-    alphas = sampler.alphas_cumprod.to(model.device, torch.float32)
+    path = flow(sampler) if is_flow(sampler) else ddim(sampler)
+    kind = "" if is_flow(sampler) else prediction_type(schedule)
+
+    def predicted(z: Tensor, t: float) -> Tensor:
+        at = torch.full((len(z),), t, device=z.device)
+        out = predict(denoiser, z, at, told, schedule).float()
+        if kind != "v_prediction":
+            return out
+        a = sampler.alphas_cumprod[int(t)].to(out)
+        return a.sqrt() * out + (1 - a).sqrt() * z
+
+    path = [Step(s.time, s.ratio.to(model.device), s.size.to(model.device)) for s in path]
+    z = invert(predicted, latents.to(model.device), path, refinements)
+    return redrawn(predicted, z, path).cpu()
+
+
+def ddim(sampler: Any) -> list[Step]:
+    """The steps of DDIM from data to noise; f is the predicted noise."""
+    alphas = sampler.alphas_cumprod.float()
     end = getattr(sampler, "final_alpha_cumprod", alphas[0]).to(alphas)
-    return alphas, end, sampler.timesteps.flip(0).tolist()
-
-
-def invert(
-    noise: Noise, z: Tensor, times: list[int], levels: list[Tensor], refinements: int
-) -> Tensor:
-    r"""DDIM from data to noise, where each point is a fixed point of its own step.
-
-    .. math:: f(z_t) = \sqrt{a_t / a_s}\, z_s + (\sqrt{1 - a_t} - \sqrt{a_t / a_s}
-              \sqrt{1 - a_s})\, \epsilon(z_t, t), \qquad z_t = f(z_t)
-
-    The search starts at f of the point before, and AdamW minimises :math:`\|f(z_t) - z_t\|^2`.
-
-    Args:
-        noise: (z, t) -> the predicted noise.
-        levels: alpha-bar of the data, then of each of `times`.
-    """
+    times = sampler.timesteps.flip(0).tolist()
+    levels = [end, *(alphas[t] for t in times)]
+    found = []
     for t, a_s, a_t in zip(times, levels, levels[1:], strict=False):
         ratio = (a_t / a_s).sqrt()
-        step = (1 - a_t).sqrt() - ratio * (1 - a_s).sqrt()
-        before = z
+        found.append(Step(t, ratio, (1 - a_t).sqrt() - ratio * (1 - a_s).sqrt()))
+    return found
 
-        def f(x: Tensor, before: Any = before, ratio: Any = ratio, step: Any = step, t: int = t):  # type: ignore[no-untyped-def]
-            return ratio * before + step * noise(x, t)
 
+def flow(sampler: Any) -> list[Step]:
+    """The steps of Euler's method from data to noise; f is the predicted velocity."""
+    levels, times = sampler.sigmas.float().flip(0), sampler.timesteps.flip(0).tolist()
+    sizes = levels.diff()
+    return [Step(t, torch.ones(()), size) for t, size in zip(times, sizes, strict=True)]
+
+
+def invert(predicted: Predicted, z: Tensor, path: Sequence[Step], refinements: int) -> Tensor:
+    r"""The sampler from data to noise, where each point is a fixed point of its own step.
+
+    The search starts at :math:`r z_s + h f(z_s, t)`, and AdamW minimises
+    :math:`\|r z_s + h f(z_t, t) - z_t\|^2`.
+    """
+    for t, ratio, size in path:
+        begin = ratio * z
         with torch.no_grad():
-            z = f(before)
+            z = begin + size * predicted(z, t)
         z = z.detach().requires_grad_()
         optimizer = torch.optim.AdamW([z], lr=RATE)
         for _ in range(refinements):
             with torch.enable_grad():
-                loss = (f(z) - z).square().sum()
+                loss = (begin + size * predicted(z, t) - z).square().sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -142,9 +160,8 @@ def invert(
 
 
 @torch.no_grad()
-def redrawn(noise: Noise, z: Tensor, times: list[int], levels: list[Tensor]) -> Tensor:
-    """DDIM from noise to data."""
-    for t, a_t, a_s in zip(times[::-1], levels[:0:-1], levels[-2::-1], strict=True):
-        e = noise(z, t)
-        z = (a_s / a_t).sqrt() * (z - (1 - a_t).sqrt() * e) + (1 - a_s).sqrt() * e
+def redrawn(predicted: Predicted, z: Tensor, path: Sequence[Step]) -> Tensor:
+    """The sampler from noise to data."""
+    for t, ratio, size in reversed(path):
+        z = (z - size * predicted(z, t)) / ratio
     return z

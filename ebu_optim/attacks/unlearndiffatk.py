@@ -26,6 +26,8 @@ from .found import SHOWN, Found
 if TYPE_CHECKING:
     from .attacks import Attack
 
+#: Why families are not supported for which `Family.of_tokens` is not defined.
+UNREAD = "there are no gradients here from its denoiser to single tokens"
 SHOWS = 0.5  # smallest score of a picture that shows the concept
 
 

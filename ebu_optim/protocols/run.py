@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..attacks.unlearndiffatk import UNREAD
 from ..errors import InputError
 from ..files import replacing
 from ..manifest import key
@@ -182,8 +183,10 @@ def _row(
             content_of = key(pictures.model, key([f.name for f in some]))
             found[name] = [of_set.look(some, content_of, targets)]
     if protocol.attack is not None:
-        by = protocol.attack.judge
-        if by in why or base is None:
+        by, family = protocol.attack.judge, opened[2].family
+        if family.no_new_word:
+            why["attack"] = f"not computed: not supported for {family.name}: {UNREAD}"
+        elif by in why or base is None:
             why["attack"] = why.get(by) or (
                 "not computed: the attack learns from the base's pictures: give --base"
             )
