@@ -4,6 +4,7 @@ counted, against counts by hand; what a changed one is called; that nothing is d
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -134,6 +135,14 @@ def test_every_protocol_says_what_it_is():
         assert "@" in p.source
         assert p.cost == p.images * p.sampling.steps * 2
         assert set(p.judges) <= {*judges.JUDGES, *judges.SETS, *judges.ABSENT}, name
+
+
+def test_every_protocol_has_a_smaller_twin_whose_name_says_so():
+    own = {"coco-10k": "coco-1k-clip", "coco-30k-rece-large": "coco-30k-rece-1k-clip"}
+    for name, p in PROTOCOLS.items():
+        twins = [n for n in PROTOCOLS if n.startswith(f"{name}-")] + [own.get(name, name)]
+        itself = re.search(r"-(first|seed)?\d+$|-1k-clip$|-pre$", name)
+        assert itself or any(PROTOCOLS[n].images < p.images for n in twins), name
 
 
 def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):

@@ -318,7 +318,7 @@ def test_the_real_network_and_its_statistics(tmp_path, files, monkeypatch):
     given = {"coco": tmp_path / "coco", "inception": weights}
     judge = sets.open_fid("clean", given, "cpu", tmp_path / "kept")
     pictures = sorted((tmp_path / "coco" / "0").glob("*.png"))
-    found = judge.look(pictures, "a key")
+    found = judge.look(pictures, "a key", [])
     network = inception.network(weights, "cpu")
     every = sorted((tmp_path / "coco").rglob("*.png"))
     with torch.no_grad():
