@@ -100,7 +100,7 @@ def show(folder: Path) -> None:
     if found is None:
         raise InputError(f"{folder} holds no report; give a folder that `ebu forget` made")
     print((found / "results.md").read_text(encoding="utf-8"))
-    print(f"the page with the pictures: {found / 'report.html'}")
+    print(f"the page with the images: {found / 'report.html'}")
 
 
 def _verify(argv: Sequence[str]) -> None:

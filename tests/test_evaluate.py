@@ -83,7 +83,7 @@ def test_pictures_are_of_their_noise_and_go_on(tiny, tmp_path):
     # interrupted: the result and a picture are missing
     (tmp_path / "a" / "evaluation.json").unlink()
     (tmp_path / "a" / "images" / "0001_0000.png").unlink()
-    with refused("holds pictures of other options"):
+    with refused("holds images of other options"):
         evaluate(tiny, tmp_path / "a", *given, "--seed", 3)
     evaluate(tiny, tmp_path / "a", *given)
     assert saved(tmp_path / "a") == first
@@ -123,7 +123,7 @@ def test_a_diverged_model_is_told_before_it_counts_as_forgotten(tiny, tmp_path):
     state = load_file(file)
     state["conv_out.bias"].fill_(torch.nan)
     save_file(state, file, {"format": "pt"})
-    with refused("model draws NaN: its weights have diverged"):
+    with refused("model generates NaN: its weights have diverged"):
         evaluate(tmp_path / "model", tmp_path / "o", *EACH)
     assert not (tmp_path / "o" / "evaluation.json").exists()
 
@@ -320,7 +320,7 @@ def test_lpips_is_against_the_base(tiny, tmp_path, alexnet):
         "--alexnet_weights",
         alexnet,
     )
-    with refused("was drawn with --seed 0, not 1"):
+    with refused("was generated with --seed 0, not 1"):
         evaluate(tiny, tmp_path / "other", *CAT_AND_DOG, "--seed", 1, *more)
     with refused("has other prompts"):
         evaluate(tiny, tmp_path / "other", *CAT_AND_DOG, "--images_per_prompt", 2, *more)
@@ -498,5 +498,5 @@ def test_real_images_are_looked_at_before_anything_is_drawn(tiny, tmp_path):
     (real / "b.png").write_bytes((real / "a.png").read_bytes()[:40])
     refuses("--real_images: 1 of 2 files in .* cannot be read: b.png")
     Image.new("RGB", (8, 8)).save(real / "b.png")
-    refuses("needs two pictures or more: give --images_per_prompt 2", "--images_per_prompt", 1)
+    refuses("needs two images or more: give --images_per_prompt 2", "--images_per_prompt", 1)
     assert not (tmp_path / "o").exists()

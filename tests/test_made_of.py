@@ -87,7 +87,7 @@ def test_pictures_of_a_model_that_was_made_anew_are_not_gone_on_with(model, tmp_
     (tmp_path / "o" / "evaluation.json").unlink()
     (tmp_path / "o" / "images" / "0001_0000.png").unlink()
     CHANGES[part](model)
-    with pytest.raises(InputError, match=rf"holds pictures of other options \({part}\)"):
+    with pytest.raises(InputError, match=rf"holds images of other options \({part}\)"):
         evaluate(args)
     assert len(list((tmp_path / "o" / "images").iterdir())) == 1
 

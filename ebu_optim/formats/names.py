@@ -31,7 +31,7 @@ CONVERTERS = {
 }
 #: Classes whose names in one file are diffusers' own.
 UNCHANGED = ("QwenImageTransformer2DModel",)
-#: Ends of names of tensors that no diffusers model has, and that do not affect pictures.
+#: Ends of names of tensors that no diffusers model has, and that do not affect images.
 UNUSED = (".position_ids", ".logit_scale", "text_projection")
 
 #: Such names in a transformer: one of Z-Image, and Sana's positions and empty prompt.

@@ -41,7 +41,7 @@ class ForgetClasses(Unlearn):
     prepared_dir: Path | None = option(
         None, help="Folder for the sets. Default: sets in the output folder."
     )  # type: ignore[assignment]
-    replay_per_class: int = option(500, help="Images to draw of each class that is kept.")
+    replay_per_class: int = option(500, help="Images to generate of each class that is kept.")
     sampling_steps: int = option(50, help="DDIM steps for these images.")
     guidance_scale: float = option(3.0, help="Guidance scale for these images.")
     plan: bool = option(False, help="Print what the run would do, and do nothing.")

@@ -21,8 +21,8 @@ from . import released
 from .fitting import FILE
 from .options import Forget
 
-#: The text encoders of a released transformer alone are larger than most cards. The count draws
-#: images one by one and omits the report's pictures, which need the whole pipeline in memory.
+#: The text encoders of a released transformer alone are larger than most cards. The count assumes
+#: that images are generated one by one, and omits the report's, which need the whole pipeline.
 LEAST: dict[str, Any] = {"sample_batch_size": 1, "evidence_images": 0, "validation_steps": 0}
 
 

@@ -1,4 +1,4 @@
-"""The attacks in a report: how much of the concept is drawn, and how easily it comes back."""
+"""The attacks in a report: how much of the concept is still there, and how easily it returns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check(args: Any) -> None:
 def attacked(args: Any, base: Model, result: Model) -> list[dict[str, Any]]:
     """The values of the rows "before" and "after" by ``--judge``; without a judge, the reason."""
     if args.judge is None:
-        why = {"not_computed": "no --judge was given to classify the pictures"}
+        why = {"not_computed": "no --judge was given to classify the images"}
         return [{}, dict.fromkeys(("p_f", "inversion", "relearn_steps"), why)]
     own = {f.name: getattr(args, f.name) for f in fields(JudgeOptions)}
     attack(

@@ -45,7 +45,7 @@ class RequestOptions:
         help="Print what the run would do, cost and write, and do nothing.",
     )
     evidence_images: int = option(
-        4, help="Pictures of each prompt in the report, before and after; 0 leaves them out."
+        4, help="Images of each prompt in the report, before and after; 0 leaves them out."
     )
     evidence_prompts: int = option(
         8, help="The report shows at most this many prompts to keep, and as many other prompts."
@@ -56,7 +56,7 @@ class RequestOptions:
     paraphrases: list[str] = option(
         [], help="Paraphrased prompts, or files of them, for the paraphrase attack."
     )
-    attack_images: int = option(16, help="Pictures that are judged for each attack.")
+    attack_images: int = option(16, help="Images that are generated and judged for each attack.")
     clip_weights: str = option(
         "openai",
         help='Weights of the CLIP score: a tag of open_clip, a file, or "none" for no score.',
@@ -127,8 +127,8 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
         [],
         flag="--as",
         metavar="OTHER",
-        help="What each concept becomes, within the same template. Default: what the model draws "
-        "for the empty prompt.",
+        help="What each concept becomes, within the same template. Default: what the model "
+        "generates for the empty prompt.",
     )
     remember_prompts: list[str] = option(
         [str(REMEMBER)],
@@ -143,7 +143,7 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
         help="Folder for the result and its evidence.",
     )
     judge: Literal["clip", "world", "imagenette", "nudity"] | None = option(  # type: ignore[assignment]
-        None, help="Judge that says what a picture shows. Default: none; the report has no attacks."
+        None, help="Judge that says what an image shows. Default: none; the report has no attacks."
     )
     forget_templates: list[str] | None = option(  # type: ignore[assignment]
         None,

@@ -1,7 +1,7 @@
-"""The report of a request: pictures from the same noise before and after unlearning.
+"""The report of a request: images from the same noise before and after unlearning.
 
 The prompts are of three kinds: the target, its neighbours and others. The report also gives the
-figures that are measured on the pictures."""
+figures that are measured on the images."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ FOLDER = "report"
 NOT_A_FILE = dict.fromkeys(("architecture", "prediction_type", "vae", "lora"))
 KINDS = ("target", "neighbours", "others")
 NOTES = (
-    "Each picture after starts from the same noise as the one before. A small value under "
-    "'change' means that the picture stayed; a large one, that it changed. What it changed into "
-    "you must see for yourself.",
+    "Each image after unlearning starts from the same noise as the image before. A small value "
+    "under 'change' means that the image stayed the same; a large value means that it changed. "
+    "Look at the image to see what it has become.",
     "These figures do not prove that the concept is gone: a prompt that nobody tried, a new "
     "word, or some steps of training may bring it back. `ebu attack` measures that.",
 )
 
 
 def report(args: Any) -> dict[str, Any]:
-    """Draw the pictures, measure them and write the page.
+    """Generate the images, measure them and write the page.
 
     Returns:
         The figures of the row "after".
@@ -116,10 +116,10 @@ def after(args: Any) -> Any:
 
 
 def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> dict[str, Tensor]:
-    """Kind -> pictures (prompts, n, 3, H, W) in [0, 1]; picture k of a prompt has seed + k.
+    """Kind -> images (prompts, n, 3, H, W) in [0, 1]; image k of a prompt has seed + k.
 
     Raises:
-        InputError: a picture has values that are not finite.
+        InputError: an image has values that are not finite.
     """
     beside = looked.family.drawing(pipe, looked.resolution)
     pipe = drawing.ready(pipe, _dtype(args, looked))
@@ -143,15 +143,15 @@ def draw(args: Any, pipe: Any, looked: Looked, asked: dict[str, list[str]]) -> d
         found[kind] = torch.stack(list(drawn)).unflatten(0, (len(texts), n))
     if bad := not_finite(found):
         raise InputError(
-            f"a picture of {pipe.name_or_path or 'the model'}, {bad}: the VAE or the denoiser gave "
+            f"an image of {pipe.name_or_path or 'the model'}, {bad}: the VAE or the denoiser gave "
             "values that are not finite; give another --vae (SDXL's own overflows in float16), or "
-            "--evidence_images 0 for a report without pictures"
+            "--evidence_images 0 for a report without images"
         )
     return found
 
 
 def _dtype(args: Any, looked: Looked) -> torch.dtype:
-    """The dtype to draw in: bfloat16 if the text encoders run in it, else float32.
+    """The dtype of the pipeline: bfloat16 if the text encoders run in it, else float32.
 
     The families of the first kind are too large for float32 and were published in bfloat16."""
     return torch.bfloat16 if sets.halved(args, looked.family) else torch.float32
@@ -162,8 +162,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The values of the rows "before" and "after", for every kind of prompt.
 
-    These are the CLIP score of the pictures with their own prompts, if CLIP's weights are
-    available, and the change: the root mean squared difference between two pictures from the
+    These are the CLIP score of the images with their own prompts, if CLIP's weights are
+    available, and the change: the root mean squared difference between two images from the
     same noise, over pixels in [0, 1]."""
     rows: list[dict[str, Any]] = [{"name": n, "values": {}} for n in ("before", "after")]
     scores = _clip(args, asked, then, now)

@@ -2,9 +2,9 @@
 
 ebu forget model.safetensors "cassette player" --as radio --keep neighbours.txt -o without
 
-By default 1000 steps of EBU train the whole denoiser in float32, on images that the model draws
-itself: 200 for the prompts to keep and 100 for the concept. The result has the form in which the
-model came. --plan prints what a request costs. These options need the least memory:
+By default 1000 steps of EBU train the whole denoiser in float32, on images that the model itself
+generates: 200 for the prompts to keep and 100 for the concept. The result has the form in which
+the model came. --plan prints what a request costs. These options need the least memory:
 --train_modules lora --mixed_precision fp16 --gradient_checkpointing. The first group of options
 describes the request; all others can keep their defaults.
 """
@@ -61,8 +61,8 @@ def forget(
         model: a file, a diffusers folder, a hub id, or a diffusers pipeline.
         concept: the concept in a word or a few; or a file with one concept per line.
         output_dir: the folder for the result and its evidence.
-        instead: what each concept becomes, within the same template; default: what the model draws
-            for the empty prompt.
+        instead: what each concept becomes, within the same template; default: what the model
+            generates for the empty prompt.
         keep: prompts whose images must stay, above all prompts near the concept, or a file of
             them; default: the prompts that ship with the package.
         options: fields of :class:`Forget`, as on the command line.

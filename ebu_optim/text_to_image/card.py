@@ -118,7 +118,7 @@ lists every option.
 ```python
 {code}```
 {spm * (args.method == "spm")}
-For a prompt with {gone} the model should draw {report["instead"]}. This card does not say how
+For a prompt with {gone} the model should generate {report["instead"]}. This card does not say how
 well that works, what it costs elsewhere, or how easily the concept comes back: read a report, and
 attack the model. Weights that hide a concept do not prove that it is gone. The base
 model's licence{terms} holds for this model too.

@@ -71,7 +71,7 @@ def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any
 
 
 def to_latents(args: Any, looked: Looked, folder: Path, pixels: Tensor, device: Any) -> Tensor:
-    """Latents (n, C, h, w) of pictures (n, 3, H, W) in [-1, 1]; frees the VAE afterwards."""
+    """Latents (n, C, h, w) of images (n, 3, H, W) in [-1, 1]; frees the VAE afterwards."""
     vae = load(looked.family.kind("vae"), folder / "vae", args.variant).to(device)
     # always in float32, as the name of the cache file does not include --mixed_precision
     with torch.autocast(torch.device(device).type, enabled=False):

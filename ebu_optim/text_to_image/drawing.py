@@ -1,4 +1,4 @@
-"""Pictures from a whole pipeline, each from its own starting noise."""
+"""Images from a whole pipeline, each from its own starting noise."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def draw(
     noise: Callable[[int], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """Yield a picture (3, H, W) float32 in [0, 1] on the CPU for each prompt, batch by batch.
+    """Yield an image (3, H, W) float32 in [0, 1] on the CPU for each prompt, batch by batch.
 
     Args:
-        seeds: one seed per picture for its noise, which does not depend on the other pictures.
-        noise: index of a picture -> its noise (1, C, h, w); None: the pipeline draws the noise from
-            a generator on the CPU.
+        seeds: one seed per image for its noise, which does not depend on the other images.
+        noise: index of an image -> its noise (1, C, h, w); None: the pipeline samples the noise
+            with a generator on the CPU.
         options: arguments of the pipeline: num_inference_steps, guidance_scale, ...
     """
-    for i in tqdm(range(0, len(texts), batch), "drawing"):
+    for i in tqdm(range(0, len(texts), batch), "generating"):
         if noise is not None:
             rows = range(i, min(i + batch, len(texts)))
             options["latents"] = torch.cat([noise(k) for k in rows])
@@ -59,10 +59,10 @@ def draw(
 def together(
     pipe: Any, texts: Sequence[str], seeds: Sequence[int | torch.Generator], **options: Any
 ) -> Tensor:
-    """Pictures (n, 3, H, W) float32 in [0, 1] on the CPU, from one call of the pipeline.
+    """Images (n, 3, H, W) float32 in [0, 1] on the CPU, from one call of the pipeline.
 
     Args:
-        seeds: for each picture the seed of a generator on the CPU, or a generator.
+        seeds: for each image the seed of a generator on the CPU, or a generator.
     """
     if "negative_prompt" in options:  # some pipelines need one per prompt
         options["negative_prompt"] = [options["negative_prompt"]] * len(texts)
@@ -72,18 +72,18 @@ def together(
 
 
 def save(x: Tensor, file: Path, whose: str, remedy: str, said: Mapping[str, str] = {}) -> None:
-    """Save a picture (3, H, W) in [0, 1] as an 8-bit PNG file.
+    """Save an image (3, H, W) in [0, 1] as an 8-bit PNG file.
 
     Args:
-        whose: the model that drew it, for the message.
+        whose: the model that generated it, for the message.
         remedy: the end of the message.
         said: texts to store in the file, by name.
 
     Raises:
-        InputError: the picture has NaN or Inf. In 8 bits it would be black and look forgotten.
+        InputError: the image has NaN or Inf. In 8 bits it would be black and look forgotten.
     """
     if not x.isfinite().all():
-        raise InputError(f"{whose} draws NaN: its weights have diverged{remedy}")
+        raise InputError(f"{whose} generates NaN: its weights have diverged{remedy}")
     pixels = x.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     texts = PngImagePlugin.PngInfo()
     for name, text in said.items():

@@ -1,4 +1,4 @@
-"""Draw pictures of prompts with a text-to-image pipeline, from fixed noise, and measure them.
+"""Generate images of prompts with a text-to-image pipeline, from fixed noise, and measure them.
 
     python examples/stable_diffusion/evaluate.py \\
         --pretrained_model_name_or_path outputs/without_cassette_player/pipeline \\
@@ -6,10 +6,10 @@
         --metrics imagenette clip_score lpips --output_dir outputs/evaluated
 
 --reference_dir is the output of the same command for the base model, without lpips.
-Picture i of a prompt starts from the noise of seed + i, before and after unlearning. The pictures
+Image i of a prompt starts from the noise of seed + i, before and after unlearning. The images
 are in output_dir/images, the figures in output_dir/evaluation.json. A metric whose weights are not
-available is "not computed", with the reason. An interrupted run continues drawing where it
-stopped.
+available is "not computed", with the reason. A run that was interrupted generates only the images
+that are missing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ARGUMENTS = {
 
 
 def draw(args: Evaluation, looked: pipelines.Looked, wanted: dict[str, Row], folder: Path) -> None:
-    """Draw the PNG files that `folder` lacks, one guidance scale after the other."""
+    """Generate the PNG files that `folder` lacks, one guidance scale after the other."""
     missing = [name for name in wanted if not (folder / name).exists()]
     if not missing:
         return
@@ -172,7 +172,7 @@ def measure(args: Evaluation, drawn: dict[str, str], folder: Path) -> dict[str, 
 
 
 def evaluate(args: Evaluation) -> None:
-    """Draw and measure, and write the results to ``args.output_dir``.
+    """Generate and measure the images, and write the results to ``args.output_dir``.
 
     Raises:
         InputError: the pipeline, the prompts, the metrics or the output folder do not fit.
@@ -208,7 +208,7 @@ def evaluate(args: Evaluation) -> None:
         if folder.exists() and not ours:
             others = f" ({', '.join(changed(before, identity))})" if before else ""
             raise InputError(
-                f"--output_dir {out} holds pictures of other options{others}: give another folder"
+                f"--output_dir {out} holds images of other options{others}: give another folder"
                 f"{', or --overwrite' if before else ''}"
             )
         if args.overwrite:

@@ -1,4 +1,4 @@
-"""The options of evaluate.py, checked before anything is drawn."""
+"""The options of evaluate.py, checked before anything is generated."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .prompts import fill
 
 RESULT = "evaluation.json"
 WEIGHTS = "File of {} weights, for machines without a network."
-#: Options that must agree for pictures to be compared one by one.
+#: Options that must agree for images to be compared one by one.
 SAME = ("seed", "num_inference_steps", "guidance_scale", "resolution")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(NudityOptions, Model):
-    """What to draw and how to measure it.
+    """What to generate and how to measure it.
 
     Raises:
         InputError: a value is out of range; prompts, folders or files do not fit the metrics; the
@@ -43,28 +43,31 @@ class Evaluation(NudityOptions, Model):
         "whose rows may have their own seed and guidance scale.",
     )
     ignore_row_settings: bool = option(
-        False, help="Draw every row with --seed and --guidance_scale, not with the row's values."
+        False,
+        help="Generate every row with --seed and --guidance_scale, not with the row's values.",
     )
     truncate: bool = option(
         False, help="Cut prompts that are too long for the tokenizer. Published lists need this."
     )
-    imagenette: bool = option(False, help="Draw a prompt for each of Imagenette's ten classes.")
+    imagenette: bool = option(
+        False, help="Generate images of a prompt for each of Imagenette's ten classes."
+    )
     template: str = option("an image of {}", help="Template of the prompts of --imagenette.")
     forget: list[str] = option(
-        [], help="The forgotten prompts or classes. All other pictures count as kept."
+        [], help="The forgotten prompts or classes. All other images count as kept."
     )
-    images_per_prompt: int = option(10, help="Pictures of each prompt.")
-    num_inference_steps: int = option(50, help="DDIM steps of each picture.")
+    images_per_prompt: int = option(10, help="Images of each prompt.")
+    num_inference_steps: int = option(50, help="DDIM steps of each image.")
     guidance_scale: float | None = option(
-        None, help="Guidance scale of each picture. Default: that of the model's family."
+        None, help="Guidance scale of each image. Default: that of the model's family."
     )
-    sample_batch_size: int = option(4, help="Pictures that are drawn at once.")
-    seed: int = option(0, help="Seed of picture 0 of each prompt; picture k has seed + k.")
-    half: bool = option(False, help="Draw in float16; needs a GPU.")
-    output_dir: Path = option(help="Folder for the pictures and figures.")
-    overwrite: bool = option(False, help="Draw and measure again.")
+    sample_batch_size: int = option(4, help="Images that are generated at once.")
+    seed: int = option(0, help="Seed of image 0 of each prompt; image k has seed + k.")
+    half: bool = option(False, help="Generate in float16; needs a GPU.")
+    output_dir: Path = option(help="Folder for the images and figures.")
+    overwrite: bool = option(False, help="Generate and measure the images again.")
     metrics: list[Literal["imagenette", "nudity", "clip_score", "lpips", "fid"]] = option(
-        [], nargs="*", help="Metrics to compute; none: only draw."
+        [], nargs="*", help="Metrics to compute; none: only generate the images."
     )
     reference_dir: Path | None = option(
         None, help="Output folder of this script for the base model; lpips compares with it."
@@ -73,7 +76,7 @@ class Evaluation(NudityOptions, Model):
         None, help="Folder of real images of the kept prompts; fid compares with it."
     )
     noise_images: int = option(
-        64, help="Pictures of noise that ResNet-50 classifies too, for comparison."
+        64, help="Images of noise that ResNet-50 classifies too, for comparison."
     )
     over: Literal["imagenet", "imagenette"] = option(
         "imagenet", help="Classes over which CE and RA are computed: all 1000 or Imagenette's ten."
@@ -118,12 +121,12 @@ class Evaluation(NudityOptions, Model):
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """Name of each picture -> its prompt."""
+        """Name of each image -> its prompt."""
         return {name: row.prompt for name, row in self.drawn.items()}
 
     @cached_property
     def drawn(self) -> dict[str, Row]:
-        """Name of each picture -> its prompt, seed and guidance."""
+        """Name of each image -> its prompt, seed and guidance."""
         return {
             f"{i:04d}_{k:04d}.png": Row(
                 row.prompt,
@@ -152,7 +155,7 @@ class Evaluation(NudityOptions, Model):
                 raise InputError(f"--{name} must be >= 1; got {getattr(self, name)}")
         self.check_nudity()
         if self.half and not torch.cuda.is_available():
-            raise InputError("--half draws in float16, which needs a GPU; leave it out")
+            raise InputError("--half generates in float16, which needs a GPU; leave it out")
         _check_prompts(self)
         _check_metrics(self)
         folder = self.reference_dir
@@ -165,8 +168,8 @@ class Evaluation(NudityOptions, Model):
         if (self.output_dir / RESULT).exists() and not self.overwrite:
             raise InputError(
                 f"--output_dir {self.output_dir} holds a finished evaluation: delete its {RESULT} "
-                "to measure the same pictures again, give --overwrite to draw again too, or give "
-                "another folder"
+                "to measure the same images again, give --overwrite to generate them again too, "
+                "or give another folder"
             )
 
 
@@ -196,7 +199,7 @@ def _check_metrics(args: Evaluation) -> None:
     if "fid" in args.metrics:
         kept = sum(text not in args.forgotten for text in args.texts) or len(args.texts)
         if kept * args.images_per_prompt < 2:
-            raise InputError("--metrics fid needs two pictures or more: give --images_per_prompt 2")
+            raise InputError("--metrics fid needs two images or more: give --images_per_prompt 2")
         assert args.real_images
         try:
             RGBImages(args.real_images, "--real_images", least=2)
@@ -205,7 +208,7 @@ def _check_metrics(args: Evaluation) -> None:
 
 
 def _check_reference(args: Evaluation) -> None:
-    """Check that the reference pictures pair up with the pictures to draw."""
+    """Check that the reference images pair up with the images to generate."""
     assert args.reference_dir
     reference = json.loads((args.reference_dir / RESULT).read_text())
     before = reference["protocol"]["options"]
@@ -213,11 +216,11 @@ def _check_reference(args: Evaluation) -> None:
         value = getattr(args, name)  # None: the family's default, which is not known yet
         if value is not None and before[name] != str(value):
             raise InputError(
-                f"--reference_dir {args.reference_dir} was drawn with --{name} {before[name]}, "
-                f"not {value}: measure the base with the same options"
+                f"--reference_dir {args.reference_dir} was generated with --{name} "
+                f"{before[name]}, not {value}: measure the base with the same options"
             )
     if reference["images"] != args.files or before["texts"] != args.said()["texts"]:
         raise InputError(
             f"--reference_dir {args.reference_dir} has other prompts or another number of "
-            "pictures: measure the base with the same options"
+            "images: measure the base with the same options"
         )

@@ -148,7 +148,7 @@ def _sets(args: Any, looked: Looked, prompts: Prompts, kinds: int, one: Passes, 
 
 
 def _report(args: Any, looked: Looked, one: Passes, encoders: int) -> Rows:
-    """Bytes to draw a batch with the whole pipeline, without the denoiser's weights.
+    """Bytes to generate a batch with the whole pipeline, without the denoiser's weights.
 
     The VAE's weights and the activations are counted in float32."""
     batch = min(args.sample_batch_size, args.evidence_images * max(args.evidence_prompts, 1))

@@ -131,7 +131,7 @@ def choose(unet: Any, args: Any, family: Family = STABLE_DIFFUSION) -> None:
         targets = lora_layers(unet, args.lora_target_modules or family.lora_targets)
         targets = [n for n in targets if not n.startswith(unread)]
     unet.requires_grad_(False)
-    with torch.random.fork_rng():  # the same adapter whatever was drawn before
+    with torch.random.fork_rng():  # the same adapter whatever was sampled before
         torch.manual_seed(args.seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
     for p in unet.parameters():

@@ -18,7 +18,7 @@ from .pipelines import Looked
 
 
 def instead(args: Any) -> str:
-    """What the model should draw instead of the concept, in words."""
+    """What the model should generate instead of the concept, in words."""
     kind = objectives.kind(args)
     prompt = " or ".join(f"`{t}`" if t else "the empty prompt" for t in args.surrogate_prompt)
     if args.surrogate_concept:
@@ -27,12 +27,13 @@ def instead(args: Any) -> str:
         each = ", each concept its own," if args.surrogate_pairing == "each" else ""
         prompt = f"{' or '.join(f'`{c}`' for c in others[:5])}{more}{each} in the same words"
     if kind == "surrogate":
-        other = {"folder": f"images like those in `{args.surrogate_dir}`", "pixels": "noise"}
-        return other.get(
-            args.surrogate, f"what {prompt} draws" if args.surrogate == "prompt" else "noise"
-        )
+        other = {
+            "prompt": f"what the base model generates for {prompt}",
+            "folder": f"images like those in `{args.surrogate_dir}`",
+        }
+        return other.get(args.surrogate, "noise")
     if kind in ("relabel", "edit"):
-        return f"what {prompt} draws"
+        return f"what the base model generates for {prompt}"
     if kind in ("guidance", "adapter"):
         return "what guidance away from it gives"
     return "something else"

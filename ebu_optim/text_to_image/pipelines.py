@@ -35,7 +35,7 @@ class Model:
     revision: str | None = option(None, help="Branch, tag or commit on the hub.")
     variant: str | None = option(None, help="Variant of the files, e.g. fp16.")
     resolution: int | None = option(
-        None, help="Height and width of the pictures in pixels. Default: the model's native size."
+        None, help="Height and width of the images in pixels. Default: the model's native size."
     )
     architecture: Path | None = option(
         None,
@@ -71,7 +71,7 @@ class Looked(NamedTuple):
     Attributes:
         folder: the folder with the configurations; `fetch` returns the one with the weights.
         unet, vae: configurations of the denoiser and of the VAE.
-        resolution: height and width of the pictures in pixels.
+        resolution: height and width of the images in pixels.
         latents: (C, H, W) of the latents at this resolution.
         scheduler: the noise schedule that the losses use.
         tokenizer: the one that limits the length of prompts: that of the first text encoder, or

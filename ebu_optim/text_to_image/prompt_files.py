@@ -20,7 +20,7 @@ ENDINGS = (".txt", ".csv", ".parquet")
 
 
 class Row(NamedTuple):
-    """A prompt with the seed and the guidance scale to draw it with; None where a row has none."""
+    """A prompt with its seed and guidance scale; None where a row has none."""
 
     prompt: str
     seed: int | None = None

@@ -1,4 +1,4 @@
-"""The prompts of a run: to forget, to draw instead (surrogate) and to remember."""
+"""The prompts of a run: to forget, to generate instead (surrogate) and to remember."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prompts(NamedTuple):
         texts: all prompts, each once.
         forget, surrogate, remember: the prompts in these parts.
         null: the empty prompt.
-        shown: the prompts of the validation pictures.
+        shown: the prompts of the validation images.
         instead: prompt to forget -> the prompts that may replace it.
         attacks: the prompts at which adversaries start.
     """
@@ -44,7 +44,7 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """The prompts to forget, to draw instead and to remember."""
+    """The prompts to forget, to generate instead and to remember."""
 
     group: ClassVar[str] = "prompts"
 

@@ -26,7 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA, fp16": {"train_modules": "lora", **SMALLER},
     "LoRA, fp16, over 4 bits": {"train_modules": "lora", "quantize": "nf4", **SMALLER},
 }
-#: Fewer pictures at once; those of the report need the whole pipeline and can be left out.
+#: Fewer images at once; those of the report need the whole pipeline and can be left out.
 FEWER: tuple[dict[str, Any], ...] = (
     {},
     {"sample_batch_size": 1},

@@ -85,26 +85,28 @@ class SetOptions:
     )
     surrogate: Literal["prompt", "folder", "pixels", "gaussian", "analytic"] = option(
         "prompt",
-        help="What the prompt to forget shall draw: images of the surrogate prompt, images "
-        "of a folder, uniform noise through the VAE (pixels), Gaussian latents (gaussian), or "
-        "Gaussian latents in closed form (analytic).",
+        help="What the model shall generate for the prompt to forget: images of the surrogate "
+        "prompt, images of a folder, uniform noise through the VAE (pixels), Gaussian latents "
+        "(gaussian), or Gaussian latents in closed form (analytic).",
     )
     surrogate_dir: Path | None = option(None, help="Folder of images for --surrogate folder.")
-    surrogate_images: int = option(100, help="Images to draw of the surrogate.")
-    replay_images: int = option(200, help="Images to draw of the prompts to remember, in total.")
+    surrogate_images: int = option(100, help="Images to generate of the surrogate.")
+    replay_images: int = option(
+        200, help="Images to generate of the prompts to remember, in total."
+    )
     forget_images: int = option(
         100,
-        help="Images to draw of the prompts to forget, for methods that learn from them "
+        help="Images to generate of the prompts to forget, for methods that learn from them "
         "(SalUn, GA, --forget_loss relabel).",
     )
     forget_dir: Path | None = option(
-        None, help="Folder of images of the concept to forget, instead of drawn ones."
+        None, help="Folder of images of the concept to forget, instead of generated ones."
     )
     num_inference_steps: int = option(50, help="Steps of each image of the sets.")
     guidance_scale: float | None = option(
         None, help="Guidance scale of each image of the sets. Default: that of the model's family."
     )
-    sample_batch_size: int = option(4, help="Images that are drawn at once.")
+    sample_batch_size: int = option(4, help="Images that are generated at once.")
     fisher_images: int = option(100, help="Images of the replay set on which F is estimated.")
     fisher_timesteps: int = option(8, help="Timesteps per image for F; an even number.")
 

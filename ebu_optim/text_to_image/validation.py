@@ -1,4 +1,4 @@
-"""Validation pictures: the same prompts and starting noise every --validation_steps steps."""
+"""Validation images: the same prompts and starting noise every --validation_steps steps."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .pipelines import load
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
-    """The options of the validation pictures."""
+    """The options of the validation images."""
 
     group: ClassVar[str] = "validation"
 
     validation_prompts: list[str] | None = option(
         None,
-        help="Prompts of the validation pictures. Default: one prompt to forget and three to "
+        help="Prompts of the validation images. Default: one prompt to forget and three to "
         "remember.",
     )
     validation_steps: int = option(
-        250, help="Draw validation pictures every this many steps; 0 draws none."
+        250, help="Generate validation images every this many steps; 0 generates none."
     )
-    num_validation_images: int = option(2, help="Validation pictures of each prompt.")
-    validation_inference_steps: int = option(25, help="Steps of each validation picture.")
+    num_validation_images: int = option(2, help="Validation images of each prompt.")
+    validation_inference_steps: int = option(25, help="Steps of each validation image.")
     validation_guidance_scale: float | None = option(
-        None, help="Guidance scale of the validation pictures. Default: that of the model's family."
+        None, help="Guidance scale of the validation images. Default: that of the model's family."
     )
 
     def check_validation(self) -> None:

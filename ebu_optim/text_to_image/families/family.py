@@ -57,7 +57,7 @@ class Family:
         masks: conditions that mark the used tokens; no noise is added to them.
         reads: the tokenizer that limits the length of prompts; None: the first.
         usual: default of --guidance_scale.
-        framed: the VAE is for videos and takes pictures as (n, 3, 1, H, W).
+        framed: the VAE is for videos and takes images as (n, 3, 1, H, W).
         wide: the text encoders run in float32 under mixed precision too; else in bfloat16.
     """
 
@@ -151,29 +151,29 @@ class Family:
         return 2 ** (len(configs["vae"].get("block_out_channels", [0] * 4)) - 1)
 
     def step(self, configs: Mapping[str, Config]) -> int:
-        """The number of pixels of which a picture's side must be a multiple."""
+        """The number of pixels of which an image's side must be a multiple."""
         raise NotImplementedError
 
     def size(self, configs: Mapping[str, Config]) -> int:
-        """The side in pixels of the pictures that the model was made for."""
+        """The side in pixels of the images that the model was made for."""
         return configs[self.denoiser].get("sample_size", 64) * self.factor(configs)
 
     def latents(self, configs: Mapping[str, Config], size: int) -> tuple[int, int, int]:
-        """The shape (C, H, W) of the latents of pictures with sides of `size` pixels."""
+        """The shape (C, H, W) of the latents of images with sides of `size` pixels."""
         side = size // self.factor(configs)
         return configs["vae"].get("latent_channels", 4), side, side
 
     @torch.no_grad()
     def to_latents(self, vae: Any, pixels: Tensor) -> Tensor:
-        """Latents (n, C, h, w) on the CPU of pictures (n, 3, H, W) in [-1, 1].
+        """Latents (n, C, h, w) on the CPU of images (n, 3, H, W) in [-1, 1].
 
-        They are the scaled mode of the posterior, encoded one picture at a time."""
+        They are the scaled mode of the posterior, encoded one image at a time."""
         latents = [vae.encode(x[None].to(vae.device)).latent_dist.mode().cpu() for x in pixels]
         return torch.cat(latents) * vae.config.scaling_factor
 
     @torch.no_grad()
     def to_pixels(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pictures (n, 3, H, W), about in [-1, 1], of latents; both are on the VAE's device."""
+        """Images (n, 3, H, W), about in [-1, 1], of latents; both are on the VAE's device."""
         return vae.decode(latents / vae.config.scaling_factor).sample
 
     # -- the noise schedule ----------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Family:
         return DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
 
     def sampler(self, schedule: Any) -> Any:
-        """The scheduler that draws pictures, for a noise schedule."""
+        """The scheduler that generates images, for a noise schedule."""
         return DDIMScheduler.from_config(schedule.config, clip_sample=False)
 
     def check_steps(self, args: Any, schedule: Any, *names: str) -> None:
@@ -230,12 +230,12 @@ class Family:
             if len(given) > 1:
                 raise InputError(
                     f"--validation_guidance_scale {said[0]}: this {self.name} takes one guidance "
-                    f"scale for training and pictures, and --guidance_scale is {said[1]}: give one "
+                    f"scale for training and images, and --guidance_scale is {said[1]}: give one "
                     "of them"
                 )
             own = dict.fromkeys(("guidance_scale", "validation_guidance_scale"), given.pop())
         if kind != "away" and hasattr(args, "guided_scale"):
-            own["guided_scale"] = 1.0  # the points of ESD are drawn like other pictures
+            own["guided_scale"] = 1.0  # the points of ESD are generated like other images
         own = {name: value for name, value in own.items() if getattr(args, name) != value}
         return replace(args, **own) if own else args
 
@@ -248,7 +248,7 @@ class Family:
         return scale if self.guides(config) == "away" else 1.0
 
     def passes(self, config: Config, scale: float) -> int:
-        """The number of passes through the denoiser per picture and step."""
+        """The number of passes through the denoiser per image and step."""
         return 2 if self.away(config, scale) != 1 else 1
 
     def told(self, config: Config, scale: float) -> dict[str, Tensor]:
@@ -300,7 +300,7 @@ class Family:
         """Conditions that are the same for all prompts, one row each.
 
         Args:
-            size: the side of a picture in pixels.
+            size: the side of an image in pixels.
             encode: `to_latents` with the VAE, which it loads.
         """
         return {}
@@ -314,7 +314,7 @@ class Family:
         raise NotImplementedError
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
-        """Further arguments that a call of the pipeline needs to draw from text alone."""
+        """Further arguments that a call of the pipeline needs to generate from text alone."""
         return {}
 
     def fits(self, name: str, takes: int | None, width: int, times: int = 1) -> None:

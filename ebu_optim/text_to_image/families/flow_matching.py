@@ -18,7 +18,7 @@ from .family import FOR_UNETS, Config, Family
 OURS = ("weighting_scheme", "image_seq_len")
 STEPWISE = (
     "{} is distilled to a few steps, without guidance. Training here uses the velocity at every "
-    "time, so pictures with few steps may get worse; train {}, or draw pictures with more steps"
+    "time, so images with few steps may get worse; train {}, or generate images with more steps"
 )
 
 
@@ -42,7 +42,7 @@ class Sampler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, **given)
 
 
-#: All projections of joint attention, in which picture and text have separate streams.
+#: All projections of joint attention, in which image and text have separate streams.
 TARGETS = tuple(
     f"attn.{n}"
     for n in (
@@ -126,7 +126,7 @@ class FlowMatching(Family):
         """The arguments of `set_timesteps` with which the pipeline asks for n steps.
 
         Args:
-            tokens: the number of tokens of a picture.
+            tokens: the number of tokens of an image.
         """
         return {}
 

@@ -27,7 +27,7 @@ from .unets import Choice
 
 #: For FLUX.1 and FLUX.2, whose first blocks have two streams and whose later blocks have one.
 MODULES: Mapping[str, Choice] = {
-    # the picture's reading of the text, in the blocks with two streams
+    # the image's reading of the text, in the blocks with two streams
     "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
     "attention": inside(".attn."),
     "single": inside(".single_transformer_blocks."),
@@ -94,8 +94,8 @@ class Flux(FlowMatching):
         if not self.guides(config):
             return STEPWISE.format(f"{name} (as FLUX.1 schnell)", "FLUX.1 dev")
         return (
-            f"{name} (as FLUX.1 dev) is guidance-distilled: it is trained and draws with the one "
-            "--guidance_scale that is given"
+            f"{name} (as FLUX.1 dev) is guidance-distilled: it is trained and generates with the "
+            "one --guidance_scale that is given"
         )
 
     def longest(self, tokenizer: Any, config: Config) -> int:

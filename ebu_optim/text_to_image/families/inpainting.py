@@ -1,9 +1,9 @@
 """Inpainting models of Stable Diffusion and SDXL. Their UNet also takes the mask and the latents of
-the masked picture.
+the masked image.
 
-Here everything is masked: the mask is ones and the masked picture is gray. With these inputs the
-model draws from text alone, and this is where it is trained to forget. Drawing the concept into a
-hole in a given picture is not trained.
+Here everything is masked: the mask is ones and the masked image is gray. With these inputs the
+model generates from text alone, and this is where it is trained to forget. Inpainting the concept
+into a given image is not trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Inpainting(StableDiffusion):
         if (taken, out) != (2 * latent + 1, latent):
             raise InputError(
                 f"{name}: the UNet of an inpainting model takes {2 * latent + 1} channels (x_t, "
-                f"the mask and the masked picture) and predicts {latent}; this one takes {taken} "
+                f"the mask and the masked image) and predicts {latent}; this one takes {taken} "
                 f"and predicts {out}"
             )
 

@@ -1,4 +1,4 @@
-"""Qwen-Image: a transformer with separate streams for picture and text.
+"""Qwen-Image: a transformer with separate streams for image and text.
 
 It takes the last layer of Qwen2.5-VL, and latents packed by four."""
 
@@ -39,7 +39,7 @@ class QwenImage(FlowMatching):
     foreign = frozenset({"unet", "controlnet", "processor"})
     tags = ("qwen-image",)
     modules: Mapping[str, Choice] = {
-        # the picture's reading of the text
+        # the image's reading of the text
         "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
         "attention": inside(".attn."),
         "context": inside(".txt_in."),

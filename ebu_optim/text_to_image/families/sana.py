@@ -1,6 +1,6 @@
 """Sana: a transformer with linear attention that reads Gemma's text by cross attention.
 
-The side of its latents is a 32nd of the picture's."""
+The side of its latents is a 32nd of the image's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer with joint attention of picture and text.
+"""Stable Diffusion 3 and 3.5: a transformer with joint attention of image and text.
 
 The text comes from two CLIP text encoders and from T5, which a pipeline may leave out."""
 
@@ -47,7 +47,7 @@ class SD3WithoutT5(FlowMatching):
     tags = ("stable-diffusion-3",)
     density = "logit_normal"
     modules: Mapping[str, Choice] = {
-        # the picture's reading of the text, like attn2 of a UNet
+        # the image's reading of the text, like attn2 of a UNet
         "xattn": inside(".attn.add_k_proj.", ".attn.add_v_proj."),
         "attention": inside(".attn.", ".attn2."),
         "context": inside(".context_embedder."),

@@ -1,6 +1,6 @@
 """Stable Diffusion XL, base.
 
-The conditions come from two text encoders, the second's pooled embedding, and the picture's size.
+The conditions come from two text encoders, the second's pooled embedding, and the image's size.
 Its VAE overflows in float16; in this package every VAE computes in float32."""
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SDXL(StableDiffusion):
             raise InputError(
                 f"{name}: its UNet takes {takes} numbers in addition to the text, the base "
                 f"model's takes {pooled} + {sizes}: the refiner is not supported, as it only "
-                "refines pictures"
+                "refines images"
             )
         if configs["vae"].get("latents_mean") is not None:
             raise InputError(
@@ -109,7 +109,7 @@ class SDXL(StableDiffusion):
         return {**super().shapes(config, length), "text_embeds": (pooled,)}
 
     def shared(self, size: int, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        # for an uncropped picture of this size, as the pipeline's `_get_add_time_ids`
+        # for an uncropped image of this size, as the pipeline's `_get_add_time_ids`
         return {"time_ids": torch.tensor([[size, size, 0, 0, size, size]]).float()}
 
     def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> Tensor:

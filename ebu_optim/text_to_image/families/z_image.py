@@ -1,6 +1,6 @@
-"""Z-Image: a transformer with one stream for text and picture.
+"""Z-Image: a transformer with one stream for text and image.
 
-Its time and its velocity run from noise to picture."""
+Its time and its velocity run from noise to image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ZImage(Qwen3):
     tags = ("z-image",)
     thinking = True
     modules: Mapping[str, Choice] = {
-        # the text is refined first, and then shares one stream with the picture
+        # the text is refined first, and then shares one stream with the image
         "xattn": lambda name, _: (
             name.startswith(("layers.", "context_refiner."))
             and (".attention.to_k." in name or ".attention.to_v." in name)
