@@ -184,7 +184,7 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(tiny, tmp_path):
     with refused("--first must be >= 1; got 0"):
         given(first=0)
     if not torch.cuda.is_available():
-        with refused("imagenette-rece draws its noise with a CUDA generator"):
+        with refused("imagenette-rece samples its noise with a CUDA generator"):
             given(protocol=["imagenette-rece"])
     assert not (tmp_path / "o").exists()
 
@@ -440,7 +440,7 @@ def test_weights_that_were_cast_to_float16_are_read_again():
 def test_a_plan_says_the_cost_and_does_nothing(tiny, tmp_path, capsys, drawn):
     evaluate(tmp_path / "a", tiny, "--protocol", "imagenette", "--forget", "church", "--plan")
     said = capsys.readouterr().out
-    assert "imagenette: 1,000 of 1,000 pictures to draw, 200,000 passes" in said
+    assert "imagenette: 1,000 of 1,000 images to generate, 200,000 passes" in said
     assert not drawn
     assert not (tmp_path / "a").exists()
 
@@ -762,7 +762,7 @@ def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget, monk
         assert row["figures"]
         assert json.loads(json.dumps(row)) == row
     if forget == "Van Gogh":  # whose prompts are not among the first two
-        assert rows[0]["figures"]["lpips_e"]["not_computed"].endswith("no such picture")
+        assert rows[0]["figures"]["lpips_e"]["not_computed"].endswith("no such image")
         assert rows[0]["protocol"]["judges"] == {"lpips-alex": "tiny"}
 
 
@@ -1043,7 +1043,7 @@ def test_the_command_is_there(tiny, tmp_path, capsys):
             str(tmp_path),
         ]
     )
-    assert "100 of 100 pictures to draw, 20,000 passes" in capsys.readouterr().out
+    assert "100 of 100 images to generate, 20,000 passes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(tiny), "--protocol", "nothing", "-o", str(tmp_path)])
     assert "--protocol 'nothing': no such protocol" in capsys.readouterr().err

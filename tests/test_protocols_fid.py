@@ -176,7 +176,7 @@ def test_without_real_images_the_others_are_computed(tiny, tmp_path, network, fi
     given = only(files, "coco-10k", "coco", "inception")
     one = ("--protocol", "coco-10k", "--first", 1, "--files", *given)
     (row,) = run(tmp_path / "o", tiny, *one)
-    assert "at least two pictures" in row["figures"]["fid_text2image"]["not_computed"]
+    assert "at least two images" in row["figures"]["fid_text2image"]["not_computed"]
 
 
 def _no_folder(coco: Path) -> str:
@@ -244,7 +244,7 @@ def test_a_damaged_picture_is_named(tiny, tmp_path, network, files):
     given = only(files, "coco-30k", "coco", "inception")
     run(tmp_path / "o", tiny, "--protocol", "coco-30k", "--first", 3, "--files", *given)
     next((tmp_path / "o" / "images").rglob("*.png")).write_bytes(b"no image")
-    with pytest.raises(InputError, match="delete it to draw it again"):
+    with pytest.raises(InputError, match="delete it to generate it again"):
         run(tmp_path / "o", tiny, "--protocol", "coco-30k", "--first", 4, "--files", *given)
 
 

@@ -87,7 +87,7 @@ def test_a_list_is_read_however_it_was_saved(tiny, tmp_path, calls, kind):
         ("prompt,seed\na cat,one\n", "row 1: the seed must be a number; got 'one'"),
         ("prompt,seed\na cat,1\n", "the column class must name one of tench, .* one has ''"),
         ("", "has no column 'prompt'"),
-        ("prompt,class\n", "--protocol imagenette-uce: its list has no prompt that may be drawn"),
+        ("prompt,class\n", "imagenette-uce: its list has no prompt for which an image may be"),
     ],
 )
 def test_a_list_that_is_none_says_what_is_wanted(tiny, tmp_path, calls, text, said):
@@ -152,7 +152,7 @@ def test_pictures_that_are_gone_or_damaged(tiny, tmp_path, calls):
     assert run(tmp_path, *given) == rows
     assert len(calls) == 1
     second.write_bytes(second.read_bytes()[:100])
-    with pytest.raises(InputError, match=f"{second.name}.*: delete it to draw it again"):
+    with pytest.raises(InputError, match=f"{second.name}.*: delete it to generate it again"):
         run(tmp_path, *given)
     second.unlink()
     assert run(tmp_path, *given) == rows
@@ -183,7 +183,7 @@ def test_a_model_that_diverged_is_said(tiny, tmp_path, calls):
     pipe = StableDiffusionPipeline.from_pretrained(tiny)
     torch.nn.init.constant_(pipe.unet.conv_out.bias, torch.nan)
     pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="draws NaN: its weights have diverged"):
+    with pytest.raises(InputError, match="generates NaN: its weights have diverged"):
         run(
             tmp_path / "o",
             tmp_path / "model",

@@ -1,6 +1,7 @@
 """Published evaluations by name, so that figures can be compared with those of papers.
 
-Each has one file, which says what is drawn, which judge is used and how the figures are counted."""
+Each has one file. It says which images are generated, which judge is used and how the figures are
+counted."""
 
 from .._extras import require
 

@@ -23,7 +23,7 @@ from .judges import Judge
 from .pictures import Pictures, made_of, read
 from .protocol import Asked, Protocol, Sampling
 
-#: The sampling of the picture that the search learns from. That of a flow matching model is by its
+#: The sampling of the image that the search learns from. That of a flow matching model is by its
 #: own sampler.
 TARGET = Sampling(sampler="lms", steps=25, guidance=7.5)
 
@@ -41,11 +41,11 @@ def attacked(
     whole: Callable[[], Any],
     folder: Path,
 ) -> list[bool]:
-    """Whether each prompt draws the forgotten concept, without or with the attack.
+    """Whether each prompt generates the forgotten concept, without or with the attack.
 
     Args:
-        observed: the judge's observations of the pictures without an attack.
-        opened, base_opened: open the pipelines in float32 that draw the pictures.
+        observed: the judge's observations of the images without an attack.
+        opened, base_opened: open the pipelines in float32 that generate the images.
         whole: opens the pipeline on which tokens are searched; an SPM adapter has full strength
             in it.
         folder: the folder of the results.

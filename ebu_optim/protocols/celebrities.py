@@ -1,6 +1,6 @@
 """Celebrities as in MACE: 200 names, judged by GIPHY's detector.
 
-The detector is not built in: the pictures are drawn, but the figures are not computed."""
+The detector is not built in: the images are generated, but the figures are not computed."""
 
 from __future__ import annotations
 

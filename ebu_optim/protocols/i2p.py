@@ -22,8 +22,8 @@ UDA = (
     "the nudity prompts of UnlearnDiffAtk, prompts/nudity.csv of "
     "https://github.com/OPTML-Group/Diffusion-MU-Attack"
 )
-#: Row of UnlearnDiffAtk's list that is never drawn here. Prompts that name an age below 18, or a
-#: child, are never drawn, either.
+#: Row of UnlearnDiffAtk's list for which no image is generated here. Neither is one for a prompt
+#: that names an age below 18, or a child.
 _NEVER = "2033"
 _MINOR = re.compile(
     r"\b(\d|1[0-7]|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven)teen)"
@@ -38,7 +38,7 @@ _MINOR = re.compile(
 
 @dataclass(frozen=True)
 class Rule:
-    """How a paper counts and draws.
+    """How a paper counts, and how it generates the images.
 
     Attributes:
         floor: the score that a detection must exceed.
@@ -117,7 +117,7 @@ def count(rule: Rule, seen: Seen) -> dict[str, Any]:
 
 
 def asked(file: str, category: str | None, files: Mapping[str, Path]) -> list[Asked]:
-    """One picture per prompt, with the row's seed.
+    """One image per prompt, with the row's seed.
 
     Args:
         category: only rows of this category; None: all.
@@ -132,7 +132,7 @@ def asked(file: str, category: str | None, files: Mapping[str, Path]) -> list[As
 
 
 def picture(row: Row, cells: Mapping[str, Any], seed: int = 0) -> Asked:
-    """The picture of a row; its seed is `seed` if the row has none."""
+    """The image of a row; its seed is `seed` if the row has none."""
 
     def side(what: str) -> int | None:
         cell = next((cells[n] for n in (f"sd_image_{what}", what) if cells.get(n)), None)
@@ -143,7 +143,7 @@ def picture(row: Row, cells: Mapping[str, Any], seed: int = 0) -> Asked:
 
 
 def may_be_drawn(prompt: str, cells: Mapping[str, Any]) -> bool:
-    """False if a picture of the prompt might show a minor."""
+    """False if an image of the prompt might show a minor."""
     return str(cells.get("case_number", "")) != _NEVER and not _MINOR.search(prompt)
 
 

@@ -1,4 +1,4 @@
-"""Imagenette's ten classes by ResNet-50, drawn as in SalUn, ESD, UCE and RECE."""
+"""Imagenette's ten classes by ResNet-50, generated as in SalUn, ESD, UCE and RECE."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def _class(file: str, cells: Mapping[str, Any]) -> str:
 
 
 def rows(file: str, each: int, of_class: int | None = None) -> Callable[..., list[Asked]]:
-    """A function that returns the rows of a list, with `each` pictures per row.
+    """A function that returns the rows of a list, with `each` images per row.
 
-    One generator draws the noise of all pictures of a row.
+    One generator samples the noise of all images of a row.
 
     Args:
         file: the list's name among the given files, or a list that ships with the package.

@@ -42,10 +42,10 @@ class Judge(NamedTuple):
     """A judge.
 
     Attributes:
-        look: (pictures (3, H, W) uint8, the prompt of each, the base's pictures from the same
-            noise) -> an observation of each picture.
+        look: (images (3, H, W) uint8, the prompt of each, the base's images from the same
+            noise) -> an observation of each image.
         identity: identifies the judge: the SHA-256 of its file, or its kind.
-        of_base: whether it needs the base's pictures.
+        of_base: whether it needs the base's images.
     """
 
     look: Callable[[Sequence[Tensor], Sequence[Asked], Sequence[Tensor]], list[Any]]
@@ -60,7 +60,7 @@ def open_judge(
 
     Args:
         files: name of a judge -> the file of its weights.
-        keep: the folder for statistics of sets of pictures; None keeps none.
+        keep: the folder for statistics of sets of images; None keeps none.
 
     Raises:
         InputError: a file does not belong to this judge.
@@ -212,7 +212,7 @@ def _clip(name: str) -> Callable[[Path | None, str], Judge]:
 
 
 def _lpips(file: Path | None, device: str) -> Judge:
-    """Observes the distance to the base's picture, with both resized to 64 pixels."""
+    """Observes the distance to the base's image, with both resized to 64 pixels."""
     model = LpipsDistance(weights_file=file, size=64, device=device)
 
     def look(pictures: Sequence[Tensor], _: Sequence[Asked], base: Sequence[Tensor]) -> list[float]:
@@ -222,7 +222,7 @@ def _lpips(file: Path | None, device: str) -> Judge:
 
 
 def _stacked(model: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> Tensor:
-    """The model's outputs for pictures of one or of several sizes."""
+    """The model's outputs for images of one or of several sizes."""
     if len({x.shape for x in pictures}) == 1:
         return model(torch.stack(list(pictures)))
     return torch.cat([model(x[None]) for x in pictures])

@@ -62,7 +62,7 @@ def label(
     """The label of a run: the protocol's name, followed by all differences from the publication.
 
     Args:
-        drawn: the number of pictures; None: all.
+        drawn: the number of images; None: all.
         judges: name -> identity of the judges that were used.
         targets: the number of forgotten concepts.
     """

@@ -57,13 +57,15 @@ class Evaluate(Model):
     )
     only: bool = option(False, help="Evaluate the models without their base.")
     first: int | None = option(
-        None, help="Draw only this many pictures of each protocol. The label names the number."
+        None, help="Generate only this many images of each protocol. The label names the number."
     )
-    sample_batch_size: int = option(4, help="Pictures that are drawn at once.")
+    sample_batch_size: int = option(4, help="Images that are generated at once.")
     output_dir: Path = option(
-        flag=("-o", "--output_dir"), help="Folder for the pictures and protocols.json."
+        flag=("-o", "--output_dir"), help="Folder for the images and protocols.json."
     )
-    plan: bool = option(False, help="Print what the run would draw and cost, and do nothing.")
+    plan: bool = option(
+        False, help="Print which images the run would generate and what it would cost, then stop."
+    )
 
     @cached_property
     def protocols(self) -> list[Protocol]:
@@ -115,9 +117,9 @@ class Evaluate(Model):
             p.targets(self.forget)
             if p.sampling.noise == "cuda" and not torch.cuda.is_available():
                 raise InputError(
-                    f"--protocol {p.name} draws its noise with a CUDA generator, and this machine "
-                    "has none: give --change noise=cpu, which draws other pictures and changes "
-                    "the label"
+                    f"--protocol {p.name} samples its noise with a CUDA generator, and this "
+                    "machine has no CUDA device: give --change noise=cpu, which generates other "
+                    "images and changes the label"
                 )
             for name, what in p.needs.items():
                 if name not in self.given:

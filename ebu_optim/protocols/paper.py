@@ -1,4 +1,4 @@
-"""The tables of the paper that this package implements, as far as it says how they are drawn."""
+"""The tables of the paper that this package implements, as far as it says how to generate them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The pictures of one model on disk, each under a key of everything that it depends on.
+"""The images of one model on disk, each under a key of everything that it depends on.
 
-No picture is drawn twice: not for another protocol, not for another judge, and not after an
+No image is generated twice: not for another protocol, not for another judge, and not after an
 interruption."""
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ BATCH = "batch-"
 
 
 class Pictures:
-    """The pictures of one model.
+    """The images of one model.
 
     Args:
-        folder: the folder for the pictures of all models.
+        folder: the folder for the images of all models.
         model: the hashes of the model's parts, see `results.made_of`.
         whose: the model's name in messages.
         adapter: the folder of an SPM adapter, which is scaled for each prompt. The given pipelines
@@ -57,7 +57,7 @@ class Pictures:
         return self.folder / f"{key(made_of(sampling, asked))}.png"
 
     def missing(self, sampling: Sampling, asked: Iterable[Asked]) -> dict[Path, Asked]:
-        """File -> picture, for the pictures that do not exist yet, without duplicates."""
+        """File -> image, for the images that do not exist yet, without duplicates."""
         each = {self.file(sampling, one): one for one in asked}
         return {file: one for file, one in each.items() if not file.is_file()}
 
@@ -69,20 +69,20 @@ class Pictures:
         batch: int,
         processes: Processes | None = None,
     ) -> int:
-        """Draw the missing pictures. Each process draws a part of the batches.
+        """Generate the missing images. Each process generates a part of the batches.
 
         The batches depend only on `asked` and `batch`, and a batch is saved completely or not at
         all. With another number of processes, or after an interruption, the calls of the pipeline
-        are therefore the same, and so are the pictures.
+        are therefore the same, and so are the images.
 
         Args:
-            pipe: opens the pipeline; called only if a picture is missing.
+            pipe: opens the pipeline; called only if an image is missing.
 
         Returns:
-            The number of pictures that were missing.
+            The number of images that were missing.
 
         Raises:
-            InputError: the model draws NaN, or the disk is too full.
+            InputError: the model generates NaN, or the disk is too full.
         """
         ours, asked = processes or Processes(), list(asked)
         if ours.rank == 0:
@@ -94,7 +94,7 @@ class Pictures:
         ours.wait()  # all processes have seen the same files
         if mine:
             pixels = sum(w * h for w, h in (size_of(sampling, a) for a in missing.values()))
-            need_disk(self.folder, pixels * PNG, "the pictures")
+            need_disk(self.folder, pixels * PNG, "the images")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._draw(sampling, mine, pipe())
         if missing and ours.rank == 0:
@@ -105,7 +105,7 @@ class Pictures:
     def _batches(
         self, sampling: Sampling, asked: Iterable[Asked], missing: Mapping[Path, Asked], size: int
     ) -> list[dict[Path, Asked]]:
-        """The missing pictures, grouped by the call of the pipeline that draws them."""
+        """The missing images, grouped by the call of the pipeline that generates them."""
         groups: dict[Any, dict[Path, Asked]] = {}
         for one in asked:
             alike = guidance_of(sampling, one), size_of(sampling, one)
@@ -132,7 +132,7 @@ class Pictures:
         ready = drawing.ready(opened, dtype, sampler)
         kept: Future[None] | None = None
         with ThreadPoolExecutor(1) as beside_drawing:  # writes files during the next batch
-            for part in tqdm(batches, f"drawing, {len(next(iter(batches)))} at a time"):
+            for part in tqdm(batches, f"generating, {len(next(iter(batches)))} at a time"):
                 of = list(part.values())
                 if erased:
                     ready.set_adapters([e.name for e in erased], strength[of[0].prompt])
@@ -181,7 +181,7 @@ class Pictures:
         whole.rmdir()
 
     def _say_model(self) -> None:
-        """Write the content of the folder's key next to the pictures."""
+        """Write the content of the folder's key next to the images."""
         with replacing(self.folder / "model.json") as work:
             work.write_text(json.dumps(self.model, indent=1))
 
@@ -202,14 +202,14 @@ def _beside(pipe: Any, width: int, height: int) -> dict[str, Any]:
     found = named(type(pipe).__name__).drawing(pipe, width)
     if found and width != height:
         raise InputError(
-            f"the list asks for pictures of {width}x{height} pixels, and a {type(pipe).__name__} "
-            "draws only square ones here: give --change size=512"
+            f"the list asks for images of {width}x{height} pixels, and a {type(pipe).__name__} "
+            "generates only square ones here: give --change size=512"
         )
     return found
 
 
 def made_of(sampling: Sampling, asked: Asked) -> dict[str, Any]:
-    """Everything that a picture depends on, except for the model."""
+    """Everything that an image depends on, except for the model."""
     width, height = size_of(sampling, asked)
     return {
         "prompt": asked.prompt,
@@ -240,7 +240,7 @@ def size_of(sampling: Sampling, asked: Asked) -> tuple[int, int]:
 
 
 def read(file: Path, saved: str) -> Tensor:
-    """A picture (3, H, W) uint8 as the judge in the published code sees it.
+    """An image (3, H, W) uint8 as the judge in the published code sees it.
 
     Args:
         saved: "jpeg" applies PIL's JPEG compression with its defaults; "png" changes nothing.
@@ -252,7 +252,7 @@ def read(file: Path, saved: str) -> Tensor:
         picture = read_rgb(file)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the picture {file} cannot be read ({error}): delete it to draw it again"
+            f"the image {file} cannot be read ({error}): delete it to generate it again"
         ) from error
     if saved == "png":
         return pixels_of(picture)

@@ -1,4 +1,4 @@
-"""The processes that draw together, started by `accelerate launch` or torchrun."""
+"""The processes that generate together, started by `accelerate launch` or torchrun."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ LISTS = Path(__file__).with_name("lists")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are drawn.
+    """How images are generated.
 
     Attributes:
         sampler: see `samplers.scheduler`.
         steps: the number of sampling steps.
-        guidance, size: guidance scale and side in pixels of every picture; None: as in each row
+        guidance, size: guidance scale and side in pixels of every image; None: as in each row
             of the list.
         noise: the device of the generator of the starting noise. The same seed gives different
             noise on each device.
-        dtype: the dtype of the weights while drawing. The noise is drawn in float32 and cast.
+        dtype: the dtype of the weights. The noise is sampled in float32 and cast.
     """
 
     sampler: Literal["lms", "ddim", "pndm", "dpm", "flow"]
@@ -39,12 +39,12 @@ class Sampling:
 
 
 class Asked(NamedTuple):
-    """A picture to draw.
+    """An image to generate.
 
     Attributes:
         prompt, seed: its prompt, and the seed of its noise.
-        nth: its index, from 0, among the pictures whose noise the generator of `seed` draws.
-            Published code draws several pictures without seeding again.
+        nth: its index, from 0, among the images whose noise the generator of `seed` samples.
+            Published code generates several images without seeding again.
         guidance, width, height: the row's values; None if the list has none.
         of: what it should show, e.g. {"style": "Monet", "object": "Cats"}.
     """
@@ -59,11 +59,11 @@ class Asked(NamedTuple):
 
 
 class Attacking(NamedTuple):
-    """UnlearnDiffAtk on the prompts that do not draw the forgotten concept.
+    """UnlearnDiffAtk on the prompts for which the model does not generate the forgotten concept.
 
     Attributes:
-        judge: the judge that decides whether a prompt draws the concept.
-        success: (its observation, the picture asked for) -> whether it shows the concept.
+        judge: the judge that decides whether an image shows the concept.
+        success: (its observation, the image asked for) -> whether it shows the concept.
         tokens, timesteps, iterations: settings, see `attacks.unlearndiffatk.Settings`.
     """
 
@@ -80,12 +80,12 @@ class Attacking(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """The judges' observations of the pictures.
+    """The judges' observations of the images.
 
     Attributes:
-        asked: what was asked for, per picture.
+        asked: what was asked for, per image.
         forget: the forgotten targets, as `Protocol.targets` names them.
-        found: judge -> its observation of each picture.
+        found: judge -> its observation of each image.
         why: judge -> the reason why it has no observations.
     """
 
@@ -106,15 +106,13 @@ class Seen:
         value: Callable[[Any, Asked], float | bool],
         which: Callable[[Asked], bool] = lambda _: True,
     ) -> Any:
-        """The mean of `value`, or the share of True, over the pictures `which`, with its
+        """The mean of `value`, or the share of True, over the images `which`, with its
         interval."""
 
         def values(found: Sequence[Any]) -> Any:
             pairs = zip(found, self.asked, strict=True)
             each = [value(o, a) for o, a in pairs if which(a)]
-            return (
-                estimate(torch.tensor(each)) if each else not_computed("there is no such picture")
-            )
+            return estimate(torch.tensor(each)) if each else not_computed("there is no such image")
 
         return self.figure(judge, values)
 
@@ -124,17 +122,17 @@ class Protocol:
     """A published evaluation. Any change to it changes its label, see `named.label`.
 
     Attributes:
-        name, title: the name, and what is drawn and counted in words.
+        name, title: the name, and what is generated and counted, in words.
         source: repository, commit and path of the code that defines it.
-        sampling: how the pictures are drawn.
-        asked: files by name -> the pictures to draw.
+        sampling: how the images are generated.
+        asked: files by name -> the images to generate.
         needs: name of a file that `asked` reads -> what it is and where it is published.
-        images: the number of pictures in the published evaluation.
+        images: the number of images in the published evaluation.
         judges: judge -> start of its `identity`; "" if none is published.
         count: observations -> figures by name.
         targets: the values of --forget -> the names that `count` uses.
         alone: whether the published evaluation has one target at a time.
-        saved: the file format in which the published code saves a picture before judging it.
+        saved: the file format in which the published code saves an image before judging it.
         attack: the attack; None for none. Its results are the observations of "attack".
         kind: forgotten targets -> their kind, for means over the targets of a kind.
         notes: differences from the published code, and what is left out.

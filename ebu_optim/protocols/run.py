@@ -3,7 +3,7 @@
     ebu evaluate without/pipeline --base runwayml/stable-diffusion-v1-5 \\
         --protocol imagenette imagenette-esd --forget "cassette player" -o evaluated
 
-Pictures are kept under a key of everything that they depend on, so that none is drawn twice: not
+Images are kept under a key of everything that they depend on, so that none is generated twice: not
 for a second protocol, not for another judge, and not after an interruption. The figures are in
 protocols.json, each with the label of its protocol, which names all changes.
 """
@@ -40,12 +40,12 @@ from .samplers import check
 from .sets import SetJudge
 
 RESULT = "protocols.json"
-#: Pictures that are in memory at a time, in addition to the judge's own tensors.
+#: Images that are in memory at a time, in addition to the judge's own tensors.
 BATCH = 16
 
 
 def evaluate(args: Evaluate) -> list[dict[str, Any]]:
-    """Draw, judge and count, and write the rows to ``protocols.json``.
+    """Generate, judge and count images, and write the rows to ``protocols.json``.
 
     Returns:
         The rows of this call: model, label, figures and everything that they depend on.
@@ -57,7 +57,8 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
     asked = {p.name: p.asked(args.given)[: args.first] for p in args.protocols}
     if nothing := [name for name, of in asked.items() if not of]:
         raise InputError(
-            f"--protocol {nothing[0]}: its list has no prompt that may be drawn; check the file"
+            f"--protocol {nothing[0]}: its list has no prompt for which an image may be "
+            "generated; check the file"
         )
     kept = {name: _pictures(args, name, model) for name, model in args.models().items()}
     if int(os.environ.get("RANK", "0")) == 0:
@@ -128,7 +129,7 @@ def _base(args: Evaluate) -> Any:
 def plan(
     args: Evaluate, asked: Mapping[str, Sequence[Asked]], kept: Mapping[str, Pictures]
 ) -> Iterator[str]:
-    """Lines that say what the run will draw and what it costs."""
+    """Lines that say what the run will generate and what it costs."""
     total = 0
     for name, pictures in kept.items():
         for p in args.protocols:
@@ -138,8 +139,8 @@ def plan(
             total += passes
             called = label(p, len(of), targets=p.targets_of(args.forget))
             yield (
-                f"{name}: {called}: {missing:,} of {len(of):,} pictures to draw, {passes:,} passes "
-                "through the denoiser"
+                f"{name}: {called}: {missing:,} of {len(of):,} images to generate, {passes:,} "
+                "passes through the denoiser"
             )
             if p.attack is not None:
                 each = p.attack.cost(p.sampling.steps)
@@ -168,7 +169,7 @@ def _row(
     there = {name: judge for name, judge in ours.items() if isinstance(judge, Judge)}
     for name, judge in list(there.items()):
         if judge.of_base and base is None:
-            why[name] = "not computed: it compares with the base's pictures: give --base"
+            why[name] = "not computed: it compares with the base's images: give --base"
             del there[name]
     sets = {name: judge for name, judge in ours.items() if isinstance(judge, SetJudge)}
     files = [pictures.file(protocol.sampling, a) for a in asked]
@@ -178,7 +179,7 @@ def _row(
     for name, of_set in sets.items():
         some = [f for f, a in zip(files, asked, strict=True) if of_set.counts(a, targets)]
         if len(some) < 2:
-            why[name] = not_computed("it needs at least two pictures")["not_computed"]
+            why[name] = not_computed("it needs at least two images")["not_computed"]
         else:
             content_of = key(pictures.model, key([f.name for f in some]))
             found[name] = [of_set.look(some, content_of, targets)]
@@ -188,7 +189,7 @@ def _row(
             why["attack"] = f"not computed: not supported for {family.name}: {UNREAD}"
         elif by in why or base is None:
             why["attack"] = why.get(by) or (
-                "not computed: the attack learns from the base's pictures: give --base"
+                "not computed: the attack learns from the base's images: give --base"
             )
         else:
             found["attack"] = attacked(
@@ -233,7 +234,7 @@ def look(
     base: Pictures | None,
     judges: Mapping[str, Judge],
 ) -> dict[str, list[Any]]:
-    """Each judge's observations of all pictures; `BATCH` pictures are in memory at a time."""
+    """Each judge's observations of all images; `BATCH` images are in memory at a time."""
     found: dict[str, list[Any]] = {name: [] for name in judges}
     pairs = base is not None and any(judge.of_base for judge in judges.values())
 

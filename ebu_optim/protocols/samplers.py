@@ -91,7 +91,7 @@ def generator(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> to
 
 
 def noise(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> Tensor:
-    """The starting noise (1, C, h, w) float32 of a picture of `size` (width, height)."""
+    """The starting noise (1, C, h, w) float32 of an image of `size` (width, height)."""
     scale, channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
     shape = (asked.nth + 1, channels, size[1] // scale, size[0] // scale)
     source = torch.Generator(device).manual_seed(asked.seed)

@@ -1,4 +1,4 @@
-"""Judges of a whole set of pictures: FID against real images, as published code computes it.
+"""Judges of a whole set of images: FID against real images, as published code computes it.
 
 The mean and the covariance of a set's features are kept in a file under a key of everything that
 they depend on. No set is therefore looked at twice, and several models share the real images'."""
@@ -27,7 +27,7 @@ from .pictures import ahead, as_jpeg
 from .protocol import Asked
 
 REAL, WEIGHTS = "--files coco", "--files inception"
-#: Pictures that pass through Inception at a time.
+#: Images that pass through Inception at a time.
 BATCH = 16
 NAMED = 5  # how many unreadable files a message names; it counts all of them
 
@@ -36,10 +36,10 @@ Prepared = Callable[[Any], Tensor]
 
 
 class SetJudge(NamedTuple):
-    """A judge of a set of pictures.
+    """A judge of a set of images.
 
     Attributes:
-        look: (files of at least two pictures, a key of their contents, the forgotten targets) ->
+        look: (files of at least two images, a key of their contents, the forgotten targets) ->
             the figure.
         identity: identifies the judge and what it compares with.
         counts: (a picture, the forgotten targets) -> whether it belongs to the set.
@@ -127,7 +127,7 @@ def open_fid(kind: str, files: Mapping[str, Path], device: str, keep: Path | Non
 
 
 #: What a message calls the drawn pictures, and the remedy.
-DRAWN = "the pictures", "delete them to draw them again"
+DRAWN = "the images", "delete them to generate them again"
 
 
 def _real(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ class Canvas(NamedTuple):
         styles, objects: their names.
         prompt: (style, object) -> the prompt.
         judge: the start of the judges' names, which end in "style" or "object".
-        no_style: a style that is drawn and judged, but does not count and is not a target.
+        no_style: a style that is generated and judged, but does not count and is not a target.
         untold: a style that is not a target, as every prompt without a style asks for it.
     """
 
@@ -74,7 +74,7 @@ def count(canvas: Canvas, more: Mapping[str, Any], seen: Seen) -> dict[str, Any]
     """UA: 1 - accuracy on the target; IRA: accuracy on the others of its kind; CRA: accuracy of the
     other kind, over all cells.
 
-    All classes have the same number of pictures, so that these are means over classes."""
+    All classes have the same number of images, so that these are means over classes."""
     own = canvas.kind(seen.forget)
     cross = "object" if own == "style" else "style"
 
