@@ -357,12 +357,12 @@ def test_a_row_is_drawn_with_its_own_seed_and_guidance(attack):
 def test_nan_is_told_before_it_counts_as_forgotten(attack):
     model = attack.model
     model.unet.conv_out.bias.data.fill_(torch.nan)
-    with pytest.raises(InputError, match="draws NaN: its weights have diverged"):
+    with pytest.raises(InputError, match="generates NaN: its weights have diverged"):
         attack.make("p_f")
     model.unet.conv_out.bias.data.zero_()
     attack.make("p_f")
     model.vae.decoder.conv_out.bias.data.fill_(torch.nan)
-    with pytest.raises(InputError, match="draws NaN: its weights have diverged"):
+    with pytest.raises(InputError, match="generates NaN: its weights have diverged"):
         attack.make("p_f")
 
 
@@ -587,7 +587,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
         (["--forget", "cat"], "'cat' names no concept of this world"),
         (["--forget", "seven", "red"], "--forget names the concepts red, seven"),
         (["--judges", "{tmp}"], "content.safetensors is missing: run judges.py"),
-        (["--instance_data_dir", "{tmp}"], "no picture of the target"),
+        (["--instance_data_dir", "{tmp}"], "no image of the target"),
         (["--initializer_token", "cat"], "--initializer_token 'cat' is 3 tokens (c a t</w>)"),
         (["--initializer_token", ""], "--initializer_token '' is 0 tokens"),
         (["--pretrained_model_name_or_path", "{tmp}"], "is not a diffusers pipeline"),
@@ -597,7 +597,7 @@ def test_own_pictures_of_the_target(world, tmp_path):
         (["--forget_templates", "a picture"], '--forget_templates needs exactly one "{}" in each'),
         (["--relearn_max_steps", "0"], "--relearn_max_steps must be >= 1; got 0"),
         (["--inversion_learning_rates", "0.1", "0"], "--inversion_learning_rates must be > 0"),
-        (["--resolution", "64"], "draws 64 pixels, and --judge world supports only 32"),
+        (["--resolution", "64"], "images of 64 pixels, and --judge world supports only 32"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_made(world, tmp_path, extra, told):
@@ -640,11 +640,11 @@ def test_a_base_must_be_named_and_draw_the_target(tiny, world, tmp_path, monkeyp
     assert "--base_model is not given" in said
     code, said = run(*options(world, tmp_path / "out"), "--base_model", tiny)
     assert code == 2
-    assert "draws 16 pixels from latents (4, 8, 8)" in said
+    assert "generates images of 16 pixels from latents (4, 8, 8)" in said
     assert "give the base of this model" in said
     j = module("judges")
     nothing = j.Judge(lambda x: torch.zeros(len(x), dtype=torch.bool), {"judge": "blind"})
     monkeypatch.setattr(j, "load", lambda *_: nothing)
     code, said = run(*options(world, tmp_path / "out"))
     assert code == 2
-    assert "the judge finds the target in no picture that the base draws" in said
+    assert "the judge finds the target in no image that the base generates" in said

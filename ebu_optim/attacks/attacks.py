@@ -1,6 +1,6 @@
 """The attacks of attack.py, which use the same functions as those on class-conditional models.
 
-P_f is the mean over pictures of the judge's score for the forgotten concept. The pictures to learn
+P_f is the mean over images of the judge's score for the forgotten concept. The images to learn
 from come from the base model, and so does the P_f of which relearning must reach half.
 """
 
@@ -52,7 +52,7 @@ class Attack:
         self.args, self.model, self.base = args, model, base
         self.questions, self.judge, self.files = questions, judge, files
         forget = questions.forget
-        #: the prompts of every evaluation, and those of the pictures to learn from
+        #: the prompts of every evaluation, and those of the images to learn from
         self.asked = chosen(forget, args.attack_images, args.seed)
         self.drawn = chosen(forget, args.target_images, args.seed + 1)
         self.looks: dict[str, Found] = {}
@@ -64,20 +64,20 @@ class Attack:
         """Record a result, made now or read from a file.
 
         Raises:
-            InputError: the base does not draw the target.
+            InputError: the base does not generate the target.
         """
         self.looks[name] = found
         if name == "target" and not found.values["p_f"]["value"] > 0:
             raise InputError(
-                f"the judge finds the target in no picture that the base draws for "
+                f"the judge finds the target in no image that the base generates for "
                 f"{self.asked[0].text!r} and similar prompts (P_f 0): check --base_model, "
                 "--forget and the judge"
             )
 
-    # -- what is drawn and what is learned from --------------------------------------------------
+    # -- what is generated and what is learned from ----------------------------------------------
 
     def look(self, model: Attacked, embeddings: Tensor, unet: Any = None) -> tuple[dict, Tensor]:
-        """P_f with its interval, and some of the pictures (n, 3, H, W) uint8.
+        """P_f with its interval, and some of the images (n, 3, H, W) uint8.
 
         The noise is always the same.
 
@@ -126,7 +126,7 @@ class Attack:
 
         Args:
             rows: row numbers (n, 1, 1, 1). The attacks pass them as images, so that they select
-                pictures together with their prompts.
+                images together with their prompts.
         """
         found = self.looks["target"].tensors
         rows = rows.flatten().cpu()
@@ -141,7 +141,7 @@ class Attack:
         return Found({"p_f": score}, {}, {"pictures unlearned": shown})
 
     def seen(self) -> tuple[dict, Tensor]:
-        """P_f and pictures of the model without an attack."""
+        """P_f and images of the model without an attack."""
         found = self.looks["p_f"]
         return found.values["p_f"], found.tensors["pictures unlearned"]
 
@@ -172,17 +172,17 @@ USUAL = ("paraphrase", "inversion", "relearn")
 
 
 def target_files(folder: Path | None) -> list[Path]:
-    """The pictures in --instance_data_dir; empty if the base draws them.
+    """The images in --instance_data_dir; empty if the base generates them.
 
     Raises:
-        InputError: the folder has no picture.
+        InputError: the folder has no image.
     """
     if folder is None:
         return []
     found = image_files(folder)
     if not found:
         raise InputError(
-            f"--instance_data_dir {folder}: no picture of the target ({', '.join(ENDINGS)}) in it"
+            f"--instance_data_dir {folder}: no image of the target ({', '.join(ENDINGS)}) in it"
         )
     return found
 

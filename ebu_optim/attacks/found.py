@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..modules import stream
 
-SHOWN = 8  # pictures that are kept of each evaluation
+SHOWN = 8  # images that are kept of each evaluation
 
 
 class Found(NamedTuple):

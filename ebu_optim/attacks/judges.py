@@ -1,4 +1,4 @@
-"""Judges that score how much of the forgotten concept is in a picture: --judge clip, world,
+"""Judges that score how much of the forgotten concept is in an image: --judge clip, world,
 imagenette, nudity."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Judge(NamedTuple):
     """A judge.
 
     Attributes:
-        score: pictures (n, 3, H, W) in [-1, 1] -> (n,), probabilities or bool.
+        score: images (n, 3, H, W) in [-1, 1] -> (n,), probabilities or bool.
         said: identifies the judge.
     """
 
@@ -41,14 +41,14 @@ class JudgeOptions(NudityOptions):
     group: ClassVar[str] = "judge"
 
     judge: Literal["clip", "world", "imagenette", "nudity"] = option(
-        help="Judge that says what a picture shows. clip: CLIP, for any concept, compared with "
+        help="Judge that says what an image shows. clip: CLIP, for any concept, compared with "
         "--clip_against; world: the classifiers of the world of digits in styles; "
         "imagenette: a ResNet-50; nudity: NudeNet."
     )
     clip_against: list[str] = option(
         ["something else"],
         metavar="WORDS",
-        help="What a picture may show instead of the concept, in words: what the concept becomes, "
+        help="What an image may show instead of the concept, in words: what the concept becomes, "
         "and its neighbours.",
     )
     clip_model: str = option("ViT-B-32-quickgelu", help="The open_clip model that judges.")
@@ -107,7 +107,8 @@ def _world(args: Any, looked: Looked, device: Any) -> Judge:
     pipeline = args.pretrained_model_name_or_path
     if looked.resolution != SIZE:
         raise InputError(
-            f"{pipeline} draws {looked.resolution} pixels, and --judge world supports only {SIZE}"
+            f"{pipeline} generates images of {looked.resolution} pixels, and --judge world "
+            f"supports only {SIZE}"
         )
     if looked.tokenizer.get_vocab() != tokenizer().get_vocab():
         raise InputError(

@@ -1,5 +1,5 @@
 """Relearning with a LoRA from ten images, as anybody can do with a downloaded model and a few
-pictures of the forgotten concept."""
+images of the forgotten concept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as in diffusers' 
 
 
 def lora_relearn(attack: Attack) -> Found:
-    """Train a LoRA of rank 4 in the attention of a copy of the denoiser, on the first ten pictures
+    """Train a LoRA of rank 4 in the attention of a copy of the denoiser, on the first ten images
     of the target."""
 
     def adapters(unet: nn.Module) -> list[nn.Parameter]:

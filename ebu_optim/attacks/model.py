@@ -29,7 +29,7 @@ class Attacked:
     Args:
         pipe: the pipeline; its parts are moved to `device`.
         looked: the result of `pipelines.look` for it, with the schedule and the latents' shape.
-        args: the options for drawing pictures.
+        args: the options for generating images.
     """
 
     def __init__(self, pipe: Any, looked: pipelines.Looked, args: Any, device: Any) -> None:
@@ -105,18 +105,18 @@ class Attacked:
     def latents(
         self, embeddings: Tensor, seed: int, unet: Any = None, asked: Sequence[Asked] = ()
     ) -> Tensor:
-        """Latents (n, C, H, W) on the CPU, drawn for the rows `embeddings` of `encode`.
+        """Latents (n, C, H, W) on the CPU, generated for the rows `embeddings` of `encode`.
 
         The same seed gives the same starting noise for every model.
 
         Args:
             unet: another denoiser than the pipeline's.
-            asked: the prompts of the embeddings. If one has its own seed or guidance, pictures are
-                drawn one by one. A repeated prompt takes the following seeds.
+            asked: the prompts of the embeddings. If one has its own seed or guidance, images are
+                generated one by one. A repeated prompt takes the following seeds.
         """
         found = []
         for a, b, g, guidance in tqdm(
-            list(self._batches(len(embeddings), seed, asked)), "drawing", leave=False
+            list(self._batches(len(embeddings), seed, asked)), "generating", leave=False
         ):
             null = self.told(self.null.expand(b - a, *self.null.shape[1:]))
             found.append(
@@ -154,7 +154,7 @@ class Attacked:
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
-        """Pictures (n, 3, H, W) in [-1, 1] on the CPU."""
+        """Images (n, 3, H, W) in [-1, 1] on the CPU."""
         parts = latents.split(self.args.sample_batch_size)
         return finite(
             torch.cat([self.family.to_pixels(self.vae, x.to(self.device)).cpu() for x in parts])
@@ -169,7 +169,7 @@ def finite(drawn: Tensor) -> Tensor:
     """
     if not drawn.isfinite().all():
         raise InputError(
-            "the attacked model or its base draws NaN: its weights have diverged, or "
+            "the attacked model or its base generates NaN: its weights have diverged, or "
             "--relearn_learning_rate or --inversion_learning_rates are too high"
         )
     return drawn
@@ -237,9 +237,9 @@ def _put_in(table: nn.Module, vector: Tensor, at: Tensor, length: int) -> Iterat
 
 
 def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """The vectors (D,) at which inversion starts: a random draw and the embeddings of tokens.
+    """The vectors (D,) at which inversion starts: a random vector and the embeddings of tokens.
 
-    The draw has the mean and the standard deviation of the whole vocabulary."""
+    The random vector has the mean and the standard deviation of the whole vocabulary."""
     tables = [e.get_input_embeddings().weight.detach() for e in model.text_encoders]
     mean, spread = (torch.cat([f(t, 0).cpu() for t in tables]) for f in (torch.mean, torch.std))
     draw = torch.randn(mean.shape, generator=stream(seed, 0))

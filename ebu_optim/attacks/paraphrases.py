@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def paraphrase(attack: Attack) -> Found:
-    """P_f of every wording, each over the same number of pictures, with intervals over pictures."""
+    """P_f of every wording, each over the same number of images, with intervals over images."""
     model, scores, found, rows = attack.model, [], {}, {}
     for wording in tqdm(attack.questions.paraphrases, "paraphrases"):
         texts = chosen(wording.texts, attack.args.attack_images, attack.args.seed)

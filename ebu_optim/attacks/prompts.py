@@ -53,7 +53,7 @@ class QuestionOptions:
     )
     ignore_row_settings: bool = option(
         False,
-        help="Draw the rows of .csv and .parquet files with --seed and --guidance_scale, not "
+        help="Generate the rows of .csv and .parquet files with --seed and --guidance_scale, not "
         "with their own.",
     )
     forget_templates: list[str] | None = option(

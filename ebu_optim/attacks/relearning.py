@@ -1,4 +1,4 @@
-"""Relearning: fine-tune the denoiser on pictures of the target until it draws the target again."""
+"""Relearning: fine-tune the denoiser on images of the target until it generates them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPORTED = 10  # P_f after this step is always reported, even if the concept is 
 
 
 def relearn(attack: Attack) -> Found:
-    """Fine-tune the whole denoiser on all pictures."""
+    """Fine-tune the whole denoiser on all images."""
     return curve(attack, "relearn", attack.rows(), attack.args.relearn_learning_rate)
 
 

@@ -6,10 +6,10 @@
         --output_dir outputs/without_seven_attacked
 
 There are three attacks by default: paraphrases of the prompt; a new word that is learned on
-pictures of the target with the frozen model (textual inversion); and fine-tuning of the denoiser on
-these pictures (relearning). --attacks can name four more: cce, a word learned as in "Circumventing
+images of the target with the frozen model (textual inversion); and fine-tuning of the denoiser on
+these images (relearning). --attacks can name four more: cce, a word learned as in "Circumventing
 Concept Erasure"; unlearndiffatk, tokens before the prompt; tina, inversion without text;
-lora_relearn, a LoRA from ten pictures. All pictures of a run start from the same noise.
+lora_relearn, a LoRA from ten images. All images of a run start from the same noise.
 `attacks.json` in the output folder is written last. Each finished attack is kept in `parts`, and
 the same command continues an interrupted run.
 """
@@ -54,7 +54,7 @@ SMALL = {
 Attack = Literal[
     "paraphrase", "inversion", "relearn", "cce", "unlearndiffatk", "tina", "lora_relearn"
 ]
-SHOWN = 8  # pictures in a row
+SHOWN = 8  # images in a row
 #: Options that do not affect the figures.
 FREE = {
     "output_dir",
@@ -83,16 +83,17 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     attacks: list[Attack] = option(list(attacks.USUAL), help="Which attacks to run.")
     instance_data_dir: Path | None = option(
         None,
-        help="Folder of pictures of the target to learn from. Default: the base model draws them.",
+        help="Folder of images of the target to learn from. Default: the base model generates "
+        "them.",
     )
-    target_images: int = option(64, help="Number of pictures of the target that the base draws.")
+    target_images: int = option(64, help="Number of images of the target that the base generates.")
     target_dir: Path | None = option(
         None,
-        help="Folder in which these pictures are kept; attacks on models with the same base can "
+        help="Folder in which these images are kept; attacks on models with the same base can "
         "share it. Default: target in the output folder.",
     )
     attack_images: int = option(
-        32, help="Pictures that are drawn and judged after each attack, and for each wording."
+        32, help="Images that are generated and judged after each attack, and for each wording."
     )
     inversion_steps: int = option(200, help="Steps of textual inversion.")
     inversion_learning_rates: list[float] | None = option(
@@ -127,15 +128,15 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     )
     train_batch_size: int | None = option(None, help="Batch size of inversion and relearning.")
     num_inference_steps: int | None = option(
-        None, help="DDIM steps of each picture. Default: 10 in the world, 50 elsewhere."
+        None, help="DDIM steps of each image. Default: 10 in the world, 50 elsewhere."
     )
     guidance_scale: float | None = option(
         None,
-        help="Guidance scale of each picture. Default: 3 in the world, elsewhere that of the "
+        help="Guidance scale of each image. Default: 3 in the world, elsewhere that of the "
         "model's family.",
     )
-    sample_batch_size: int | None = option(None, help="Pictures that are drawn at once.")
-    seed: int = option(0, help="Seed of the pictures and of the attacks.")
+    sample_batch_size: int | None = option(None, help="Images that are generated at once.")
+    seed: int = option(0, help="Seed of the images and of the attacks.")
     device: str = option(
         "cuda" if torch.cuda.is_available() else "cpu",
         help="Device on which the attacks run: cpu, cuda, cuda:1, ...",
@@ -194,8 +195,9 @@ def attack(config: AttackOptions) -> None:
     sizes = [(one.resolution, one.latents) for one in (looked, base_looked)]
     if sizes[0] != sizes[1]:
         raise InputError(
-            f"--base_model {names[1]} draws {sizes[1][0]} pixels from latents {sizes[1][1]}, "
-            f"{names[0]} {sizes[0][0]} from {sizes[0][1]}: give the base of this model"
+            f"--base_model {names[1]} generates images of {sizes[1][0]} pixels from latents "
+            f"{sizes[1][1]}, {names[0]} images of {sizes[0][0]} pixels from {sizes[0][1]}: give "
+            "the base of this model"
         )
     for name in ("inversion", "cce"):
         if name in args.attacks and (why := looked.family.no_new_word):
@@ -342,7 +344,7 @@ def write(
 
 
 def grid(rows: list[Tensor]) -> Image.Image:
-    """An image with rows of pictures (n, 3, H, W) uint8; short rows are filled with black."""
+    """An image with rows of images (n, 3, H, W) uint8; short rows are filled with black."""
     wide = max(map(len, rows))
     full = [torch.cat([r, r.new_zeros(wide - len(r), *r.shape[1:])]) for r in rows]
     pixels = torch.stack(full).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)

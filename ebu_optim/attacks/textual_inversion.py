@@ -1,4 +1,4 @@
-"""Textual inversion: a new word, learned on pictures of the target with the frozen model; also with
+"""Textual inversion: a new word, learned on images of the target with the frozen model; also with
 the settings of "Circumventing Concept Erasure" (CCE, Pham et al., 2023)."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AT = (100, 200)  # steps of inversion that are reported
 #: CCE's settings (its esd/train.sh): 25 images, batches of 4 accumulated over 4 steps, the learning
-#: rate 5e-3 multiplied by both, AdamW. Half of the pictures are mirrored, except for digits.
+#: rate 5e-3 multiplied by both, AdamW. Half of the images are mirrored, except for digits.
 CCE_IMAGES, CCE_BATCH, CCE_RATE, CCE_DECAY, CCE_STEPS, CCE_START = 25, 16, 0.08, 0.01, 5000, "art"
 
 
@@ -58,7 +58,7 @@ def inversion(attack: Attack) -> Found:
 
 
 def cce(attack: Attack) -> Found:
-    """CCE: one vector, learned with CCE's optimizer on 25 pictures of the base.
+    """CCE: one vector, learned with CCE's optimizer on 25 images of the base.
 
     It starts at the word "art", or at random if that is not one token. The templates are those of
     the forgotten prompts."""
@@ -95,7 +95,7 @@ def cce(attack: Attack) -> Found:
 
 
 def look(attack: Attack, vector: Tensor) -> tuple[dict, Tensor]:
-    """P_f and pictures of the prompts with `vector` in the word's place."""
+    """P_f and images of the prompts with `vector` in the word's place."""
     asked = NewWord(attack.model, [x.template for x in attack.asked], vector)
     with condition_replaced(asked.word, vector), torch.no_grad():
         embeddings = asked.embeddings(torch.arange(len(attack.asked)))

@@ -1,10 +1,10 @@
 """TINA (arXiv 2603.17828): inversion without text.
 
-DDIM inverts a picture of the target to noise under the empty prompt. Each point is refined until
-the model's own step leads from it to the point before. The model then draws from that noise, again
-under the empty prompt. Text plays no part in this attack.
+DDIM inverts an image of the target to noise under the empty prompt. Each point is refined until
+the model's own step leads from it to the point before. The model then generates from that noise,
+again under the empty prompt. Text plays no part in this attack.
 
-A control accompanies the figures: an exact inversion reproduces any picture, even one that no model
+A control accompanies the figures: an exact inversion reproduces any image, even one that no model
 learned. If the control is reproduced as well as the target, a high P_f shows only that the sampler
 can be inverted, and nothing about what the model knows.
 """
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from .attacks import Attack
 
 STEPS, REFINEMENTS, RATE = 50, 25, 1e-3
-PIECES = 8  # pieces per side of a control picture
+PIECES = 8  # pieces per side of a control image
 
 Predicted = Callable[[Tensor, float], Tensor]
 
 
 def tina(attack: Attack) -> Found:
-    """P_f of the redrawn pictures of the target, and the errors of target and control."""
+    """P_f of the regenerated images of the target, and the errors of target and control."""
     args, model = attack.args, attack.model
     target = attack.looks["target"].tensors["latents"][: args.attack_images]
     pixels = attack.base.pictures(target)
@@ -64,7 +64,7 @@ def tina(attack: Attack) -> Found:
 
 
 def in_pieces(pictures: Tensor, seed: int) -> Tensor:
-    """The pictures (n, C, H, W), cut into 8 x 8 pieces in random order (2 x 2 if 8 does not divide
+    """The images (n, C, H, W), cut into 8 x 8 pieces in random order (2 x 2 if 8 does not divide
     the sides)."""
     n, c, h, w = pictures.shape
     side = PIECES if h % PIECES == w % PIECES == 0 else 2
@@ -75,7 +75,7 @@ def in_pieces(pictures: Tensor, seed: int) -> Tensor:
 
 
 def error(found: Tensor, given: Tensor) -> Tensor:
-    """The mean squared error of each picture, divided by its variance, (n,)."""
+    """The mean squared error of each image, divided by its variance, (n,)."""
     spread = given.flatten(1).var(1, unbiased=False)
     return (found - given).square().flatten(1).mean(1) / spread
 
