@@ -31,8 +31,8 @@ class PCGrad(GramianOptimizer):
     .. math:: G = \left(1 - \frac{\langle g_f, g_r\rangle}{|g_f|^2}\right) g_f
               + \left(1 - \frac{\langle g_f, g_r\rangle}{|g_r|^2}\right) g_r
 
-    Otherwise G = g_f + g_r. The algorithm draws the order of the projections at random, which makes
-    no difference with two tasks. `stats` has the two weights.
+    Otherwise G = g_f + g_r. The order of the projections is random in the algorithm, which makes no
+    difference with two tasks. `stats` has the two weights.
 
     Args:
         base: a torch optimizer.

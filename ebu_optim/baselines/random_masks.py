@@ -34,7 +34,7 @@ class RandomlyMasked(Rule):
     def begin(self, step: Step) -> Figures:
         if step.shards:
             raise TypeError(
-                "RandomMasks draws whole masks, but the parameters are sharded; run this control "
+                "RandomMasks samples whole masks, but the parameters are sharded; run this control "
                 "on one process or under DistributedDataParallel"
             )
         masks = dict(
@@ -126,9 +126,9 @@ class RandomMasks(PhasedOptimizer):
     have the same counts in each group, at random places. So the gain of EBU over this control comes
     from *which* weights it selects; the rest comes from how it weighs the two gradients.
 
-    The masks are drawn from separate generators, which depend on a seed (``ebu_seed``, in the
+    The masks are sampled with separate generators, which depend on a seed (``ebu_seed``, in the
     groups) and the number of steps taken. Both are saved. So a resumed run is the same run, the
-    user's random stream is not changed, and processes that share a process group draw the same
+    user's random stream is not changed, and processes that share a process group sample the same
     masks.
 
     Args:
@@ -136,7 +136,7 @@ class RandomMasks(PhasedOptimizer):
         alpha, delta, gamma, fisher, fisher_scale, anchor, penalty, update: as for
             :class:`~ebu_optim.EBUOptimizer`.
         seed: the seed of the masks.
-        independent: True draws M_f and M_r independently, scalar by scalar, with probability
+        independent: True samples M_f and M_r independently, scalar by scalar, with probability
             delta; then their overlap is that of chance.
         max_grad_norm, nonfinite: as for :class:`~ebu_optim.EBUOptimizer`.
     """

@@ -31,7 +31,7 @@ class SelectiveAmnesia(PhasedOptimizer):
     .. math:: G = w_f g_f + w_r g_r + 2 \lambda F (\theta - \theta_0)
 
     The published forget loss is denoising on uniform noise images; the remember loss is denoising
-    on replayed pairs. Both use the same timesteps: draw these once and pass them to both losses.
+    on replayed pairs. Both use the same timesteps: sample these once and pass them to both losses.
     EBU with ``penalty="full"`` has gamma = 2 lambda.
 
     The published lambda = 10 belongs to the raw F of a loss that is summed over C, H, W *and over

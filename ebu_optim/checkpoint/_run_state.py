@@ -41,7 +41,7 @@ class RandomStates:
         if torch.cuda.is_available():
             for i, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(cuda, i)
-        np.random.set_state(state["numpy"])  # noqa: NPY002 - others still draw from it
+        np.random.set_state(state["numpy"])  # noqa: NPY002 - others still sample from it
         random.setstate(state["python"])
 
 

@@ -89,7 +89,7 @@ def invariants(empty: Tensor, centres: int = 3) -> Tensor:
     """Return what SPEED reads exactly as before: of the empty prompt the first token, and the
     k-means centres of the others.
 
-    The clustering starts at the tokens that are farthest apart, so that it draws nothing.
+    The clustering starts at the tokens that are farthest apart, so that nothing in it is random.
 
     Args:
         empty: the empty prompt's tokens, [L, d] with L >= 2.

@@ -1,4 +1,4 @@
-"""Adversarial embeddings: while a model forgets, an adversary learns conditions that still draw it.
+"""Adversarial embeddings: an adversary learns conditions that still generate what is forgotten.
 
     adversary = Adversary(unet.class_embedding, [forgotten])
     for batch in loader:
@@ -26,22 +26,22 @@ from torch import Tensor, nn
 
 from ..modules import stream
 
-#: (A forgotten label, the generator of all that is drawn) -> 0-d loss, small where the label's
-#: pictures are drawn.
+#: (A forgotten label, the generator of all that is sampled) -> 0-d loss, small where the label's
+#: images are generated.
 Attack = Callable[[int, torch.Generator], Tensor]
 
 
 class Adversary:
-    r"""Embeddings that learn to draw what is being forgotten.
+    r"""Embeddings that learn to generate what is being forgotten.
 
-    Each begins at a point of its own, drawn with the mean and the spread of the embedding's rows.
+    Each begins at a point of its own, sampled with the mean and the spread of the embedding's rows.
     At every call of `step` it takes `steps` steps of Adam down the attack's loss, and after
     `restart` calls it begins anew; several are restarted in turn. Of several forgotten labels each
     adversary aims at the next one with every restart.
 
     All draws are functions of the seed and of the number of the call, so that nobody's random
     stream is touched and a resumed run is the same run. Of several processes each attacks with
-    pictures and noise of its own, and the gradients are averaged: the embeddings are the same
+    images and noise of its own, and the gradients are averaged: the embeddings are the same
     everywhere. `step` must then be called by all of them.
 
     Args:
@@ -51,10 +51,10 @@ class Adversary:
         restart: calls until an adversary begins anew.
         count: adversaries at once.
         lr: of Adam, times the spread of the embedding's weights.
-        seed: of the starts and of what the attacks draw.
+        seed: of the starts and of what the attacks sample.
         start: (m, ...) embeddings to begin at, such as those of attacks that won, taken in turn in
             the place of the first m random draws.
-        aims: those of the labels that are attacked, where pictures of some are lacking; None: all.
+        aims: the labels that are attacked, if images of others are lacking; None: all labels.
 
     Raises:
         ValueError: a number that cannot be; no forgotten label; starts of another width.

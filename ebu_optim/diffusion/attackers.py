@@ -25,7 +25,7 @@ class Attackers:
         raw: the model itself, whose passes are under autocast where the run's are.
         teacher: the frozen base model, where adversaries learn by it.
         pictures: images and labels of what is forgotten.
-        forgotten: the labels that are forgotten; those without a picture are never attacked.
+        forgotten: the labels that are forgotten; those without an image are never attacked.
         starts: conditions at which adversaries begin, or None.
     """
 
@@ -88,7 +88,7 @@ class Attackers:
             )
 
     def _relearned(self, loss: Callable[[], Tensor], i: int) -> Tensor:
-        """The relearner's share of the forget loss. What it draws is a function of the seed, the
+        """The relearner's share of the forget loss. What it samples is a function of the seed, the
         micro-batch and the process, as an adversary's is."""
         assert self.relearner is not None
         args, accelerator, scaler = self.args, self.accelerator, self.accelerator.scaler

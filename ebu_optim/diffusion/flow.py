@@ -63,13 +63,13 @@ def set_timesteps(scheduler: Any, n: int) -> None:
 def drawn(
     scheduler: Any, shape: tuple[int, ...], generator: torch.Generator | None, device: Any
 ) -> Tensor:
-    """Draw timesteps, float32 of `shape`, from those of a scheduler that has not sampled yet.
+    """Sample timesteps, float32 of `shape`, from those of a scheduler that was not yet used.
 
-    They are drawn on the generator's device (on the CPU without one). A static shift is included;
+    They are sampled on the generator's device (on the CPU without one). A static shift is included;
     dynamic shifting adds none.
 
     Raises:
-        ValueError: diffusers is too old to draw with a generator.
+        ValueError: diffusers is too old to sample with a generator.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling as density
 

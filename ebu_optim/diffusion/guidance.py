@@ -108,7 +108,7 @@ def partly_denoised(
     x_t is scaled as the model sees it, with variance 1 at the start, as in the losses. The
     sampler's own state may have another scale (Euler, Heun, LMS).
 
-    ESD's paper samples from the trained model and draws t within the bin. Its newer code samples
+    ESD's paper samples from the trained model, and t within the bin. Its newer code samples
     from the frozen model and uses the timestep itself. SPM samples with its adapter from the first
     step on (``earliest=1``), with 30 steps.
 
@@ -117,7 +117,7 @@ def partly_denoised(
             DDIMScheduler takes one step per timestep; others of its family may take more, and k
             counts each of them.
         earliest: the least k; the greatest is ``len(scheduler.timesteps) - 1``.
-        within_bin: draw t uniformly from the ``T / num_inference_steps`` timesteps of the step's
+        within_bin: sample t uniformly from the ``T / num_inference_steps`` timesteps of the step's
             bin instead of using ``scheduler.timesteps[k]``; for flow matching, t lies anywhere
             between this timestep and the next.
 

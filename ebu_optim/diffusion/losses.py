@@ -208,7 +208,7 @@ def distillation_loss(
     Args:
         teacher: the frozen model; :func:`anchored` makes one from the optimizer's theta0.
         x, condition: replayed pairs, as for :func:`denoising_loss`.
-        crossed: 1-d labels of all kept classes. If given, each sample's condition is drawn from
+        crossed: 1-d labels of all kept classes. If given, each sample's condition is sampled from
             them, whatever its image shows ("crossed"), and `condition` is not used. So the model is
             also held where there is nothing to replay.
 

@@ -32,7 +32,7 @@ from .relabel import next_class, relabel_loss
 
 REMEMBER_LOSS = (
     "Remember loss: replayed pairs, the frozen model's predictions on them (distillation), or "
-    "these under newly drawn conditions (crossed distillation)."
+    "these under newly sampled conditions (crossed distillation)."
 )
 
 
@@ -223,7 +223,7 @@ class Objectives:
             return denoising_loss(self.model, x, labels, self.scheduler, **options)
 
     def pick(self, among: list[int]) -> Tensor:
-        """Return labels (batch,), drawn from `among`."""
+        """Return labels (batch,), sampled from `among`."""
         drawn = torch.randint(len(among), (self.args.train_batch_size,))
         return torch.tensor(among)[drawn].to(self.device)
 
@@ -232,7 +232,7 @@ class Objectives:
 
         Args:
             shown: what each image shows.
-            labels: forgotten labels that were drawn for the images at random.
+            labels: forgotten labels that were sampled for the images.
         """
         return labels
 

@@ -29,8 +29,8 @@ class Relearner:
     gradient there serves at :math:`\theta`: a meta-gradient of first order, as if the steps did not
     depend on the weights.
 
-    It has no state, and draws nothing by itself. Of several processes each gives a gradient of its
-    own, and all move by the sign of their sum. `moved` and `loss` must then be called by all.
+    It has no state, and samples nothing by itself. Of several processes each gives a gradient of
+    its own, and all move by the sign of their sum. `moved` and `loss` must then be called by all.
 
     Args:
         parameters: what is trained; those that need no gradient are left out, and stay.
@@ -58,8 +58,8 @@ class Relearner:
         inside must be inside, and one of what was computed before must come before.
 
         Args:
-            relearn: called for each step, with a new 0-d loss each time, small where the forgotten
-                is drawn.
+            relearn: called for each step, with a new 0-d loss each time, small where the model
+                generates what is forgotten.
             scale: of the loss for its backward pass, such as GradScaler's in 16 bits.
 
         Raises:

@@ -39,7 +39,7 @@ def sample(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Tensor:
-    """Draw one image per condition.
+    """Generate one image per condition.
 
     Args:
         model: as for :func:`denoising_loss`; put it in eval mode first.

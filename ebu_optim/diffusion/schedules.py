@@ -109,7 +109,7 @@ def drawn(
 def independent(
     scheduler: Any, shape: tuple[int, ...], generator: torch.Generator | None
 ) -> Tensor:
-    """Return timesteps of a training step, drawn independently of each other; on the CPU."""
+    """Return timesteps of a training step, sampled independently of each other; on the CPU."""
     if flow.is_flow(scheduler):
         return flow.drawn(scheduler, shape, generator, "cpu")
     return torch.randint(scheduler.config.num_train_timesteps, shape, generator=generator)

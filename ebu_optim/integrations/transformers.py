@@ -31,8 +31,8 @@ class Pair(NamedTuple):
 class Pairs(Dataset):
     """Item i of two data sets together; the shorter one is repeated.
 
-    An epoch is one pass through the longer one. The Trainer's sampler draws i, so shuffling,
-    several processes and resuming are its own.
+    An epoch is one pass through the longer one. The Trainer's sampler chooses i, so shuffling,
+    several processes and resuming work as in any other run of it.
     """
 
     def __init__(self, forget: Any, remember: Any) -> None:

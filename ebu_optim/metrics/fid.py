@@ -115,7 +115,7 @@ def fid(
     except NotComputed as why:
         result["not_computed"] = f"not computed, because {why}"
         return result
-    # building the extractor draws random weights, and it uses only the current CUDA device
+    # building the extractor samples random weights, and it uses only the current CUDA device
     with (
         torch.random.fork_rng(devices=[]),
         torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext(),

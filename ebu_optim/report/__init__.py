@@ -1,4 +1,4 @@
-"""A report: one folder with results.json, results.md, plots, pictures and report.html."""
+"""A report: one folder with results.json, results.md, report.html, plots and images."""
 
 from __future__ import annotations
 

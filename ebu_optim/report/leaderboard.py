@@ -88,7 +88,7 @@ def page(blocks: Sequence[Block], ranked: Mapping[str, Mapping[str, float]], com
             table(
                 rows,
                 f"{block.title}. In brackets the 95 % interval, over seeds where "
-                "there are several, else over pictures.",
+                "there are several, else over images.",
             )
         )
         parts += [f"<p>{escape(line)}</p>" for line in (*block.notes, *reasons(rows))]

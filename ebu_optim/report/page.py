@@ -67,7 +67,7 @@ def html(report: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> str:
     parts += ["<h2>Results</h2>", table(report["rows"])]
     parts += [f"<p>{escape(reason)}</p>" for reason in reasons(report["rows"])]
     if grids:
-        parts.append("<h2>Pictures</h2>")
+        parts.append("<h2>Images</h2>")
         parts += [_grid(grid) for grid in grids]
     if report["curves"]:
         parts.append('<h2>Curves</h2>\n<div class="curves">')

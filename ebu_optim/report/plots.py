@@ -1,4 +1,4 @@
-"""Plots and picture grids without a plotting library: SVG and PNG, small enough to be inlined."""
+"""Plots and image grids without a plotting library: SVG and PNG, small enough to be inlined."""
 
 from __future__ import annotations
 

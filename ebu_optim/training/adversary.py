@@ -24,7 +24,7 @@ class AdversaryOptions:
     adversary_steps: int | None = option(
         None,
         help="Steps of Adam that adversaries take in each step of training, towards "
-        "conditions that still draw what is forgotten; these are then forgotten, too. "
+        "conditions that still generate what is forgotten; these are then forgotten, too. "
         "Default: the method's, which is 0 for most.",
     )
     adversary_restart: int | None = option(
@@ -43,9 +43,9 @@ class AdversaryOptions:
     )
     adversary_loss: Literal["pictures", "teacher"] | None = option(
         None,
-        help="The loss that adversaries descend: of denoising pictures of the forgotten, or the "
-        "distance to what the frozen model predicts for it (teacher). Default: the method's, which "
-        "is pictures for most.",
+        help="The loss that adversaries descend: that of denoising images of what is forgotten "
+        "(pictures), or the distance to what the frozen model predicts for it (teacher). Default: "
+        "the method's, which is pictures for most.",
     )
 
     def check_adversary(self: Any) -> None:

@@ -6,7 +6,7 @@
     --digits                           the 1,797 8x8 digits of scikit-learn; no download
 
 Parquet files and folders whose names begin with "train" and "test" are the two splits. Without a
-test split, a tenth of the training images, drawn with a fixed seed, is held out as one. Names that
+test split, a tenth of the training images, chosen with a fixed seed, is held out as one. Names that
 begin with a dot are skipped; a warning names other files that are not images. Images are read by
 :func:`ebu_optim.images.read_rgb`: turned by their EXIF orientation, transparency over white.
 """

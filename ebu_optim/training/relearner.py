@@ -29,7 +29,7 @@ class RelearnerOptions:
     relearner_learning_rate: float | None = option(
         None,
         help="How far such a step moves each weight, down the sign of the gradient of denoising "
-        "pictures of the forgotten. Default: --learning_rate.",
+        "images of what is forgotten. Default: --learning_rate.",
     )
     relearner_weight: float = option(
         1.0, help="Weight of the forget loss at the weights that were moved."
