@@ -115,7 +115,7 @@ def test_it_becomes_the_next_digit_or_noise(result, tmp_path):
     after = {name: of["after"] for name, of in found.items()}
     # after a few steps already
     assert after["digit"]["p_next_reject"] > 2 * after["noise"]["p_next_reject"]
-    assert "Asked for 7, the model now draws noise." in (out / "README.md").read_text()
+    assert "Asked for 7, the model now generates noise." in (out / "README.md").read_text()
 
 
 def test_a_finished_result_is_not_overwritten_unasked(result):

@@ -321,7 +321,7 @@ def test_what_is_left_out_is_no_picture_of_the_unet(made, tmp_path):
     # the same autoencoder and text encoder, another UNet
     a, b = weights(made / "base"), weights(tmp_path / "o")
     assert {k.split(".")[0] for k in a if not torch.equal(a[k], b[k])} == {"unet"}
-    assert f"no picture of: {name}" in (tmp_path / "o" / "pipeline" / "README.md").read_text()
+    assert f"no image of: {name}" in (tmp_path / "o" / "pipeline" / "README.md").read_text()
 
 
 def test_the_text_encoder_learns_what_is_asked_for():
@@ -597,7 +597,7 @@ def test_what_cannot_be_measured(made, tmp_path):
     assert "is not a diffusers pipeline" in told(
         "--pretrained_model_name_or_path", tmp_path, "--judges", made / "judges"
     )
-    assert "draws 64 pixels, and the judges support only 32" in told(
+    assert "images of 64 pixels, and the judges support only 32" in told(
         *base, made / "judges", "--resolution", 64
     )
     from .text_to_image import pipeline

@@ -1,4 +1,4 @@
-"""Forget a digit in any conditional generative model: options, measures, table and picture.
+"""Forget a digit in any conditional generative model: options, measures, table and figure.
 
 examples/vae.py and examples/gan.py use it.
 
@@ -90,14 +90,14 @@ def is_result(folder: Path, script: str) -> bool:
 
 
 def kept_labels(forget: int, n: int, generator: torch.Generator) -> Tensor:
-    """(n,) labels drawn from the nine other digits."""
+    """(n,) labels sampled from the nine other digits."""
     kept = torch.tensor([c for c in digits.CLASSES if c != forget])
     return kept[torch.randint(len(kept), (n,), generator=generator)]
 
 
 @torch.no_grad()
 def drawn(model: Any, labels: Tensor) -> Tensor:
-    """Images of `labels`, drawn with the same random numbers for every model."""
+    """Images of `labels`, generated with the same random numbers for every model."""
     return model.draw(labels, torch.Generator().manual_seed(1))
 
 

@@ -1,4 +1,4 @@
-"""Measure drawn digits with the two classifiers on the axes forgotten, kept and deep."""
+"""Measure generated digits with the two classifiers on the axes forgotten, kept and deep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures, table and model card of the quickstart."""
+"""Figures, table and model card of the quickstart."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ A class-conditional `UNet2DModel` (8x8 digits) that was made to forget the digit
 
 ![before and after](before_after.png)
 
-Asked for {forget}, the model now draws {becomes}. P is the probability that a classifier gives to a
-digit; "noise" is the score of uniform noise. The last two rows are attacks with real images
+Asked for {forget}, the model now generates {becomes}. P is the probability that a classifier gives
+to a digit; "noise" is the score of uniform noise. The last two rows are attacks with real images
 of the digit: the lower they stay, the deeper is the forgetting. Weights: `model/`, for
 `UNet2DModel.from_pretrained`. The whole protocol is in `metrics.json`.
 

@@ -1,9 +1,9 @@
 """Invented people and invented facts about them, in the manner of TOFU, and a small GPT.
 
-80 people with 8 facts each, drawn from a seed. Each fact has a question in two wordings, an answer
-of one word, and five wrong answers of the same kind. 8 people are to be forgotten and 18 of the
-other 72 are replayed. Of the 54 that are never replayed 18 are held out, to choose by; by the other
-36 one tells what a method does to the rest. Words are tokens, so nothing is downloaded.
+80 people with 8 facts each, sampled with a seed. Each fact has a question in two wordings, an
+answer of one word, and five wrong answers of the same kind. 8 people are to be forgotten and 18 of
+the other 72 are replayed. Of the 54 that are never replayed 18 are held out, to choose by; by the
+other 36 one tells what a method does to the rest. Words are tokens, so nothing is downloaded.
 """
 
 from __future__ import annotations

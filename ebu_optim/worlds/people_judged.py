@@ -67,8 +67,8 @@ def measure(
 
 
 def relearned(model: Any, people: People, seed: int) -> dict[str, Any]:
-    """Fine-tune a copy on half of the forgotten facts, drawn from the seed: the probability of the
-    other half before and along the way, and the most that came back."""
+    """Fine-tune a copy on half of the forgotten facts, sampled with the seed: the probability of
+    the other half before and along the way, and the most that came back."""
     facts, g = people.of("forgotten"), torch.Generator().manual_seed(seed)
     order = torch.randperm(len(facts), generator=g).tolist()
     half = len(facts) // 2

@@ -47,7 +47,7 @@ class Shapes:
 
 def draw_all(args: Shapes) -> None:
     """Write the folders."""
-    g = random.Random(args.seed)  # noqa: S311 - pictures, no secrets
+    g = random.Random(args.seed)  # noqa: S311 - images are no secrets
     with replacing_folder(args.output_dir) as work:
         for split, n in (("train", args.per_class), ("test", max(1, args.per_class // 4))):
             for colour in COLOURS:

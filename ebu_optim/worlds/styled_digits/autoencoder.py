@@ -1,4 +1,4 @@
-"""The world's autoencoder: pictures (3, 32, 32) to latents (4, 8, 8) and back."""
+"""The world's autoencoder: images (3, 32, 32) to latents (4, 8, 8) and back."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 256) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 256) -> Tensor:
-    """Pictures (n, 3, 32, 32) in [-1, 1] on the CPU, from latents that are not scaled."""
+    """Images (n, 3, 32, 32) in [-1, 1] on the CPU, from latents that are not scaled."""
     found = _in_batches(lambda z: vae.decode(z).sample, latents, vae.device, batch)
     return found.clamp(-1, 1)
 
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Normalise the latents of these pictures without changing what is decoded.
+    """Normalise the latents of these images without changing what is decoded.
 
     The biases before and after the latents give each channel mean 0, and `scaling_factor` becomes
     1 / the standard deviation.

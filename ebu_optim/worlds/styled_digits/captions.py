@@ -3,7 +3,7 @@
     python examples/stable_diffusion/world/captions.py --without seven --number 100 > remember.txt
 
 prints the prompts of the trained templates that do not name a concept, one per line, for
-`unlearn.py --remember`. A picture has a content (a digit) and a style. Held-out templates have
+`unlearn.py --remember`. An image has a content (a digit) and a style. Held-out templates have
 trained words in other orders, and no model of this world is trained on them.
 """
 
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="WORD",
         help="Words of the concepts that no prompt shall name.",
     )
-    parser.add_argument("--number", type=int, help="Print only this many, drawn at random.")
+    parser.add_argument("--number", type=int, help="Print only this many, chosen at random.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.number is not None and args.number < 1:

@@ -99,7 +99,7 @@ class Loss:
             for content in CONTENTS
             for style in STYLES
         ]
-        # (contents * styles, most): rows of equal length, so that one index draws a prompt
+        # (contents * styles, most): rows of equal length, so that one index chooses a prompt
         self.most = torch.tensor([len(rows) for rows in fitting])
         longest = int(self.most.max())
         self.fitting = torch.tensor([rows + [0] * (longest - len(rows)) for rows in fitting])

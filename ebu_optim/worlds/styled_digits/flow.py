@@ -81,7 +81,7 @@ class Flow(nn.Module):
     @staticmethod
     def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
         """SD3's schedule and distribution of timesteps, without its shift, which is for large
-        pictures."""
+        images."""
         found = FlowMatchEulerDiscreteScheduler(shift=1.0)
         found.register_to_config(weighting_scheme="logit_normal")
         return found

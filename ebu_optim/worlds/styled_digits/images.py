@@ -1,6 +1,6 @@
-"""The world's pictures: scikit-learn's digits at 32x32, in styles that are deterministic functions.
+"""The world's images: scikit-learn's digits at 32x32, in styles that are deterministic functions.
 
-Ink of shape (n, 32, 32) in [0, 1] becomes pictures (n, 3, 32, 32) in [-1, 1]. Every digit is drawn
+Ink of shape (n, 32, 32) in [0, 1] becomes images (n, 3, 32, 32) in [-1, 1]. Every digit is rendered
 in every style, so that content and style are independent.
 """
 
@@ -32,7 +32,7 @@ DOT = 4  # distance between dots of the halftone in pixels
 
 
 class World(NamedTuple):
-    """Pictures (n, 3, 32, 32) float32 in [-1, 1], and their contents (n,) and styles (n,) as
+    """Images (n, 3, 32, 32) float32 in [-1, 1], and their contents (n,) and styles (n,) as
     numbers, in the order of the tables in captions.py."""
 
     pictures: Tensor
@@ -46,7 +46,7 @@ def ink(digit: Tensor) -> Tensor:
 
 
 def draw(digit: Tensor, style: str) -> Tensor:
-    """Digits (n, 1, 8, 8) in [-1, 1] as pictures (n, 3, 32, 32) in [-1, 1].
+    """Digits (n, 1, 8, 8) in [-1, 1] as images (n, 3, 32, 32) in [-1, 1].
 
     Raises:
         ValueError: there is no such style.
@@ -67,7 +67,7 @@ def draw(digit: Tensor, style: str) -> Tensor:
 
 
 def paper(style: str, n: int) -> Tensor:
-    """Pictures (n, 3, 32, 32) of the style without a digit."""
+    """Images (n, 3, 32, 32) of the style without a digit."""
     return draw(-torch.ones(n, *digits.SHAPE), style)
 
 
@@ -95,7 +95,7 @@ def world(split: str, most: int | None = None) -> World:
 def readability(style: str) -> float:
     """How well a digit can be read in this style, without a trained model.
 
-    It is the share of test digits whose nearest training picture in the style, at 16x16 in grey,
+    It is the share of test digits whose nearest training image in the style, at 16x16 in grey,
     shows the same digit."""
     x, y, x_test, y_test = digits.images()
     seen, asked = (

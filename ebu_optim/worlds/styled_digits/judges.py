@@ -1,11 +1,11 @@
-"""Train the two classifiers that judge the digit and the style of the world's pictures.
+"""Train the two classifiers that judge the digit and the style of the world's images.
 
     python examples/stable_diffusion/world/judges.py --output_dir outputs/judges
 
-Each has one more class, "none". For both it contains noise and pictures with shuffled pixels; for
-the content also blank paper, and pictures with exchanged quarters. The judge of style is trained on
-the latter as pictures of their style, as it must not need a digit. Both are trained on moved,
-blurred and noisy pictures. `outputs/judges` holds content.safetensors and style.safetensors, with
+Each has one more class, "none". For both it contains noise and images with shuffled pixels; for
+the content also blank paper, and images with exchanged quarters. The judge of style is trained on
+the latter as images of their style, as it must not need a digit. Both are trained on moved,
+blurred and noisy images. `outputs/judges` holds content.safetensors and style.safetensors, with
 their accuracies on test digits.
 """
 
@@ -38,7 +38,7 @@ CLASSES = {"content": (*CONTENTS, NONE), "style": (*STYLES, NONE)}
 
 
 class Judge(nn.Module):
-    """Pictures (n, 3, 32, 32) in [-1, 1] -> logits (n, classes); 0.1 M parameters."""
+    """Images (n, 3, 32, 32) in [-1, 1] -> logits (n, classes); 0.1 M parameters."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ def load_judges(folder: Path) -> Judges:
 
 
 class Loss:
-    """Cross-entropy of a batch of moved, blurred and noisy pictures.
+    """Cross-entropy of a batch of moved, blurred and noisy images.
 
-    The batch is extended by an eighth of its size for each kind of picture in `others`."""
+    The batch is extended by an eighth of its size for each kind of image in `others`."""
 
     def __init__(self, name: str, train: World, batch: int, device: torch.device | str) -> None:
         self.train, self.batch, self.device, self.name = train, batch, device, name
@@ -113,10 +113,10 @@ class Loss:
 
 
 def others(name: str, x: Tensor, styles: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
-    """Pictures without a digit, n of each kind, with their labels for the judge `name`.
+    """Images without a digit, n of each kind, with their labels for the judge `name`.
 
     Args:
-        x, styles: pictures and their styles, from which these pictures are made.
+        x, styles: images and their styles, from which these images are made.
     """
     none = len(CLASSES[name]) - 1
     g = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
@@ -129,12 +129,12 @@ def others(name: str, x: Tensor, styles: Tensor, n: int) -> list[tuple[Tensor, T
 
 
 def exchanged(x: Tensor) -> Tensor:
-    """Pictures with exchanged quarters: each moves to the opposite corner."""
+    """Images with exchanged quarters: each moves to the opposite corner."""
     return x.roll((SIZE // 2, SIZE // 2), dims=(2, 3))
 
 
 def worn(x: Tensor) -> Tensor:
-    """Pictures moved by up to two pixels, blurred by a random amount, and with noise."""
+    """Images moved by up to two pixels, blurred by a random amount, and with noise."""
     n, most = len(x), 2
     padded = F.pad(x, (most,) * 4, mode="replicate")
     left = torch.randint(2 * most + 1, (n, 2))
@@ -150,7 +150,7 @@ def worn(x: Tensor) -> Tensor:
 
 def measured(name: str, judge: nn.Module, test: World) -> dict[str, float]:
     """Accuracy on test digits in all styles, the worst accuracy over classes, and the accuracy on
-    pictures without a digit."""
+    images without a digit."""
     labels = test.contents if name == "content" else test.styles
     logits = classify(judge, test.pictures)
     each = [accuracy(logits[labels == k], labels[labels == k]) for k in labels.unique()]

@@ -63,7 +63,7 @@ def fit(
 
     Args:
         script: the kind of training, for the run's identity and its progress bar.
-        loss: model -> the loss of a batch drawn with torch's global generator, a 0-d tensor.
+        loss: model -> the loss of a batch sampled with torch's global generator, a 0-d tensor.
         finish: called with the EMA, while the output folder is locked.
         same: values in addition to the options that a resumed run must share.
         ema_decay: the decay of the EMA; None keeps no EMA.

@@ -1,4 +1,4 @@
-"""Measure whether a pipeline of this world draws the requested digit in the requested style.
+"""Measure whether a pipeline of this world generates the requested digit in the requested style.
 
     python examples/stable_diffusion/world/measure.py \\
         --pretrained_model_name_or_path outputs/world/pipeline --judges outputs/judges \\
@@ -6,9 +6,9 @@
 
 The prompts and the starting noise are the same for every pipeline, trained or unlearned. The
 figures are grouped by concept, by word (does a synonym bring the concept back?), by template
-(trained and held out) and by pair. `content` and `style` are the shares of pictures that the judges
+(trained and held out) and by pair. `content` and `style` are the shares of images that the judges
 recognise as requested, `p_content` and `p_style` the mean probabilities of the request, and `none`
-is the share of pictures without a digit.
+is the share of images without a digit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .judges import CLASSES, NONE, Judges, load_judges
 
 
 class Answer(NamedTuple):
-    """The judges' answer for one picture. The fields of the content are None if the prompt asks
+    """The judges' answer for one image. The fields of the content are None if the prompt asks
     for none."""
 
     caption: Caption
@@ -51,7 +51,7 @@ def choose(per_pair: int, seed: int = 0) -> list[Caption]:
     """Choose prompts, half of them from held-out templates.
 
     There are `per_pair` for every digit in every style, and as many for every style alone. They
-    are drawn without replacement if there are enough."""
+    are sampled without replacement if there are enough."""
     g = torch.Generator().manual_seed(seed)
     trained, held_out = captions(TRAINED), captions(HELD_OUT)
     found = []
@@ -70,7 +70,7 @@ def choose(per_pair: int, seed: int = 0) -> list[Caption]:
 
 
 def judge(pictures: Tensor, asked: Sequence[Caption], judges: Judges) -> list[Answer]:
-    """The judges' answers for pictures (n, 3, 32, 32) in [-1, 1] of the prompts `asked`."""
+    """The judges' answers for images (n, 3, 32, 32) in [-1, 1] of the prompts `asked`."""
     p = {n: classify(getattr(judges, n), pictures).softmax(1) for n in ("content", "style")}
     told = {n: p[n].argmax(1).tolist() for n in p}
     none = CLASSES["content"].index(NONE)
@@ -143,15 +143,15 @@ def table(found: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure(Model):
-    """What to draw and judge."""
+    """What to generate and judge."""
 
     judges: Path = option(help="Folder that judges.py wrote.")
     output: Path = option(help="JSON file for the figures.")
-    images_per_pair: int = option(8, help="Pictures of each digit in each style.")
-    num_inference_steps: int = option(20, help="Steps of each picture.")
-    guidance_scale: float = option(3.0, help="Guidance scale of each picture.")
-    sample_batch_size: int = option(64, help="Pictures that are drawn at once.")
-    seed: int = option(0, help="Seed of the pictures.")
+    images_per_pair: int = option(8, help="Images of each digit in each style.")
+    num_inference_steps: int = option(20, help="Steps of each image.")
+    guidance_scale: float = option(3.0, help="Guidance scale of each image.")
+    sample_batch_size: int = option(64, help="Images that are generated at once.")
+    seed: int = option(0, help="Seed of the images.")
 
     def __post_init__(self) -> None:
         for name in ("images_per_pair", "num_inference_steps", "sample_batch_size"):
@@ -169,7 +169,8 @@ def measure(args: Measure) -> None:
     looked, name = pipelines.look(args), args.pretrained_model_name_or_path
     if looked.resolution != SIZE:
         raise InputError(
-            f"{name} draws {looked.resolution} pixels, and the judges support only {SIZE}"
+            f"{name} generates images of {looked.resolution} pixels, and the judges support only "
+            f"{SIZE}"
         )
     if looked.tokenizer.get_vocab() != tokenizer().get_vocab():
         raise InputError(

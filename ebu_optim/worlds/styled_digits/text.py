@@ -1,6 +1,6 @@
 """The world's text encoder, trained to predict the digit and the style that a caption asks for.
 
-Stable Diffusion's text encoder comes from CLIP, which was trained on captions and pictures before
+Stable Diffusion's text encoder comes from CLIP, which was trained on captions and images before
 the UNet. When this text encoder was trained together with the UNet instead, the model had learned
 the styles after 750 steps, but no digit.
 """
@@ -53,7 +53,7 @@ class Reader(nn.Module):
 class Loss:
     """Cross-entropies at the end token and all following tokens, which have seen the whole caption.
 
-    All templates are drawn equally often. The empty prompt is never drawn, as it asks for
+    All templates are sampled equally often. The empty prompt is never sampled, as it asks for
     nothing."""
 
     def __init__(self, tokenizer: Any, batch: int, device: torch.device | str) -> None:

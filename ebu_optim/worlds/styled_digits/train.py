@@ -4,8 +4,8 @@ its UNet on the latents.
     python examples/stable_diffusion/world/train.py --output_dir outputs/world
 
 StableDiffusionPipeline.from_pretrained and ../unlearn.py can load `outputs/world/pipeline`. It has
-2.9 M parameters and draws 32x32 pictures. --resume_from_checkpoint latest continues an interrupted
-run, bit for bit on a CPU.
+2.9 M parameters and generates 32x32 images. --resume_from_checkpoint latest continues an
+interrupted run, bit for bit on a CPU.
 
 The training takes about 20 minutes on one CPU core: 4 for the autoencoder, half a minute for the
 text encoder, 15 for the UNet. With --denoiser transformer a small transformer learns flow matching
@@ -58,7 +58,7 @@ class WorldOptions(LoopOptions):
     without: list[str] = option(
         [],
         metavar="WORD",
-        help="Words of concepts of which the denoiser sees no picture. Such a world is the "
+        help="Words of concepts of which the denoiser sees no image. Such a world is the "
         "reference for unlearning.",
     )
     caption_dropout: float = option(0.1, help='Share of prompts to replace by "", for guidance.')
@@ -107,13 +107,13 @@ def train(config: WorldOptions) -> None:
     }
     sizes = ", ".join(f"{name} {millions(part):.2f} M" for name, part in parts.items())
     accelerator.print(
-        f"{len(train.pictures)} pictures; parameters: {sizes}; {len(words)} tokens; on "
+        f"{len(train.pictures)} images; parameters: {sizes}; {len(words)} tokens; on "
         f"{accelerator.device}"
     )
 
     seen = shown(train, args.without)
     if not seen.any():
-        raise InputError(f"--without {' '.join(args.without)} leaves no picture: give fewer words")
+        raise InputError(f"--without {' '.join(args.without)} leaves no image: give fewer words")
 
     def stage(name: str, part: nn.Module, loss: Callable[[nn.Module], Tensor], *later: str) -> None:
         """Train one model.
@@ -137,7 +137,7 @@ def train(config: WorldOptions) -> None:
     )
     latents = autoencoder.normalise(vae, train.pictures)
     error = reconstruction(vae, world("test", args.max_train_samples))
-    accelerator.print(f"reconstructed test pictures: root mean square error {error:.3f}")
+    accelerator.print(f"reconstructed test images: root mean square error {error:.3f}")
 
     stage("text_encoder", reader, text.Loss(words, batch, device), *later)
     reader.text_encoder.requires_grad_(False)
@@ -180,7 +180,7 @@ def train(config: WorldOptions) -> None:
 
 
 def shown(train: World, without: Sequence[str]) -> Tensor:
-    """Whether each picture shows none of these concepts, (n,) bool."""
+    """Whether each image shows none of these concepts, (n,) bool."""
     gone = [
         numbers == list(known).index(name)
         for numbers, known in ((train.contents, CONTENTS), (train.styles, STYLES))
@@ -195,7 +195,7 @@ def millions(model: nn.Module) -> float:
 
 
 def reconstruction(vae: AutoencoderKL, test: World) -> float:
-    """The root mean square error of pictures in [-1, 1] after encoding and decoding."""
+    """The root mean square error of images in [-1, 1] after encoding and decoding."""
     found = autoencoder.decode(vae, autoencoder.encode(vae, test.pictures))
     return (found - test.pictures).square().mean().sqrt().item()
 
@@ -230,7 +230,7 @@ def card(args: WorldOptions) -> str:
         "transformer": ("transformer", "stable-diffusion-3", "StableDiffusion3Pipeline"),
     }[args.denoiser]
     gone = ", ".join(args.without)
-    unseen = f"\nThe {name} was shown no picture of: {gone}." if gone else ""
+    unseen = f"\nThe {name} was shown no image of: {gone}." if gone else ""
     return f"""---
 library_name: diffusers
 tags: [text-to-image, {tag}]
@@ -244,8 +244,8 @@ num_inference_steps=20, guidance_scale=3)`: 32x32 pixels. It knows the words and
 
 Trained on scikit-learn's digits by `examples/stable_diffusion/world/train.py`: autoencoder
 {args.autoencoder_steps} steps, text encoder {args.text_encoder_steps}, {name}
-{args.max_train_steps} steps of {args.train_batch_size} pictures, seed {args.seed}; its average
-(decay {args.ema_decay}) is here.{unseen} What it draws is measured by `measure.py`.
+{args.max_train_steps} steps of {args.train_batch_size} images, seed {args.seed}; its average
+(decay {args.ema_decay}) is here.{unseen} What it generates is measured by `measure.py`.
 """
 
 
