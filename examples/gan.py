@@ -95,11 +95,11 @@ def train(x: Tensor, y: Tensor, args: argparse.Namespace) -> Generator:
 def energy_distance(
     model: Generator, x: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """The energy distance, up to a constant, between drawn and given images of one condition.
+    """The energy distance, up to a constant, between generated and given images of one condition.
 
-    It is 2 E|a - b| - E|a - a'| for drawn a and given b, and smallest for equal distributions. A
-    GAN has no likelihood, and the discriminator of a generator is rarely available. This loss needs
-    neither.
+    It is 2 E|a - b| - E|a - a'| for generated a and given b, and smallest for equal distributions.
+    A GAN has no likelihood, and the discriminator of a generator is rarely available. This loss
+    needs neither.
     """
     a, b = model.draw(labels, generator).flatten(1), x.flatten(1)
     n = len(a)
@@ -126,7 +126,7 @@ def fisher(model: Generator, args: argparse.Namespace) -> DiagonalFisher:
 
 
 def unlearn(model: Generator, rule: str, args: argparse.Namespace) -> EBUOptimizer:
-    """For the digit to forget the generator learns to draw noise; for the others it learns to draw
+    """For the digit to forget the generator learns to give noise; for the others it learns to give
     its earlier image from the same z."""
     base = Adam(model.parameters(), lr=args.learning_rate)
     if rule == "EBU":

@@ -1,4 +1,4 @@
-"""Make a trained diffusion model forget one digit, and show it with numbers and pictures.
+"""Make a trained diffusion model forget one digit, and show it with numbers and images.
 
     python examples/quickstart.py --forget 0
 
@@ -67,16 +67,16 @@ class Quickstart:
     gamma: float | None = option(None, help="Strength of the penalty. Default: EBUOptimizer's.")
     becomes: Literal["digit", "noise"] = option(
         "digit",
-        help="What the model draws instead: the next digit, as the frozen model draws it, or noise "
-        "as in the paper.",
+        help="What the model generates instead: the next digit, as the frozen model generates it, "
+        "or noise as in the paper.",
     )
     remember: Literal["replay", "distill", "crossed"] = option(
         "crossed",
         help="Remember loss: replayed pairs, the frozen model's predictions on them, or "
-        "predictions with newly drawn conditions.",
+        "predictions with newly sampled conditions.",
     )
     adversary_steps: int = option(
-        0, help="Steps of an adversary in each step, towards an embedding that draws the digit."
+        0, help="Steps of an adversary in each step, towards an embedding that gives the digit."
     )
     seed: int = option(0, help="Seed of all random numbers of unlearning.")
     output_dir: Path = option(Path("outputs/quickstart"), help="Folder for the result.")

@@ -1,6 +1,6 @@
 """Write a small Stable Diffusion 1.x with random weights, as one file and as a diffusers folder.
 
-It is small enough to try `ebu forget` on a CPU in a minute. The model draws noise.
+It is small enough to try `ebu forget` on a CPU in a minute. The model generates noise.
 
 python examples/tiny_checkpoint.py tiny
 """

@@ -29,8 +29,8 @@ LATENT, CONDITION, WIDTH, PIXELS = 8, 16, 256, 64
 class VAE(nn.Module):
     """A VAE whose encoder and decoder take the condition.
 
-    Each pixel is Gaussian with its own width, and is drawn with it. The model can therefore draw
-    noise, which a mean alone cannot."""
+    Each pixel is Gaussian with its own width, and is sampled with it. The model can therefore
+    generate noise, which a mean alone cannot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def unlearn(model: VAE, rule: str, args: argparse.Namespace) -> EBUOptimizer:
     else:
         optimizer = Joint(base, max_grad_norm=1.0)
     g = torch.Generator().manual_seed(args.seed)
-    frozen = copy.deepcopy(model)  # drawing is cheap, so no replay set is stored
+    frozen = copy.deepcopy(model)  # sampling is cheap, so no replay set is stored
     n = args.batch_size
     forgotten = torch.full((n,), args.forget)
     for _ in tqdm(range(args.steps), f"forgetting {args.forget}, {rule}"):

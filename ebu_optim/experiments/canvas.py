@@ -36,7 +36,7 @@ TARGETS = (*(s for s in STYLES if s != UNNAMED), *CONTENTS)
 EVALUATE = Maker(evaluate, Evaluate, "protocols.json")
 #: Seconds on one core of a busy x86-64 CPU to unlearn with the sets, and to evaluate a model.
 TAKES = {"salun": 50.0, "esd": 104.0, "spm": 159.0, **dict.fromkeys(closed_forms, EDIT_TAKES)}
-OTHERS, JUDGED = 81.0, {"spm": 68.0}  # EBU's; SPM draws five pictures at a time
+OTHERS, JUDGED = 81.0, {"spm": 68.0}  # EBU's; SPM generates five images at a time
 ATTACKS_TAKE = 540.0
 EVALUATED = 29.0
 #: Two digits and two styles. No strength was tuned on them.
@@ -222,7 +222,7 @@ def _beside(setting: TextSetting) -> dict[str, Any]:
 
 
 def _base(args: Canvas, setting: TextSetting, folder: Path) -> Path:
-    """Evaluate the base: its pictures are drawn once and counted for each target."""
+    """Evaluate the base: its images are generated once and counted for each target."""
     evaluate(
         Evaluate(
             pretrained_model_name_or_path=[],

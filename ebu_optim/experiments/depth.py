@@ -165,7 +165,7 @@ def unlearn(rule: str, depth: str, seed: int, folder: Path) -> tuple[Any, dict[s
 
 
 def prepare(folder: Path) -> tuple[Tensor, Tensor]:
-    """30 images of each kept class with their labels, drawn once for all runs."""
+    """30 images of each kept class with their labels, generated once for all runs."""
     return sample_set(
         folder / "replay.safetensors",
         digits.load_unet().eval(),

@@ -111,6 +111,6 @@ def named(c: int, gone: list[int], names: list[str]) -> str:
 
 
 def samples(setting: Setting, run: Run) -> tuple[Tensor, Tensor]:
-    """The images and labels that a run's model drew."""
+    """The images that a run's model generated, and their labels."""
     info = json.loads((run.tasks[0].folder / "classes.json").read_text())
     return pages.samples(setting, info["hash"])

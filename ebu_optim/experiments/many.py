@@ -39,7 +39,7 @@ class Way(NamedTuple):
 
     Attributes:
         times: the number of steps, as a multiple.
-        near: remember two prompts of each kept pair, instead of as many drawn from all.
+        near: remember two prompts of each kept pair, instead of as many sampled from all.
     """
 
     title: str
@@ -63,8 +63,8 @@ class Many(Seeds, OfWorld):
     seeds: list[int] = option([1, 2, 3], help="Seeds of the runs that forget all pairs together.")
     methods: list[str] = option(
         ["ebu_added", "joint", "salun"],
-        help=f"Methods to compare. Closed forms, {', '.join(closed_forms)}, draw nothing at "
-        "random and run with the first seed alone.",
+        help=f"Methods to compare. Closed forms, {', '.join(closed_forms)}, have no randomness "
+        "and run with the first seed alone.",
     )
     counts: list[int] = option([1, 3, 10], help="Numbers of pairs: the first ones of the list.")
     in_turn: list[str] = option(
@@ -117,7 +117,7 @@ class Requests(PromptFiles):
     def __init__(self, args: Many, setting: TextSetting) -> None:
         super().__init__(setting.root / "prompts")
         self.args, self.setting, self.pairs = args, setting, LISTS[args.pairs]
-        self.drawing: dict[Any, str] = {}  # what two runs must not draw at once -> who draws it
+        self.drawing: dict[Any, str] = {}  # what two runs must not make at once -> who makes it
 
     def together(self, method: str, count: int, seed: int, way: Way = TOGETHER) -> Run:
         made = self._unlearned(method, self.pairs[:count], seed, self.setting.base, way)
@@ -151,7 +151,7 @@ class Requests(PromptFiles):
         name = f"{self.setting.world.name}: {what}, {method}, seed {seed}"
         tasks = [*made, *(t for m in looked for t in self._judged(m))]
         steps = sum(m.options.get("max_train_steps", 0) for m in made)
-        # the attack's pictures, the sets of the first model, and that model itself
+        # the attack's images, the sets of the first model, and that model itself
         draws = ["target", (first, seed), (first, seed, method)]
         makers = [self.drawing.setdefault(d, name) for d in draws]
         after = [r.name for r in self.setting.trained] + [m for m in makers if m != name]
@@ -219,7 +219,7 @@ def many(args: Many, script: str = "many") -> None:
     setting = args.setting(pairs[0][0])
     requests = Requests(args, setting)
     found: list[tuple[str, str, int, Run]] = []
-    for seed in args.seeds:  # so that the first seed's picture is whole early
+    for seed in args.seeds:  # so that the first seed's results are complete early
         for count in args.counts:
             for method in check_methods(args.methods, closed_forms):
                 if method in closed_forms and seed != args.seeds[0]:

@@ -101,7 +101,7 @@ class OnImages(Experiment):
         self._same_images(setting.root)
         first = next((r for r in todo if r not in setting.ground and not r.done), None)
         if self.processes > 1 and first and not base_drawn(setting):
-            # the first run draws and attacks the base model for all others
+            # the first run evaluates and attacks the base model for all others
             runs.execute([*setting.ground, first], self.processes)
         runs.execute(todo, self.processes)
         return True

@@ -1,4 +1,4 @@
-"""The report of a table: its rows with their limits and the paper's rows, curves and pictures."""
+"""The report of a table: its rows with their limits and the paper's rows, curves and images."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write(
     """Write the report of a table; it replaces an older one with the same name.
 
     Args:
-        plots, grids: replace the curves and the pictures of the table.
+        plots, grids: replace the curves and the images of the table.
     """
     first = json.loads((table[0].runs[0].folder / "results.json").read_text())
     limits = first["rows"][:-1]
@@ -229,14 +229,16 @@ def curves(table: Sequence[Row], x: str = "step") -> list[dict[str, Any]]:
 
 
 def samples(setting: Setting, model: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images and labels that the model with this hash drew.
+    """The images that the model with this hash generated, and their labels.
 
     Raises:
         InputError: the file is missing.
     """
     path = setting.root / "samples" / f"{model}.safetensors"
     if not path.exists():
-        raise InputError(f"{path} is missing: delete the report of that model to draw it again")
+        raise InputError(
+            f"{path} is missing: delete the report of that model to generate its images again"
+        )
     tensors, _ = load_tensors(path)
     return tensors["images"], tensors["labels"]
 

@@ -142,7 +142,7 @@ def published_sa(setting: Setting, seed: int, steps: int, **options: Any) -> Row
 def retrain(setting: Setting, seed: int) -> Row:
     """Retrain, with the steps, the learning rate and the batch of the base.
 
-    After 200 steps from random weights, a model would draw nothing."""
+    After 200 steps from random weights, a model would generate nothing that can be recognised."""
     base = setting.world.base
     steps = base["max_train_steps"]
     same = ("train_batch_size", "lr_scheduler", "lr_warmup_steps", "mixed_precision")

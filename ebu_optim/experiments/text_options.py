@@ -48,7 +48,7 @@ class OfWorld(Experiment):
     loss: worlds.Loss = option("relabel", help="Remember loss; relabel is a forget loss, too.")
     surrogate: Literal["other", "empty", "gaussian"] = option(
         "other",
-        help="What the model learns to draw instead of the target: another concept, pictures of "
+        help="What the model learns to generate instead of the target: another concept, images of "
         "the empty prompt (for a digit, every tenth is the target itself), or Gaussian latents.",
     )
     train_modules: Modules = option(
@@ -56,8 +56,8 @@ class OfWorld(Experiment):
     )
     images_per_pair: int | None = option(
         None,
-        help="Pictures of each digit in each style, as in world/measure.py. Default: 8, "
-        "which gives 40 or 48 pictures per content and 72 or 80 per style.",
+        help="Images of each digit in each style, as in world/measure.py. Default: 8, "
+        "which gives 40 or 48 images per content and 72 or 80 per style.",
     )
     steps: int | None = option(
         None, help="Steps of unlearning. Default: 100; at --scale paper the paper's."

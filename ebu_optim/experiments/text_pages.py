@@ -1,4 +1,4 @@
-"""Parts of the report of a text-to-image table: notes, curves, pictures, a typical run."""
+"""Parts of the report of a text-to-image table: notes, curves, images, a typical run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def plots(found: Sequence[Row]) -> list[dict[str, Any]]:
 def grid(
     found: Sequence[Row], drawn: Sequence[Run], forgotten: Sequence[str], each: int = 100
 ) -> dict[str, Any]:
-    """A grid with prompts as rows and methods as columns, `each` pictures per cell.
+    """A grid with prompts as rows and methods as columns, `each` images per cell.
 
     All columns start from the same noise."""
     names = ["base model", *(r.name for r in found)]
@@ -115,7 +115,7 @@ def grid(
 
 
 def shown_in(run: Run, each: int) -> dict[str, Tensor]:
-    """Prompt -> its first pictures (n, 3, H, W) uint8, for at most ten prompts."""
+    """Prompt -> its first images (n, 3, H, W) uint8, for at most ten prompts."""
     t = next(t for t in run.tasks if t.maker == EVALUATE)
     files: dict[str, list[Path]] = {}
     for file, prompt in text_results.left(t)["images"].items():

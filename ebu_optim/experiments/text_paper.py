@@ -23,7 +23,7 @@ class PaperWorld(NamedTuple):
     """A model at the paper's scale.
 
     Attributes:
-        seconds: guesses for a step of unlearning or of an attack, and for a picture.
+        seconds: guesses for a step of unlearning or of an attack, and for an image.
     """
 
     name: str
@@ -42,7 +42,7 @@ SD14 = PaperWorld(
     "sd14",
     "Stable Diffusion 1.4",
     "CompVis/stable-diffusion-v1-4",
-    # sections 5.3 and B.4: pictures of the empty prompt are remembered and are the surrogate
+    # sections 5.3 and B.4: images of the empty prompt are remembered and are the surrogate
     {
         "remember_prompts": [""],
         "surrogate_prompt": [""],
@@ -104,7 +104,7 @@ class PaperSetting:
 
     @property
     def ground(self) -> list[Run]:
-        """The run that draws and measures the base."""
+        """The run that generates the images of the base and measures them."""
         of: list[str] = []
         where = str(self.world.pipeline), of, f"{self.task.name}-base"
         # the base is not relearned, as it never forgot
@@ -119,7 +119,7 @@ class PaperSetting:
         ]
 
     def _looking(self, *, base: bool = False) -> float:
-        """Seconds for the pictures and for the steps of the attacks."""
+        """Seconds for the images and for the steps of the attacks."""
         pictures, steps = sum(e.pictures for e in self.task.evaluations), 0
         if self.task.judge:
             drawn, steps = attack_cost(self.task, self.world.attack, base=base)
@@ -285,9 +285,9 @@ def choice(method: str) -> rows.Choice:
 
 
 def attack_cost(target: Target, options: Options, *, base: bool) -> tuple[int, int]:
-    """The numbers of pictures and steps of the attacks on a model.
+    """The numbers of images and steps of the attacks on a model.
 
-    The base also draws the target, and is not relearned."""
+    The base also generates the target, and is not relearned."""
     each, targets, inverted, relearned = (
         options[name]
         for name in ("attack_images", "target_images", "inversion_steps", "relearn_max_steps")

@@ -22,7 +22,7 @@ from ..worlds.styled_digits.captions import (
 
 #: The choice of prompts to remember: many without the target, or those of a few other concepts.
 REGIMES = ("list", "few")
-#: What replaces the target: another concept, pictures of the empty prompt as in the paper, or
+#: What replaces the target: another concept, images of the empty prompt as in the paper, or
 #: Gaussian latents.
 SURROGATES = ("other", "empty", "gaussian")
 FEW = {"content": 3, "style": 2}  # number of kept concepts that regime "few" replays
@@ -51,7 +51,7 @@ class PromptFiles:
 
 
 class Asked(PromptFiles):
-    """The prompts to forget, to draw instead, to remember and to show.
+    """The prompts to forget, to generate instead, to remember and to show.
 
     Args:
         folder: the folder for the files of prompts.

@@ -32,7 +32,7 @@ ATTACKED = {
 
 
 def accuracies(measured: Groups, target: str) -> dict[str, float]:
-    """Concept -> the share of its pictures that the judge recognises, for all but the target.
+    """Concept -> the share of its images that the judge recognises, for all but the target.
 
     It is computed over the pairs of content and style without the target."""
     hits: dict[str, float] = {}
@@ -58,7 +58,7 @@ def values(
 
     RA is the mean over all other contents and styles with equal weights. `worst_drop` is the
     largest loss of one of them against the base. `ra_never_replayed` is over the concepts of the
-    target's kind that are not in `replayed`. `beside` is the share of pictures of the target's
+    target's kind that are not in `replayed`. `beside` is the share of images of the target's
     prompts in which the other concept, a style or a content, is still right."""
     kind, others = ("content", CONTENTS) if target in CONTENTS else ("style", STYLES)
     gone = measured[kind][target]

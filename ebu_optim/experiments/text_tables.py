@@ -54,7 +54,7 @@ def tag(
 
 
 def pictures(setting: TextSetting, found: Sequence[Row]) -> list[Run]:
-    """The runs that draw pictures of the base and of the first seed of every row."""
+    """The runs that generate images with the base and with the first seed of every row."""
     drawn = [setting.pictures(r.runs[0].tasks[0].folder.name, r.runs[0]) for r in found]
     return [setting.base_pictures(), *drawn]
 

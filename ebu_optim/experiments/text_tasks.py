@@ -9,7 +9,7 @@ from ..text_to_image.prompts import REMEMBER
 
 
 class Evaluation(NamedTuple):
-    """The options of an evaluation, and the number of its pictures."""
+    """The options of an evaluation, and the number of its images."""
 
     name: str
     options: Mapping[str, Any]

@@ -251,7 +251,7 @@ class TextSetting(Asked):
         return Run(self._name(made.folder.name), (made,), self.world.seconds["base"] * steps, steps)
 
     def pictures(self, row: str, run: Run) -> Run:
-        """The run that draws the target and its neighbours with the model of a run."""
+        """The run that generates the target and its neighbours with the model of a run."""
         folder = run.tasks[0].folder
         return self._draw(row, folder / "pipeline", folder.name, (run.name,))
 

@@ -4,7 +4,7 @@
     python examples/paper/figure11.py --scale paper      # Kelly McKernan, Thomas Kinkade; a GPU
 
 Each target has a report with the columns of Tables 2 and 3; at paper scale with the LPIPS distance
-to the pictures of the base, for the artist and for others.
+to the images of the base, for the artist and for others.
 """
 
 from __future__ import annotations

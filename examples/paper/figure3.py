@@ -1,9 +1,9 @@
-"""Figures 3, 9 and 10: pictures of the forgotten concept and its neighbours, for every method.
+"""Figures 3, 9 and 10: images of the forgotten concept and its neighbours, for every method.
 
     python examples/paper/figure3.py --scale small     # a digit, a colour, two styles
     python examples/paper/figure3.py --scale paper     # cassette player (9), nudity (3 and 10)
 
-These are the pictures of one seed of the runs of Tables 2 and 3 and of Figure 11. All methods start
+These are the images of one seed of the runs of Tables 2 and 3 and of Figure 11. All methods start
 from the same noise.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/paper/figure6.py --scale small
 
-A grid shows the steps of the paper's picture, and an animation (along.gif) shows every fifth step.
-Each picture always starts from the same noise.
+A grid shows the steps of the paper's figure, and an animation (along.gif) shows every fifth step.
+Each image always starts from the same noise.
 """
 
 from __future__ import annotations

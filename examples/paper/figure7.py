@@ -1,6 +1,6 @@
 """Figures 7 and 8: samples of forgotten and kept classes for every method.
 
-    python examples/paper/figure7.py --scale small     # the runs of Table 6 in pictures
+    python examples/paper/figure7.py --scale small     # the runs of Table 6 in images
     python examples/paper/figure7.py --scale stl10     # Figure 8, of Table 1; or stl10-smoke
 
 All methods start from the same noise; the first row is the model before unlearning.

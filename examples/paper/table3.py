@@ -1,11 +1,11 @@
-"""Table 3: forgetting a concept from Stable Diffusion that can be in any picture.
+"""Table 3: forgetting a concept from Stable Diffusion that can be in any image.
 
     python examples/paper/table3.py --scale small                  # "red" in digits in styles
     python examples/paper/table3.py --scale paper                  # nudity, by NudeNet; a GPU
 
 At small scale every method forgets "red" by that word alone, for all digits. The judge of style is
-the detector: 1 - UA is the share of pictures, of prompts with any word for red, that it recognises
-as red, as NudeNet counts pictures of nudity.
+the detector: 1 - UA is the share of images, of prompts with any word for red, that it recognises
+as red, as NudeNet counts images of nudity.
 """
 
 from __future__ import annotations

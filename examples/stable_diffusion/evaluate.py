@@ -1,4 +1,4 @@
-"""Draw pictures of prompts with a Stable Diffusion pipeline, from fixed noise, and measure them."""
+"""Generate images of prompts with Stable Diffusion, from fixed noise, and measure them."""
 
 from ebu_optim.text_to_image.evaluation import evaluate
 from ebu_optim.text_to_image.evaluation_options import Evaluation

@@ -36,12 +36,12 @@ def main() -> None:
         required=True,
         help="The `lora` folders of runs with --method spm.",
     )
-    add("--prompt", nargs="+", required=True, help="Prompts to draw.")
-    add("--num_inference_steps", type=int, default=50, help="Steps of each picture.")
-    add("--guidance_scale", type=float, default=7.5, help="Guidance scale of each picture.")
-    add("--seed", type=int, default=0, help="Seed of each picture.")
+    add("--prompt", nargs="+", required=True, help="Prompts to generate images of.")
+    add("--num_inference_steps", type=int, default=50, help="Steps of each image.")
+    add("--guidance_scale", type=float, default=7.5, help="Guidance scale of each image.")
+    add("--seed", type=int, default=0, help="Seed of each image.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output_dir", type=Path, required=True, help="Folder for the pictures.")
+    add("--output_dir", type=Path, required=True, help="Folder for the images.")
     args = parser.parse_args()
     model = pipelines.Model(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,

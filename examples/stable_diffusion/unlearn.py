@@ -19,7 +19,7 @@ def main(config: Unlearn) -> None:
         for step in run.steps():
             micros = run.accelerator.gradient_accumulation_steps
             for micro in range(micros):
-                run.losses.at((step - 1) * micros + micro)  # selects the pictures and prompts
+                run.losses.at((step - 1) * micros + micro)  # selects the images and prompts
                 with run.accelerator.accumulate(run.model):
                     for phase in run.opt.needs:  # "forget", "remember", or one of them
                         with getattr(run.opt, phase)():

@@ -1,4 +1,4 @@
-"""Measure whether a pipeline draws the requested digits in the requested styles."""
+"""Measure whether a pipeline generates the requested digits in the requested styles."""
 
 from ebu_optim.training import command
 from ebu_optim.worlds.styled_digits.measure import Measure, measure
