@@ -327,11 +327,11 @@ BY_HAND = {
         ],
     },
     "text_to_image_results.md": {
-        "a mark, or one picture of many": [
+        "a mark, or one image of many": [
             "The mark (0.05 left, 0.02 lost)",
             "(asked for: 0.05 and 0.02)",
             "a mark of 0.02",
-            "one picture is 0.014 or 0.008",
+            "one image is 0.014 or 0.008",
         ],
         "of single seeds, or of runs that were not reported": [
             "0.42 to 0.55 of it in two seeds of five, SalUn in one, and 0.12 of",

@@ -96,7 +96,7 @@ class Step(NamedTuple):
 
 
 def back_and_forth(model: Any, latents: Tensor, *, steps: int, refinements: int) -> Tensor:
-    """Latents (n, C, H, W) on the CPU, inverted and redrawn under the empty prompt."""
+    """Latents (n, C, H, W) on the CPU, inverted and regenerated under the empty prompt."""
     told = model.told(model.null.expand(len(latents), *model.null.shape[1:]))
     denoiser, schedule = model.denoiser(), model.schedule
     sampler = model.family.sampler(schedule)
