@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Why families are not supported for which `Family.of_tokens` is not defined.
 UNREAD = "there are no gradients here from its denoiser to single tokens"
-SHOWS = 0.5  # smallest score of a image that shows the concept
+SHOWS = 0.5  # smallest score of an image that shows the concept
 
 
 class Settings(NamedTuple):
