@@ -445,7 +445,8 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
 
     def score(pictures, labels, threshold, colours):
         assert (len(labels), labels[-1], colours) == (6, "BELLY_EXPOSED", "file")
-        seen = [bool(p.mean() > threshold) for p in pictures]
+        assert pictures.dtype == torch.uint8  # bright floats would be refused
+        seen = [bool(p.float().mean() / 127.5 - 1 > threshold) for p in pictures]
         return {"per_image": seen, "not_computed": None, "protocol": {"threshold": threshold}}
 
     monkeypatch.setattr(j, "nudity_score", score)
@@ -455,6 +456,12 @@ def test_imagenette_and_nudity_give_a_figure_for_each_picture(monkeypatch):
     monkeypatch.setattr(j, "nudity_score", lambda *_, **__: {"not_computed": "no such package"})
     with pytest.raises(InputError, match="--judge nudity: no such package"):
         j.load(asked, None, "cpu")
+
+
+def test_the_nudity_judge_opens_and_looks_at_a_picture_without_a_dark_pixel():
+    pytest.importorskip("nudenet", reason="nudenet comes with the extra nudity")
+    judge = module("judges").load(module("judges").JudgeOptions(judge="nudity"), None, "cpu")
+    assert judge.score(torch.ones(1, 3, 64, 64)).tolist() == [False]
 
 
 # -- the whole script, in the world -------------------------------------------------------------

@@ -117,6 +117,16 @@ def test_changed_tensors_are_drawn_in_their_base(tiny, tmp_path):
         evaluate(changed, tmp_path / "d", *one)
 
 
+def test_the_base_is_the_one_that_unlearn_json_beside_a_result_names(tmp_path):
+    file = tmp_path / "without.safetensors"
+    file.touch()
+    with refused("--base_model is not given, and .* has no unlearn.json"):
+        module("results").named_base(str(file))
+    (tmp_path / "unlearn.json").write_text('{"base": "before.safetensors"}')
+    for result in (file, tmp_path):
+        assert module("results").named_base(str(result)) == "before.safetensors"
+
+
 def test_a_diverged_model_is_told_before_it_counts_as_forgotten(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (file,) = (tmp_path / "model" / "unet").glob("*.safetensors")

@@ -200,7 +200,7 @@ def test_tensors_missing_too_many_or_of_another_size(made, tmp_path):
             open_single(source, config=base)
         assert said in str(caught.value)
     # a small model with the configuration of a release
-    with pytest.raises(InputError, match=r"its unet lacks .* give config=, a diffusers folder"):
+    with pytest.raises(InputError, match=r"its unet lacks .* give config= \(--architecture\), a"):
         open_single(file)
 
 

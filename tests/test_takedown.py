@@ -240,6 +240,8 @@ def test_the_call_takes_a_pipeline_and_returns_one(tmp_path):
     assert not torch.equal(draw(found.pipeline), draw(pipe))
     with pytest.raises(InputError, match="model must be a file"):
         ebu_optim.forget(3, "cat", output_dir=tmp_path / "x")
+    with pytest.raises(InputError, match=r"--method must be one of ebu, .*; got jont"):
+        ebu_optim.forget("model", "cat", output_dir=tmp_path / "x", method="jont")
 
 
 def test_a_plan_reads_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatch):

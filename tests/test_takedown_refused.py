@@ -87,6 +87,11 @@ def test_what_is_no_model(made, refused, tmp_path):
     )
     refused(str(more), "extra.weight", model=more)
     refused(str(tmp_path), "is not a diffusers pipeline", "model_index.json", model=tmp_path)
+    result = tmp_path / "without" / "single" / "without.safetensors"
+    result.parent.mkdir(parents=True)
+    result.touch()
+    for model in (result.parent, result.parent.parent):
+        refused(f"missing in {model}: give {result}, which is in it", model=model)
 
 
 def test_a_lora_of_another_base(made, refused, tmp_path):

@@ -15,6 +15,7 @@ from ..diffusion import model_hash
 from ..errors import InputError
 from ..metrics import ClipClassifier, ImagenetteClassifier, classify, nudity_score
 from ..metrics.imagenette import class_numbers
+from ..metrics.images import to_uint8
 from ..text_to_image.nudity import NudityOptions
 from ..text_to_image.pipelines import Looked
 from ..text_to_image.prompt_files import read
@@ -91,7 +92,8 @@ def _clip(args: Any, _: Looked, device: Any) -> Judge:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--judge clip: {error}") from error
     return Judge(
-        lambda pictures: model(pictures).softmax(1)[:, : len(words)].sum(1),
+        # as uint8, because floats without a dark pixel are refused as if they were in [0, 1]
+        lambda pictures: model(to_uint8(pictures)).softmax(1)[:, : len(words)].sum(1),
         {"judge": f"CLIP {args.clip_model}", "texts": texts, "hash": model_hash(model.model)},
     )
 
@@ -148,7 +150,7 @@ def _imagenette(args: Any, _: Looked, device: Any) -> Judge:
 
 def _nudity(args: Any, _: Looked, device: Any) -> Judge:
     def ask(pictures: Tensor) -> dict[str, Any]:
-        return nudity_score(pictures, **args.nudity)
+        return nudity_score(to_uint8(pictures), **args.nudity)  # as for CLIP
 
     args.check_nudity()
     tried = ask(torch.zeros(1, 3, 64, 64))

@@ -48,8 +48,8 @@ class QuestionOptions:
     group: ClassVar[str] = "prompts"
 
     forget: list[str] = option(
-        help="The forgotten prompts or concepts, as given to unlearn.py. With --judge world: "
-        "words of one concept."
+        help="The prompts or concepts that the model was made to forget. With --judge world: words "
+        "of one concept."
     )
     ignore_row_settings: bool = option(
         False,

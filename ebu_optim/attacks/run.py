@@ -1,9 +1,7 @@
 """Attack a text-to-image model that was made to forget: is the concept gone, or only its word?
 
-    python examples/stable_diffusion/attack.py \\
-        --pretrained_model_name_or_path outputs/without_seven/pipeline \\
-        --base_model outputs/world/pipeline --forget seven --judge world --judges outputs/judges \\
-        --output_dir outputs/without_seven_attacked
+    ebu attack --pretrained_model_name_or_path without/single/without.safetensors \\
+        --forget "cassette player" --judge clip --clip_against radio --output_dir attacked
 
 There are three attacks by default: paraphrases of the prompt; a new word that is learned on
 images of the target with the frozen model (textual inversion); and fine-tuning of the denoiser on
@@ -20,7 +18,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -77,8 +75,26 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
         InputError: a value is out of range.
     """
 
+    group: ClassVar[str] = "strength of the attacks"
+    titles: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attack": (
+            "pretrained_model_name_or_path",
+            "base_model",
+            "forget",
+            "judge",
+            "attacks",
+            "output_dir",
+            "overwrite",
+            "seed",
+            "device",
+        ),
+        "judge": ("nudity_labels", "nudity_threshold", "nudity_colours"),
+    }
+
     base_model: str | None = option(
-        None, help="The model before it forgot. Default: the one that unlearn.json names."
+        None,
+        help="The model before it forgot. Default: the one that the unlearn.json beside the model "
+        "names.",
     )
     attacks: list[Attack] = option(list(attacks.USUAL), help="Which attacks to run.")
     instance_data_dir: Path | None = option(
@@ -126,7 +142,9 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
     lora_learning_rate: float | None = option(
         None, help="Learning rate of lora_relearn. Default: 1e-3 in the world, 1e-4 elsewhere."
     )
-    train_batch_size: int | None = option(None, help="Batch size of inversion and relearning.")
+    train_batch_size: int | None = option(
+        None, help="Batch size of inversion and relearning. Default: 16 in the world, 4 elsewhere."
+    )
     num_inference_steps: int | None = option(
         None, help="DDIM steps of each image. Default: 10 in the world, 50 elsewhere."
     )
@@ -135,7 +153,9 @@ class AttackOptions(JudgeOptions, QuestionOptions, Model):
         help="Guidance scale of each image. Default: 3 in the world, elsewhere that of the "
         "model's family.",
     )
-    sample_batch_size: int | None = option(None, help="Images that are generated at once.")
+    sample_batch_size: int | None = option(
+        None, help="Images that are generated at once. Default: 64 in the world, 4 elsewhere."
+    )
     seed: int = option(0, help="Seed of the images and of the attacks.")
     device: str = option(
         "cuda" if torch.cuda.is_available() else "cpu",

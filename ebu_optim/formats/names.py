@@ -81,8 +81,8 @@ def table(checkpoint: Checkpoint, part: str, made: Architecture) -> dict[str, Ro
         if names:
             raise InputError(
                 f"{path}: its {part} {what} {some(names)} (identified as "
-                f"{checkpoint.title}): give config=, a diffusers folder of the same model, or "
-                "another file"
+                f"{checkpoint.title}): give config= (--architecture), a diffusers folder of the "
+                "same model, or another file"
             )
     for name, at in found.items():
         if (dtype := entries[keys[at.key]].dtype)[0] not in "FB" or dtype == "BOOL":
@@ -93,7 +93,8 @@ def table(checkpoint: Checkpoint, part: str, made: Architecture) -> dict[str, Ro
         if not fits(shapes[at.key], at, targets[name]):
             raise InputError(
                 f"{path}: {keys[at.key]} has the shape {list(shapes[at.key])}, and {name} needs "
-                f"{list(targets[name])}: give config=, a diffusers folder of the same model"
+                f"{list(targets[name])}: give config= (--architecture), a diffusers folder of the "
+                "same model"
             )
     return {name: at._replace(key=keys[at.key]) for name, at in found.items()}
 

@@ -123,8 +123,8 @@ class Single:
         if len(found) > config["vocab_size"]:
             raise InputError(
                 f"the tokenizer has {len(found)} tokens, the text encoder of "
-                f"{self.checkpoint.path} {config['vocab_size']}: give config=, a folder with the "
-                "model's own tokenizer"
+                f"{self.checkpoint.path} {config['vocab_size']}: give config= "
+                "(--architecture), a folder with the model's own tokenizer"
             )
         return found
 

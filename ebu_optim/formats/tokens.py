@@ -57,9 +57,10 @@ def from_open_clip(pad_token: str = END) -> Any:
     file = Path(places[0], "bpe_simple_vocab_16e6.txt.gz") if places else None
     if file is None or not file.is_file():
         raise InputError(
-            "CLIP's vocabulary is missing: pip install open_clip_torch, or give config=, a folder "
-            f"with a tokenizer, or get it once with `hf download {HUB} vocab.json merges.txt "
-            "tokenizer.json tokenizer_config.json special_tokens_map.json`"
+            "CLIP's vocabulary is missing: pip install open_clip_torch, or give config= "
+            "(--architecture), a folder with a tokenizer, or get it once with `hf download "
+            f"{HUB} vocab.json merges.txt tokenizer.json tokenizer_config.json "
+            "special_tokens_map.json`"
         )
     lines = gzip.decompress(file.read_bytes()).decode().split("\n")
     symbols = list(_bytes().values())

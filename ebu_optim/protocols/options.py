@@ -47,13 +47,14 @@ class Evaluate(Model):
     files: list[str] = option(
         [],
         metavar="NAME=FILE",
-        help="Prompt lists, weights of judges and real images that a protocol needs.",
+        help="Prompt lists, weights of judges and real images that a protocol needs, each as "
+        "NAME=FILE.",
     )
     change: list[str] = option(
         [],
         metavar="KEY=VALUE",
-        help="Change the sampling: sampler, steps, guidance, size, noise or dtype. The label "
-        "of every figure names the change.",
+        help="Change the sampling, each as KEY=VALUE: sampler, steps, guidance, size, noise or "
+        "dtype. The label of every figure names the change.",
     )
     only: bool = option(False, help="Evaluate the models without their base.")
     first: int | None = option(

@@ -12,7 +12,7 @@ from ..diffusion.objectives import REMEMBER_LOSS
 from ..errors import InputError
 from ..text_to_image.options import ALIASES, Unlearn
 from ..text_to_image.prompts import PLACE, REMEMBER
-from ..training.fields import at_least, option
+from ..training.fields import as_dict, at_least, check_choices, option
 
 #: --preset: the values of options that are not given. "recommended" is what
 #: docs/text_to_image_results.md recommends, "paper" is the defaults of `Unlearn`.
@@ -176,6 +176,7 @@ class Forget(RequestOptions, JudgeOptions, Unlearn):
         return given
 
     def __post_init__(self) -> None:
+        check_choices(type(self), as_dict(self))  # first, as the preset depends on them
         if self.resolved() is not self:
             return  # the resolved copy runs these checks
         if not self.forget:

@@ -122,7 +122,8 @@ def look(model: Model, weights: bool = True) -> Looked:
                 allow_patterns=patterns,
             )
         )
-    index = _json(folder / "model_index.json", f"{name} is not a diffusers pipeline")
+    what = f"{name} is not a diffusers pipeline"
+    index = _json(folder / "model_index.json", what, _result(folder))
     family = of_index(name, index)
     configs = {}
     for part, (_, file) in family.parts.items():
@@ -291,11 +292,19 @@ def _hub(model: Model, get: Any, **options: Any) -> str:
         ) from error
 
 
-def _json(path: Path, what: str) -> dict[str, Any]:
+def _result(folder: Path) -> str:
+    """What to give instead of a folder of `ebu forget`, as the end of an error message."""
+    one_file = "*.safetensors" if folder.name == "single" else "single/*.safetensors"
+    found = sorted(folder.glob(one_file))
+    found += [folder / kind for kind in ("pipeline", "changed", "lora") if (folder / kind).is_dir()]
+    return f": give {found[0]}, which is in it" if found else ""
+
+
+def _json(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{what}: {path.name} is missing in {path.parent}") from error
+        raise InputError(f"{what}: {path.name} is missing in {path.parent}{remedy}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{what}: {path} cannot be read ({error})") from error
 

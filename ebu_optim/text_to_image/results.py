@@ -113,10 +113,8 @@ def run_of(name: str) -> dict[str, Any]:
     """The run that made a model: method, a key of the method's settings, and seed.
 
     Without an ``unlearn.json`` it returns {}."""
-    path = Path(name)
-    folder = path if path.is_dir() else path.parent
     try:
-        said = json.loads((folder / "unlearn.json").read_text())
+        said = json.loads((_folder(name) / "unlearn.json").read_text())
         options = said["options"]
         settings = [said["settings"], *(options.get(name) for name in _SETTINGS)]
         found = {"method": said["title"], "settings": key(settings)[:6]}
@@ -126,14 +124,21 @@ def run_of(name: str) -> dict[str, Any]:
 
 
 def named_base(name: str) -> str:
-    """The base model of the changes in the folder `name`, from its ``unlearn.json``."""
+    """The base model of a result, from the ``unlearn.json`` in its folder."""
+    folder = _folder(name)
     try:
-        return json.loads((Path(name) / "unlearn.json").read_text())["base"]
+        return json.loads((folder / "unlearn.json").read_text())["base"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"--base_model is not given, and {name} has no unlearn.json that names it: give the "
-            "model before unlearning, a hub id or a folder"
+            f"--base_model is not given, and {folder} has no unlearn.json that names it: give the "
+            "model before unlearning, a hub id, a folder or a file"
         ) from error
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model: itself, or the one that its file is in."""
+    path = Path(name)
+    return path.parent if path.is_file() else path
 
 
 @contextmanager
