@@ -328,6 +328,8 @@ BY_HAND = {
     },
     "text_to_image_results.md": {
         "a mark, or one image of many": [
+            "a ridge of 1, 0.1, 0.03 and 0.01 leaves",
+            "With 0.03, the choice",
             "The mark (0.05 left, 0.02 lost)",
             "(asked for: 0.05 and 0.02)",
             "a mark of 0.02",
