@@ -497,7 +497,7 @@ def test_a_list_that_is_given_by_path(tiny, tmp_path, bright, drawn):
     )
     assert drawn == ["an image of a tench", "an image of a church"]
     assert row["label"] == (
-        "imagenette-rece, changed: steps 2, size 16, noise cpu, 3 of 5,000 images, "
+        "imagenette-rece, changed: steps 2, size 16, noise cpu, another list, 3 of 5,000 images, "
         "judge resnet50 tiny"
     )
     assert row["figures"]["accuracy_others"]["n"] == 2

@@ -3,6 +3,8 @@ twice."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,8 +15,10 @@ import torch
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
 from ebu_optim.errors import InputError
-from ebu_optim.protocols import PROTOCOLS, Evaluate, evaluate, judges
+from ebu_optim.protocols import PROTOCOLS, Asked, Evaluate, evaluate, judges, label
 from ebu_optim.protocols.judges import Judge
+from ebu_optim.protocols.prompt_lists import FILE
+from ebu_optim.protocols.protocol import LISTS as SHIPPED
 from ebu_optim.text_to_image import drawing
 from ebu_optim.training.command_line import parse
 
@@ -198,6 +202,44 @@ def test_a_model_that_diverged_is_said(tiny, tmp_path, calls):
     assert not list((tmp_path / "o").rglob("*.png"))
 
 
+def test_another_list_of_as_many_rows_takes_the_name_away(tmp_path):
+    whole = PROTOCOLS["imagenette"]
+    with open(SHIPPED / "salun_imagenette.csv", newline="", encoding="utf-8-sig") as opened:
+        rows = list(csv.DictReader(opened))
+
+    def called(rows) -> str:
+        file = tmp_path / "list.csv"
+        with open(file, "w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\r\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        asked = whole.asked({"salun_imagenette": file})
+        return label(whole, len(asked), listed=asked)
+
+    used = ("class", "evaluation_seed", "prompt")
+    # CRLF, no byte order mark, another order, a column more, and a guidance that is not used
+    same = [{"of": "me", **{n: row[n] for n in used}, "guidance": "3"} for row in rows]
+    assert called(rows) == called(same) == "imagenette"
+    for column, value in (("prompt", "a tench"), ("evaluation_seed", "1"), ("class", "church")):
+        other = [{**rows[0], column: value}, *rows[1:]]
+        assert called(other) == "imagenette, changed: another list"
+    assert called(rows[::-1]) == "imagenette, changed: another list"
+
+
+def test_a_list_without_a_known_hash_is_only_counted():
+    rows = [Asked("a cat", 1)] * 4703
+    assert label(PROTOCOLS["i2p-nudity"], 4703, listed=rows) == "i2p-nudity"
+    assert label(PROTOCOLS["i2p-nudity"], 1, listed=rows[:1]).endswith("1 of 4,703 images")
+
+
+def test_a_shipped_list_is_the_published_one():
+    shipped = [name for name in json.loads(FILE.read_text()) if not PROTOCOLS[name].needs]
+    assert len(shipped) == 8
+    for name in shipped:
+        asked = PROTOCOLS[name].asked({})
+        assert label(PROTOCOLS[name], len(asked), listed=asked) == name
+
+
 def test_published_lists_are_read_as_they_are():
     folder = Path(os.environ.get("EBU_TEST_PROMPTS", ""))
     uda = folder / "unlearndiffatk"
@@ -213,3 +255,7 @@ def test_published_lists_are_read_as_they_are():
     assert len(PROTOCOLS["coco-10k"].asked(coco)) == 10_000
     uce = {"uce_imagenette": folder / "uce" / "imagenette.csv"}
     assert len(PROTOCOLS["imagenette-uce"].asked(uce)) == 5000
+    lists = {f"unlearndiffatk_{file.stem}": file for file in uda.glob("*.csv")} | coco | uce
+    for name in json.loads(FILE.read_text()):
+        asked = PROTOCOLS[name].asked(lists if PROTOCOLS[name].needs else {})
+        assert label(PROTOCOLS[name], len(asked), listed=asked) == name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,10 +18,11 @@ from . import (
     i2p,
     imagenette,
     paper,
+    prompt_lists,
     unlearncanvas,
     unlearndiffatk,
 )
-from .protocol import Protocol, Sampling
+from .protocol import Asked, Protocol, Sampling
 
 FILE = Path(__file__).with_name("published.json")
 _ROOMS = (
@@ -58,6 +59,7 @@ def label(
     drawn: int | None = None,
     judges: Mapping[str, str] | None = None,
     targets: int = 1,
+    listed: Sequence[Asked] | None = None,
 ) -> str:
     """The label of a run: the protocol's name, followed by all differences from the publication.
 
@@ -65,6 +67,7 @@ def label(
         drawn: the number of images; None: all.
         judges: name -> identity of the judges that were used.
         targets: the number of forgotten concepts.
+        listed: the whole prompt list; None: the published one.
     """
     whole = PROTOCOLS.get(protocol.name)
     if whole is None:
@@ -79,6 +82,8 @@ def label(
         for f in fields(Protocol)
         if f.name != "sampling" and getattr(protocol, f.name) != getattr(whole, f.name)
     ]
+    if listed is not None and prompt_lists.differs(whole, listed):
+        changes.append("another list")
     if drawn not in (None, whole.images):
         changes.append(f"{drawn:,} of {whole.images:,} images")
     changes += [

@@ -54,15 +54,15 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
         InputError: models, lists, files or judges do not fit the protocols.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    asked = {p.name: p.asked(args.given)[: args.first] for p in args.protocols}
-    if nothing := [name for name, of in asked.items() if not of]:
+    listed = {p.name: p.asked(args.given) for p in args.protocols}
+    if nothing := [name for name, of in listed.items() if not of]:
         raise InputError(
             f"--protocol {nothing[0]}: its list has no prompt for which an image may be "
             "generated; check the file"
         )
     kept = {name: _pictures(args, name, model) for name, model in args.models().items()}
     if int(os.environ.get("RANK", "0")) == 0:
-        for line in plan(args, asked, kept):
+        for line in plan(args, listed, kept):
             print(line)
     if args.plan:
         return []
@@ -75,9 +75,10 @@ def evaluate(args: Evaluate) -> list[dict[str, Any]]:
         for name, pictures in kept.items():
             loaded = _Loaded(partial(_load, args.models()[name], args.base, pictures))
             for protocol in args.protocols:
-                of = asked[protocol.name]
+                of = listed[protocol.name]
                 pipe = partial(loaded.pipeline, protocol.sampling.dtype)
-                pictures.draw(protocol.sampling, of, pipe, args.sample_batch_size, ours)
+                some = of[: args.first]
+                pictures.draw(protocol.sampling, some, pipe, args.sample_batch_size, ours)
                 if not first:
                     continue
                 float32 = partial(loaded.pipeline, "float32")
@@ -127,17 +128,18 @@ def _base(args: Evaluate) -> Any:
 
 
 def plan(
-    args: Evaluate, asked: Mapping[str, Sequence[Asked]], kept: Mapping[str, Pictures]
+    args: Evaluate, listed: Mapping[str, Sequence[Asked]], kept: Mapping[str, Pictures]
 ) -> Iterator[str]:
     """Lines that say what the run will generate and what it costs."""
     total = 0
     for name, pictures in kept.items():
         for p in args.protocols:
-            of = asked[p.name]
+            of = listed[p.name][: args.first]
             missing = len(pictures.missing(p.sampling, of))
             passes = missing * p.sampling.steps * 2
             total += passes
-            called = label(p, len(of), targets=p.targets_of(args.forget))
+            targets = p.targets_of(args.forget)
+            called = label(p, len(of), targets=targets, listed=listed[p.name])
             yield (
                 f"{name}: {called}: {missing:,} of {len(of):,} images to generate, {passes:,} "
                 "passes through the denoiser"
@@ -153,7 +155,7 @@ def plan(
 def _row(
     args: Evaluate,
     protocol: Protocol,
-    asked: Sequence[Asked],
+    listed: Sequence[Asked],
     pictures: Pictures,
     base: Pictures | None,
     judges: Mapping[str, Judge | SetJudge | str],
@@ -162,8 +164,10 @@ def _row(
     """The row of a model and a protocol.
 
     Args:
+        listed: the whole prompt list, of which the images of the first `args.first` rows are here.
         opened: the further arguments of `attacked`.
     """
+    asked = listed[: args.first]
     ours = {name: judges[name] for name in protocol.judges}
     why = {name: judge for name, judge in ours.items() if isinstance(judge, str)}
     there = {name: judge for name, judge in ours.items() if isinstance(judge, Judge)}
@@ -204,11 +208,12 @@ def _row(
             )
     figures = protocol.count(Seen(asked, targets, found, why))
     identities = {n: j.identity for n, j in ours.items() if n in found and not isinstance(j, str)}
+    together = protocol.targets_of(args.forget)
     return {
         "model": pictures.whose,
         "made_of": pictures.model,
         "run": results.run_of(pictures.whose),
-        "label": label(protocol, len(asked), identities, protocol.targets_of(args.forget)),
+        "label": label(protocol, len(asked), identities, together, listed),
         "protocol": {
             "name": protocol.name,
             "title": protocol.title,
