@@ -219,7 +219,9 @@ def by_hand(pipe, asked: Asked, sampling: Sampling) -> torch.Tensor:
         null, out = pipe.unet(torch.cat([x, x]), t, both).sample.chunk(2)
         return null + guidance * (out - null)
 
-    if sampling.sampler == "ddim":  # CompVis: t = 1, 1 + c, ...; eta 0
+    if sampling.sampler == "dpm":
+        x = dpm_by_hand(x, alphas, sampling.steps, predicted)
+    elif sampling.sampler == "ddim":  # CompVis: t = 1, 1 + c, ...; eta 0
         c = 1000 // sampling.steps
         for t in reversed(range(1, 1001, c)):
             a, b = alphas[t], alphas[t - c if t > c else 0]
@@ -241,8 +243,26 @@ def by_hand(pipe, asked: Asked, sampling: Sampling) -> torch.Tensor:
     return (x / 2 + 0.5).clamp(0, 1)[0].mul(255).round().to(torch.uint8)
 
 
+def dpm_by_hand(x, alphas, steps: int, predicted) -> torch.Tensor:
+    """DPM-Solver++(2M), Algorithm 2 of its paper: its first and last steps are of order one."""
+    times = torch.linspace(0, 999, steps + 1).round().long().flip(0)[:-1]
+    a, s = alphas[times].sqrt(), (1 - alphas[times]).sqrt()
+    logs = (a / s).log()
+    clean: list[torch.Tensor] = []
+    for i, t in enumerate(times):
+        clean.append((x - s[i] * predicted(x, t)) / a[i])
+        if i == steps - 1:  # to time 0, where no noise is left
+            return clean[-1]
+        h, of = logs[i + 1] - logs[i], clean[-1]
+        if i:
+            r = (logs[i] - logs[i - 1]) / h
+            of = (1 + 1 / (2 * r)) * clean[-1] - 1 / (2 * r) * clean[-2]
+        x = s[i + 1] / s[i] * x - a[i + 1] * ((-h).exp() - 1) * of
+    return x
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("sampler", ["lms", "ddim", "pndm"])
+@pytest.mark.parametrize("sampler", ["lms", "ddim", "pndm", "dpm"])
 def test_a_picture_is_that_of_the_published_loop(tiny, tmp_path, sampler):
     sampling = Sampling(sampler=sampler, steps=5, size=16, guidance=None)
     asked = [
