@@ -1027,6 +1027,31 @@ def test_a_single_file_draws_what_its_folder_draws(tiny, tmp_path, bright, monke
     ]
 
 
+def test_a_model_on_the_hub_draws_what_its_folder_draws(tiny, tmp_path, bright, monkeypatch):
+    import huggingface_hub
+
+    from ebu_optim.text_to_image import pipelines
+
+    downloaded: list[tuple[str, str | None]] = []
+
+    def download(name, revision=None, **_):
+        downloaded.append((name, revision))
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(pipelines.DiffusionPipeline, "download", download)
+    bright["resnet50"] = lambda a, x: []
+    few = ("--protocol", "imagenette-10", "--forget", "church", "--change", *SMALL, "--first", 2)
+    (row,) = evaluate(tmp_path / "hub", "somebody/without_church", *few)
+    assert set(downloaded) == {("somebody/without_church", None)}
+    assert row["model"] == "somebody/without_church"
+    (same,) = evaluate(tmp_path / "folder", tiny, *few)
+    assert row["made_of"] == same["made_of"]
+    of_hub, of_folder = (pictures_of(tmp_path / kind) for kind in ("hub", "folder"))
+    assert len(of_hub) == 2
+    assert of_hub == of_folder
+
+
 def test_the_papers_tables_are_counted_as_this_package_counts():
     table2 = PROTOCOLS["ebu-table2-10"]
     asked = table2.asked({})
