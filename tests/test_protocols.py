@@ -489,9 +489,7 @@ def test_imagenette_counts(tmp_path):
     assert figures["ua"]["value"] == 0.5
     assert figures["ua_top5"]["value"] == 0
     assert figures["accuracy_others"]["value"] == figures["accuracy/tench"]["value"] == 0.5
-    assert figures["accuracy/parachute"] == {
-        "not_computed": "not computed: there is no such image"
-    }
+    assert figures["accuracy/parachute"] == {"not_computed": "not computed: there is no such image"}
     missing = PROTOCOLS["imagenette"].count(Seen(asked, ["church"], {}, {"resnet50": "gone"}))
     assert missing["ua"] == {"not_computed": "gone"}
 
