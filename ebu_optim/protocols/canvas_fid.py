@@ -1,4 +1,4 @@
-"""UnlearnCanvas's FID: the pictures of the grid against the data set's images of the same cells.
+"""UnlearnCanvas's FID: the images of the grid against the data set's images of the same cells.
 
 The cells of what was forgotten are left out on both sides."""
 
@@ -10,13 +10,12 @@ from itertools import product
 from pathlib import Path
 
 from ..errors import InputError
-from ..manifest import contents, sha256
+from ..manifest import contents, key, sha256
 from ..metrics import NotComputed, inception
 from ..metrics.frechet import distance_of
-from ..metrics.naming import called
 from ..metrics.unlearncanvas import OBJECTS, STYLES
 from .protocol import Asked
-from .sets import DRAWN, Features, SetJudge
+from .sets import DRAWN, Features, SetJudge, weights_given_as
 
 REAL, WEIGHTS = "--files unlearncanvas", "--files inception-torchvision"
 SOURCE = "https://huggingface.co/datasets/OPTML-Group/UnlearnCanvas"
@@ -40,24 +39,23 @@ def open_canvas(files: Mapping[str, Path], device: str, keep: Path | None) -> Se
         raise NotComputed(f"the data set is not given: {REAL}=FOLDER, of {SOURCE}")
     real = cells(files["unlearncanvas"])
     file = files.get("inception-torchvision")
-    with called(inception_weights=WEIGHTS):
-        try:
-            weights = inception.torchvision_weights_of(file, progress=True)
-            network = cache(partial(inception.torchvision_network, weights, device))
-            network()
-        except (ValueError, FileNotFoundError) as error:
-            raise InputError(str(error)) from error
+    with weights_given_as(WEIGHTS):
+        weights = inception.torchvision_weights_of(file, progress=True)
+        network = cache(partial(inception.torchvision_network, weights, device))
+        network()
     by = GOOGLE if file is None else sha256(file)[: len(GOOGLE)]
     features = Features("unlearncanvas", network, by, device, keep)
+    read = {cell: contents(of) for cell, of in real.items()}  # once: 5,100 files
     said = f"{REAL}={files['unlearncanvas']}", "download them again"
 
     def look(pictures: Sequence[Path], content: str, forget: Sequence[str]) -> float:
-        kept = [f for cell, of in real.items() if not {*cell} & {*forget} for f in of]
-        reference = features.statistics(kept, contents(kept), said)
+        kept = [cell for cell in real if not {*cell} & {*forget}]
+        files_of = [file for cell in kept for file in real[cell]]
+        reference = features.statistics(files_of, key([[*c, read[c]] for c in kept]), said)
         return distance_of(features.statistics(pictures, content, DRAWN, "jpeg"), reference)
 
-    every = [file for of in real.values() for file in of]
-    return SetJudge(look, f"{by} n={len(every)} {contents(every)}", counts)
+    number = sum(map(len, real.values()))
+    return SetJudge(look, f"{by} n={number} {key([[*c, read[c]] for c in real])}", counts)
 
 
 def counts(asked: Asked, forget: Sequence[str]) -> bool:

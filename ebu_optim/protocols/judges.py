@@ -5,6 +5,7 @@ Each judge is opened once and judges batch by batch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,9 +68,7 @@ def open_judge(
     """
     if name in SETS:
         try:
-            if name == "fid-unlearncanvas":
-                return open_canvas(files, device, keep)
-            return open_fid(SETS[name], files, device, keep)
+            return SETS[name](files, device, keep)
         except NotComputed as why:
             return not_computed(str(why))["not_computed"]
     if name not in JUDGES:
@@ -248,11 +247,11 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     "digits-style": _digits("style"),
     "digits-object": _digits("object"),
 }
-#: FID -> how its images are prepared, see `metrics.inception`.
-SETS = {
-    "fid-text2image": "text2image",
-    "fid-clean": "clean",
-    "fid-unlearncanvas": "unlearncanvas",
+#: Judges of sets of images -> what opens them.
+SETS: dict[str, Callable[[Mapping[str, Path], str, Path | None], SetJudge]] = {
+    "fid-text2image": partial(open_fid, "text2image"),
+    "fid-clean": partial(open_fid, "clean"),
+    "fid-unlearncanvas": open_canvas,
 }
 #: Judges whose file is given under another name -> that name.
 ONE_FILE = {

@@ -5,7 +5,8 @@ they depend on. No set is therefore looked at twice, and several models share th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,14 +82,22 @@ class Features(NamedTuple):
         if file is not None and file.is_file():
             return read(file, f"the statistics {file}", "delete the file to compute it again")
         prepared = inception.PREPARED[self.kind]
-        if saved == "jpeg":
-            found = _gathered(of, lambda x: prepared(as_jpeg(x)), self, *said)
-        else:
-            found = _gathered(of, prepared, self, *said)
+        seen = (lambda x: prepared(as_jpeg(x))) if saved == "jpeg" else prepared
+        found = _gathered(of, seen, self, *said)
         if file is not None:
             with replacing(file) as work:
                 np.savez(work, mu=found[0].numpy(), sigma=found[1].numpy())
         return found
+
+
+@contextmanager
+def weights_given_as(option: str) -> Iterator[None]:
+    """Make errors about Inception's weights in the block an InputError that names the option."""
+    with called(inception_weights=option):
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            raise InputError(str(error)) from error
 
 
 def open_fid(kind: str, files: Mapping[str, Path], device: str, keep: Path | None) -> SetJudge:
@@ -105,11 +114,8 @@ def open_fid(kind: str, files: Mapping[str, Path], device: str, keep: Path | Non
     """
     if "coco" not in files:
         raise NotComputed(f"the real images are not given: {REAL}=FOLDER, or a .npz of them")
-    with called(inception_weights=WEIGHTS):
-        try:
-            weights = inception_file(files.get("inception"), progress=True)
-        except (ValueError, FileNotFoundError) as error:
-            raise InputError(str(error)) from error
+    with weights_given_as(WEIGHTS):
+        weights = inception_file(files.get("inception"), progress=True)
     by = sha256(weights)
     features = Features(kind, cache(lambda: inception.network(weights, device)), by, device, keep)
     if files["coco"].is_dir():
@@ -126,7 +132,7 @@ def open_fid(kind: str, files: Mapping[str, Path], device: str, keep: Path | Non
     return SetJudge(look, f"{by[:8]} {many} {content}")
 
 
-#: What a message calls the drawn pictures, and the remedy.
+#: What a message calls the generated images, and the remedy.
 DRAWN = "the images", "delete them to generate them again"
 
 
