@@ -41,6 +41,19 @@ def finish(todo, workers):
         (task.folder / task.maker.last).write_text(json.dumps(found))
 
 
+@pytest.fixture
+def done(monkeypatch) -> list:
+    """The runs, which are finished by stand-ins instead of being executed."""
+    runs: list = []
+
+    def execute(todo, workers):
+        runs.extend(todo)
+        finish(todo, workers)
+
+    monkeypatch.setattr(many.runs, "execute", execute)
+    return runs
+
+
 def test_trial_pairs_are_none_of_the_reported_ones():
     assert not set(TRIAL) & {*PAIRS, *map(becomes, PAIRS)}
 
@@ -66,14 +79,7 @@ def test_pairs_are_forgotten_in_all_wordings():
     assert set(Counter(of[t] for t in texts).values()) == {2}
 
 
-def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, capsys):
-    done: list = []
-
-    def execute(todo, workers):
-        done.extend(todo)
-        finish(todo, workers)
-
-    monkeypatch.setattr(many.runs, "execute", execute)
+def test_each_request_starts_from_the_last_ones_model(stand_ins, done, capsys):
     many.many(
         Many(**stand_ins, methods=["joint"], in_turn=["joint"], varied=[], seeds=[2], workers=1)
     )
@@ -114,14 +120,7 @@ def test_each_request_starts_from_the_last_ones_model(stand_ins, monkeypatch, ca
     assert "| plain sum, one after the other | 10 | 1 | 0.925 | 0.250 |" in capsys.readouterr().out
 
 
-def test_ways_to_forget_all_pairs_differ_in_steps_and_prompts(stand_ins, monkeypatch):
-    done: list = []
-
-    def execute(todo, workers):
-        done.extend(todo)
-        finish(todo, workers)
-
-    monkeypatch.setattr(many.runs, "execute", execute)
+def test_ways_to_forget_all_pairs_differ_in_steps_and_prompts(stand_ins, done):
     args = {"methods": ["joint"], "counts": [10], "in_turn": [], "varied": ["joint"], "seeds": [1]}
     many.many(Many(**stand_ins, **args, workers=1))
     configs = [run.tasks[0].config for run in done[1:]]
@@ -161,14 +160,7 @@ def test_closed_forms_run_with_the_first_seed(stand_ins, monkeypatch):
         many.Many(**stand_ins, varied=["uce"])
 
 
-def test_numbers_of_closed_forms_are_chosen_on_other_pairs(stand_ins, monkeypatch):
-    done: list = []
-
-    def execute(todo, workers):
-        done.extend(todo)
-        finish(todo, workers)
-
-    monkeypatch.setattr(many.runs, "execute", execute)
+def test_numbers_of_closed_forms_are_chosen_on_other_pairs(stand_ins, done):
     given = {"methods": ["uce", "speed"], "counts": [3], "in_turn": [], "varied": []}
     numbers = {"speed": {"ridge": 0.01}}
     many.many(

@@ -170,11 +170,11 @@ class Requests(PromptFiles):
             "surrogate_concept": [self.path(f"instead-{first}", wordings(map(becomes, gone)))],
             "remember_prompts": [self.path(f"remember-{first}", remembered(gone, way.near))],
         }
-        numbers = self.args.closed_form_options.get(method)
-        training = (
-            ({"method_options": numbers} if numbers else {})
-            if method in closed_forms
-            else {
+        training: dict[str, Any] = {}
+        if numbers := self.args.closed_form_options.get(method):
+            training = {"method_options": numbers}
+        elif method not in closed_forms:
+            training = {
                 **losses(setting.loss, method),
                 "max_train_steps": way.times * (self.args.steps or STEPS),
                 **w.unlearn,
@@ -182,7 +182,6 @@ class Requests(PromptFiles):
                 **choice.given,
                 "validation_steps": 0,
             }
-        )
         options = {
             "method": method,
             "seed": seed,
@@ -215,37 +214,37 @@ class Requests(PromptFiles):
 
 def many(args: Many, script: str = "many") -> None:
     """Make the missing runs, and write results.json and results.md."""
-    pairs = LISTS[args.pairs]
-    setting = args.setting(pairs[0][0])
+    setting = args.setting(LISTS[args.pairs][0][0])
     requests = Requests(args, setting)
-    found: list[tuple[str, str, int, Run]] = []
+    found: list[tuple[str, str, int, Run, list[int] | None]] = []
     for seed in args.seeds:  # so that the first seed's results are complete early
         for count in args.counts:
             for method in check_methods(args.methods, closed_forms):
                 if method in closed_forms and seed != args.seeds[0]:
                     continue
                 run = requests.together(method, count, seed)
-                found.append((args.how(TOGETHER.title, method), method, seed, run))
+                found.append((args.how(TOGETHER.title, method), method, seed, run, None))
         for way in VARIANTS:
             for method in check_methods(args.varied):
                 run = requests.together(method, max(args.counts), seed, way)
-                found.append((way.title, method, seed, run))
+                found.append((way.title, method, seed, run, None))
         if seed == args.seeds[0]:
             for method in check_methods(args.in_turn, closed_forms):
                 how = args.how(IN_TURN, method)
-                found.append((how, method, seed, requests.in_turn(method, seed)))
+                run = requests.in_turn(method, seed)
+                found.append((how, method, seed, run, args.counts))
     base = requests.base()
-    todo = [*setting.trained, base, *(run for *_, run in found)]
+    todo = [*setting.trained, base, *(run for *_, run, _ in found)]
     if not args.announced(todo):
         return
     setting.write_prompts()
     requests.write_prompts()
     runs.execute(todo, args.processes)
-    results = [{"how": "base model", **seen(base.tasks[0], pairs)}]
-    for how, method, seed, run in found:
+    results = [{"how": "base model", **seen(base.tasks[0], requests.pairs)}]
+    for how, method, seed, run, counts in found:
         results += [
             {"how": how, "method": method, "seed": seed, **row}
-            for row in looks(run, args.counts if how.startswith(IN_TURN) else None, pairs)
+            for row in looks(run, counts, requests.pairs)
         ]
     folder = setting.root / script
     for name, text in {

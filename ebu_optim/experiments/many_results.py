@@ -10,14 +10,12 @@ from typing import Any
 from ..baselines import recipes as known
 from ..metrics.intervals import mean_said
 from .canvas_results import number
-from .many_prompts import PAIRS, Pair, wordings
+from .many_prompts import Pair, wordings
 from .runs import Run, Task
 from .text_worlds import MEASURE, UNLEARN
 
 
-def looks(
-    run: Run, counts: Sequence[int] | None, pairs: Sequence[Pair] = PAIRS
-) -> list[dict[str, Any]]:
+def looks(run: Run, counts: Sequence[int] | None, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """A row for each look at the models of a run."""
     made = [t for t in run.tasks if t.maker is UNLEARN]
     judged = [t for t in run.tasks if t.maker is not UNLEARN]
