@@ -61,9 +61,9 @@ def _forget(argv: Sequence[str]) -> None:
 
 
 def _attack(argv: Sequence[str]) -> None:
-    from .attacks import run
+    from .attacks import options, run
 
-    _run("attack", run.attack, run.AttackOptions, run.__doc__ or "", argv)
+    _run("attack", run.attack, options.AttackOptions, run.__doc__ or "", argv)
 
 
 def _evaluate(argv: Sequence[str]) -> None:

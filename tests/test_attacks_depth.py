@@ -16,7 +16,7 @@ from ebu_optim.attacks import attacks, judges, prompts
 from ebu_optim.attacks import model as models
 from ebu_optim.attacks import tina as inversion
 from ebu_optim.attacks import unlearndiffatk as uda
-from ebu_optim.attacks.run import AttackOptions
+from ebu_optim.attacks.options import AttackOptions
 from ebu_optim.text_to_image import pipelines, results
 from ebu_optim.training.command_line import parse
 

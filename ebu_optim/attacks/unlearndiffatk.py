@@ -24,11 +24,16 @@ from ..modules import stream
 from .found import SHOWN, Found
 
 if TYPE_CHECKING:
+    from ..text_to_image.families import Family
     from .attacks import Attack
 
-#: Why families are not supported for which `Family.of_tokens` is not defined.
-UNREAD = "there are no gradients here from its denoiser to single tokens"
 SHOWS = 0.5  # smallest score of an image that shows the concept
+
+
+def unsupported(family: Family) -> str | None:
+    """Why the attack is not supported for a family; None if it is. It needs `Family.of_tokens`."""
+    unread = "there are no gradients here from its denoiser to single tokens"
+    return unread if family.no_new_word else None
 
 
 class Settings(NamedTuple):

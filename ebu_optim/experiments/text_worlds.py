@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..attacks.run import AttackOptions, attack
+from ..attacks.options import AttackOptions
+from ..attacks.run import attack
 from ..baselines import recipes
 from ..diffusion.flow import is_flow
 from ..errors import InputError

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attacks.unlearndiffatk import UNREAD
+from ..attacks.unlearndiffatk import unsupported
 from ..errors import InputError
 from ..files import replacing
 from ..manifest import key
@@ -189,8 +189,8 @@ def _row(
             found[name] = [of_set.look(some, content_of, targets)]
     if protocol.attack is not None:
         by, family = protocol.attack.judge, opened[2].family
-        if family.no_new_word:
-            why["attack"] = f"not computed: not supported for {family.name}: {UNREAD}"
+        if reason := unsupported(family):
+            why["attack"] = f"not computed: not supported for {family.name}: {reason}"
         elif by in why or base is None:
             why["attack"] = why.get(by) or (
                 "not computed: the attack learns from the base's images: give --base"

@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from ..attacks.judges import JudgeOptions
-from ..attacks.run import AttackOptions, attack
+from ..attacks.options import AttackOptions
+from ..attacks.run import attack
 from ..errors import InputError
 from ..text_to_image import pipelines
 from ..text_to_image.pipelines import Model
