@@ -103,11 +103,6 @@ def test_elsewhere_prompts_and_paraphrases_are_those_given(tmp_path):
         ("dog in red", "{} in red"),
     ]
     assert [w.texts for w in found.paraphrases] == [["the cat"], ["a photo of cat"], ["a cat"]]
-    # the place of the new word is where that of the concept is
-    ids, at = a.tokens_around(words, "a {} in red")
-    known = words("a cat in red", padding="max_length").input_ids
-    assert (at, len(ids)) == (2, len(known))
-    assert ids[:at] + ids[at + 1 :] == known[:at] + known[at + 1 :]
 
 
 def test_rows_of_a_table_bring_their_seed_and_guidance(tmp_path):

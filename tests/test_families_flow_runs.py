@@ -27,7 +27,6 @@ from ebu_optim.training.command_line import parse
 from .flow_families import MADE, look, module, opened, size, unlearn
 from .flow_files import original
 from .scripts import reset_accelerate
-from .text_to_image import LENGTH
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -590,11 +589,6 @@ def test_parts_that_do_not_fit_are_told(message, made, tmp_path):
         look(tmp_path / "wrong")
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image"])
-def test_a_new_word_cannot_be_learned(name, made):
-    assert look(made / name).family.no_new_word
-
-
 def attacked(made: Path, name: str, out: Path):
     run, model = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.model")
     argv = [
@@ -620,28 +614,89 @@ def attacked(made: Path, name: str, out: Path):
     return model, model.Attacked(pipe, look(made / name), args, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3_without_t5"])
-def test_a_known_word_in_the_new_ones_place_is_the_prompt(name, made, tmp_path):
-    """To CLIP; T5, which has no one token for a word, says nothing."""
+ONE_ENCODER = ["klein", "z_image", "pixart", "sana", "qwen_image"]
+
+
+@pytest.mark.parametrize("name", ONE_ENCODER)
+def test_known_tokens_in_the_new_ones_place_are_the_prompt(name, made, tmp_path):
+    _, model = attacked(made, name, tmp_path)
+    (table,) = (e.get_input_embeddings().weight for e in model.text_encoders)
+    before, after = (
+        model.tokenizer(t, add_special_tokens=False).input_ids
+        for t in ("a photo of", "a photo of cat")
+    )
+    ids = after[len(before) :]
+    words = module("ebu_optim.attacks.words").Words(model, len(ids))
+    known = model.tokenizer.get_vocab()
+    found = words.encode([f"a photo of {' '.join(words.names)}", "a dog"], [table[ids]])
+    right = model.encode(["a photo of cat", "a dog"])
+    assert torch.equal(found, right)
+    assert not torch.equal(found, words.encode(["a photo of", "a dog"], [table[ids]]))
+    assert known == model.tokenizer.get_vocab()
+    assert model.pipe.tokenizer is model.tokenizer
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux_dev"])
+def test_a_known_word_in_the_new_ones_place_is_the_prompt_to_clip(name, made, tmp_path):
     m, model = attacked(made, name, tmp_path)
     templates = ["a photo of {}", "{} in red"]
-    cat = m.initial_words(model, ["cat"], 0)["cat"]
+    tables = [e.get_input_embeddings().weight for e in model.text_encoders]
+    words = model.tokenizers.values()
+    cat = torch.cat([t[w("cat").input_ids[1]] for t, w in zip(tables, words, strict=True)])
     found = model.told(m.NewWord(model, templates, cat).embeddings(torch.arange(2)))
     right = model.told(model.encode([t.format("cat") for t in templates]))
-    text = right["encoder_hidden_states"]
-    assert bool(text[:, LENGTH:].abs().max()) == (name == "sd3")
-    text[:, LENGTH:] = 0
-    torch.testing.assert_close(found, right)
+    clip = {"pooled_projections"}
+    if name == "sd3_without_t5":
+        clip |= {"encoder_hidden_states"}
+    for n in clip:
+        torch.testing.assert_close(found[n], right[n])
 
 
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [
-        ("sd3", ("inversion", "cce", "unlearndiffatk")),
-        *((name, ()) for name in ("flux_dev", "klein", "z_image", "pixart", "sana", "qwen_image")),
-    ],
-)
-def test_an_attack_goes_through(name, more, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", MADE)
+def test_every_text_encoder_learns_the_new_word(name, made, tmp_path):
+    """The gradient of each encoder's part is that of finite differences, and is not zero."""
+    m, model = attacked(made, name, tmp_path)
+    initial = m.initial_words(model, [], 0)["random"]
+    word = m.NewWord(model, ["a photo of {} in red"], initial)
+    weight = word.word.weight.requires_grad_()
+    probe = torch.linspace(-1, 1, len(model.null.flatten()))
+
+    def value() -> torch.Tensor:
+        return word.embeddings(torch.arange(1)).flatten() @ probe
+
+    (gradient,) = torch.autograd.grad(value(), weight)
+    sizes = [e.get_input_embeddings().embedding_dim for e in model.text_encoders]
+    for part in torch.arange(len(initial)).split(sizes):
+        direction = torch.zeros_like(weight)
+        direction[0, part] = gradient[0, part] / gradient[0, part].norm()
+        step, values = 1e-2, []
+        with torch.no_grad():
+            for sign in (1, -1):
+                weight += sign * step * direction
+                values.append(value().item())
+                weight -= sign * step * direction
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope == pytest.approx(gradient[0, part].norm().item(), rel=0.05)
+        assert slope > 0
+
+
+@pytest.mark.parametrize("name", [*ONE_ENCODER, "sd3_without_t5"])
+def test_free_tokens_are_read_as_they_are_in_the_prompt(name, made, tmp_path):
+    from ebu_optim.attacks.unlearndiffatk import FreeTokens, Settings
+
+    _, model = attacked(made, name, tmp_path)
+    free = FreeTokens(model, "a dog", Settings(tokens=2))
+    ids = model.tokenizer("a cat", add_special_tokens=False).input_ids[-2:]
+    chosen = torch.nn.functional.one_hot(torch.tensor(ids), free.vocabulary).float()
+    own = {n: t[ids] for n, t in free.tables.items()}
+    found = free.embeddings(chosen)
+    text = " ".join([*free.words.names, "a dog"])
+    assert torch.equal(found, free.words.encode([text], list(own.values())))
+    assert free.text(torch.tensor(ids)).endswith(" a dog")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", *ONE_ENCODER])
+def test_an_attack_goes_through(name, made, tmp_path, monkeypatch):
     run, judges = module("ebu_optim.attacks.run"), module("ebu_optim.attacks.judges")
     # below 0.5, so that unlearndiffatk has to search
     dim = judges.Judge(lambda x: x.double().mean((1, 2, 3)).sigmoid() / 4, {"judge": "brightness"})
@@ -690,35 +745,19 @@ def test_an_attack_goes_through(name, more, made, tmp_path, monkeypatch):
         "relearn",
         "tina",
         "lora_relearn",
-        *more,
+        "inversion",
+        "cce",
+        "unlearndiffatk",
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         run.attack(parse(run.AttackOptions, [str(a) for a in argv]))
     found = json.loads((tmp_path / "o" / "attacks.json").read_text())["values"]
     assert {"p_f", "paraphrase", "relearn_steps", "lora_relearn_steps"} <= found.keys()
     assert {"tina", "tina_error", "tina_control_error"} <= found.keys()
-    if more:
-        word = load_file(tmp_path / "o" / "learned_word.safetensors")
-        assert sorted(word) == ["text_encoder", "text_encoder_2"]
-        assert {"inversion_2", "cce", "unlearndiffatk"} <= found.keys()
-
-
-def test_attacks_by_tokens_are_refused_where_no_gradient_comes_to_them(made, tmp_path):
-    run = module("ebu_optim.attacks.run")
-    given = ["--pretrained_model_name_or_path", made / "flux_dev", "--forget", "cat"]
-    given += [
-        "--base_model",
-        made / "flux_dev",
-        "--judge",
-        "nudity",
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    for name in ("cce", "unlearndiffatk"):
-        args = parse(run.AttackOptions, [str(a) for a in (*given, "--attacks", name)])
-        with pytest.raises(InputError, match=f"--attacks {name} is not supported for FLUX.1"):
-            run.attack(args)
-    assert not (tmp_path / "o").exists()
+    assert {"inversion_2", "cce", "unlearndiffatk"} <= found.keys()
+    word = load_file(tmp_path / "o" / "learned_word.safetensors")
+    encoders = list(look(made / name).family.encoders)
+    assert sorted(word) == (sorted(encoders) if len(encoders) > 1 else ["<attack>"])
 
 
 def test_an_attack_draws_by_the_models_own_guidance(made, tmp_path):

@@ -6,8 +6,8 @@ with several conditions, all their numbers (F,). `Attacked.told` splits the row.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from ..manifest import key, of_model, plain
 from ..modules import stream
 from ..text_to_image import pipelines
 from ..text_to_image.families import join, split
-from .prompts import Asked, one_token, tokens_around
+from ..text_to_image.prompts import fill
+from .prompts import Asked, one_token
+from .words import Words
 
 
 class Attacked:
@@ -40,17 +42,20 @@ class Attacked:
             for n in self.family.weighty()
         }
         self.unet, self.vae = self.parts[self.family.denoiser], self.parts["vae"]
-        self.readers = self.family.readers or tuple(self.family.encoders)
-        self.text_encoders = [self.parts[n] for n in self.readers]
-        self.tokenizers = [looked.tokenizers[self.family.encoders[n]] for n in self.readers]
-        self.text_encoder, self.tokenizer = self.text_encoders[0], self.tokenizers[0]
+        self.text_encoders = [self.parts[n] for n in self.family.encoders]
+        self.tokenizers = {n: looked.tokenizers[n] for n in self.family.tokenizers()}
+        self.text_encoder, self.tokenizer = (
+            self.text_encoders[0],
+            next(iter(self.tokenizers.values())),
+        )
         self.schedule, self.shape, self.size = looked.scheduler, looked.latents, looked.resolution
         self.args = looked.family.guided(args, looked.unet)
         self.device, self.folder = device, looked.folder
         self.sampler = self.family.sampler(looked.scheduler)
         self.pipe = pipe
         pipe.register_modules(**looked.tokenizers)
-        null = self.family.encode(pipe, [""])
+        with torch.no_grad():
+            null = self.family.encode(pipe, [""])
         self.shapes, self.null = {n: t.shape[1:] for n, t in null.items()}, join(null).to(device)
         shared = self.family.shared(self.size, lambda x: self.family.to_latents(self.vae, x))
         self.shared = {n: t.to(device) for n, t in shared.items()}
@@ -63,21 +68,24 @@ class Attacked:
             "scheduler": key(plain(self.schedule.config)),
         }
 
+    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The conditions of prompts, one row each, on the device."""
+        return self.read(texts)
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """As `encode`, with gradients."""
         return join(self.family.encode(self.pipe, texts)).to(self.device)
 
-    def of_tokens(self, ids: Sequence[Tensor], used: Sequence[Tensor]) -> Tensor:
-        """The conditions of token ids, one row each.
-
-        The parts of text encoders that do not learn new words are zeros.
-
-        Args:
-            ids, used: token ids (n, L) and 0 at padding (n, L), for each text encoder that learns
-                new words.
-        """
-        found = self.family.of_tokens(self.text_encoders, ids, used)
-        return join({n: _filled(t, self.shapes[n]) for n, t in found.items()})
+    @contextmanager
+    def registered(self, tokenizers: Mapping[str, Any]) -> Iterator[None]:
+        """Inside the block, the pipeline has these tokenizers, by name."""
+        own = {name: getattr(self.pipe, name) for name in tokenizers}
+        self.pipe.register_modules(**tokenizers)
+        try:
+            yield
+        finally:
+            self.pipe.register_modules(**own)
 
     def told(self, embeddings: Tensor) -> dict[str, Tensor]:
         """The conditions in such rows, by name."""
@@ -178,8 +186,7 @@ def finite(drawn: Tensor) -> Tensor:
 class NewWord(nn.Module):
     """Prompts in which the input embedding of one word is the only row of `self.word`.
 
-    Tokenizers and vocabularies do not change. With several text encoders the row holds the
-    embeddings for all of them, one after the other.
+    With several text encoders the row holds the embeddings for all of them, one after the other.
 
     Args:
         templates: prompts with a place for the word.
@@ -188,52 +195,18 @@ class NewWord(nn.Module):
 
     def __init__(self, model: Attacked, templates: Sequence[str], initial: Tensor) -> None:
         super().__init__()
-        self.unet, self.of_tokens = model.unet, model.of_tokens
+        self.unet, self.words = model.unet, Words(model)
         self.text_encoders = nn.ModuleList(model.text_encoders)
         self.word = nn.Embedding.from_pretrained(initial[None].clone(), freeze=True)
-        self.read = [_read(words, templates, model.device) for words in model.tokenizers]
+        self.texts = [fill(t, self.words.names[0]) for t in templates]
 
     def embeddings(self, rows: Tensor) -> Tensor:
         """The conditions of the templates `rows` (n,), as rows of `Attacked.encode`."""
-        ids, at, used = zip(*((ids[rows], at[rows], used[rows]) for ids, at, used in self.read))
         encoders: list[Any] = list(self.text_encoders)
-        tables = [e.get_input_embeddings() for e in encoders]
+        sizes = [e.get_input_embeddings().embedding_dim for e in encoders]
         # called as a module, so that the code that learns the word can replace its output
-        vectors = self.word(torch.zeros_like(rows)).split([t.embedding_dim for t in tables], -1)
-        with ExitStack() as stack:
-            for table, vector, place in zip(tables, vectors, at, strict=True):
-                stack.enter_context(_put_in(table, vector, place, ids[0].shape[1]))
-            return self.of_tokens(ids, used)
-
-
-def _filled(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows padded with zeros to this shape."""
-    sides = [(0, want - there) for there, want in zip(t.shape[1:], shape, strict=True)]
-    return nn.functional.pad(t, [n for side in reversed(sides) for n in side])
-
-
-def _read(tokenizer: Any, templates: Sequence[str], device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (n, L), the word's place (n,), and 1 for used tokens, 0 for padding (n, L)."""
-    rows = [tokens_around(tokenizer, t) for t in templates]
-    ids = torch.tensor([ids for ids, _ in rows], device=device)
-    at = torch.tensor([at for _, at in rows], device=device)
-    # the first end token after the word; padding follows it
-    number = torch.arange(ids.shape[1], device=device)
-    ends = (ids == tokenizer.eos_token_id) & (number > at[:, None])
-    return ids, at, (number <= ends.int().argmax(1, keepdim=True)).long()
-
-
-@contextmanager
-def _put_in(table: nn.Module, vector: Tensor, at: Tensor, length: int) -> Iterator[None]:
-    """Inside the block, the table returns `vector` (n, D) at the places `at` (n,)."""
-    mask = (torch.arange(length, device=at.device) == at[:, None])[..., None]
-    handle = table.register_forward_hook(
-        lambda _module, _args, out: torch.where(mask, vector[:, None], out)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+        vectors = self.word(torch.zeros(1, dtype=torch.long, device=self.word.weight.device))
+        return self.words.encode([self.texts[i] for i in rows.tolist()], vectors.split(sizes, -1))
 
 
 def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str, Tensor]:
@@ -243,7 +216,7 @@ def initial_words(model: Attacked, tokens: Sequence[str], seed: int) -> dict[str
     tables = [e.get_input_embeddings().weight.detach() for e in model.text_encoders]
     mean, spread = (torch.cat([f(t, 0).cpu() for t in tables]) for f in (torch.mean, torch.std))
     draw = torch.randn(mean.shape, generator=stream(seed, 0))
-    pairs = list(zip(tables, model.tokenizers, strict=True))
+    pairs = list(zip(tables, model.tokenizers.values(), strict=True))
     named = {t: torch.cat([table[one_token(words, t)] for table, words in pairs]) for t in tokens}
     return {"random": (mean + spread * draw).to(tables[0]), **named}
 
@@ -256,4 +229,4 @@ def by_encoder(model: Attacked, word: Tensor, name: str) -> dict[str, Tensor]:
     if len(model.text_encoders) == 1:
         return {name: word}
     sizes = [e.get_input_embeddings().embedding_dim for e in model.text_encoders]
-    return {n: t.clone() for n, t in zip(model.readers, word.split(sizes), strict=True)}
+    return {n: t.clone() for n, t in zip(model.family.encoders, word.split(sizes), strict=True)}

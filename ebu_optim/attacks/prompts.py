@@ -98,8 +98,6 @@ def collect(args: Any, tokenizer: Any) -> Questions:
     texts = [one.text for one in forget] + [t for p in paraphrases for t in p.texts]
     check_lengths(texts, tokenizer)
     if "inversion" in args.attacks:
-        for one in forget:
-            tokens_around(tokenizer, one.template)
         for token in args.initializer_token:
             one_token(tokenizer, token)
     return Questions(forget, paraphrases)
@@ -157,34 +155,16 @@ def reworded(words: list[str], forgotten: set[str]) -> list[Wording]:
     return found
 
 
-def tokens_around(tokenizer: Any, template: str) -> tuple[list[int], int]:
-    """The padded tokens of a template with one token for `PLACE`, and the index of that token.
-
-    Raises:
-        InputError: the template is too long.
-    """
-    before, after = (
-        tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACE)
-    )
-    # Any token works there, as its embedding is replaced, except the end token: SDXL pools at the
-    # first end token.
-    ids = [tokenizer.bos_token_id, *before, 0, *after, tokenizer.eos_token_id]
-    longest = tokenizer.model_max_length
-    if len(ids) > longest:
-        raise InputError(
-            f"the template {template!r} has {len(ids)} tokens, the tokenizer takes {longest}: "
-            "shorten it"
-        )
-    return [*ids, *[tokenizer.pad_token_id] * (longest - len(ids))], 1 + len(before)
-
-
 def one_token(tokenizer: Any, token: str) -> int:
-    """The id of a text that is one token.
+    """The id of a word that is one token after another word.
+
+    Byte-level tokenizers have another token for a word after a space than for one alone.
 
     Raises:
-        InputError: the text is not exactly one token.
+        InputError: the word is not exactly one token.
     """
-    ids = tokenizer(token, add_special_tokens=False).input_ids
+    before, ids = (tokenizer(t, add_special_tokens=False).input_ids for t in ("a", f"a {token}"))
+    ids = ids[len(before) :]
     if len(ids) != 1:
         raise InputError(
             f"--initializer_token {token!r} is {len(ids)} tokens "

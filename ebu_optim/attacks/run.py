@@ -35,7 +35,6 @@ from ..training.fields import as_dict
 from . import attacks, judges, prompts
 from .model import Attacked, by_encoder
 from .options import AttackOptions
-from .unlearndiffatk import unsupported
 
 OURS = {"attacks.json", "pictures.png", "learned_word.safetensors", "parts", "target", ".lock"}
 SHOWN = 8  # images in a row
@@ -72,11 +71,6 @@ def attack(config: AttackOptions) -> None:
             f"{sizes[1][1]}, {names[0]} images of {sizes[0][0]} pixels from {sizes[0][1]}: give "
             "the base of this model"
         )
-    no_word = looked.family.no_new_word
-    reasons = {"inversion": no_word, "cce": no_word, "unlearndiffatk": unsupported(looked.family)}
-    for name, why in reasons.items():
-        if why and name in args.attacks:
-            raise InputError(f"--attacks {name} is not supported for {looked.family.name}: {why}")
     args = looked.family.guided(args, looked.unet)
     looked.family.check_steps(args, looked.scheduler, "num_inference_steps")
     questions = prompts.collect(args, looked.tokenizer)

@@ -8,8 +8,7 @@ points back onto the simplex.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,18 +21,13 @@ from ..metrics.images import to_uint8
 from ..metrics.intervals import estimate
 from ..modules import stream
 from .found import SHOWN, Found
+from .words import Words
 
 if TYPE_CHECKING:
-    from ..text_to_image.families import Family
     from .attacks import Attack
+    from .model import Attacked
 
 SHOWS = 0.5  # smallest score of an image that shows the concept
-
-
-def unsupported(family: Family) -> str | None:
-    """Why the attack is not supported for a family; None if it is. It needs `Family.of_tokens`."""
-    unread = "there are no gradients here from its denoiser to single tokens"
-    return unread if family.no_new_word else None
 
 
 class Settings(NamedTuple):
@@ -187,56 +181,40 @@ class _Drawn(torch.autograd.Function):
 class FreeTokens:
     """A prompt with free tokens before it.
 
+    They are tokens of the text encoders that `Family.searched` names. The others are given the mean
+    of their input embeddings in their place, which is where the search starts.
+
     Raises:
-        InputError: the text encoders have different vocabularies.
+        InputError: these text encoders have different vocabularies.
     """
 
-    def __init__(self, model: Any, prompt: str, settings: Settings) -> None:
-        self.model, self.prompt, self.tokens = model, prompt, settings.tokens
-        self.tables = [e.get_input_embeddings() for e in model.text_encoders]
-        sizes = {len(table.weight) for table in self.tables}
+    def __init__(self, model: Attacked, prompt: str, settings: Settings) -> None:
+        self.prompt, self.words = prompt, Words(model, settings.tokens)
+        encoders = model.family.encoders
+        searched = model.family.searched or tuple(encoders)
+        tables = [e.get_input_embeddings().weight for e in model.text_encoders]
+        self.tables = dict(zip(encoders, tables, strict=True))
+        self.means = {
+            n: t.mean(0).expand(settings.tokens, -1)
+            for n, t in self.tables.items()
+            if n not in searched
+        }
+        sizes = {len(self.tables[n]) for n in searched}
         if len(sizes) > 1:
             raise InputError(
                 "--attacks unlearndiffatk is not supported for text encoders with different "
                 "vocabularies: leave it out"
             )
         (self.vocabulary,) = sizes
-        self.ids, self.used = [], []
-        for words in model.tokenizers:
-            own = words(prompt, add_special_tokens=False).input_ids
-            self.length = len(own)
-            longest = words.model_max_length
-            kept = own[: longest - 2 - self.tokens]
-            row = [words.bos_token_id, *[0] * self.tokens, *kept, words.eos_token_id]
-            self.used.append([1] * len(row) + [0] * (longest - len(row)))
-            self.ids.append([*row, *[words.pad_token_id] * (longest - len(row))])
+        self.tokenizer = model.tokenizers[encoders[searched[0]]]
+        self.length = len(self.tokenizer(prompt, add_special_tokens=False).input_ids)
 
     def embeddings(self, chosen: Tensor) -> Tensor:
         """The conditions of the prompt with the one-hot tokens `chosen` (k, V), as one row."""
-        device = self.model.device
-        ids = [torch.tensor([row], device=device) for row in self.ids]
-        used = [torch.tensor([row], device=device) for row in self.used]
-        with _first(self.tables, [chosen @ table.weight for table in self.tables]):
-            return self.model.of_tokens(ids, used)
+        vectors = [
+            self.means[n] if n in self.means else chosen @ table for n, table in self.tables.items()
+        ]
+        return self.words.encode([" ".join([*self.words.names, self.prompt])], vectors)
 
     def text(self, tokens: Tensor) -> str:
-        return f"{self.model.tokenizer.decode(tokens.tolist())} {self.prompt}"
-
-
-@contextmanager
-def _first(tables: Sequence[nn.Module], vectors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the block, each table returns its `vectors` (k, D) after the begin token."""
-
-    def hook(vector: Tensor) -> Callable[..., Tensor]:
-        return lambda _module, _args, out: torch.cat(
-            [out[:, :1], vector[None], out[:, 1 + len(vector) :]], 1
-        )
-
-    handles = [
-        table.register_forward_hook(hook(v)) for table, v in zip(tables, vectors, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        return f"{self.tokenizer.decode(tokens.tolist())} {self.prompt}"

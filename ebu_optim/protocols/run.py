@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attacks.unlearndiffatk import unsupported
 from ..errors import InputError
 from ..files import replacing
 from ..manifest import key
@@ -188,10 +187,8 @@ def _row(
             content_of = key(pictures.model, key([f.name for f in some]))
             found[name] = [of_set.look(some, content_of, targets)]
     if protocol.attack is not None:
-        by, family = protocol.attack.judge, opened[2].family
-        if reason := unsupported(family):
-            why["attack"] = f"not computed: not supported for {family.name}: {reason}"
-        elif by in why or base is None:
+        by = protocol.attack.judge
+        if by in why or base is None:
             why["attack"] = why.get(by) or (
                 "not computed: the attack learns from the base's images: give --base"
             )
@@ -241,19 +238,22 @@ def look(
 ) -> dict[str, list[Any]]:
     """Each judge's observations of all images; `BATCH` images are in memory at a time."""
     found: dict[str, list[Any]] = {name: [] for name in judges}
+    seeing = [judge for judge in judges.values() if not judge.of_files]
     pairs = base is not None and any(judge.of_base for judge in judges.values())
 
     def batch(whose: Pictures, some: Sequence[Asked]) -> list[Tensor]:
         return [read(whose.file(protocol.sampling, a), protocol.saved) for a in some]
 
     def of_both(i: int) -> tuple[list[Tensor], list[Tensor]]:
-        some = asked[i : i + BATCH]
+        some = asked[i : i + BATCH] if seeing else []
         return batch(pictures, some), batch(base, some) if pairs and base is not None else []
 
     starts = range(0, len(asked), BATCH) if judges else range(0)
     for i, (ours, theirs) in zip(tqdm(starts, "judging"), ahead(of_both, starts), strict=True):
+        some = asked[i : i + BATCH]
+        files = [pictures.file(protocol.sampling, a) for a in some]
         for name, judge in judges.items():
-            found[name] += judge.look(ours, asked[i : i + BATCH], theirs)
+            found[name] += judge.look(files if judge.of_files else ours, some, theirs)
     return found
 
 

@@ -66,7 +66,8 @@ def _read(args: Any, looked: Looked, folder: Path, texts: list[str], device: Any
         if halved(args, family):
             read = nn.Module.to(read, torch.bfloat16)
         parts_of[part] = read.to(device)
-    found = family.encode(family.reader(folder, args.variant, parts_of), texts)
+    with torch.no_grad():
+        found = family.encode(family.reader(folder, args.variant, parts_of), texts)
     return {"embeddings": found.pop("encoder_hidden_states"), **found}
 
 

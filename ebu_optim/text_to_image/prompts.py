@@ -213,7 +213,6 @@ def _warn_of_mentions(concepts: list[str], remember: list[str], warn: Any) -> No
         )
 
 
-@torch.no_grad()
 def encode(texts: Sequence[str], tokenizer: Any, text_encoder: Any, batch: int = 32) -> Tensor:
     """Text embeddings (n, L, D), float32 on the CPU, as StableDiffusionPipeline computes them."""
     found = []

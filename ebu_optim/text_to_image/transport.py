@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..diffusion import transport
@@ -68,6 +69,7 @@ def scale(pipe: Any, erased: list[Erased], prompt: str) -> list[float]:
     return m
 
 
+@torch.no_grad()
 def _embedding(pipe: Any, prompt: str) -> Tensor:
     (found,) = named(type(pipe).__name__).encode(pipe, [prompt])["encoder_hidden_states"]
     return found

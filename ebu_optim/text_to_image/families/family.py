@@ -52,8 +52,8 @@ class Family:
             adapters.
         units: names of the classes that diffusers' gradient checkpointing recomputes one by one.
         lacks: an option with its value, e.g. "--method spm" -> why the family does not support it.
-        readers: the text encoders in which textual inversion learns a new word; empty: all.
-        no_new_word: why the family does not support textual inversion; None if it does.
+        searched: the text encoders whose tokens UnlearnDiffAtk searches, which must have one
+            vocabulary; empty: all.
         masks: conditions that mark the used tokens; no noise is added to them.
         reads: the tokenizer that limits the length of prompts; None: the first.
         usual: default of --guidance_scale.
@@ -77,8 +77,7 @@ class Family:
     lora_targets: Sequence[str]
     units: Sequence[str]
     lacks: Mapping[str, str] = {}
-    readers: Sequence[str] = ()
-    no_new_word: str | None = None
+    searched: Sequence[str] = ()
     masks: Sequence[str] = ()
     reads: str | None = None
     usual: float = 7.5
@@ -269,21 +268,11 @@ class Family:
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         """The conditions of prompts, float32 on the CPU, with one row per prompt.
 
-        Guidance leads away from the conditions of "".
+        Guidance leads away from the conditions of "". Where gradients are enabled, they reach the
+        outputs of the text encoders' input embeddings.
 
         Args:
             pipe: a pipeline with text encoders, see `reader`.
-        """
-        raise NotImplementedError
-
-    def of_tokens(
-        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """The conditions of token ids, with gradients. For textual inversion, see `no_new_word`.
-
-        Args:
-            ids: the token ids (n, L) for each text encoder.
-            used: for each text encoder (n, L), 0 at padding.
         """
         raise NotImplementedError
 

@@ -69,8 +69,8 @@ class Flux(FlowMatching):
     modules = MODULES
     lora_targets: Sequence[str] = TARGETS
     units: Sequence[str] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    no_new_word = "T5 splits a prompt into other tokens than CLIP, without one token for the word"
     reads = "tokenizer_2"
+    searched: Sequence[str] = ("text_encoder_2",)
     usual = 3.5
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
@@ -101,7 +101,6 @@ class Flux(FlowMatching):
     def longest(self, tokenizer: Any, config: Config) -> int:
         return 512 if self.guides(config) else 256
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         found = []
         for i in range(0, len(texts), batch):

@@ -86,7 +86,6 @@ class Klein(Qwen3):
         mean, spread = _normal(vae)
         return vae.decode(Flux2KleinPipeline._unpatchify_latents(latents * spread + mean)).sample
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 8) -> dict[str, Tensor]:
         found = [
             pipe.encode_prompt(

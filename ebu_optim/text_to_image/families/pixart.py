@@ -58,7 +58,6 @@ class PixArtSigma(Family):
         "--save_as single": "diffusers cannot load it from one file; give --save_as pipeline or "
         "changed",
     }
-    no_new_word = "its pipeline cannot load a new word into T5"
     masks = ("mask",)
     usual = 4.5
     wide = False
@@ -94,7 +93,6 @@ class PixArtSigma(Family):
     def size(self, configs: Mapping[str, Config]) -> int:
         return configs["transformer"].get("sample_size", 128) * self.factor(configs)
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         found = []
         for i in range(0, len(texts), batch):

@@ -22,7 +22,6 @@ class Qwen3(FlowMatching):
     encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
     foreign = frozenset({"unet", "controlnet", "text_encoder_2"})
     thinking: bool
-    no_new_word = "its pipeline cannot load a new word into Qwen3"
 
     def longest(self, tokenizer: Any, config: Config) -> int:
         template = tokenizer.apply_chat_template(

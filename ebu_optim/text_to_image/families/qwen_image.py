@@ -54,7 +54,6 @@ class QwenImage(FlowMatching):
             "its activations overflow float16; use bfloat16 or float32",
         ),
     }
-    no_new_word = "its pipeline cannot load a new word into Qwen2.5-VL"
     masks: Sequence[str] = ("mask",)
     packed = 4
     framed = True
@@ -105,7 +104,6 @@ class QwenImage(FlowMatching):
         mean, spread = (t.to(latents) for t in _normal(vae))
         return vae.decode((latents * spread + mean).unsqueeze(2)).sample.squeeze(2)
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 8) -> dict[str, Tensor]:
         rows = [
             pipe.encode_prompt(t, device=pipe.text_encoder.device, max_sequence_length=TOKENS)[0][0]

@@ -72,7 +72,6 @@ class Sana(FlowMatching):
         "--half True": "its text encoder and VAE overflow float16; leave it out",
         "--save_as kohya": "ComfyUI cannot load a LoRA for it; give --save_as lora, for diffusers",
     }
-    no_new_word = "its pipeline cannot load a new word into Gemma"
     masks: Sequence[str] = ("mask",)
     patch = 1
     usual = 4.5
@@ -121,7 +120,6 @@ class Sana(FlowMatching):
         found.usual = lambda n: {"sigmas": np.linspace(1 - last, 0, n + 1)[:-1]}
         return found
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 16) -> dict[str, Tensor]:
         found = []
         for text in texts:

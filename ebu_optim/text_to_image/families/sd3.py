@@ -55,7 +55,7 @@ class SD3WithoutT5(FlowMatching):
     }
     lora_targets = TARGETS
     units = ("JointTransformerBlock",)
-    readers: Sequence[str] = ("text_encoder", "text_encoder_2")  # T5 may split a word
+    searched: Sequence[str] = ("text_encoder", "text_encoder_2")
 
     def check(self, name: str, configs: Mapping[str, Config]) -> None:
         super().check(name, configs)
@@ -96,7 +96,6 @@ class SD3WithoutT5(FlowMatching):
             wide = SD3Transformer2DModel.from_config(config)
         return super().reader(folder, variant, {**parts, "transformer": wide})
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         found = []
         for i in range(0, len(texts), batch):
@@ -112,15 +111,6 @@ class SD3WithoutT5(FlowMatching):
             found.append([t.float().cpu() for t in (told[0], told[2])])
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
-
-    def of_tokens(
-        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        found = [e(i, output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
-        return {
-            "encoder_hidden_states": torch.cat([out.hidden_states[-2] for out in found], -1),
-            "pooled_projections": torch.cat([out.text_embeds for out in found], -1),
-        }
 
     def drawing(self, pipe: Any, size: int) -> dict[str, Any]:
         third = pipe.tokenizer_3

@@ -78,7 +78,6 @@ class SDXL(StableDiffusion):
     def check_tokenizers(self, name: str, tokenizers: Mapping[str, Any]) -> None:
         check_alike(name, *tokenizers.values())
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         def read(some: Sequence[str]) -> list[Tensor]:
             found = pipe.encode_prompt(list(some), do_classifier_free_guidance=True)
@@ -95,13 +94,6 @@ class SDXL(StableDiffusion):
             found.append((text, pooled))
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "text_embeds": pooled}
-
-    def of_tokens(
-        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        found = [e(i, output_hidden_states=True) for e, i in zip(encoders, ids, strict=True)]
-        text = torch.cat([out.hidden_states[-2] for out in found], -1)  # as `encode_prompt`
-        return {"encoder_hidden_states": text, "text_embeds": found[-1].text_embeds}
 
     def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
         pooled = config["projection_class_embeddings_input_dim"]

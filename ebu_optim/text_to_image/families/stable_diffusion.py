@@ -77,12 +77,6 @@ class StableDiffusion(Family):
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         return {"encoder_hidden_states": encode(texts, pipe.tokenizer, pipe.text_encoder, batch)}
 
-    def of_tokens(
-        self, encoders: Sequence[Any], ids: Sequence[Tensor], used: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        masked = getattr(encoders[0].config, "use_attention_mask", False)
-        return {"encoder_hidden_states": encoders[0](ids[0], used[0] if masked else None)[0]}
-
     def shapes(self, config: Config, length: int) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (length, config.get("cross_attention_dim", 1280))}
 

@@ -67,7 +67,6 @@ class ZImage(Qwen3):
     def distilled(self, name: str, config: Config) -> str | None:
         return STEPWISE.format(name, "Z-Image") if "turbo" in name.lower() else None
 
-    @torch.no_grad()
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
         rows: list[Tensor] = []
         for i in range(0, len(texts), batch):
