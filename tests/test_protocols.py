@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
@@ -134,7 +135,7 @@ def test_every_protocol_says_what_it_is():
         assert p.title
         assert "@" in p.source
         assert p.cost == p.images * p.sampling.steps * 2
-        assert set(p.judges) <= {*judges.JUDGES, *judges.SETS, *judges.ABSENT}, name
+        assert set(p.judges) <= {*judges.JUDGES, *judges.SETS}, name
 
 
 def test_every_protocol_has_a_smaller_twin_whose_name_says_so():
@@ -752,6 +753,7 @@ def test_every_protocol_runs(tiny, other, tmp_path, listed, bright, forget, monk
         "resnet50-entropy": lambda a, x: (a.of["class"], 0.1),
         "resnet50-microsoft": lambda a, x: ["0", "497"],
         "artists-129": lambda a, x: ["vincent-van-gogh"],
+        "giphy": lambda a, x: a.of["name"],
     }
     monkeypatch.setattr(attacking, "Settings", lambda *_: Settings(1, 1, 1))
     names = [name for name in PROTOCOLS if of(name) == forget]
@@ -916,6 +918,38 @@ def test_celebrities_are_counted_by_whoever_has_a_face():
     found["giphy"][1] = "two"
     figures = PROTOCOLS["celebrities"].count(Seen(asked, ["one"], found))
     assert figures["h_c"] == pytest.approx(2 / (1 / 1 + 1 / 0.5))
+
+
+def test_giphys_answers_are_read_from_a_table(tiny, tmp_path):
+    listed = tmp_path / "names.csv"
+    listed.write_text(
+        "prompt,evaluation_seed,concept\na portrait of Jane Doe,1,Jane Doe\n"
+        "a sketch of Jane Doe,2,Jane Doe\na sketch of John Doe,3,John Doe\n"
+    )
+    given = (tiny, "--protocol", "celebrities-1000", "--forget", "Jane Doe", "--change", *SMALL)
+
+    def again(*files) -> dict:
+        (row,) = evaluate(tmp_path / "o", *given, "--files", f"celebrities={listed}", *files)
+        return row["figures"]
+
+    assert "https://github.com/Giphy" in again()["acc_e"]["not_computed"]
+    images = sorted((tmp_path / "o" / "images").glob("*/*.png"))
+    said = {"a portrait of Jane Doe": "Jane_Doe_[of_Ohio]", "a sketch of John Doe": "john_doe"}
+    prompts = [json.loads(Image.open(i).text["made of"])["prompt"] for i in images]
+    rows = [f"{i.name},{said.get(p, '')}" for i, p in zip(images, prompts, strict=True)]
+    answers = tmp_path / "giphy.csv"
+    answers.write_text("image,name\n" + "\n".join(rows), encoding="utf-8-sig")
+    # without a face the sketch of Jane Doe does not count
+    assert again(f"giphy={answers}") == {"acc_e": 1.0, "acc_s": 1.0, "h_c": 0.0}
+    answers.write_text("image,name\n" + "\n".join(rows[1:]))
+    with refused(f"has no row for .*{images[0].name}: run the detector over all"):
+        again(f"giphy={answers}")
+    answers.write_text(f"image,name\n{rows[0]}\n{images[0].name},Jack\n")
+    with refused(f"two answers for {images[0].name}"):
+        again(f"giphy={answers}")
+    answers.write_text("file,top1\n")
+    with refused("has the columns file, top1: give a .csv table with the columns 'image'"):
+        again(f"giphy={answers}")
 
 
 def test_published_rows_are_of_their_source():

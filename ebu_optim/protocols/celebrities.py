@@ -1,6 +1,4 @@
-"""Celebrities as in MACE: 200 names, judged by GIPHY's detector.
-
-The detector is not built in: the images are generated, but the figures are not computed."""
+"""Celebrities as in MACE: 200 names, judged by GIPHY's detector, whose answers are given."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def count(seen: Seen) -> dict[str, Any]:
 
     def accuracy(gone: bool, found: Sequence[Any]) -> float | None:
         of = [
-            o == a.of["name"]
+            o.lower() == a.of["name"].lower()
             for o, a in zip(found, seen.asked, strict=True)
             if o is not None and (a.of["name"] in seen.forget) == gone
         ]

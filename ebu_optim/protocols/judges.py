@@ -31,6 +31,7 @@ from ..metrics.imagenette import CLASSES
 from ..metrics.naming import called
 from ..worlds.styled_digits.judges import CLASSES as CLASSES_OF_DIGITS
 from ..worlds.styled_digits.judges import load_judges
+from . import giphy
 from .canvas_fid import open_canvas
 from .protocol import Asked, not_computed
 from .sets import SetJudge, open_fid
@@ -47,11 +48,13 @@ class Judge(NamedTuple):
             noise) -> an observation of each image.
         identity: identifies the judge: the SHA-256 of its file, or its kind.
         of_base: whether it needs the base's images.
+        of_files: whether it gets the images' files in place of the images.
     """
 
-    look: Callable[[Sequence[Tensor], Sequence[Asked], Sequence[Tensor]], list[Any]]
+    look: Callable[[Sequence[Any], Sequence[Asked], Sequence[Tensor]], list[Any]]
     identity: str
     of_base: bool = False
+    of_files: bool = False
 
 
 def open_judge(
@@ -71,8 +74,6 @@ def open_judge(
             return SETS[name](files, device, keep)
         except NotComputed as why:
             return not_computed(str(why))["not_computed"]
-    if name not in JUDGES:
-        return not_computed(ABSENT[name])["not_computed"]
     told = f"--files {name}"
     try:
         with called(weights_file=told, model_file=told, pretrained=told):
@@ -220,6 +221,14 @@ def _lpips(file: Path | None, device: str) -> Judge:
     return Judge(look, _identity(file, "7be5be79"), of_base=True)
 
 
+def _giphy(file: Path | None, _: str) -> Judge:
+    """Observes the name that GIPHY's detector found, or None without a face."""
+    if file is None:
+        raise NotComputed(giphy.MISSING)
+    answers = giphy.Answers(file)
+    return Judge(lambda files, *_: [answers(f) for f in files], sha256(file), of_files=True)
+
+
 def _stacked(model: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> Tensor:
     """The model's outputs for images of one or of several sizes."""
     if len({x.shape for x in pictures}) == 1:
@@ -246,6 +255,7 @@ JUDGES: dict[str, Callable[[Path | None, str], Judge]] = {
     ),
     "digits-style": _digits("style"),
     "digits-object": _digits("object"),
+    "giphy": _giphy,
 }
 #: Judges of sets of images -> what opens them.
 SETS: dict[str, Callable[[Mapping[str, Path], str, Path | None], SetJudge]] = {
@@ -262,9 +272,4 @@ ONE_FILE = {
 SEVERAL = {
     **dict.fromkeys(SETS, ("coco", "inception")),
     "fid-unlearncanvas": ("unlearncanvas", "inception-torchvision"),
-}
-#: Judges that this package does not support -> why.
-ABSENT = {
-    "giphy": "GIPHY's celebrity detector (Giphy/celeb-detection-oss, MTCNN and ResNet-50) is not "
-    "opened here",
 }
