@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import urllib.error
 from pathlib import Path
@@ -110,6 +111,23 @@ def test_no_weights_no_figure(monkeypatch, tmp_path):
     found = lpips_distance(pictures(2), pictures(2))
     assert found["lpips"] is found["per_image"] is None
     assert "the weights alexnet-owt-7be5be79.pth could not be downloaded" in found["not_computed"]
+
+
+def test_a_download_ends_when_nothing_comes_or_the_network_is_off(monkeypatch, tmp_path):
+    limits = []
+
+    def fetch(*_args, **_kwargs):
+        limits.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert "(timed out)" in lpips_distance(pictures(2), pictures(2))["not_computed"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "(HF_HUB_OFFLINE is set)" in lpips_distance(pictures(2), pictures(2))["not_computed"]
+    assert limits == [30]
+    assert socket.getdefaulttimeout() is None
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +16,8 @@ from torch import Tensor
 from .._extras import require
 from ..files import load_tensors
 from .naming import name_of
+
+SECONDS = 30.0  # that a download may be silent
 
 
 class NotComputed(RuntimeError):
@@ -72,9 +77,12 @@ def torchvision_weights(
     name = weights.url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(
-            progress=progress, check_hash=True, map_location="cpu", weights_only=True
-        )
+        if not path.is_file():
+            _check_online()
+        with _timeout(SECONDS):
+            state: dict[str, Tensor] = weights.get_state_dict(
+                progress=progress, check_hash=True, map_location="cpu", weights_only=True
+            )
     except OSError as error:  # URLError, HTTPError, a full disk
         raise NotComputed(
             f"the weights {name} could not be downloaded ({error}); give {name_of(argument)}=, or "
@@ -87,6 +95,24 @@ def torchvision_weights(
             "and it is downloaded again"
         ) from error
     return state
+
+
+def _check_online() -> None:
+    """Raises ConnectionError if HF_HUB_OFFLINE says that nothing may be downloaded."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+
+
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Inside the block, a connection that says nothing for `seconds` raises TimeoutError. torch.hub
+    would wait for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def load_into(model: torch.nn.Module, state: dict[str, Tensor], argument: str) -> None:
