@@ -137,6 +137,24 @@ def test_a_table_runs_what_is_missing_and_reuses_what_is_there(root, made, capsy
     assert not (model / "checkpoints").exists()
 
 
+def test_another_class_can_be_forgotten(root, made, paper):
+    given = ["--forget", "2", "--regime", "partial", "--methods", "joint", "--sa_steps", 0]
+    start("table6", root, *given)
+    found = report(root, "table6", "-partial-replay-2")
+    assert names(found) == [*LIMITS, "plain sum"]  # the paper's table is of another class
+    data = found["protocol"]["data"]
+    assert (data["forget"], data["replayed"]) == (["2"], ["1", "3"])
+    assert found["title"].startswith("Table 6 on toy digits, 2 forgotten: partial replay")
+
+
+def test_a_class_that_the_world_lacks_is_refused(root, monkeypatch):
+    monkeypatch.setitem(OnImages.scales, "small", TOY._replace(classes=("0", "1")))
+    with pytest.raises(
+        InputError, match="--forget cat: --scale small has no such class; give one of 0, 1"
+    ):
+        start("table6", root, "--forget", "cat")
+
+
 def test_figure_2(root, made, monkeypatch):
     monkeypatch.setattr(script("figure2"), "METHODS", ("ebu_added", "selective_amnesia", "salun"))
     start("figure2", root, "--steps", 2, "--sa_steps", 3)

@@ -73,6 +73,7 @@ class OnImages(Experiment):
     scales: ClassVar[Mapping[str, Any]] = {
         "small": worlds.DIGITS,
         "cifar16": worlds.CIFAR16,
+        "cifar10-16": worlds.CIFAR10_16,
         "paper": worlds.CIFAR10,
     }
 
@@ -83,6 +84,25 @@ class OnImages(Experiment):
     train_data_dir: Path | None = option(
         None, help="Folder of the same images, with one folder per class.", exclusive="source"
     )
+
+    forget: str | None = option(None, help="The class to forget. Default: that of the scale.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = super().world.classes
+        if self.forget is not None and known and self.forget not in known:
+            raise InputError(
+                f"--forget {self.forget}: --scale {self.scale} has no such class; give one of "
+                f"{', '.join(known)}"
+            )
+
+    @property
+    def world(self) -> worlds.World:
+        world: worlds.World = super().world
+        if self.forget is None:
+            return world
+        replayed = tuple(c for c in world.partial if c != self.forget)
+        return world._replace(forget=self.forget, partial=replayed)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -144,7 +164,8 @@ class Replayed(OnImages):
 
     def said(self, what: str, world: worlds.World) -> str:
         """A title for a report."""
-        return f"{what} on {world.title}: {self.regime} replay, remembered by {self.loss}"
+        gone = "" if self.forget is None else f", {self.forget} forgotten"
+        return f"{what} on {world.title}{gone}: {self.regime} replay, remembered by {self.loss}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """The settings of the experiments: data, base model, judges, and how a method is run in them.
 
-small     real 8x8 digits; two CPU cores
-cifar16   real CIFAR-10 images, five classes at 16x16; a CPU and some hours
-paper     CIFAR-10, CIFAR-100 or STL-10 as the paper has them; GPUs
+small       real 8x8 digits; two CPU cores
+cifar16     real CIFAR-10 images, five classes at 16x16; a CPU and some hours
+cifar10-16  real CIFAR-10 images, all ten classes at 16x16; a CPU and some hours
+paper       CIFAR-10, CIFAR-100 or STL-10 as the paper has them; GPUs
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class World(NamedTuple):
     paper: str | None = "table6_cifar10_ddpm_class0"  # its table in paper_tables.json
     smoke: str | None = None  # for a smoke run, why its figures mean nothing
     generated: Options | None = None  # options of worlds.shapes, for generated images
+    classes: Sequence[str] = ()  # their names; empty: not known before the images are read
 
 
 def _seconds(*each: float) -> dict[str, float]:
@@ -104,6 +106,7 @@ DIGITS = World(
     },
     evaluate={"images_per_class": 50, "num_inference_steps": 20, "sample_batch_size": 250},
     seconds=_seconds(0.066, 0.014, 18.0, 0.09, 18.0),
+    classes=tuple("0123456789"),
 )
 
 CIFAR16 = World(
@@ -150,6 +153,22 @@ CIFAR16 = World(
     seconds=_seconds(0.17, 0.06, 100.0, 0.25, 110.0),
     forget="airplane",
     partial=("automobile", "frog"),
+    classes=("airplane", "automobile", "frog", "horse", "ship"),
+)
+
+CIFAR10_16 = CIFAR16._replace(
+    name="cifar10-16",
+    title="CIFAR-10 at 16x16",
+    images={"resolution": 16},
+    base={**CIFAR16.base, "max_train_steps": 15000, "mixed_precision": "bf16"},
+    sets={**CIFAR16.sets, "guidance_scale": 2.0},
+    evaluate={**CIFAR16.evaluate, "guidance_scale": 2.0},
+    seconds=_seconds(0.25, 0.1, 200.0, 0.3, 220.0),
+    partial=("automobile", "bird", "frog", "truck"),
+    classes=(
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
 )
 
 
