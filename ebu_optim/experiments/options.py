@@ -85,25 +85,6 @@ class OnImages(Experiment):
         None, help="Folder of the same images, with one folder per class.", exclusive="source"
     )
 
-    forget: str | None = option(None, help="The class to forget. Default: that of the scale.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = super().world.classes
-        if self.forget is not None and known and self.forget not in known:
-            raise InputError(
-                f"--forget {self.forget}: --scale {self.scale} has no such class; give one of "
-                f"{', '.join(known)}"
-            )
-
-    @property
-    def world(self) -> worlds.World:
-        world: worlds.World = super().world
-        if self.forget is None:
-            return world
-        replayed = tuple(c for c in world.partial if c != self.forget)
-        return world._replace(forget=self.forget, partial=replayed)
-
     @property
     def data(self) -> dict[str, Any]:
         """The given options of DataOptions; empty: those of the world are used."""
@@ -151,7 +132,35 @@ def base_drawn(setting: worlds.Setting) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replayed(OnImages):
+class Forgetting(OnImages):
+    """An experiment in which another class than the scale's can be forgotten.
+
+    Raises:
+        InputError: the scale has no such class.
+    """
+
+    forget: str | None = option(None, help="The class to forget. Default: that of the scale.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = super().world.classes
+        if self.forget is not None and known and self.forget not in known:
+            raise InputError(
+                f"--forget {self.forget}: --scale {self.scale} has no such class; give one of "
+                f"{', '.join(known)}"
+            )
+
+    @property
+    def world(self) -> worlds.World:
+        world: worlds.World = super().world
+        if self.forget is None:
+            return world
+        replayed = tuple(c for c in world.partial if c != self.forget)
+        return world._replace(forget=self.forget, partial=replayed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed(Forgetting):
     """An experiment with a choice of the replayed classes and the remember loss."""
 
     regime: Literal["full", "partial"] = option(

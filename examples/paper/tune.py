@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebu_optim.experiments import rows, tuning
-from ebu_optim.experiments.options import OnImages
+from ebu_optim.experiments.options import Forgetting
 from ebu_optim.experiments.worlds import Loss
 from ebu_optim.training import command, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune(OnImages):
+class Tune(Forgetting):
     loss: Loss = option("replay", help="Remember loss; relabel is also a forget loss.")
     methods: list[str] = option([*rows.EBU, *rows.RIVALS], help="Methods to tune.")
     learning_rates: list[float] = option(
