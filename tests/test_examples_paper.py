@@ -147,6 +147,18 @@ def test_another_class_can_be_forgotten(root, made, paper):
     assert found["title"].startswith("Table 6 on toy digits, 2 forgotten: partial replay")
 
 
+def test_an_earlier_base_and_its_judges_are_not_trained_again(root, made, tmp_path):
+    given = ["--methods", "joint", "--sa_steps", 0]
+    start("table6", root, *given)
+    made.clear()
+    start("table6", tmp_path, *given, "--trained", root)
+    assert made[0] == GROUND[3]
+    assert len(made) == 2
+    assert not set(made) & set(GROUND[:3])
+    there = [p.name for p in (tmp_path / "toy").iterdir()]
+    assert not [name for name in there if name.startswith(("base", "judge"))]
+
+
 def test_a_class_that_the_world_lacks_is_refused(root, monkeypatch):
     monkeypatch.setitem(OnImages.scales, "small", TOY._replace(classes=("0", "1")))
     with pytest.raises(

@@ -84,6 +84,11 @@ class OnImages(Experiment):
     train_data_dir: Path | None = option(
         None, help="Folder of the same images, with one folder per class.", exclusive="source"
     )
+    trained: Path | None = option(
+        None,
+        help="Another --output_dir whose base and judges are used, if they are those of the same "
+        "settings, instead of training them.",
+    )
 
     @property
     def data(self) -> dict[str, Any]:
@@ -92,7 +97,8 @@ class OnImages(Experiment):
         return {k: v for k, v in given.items() if v}
 
     def setting(self, **options: Any) -> worlds.Setting:
-        return worlds.Setting(self.world, self.output_dir, **{"data": self.data, **options})
+        given = {"data": self.data, "trained": self.trained, **options}
+        return worlds.Setting(self.world, self.output_dir, **given)
 
     def run(self, setting: worlds.Setting, todo: Sequence[runs.Run]) -> bool:
         """Print the cost and make the missing runs; False after a --dry_run."""

@@ -318,6 +318,7 @@ class Setting:
 
     Args:
         data: options of `DataOptions` that find the same images elsewhere.
+        trained: a folder like `root` with a base and judges, which are not trained again.
     """
 
     def __init__(
@@ -328,17 +329,19 @@ class Setting:
         regime: str = "full",
         loss: str = "replay",
         data: Options | None = None,
+        trained: Path | None = None,
     ) -> None:
+        self.trained = trained and trained / world.name
         self.world, self.root, self.regime, self.loss = world, root / world.name, regime, loss
         self.where = data or world.source
         self.tuned_as = [world.name, DIGITS.name]  # names under which tune.py saves strengths
         self.made: Task | None = None
         if world.generated and not data:
             self.made = task(SHAPES, world.generated, self.root, "images")
-        self.base = self._of_images(TRAIN, world.base, "base")
+        self.base = self._trained(TRAIN, world.base, "base")
         self.base_key = self.base.folder.name
-        self.judge = self._of_images(TRAIN_CLASSIFIER, world.judge, "judge")
-        self.reject = self._of_images(
+        self.judge = self._trained(TRAIN_CLASSIFIER, world.judge, "judge")
+        self.reject = self._trained(
             TRAIN_CLASSIFIER, {**world.judge, "reject": True}, "judge-reject"
         )
         replay = {"replay_classes": list(world.partial)} if regime == "partial" else {}
@@ -350,6 +353,14 @@ class Setting:
 
     def _model(self, of: Task) -> Options:
         return {"pretrained_model_name_or_path": of.folder}
+
+    def _trained(self, maker: Maker, options: Options, name: str) -> Task:
+        """A task that trains on images, in the folder of an earlier run if that has finished."""
+        made = self._of_images(maker, options, name)
+        if self.trained and not made.done:
+            earlier = made._replace(folder=self.trained / made.folder.name)
+            return earlier if earlier.done else made
+        return made
 
     def _of_images(self, maker: Maker, options: Options, name: str) -> Task:
         """A task that reads images. Generated images are part of its hash."""
