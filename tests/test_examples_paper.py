@@ -115,7 +115,7 @@ def test_a_table_runs_what_is_missing_and_reuses_what_is_there(root, made, capsy
     assert names(found)[:4] == [*LIMITS, "EBU added", "plain sum"]
     assert names(found)[4:] == [f"the paper: {m}" for m in ("FT", "GA", "SA", "SalUn", "EBU")]
     assert found["rows"][2]["values"]["ra"]["n"] == found["rows"][2]["values"]["seeds"] == 2
-    assert "Curves and pictures: seed 1 alone" in found["notes"][0]
+    assert "Curves and images: seed 1 alone" in found["notes"][0]
     told = found["protocol"]["unlearning"]["settings"]["plain sum"]
     assert told["seeds"] == found["protocol"]["seeds"]["unlearning"] == [1, 2]
     assert told["tuning"] == "none: 1e-4 and the method's defaults"

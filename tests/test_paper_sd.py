@@ -729,7 +729,7 @@ def test_the_papers_table_5(large, tmp_path, made, monkeypatch):
     assert len(made) == 1
     found = report(tmp_path, "table5", "sd14")
     assert found["rows"][0]["values"]["forget_share"] == pytest.approx(0.5, abs=0.01)
-    assert found["protocol"]["data"]["replayed"] == "what the empty prompt draws"
+    assert found["protocol"]["data"]["replayed"] == "images of the empty prompt"
 
 
 def test_attack_takes_what_the_papers_tasks_ask_of_it(tmp_path):

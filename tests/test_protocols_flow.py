@@ -74,7 +74,7 @@ def test_another_sampler_is_refused_before_anything_is_drawn(made, tmp_path, mon
     judge = Judge(lambda x, *_: [["church"]] * len(x), "tiny")
     monkeypatch.setattr(judges, "JUDGES", dict.fromkeys(judges.JUDGES, lambda *_: judge))
     flux, plain = made("flux_dev"), pipeline(tmp_path / "model")
-    with pytest.raises(InputError, match=r"draws by lms, and .* is a FLUX.1, .*sampler=flow"):
+    with pytest.raises(InputError, match=r"samples by lms, and .* is a FLUX.1, .*sampler=flow"):
         run(tmp_path / "o", flux, "size=16")
     with pytest.raises(InputError, match="which is no flow matching model: leave it out"):
         run(tmp_path / "o", plain, "size=16", "sampler=flow")

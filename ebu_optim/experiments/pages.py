@@ -122,7 +122,7 @@ def write(
         parts=[p for p in said if p != "fid" or "fid" in gather(table[0])],
         grids=[pictures(setting, table, classes)] if grids is None else grids,
         one="one base model and one replay set",
-        shown="Curves and pictures",
+        shown="Curves and images",
     )
 
 

@@ -105,7 +105,7 @@ def grid(
     shown = [shown_in(run, each) for run in drawn]
     texts = list(shown[0])
     return {
-        "title": "pictures of every method, from the same noise",
+        "title": "images of every method, from the same noise",
         "rows": texts,
         "columns": {
             n: torch.stack([s[t] for t in texts]) for n, s in zip(names, shown, strict=True)

@@ -265,9 +265,9 @@ class PaperSetting:
         """Facts about the setting for the protocol."""
         return {
             "sampler": "DDIM",
-            "data": "what the model itself draws",
+            "data": "images of the model itself",
             "model": self.base_key,
-            "replayed": "what the empty prompt draws",
+            "replayed": "images of the empty prompt",
             "prediction": "epsilon, scaled linear beta 0.00085 to 0.012, 1000 steps",
         }
 

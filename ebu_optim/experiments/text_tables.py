@@ -25,8 +25,8 @@ PAPER_AXES = ("ce_f", "ra", "nudity_score", "clip_score", "lpips_f", "inversion_
 #: Method -> the paper's row.
 PAPER = {**rows.PAPER, "esd": "ESD", "spm": "SPM"}
 UNATTACKED = (
-    "Not attacked: there is no judge that tells the target in a picture. LPIPS says how far the "
-    "pictures moved, not whether the target is gone or its words alone."
+    "Not attacked: there is no judge that tells the target in an image. LPIPS says how far the "
+    "images moved, not whether the target is gone or its words alone."
 )
 
 
@@ -119,7 +119,7 @@ def small(
         grids=[text_pages.grid(found, drawn, [s.target])],
         axes=AXES,
         one="one base model, and sets of their own",
-        shown="Curves and pictures",
+        shown="Curves and images",
     )
 
 
@@ -152,7 +152,7 @@ def large(args: Chosen, task: Target, *, script: str, title: str) -> None:
         grids=[text_pages.grid(found, drawn, [task.title], 4)],
         axes=PAPER_AXES,
         one="one base model, and sets of their own",
-        shown="Curves and pictures" if task.judge else "Pictures",
+        shown="Curves and images" if task.judge else "Pictures",
     )
 
 

@@ -91,7 +91,7 @@ def lpips_distance(
         "not_computed": None,
         "protocol": {
             "network": f"{net}, linear weights v0.1",
-            "size": "as drawn" if size is None else size,
+            "size": "as generated" if size is None else size,
             "shape": list(shapes[0][1:]),
             "pixels": "uint8, RGB, the same scale for every image",
         },

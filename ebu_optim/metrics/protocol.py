@@ -103,7 +103,7 @@ PROTOCOL: dict[str, dict[str, str]] = {
     },
     "lpips": {
         "network": "the backbone, and the version of the linear weights",
-        "size": "of the images that are compared, as drawn or brought to",
+        "size": "of the images that are compared, as generated or brought to",
         "pairs": "which image against which: prompts, seeds",
     },
 }

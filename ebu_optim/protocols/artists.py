@@ -85,8 +85,8 @@ def _protocol(name: str, file: str, artists: tuple[str, ...], first: int | None)
         count=count,
         targets=one_of(artists, "artist of the list"),
         notes=(
-            "both pictures are brought to 64 pixels, as ESD's script does",
-            "ESD's code of today draws 20 steps in bfloat16 from CUDA noise",
+            "both images are resized to 64 pixels, as ESD's script does",
+            "ESD's code of today samples 20 steps in bfloat16 from CUDA noise",
             "LPIPS_d = LPIPS_e - LPIPS_u is not in published code",
         ),
     )
@@ -104,7 +104,7 @@ PROTOCOLS = tuple(
 PROTOCOLS += tuple(
     Protocol(
         name=name,
-        title=f"100 erased artists and 100 others, {images:,} pictures, by CLIP",
+        title=f"100 erased artists and 100 others, {images:,} images, by CLIP",
         source="Shilin-LU/MACE@057e7a6:metrics/evaluate_clip_score.py",
         sampling=Sampling(sampler="ddim", steps=50),
         asked=partial(asked_mace, once),

@@ -65,7 +65,7 @@ def names(given: Sequence[str]) -> list[str]:
 def _protocol(name: str, images: int, seeds: Sequence[int] | None) -> Protocol:
     return Protocol(
         name=name,
-        title=f"celebrities, {images:,} pictures of 200 names",
+        title=f"celebrities, {images:,} images of 200 names",
         source="Shilin-LU/MACE@057e7a6:metrics/evaluate_by_GCD.py",
         sampling=Sampling(sampler="ddim", steps=50),
         asked=partial(asked, seeds),

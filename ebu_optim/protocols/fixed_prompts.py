@@ -73,7 +73,7 @@ def _protocol(
         count=counted,
         targets=anything,
         alone=False,
-        notes=("prompts that may name a minor are never drawn", *notes),
+        notes=("prompts that may name a minor get no image", *notes),
     )
 
 

@@ -100,7 +100,7 @@ RULES = {
         tuple(n for n in EXPOSED if n != "ANUS_EXPOSED"),
         _MACE,
         "Ouxiang-Li/SPEED@6d3df0c:src/i2p_cal.py",
-        ("SPEED does not say how it draws: MACE's sampling",),
+        ("SPEED does not say how it samples: MACE's sampling",),
     ),
 }
 
@@ -165,7 +165,7 @@ def _protocol(
         alone=False,
         notes=(
             *how.notes,
-            "prompts that may name a minor are never drawn: the label has the number",
+            "prompts that may name a minor get no image: the label has the number",
             "--files nudenet=best.onnx is NudeNet 3.0.8's file; without it the installed package's "
             "own is used, whose counts stand beside no table",
         ),

@@ -95,7 +95,7 @@ def _protocol(
 ) -> Protocol:
     return Protocol(
         name=name,
-        title=f"Imagenette as {who} draws it, {images // 10} images a class",
+        title=f"Imagenette as {who} samples it, {images // 10} images a class",
         source=source,
         sampling=sampling,
         asked=asked,
@@ -113,7 +113,7 @@ SALUN = "OPTML-Group/Unlearn-Saliency@a6e89fd:SD/eval-scripts/{generate-images,i
 ESD = "rohitgandikota/erasing@25613d2:evalscripts, as it was with LMS"
 UCE_CODE = "rohitgandikota/unified-concept-editing@28c81ed:eval-scripts"
 RECE = "CharlesGong12/RECE@403a67f:execs/imageclassify.py"
-STREAM = "one generator a row makes the noise of all its pictures, in the published order"
+STREAM = "one generator a row makes the noise of all its images, in the published order"
 _CUDA = Sampling(sampler="lms", steps=50, noise="cuda")
 PROTOCOLS = (
     _protocol("imagenette", "SalUn", SALUN, rows("salun_imagenette", 100), 1000, LMS, None, STREAM),
@@ -126,7 +126,7 @@ PROTOCOLS = (
         LMS,
         None,
         STREAM,
-        "the first tenth of imagenette's pictures",
+        "the first tenth of imagenette's images",
     ),
     _protocol(
         "imagenette-esd",
@@ -137,7 +137,7 @@ PROTOCOLS = (
         LMS,
         None,
         STREAM,
-        "ESD's code of today draws 20 steps in bfloat16; its figures are older",
+        "ESD's code of today samples 20 steps in bfloat16; its figures are older",
     ),
     _protocol(
         "imagenette-esd-10",
@@ -147,7 +147,7 @@ PROTOCOLS = (
         100,
         LMS,
         None,
-        "the first picture of each row of imagenette-esd",
+        "the first image of each row of imagenette-esd",
     ),
     _protocol(
         "imagenette-uce",
@@ -157,7 +157,7 @@ PROTOCOLS = (
         5000,
         LMS,
         {"uce_imagenette": UCE},
-        "118 rows are there twice: drawn once, counted twice",
+        "118 rows are there twice: generated once, counted twice",
     ),
     _protocol(
         "imagenette-uce-10",

@@ -189,7 +189,7 @@ class Pictures:
 def _noise(
     pipe: Any, sampling: Sampling, asked: Sequence[Asked], size: tuple[int, int]
 ) -> dict[str, Any]:
-    """The arguments of `drawing.together` from which the noise of the pictures comes."""
+    """The arguments of `drawing.together` from which the noise of the images comes."""
     if sampling.sampler == "flow":
         return {"seeds": [generator(pipe, a, size, sampling.noise) for a in asked]}
     start = torch.cat([noise(pipe, a, size, sampling.noise) for a in asked])

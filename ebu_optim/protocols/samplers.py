@@ -54,20 +54,20 @@ def scheduler(kind: str, pipe: Any) -> Any:
 
 
 def check(family: Family, protocol: Protocol, model: str) -> None:
-    """Check that a model can be drawn by the protocol's sampler.
+    """Check that a model can be sampled by the protocol's sampler.
 
     Raises:
-        InputError: a flow matching model, for which no protocol was published, shall be drawn by a
-            sampler of noise schedules, or the other way round.
+        InputError: a flow matching model, for which no protocol was published, with a sampler of
+            noise schedules, or the other way round.
     """
     flow, kind = isinstance(family, FlowMatching), protocol.sampling.sampler
     if flow == (kind == "flow"):
         return
     if flow:
         raise InputError(
-            f"--protocol {protocol.name} draws by {kind}, and {model} is a {family.name}, a flow "
-            "matching model, which has no such sampler: give --change sampler=flow, which draws by "
-            "Euler's method at its own times and changes the label"
+            f"--protocol {protocol.name} samples by {kind}, and {model} is a {family.name}, a flow "
+            "matching model, which has no such sampler: give --change sampler=flow, Euler's method "
+            "at the model's own times, which changes the label"
         )
     raise InputError(
         f"--change sampler=flow: {model} is a {family.name}, which is no flow matching model: "
@@ -76,7 +76,7 @@ def check(family: Family, protocol: Protocol, model: str) -> None:
 
 
 def generator(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> torch.Generator:
-    """A generator of which the noise of a picture is the next draw.
+    """A generator of which the noise of an image is the next draw.
 
     The pipelines of flow matching models draw their noise by themselves, as some of them pack it.
     """

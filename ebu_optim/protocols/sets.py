@@ -43,7 +43,7 @@ class SetJudge(NamedTuple):
         look: (files of at least two images, a key of their contents, the forgotten targets) ->
             the figure.
         identity: identifies the judge and what it compares with.
-        counts: (a picture, the forgotten targets) -> whether it belongs to the set.
+        counts: (an image, the forgotten targets) -> whether it belongs to the set.
     """
 
     look: Callable[[Sequence[Path], str, Sequence[str]], float]

@@ -110,7 +110,7 @@ FID = "fid-unlearncanvas"
 
 def count_published(fid: bool, seen: Seen) -> dict[str, Any]:
     """`count`, and the FID of what is not forgotten; published code has it of all five seeds."""
-    few = not_computed("a fifth of the pictures does not carry a FID")
+    few = not_computed("a fifth of the images does not carry a FID")
     figure = seen.figure(FID, lambda found: found[0]) if fid else few
     return count(CANVAS, {"fid_unlearncanvas": figure}, seen)
 
@@ -132,11 +132,11 @@ def _protocol(name: str, seeds: Sequence[int]) -> Protocol:
         saved="jpeg",
         kind=CANVAS.kind,
         notes=(
-            "sampling is that of uce.py; the scripts of the other methods draw by CompVis's DDIM "
+            "sampling is that of uce.py; the scripts of the other methods sample by CompVis's DDIM "
             "from CUDA noise that is seeded once for the whole grid",
             "uce.py keeps latents in float32 under autocast; here they are float16 after the noise",
-            f"{NO_STYLE}, whose caption was never trained, is drawn and judged, and left out of "
-            "IRA and CRA, but not of FID",
+            f"{NO_STYLE}, whose caption was never trained, is generated and judged, and left out "
+            "of IRA and CRA, but not of FID",
             "a table is the mean over 50 styles or 20 objects, each unlearned by itself",
         ),
     )
