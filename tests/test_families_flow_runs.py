@@ -636,6 +636,26 @@ def test_known_tokens_in_the_new_ones_place_are_the_prompt(name, made, tmp_path)
     assert model.pipe.tokenizer is model.tokenizer
 
 
+def test_an_error_leaves_no_word_behind(made, tmp_path, monkeypatch):
+    m, model = attacked(made, "flux_dev", tmp_path)
+    before, hooks = (
+        model.encode(["a photo of cat"]),
+        [len(e._forward_pre_hooks) for e in model.text_encoders],
+    )
+    word = m.NewWord(model, ["a photo of {}"], m.initial_words(model, [], 0)["random"])
+
+    def failing(_texts):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "read", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            word.embeddings(torch.arange(1))
+    assert [len(e._forward_pre_hooks) for e in model.text_encoders] == hooks
+    assert model.pipe.tokenizer_2 is model.tokenizers["tokenizer_2"]
+    assert torch.equal(model.encode(["a photo of cat"]), before)
+
+
 @pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux_dev"])
 def test_a_known_word_in_the_new_ones_place_is_the_prompt_to_clip(name, made, tmp_path):
     m, model = attacked(made, name, tmp_path)

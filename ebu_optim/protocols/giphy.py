@@ -45,7 +45,7 @@ class Answers:
             raise InputError(f"--files giphy={file} cannot be read: {error}") from error
         if not {IMAGE, NAME} <= set(names):
             raise InputError(
-                f"--files giphy={file} has the columns {', '.join(names)}: give {COLUMNS}"
+                f"--files giphy={file} has the columns {', '.join(names) or 'none'}: give {COLUMNS}"
             )
         for row in rows:
             image, name = Path(row[IMAGE] or "").name, person(row[NAME] or "")
