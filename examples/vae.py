@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     args = any_model.parse("vae", __doc__, 1500, argv)
     protocol = {
         "forget_loss": "negative ELBO of uniform noise under the forgotten condition",
-        "remember_loss": "negative ELBO of images that the frozen model draws for the kept ones",
+        "remember_loss": "negative ELBO of the frozen model's images of the kept ones",
         "fisher": "online",
         "attacks_loss": "negative ELBO of real images",
     }

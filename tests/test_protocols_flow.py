@@ -1,5 +1,5 @@
-"""Protocols on flow matching models, which have no sampler of a published protocol: they are drawn
-as their own pipelines draw, and the label says so."""
+"""Protocols on flow matching models, which have no sampler of a published protocol: they are
+sampled as by their own pipelines, and the label says so."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_picture_is_that_of_the_models_own_pipeline(name, made, tmp_path):
         assert ours.float().std() > 1
 
 
-def test_another_sampler_is_refused_before_anything_is_drawn(made, tmp_path, monkeypatch):
+def test_another_sampler_is_refused_before_anything_is_generated(made, tmp_path, monkeypatch):
     judge = Judge(lambda x, *_: [["church"]] * len(x), "tiny")
     monkeypatch.setattr(judges, "JUDGES", dict.fromkeys(judges.JUDGES, lambda *_: judge))
     flux, plain = made("flux_dev"), pipeline(tmp_path / "model")

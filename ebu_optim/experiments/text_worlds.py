@@ -326,8 +326,8 @@ class TextSetting(Asked):
         kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
         flows = is_flow(noise)
         return {
-            "data": f"{self.world.title}: scikit-learn's digits, drawn by "
-            "examples/stable_diffusion/world/images.py",
+            "data": f"{self.world.title}: scikit-learn's digits, rendered by "
+            "ebu_optim/worlds/styled_digits/images.py",
             "model": f"{kind} of world/train.py, {sum(parameters.values()):,} parameters",
             "replayed": self.replayed,
             "prediction": "velocity, flow matching, logit-normal timesteps"

@@ -17,7 +17,7 @@ PER_CLASS = 50  # images of each class on which before and after are measured
 
 
 class Evaluation:
-    """Draws images with fixed seeds and measures them with the two classifiers."""
+    """Generates images with fixed seeds and measures them with the two classifiers."""
 
     def __init__(self, forget: int, device: str) -> None:
         self.forget, self.device = forget, device

@@ -17,8 +17,8 @@ from ebu_optim.experiments.text_tasks import NUDITY
 from ebu_optim.training import command, option
 
 NOTE = (
-    "The judge of style is the detector: 1 - UA is the share of pictures, asked for in any word "
-    "for it, that are told as the target, as NudeNet counts pictures in the paper."
+    "The judge of style is the detector: 1 - UA is the share of images, asked for in any word "
+    "for it, in which it sees the target, as NudeNet counts images in the paper."
 )
 
 

@@ -1,4 +1,4 @@
-"""Draw with one or several SPM adapters, scaled for each prompt (facilitated transport).
+"""Generate with one or several SPM adapters, scaled for each prompt (facilitated transport).
 
     python examples/stable_diffusion/transport.py \\
         --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
