@@ -7,6 +7,7 @@ is a warning, and the wheel is then a pure one, which `EBU_OPTIM_PURE=1` asks fo
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -67,7 +68,19 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+def readme() -> str:
+    """README.md for PyPI, where a link to a file of the repository would lead nowhere."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!--.*?-->", "", text)
+    for link, kind in {r"(!\[[^]]*\]\()": "raw", r"(\]\()": "blob"}.items():
+        address = f"https://github.com/ebu-optim/ebu_optim/{kind}/main/"
+        text = re.sub(link + "(?!https:|#)", rf"\g<1>{address}", text)
+    return text
+
+
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[] if os.environ.get("EBU_OPTIM_PURE") == "1" else [CPU],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -352,6 +352,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(unpacked, tmp_path):
     needs = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     core = sorted(re.split(r"[ :<>=]+", n)[1] for n in needs if "extra ==" not in n)
     assert core == ["numpy", "torch"]
+    links = re.findall(r"\]\((.*?)\)", text)
+    assert len(links) > 10
+    assert all(link.startswith("https://") for link in links)  # PyPI shows no file of ours
     if sys.platform == "linux" and shutil.which("cc"):
         # one wheel for every Python, and no OpenMP library beside torch's
         assert "-cp310-abi3-linux_" in wheel.name
