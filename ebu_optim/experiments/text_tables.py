@@ -19,7 +19,8 @@ AXES = ("p_f", "ra", "ra_never_replayed", "worst_drop", "inversion_100")
 TUNING = (
     "each row's; trials are sd_tune.py's, as many as the row says, in the setting it names: the "
     "same steps for each method, another target, seed 0, which is not reported, score (1 - P_f) + "
-    "RA (never replayed, where that is told) - worst drop + (1 - P_f after 100 steps of inversion)"
+    "RA (never replayed, if the table has it) - worst drop + (1 - P_f after 100 steps of "
+    "inversion)"
 )
 PAPER_AXES = ("ce_f", "ra", "nudity_score", "clip_score", "lpips_f", "inversion_200")
 #: Method -> the paper's row.

@@ -76,9 +76,9 @@ def check(family: Family, protocol: Protocol, model: str) -> None:
 
 
 def generator(pipe: Any, asked: Asked, size: tuple[int, int], device: str) -> torch.Generator:
-    """A generator of which the noise of an image is the next draw.
+    """A generator whose next draw is the noise of an image.
 
-    The pipelines of flow matching models draw their noise by themselves, as some of them pack it.
+    The pipelines of flow matching models sample their noise by themselves, as some of them pack it.
     """
     source = torch.Generator(device).manual_seed(asked.seed)
     if asked.nth:
