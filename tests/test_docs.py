@@ -333,6 +333,8 @@ BY_HAND = {
             "The mark (0.05 left, 0.02 lost)",
             "(asked for: 0.05 and 0.02)",
             "a mark of 0.02",
+            "at most 0.02 of the target left",
+            "more than 0.02 worse",
             "one image is 0.014 or 0.008",
         ],
         "of single seeds, or of runs that were not reported": [
