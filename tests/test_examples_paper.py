@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ebu_optim.class_conditional.models import load_unet
+from ebu_optim.diffusion import sample
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import options as experiment
 from ebu_optim.experiments import rows, runs, tables, worlds
@@ -157,6 +159,23 @@ def test_an_earlier_base_and_its_judges_are_not_trained_again(root, made, tmp_pa
     assert not set(made) & set(GROUND[:3])
     there = [p.name for p in (tmp_path / "toy").iterdir()]
     assert not [name for name in there if name.startswith(("base", "judge"))]
+
+
+def test_the_published_base_is_that_of_its_scale(tmp_path):
+    trained = ROOT / "examples" / "paper" / "trained"
+    setting = worlds.Setting(worlds.CIFAR10_16, tmp_path, trained=trained)
+    assert setting.base.folder.parent == trained / "cifar10-16"
+    model, scheduler, info = load_unet(str(setting.base.folder), "ema")
+    assert tuple(info["classes"]) == worlds.CIFAR10_16.classes
+    x = sample(
+        model,
+        scheduler,
+        torch.tensor([1, 8]),
+        (3, 16, 16),
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert x.isfinite().all()
 
 
 def test_a_class_that_the_world_lacks_is_refused(root, monkeypatch):
