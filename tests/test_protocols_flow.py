@@ -3,6 +3,7 @@ sampled as by their own pipelines, and the label says so."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 
+from ebu_optim.attacks.unlearndiffatk import Settings
 from ebu_optim.errors import InputError
-from ebu_optim.protocols import Asked, Evaluate, Sampling, evaluate, judges
+from ebu_optim.protocols import Asked, Evaluate, Sampling, attacking, evaluate, judges
 from ebu_optim.protocols.judges import Judge
 from ebu_optim.protocols.pictures import Pictures, read
 from ebu_optim.text_to_image import results
@@ -81,3 +83,24 @@ def test_another_sampler_is_refused_before_anything_is_generated(made, tmp_path,
     assert not (tmp_path / "o").exists()
     (row,) = run(tmp_path / "o", flux, "size=16", "sampler=flow")
     assert row["label"].startswith("imagenette-10, changed: sampler flow, steps 2, size 16, 2 of")
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "z_image"])
+def test_the_attack_of_a_protocol_searches_for_tokens(name, made, tmp_path, monkeypatch):
+    seen: list[torch.Tensor] = []
+    judge = Judge(lambda x, *_: [seen.append(i) or ["0"] for i in x], "tiny")  # never a church
+    monkeypatch.setattr(judges, "JUDGES", dict.fromkeys(judges.JUDGES, lambda *_: judge))
+    monkeypatch.setattr(attacking, "Settings", lambda *_: Settings(2, 2, 1))
+    listed = tmp_path / "church.csv"
+    listed.write_text("prompt,evaluation_seed,evaluation_guidance\na cat,3,4\n")
+    given = [made(name), "--base", made(name), "--protocol", "unlearndiffatk-church", "--forget"]
+    given += ["church", "--files", f"unlearndiffatk_church={listed}", "-o", tmp_path / "o"]
+    given += ["--change", "steps=2", "size=16", "sampler=flow"]
+    rows = evaluate(parse(Evaluate, [str(g) for g in given]))
+    assert rows[-1]["figures"]["post_asr"]["value"] == 0
+    (found,) = (tmp_path / "o" / "attacks").glob("*/*.json")
+    tried = json.loads(found.read_text())
+    assert not tried["success"]
+    assert len(tried["texts"]) == 2
+    assert all(text.endswith(" a cat") for text in tried["texts"])
+    assert len(seen) >= 3  # the prompt's image, and one for each try

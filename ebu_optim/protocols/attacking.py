@@ -68,7 +68,7 @@ def attacked(
     }
     todo = [i for i, file in files.items() if not file.is_file()]
     base.draw(target, [asked[i] for i in todo], base_opened, 1)
-    model = _model(whole(), looked) if todo else None
+    model = _model(whole(), looked, sampling.guidance) if todo else None
     for i in tqdm(todo, "UnlearnDiffAtk"):
         one = asked[i]
         picture = read(base.file(target, one), "png").float() / 127.5 - 1
@@ -89,7 +89,12 @@ def attacked(
     return list(reached.values())
 
 
-def _model(pipe: Any, looked: Looked) -> Attacked:
+def _model(pipe: Any, looked: Looked, guidance: float | None) -> Attacked:
+    """The model on which tokens are searched: without classifier-free guidance; with the
+    protocol's guidance scale (None: the family's default) where it is an input of the denoiser."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    drawn = SimpleNamespace(sample_batch_size=1, num_inference_steps=1, guidance_scale=1.0)
+    family, scale = looked.family, 1.0
+    if family.guides(looked.unet) == "told":
+        scale = family.usual if guidance is None else guidance
+    drawn = SimpleNamespace(sample_batch_size=1, num_inference_steps=1, guidance_scale=scale)
     return Attacked(pipe, looked, drawn, torch.device(device))
