@@ -91,3 +91,18 @@ def test_without_torchvision_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with refused(monkeypatch, r'resnet34 needs torchvision .*pip install "ebu_optim\[data\]"'):
         models.Classifier("resnet34", (3, 8, 8), 2)
+
+
+def test_a_medium_classifier_has_two_layers_at_each_size_and_is_for_larger_images(tmp_path):
+    from ebu_optim.class_conditional.models import Classifier, load_classifier, save_classifier
+    from ebu_optim.errors import InputError
+
+    model = Classifier("medium", (3, 16, 16), 3).eval()
+    widths = [m.out_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [64, 64, 128, 128, 256, 256]
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    info = {"kind": "medium", "shape": [3, 16, 16], "classes": list("abc"), "reject": False}
+    save_classifier(tmp_path, model, info)
+    assert torch.equal(load_classifier(tmp_path, "abc")[0](x), model(x))
+    with pytest.raises(InputError, match="--model medium is for images of 16x16 and more; got 8x8"):
+        Classifier("medium", (3, 8, 8), 2)

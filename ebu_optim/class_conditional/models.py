@@ -173,7 +173,8 @@ class Classifier(nn.Module):
 
     "resnet34": torchvision's, on images enlarged to 224x224 (the usual normalisation, mean and
     deviation 0.5, is already the range [-1, 1]); one channel is repeated three times. "small": a
-    CNN of three layers, which is wider and has batch norm from 16x16 on.
+    CNN of three layers, which is wider and has batch norm from 16x16 on. "medium": two such layers
+    at each size, for images of 16x16 and more.
     """
 
     def __init__(self, kind: str, shape: Sequence[int], classes: int) -> None:
@@ -192,10 +193,17 @@ class Classifier(nn.Module):
             nn.init.xavier_uniform_(self.head.weight)
             return
         wide = shape[1] >= 16
+        if kind == "medium" and not wide:
+            raise InputError(
+                f"--model medium is for images of 16x16 and more; got {shape[1]}x{shape[2]}: give "
+                "--model small"
+            )
         widths = (shape[0], 64, 128, 256) if wide else (shape[0], 32, 64, 64)
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, b, 3, padding=1), *([nn.BatchNorm2d(b)] if wide else [])]
+            if kind == "medium":
+                layers += [nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b)]
             layers += [nn.ReLU(), *([nn.MaxPool2d(2)] if i or wide else [])]
         side = 4 if wide else shape[1] // 4
         self.body = nn.Sequential(

@@ -56,8 +56,8 @@ class TrainClassifier(DataOptions, TrainingOptions):
         InputError: a number is out of range.
     """
 
-    model: Literal["resnet34", "small"] = option(
-        "resnet34", help="Size of the network: the paper's, or a small one."
+    model: Literal["resnet34", "medium", "small"] = option(
+        "resnet34", help="Size of the network: the paper's, or smaller ones."
     )
     pretrained_weights: str = option(
         "imagenet",

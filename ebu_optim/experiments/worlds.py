@@ -161,6 +161,12 @@ CIFAR10_16 = CIFAR16._replace(
     title="CIFAR-10 at 16x16",
     images={"resolution": 16},
     base={**CIFAR16.base, "max_train_steps": 15000, "mixed_precision": "bf16"},
+    judge={
+        **CIFAR16.judge,
+        "model": "medium",
+        "mixed_precision": "bf16",
+        "num_train_epochs": 12,
+    },
     sets={**CIFAR16.sets, "guidance_scale": 3.0},
     evaluate={**CIFAR16.evaluate, "guidance_scale": 3.0},
     seconds=_seconds(0.25, 0.1, 200.0, 0.3, 220.0),
