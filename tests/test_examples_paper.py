@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ebu_optim.class_conditional.models import load_unet
+from ebu_optim.class_conditional.models import load_classifier, load_unet
 from ebu_optim.diffusion import sample
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import options as experiment
@@ -164,9 +164,13 @@ def test_an_earlier_base_and_its_judges_are_not_trained_again(root, made, tmp_pa
 def test_the_published_base_is_that_of_its_scale(tmp_path):
     trained = ROOT / "examples" / "paper" / "trained"
     setting = worlds.Setting(worlds.CIFAR10_16, tmp_path, trained=trained)
-    assert setting.base.folder.parent == trained / "cifar10-16"
+    for made in (setting.base, setting.judge, setting.reject):
+        assert made.folder.parent == trained / "cifar10-16"
+    classes = worlds.CIFAR10_16.classes
+    assert load_classifier(setting.judge.folder, classes)[1]["test_accuracy"] > 0.8
+    assert load_classifier(setting.reject.folder, classes)[1]["reject"]
     model, scheduler, info = load_unet(str(setting.base.folder), "ema")
-    assert tuple(info["classes"]) == worlds.CIFAR10_16.classes
+    assert tuple(info["classes"]) == classes
     x = sample(
         model,
         scheduler,
