@@ -10,6 +10,7 @@ import csv
 from pathlib import Path
 
 from ..errors import InputError
+from ..text_to_image.prompt_files import read_csv
 
 IMAGE, NAME = "image", "name"
 COLUMNS = (
@@ -38,9 +39,7 @@ class Answers:
         self.file = file
         self.of: dict[str, str | None] = {}
         try:
-            with file.open(encoding="utf-8-sig", newline="") as opened:
-                reader = csv.DictReader(opened)
-                names, rows = reader.fieldnames or [], list(reader)
+            names, rows = read_csv(file)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"--files giphy={file} cannot be read: {error}") from error
         if not {IMAGE, NAME} <= set(names):

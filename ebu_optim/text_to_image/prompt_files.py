@@ -99,7 +99,7 @@ def table(
     if ending not in ENDINGS[1:]:
         raise InputError(f"{option} {path} is not a table: give a {' or '.join(ENDINGS[1:])} file")
     told = f"{option} {path}"
-    read = _csv if ending == ".csv" else _parquet
+    read = read_csv if ending == ".csv" else _parquet
     try:
         names, cells = read(Path(path), columns)
     except (OSError, ValueError, csv.Error) as error:
@@ -117,9 +117,10 @@ def table(
     return found
 
 
-def _csv(
-    path: Path, columns: Sequence[str] | None
+def read_csv(
+    path: Path, columns: Sequence[str] | None = None
 ) -> tuple[Sequence[str], Iterator[Mapping[str, Any]]]:
+    """The names of all columns, and the rows with all cells."""
     with open(path, newline="", encoding="utf-8-sig") as opened:
         reader = csv.DictReader(opened)
         return list(reader.fieldnames or ()), iter(list(reader))

@@ -79,18 +79,19 @@ class SDXL(StableDiffusion):
         check_alike(name, *tokenizers.values())
 
     def encode(self, pipe: Any, texts: Sequence[str], batch: int = 32) -> dict[str, Tensor]:
-        def read(some: Sequence[str]) -> list[Tensor]:
-            found = pipe.encode_prompt(list(some), do_classifier_free_guidance=True)
-            return [t.float().cpu() for t in found]
+        def read(some: Sequence[str], guided: bool) -> list[Any]:
+            found = pipe.encode_prompt(list(some), do_classifier_free_guidance=guided)
+            return [None if t is None else t.float().cpu() for t in found]
 
-        # the pipeline may replace the encoded "" by zeros for guidance
-        _, null, _, pooled_null = read([""])
         found = []
         for i in range(0, len(texts), batch):
             some = texts[i : i + batch]
-            text, _, pooled, _ = read(some)
-            empty = torch.tensor([t == "" for t in some])
-            text[empty], pooled[empty] = null, pooled_null
+            text, _, pooled, _ = read(some, False)
+            if "" in some:
+                # the pipeline may replace the encoded "" by zeros for guidance
+                _, null, _, pooled_null = read([""], True)
+                empty = torch.tensor([t == "" for t in some])
+                text[empty], pooled[empty] = null, pooled_null
             found.append((text, pooled))
         text, pooled = (torch.cat(parts) for parts in zip(*found))
         return {"encoder_hidden_states": text, "text_embeds": pooled}
