@@ -181,7 +181,7 @@ def attack(tiny, tmp_path):
 
 
 def state(model) -> dict[str, torch.Tensor]:
-    parts = {n: getattr(model, n) for n in ("unet", "vae", "text_encoder")}
+    parts = {n: model.parts[n] for n in ("unet", "vae", "text_encoder")}
     return {f"{n}.{k}": v.clone() for n, m in parts.items() for k, v in m.state_dict().items()}
 
 
@@ -237,7 +237,7 @@ def test_a_paraphrase_is_judged_alone_and_the_worst_is_told(attack):
 @pytest.mark.parametrize("pad", [None, "a</w>"])  # SD 1.x pads with the end, SD 2.x with a word
 def test_a_known_word_in_the_new_ones_place_is_the_prompt(attack, pad, masks, monkeypatch):
     m, model = module("model"), attack.model
-    words, encoder = model.tokenizer, model.text_encoder
+    words, encoder = model.tokenizers["tokenizer"], model.text_encoders[0]
     monkeypatch.setattr(encoder.config, "use_attention_mask", masks, raising=False)
     if pad:
         words.pad_token = pad
@@ -250,13 +250,13 @@ def test_a_known_word_in_the_new_ones_place_is_the_prompt(attack, pad, masks, mo
 
 def test_inversion_lowers_the_loss_by_a_new_embedding_and_changes_nothing_else(attack, tmp_path):
     m, model = module("model"), attack.model
-    before, known = state(model), dict(model.tokenizer.get_vocab())
+    before, known = state(model), dict(model.tokenizers["tokenizer"].get_vocab())
     (initial,) = m.initial_words(model, [], 0).values()
     vectors, losses = module("textual_inversion").learn(attack, initial, 0.05, [20, 40])
     assert len(losses) == 40
     assert set(vectors) == {20, 40}
     assert same(before, state(model))
-    assert known == model.tokenizer.get_vocab()
+    assert known == model.tokenizers["tokenizer"].get_vocab()
     assert not any(p.requires_grad for p in model.unet.parameters())
     templates = [x.template for x in attack.drawn]
     fixed = []

@@ -158,14 +158,14 @@ def attack(tmp_path_factory):
         for which in (name, "base"):
             pipe = results.load(args)
             model = models.Attacked(pipe, looked, args, torch.device("cpu"))
-            read, unet = parts(model.tokenizer, which)
+            read, unet = parts(model.tokenizers["tokenizer"], which)
             read.requires_grad_(False), unet.requires_grad_(False)
-            pipe.text_encoder = model.text_encoder = model.parts["text_encoder"] = read
+            pipe.text_encoder = model.parts["text_encoder"] = read
             model.unet, model.text_encoders = unet, [read]
             model.shapes = {"encoder_hidden_states": (12, WIDTH)}
             model.null = model.encode([""])
             pair.append(model)
-        questions = prompts.collect(args, pair[0].tokenizer)
+        questions = prompts.collect(args, pair[0].tokenizers["tokenizer"])
         judge = judges.Judge(Nearest(pair[1]), {"judge": "the nearest pattern"})
         found = attacks.Attack(args, *pair, questions, judge, [])
         for first in ("target", "p_f"):
@@ -253,7 +253,7 @@ def test_free_tokens_stand_before_the_prompt(unhooked):
     model = unhooked.model
     settings = uda.Settings(tokens=2, timesteps=2, iterations=1)
     free = uda.FreeTokens(model, "an image of car", settings)
-    ids = torch.tensor(model.tokenizer("red cat", add_special_tokens=False).input_ids)
+    ids = torch.tensor(model.tokenizers["tokenizer"]("red cat", add_special_tokens=False).input_ids)
     chosen = torch.nn.functional.one_hot(ids, free.vocabulary).float()
     assert free.text(ids) == "red cat an image of car"
     torch.testing.assert_close(free.embeddings(chosen), model.encode([free.text(ids)]))

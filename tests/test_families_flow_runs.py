@@ -622,18 +622,18 @@ def test_known_tokens_in_the_new_ones_place_are_the_prompt(name, made, tmp_path)
     _, model = attacked(made, name, tmp_path)
     (table,) = (e.get_input_embeddings().weight for e in model.text_encoders)
     before, after = (
-        model.tokenizer(t, add_special_tokens=False).input_ids
+        model.tokenizers["tokenizer"](t, add_special_tokens=False).input_ids
         for t in ("a photo of", "a photo of cat")
     )
     ids = after[len(before) :]
     words = module("ebu_optim.attacks.words").Words(model, len(ids))
-    known = model.tokenizer.get_vocab()
+    known = model.tokenizers["tokenizer"].get_vocab()
     found = words.encode([f"a photo of {' '.join(words.names)}", "a dog"], [table[ids]])
     right = model.encode(["a photo of cat", "a dog"])
     assert torch.equal(found, right)
     assert not torch.equal(found, words.encode(["a photo of", "a dog"], [table[ids]]))
-    assert known == model.tokenizer.get_vocab()
-    assert model.pipe.tokenizer is model.tokenizer
+    assert known == model.tokenizers["tokenizer"].get_vocab()
+    assert model.pipe.tokenizer is model.tokenizers["tokenizer"]
 
 
 def test_an_error_leaves_no_word_behind(made, tmp_path, monkeypatch):
@@ -706,7 +706,7 @@ def test_free_tokens_are_read_as_they_are_in_the_prompt(name, made, tmp_path):
 
     _, model = attacked(made, name, tmp_path)
     free = FreeTokens(model, "a dog", Settings(tokens=2))
-    ids = model.tokenizer("a cat", add_special_tokens=False).input_ids[-2:]
+    ids = model.tokenizers["tokenizer"]("a cat", add_special_tokens=False).input_ids[-2:]
     chosen = torch.nn.functional.one_hot(torch.tensor(ids), free.vocabulary).float()
     own = {n: t[ids] for n, t in free.tables.items()}
     found = free.embeddings(chosen)

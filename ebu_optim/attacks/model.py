@@ -44,10 +44,6 @@ class Attacked:
         self.unet, self.vae = self.parts[self.family.denoiser], self.parts["vae"]
         self.text_encoders = [self.parts[n] for n in self.family.encoders]
         self.tokenizers = {n: looked.tokenizers[n] for n in self.family.tokenizers()}
-        self.text_encoder, self.tokenizer = (
-            self.text_encoders[0],
-            next(iter(self.tokenizers.values())),
-        )
         self.schedule, self.shape, self.size = looked.scheduler, looked.latents, looked.resolution
         self.args = looked.family.guided(args, looked.unet)
         self.device, self.folder = device, looked.folder
