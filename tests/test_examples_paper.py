@@ -22,7 +22,7 @@ from ebu_optim.class_conditional.models import load_classifier, load_unet
 from ebu_optim.diffusion import sample
 from ebu_optim.errors import InputError
 from ebu_optim.experiments import options as experiment
-from ebu_optim.experiments import rows, runs, tables, worlds
+from ebu_optim.experiments import rows, runs, settings, tables, worlds
 from ebu_optim.experiments.options import OnImages
 from ebu_optim.training import data
 from ebu_optim.training.command_line import command
@@ -163,7 +163,7 @@ def test_an_earlier_base_and_its_judges_are_not_trained_again(root, made, tmp_pa
 
 def test_the_published_base_is_that_of_its_scale(tmp_path):
     trained = ROOT / "examples" / "paper" / "trained"
-    setting = worlds.Setting(worlds.CIFAR10_16, tmp_path, trained=trained)
+    setting = settings.Setting(worlds.CIFAR10_16, tmp_path, trained=trained)
     for made in (setting.base, setting.judge, setting.reject):
         assert made.folder.parent == trained / "cifar10-16"
     classes = worlds.CIFAR10_16.classes
@@ -246,7 +246,7 @@ def test_figure_6_shows_the_way(paper, root, made):
     assert len(made) == 3
     figure6 = script("figure6")
     assert names(report(root, "figure6"))[2:] == ["EBU added", "SA", "FT"]
-    setting = worlds.Setting(paper, root)
+    setting = settings.Setting(paper, root)
     seen = figure6.along(figure6.table(setting, 1, paper=None, steps=200, every=1))["EBU added"]
     assert list(seen) == [0, 1, 2]
     assert seen[0].shape == (10, figure6.EACH, 1, 8, 8)
@@ -290,7 +290,7 @@ def test_table_1(paper, root, made, monkeypatch):
 
 
 def test_tuning_chooses_the_best_score_and_the_others_read_it(paper, tmp_path, monkeypatch):
-    Setting = worlds.Setting
+    Setting = settings.Setting
     monkeypatch.setattr(rows, "TUNED", tmp_path / "published.json")
     setting = Setting(paper, tmp_path)
     assert rows.tuned(setting, "joint") == rows.Choice(1e-4, {})
@@ -343,14 +343,14 @@ def test_at_paper_scale_steps_and_both_rates_are_the_papers(tmp_path):
         "STL10": [2000, 2000, 30000, 4000, 200],
     }
     for name, expected in steps.items():
-        setting = worlds.Setting(getattr(worlds, name), tmp_path)
+        setting = settings.Setting(getattr(worlds, name), tmp_path)
         found = tables.class_wise(setting, [*rows.PAPER, "joint"], [1], paper=True)
         assert [r.steps for r in found[::2]] == [r.steps for r in found[1::2]] == [*expected, 200]
         assert [options(r, "max_train_steps") for r in found] == [[r.steps] for r in found]
         rates = [options(r, "learning_rate")[0] for r in found]
         assert rates == [1e-4, 1e-5] * 6
     assert {r.name: r.choice.options for r in found}["SA, learning rate 1e-05"] == {"lam": 1e7}
-    setting = worlds.Setting(worlds.CIFAR10, tmp_path)
+    setting = settings.Setting(worlds.CIFAR10, tmp_path)
     grid = script("figure4").table(setting, "ebu_added", 1, 200, 1e-5)
     assert options(grid[0.2, 0.8], "learning_rate", "method_options") == [
         1e-5,
@@ -372,7 +372,7 @@ def test_options_that_would_be_taken_for_others_are_refused(tmp_path):
 
 
 def test_retrain_learns_as_the_base_did_and_nothing_of_it(tmp_path):
-    setting = worlds.Setting(worlds.DIGITS, tmp_path, loss="crossed")
+    setting = settings.Setting(worlds.DIGITS, tmp_path, loss="crossed")
     (row,) = tables.class_wise(setting, ["retrain"], [1, 2], paper=False, sa_steps=0)
     assert row.seeds == [1]
     names = ("max_train_steps", "learning_rate", "lr_scheduler", "train_batch_size")
@@ -381,7 +381,7 @@ def test_retrain_learns_as_the_base_did_and_nothing_of_it(tmp_path):
 
 
 def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path):
-    setting = worlds.Setting(worlds.DIGITS, tmp_path, loss="relabel")
+    setting = settings.Setting(worlds.DIGITS, tmp_path, loss="relabel")
     for method in rows.ALL:
         config = setting.run("x", method, seed=1).tasks[0].config
         found = config.forget_loss  # it refuses what a method does not take
@@ -390,7 +390,7 @@ def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path)
 
 
 def test_the_first_run_draws_the_base_alone_when_the_base_is_another(paper, tmp_path):
-    setting = worlds.Setting(paper, tmp_path)
+    setting = settings.Setting(paper, tmp_path)
     drawn = experiment.base_drawn
     (setting.root / "samples").mkdir(parents=True)
     attack, made = setting.root / "samples" / "0.json", setting.base.folder / "README.md"
@@ -425,7 +425,7 @@ def test_what_is_published_is_a_report_of_a_fair_size(tmp_path, capsys):
 
 
 def test_a_folder_is_of_its_options_and_of_nothing_else(paper, tmp_path):
-    Setting = worlds.Setting
+    Setting = settings.Setting
 
     def folders(root: Path, *, given: dict | None = None, **options) -> list[str]:
         setting = Setting(options.pop("world", paper), root, **options)
@@ -494,7 +494,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(
 
 def test_what_needs_a_failed_run_is_told_so_down_to_the_last(monkeypatch, tmp_path):
     def run(name: str, *after: str):
-        return runs.Run(name, (runs.Task(worlds.TRAIN, {}, tmp_path / name),), 1, 1, after)
+        return runs.Run(name, (runs.Task(settings.TRAIN, {}, tmp_path / name),), 1, 1, after)
 
     chain = [run("a"), run("b", "a"), run("c", "b")]
     monkeypatch.setattr(runs, "_work", lambda run: f"no {run.name}")
@@ -520,14 +520,14 @@ def test_a_worker_keeps_nothing_of_the_run_before(tmp_path):
         seen.append(Accelerator(cpu=True, mixed_precision=config.mixed_precision).mixed_precision)
 
     for options in ({"mixed_precision": "bf16"}, {}):
-        t = runs.task(worlds.TRAIN._replace(make=make), options, tmp_path, "x")
+        t = runs.task(settings.TRAIN._replace(make=make), options, tmp_path, "x")
         assert runs._work(runs.Run("a", (t,), 1, 1)) is None
     assert seen == ["bf16", "no"]
 
 
 def test_options_that_a_task_does_not_take_are_told(tmp_path):
     def run(**options) -> runs.Run:
-        return runs.Run("a", (runs.task(worlds.TRAIN, options, tmp_path, "x"),), 1, 1)
+        return runs.Run("a", (runs.task(settings.TRAIN, options, tmp_path, "x"),), 1, 1)
 
     for given, said in (
         ({"bogus": 1, "odd": 1}, "train takes no option bogus, odd; see the fields of Train"),
@@ -579,7 +579,7 @@ def slower(world):
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(paper, tmp_path, made):
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED)
-    (base, *_) = worlds.Setting(slower(paper), tmp_path).ground
+    (base, *_) = settings.Setting(slower(paper), tmp_path).ground
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, script, tmp_path],
@@ -652,7 +652,7 @@ def alive(pid: int) -> bool:
 
 def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path):
     world = worlds.STL10_SMOKE
-    setting = worlds.Setting(world, tmp_path)
+    setting = settings.Setting(world, tmp_path)
     images, base, *_ = setting.ground
     assert base.after == (images.name,)
     assert "mean nothing" in world.smoke
@@ -663,8 +663,8 @@ def test_the_smoke_world_generates_its_images_and_says_so(monkeypatch, tmp_path)
     assert found.images.shape == (500, 3, 16, 16)
     assert len(found.classes) == 10
     assert found.labels.bincount().tolist() == [50] * 10
-    others = worlds.Setting(world._replace(generated={"seed": 1}), tmp_path)
+    others = settings.Setting(world._replace(generated={"seed": 1}), tmp_path)
     assert others.base.folder != setting.base.folder
-    given = worlds.Setting(world, tmp_path, data={"parquet": [Path("x")]})
+    given = settings.Setting(world, tmp_path, data={"parquet": [Path("x")]})
     assert [r.name for r in given.ground] == [r.name for r in setting.ground[1:]]
     assert given.base.options["parquet"] == [Path("x")]

@@ -15,8 +15,8 @@ from ..training.fields import option
 from . import pages, rows
 from .options import Replayed
 from .runs import Run
+from .settings import Setting
 from .tables import Row
-from .worlds import Setting
 
 
 @dataclass(frozen=True, kw_only=True)

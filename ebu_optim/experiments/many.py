@@ -24,11 +24,11 @@ from .many_prompts import LISTS, PAIRS, Pair, becomes, remembered, templates, wo
 from .many_results import looks, seen, table
 from .options import Seeds
 from .runs import Run, Task, task
+from .settings import losses
 from .text_options import OfWorld, check_methods
 from .text_prompts import PromptFiles
 from .text_tables import STEPS
 from .text_worlds import EDIT_TAKES, MEASURE, UNLEARN, Given, TextSetting
-from .worlds import losses
 
 IMAGES_PER_PAIR = 16
 IN_TURN = "one after the other"

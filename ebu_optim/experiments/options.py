@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..manifest import contents, refuse_changed
 from ..training.fields import at_least, flags, option
-from . import rows, runs, worlds
+from . import rows, runs, settings, worlds
 
 OUTPUT = Path("outputs/paper")
 
@@ -96,11 +96,11 @@ class OnImages(Experiment):
         given = {"parquet": self.parquet, "train_data_dir": self.train_data_dir}
         return {k: v for k, v in given.items() if v}
 
-    def setting(self, **options: Any) -> worlds.Setting:
+    def setting(self, **options: Any) -> settings.Setting:
         given = {"data": self.data, "trained": self.trained, **options}
-        return worlds.Setting(self.world, self.output_dir, **given)
+        return settings.Setting(self.world, self.output_dir, **given)
 
-    def run(self, setting: worlds.Setting, todo: Sequence[runs.Run]) -> bool:
+    def run(self, setting: settings.Setting, todo: Sequence[runs.Run]) -> bool:
         """Print the cost and make the missing runs; False after a --dry_run."""
         todo = [*setting.ground, *todo]
         if not self.announced(todo, setting.world):
@@ -130,7 +130,7 @@ class OnImages(Experiment):
                 work.write_text(json.dumps(now))
 
 
-def base_drawn(setting: worlds.Setting) -> bool:
+def base_drawn(setting: settings.Setting) -> bool:
     """Whether an evaluation with this base model, and not an earlier one, has finished."""
     made = setting.base.folder / setting.base.maker.last
     attacks = (setting.root / "samples").glob("*.json")
@@ -172,9 +172,11 @@ class Replayed(Forgetting):
     regime: Literal["full", "partial"] = option(
         "full", help="Replay all kept classes, or three of them."
     )
-    loss: worlds.Loss = option("replay", help="Remember loss; relabel also forgets by relabelling.")
+    loss: settings.Loss = option(
+        "replay", help="Remember loss; relabel also forgets by relabelling."
+    )
 
-    def setting(self, **options: Any) -> worlds.Setting:
+    def setting(self, **options: Any) -> settings.Setting:
         return super().setting(regime=self.regime, loss=self.loss, **options)
 
     def said(self, what: str, world: worlds.World) -> str:

@@ -15,8 +15,8 @@ from ..files import load_tensors
 from ..report import write_report
 from ..report.comparison import difference
 from .runs import Run
+from .settings import Setting
 from .tables import PAPER, Row, gather, values
-from .worlds import Setting
 
 #: The paper's columns -> the keys here; RT is the number of steps.
 COLUMNS = {

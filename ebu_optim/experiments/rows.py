@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..baselines import closed_forms, methods
 from ..errors import InputError
-from .worlds import LOSSES
+from .settings import LOSSES
 
 #: The choices for the published results; those of a new tune.py are in the output folder.
 TUNED = Path(__file__).with_name("tuned.json")

@@ -27,6 +27,8 @@ from ..manifest import digest
 from ..training.fields import check_choices, flags
 from ..training.options import TrainingOptions
 
+Options = Mapping[str, Any]
+
 
 class Maker(NamedTuple):
     """A function ``make(config)`` that writes the output folder or file of its config.
@@ -47,7 +49,7 @@ class Task(NamedTuple):
     """A call of `maker` with `options`, which do not include the output, that writes `folder`."""
 
     maker: Maker
-    options: Mapping[str, Any]
+    options: Options
     folder: Path
 
     @property
@@ -88,10 +90,10 @@ def _as_text(value: Any) -> Any:
 
 def task(
     maker: Maker,
-    options: Mapping[str, Any],
+    options: Options,
     root: Path,
     name: str,
-    where: Mapping[str, Any] | None = None,
+    where: Options | None = None,
     of: Sequence[str] = (),
 ) -> Task:
     """A task with the folder root/name-<hash of the maker, the options and `of`>.

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from ..report.comparison import rows_over_seeds
 from . import rows
-from .runs import Run
-from .worlds import Options, Setting, World
+from .runs import Options, Run
+from .settings import Setting
+from .worlds import World
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 

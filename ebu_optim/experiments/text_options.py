@@ -11,7 +11,7 @@ from ..baselines import methods
 from ..errors import InputError
 from ..text_to_image.modules import Modules
 from ..training.fields import at_least, option
-from . import rows, runs, text_results, worlds
+from . import rows, runs, settings, text_results
 from .options import Experiment, Seeds
 from .runs import Run
 from .text_paper import SD14, WEIGHTS, PaperSetting, PaperWorld
@@ -45,7 +45,7 @@ class OfWorld(Experiment):
         help="Prompts to remember. list: 100 without the target; few: those of a few other "
         "concepts, which shows what happens to concepts that are never replayed.",
     )
-    loss: worlds.Loss = option("relabel", help="Remember loss; relabel is a forget loss, too.")
+    loss: settings.Loss = option("relabel", help="Remember loss; relabel is a forget loss, too.")
     surrogate: Literal["other", "empty", "gaussian"] = option(
         "other",
         help="What the model learns to generate instead of the target: another concept, images of "

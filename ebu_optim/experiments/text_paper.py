@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import replacing
 from . import rows, text_results
-from .runs import Run, Task, task
+from .runs import Options, Run, Task, task
 from .text_tasks import Target
 from .text_worlds import ATTACK, EVALUATE, UNLEARN
-from .worlds import Options
 
 
 class PaperWorld(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .worlds import Options
+from .runs import Options
 
 
 class TextWorld(NamedTuple):

@@ -22,10 +22,10 @@ from ..worlds.styled_digits.captions import CONTENTS, STYLES
 from ..worlds.styled_digits.judges import JudgesOptions, train_judges
 from ..worlds.styled_digits.measure import Measure, measure
 from ..worlds.styled_digits.train import WorldOptions, train
-from .runs import Maker, Run, Task, task
+from .runs import Maker, Options, Run, Task, task
+from .settings import losses
 from .text_prompts import FEW, REGIMES, SURROGATES, Asked
 from .text_scales import TextWorld
-from .worlds import Options, losses
 
 TRAIN = Maker(train, WorldOptions, "pipeline/world.json")
 JUDGES = Maker(train_judges, JudgesOptions, "style.safetensors")

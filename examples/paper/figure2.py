@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebu_optim.experiments import figures, pages, rows, tables
-from ebu_optim.experiments.worlds import Setting
+from ebu_optim.experiments.settings import Setting
 from ebu_optim.report import comparison
 from ebu_optim.training import command, option
 

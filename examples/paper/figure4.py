@@ -15,7 +15,7 @@ import torch
 
 from ebu_optim.experiments import figures, rows, tables
 from ebu_optim.experiments.runs import Run
-from ebu_optim.experiments.worlds import Setting
+from ebu_optim.experiments.settings import Setting
 from ebu_optim.report import comparison
 from ebu_optim.training import command, option
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ebu_optim.experiments import figures, pages, rows, tables
-from ebu_optim.experiments.worlds import Setting
+from ebu_optim.experiments.settings import Setting
 from ebu_optim.files import load_tensors, replacing
 from ebu_optim.report.plots import pixels
 from ebu_optim.training import command, option

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ebu_optim.experiments import figures, pages, rows, tables, worlds
+from ebu_optim.experiments import figures, pages, rows, settings, tables, worlds
 from ebu_optim.training import command, option
 
 STL10 = {"stl10-smoke": worlds.STL10_SMOKE, "stl10": worlds.STL10}
 
 
-def grid(setting: worlds.Setting, found: Sequence[tables.Row], each: int = 4) -> dict[str, Any]:
+def grid(setting: settings.Setting, found: Sequence[tables.Row], each: int = 4) -> dict[str, Any]:
     run = found[0].runs[0]
     gone, kept, names = figures.classes(setting, run)
     drawn = {"before": pages.samples(setting, figures.about(run)["base_hash"])}

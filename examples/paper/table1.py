@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ebu_optim.experiments import pages, rows, tables, worlds
+from ebu_optim.experiments import pages, rows, settings, tables, worlds
 from ebu_optim.experiments.options import OnImages, Seeds
 from ebu_optim.training import command, option
 
@@ -34,7 +34,7 @@ def main(args: Table1) -> None:
         world = args.world[name]
         # the given images belong to one data set
         data = args.data if name == "cifar100" or args.dataset == ["stl10"] else {}
-        setting = worlds.Setting(world, args.output_dir, data=data, trained=args.trained)
+        setting = settings.Setting(world, args.output_dir, data=data, trained=args.trained)
         found = tables.class_wise(
             setting, methods, args.seeds, paper=args.scale == "paper", sa_steps=0
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ebu_optim.experiments import rows, tuning
 from ebu_optim.experiments.options import Forgetting
-from ebu_optim.experiments.worlds import Loss
+from ebu_optim.experiments.settings import Loss
 from ebu_optim.training import command, option
 
 
