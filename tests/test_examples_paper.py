@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ebu_optim.baselines import methods
 from ebu_optim.class_conditional.models import load_classifier, load_unet
 from ebu_optim.diffusion import sample
 from ebu_optim.errors import InputError
@@ -387,6 +388,15 @@ def test_relabelling_is_for_methods_without_a_forget_loss_of_their_own(tmp_path)
         found = config.forget_loss  # it refuses what a method does not take
         own = method in ("fine_tune", "gradient_ascent", "erasediff", "retrain")
         assert found == (None if own else "relabel"), method
+
+
+def test_every_rule_of_two_gradients_has_trials_of_its_strength():
+    for method, (tuned, values) in rows.GRIDS.items():
+        assert tuned in (methods[method].strength, "learning_rate"), method
+        assert len(rows.trials(method)) == 6, method
+        assert list(values) == sorted(set(values)), method
+    two = [m for m, r in methods.items() if r.forgets == "surrogate" and not m.startswith("ebu_")]
+    assert set(two) - set(rows.GRIDS) == {"aegis"}  # it replays nothing
 
 
 def test_the_first_run_draws_the_base_alone_when_the_base_is_another(paper, tmp_path):

@@ -38,12 +38,17 @@ SA_PUBLISHED = {"lam": 1e7}
 Grids = Mapping[str, tuple[str, tuple[float, ...]]]
 GRIDS: Grids = {
     **dict.fromkeys((*EBU, "random_masks"), ("gamma", (100.0, 1000.0, 10000.0))),
-    "joint": ("forget_weight", (0.5, 1.0, 2.0)),
-    "pcgrad": ("forget_weight", (0.5, 1.0, 2.0)),
+    **dict.fromkeys(
+        ("joint", "pcgrad", "gu", "upgrad", "mgda", "imtl_g", "aligned_mtl", "fairgrad"),
+        ("forget_weight", (0.5, 1.0, 2.0)),
+    ),
     "selective_amnesia": ("lam", (10.0, 100.0, 1000.0)),
-    "salun": ("remember_weight", (0.5, 1.0, 2.0)),
+    **dict.fromkeys(
+        ("salun", "sago", "gru", "restricted_gradient"), ("remember_weight", (0.5, 1.0, 2.0))
+    ),
     "erasediff": ("lam", (0.03, 0.1, 0.3)),
     "embedding_only": ("learning_rate", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "munba": ("learning_rate", (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)),
     "gradient_ascent": ("learning_rate", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
 }
 
