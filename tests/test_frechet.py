@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ebu_optim.class_conditional import measured
 from ebu_optim.metrics.frechet import classifier_features, classifier_frechet, frechet_distance
+from ebu_optim.training import data
 
 
 def numpy_frechet(a, b):
@@ -91,3 +95,27 @@ def test_features_of_the_last_linear_or_of_a_layer():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_evaluation_reads_the_real_images_once(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Linear(5, 3))
+    ours, real = torch.rand(8, 3, 2, 2), torch.randint(256, (30, 3, 2, 2), dtype=torch.uint8)
+    held = data.Data(real, torch.arange(30) % 3, ("a", "b", "c"), "random")
+    args = SimpleNamespace(samples=tmp_path, fid=False)
+    kept = torch.ones(8, dtype=torch.bool)
+    given = args, net, ours, torch.zeros(8), kept, [0], held
+    first = measured.quality(*given)["classifier_frechet"]
+    theirs = data.to_float(real[held.labels != 0])
+    assert first == pytest.approx(classifier_frechet(net, ours, theirs), rel=1e-12)
+    seen = []
+    features = measured.classifier_features
+    monkeypatch.setattr(
+        measured, "classifier_features", lambda judge, x: seen.append(len(x)) or features(judge, x)
+    )
+    assert measured.quality(*given)["classifier_frechet"] == first
+    assert seen == [8]
+    with torch.no_grad():
+        net[1].weight.mul_(2)  # another judge has its own
+    measured.quality(*given)
+    assert seen == [8, 8, 20]

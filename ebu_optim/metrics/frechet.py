@@ -53,19 +53,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Returns:
         The squared distance, >= 0, 0 for equal moments; in squared units of the features.
     """
-    for name, x in (("a", a), ("b", b)):
-        if x.dim() != 2 or len(x) < 2:
-            raise ValueError(
-                f"{name} must have shape (n, d), n at least 2, one row per image; got "
-                f"{tuple(x.shape)}"
-            )
-        if not x.isfinite().all():
-            raise ValueError(f"{name} holds NaN or Inf; check the images and the classifier")
+    moments_a, moments_b = moments(a, "a"), moments(b, "b")
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"a has {a.shape[1]} features and b has {b.shape[1]}; take both from the same layer"
         )
-    return distance_of(_moments(a), _moments(b))
+    return distance_of(moments_a, moments_b)
 
 
 def distance_of(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
@@ -80,7 +73,14 @@ def distance_of(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     return max(0.0, float(distance))
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
+    """Return the mean (d,) and the unbiased covariance (d, d) of (n, d) features, float64."""
+    if x.dim() != 2 or len(x) < 2:
+        raise ValueError(
+            f"{name} must have shape (n, d), n at least 2, one row per image; got {tuple(x.shape)}"
+        )
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds NaN or Inf; check the images and the classifier")
     x = x.detach().cpu().double()
     centred = x - x.mean(dim=0)
     return x.mean(dim=0), centred.T @ centred / (len(x) - 1)
