@@ -86,6 +86,9 @@ def test_replaced_condition_reaches_every_sample_and_ends_with_the_block():
     with condition_replaced(model.class_embedding, row):
         torch.testing.assert_close(model(x, t, class_labels=torch.tensor([0, 1])).sample, expected)
     assert torch.equal(model(x, t, class_labels=torch.tensor([0, 1])).sample, clean)
+    with condition_replaced(model.class_embedding, row, null=1):  # guidance keeps its null branch
+        found = model(x, t, class_labels=torch.tensor([0, 1])).sample
+    torch.testing.assert_close(found, torch.stack([expected[0], clean[1]]))
 
 
 def test_attacks_learn_and_leave_the_model_alone():

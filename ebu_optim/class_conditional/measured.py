@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation
 
 
+def guidance(args: Evaluation, info: dict) -> dict[str, Any]:
+    """Return the guidance of every image, those of an attacked model included."""
+    if args.guidance_scale == 1:
+        return {}
+    return {"guidance_scale": args.guidance_scale, "null_condition": info["null_class"]}
+
+
 def draw(args: Evaluation, model: Any, scheduler: Any, labels: Tensor, info: dict) -> Tensor:
     """Return images of every class, with the same starting noise for every model; cached."""
     folder = args.samples
@@ -36,8 +43,7 @@ def draw(args: Evaluation, model: Any, scheduler: Any, labels: Tensor, info: dic
             labels,
             tuple(info["shape"]),
             num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            null_condition=info["null_class"] if args.guidance_scale != 1 else None,
+            **guidance(args, info),
             batch_size=args.sample_batch_size,
             seed=args.seed,
             device=args.device,
@@ -101,7 +107,9 @@ def depth(
     info: dict,
     relearn: bool = True,
 ) -> dict[str, Any]:
-    """Return P_f after inversion (mean over the classes), and the relearning steps per class."""
+    """Return P_f after inversion (mean over the classes), and the relearning steps per class.
+
+    An attacker samples as everybody does: with the evaluation's guidance."""
     inverted, found = [], {}
     for c in forget:
         images = data.to_float(real.only([c]).images)
@@ -118,6 +126,7 @@ def depth(
                 torch.full((args.attack_images,), c),
                 tuple(info["shape"]),
                 num_inference_steps=args.num_inference_steps,
+                **guidance(args, info),
                 device=args.device,
                 generator=torch.Generator().manual_seed(args.seed + 2),
             )
@@ -132,6 +141,7 @@ def depth(
                 scheduler,
                 p_f,
                 at=args.inversion_steps,
+                null=info["null_class"],
                 **options,
             )
         )
@@ -157,6 +167,7 @@ def depth_of_base(args: Evaluation, base: Any, *rest: Any) -> dict[str, Any]:
         args.attack_images,
         args.inversion_steps,
         args.num_inference_steps,
+        guidance(args, info),
         args.device,
     ]
     path = args.samples / f"{key(said)}.json"

@@ -31,11 +31,20 @@ Trained = Callable[[Any], Iterable[nn.Parameter]]
 
 
 @contextmanager
-def condition_replaced(embedding: nn.Module, vector: Tensor) -> Iterator[None]:
-    """Make `embedding` return `vector` (d,) for every sample in the block, whatever its label."""
-    handle = embedding.register_forward_hook(
-        lambda _module, _args, output: vector.to(output).expand_as(output)
-    )
+def condition_replaced(
+    embedding: nn.Module, vector: Tensor, null: int | None = None
+) -> Iterator[None]:
+    """Make `embedding` return `vector` (d,) for every sample in the block.
+
+    Args:
+        null: the label of the null class, which keeps its own row; None replaces every label.
+    """
+
+    def replace(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        made = vector.to(output).expand_as(output)
+        return made if null is None else torch.where(args[0].unsqueeze(-1) == null, output, made)
+
+    handle = embedding.register_forward_hook(replace)
     try:
         yield
     finally:

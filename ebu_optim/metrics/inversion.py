@@ -26,6 +26,7 @@ def inversion(
     batch_size: int = 32,
     seed: int = 0,
     loss: Loss | None = None,
+    null: int | None = None,
 ) -> dict[str, float]:
     """Return P_f with the learned embedding, at several numbers of steps in one run.
 
@@ -34,11 +35,11 @@ def inversion(
         images: (n, C, H, W) real images of the forgotten class, from the training split, so that
             the classifier's test images stay unseen.
         p_f: returns P_f of a model: sample the forgotten class, with the same starting noise each
-            time, and classify. Within the call, every condition is the learned one, including the
-            null condition, so sample without guidance.
+            time, and classify. Within the call, every condition but `null` is the learned one.
         loss: for a model that is not a diffusion model, ``loss(model, images, labels, generator)``
             -> 0-d tensor replaces the denoising loss; `scheduler` may then be None. The labels are
             zeros without a meaning: `embedding` returns the learned vector for any label.
+        null: the label of the null condition, if `p_f` samples with guidance.
 
     Returns:
         ``{"inversion_100": ..., "inversion_200": ...}``, in [0, 1]; lower is deeper. The base
@@ -48,6 +49,6 @@ def inversion(
     vectors = learn_embeddings(model, embedding, images, scheduler, at=at, **options)
     found = {}
     for steps in sorted(vectors):
-        with condition_replaced(embedding, vectors[steps]):
+        with condition_replaced(embedding, vectors[steps], null):
             found[f"inversion_{steps}"] = float(p_f(model))
     return found
