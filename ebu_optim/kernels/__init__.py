@@ -17,10 +17,11 @@ from torch import Tensor
 
 from . import chunked, reference
 
-__all__ = ["active", "backend", "reference"]
+__all__ = ["active", "backend", "reference", "walks"]
 
 # In addition to the contract, a fused backend has `available()`: None if it can run here, else the
-# reason; and `takes(tensors)`: the same for these tensors.
+# reason; and `takes(tensors)`: the same for these tensors. `walks(tensors)`, if it has that, is
+# quicker: True means that it takes them, and that float32 holds them.
 _FUSED = {"cpu": "cpu", "cuda": "triton"}
 
 
@@ -36,12 +37,20 @@ def _fused(device: str) -> tuple[ModuleType | None, str]:
 
 
 def _choose(tensors: Sequence[Tensor]) -> tuple[ModuleType | None, str]:
+    first, _ = _fused(tensors[0].device.type) if tensors else (None, "")
+    if first is not None and walks(first, tensors):
+        return first, ""
     devices = sorted({device.type for device in set(map(attrgetter("device"), tensors))})
     if len(devices) != 1:
         return None, f"parameters on {', '.join(devices) or 'no device'}"
     module, reason = _fused(devices[0])
     refused = module.takes(tensors) if module is not None else None
     return (None, refused) if refused else (module, reason)
+
+
+def walks(backend: Any, *columns: Sequence[Tensor]) -> bool:
+    """Whether a backend knows all these tensors as its own, of float32 at most."""
+    return hasattr(backend, "walks") and all(map(backend.walks, columns))
 
 
 def backend(tensors: Sequence[Tensor], fused: bool | None) -> ModuleType:

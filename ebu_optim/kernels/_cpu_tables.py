@@ -7,7 +7,7 @@ tensor, and run only once for a `Column`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
@@ -112,8 +112,9 @@ def _tabulated(tensors: Sequence[Tensor | None]) -> Table | None:
     return whole
 
 
-def ends(tensors: Iterable[Tensor]) -> array[int]:
-    return array("q", accumulate(map(Tensor.numel, tensors)))
+def ends(tensors: Sequence[Tensor]) -> array[int]:
+    sizes = tensors.sizes if isinstance(tensors, Column) else map(Tensor.numel, tensors)
+    return array("q", accumulate(sizes))
 
 
 class List:

@@ -94,23 +94,35 @@ class Column(list[Any]):
     Args:
         tensors: the tensors, None where one is missing.
         of: the column and its rows from which these tensors were picked.
+        sizes: the numbers of elements, if they are known.
 
     Attributes:
         notes: what each implementation has found out about the tensors, under its name.
     """
 
     def __init__(
-        self, tensors: Iterable[Any] = (), of: tuple[Column, Sequence[int]] | None = None
+        self,
+        tensors: Iterable[Any] = (),
+        of: tuple[Column, Sequence[int]] | None = None,
+        sizes: list[int] | None = None,
     ) -> None:
         super().__init__(tensors)
-        self.of, self.notes = of, {}  # type: ignore[var-annotated]
+        self.of, self._sizes, self.notes = of, sizes, {}  # type: ignore[var-annotated]
 
     def __reduce__(self) -> Any:
         return Column, (list(self),)  # a copy has other memory
 
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of elements; 0 for a missing tensor."""
+        if self._sizes is None:
+            self._sizes = [0 if t is None else t.numel() for t in self]
+        return self._sizes
+
     def picked(self, rows: Sequence[int]) -> Column:
         """Return only these rows, in this order."""
-        return Column([self[i] for i in rows], (self, rows))
+        sizes = None if self._sizes is None else [self._sizes[i] for i in rows]
+        return Column([self[i] for i in rows], (self, rows), sizes)
 
 
 class Columns(NamedTuple):

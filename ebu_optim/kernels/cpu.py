@@ -15,9 +15,9 @@ import torch  # first, because the extension uses the OpenMP library that torch 
 from torch import Tensor
 
 from . import chunked
-from ._cpu_tables import DTYPE, KINDS, List, address, ends, flat_row, tables_of, walkable
+from ._cpu_tables import DTYPE, KINDS, List, address, ends, flat_row, table_of, tables_of, walkable
 from .chunked import scale
-from .contract import STATS, Columns, Update
+from .contract import STATS, Column, Columns, Update
 
 _missing = ""
 try:
@@ -46,6 +46,13 @@ def takes(tensors: Sequence[Tensor]) -> str | None:
     """Return None if these tensors gain from this module, else the reason why they do not."""
     other = {str(t).removeprefix("torch.") for t in set(map(DTYPE, tensors)) - KINDS.keys()}
     return f"the fused CPU kernels do not support {', '.join(sorted(other))}" if other else None
+
+
+def walks(tensors: Sequence[Tensor]) -> bool:
+    """Whether this is a `Column` of dense CPU tensors that are float32 or smaller.
+
+    One look at them finds that out, and their addresses, for the whole life of the column."""
+    return isinstance(tensors, Column) and table_of(tensors) is not None
 
 
 def _threads(n: int) -> int:

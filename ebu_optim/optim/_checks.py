@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels.contract import has_float64
-from ._shards import is_sharded, local, spread
+from ._gradients import Grads, addresses
+from ._shards import any_sharded, is_sharded, local, spread
+from ._slots import SlotList
 
 TERMS = ("forget", "remember", "modulated")  # terms of the update, in the order of the kernels
 
@@ -160,17 +162,24 @@ def all_sharded(slots: Sequence[Any]) -> None:
         wide_device(slots[0].param, slots[0].name)
     params = [s.param for s in slots]
     looks = any(map(hasattr, params, repeat("_fsdp_flattened")))
-    if looks or any(map(is_sharded, params)):
+    if looks or any_sharded(params):
         for slot in slots:
             sharded(slot.param, slot.name)
 
 
-def gradients(slots: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
-    """Raise TypeError for a sparse or complex gradient; `grads` are by slot."""
-    there = [g for g in grads if g is not None]
-    layouts, dtypes = (set(map(attrgetter(n), there)) for n in ("layout", "dtype"))
-    if layouts <= {torch.strided} and not any(dtype.is_complex for dtype in dtypes):
-        return
+def gradients(slots: SlotList, grads: Grads) -> list[int]:
+    """Return the addresses of the gradients, which are by slot.
+
+    Raises:
+        TypeError: a gradient is sparse or complex.
+    """
+    dtypes = set(map(attrgetter("dtype"), [g for g in grads if g is not None]))
+    try:
+        at = addresses(slots, grads)
+    except RuntimeError:  # a sparse tensor has none
+        at = None
+    if at is not None and not any(dtype.is_complex for dtype in dtypes):
+        return at
     for slot, grad in zip(slots, grads, strict=True):
         if grad is None:
             continue
@@ -181,6 +190,7 @@ def gradients(slots: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
             )
         if grad.is_complex():
             raise TypeError(f"the gradient of {slot.name} is complex; gradients must be real")
+    return addresses(slots, grads)
 
 
 def kept_back(slots: Sequence[Any], grads: Sequence[Tensor | None], phase: str) -> None:

@@ -13,7 +13,7 @@ from operator import attrgetter, is_, is_not
 import torch
 from torch import Tensor
 
-from ._shards import is_sharded
+from ._shards import any_sharded, is_sharded
 from ._slots import Key, SlotList
 
 Grads = list[Tensor | None]  # by slot; None where there is no gradient
@@ -36,6 +36,8 @@ def put(
     params: Sequence[Tensor], now: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> None:
     """Set `grads` as the gradients of the parameters; `now` are the present ones."""
+    if all(map(is_, now, grads)):
+        return
     for p, old, grad in zip(params, now, grads, strict=True):
         if grad is not old:
             p.grad = grad
@@ -180,8 +182,9 @@ def owning(grads: Grads) -> Grads:
 
     Returns the same list if there is no such gradient.
     """
-    # FSDP2 reduces into a new buffer at every backward pass
-    there = [g for g in grads if g is not None and not hasattr(g, "placements")]
+    there = [g for g in grads if g is not None]
+    if any_sharded(there):  # FSDP2 reduces into a new buffer at every backward pass
+        there = [g for g in there if not is_sharded(g)]
     storages = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, there))
     # a view may fill its buffer exactly: then the bucket has one parameter
     if not any(map(Tensor._is_view, there)) and list(storages) == list(map(_NBYTES, there)):

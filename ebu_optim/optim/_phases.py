@@ -36,7 +36,6 @@ from ._anchors import Anchors
 from ._gradients import (
     Gradients,
     Grads,
-    addresses,
     any_of,
     on,
     owning,
@@ -184,9 +183,8 @@ class Phases:
         slots = self.look()
         now = on(slots.params)
         try:
-            _checks.gradients(slots, now)
+            at = _checks.gradients(slots, now)
             _checks.kept_back(slots, now, name)
-            at = addresses(slots, now)
             self._check_kept(slots, at, name)
         except (TypeError, RuntimeError):
             self.discard()

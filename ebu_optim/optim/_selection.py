@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
-from operator import is_
+from operator import is_, is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from ._slots import Group, Slot, SlotList
 class Selection(NamedTuple):
     """What is ranked together, and the thresholds."""
 
+    params: Column
     grads: tuple[Column, Column]  # g_f and g_r per slot, missing ones as zeros
     taus: Tensor  # the thresholds as keys, one for every pool
     pools: tuple[list[int], list[int]]  # per slot, the pool of g_f and the pool of g_r
@@ -79,19 +80,25 @@ def select(
         shards: which local parts count, if parameters are sharded.
     """
     slots = slots if isinstance(slots, SlotList) else SlotList(slots)
-    full_f, full_r = (Column(_filled(grads, slots.params)) for grads in (g_f, g_r))
-    backend = kernels.backend(slots.params, fused)
-    dtype = reference.working_dtype([*full_f, *full_r])
-    sizes = [shards.numel(s) for s in slots] if shards else list(map(Tensor.numel, slots.params))
-    total = sum(sizes)
+    sizes = list(map(Tensor.numel, slots.params))
+    params, full_f, full_r = (
+        Column(tensors, sizes=sizes)
+        for tensors in (slots.params, _filled(g_f, slots.params), _filled(g_r, slots.params))
+    )
+    backend = kernels.backend(params, fused)
+    dtype = torch.float32
+    if not kernels.walks(backend, full_f, full_r):
+        dtype = reference.working_dtype([*full_f, *full_r])
+    counted = [shards.numel(s) for s in slots] if shards else sizes
+    total = sum(counted)
     if granularity is None:
         device, nowhere = slots[0].param.device, [0] * len(slots)
         taus = torch.full((1,), reference.key_of_nothing(dtype), device=device)
         nonfinite = torch.zeros(2, dtype=torch.int64)
         return Selection(
-            (full_f, full_r), taus, (nowhere, nowhere), nonfinite, total, dtype, backend
+            params, (full_f, full_r), taus, (nowhere, nowhere), nonfinite, total, dtype, backend
         )
-    ranked = _ranked(slots, sizes, granularity)
+    ranked = _ranked(slots, counted, granularity)
     pools = [
         (grads if len(members) == len(grads) else grads.picked(members), k)
         for grads, pools in zip((full_f, full_r), ranked.pools, strict=True)
@@ -107,7 +114,7 @@ def select(
     both = nonfinite
     if len(pools) != 2:  # not exactly one pool per gradient
         both = torch.stack([part.sum() for part in nonfinite.split([*map(len, ranked.pools)])])
-    return Selection((full_f, full_r), taus, ranked.of_slot, both, total, dtype, backend)
+    return Selection(params, (full_f, full_r), taus, ranked.of_slot, both, total, dtype, backend)
 
 
 def combine(
@@ -135,7 +142,7 @@ def combine(
     Returns:
         The combined gradient; `last` is the `STATS` over all processes and the number of scalars.
     """
-    (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
+    params, (full_f, full_r), taus, (pool_f, pool_r), _, total, dtype, backend = selection
     online = anchors.mode == "online" and anchors.active
     out, first, second = full_r, g_r, g_f
     if online and not average:
@@ -162,7 +169,7 @@ def combine(
         scale = scale.to(device)
     theta0, fishers = anchors.columns(slots)
     whole = Columns(
-        Column(slots.params),
+        params,
         full_f,
         full_r,
         theta0,
@@ -172,7 +179,7 @@ def combine(
         pool_f,
         pool_r,
     )
-    for rows, ours in _buckets(slots, theta0, fishers, anchors, shards):
+    for rows, ours in _buckets(slots, theta0, fishers, anchors, shards, params.sizes):
         slot = slots[rows[0]]
         columns = whole.rows(rows)
         weights, gamma = weigh(slot.group)
@@ -191,7 +198,9 @@ def combine(
 _AT = {name: i for i, name in enumerate(reference.STATS)}
 
 
-def _filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
+def _filled(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Sequence[Any]:
+    if all(map(is_not, grads, repeat(None))):
+        return grads
     return [
         p.detach().new_zeros(()).expand(p.shape) if g is None else g
         for g, p in zip(grads, params, strict=True)
@@ -248,6 +257,7 @@ def _buckets(
     fishers: Sequence[Tensor | None],
     anchors: Anchors,
     shards: Shards,
+    sizes: list[int],
 ) -> list[tuple[list[int], bool]]:
     """Group the slots that go through one call of the kernels.
 
@@ -258,7 +268,6 @@ def _buckets(
     # Equal counts rise together and stay equal; only differing counts split the slots.
     apart = counts if len(set(counts)) > 1 else None
     owned = [shards.counts(key) for key in slots.keys] if shards else [True] * len(slots)
-    sizes = list(map(Tensor.numel, slots.params))
     kinds = [list(map(type, column)) for column in (theta0, fishers)]  # NoneType if missing
 
     def make() -> list[tuple[list[int], bool]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -95,7 +95,7 @@ class Slots:
 
     def __init__(self, base: Any) -> None:
         self._base = base
-        self._seen: list[Any] = []  # groups and parameters when `_known` was made
+        self._seen: list[tuple[Group, list[Tensor]]] = []  # what `_known` was made of
         self._known = SlotList(())
         self._tensors: dict[Key, Tensor] = {}  # strong references, like those of the base's state
         self._layout: list[tuple[Group, list[tuple[Key, str | None]]]] = []  # at the last look
@@ -104,9 +104,9 @@ class Slots:
     def __call__(self) -> SlotList:
         """Return the present slots (read-only)."""
         groups = self._base.param_groups
-        now = [x for group in groups for x in (group, *group["params"])]
-        if len(now) != len(self._seen) or any(map(operator.is_not, now, self._seen)):
-            self._seen, self._known = now, self._look(groups)
+        if len(groups) != len(self._seen) or not all(map(_same, groups, self._seen)):
+            self._known = self._look(groups)
+            self._seen = [(group, list(group["params"])) for group in groups]
         return self._known
 
     def _look(self, groups: list[Group]) -> SlotList:
@@ -142,6 +142,11 @@ class Slots:
             old, held = self._layout[g]
             found = None if any(old is group for group in groups) else held
         return found if found and len(found) == len(groups[g]["params"]) else []
+
+
+def _same(group: Group, seen: tuple[Group, list[Tensor]]) -> bool:
+    now, (before, params) = group["params"], seen
+    return group is before and len(now) == len(params) and all(map(is_, now, params))
 
 
 def _names(group: Group) -> list[str | None]:
