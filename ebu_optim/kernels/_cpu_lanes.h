@@ -185,22 +185,46 @@ TARGET static double NAME(sum)(const float *x, size_t n)
     return sum;
 }
 
+/* A choice for each element, in a register of its own where the processor has such: MAGNITUDES_FROM
+   compares the magnitudes of x, the others are C's operators on MASKs. PICK takes a where it is set
+   and b elsewhere, ADD_WHERE and COUNT add x or 1 where it is set. */
+#if defined(SCAN_AVX512)
+#define MASK __mmask16
+#define MAGNITUDES_FROM(x, key) \
+    _mm512_cmpge_epi32_mask((__m512i)((x) & magnitude), (__m512i)(key))
+#define SIGNS(x) _mm512_movepi32_mask((__m512i)(x))
+#define PICK(m, a, b) (F) _mm512_mask_mov_ps((__m512)(b), m, (__m512)(a))
+#define ADD_WHERE(to, m, x) to = (F)_mm512_mask_add_ps((__m512)(to), m, (__m512)(to), (__m512)(x))
+#define COUNT(to, m) \
+    to = (I)_mm512_mask_sub_epi32((__m512i)(to), m, (__m512i)(to), (__m512i)(none - 1))
+#else
+#define MASK I
+#define MAGNITUDES_FROM(x, key) (I)(((x) & magnitude) >= (key))
+#define SIGNS(x) (I)((x) < none)
+#define PICK(m, a, b) (F)(((I)(a) & (m)) | ((I)(b) & ~(m)))
+#define ADD_WHERE(to, m, x) to += (F)((I)(x) & (m))
+#define COUNT(to, m) to -= (m)
+#endif
+
 /* Steps 2 to 5 of method.md over one block, n a multiple of LANES, n <= BLOCK; sets sums, of which
    only those of G where they are not `counted`. The order of operations is that of reference.py. A
-   sum is kept in LANES floats for one block, then goes on in double. Masks are multiplied, not used
-   to choose: see reference.py. */
+   sum is kept in LANES floats for one block, then goes on in double. A mask is multiplied, not used
+   to choose a term, see reference.py: its product with a weight is one of two numbers, and of these
+   it chooses. */
 TARGET static inline __attribute__((always_inline)) void NAME(combined)(
     const Block *b, const Rule *rule, size_t n, double *sums, const int counted)
 {
     const I none = {0};
     const F zero = {0};
-    const I magnitude = none + MAGNITUDE, infinite = none + INFINITE, one = none + 0x3f800000;
-    const I nan = none + 0x7fc00000;
+    const I magnitude = none + MAGNITUDE, infinite = none + INFINITE;
+    const F nan = (F)(none + 0x7fc00000);
     const I key_f = none + (int32_t)b->key_f, key_r = none + (int32_t)b->key_r;
     const F inv = zero + rule->inv_scale, on_f = zero + rule->on_f, on_r = zero + rule->on_r;
     const F on_m = zero + rule->on_m, on_only_r = zero + rule->on_only_r;
     const F minus_blend = zero - rule->blend, blend = zero + rule->blend;
-    const F partial = zero + rule->partial, full = zero + rule->full;
+    const F off_m = on_m * 0.0f, off_only_r = on_only_r * 0.0f;
+    const F minus_off = minus_blend * 0.0f, off = blend * 0.0f;
+    const F full = zero * rule->partial + rule->full, pulled = zero + rule->partial + rule->full;
     const F online = zero + rule->online, offline = zero + (1.0f - rule->online);
     I count_f = none, count_r = none, count_both = none, opposed = none, bad = none;
     F dot = zero, ff = zero, rr = zero, gg = zero;
@@ -213,22 +237,22 @@ TARGET static inline __attribute__((always_inline)) void NAME(combined)(
 
     for (size_t i = 0; i < n; i += LANES) {
         I bits_f = LOAD_I(at_f + i), bits_r = LOAD_I(at_r + i);
-        I f_is = (I)((bits_f & magnitude) >= key_f), r_is = (I)((bits_r & magnitude) >= key_r);
-        I both_is = f_is & r_is;
-        F m_f = (F)(f_is & one), both = (F)(both_is & one), only_r = (F)(~f_is & r_is & one);
+        MASK is_f = MAGNITUDES_FROM(bits_f, key_f), is_r = MAGNITUDES_FROM(bits_r, key_r);
+        MASK both = is_f & is_r, only_r = ~is_f & is_r, only_f = is_f & ~is_r;
         if (counted) {
-            count_f -= f_is;
-            count_r -= r_is;
-            count_both -= both_is;
-            opposed -= both_is & (I)((bits_f ^ bits_r) < none);
+            COUNT(count_f, is_f);
+            COUNT(count_r, is_r);
+            COUNT(count_both, both);
+            COUNT(opposed, both & SIGNS(bits_f ^ bits_r));
         }
 
         F g_f = (F)bits_f * inv, g_r = (F)bits_r * inv;
         F g = on_f * g_f + on_r * g_r;
-        g += on_m * m_f * g_f;
-        g += on_only_r * only_r * g_r;
-        g += minus_blend * both * g_f; /* in this order alpha = 0 leaves exactly g_r of a blend */
-        g += blend * both * g_r;
+        g += PICK(is_f, on_m, off_m) * g_f;
+        g += PICK(only_r, on_only_r, off_only_r) * g_r;
+        /* in this order alpha = 0 leaves exactly g_r of a blend */
+        g += PICK(both, minus_blend, minus_off) * g_f;
+        g += PICK(both, blend, off) * g_r;
 
         F theta = zero;
         if (theta_at)
@@ -236,14 +260,14 @@ TARGET static inline __attribute__((always_inline)) void NAME(combined)(
         if (anchor) {
             F moved = theta - LOAD_F(anchor + i);
             if (counted) {
-                I square = (I)(moved * moved);
-                moved_f += (F)(square & f_is & ~r_is);
-                moved_r += (F)(square & r_is & ~f_is);
-                moved_both += (F)(square & both_is);
-                moved_rest += (F)(square & ~(f_is | r_is));
+                F square = moved * moved;
+                ADD_WHERE(moved_f, only_f, square);
+                ADD_WHERE(moved_r, only_r, square);
+                ADD_WHERE(moved_both, both, square);
+                ADD_WHERE(moved_rest, (MASK) ~(is_f | is_r), square);
             }
             if (penalized)
-                g += (partial * only_r + full) * (moved * LOAD_F(fisher + i));
+                g += PICK(only_r, pulled, full) * (moved * LOAD_F(fisher + i));
         }
         if (new_fisher) {
             F old = LOAD_F(fisher + i), square = g_r * g_r;
@@ -257,11 +281,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(combined)(
             rr += g_r * g_r;
         }
         gg += g * g;
-        bad -= (I)(((I)g & magnitude) >= infinite);
-        if (held) {
-            I kept = f_is | r_is;
-            STORE_F(held + i, (F)(((I)theta & ~kept) | (nan & kept)));
-        }
+        COUNT(bad, MAGNITUDES_FROM((I)g, infinite));
+        if (held)
+            STORE_F(held + i, PICK(is_f | is_r, nan, theta));
         STORE_F(out + i, g);
     }
     for (int j = 0; j < LANES; j++) {
@@ -293,6 +315,12 @@ static const Lanes NAME(lanes) = {
     NAME(widen), NAME(narrow), NAME(scan), NAME(nonfinite), NAME(put_back), NAME(sum), NAME(combine),
 };
 
+#undef MASK
+#undef MAGNITUDES_FROM
+#undef SIGNS
+#undef PICK
+#undef ADD_WHERE
+#undef COUNT
 #undef F
 #undef I
 #undef LOAD_F

@@ -102,6 +102,10 @@ class Phases:
         self.update = Gradients(slots, on(slots.params))
         self.reset()
 
+    def release(self) -> None:
+        """Drop G of the last step, which the parameters no longer hold, to free its memory."""
+        self.update = Gradients()
+
     def discard(self) -> None:
         """Drop the step that is being made, and its gradients."""
         for param in self._slots().params:

@@ -180,6 +180,8 @@ class WrappedOptimizer(Optimizer):
         self.base.zero_grad(set_to_none)
         if self._phases.active is None:
             self._phases.reset()
+            if set_to_none:
+                self._phases.release()
 
     # -- checkpoints ----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -107,6 +108,15 @@ def test_entering_a_phase_discards_the_last_update(to_none):
         if to_none is not None:
             other.zero_grad(set_to_none=to_none)
     assert_same(snapshot(opt, m), snapshot(other, n))
+
+
+def test_zero_grad_frees_the_last_update():
+    m, opt = build()
+    run(opt, m, range(1))
+    held = [weakref.ref(p.grad) for p in m.parameters()]
+    opt.zero_grad()
+    assert all(grad() is None for grad in held)
+    run(opt, m, range(1))
 
 
 def test_a_gradient_in_one_phase_alone_counts_as_zero_in_the_other():
