@@ -189,7 +189,7 @@ def test_a_card_that_is_too_small(made, refused, monkeypatch):
 def test_the_hub_says_no(refused, monkeypatch):
     import huggingface_hub
 
-    from .test_examples_stable_diffusion import hub_error
+    from .stable_diffusion.script import hub_error
 
     for error, said in (
         (
