@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import chunked, reference
 
-__all__ = ["active", "backend", "reference", "walks"]
+__all__ = ["active", "backend", "reference"]
 
 # In addition to the contract, a fused backend has `available()`: None if it can run here, else the
 # reason; and `takes(tensors)`: the same for these tensors. `walks(tensors)`, if it has that, is
