@@ -16,7 +16,6 @@ from ..files import load_tensors, need_disk, replacing, save_tensors
 from ..manifest import key, of_model
 from ..metrics import classify, fid, inversion, probability, relearn_steps
 from ..metrics.frechet import classifier_features, distance_of, moments
-from ..modules import tensor_hash
 from ..report import fid_values
 from ..training import data
 
@@ -63,10 +62,8 @@ def quality(
     real: data.Data,
 ) -> dict[str, Any]:
     """Return the distances of the kept classes to the real images of these classes."""
-    theirs = ~torch.isin(real.labels, torch.tensor(forget))
-    reference = data.to_float(real.images[theirs])
     ours = moments(classifier_features(judge, images[kept]))
-    frechet = distance_of(ours, reference_moments(args, judge, reference))
+    frechet = distance_of(ours, reference_moments(args, judge, forget, real))
     found: dict[str, Any] = {"classifier_frechet": frechet}
     if args.fid:
         found |= fid_values(
@@ -84,14 +81,17 @@ def quality(
     return found
 
 
-def reference_moments(args: Evaluation, judge: Any, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the moments of the judge's features of the real images, cached.
+def reference_moments(
+    args: Evaluation, judge: Any, forget: list[int], real: data.Data
+) -> tuple[Tensor, Tensor]:
+    """Return the moments of the judge's features of the kept classes' real images, cached.
 
     A pass of the judge over all real images can take longer than sampling the model."""
-    said = key([of_model(judge), tensor_hash(reference)])
+    said = key([of_model(judge), real.made_of(), forget])
     path = args.samples / f"moments-{said}.safetensors"
     if not path.exists():
-        mean, covariance = moments(classifier_features(judge, reference))
+        theirs = real.images[~torch.isin(real.labels, torch.tensor(forget))]
+        mean, covariance = moments(classifier_features(judge, data.to_float(theirs)))
         save_tensors(path, {"mean": mean, "covariance": covariance}, {"of": said})
     found, _ = load_tensors(path)
     return found["mean"], found["covariance"]

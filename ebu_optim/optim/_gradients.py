@@ -36,7 +36,7 @@ def put(
     params: Sequence[Tensor], now: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> None:
     """Set `grads` as the gradients of the parameters; `now` are the present ones."""
-    if all(map(is_, now, grads)):
+    if len(params) == len(now) == len(grads) and all(map(is_, now, grads)):
         return
     for p, old, grad in zip(params, now, grads, strict=True):
         if grad is not old:

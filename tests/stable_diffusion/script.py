@@ -13,9 +13,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers comes with the extra text_to_image")
 pytest.importorskip("peft", reason="peft comes with the extra text_to_image")
 
-from diffusers import (
-    StableDiffusionPipeline,
-)
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ..scripts import run_script
