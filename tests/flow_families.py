@@ -14,7 +14,7 @@ from ebu_optim.training.command_line import parse
 
 from .cross_attention import pixart, qwen_image, sana
 from .scripts import reset_accelerate
-from .text_to_image import flux, klein, sd3, z_image
+from .text_to_image import few, flux, klein, sd3, z_image
 
 MADE: dict[str, Callable[[Path], Path]] = {
     "sd3": sd3,
@@ -67,18 +67,7 @@ def options(model: Path, out: Path, *more: Any) -> Any:
         model.with_name(f"sets_{model.name}"),
         "--max_train_steps",
         2,
-        "--replay_images",
-        2,
-        "--surrogate_images",
-        2,
-        "--forget_images",
-        2,
-        "--num_inference_steps",
-        2,
-        "--guided_steps",
-        3,
-        "--learning_rate",
-        1e-3,
+        *few(2),
         "--remember",
         "a dog",
         "a red car",

@@ -24,7 +24,7 @@ from ebu_optim.errors import InputError
 from ebu_optim.training.command_line import parse
 
 from .scripts import reset_accelerate
-from .text_to_image import LENGTH, pipeline, sdxl
+from .text_to_image import LENGTH, few, pipeline, sdxl
 
 PIPELINES = {
     "sd": (pipeline, {}, "StableDiffusionPipeline"),
@@ -62,18 +62,7 @@ def options(made: Path, name: str, out: Path, *more):
         made / f"sets_{name}",
         "--max_train_steps",
         2,
-        "--replay_images",
-        2,
-        "--surrogate_images",
-        2,
-        "--forget_images",
-        2,
-        "--num_inference_steps",
-        2,
-        "--guided_steps",
-        3,
-        "--learning_rate",
-        1e-3,
+        *few(2),
         "--remember",
         "a dog",
         "a red car",

@@ -403,3 +403,10 @@ def z_image(folder: Path, seed: int = 0, **more: Any) -> Path:
         transformer,
     ).save_pretrained(folder)
     return folder
+
+
+def few(images: int) -> list:
+    """Options of unlearn.py with which its sets take a moment."""
+    sets = ("--replay_images", "--surrogate_images", "--forget_images")
+    steps = ["--num_inference_steps", 2, "--guided_steps", 3]
+    return [x for name in sets for x in (name, images)] + [*steps, "--learning_rate", 1e-3]

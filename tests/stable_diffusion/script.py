@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ..scripts import run_script
+from ..text_to_image import few
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "stable_diffusion"
@@ -41,18 +42,7 @@ def succeed(*args, **options) -> str:
 ADAPTERS = ["ebu", "spm"]
 REQUIRED = ("--pretrained_model_name_or_path", "-", "--forget", "cat", "--output_dir", "-")
 SMALL = [
-    "--replay_images",
-    4,
-    "--surrogate_images",
-    4,
-    "--forget_images",
-    4,
-    "--num_inference_steps",
-    2,
-    "--guided_steps",
-    3,
-    "--learning_rate",
-    1e-3,
+    *few(4),
     "--remember",
     "a dog",
     "a red car",
